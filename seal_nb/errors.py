@@ -1,0 +1,90 @@
+"""What can go wrong, by name: one base class and one class per kind of failure.
+
+Every class also inherits the standard-library error it specialises, so ``except ValueError`` and
+``except TimeoutError`` work for callers that know nothing of this package. A message says what
+happened, with the value, and what to do about it. Nothing is logged or printed here.
+"""
+
+from pathlib import Path
+
+
+class SealError(Exception):
+    """Base of every error raised on purpose by seal_nb; catch it to catch them all."""
+
+
+class DataError(SealError, ValueError):
+    """A file or record is not what it should be; names the path, the item and the field."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | Path = "",
+        item: int | str | None = None,
+        field: str = "",
+        remedy: str = "",
+    ) -> None:
+        self.problem, self.path, self.item = problem, str(path), item
+        self.field, self.remedy = field, remedy
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        where = [self.path] if self.path else []
+        where += [f"item {self.item}"] if self.item is not None else []
+        where += [f"field {self.field!r}"] if self.field else []
+        message = f"{', '.join(where)}: {self.problem}" if where else self.problem
+        return f"{message}; {self.remedy}" if self.remedy else message
+
+
+class SettingsError(SealError, ValueError):
+    """A setting or parameter is unknown, out of range, or contradicts another one."""
+
+
+class ProtocolError(SealError, ValueError):
+    """A message does not follow the wire format; ``field`` names the offending field, "" if none does."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        self.field = field
+        super().__init__(message)
+
+
+class RemoteError(SealError, RuntimeError):
+    """The server answered with an error. It is a result of the request: asking again gives it again.
+
+    ``ename`` and ``evalue`` are the remote type and message, ``remote_traceback`` the remote
+    traceback where the request asked for it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        ename: str = "",
+        evalue: str = "",
+        field: str = "",
+        request_id: str = "",
+        remote_traceback: str = "",
+    ) -> None:
+        self.ename, self.evalue, self.field = ename, evalue, field
+        self.request_id, self.remote_traceback = request_id, remote_traceback
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\n{self.remote_traceback}" if self.remote_traceback else message
+
+
+class RoundTimeout(SealError, TimeoutError):
+    """No reply came within the time given, or a round stood still for that long."""
+
+
+class GradingError(SealError, RuntimeError):
+    """A grader could not be made or used. A single answer it could not judge is UNGRADED, not an error."""
+
+
+class EngineError(SealError, RuntimeError):
+    """A text-generation engine failed or returned something unusable; never an empty answer instead."""
+
+
+class RunMismatch(SealError, ValueError):
+    """A run folder or file was made with other settings than the ones asked for now; it is not overwritten."""
