@@ -1,0 +1,70 @@
+# Every target makes what it needs: on a fresh machine `make demo` and `make test` are all there is to type.
+
+VENV  ?= .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS  ?= runs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab bench lint notebooks clean
+
+help:
+	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (15 minutes on 2 cores)"
+	@echo "make test       ruff, mypy, all tests and all notebooks"
+	@echo "make lab        JupyterLab at the tour"
+	@echo "make bench      speed of the inner loop on this machine"
+	@echo "make lint       ruff and mypy alone"
+	@echo "make notebooks  run the committed notebooks again and show what changed"
+	@echo "make clean      remove $(VENV) and caches (never $(RUNS))"
+
+demo: $(STAMP)
+	@$(BIN)/seal-nb demo --run-dir $(RUNS)/demo
+
+# One pytest for everything, last, so that its closing line counts everything and closes the output.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory lint; lint=$$?; \
+	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-cell-timeout=900; tests=$$?; \
+	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
+	exit $$tests
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab notebooks/00_tour.ipynb
+
+bench: $(STAMP)
+	@$(BIN)/python -m benchmarks.inner_loop
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+notebooks: $(STAMP)
+	@for notebook in notebooks/*.ipynb; do \
+		echo "$$notebook"; \
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN $$notebook || exit 1; \
+	done
+	@git --no-pager diff --stat -- notebooks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find seal_nb tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is taken up again by the next make.
+$(STAMP): pyproject.toml
+	@python=""; \
+	for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+		if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			python=$$candidate; break; \
+		fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "make: no Python 3.11 or newer found; python3 is: $$(python3 --version 2>&1)." >&2; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; \
+	fi; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "Making $(VENV) with $$($$python --version) (once)"; \
+		$$python -m venv --clear $(VENV) || { \
+			echo "make: $$python cannot make a virtual environment; on Debian: apt install python3-venv" >&2; \
+			exit 1; }; \
+	fi
+	@echo "Installing into $(VENV) (some minutes the first time; again only when pyproject.toml changes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(STAMP)
