@@ -1,0 +1,336 @@
+"""The wire format of the TTT server: what a request and a reply may say, JSON in and JSON out.
+
+The published request and reply are kept field by field with their defaults (SEAL, arXiv 2506.10943, the ZMQ
+server of its knowledge-incorporation code); every field of ours is optional, and fields that nobody knows are
+ignored, so that clients written by others work unchanged. ``docs/protocol.md`` is this module in prose.
+
+No sockets, no queue, no torch here; how large a request a server takes is the server's own affair.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from seal_nb.errors import ProtocolError
+
+PROTOCOL_VERSION = "1.0"
+MAX_SEED = 2**32 - 1  # what every random generator of the field takes
+NAME_PATTERN = (
+    r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a file name without tricks: no separator, no leading dot
+)
+VerdictWord = Literal["CORRECT", "INCORRECT", "UNGRADED"]
+
+
+def _whole(value: object) -> object:
+    """An int; a float without a fraction too, since some JSON writers know only floats."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool | str | bytes | float):
+        raise ValueError("a whole number is wanted")
+    return value
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("a number is wanted")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Measured = Annotated[
+    float | None, BeforeValidator(_finite)
+]  # None: not a finite number, as after a divergence
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-\x7e]+$")]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
+
+
+class _Received(BaseModel):
+    """What comes over the wire: unknown fields are ignored, and null means "not said"."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, fields: object) -> object:
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+
+class EvalQuestion(_Received):
+    """One closed-book question; ``context`` is carried along and never shown to the model."""
+
+    title: str = ""
+    context: str = ""
+    question: str
+    answer: str
+
+
+class TTTRequest(_Received):
+    """One inner loop: train a temporary adapter on some sequences, answer questions without and with it."""
+
+    train_sequences: list[str] = Field(default=[], description="texts to train on; none: baseline only")
+    eval_questions: list[EvalQuestion] = Field(
+        default=[], description="questions asked without and with adapter"
+    )
+    lora_rank: Whole = Field(32, ge=1)
+    lora_alpha: Number = Field(64, gt=0)
+    lora_dropout: Number = Field(0, ge=0, lt=1)
+    finetune_epochs: Whole = Field(10, ge=1)
+    finetune_lr: Number = Field(1e-3, ge=0)
+    batch_size: Whole = Field(1, ge=1, description="sequences a micro-batch")
+    gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-batches an optimiser step")
+    end_mask_substring: str = Field(
+        "", description="tokens up to and with its first occurrence carry no loss"
+    )
+    skip_training: bool = Field(False, description="true: baseline only")
+
+    request_id: RequestId | None = Field(None, description="the same id asked again gets the same result")
+    seed: Seed | None = Field(None, description="none: derived from server seed and content")
+    target_modules: list[str] = Field(default=[], description='empty: PEFT\'s default; ["all-linear"]: all')
+    max_seq_length: Whole = Field(2048, ge=1, description="tokens; longer sequences are cut")
+    padding_in_loss: bool = Field(False, description="true: the published training, padding and all")
+    pad_to: Whole = Field(2048, ge=1, description="tokens; with padding_in_loss")
+    pad_samples: Whole = Field(0, ge=0, description="sampled padding positions a sequence; 0: all of them")
+    max_new_tokens: Whole = Field(64, ge=1, description="tokens of an answer")
+    soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
+    adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
+    adapter_stack: list[Name] = Field(default=[], description="kept adapters, frozen underneath, in order")
+    priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
+    traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
+    chat: bool = Field(False, description="true: prompts go through the model's chat template")
+
+    @property
+    def training_wanted(self) -> bool:
+        return bool(self.train_sequences) and not self.skip_training
+
+
+class GenerateRequest(_Received):
+    """Text from the server's model, with or without kept adapters."""
+
+    cmd: Literal["generate"] = "generate"
+    prompts: list[str] = Field(min_length=1)
+    max_tokens: Whole = Field(64, ge=1, description="tokens of one text")
+    temperature: Number = Field(1.0, ge=0, description="0: greedy")
+    top_p: Number = Field(1.0, gt=0, le=1)
+    stop: list[str] = Field(default=[], description="texts that end a completion and are not part of it")
+    seed: Seed | None = None
+    request_id: RequestId | None = None
+    adapter_stack: list[Name] = Field(default=[])
+    priority: Whole = Field(0, ge=-100, le=100)
+    traceback: bool = False
+
+
+class Command(_Received):
+    """Everything that is not work. ``shutdown`` is the published one."""
+
+    cmd: Literal["shutdown", "status", "cancel", "ping"]
+    request_id: RequestId | None = Field(None, description="which request to cancel")
+
+
+Work = TTTRequest | GenerateRequest
+Request = Work | Command
+
+
+class _Sent(BaseModel):
+    """What we send: a field name that is not ours is a mistake of ours."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null", protected_namespaces=())
+
+    def to_json(self) -> bytes:
+        return self.model_dump_json(exclude_none=isinstance(self, ErrorReply)).encode()
+
+
+class TTTReply(_Sent):
+    """Published fields first. Lists over questions are in the order of the request."""
+
+    baseline_accuracy: float | None
+    adapter_accuracy: float | None
+    adapter_gain: float | None
+    baseline_texts: list[str]
+    adapter_texts: list[str]
+    baseline_correct: list[bool | None]
+    adapter_correct: list[bool | None]
+    gains: list[int | None]
+
+    request_id: str | None = None
+    seed: int | None = None
+    baseline_verdicts: list[VerdictWord] = []
+    adapter_verdicts: list[VerdictWord] = []
+    n_ungraded: int = 0
+    baseline_gold_logprobs: list[Measured] = []  # nats, summed over the gold answer's tokens
+    adapter_gold_logprobs: list[Measured] = []
+    gold_token_counts: list[int] = []
+    train_tokens: int = 0
+    train_steps: int = 0
+    epoch_losses: list[Measured] = []
+    timings: dict[str, float] = {}  # seconds: queue_s, train_s, answer_s
+    model_id: str = ""
+    server_id: str = ""
+    protocol_version: str = PROTOCOL_VERSION
+    adapter_path: str | None = None
+
+
+class GenerateReply(_Sent):
+    """One text a prompt, in order."""
+
+    texts: list[str]
+    token_counts: list[int]
+    finish_reasons: list[Literal["stop", "length"]]
+    request_id: str | None = None
+    seed: int | None = None
+    timings: dict[str, float] = {}
+    model_id: str = ""
+    server_id: str = ""
+    protocol_version: str = PROTOCOL_VERSION
+
+
+class ErrorReply(_Sent):
+    """``{"error": "<Type>: <message>"}`` as published; absent fields are not sent."""
+
+    error: str
+    request_id: str | None = None
+    field: str | None = None
+    traceback: str | None = None
+    server_id: str | None = None
+    protocol_version: str = PROTOCOL_VERSION
+
+
+Reply = TTTReply | GenerateReply | ErrorReply
+
+
+def error_reply(
+    error: BaseException, *, request_id: str | None = None, traceback: str | None = None
+) -> ErrorReply:
+    """The reply that reports ``error``; its field too, where the error names one."""
+    return ErrorReply(
+        error=f"{type(error).__name__}: {error}",
+        request_id=request_id,
+        field=getattr(error, "field", "") or None,
+        traceback=traceback,
+    )
+
+
+def read_json(message: bytes) -> dict[str, Any]:
+    """The JSON object in ``message``; ProtocolError if it is anything else (NaN is not JSON)."""
+    try:
+        fields = from_json(message, allow_inf_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(
+            f"the message of {len(message)} bytes is not JSON ({error}); send one UTF-8 JSON object"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"the message is a JSON {type(fields).__name__}; send one JSON object")
+    return fields
+
+
+def parse_request(message: bytes) -> Request:
+    """The request in ``message``. Raises ProtocolError naming field, value and remedy."""
+    fields = read_json(message)
+    kind = _kind(fields)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _protocol_error(error, fields) from None
+
+
+def _kind(fields: dict[str, Any]) -> type[TTTRequest] | type[GenerateRequest] | type[Command]:
+    cmd = fields.get("cmd")
+    if cmd is not None:
+        return GenerateRequest if cmd == "generate" else Command
+    if fields.get("train_sequences") is None and fields.get("eval_questions") is None:
+        raise ProtocolError(
+            "the request has neither train_sequences nor eval_questions nor cmd, but "
+            f"{_shown(sorted(fields))}; send one of them",
+            field="train_sequences",
+        )
+    return TTTRequest
+
+
+def _protocol_error(error: ValidationError, fields: dict[str, Any]) -> ProtocolError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where, problem = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
+    value: Any = fields
+    for step in first["loc"]:
+        inside = step in value if isinstance(value, dict) else isinstance(value, list)
+        value = value[step] if inside else None
+    said = "is missing" if first["type"] == "missing" else f"is {_shown(value)}"
+    others = f" ({error.error_count() - 1} more fields are wrong)" if error.error_count() > 1 else ""
+    remedy = f"correct {where!r} as docs/protocol.md describes it, or leave it out where it has a default"
+    return ProtocolError(f"field {where!r} {said}: {problem}{others}; {remedy}", field=where)
+
+
+def _shown(value: object, width: int = 80) -> str:
+    text = ascii(value) if not isinstance(value, str) or len(value) <= width else ascii(value[:width])
+    return text if len(text) <= width else f"{text[:width]}…"
+
+
+def read_reply(message: bytes) -> Reply | dict[str, Any]:
+    """A reply record, or the plain object that a command was answered with."""
+    fields = read_json(message)
+    kinds: dict[str, type[_Sent]] = {
+        "error": ErrorReply, "baseline_accuracy": TTTReply, "token_counts": GenerateReply
+    }  # fmt: skip
+    for mark, kind in kinds.items():
+        if mark in fields:
+            known = {name: value for name, value in fields.items() if name in kind.model_fields}
+            return kind.model_validate(known)  # type: ignore[return-value]
+    return fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What one arm (the base, or the adapter) answered; all sequences over questions."""
+
+    texts: Sequence[str]
+    verdicts: Sequence[str]  # grading.base.Verdict, or its words
+    gold_logprobs: Sequence[float | None] = ()
+
+    def correct(self) -> list[bool | None]:
+        return [None if v == "UNGRADED" else v == "CORRECT" for v in self.verdicts]
+
+    def accuracy(self) -> float | None:
+        """Unrounded, over graded questions: 0.0 without questions, None where none was graded."""
+        graded = [c for c in self.correct() if c is not None]
+        if not self.verdicts:
+            return 0.0
+        return sum(graded) / len(graded) if graded else None
+
+
+def build_reply(*, baseline: Answers, adapter: Answers | None = None, **measured: Any) -> TTTReply:
+    """The published numbers out of texts and verdicts; ``measured`` are the other fields of TTTReply.
+
+    Without an adapter (baseline only) its side repeats the baseline's and the gain is 0.
+    """
+    after = adapter or baseline
+    before_accuracy, after_accuracy = baseline.accuracy(), after.accuracy()
+    known = before_accuracy is not None and after_accuracy is not None
+    pairs = list(zip(baseline.correct(), after.correct(), strict=True))
+    return TTTReply(
+        baseline_accuracy=_rounded(before_accuracy),
+        adapter_accuracy=_rounded(after_accuracy),
+        adapter_gain=_rounded(after_accuracy - before_accuracy if known else None),  # type: ignore[operator]
+        baseline_texts=list(baseline.texts),
+        adapter_texts=list(after.texts),
+        baseline_correct=[b for b, _ in pairs],
+        adapter_correct=[a for _, a in pairs],
+        gains=[None if a is None or b is None else int(a) - int(b) for b, a in pairs],
+        baseline_verdicts=[str(v) for v in baseline.verdicts],  # type: ignore[misc]
+        adapter_verdicts=[str(v) for v in after.verdicts],  # type: ignore[misc]
+        n_ungraded=sum(b is None or a is None for b, a in pairs),
+        baseline_gold_logprobs=list(baseline.gold_logprobs),
+        adapter_gold_logprobs=list(after.gold_logprobs),
+        **measured,
+    )
+
+
+def _rounded(accuracy: float | None) -> float | None:
+    return None if accuracy is None else round(accuracy, 4)
