@@ -87,4 +87,4 @@ class EngineError(SealError, RuntimeError):
 
 
 class RunMismatch(SealError, ValueError):
-    """A run folder or file was made with other settings than the ones asked for now; it is not overwritten."""
+    """A run folder or file belongs to other settings, or to another run; it is not overwritten."""
