@@ -100,13 +100,13 @@ class _Item:
             problem, path=self.path, item=self.index, field=field, remedy="mend or drop the item"
         )
 
-    def text(self, name: str, *, default: str | None = None, empty: bool = False) -> str:
+    def text(self, name: str, *, default: str | None = None) -> str:
         value = self.value.get(name)
         if value is None and default is not None:
             return default
         if not isinstance(value, str):
             raise self.refused(name, "is missing" if value is None else f"is {_kind(value)}, not a text")
-        if not empty and default is None and not value.strip():
+        if default is None and not value.strip():
             raise self.refused(name, "is empty")
         return value
 
@@ -142,7 +142,7 @@ def _passage(item: _Item) -> Passage:
 
 
 def _squad_passages(path: Path, articles: list[Any]) -> list[Passage]:
-    """One passage a paragraph; titles with spaces, and the first answer as gold, as in the published items."""
+    """One passage a paragraph; titles with spaces and the first answer as gold, as in published items."""
     passages = []
     for index, value in enumerate(articles):
         article = _Item(path, index, value)
@@ -168,11 +168,5 @@ def _shipped_path(source: str | Path) -> Path:
 
 
 def _kind(value: object) -> str:
-    names = {
-        "dict": "an object",
-        "list": "a list",
-        "str": "a text",
-        "NoneType": "null",
-        "bool": "a truth value",
-    }
-    return names.get(type(value).__name__, "a number")
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number")

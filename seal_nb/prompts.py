@@ -76,7 +76,7 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
 
 
 def topic_question(title: str, question: str) -> str:
-    """The question under its topic line, as published clients send it; a line that is there is not doubled."""
+    """The question under its topic line, as published clients send it; never two such lines."""
     topic = f"Topic: {title}\n"
     return question if not title or question.startswith(topic) else topic + question
 
