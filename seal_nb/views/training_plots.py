@@ -1,0 +1,86 @@
+"""Figures of training: the rewards that choose self-edits for a ReST-EM round, and the loss of adapters.
+
+Plain lists in, a figure out; choosing is done by the notebook, not here.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.ticker import MaxNLocator
+
+from seal_nb.views.plots import accuracy_axis, legend_outside, short
+from seal_nb.views.style import BLUE, CYCLE, GREY, INK, LIGHT, PALE, Chart, new_chart, styled
+
+MOST_LOSS_CURVES = 6  # as many as there are colours
+
+
+@styled
+def self_edit_rewards(
+    titles: Sequence[str],
+    rewards: Sequence[Sequence[float]],
+    chosen: Sequence[int | None],
+    baseline: Sequence[float] | None = None,
+) -> Chart:
+    """For each passage the reward (mean adapter accuracy) of each of its self-edits, and which was chosen.
+
+    `rewards[p][e]`; `chosen[p]`: index of the self-edit that is kept, None where the passage is dropped.
+    """
+    chart, axes = new_chart(1.4 + 0.3 * max(len(titles), 1))
+    for row, (values, choice) in enumerate(zip(rewards, chosen, strict=True)):
+        axes.plot([min(values), max(values)], [row, row], color=PALE, linewidth=2, zorder=1)
+        axes.plot(values, _spread(values, row), "o", color=GREY, mfc="white", linestyle="none", zorder=2)
+        if choice is not None:
+            axes.plot([values[choice]], [_spread(values, row)[choice]], "o", color=BLUE, zorder=3)
+        if baseline is not None:
+            axes.plot([baseline[row]] * 2, [row - 0.35, row + 0.35], color=INK, linewidth=1.6, zorder=2)
+    axes.plot([], [], "o", color=GREY, mfc="white", linestyle="none", label="self-edit")
+    axes.plot([], [], "o", color=BLUE, linestyle="none", label="chosen")
+    if baseline is not None:
+        axes.plot([], [], "|", color=INK, markersize=10, linestyle="none", label="baseline")
+    axes.set_yticks(range(len(titles)), [short(title) for title in titles])
+    axes.set_ylim(len(titles) - 0.4, -0.6)
+    accuracy_axis(axes, "x", f"reward: mean adapter accuracy (n = {len(titles)} passages)")
+    axes.set_xlim(-0.03, 1.03)
+    legend_outside(chart)
+    kept = sum(choice is not None for choice in chosen)
+    chart.alt = f"Rewards of the self-edits of {len(titles)} passages; one is kept for {kept} of them."
+    return chart
+
+
+@styled
+def training_loss(curves: Mapping[str, Sequence[float]]) -> Chart:
+    """Mean loss of each epoch for each adapter; with many adapters all are pale and their mean is drawn."""
+    chart, axes = new_chart(2.9)
+    many = len(curves) > MOST_LOSS_CURVES
+    for number, (name, losses) in enumerate(curves.items()):
+        epochs = range(1, len(losses) + 1)
+        if many:
+            axes.plot(
+                epochs,
+                losses,
+                color=LIGHT,
+                linewidth=0.9,
+                label=f"one of {len(curves)}" if number == 0 else None,
+            )
+        else:
+            axes.plot(epochs, losses, "-o", color=CYCLE[number % len(CYCLE)], markersize=4, label=short(name))
+    if many:
+        shared = min(len(losses) for losses in curves.values())
+        mean = [sum(losses[epoch] for losses in curves.values()) / len(curves) for epoch in range(shared)]
+        axes.plot(range(1, shared + 1), mean, "-o", color=BLUE, markersize=4, label="mean")
+    axes.set_xlabel(f"epoch (n = {len(curves)} adapters)")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    legend_outside(chart, "outside right center", 1)
+    chart.alt = f"Training loss of {len(curves)} adapters by epoch. " + " ".join(
+        f"{name}: {losses[0]:.2f} to {losses[-1]:.2f}."
+        for name, losses in list(curves.items())[:MOST_LOSS_CURVES]
+        if losses
+    )
+    return chart
+
+
+def _spread(values: Sequence[float], row: int) -> list[float]:
+    """Heights at which equal rewards stand beside one another instead of on top."""
+    return [row + 0.16 * sum(other == value for other in values[:i]) for i, value in enumerate(values)]
