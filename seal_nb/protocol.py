@@ -82,8 +82,8 @@ class TTTRequest(_Received):
         default=[], description="questions asked without and with adapter"
     )
     lora_rank: Whole = Field(32, ge=1)
-    lora_alpha: Number = Field(64, gt=0)
-    lora_dropout: Number = Field(0, ge=0, lt=1)
+    lora_alpha: Number = Field(64.0, gt=0)
+    lora_dropout: Number = Field(0.0, ge=0, lt=1)
     finetune_epochs: Whole = Field(10, ge=1)
     finetune_lr: Number = Field(1e-3, ge=0)
     batch_size: Whole = Field(1, ge=1, description="sequences a micro-batch")
@@ -104,6 +104,7 @@ class TTTRequest(_Received):
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
     adapter_stack: list[Name] = Field(default=[], description="kept adapters, frozen underneath, in order")
+    skip_baseline: bool = Field(False, description="true: only the adapter answers; baseline fields stay empty")
     priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
     chat: bool = Field(False, description="true: prompts go through the model's chat template")

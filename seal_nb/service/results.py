@@ -1,0 +1,89 @@
+"""Results of requests that brought an id, kept in the run folder so that asking again never trains again.
+
+One journal line a result (``seal_nb.runs.Journal``: locked to one server, on the disk before the client
+hears of it). Where the disk refuses (full), the result is kept in memory, the trouble is shown in the
+status, and writing is tried again. A result belongs to an id *and* a content: an id that comes back with
+another request is refused.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from seal_nb.errors import ProtocolError, RunMismatch
+from seal_nb.runs import Journal
+
+log = logging.getLogger(__name__)
+
+
+class Results:
+    """Replies by request id. ``trouble`` says why something is not on the disk; "" if all is."""
+
+    def __init__(self, path: Path, *, lock_wait_s: float = 10.0) -> None:
+        self._journal = _open(path, lock_wait_s)
+        self._unsaved: dict[str, dict[str, Any]] = {}
+        self.trouble = ""
+
+    def __len__(self) -> int:
+        return len(self._journal) + len(self._unsaved)
+
+    @property
+    def n_unsaved(self) -> int:
+        return len(self._unsaved)
+
+    def get(self, request_id: str, content: str) -> dict[str, Any] | None:
+        """The reply once given to this request. Raises ProtocolError if the id was another request's."""
+        if request_id in self._unsaved:
+            kept = self._unsaved[request_id]
+        elif request_id in self._journal:
+            kept = self._journal.get(request_id)
+        else:
+            return None
+        check_same(request_id, kept["content"], content)
+        return kept["reply"]
+
+    def put(self, request_id: str, content: str, reply: dict[str, Any]) -> None:
+        self._unsaved[request_id] = {"content": content, "reply": reply}
+        self.save()
+
+    def save(self) -> bool:
+        """Write what is not written yet; False (and ``trouble``) where the disk refuses."""
+        for request_id in list(self._unsaved):
+            try:
+                self._journal.append(request_id, self._unsaved[request_id])
+            except OSError as error:
+                if not self.trouble:
+                    log.error(
+                        "results cannot be written (%s); kept in memory and tried again: free space", error
+                    )
+                self.trouble = f"{self.n_unsaved} results are not on the disk: {error}"
+                return False
+            del self._unsaved[request_id]
+        self.trouble = ""
+        return True
+
+    def close(self) -> None:
+        self._journal.close()
+
+
+def check_same(request_id: str, kept_content: str, content: str) -> None:
+    """Raises ProtocolError if an id is used for a second, different request."""
+    if kept_content != content:
+        raise ProtocolError(
+            f"field 'request_id' is {request_id!r}, which belongs to a different request; "
+            "take a new id, or send exactly the earlier request",
+            field="request_id",
+        )
+
+
+def _open(path: Path, lock_wait_s: float) -> Journal:
+    """The journal, once an earlier server has let go of it. Raises RunMismatch where it does not."""
+    deadline = time.monotonic() + lock_wait_s
+    while True:
+        try:
+            return Journal(path)
+        except RunMismatch:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)

@@ -1,0 +1,42 @@
+"""The messages between front end and workers: kind, a small JSON header, a body that nobody in between
+reads.
+
+Worker → front end: ``ready`` (capacity, model_id, …), ``beat`` (lease, capacity, stats), ``result`` (token;
+body: the reply), ``failed`` (error, traceback: it ends now), ``leaving``. Front end → worker: ``welcome``
+(lease, beat_s), ``expired`` (your lease is gone: drop everything, say ready again), ``job`` (token; body:
+the request), ``cancel`` (key), ``stop``. Clients never speak this; their messages are in
+``seal_nb.protocol``.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from seal_nb.errors import ProtocolError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message, either way."""
+
+    kind: str
+    header: dict[str, Any]
+    body: bytes = b""
+
+
+def pack(kind: str, body: bytes = b"", **header: Any) -> list[bytes]:
+    """The frames of one message."""
+    return [kind.encode(), json.dumps(header).encode(), body]
+
+
+def unpack(frames: list[bytes]) -> Message:
+    """The message in ``frames``. Raises ProtocolError."""
+    try:
+        kind, header, body = frames
+        fields = json.loads(header)
+        if not isinstance(fields, dict):
+            raise ValueError("the header is not an object")
+        return Message(kind=kind.decode("ascii"), header=fields, body=body)
+    except (ValueError, RecursionError) as error:
+        sizes = [len(frame) for frame in frames]
+        raise ProtocolError(f"not a message of this service: frames of {sizes} bytes ({error})") from error
