@@ -1,0 +1,52 @@
+"""No process is left behind: end a tree of processes, and end with one's parent.
+
+A stage is a tree (runner, Jupyter kernel, TTT server, workers), and each of them may live in a session of its
+own, so that neither a terminal's Ctrl-C nor the death of the root reaches the leaves by itself.
+"""
+
+import contextlib
+import os
+import threading
+import time
+
+import psutil
+
+POLL_S = 0.5
+
+
+def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
+    """Terminate ``pid`` and all its descendants, and kill after ``grace_s`` what is still there."""
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    _end(tree, grace_s)
+
+
+def _end(tree: list[psutil.Process], grace_s: float) -> None:
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=grace_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def end_with_parent(parent_pid: int) -> threading.Thread:
+    """From now on this process and its descendants end when ``parent_pid`` is no longer its parent.
+
+    A parent that is killed outright (kill -9) tells nobody; the change of the parent's number does.
+    """
+    watch = threading.Thread(target=_watch, args=(parent_pid,), name="end-with-parent", daemon=True)
+    watch.start()
+    return watch
+
+
+def _watch(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(POLL_S)
+    _end(psutil.Process().children(recursive=True), grace_s=5.0)
+    # Not sys.exit, which would end this thread alone.
+    os._exit(143)
