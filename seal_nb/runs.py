@@ -75,7 +75,9 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, obj: object) -> Path:
     """``write_text`` of the published layout: two spaces, real characters. NaN and infinity become null."""
-    return write_text(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair, as a model can write it, has no UTF-8; as an escape it is still the same JSON.
+    return write_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 def read_json(path: str | Path) -> Any:

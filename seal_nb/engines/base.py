@@ -48,5 +48,9 @@ class Engine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt, in order. Raises: EngineError."""
+        """One completion a prompt, in order. Raises: EngineError.
+
+        Equal prompts in one call are sampled independently; the same call with the same seed gives the
+        same texts.
+        """
         ...

@@ -1,0 +1,18 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None, max_examples=60)
+settings.load_profile("shared machine")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of published reference data, beside the checkout; tests skip where it is not there."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no published reference data at ../shared/golden ({folder.name} absent)")
+    return folder
