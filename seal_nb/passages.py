@@ -164,7 +164,7 @@ def _shipped_path(source: str | Path) -> Path:
     split = str(source).removeprefix("shipped:")
     if split not in SHIPPED_SPLITS:
         raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
-    return Path(str(resources.files("seal_nb") / "data" / f"{split}.json"))
+    return Path(str(resources.files("seal_nb") / "data" / f"passages_{split}.json"))
 
 
 def _kind(value: object) -> str:
