@@ -135,7 +135,9 @@ def format_value(value: Value) -> str:
 
 def executed_path(notebook: Path, values: Mapping[str, Value], declared: Mapping[str, Parameter]) -> Path:
     """Where an executed copy goes unless said otherwise: into the run folder, the parameter ``output_dir``."""
-    output_dir = values.get("output_dir") or (declared["output_dir"].default if "output_dir" in declared else "")
+    output_dir = values.get("output_dir") or (
+        declared["output_dir"].default if "output_dir" in declared else ""
+    )
     return Path(str(output_dir) or f"runs/{notebook.stem}") / notebook.name
 
 

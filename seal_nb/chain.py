@@ -1,0 +1,104 @@
+"""One table of stages: which notebook, with which parameters, after which others.
+
+A chain says what an experiment consists of; an executor runs it (``chain_local`` on this machine). Paths in
+parameters are written relative to the run's folder with ``in_run``, so that the same table serves any folder and
+any executor. What a stage is identified by is its content: notebook, parameters and what it is made from; a
+finished stage with the same identity need not run again.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seal_nb.errors import SettingsError
+from seal_nb.notebook_runner import Value
+from seal_nb.runs import content_id, write_json
+
+RUN = "{run}"  # stands for the run's folder in a parameter
+DONE_DIR = ".done"
+
+
+def in_run(stage: str, file: str = "") -> str:
+    """A path in the folder of ``stage``, for use as a parameter of another stage."""
+    return f"{RUN}/{stage}/{file}".rstrip("/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One notebook run. Its results lie in the folder of its name; ``output_dir`` need not be given.
+
+    A background stage is a server: it is started before the first stage that needs it and stopped after the
+    last; ``produces`` names the file whose appearance means that it is ready.
+    """
+
+    name: str
+    notebook: str
+    title: str
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    produces: tuple[str, ...] = ()
+    background: bool = False
+
+    def __post_init__(self) -> None:
+        if self.background and len(self.produces) != 1:
+            raise SettingsError(
+                f"background stage {self.name!r}: name the one file that means ready in `produces`"
+            )
+
+    def values(self, run_dir: Path) -> dict[str, Value]:
+        """The notebook's parameters with real paths."""
+        return {
+            name: value.replace(RUN, str(run_dir)) if isinstance(value, str) else value
+            for name, value in {"output_dir": in_run(self.name), **self.parameters}.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Stages in an order in which they can run one after another."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        earlier: set[str] = set()
+        for stage in self.stages:
+            if stage.name in earlier:
+                raise SettingsError(f"chain {self.name!r} has two stages named {stage.name!r}")
+            if missing := [name for name in stage.needs if name not in earlier]:
+                raise SettingsError(
+                    f"stage {stage.name!r} needs {', '.join(missing)}; put it after what it needs, and check names"
+                )
+            earlier.add(stage.name)
+
+    def __getitem__(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def servers_of(self, stage: Stage) -> list[Stage]:
+        """The background stages that must be up while ``stage`` runs."""
+        return [self[name] for name in stage.needs if self[name].background]
+
+    def identity(self, stage: Stage) -> str:
+        """Depends on what the stage computes and from what, not on where the run's folder lies."""
+        made_from = [self.identity(self[name]) for name in stage.needs]
+        return content_id([stage.notebook, dict(stage.parameters), made_from])
+
+
+def is_done(chain: Chain, stage: Stage, run_dir: Path) -> bool:
+    """Whether ``stage`` finished in this folder with these parameters and its results are still there."""
+    try:
+        marker = json.loads((run_dir / DONE_DIR / f"{stage.name}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    results = [run_dir / stage.name / file for file in stage.produces]
+    return marker.get("identity") == chain.identity(stage) and all(path.exists() for path in results)
+
+
+def mark_done(chain: Chain, stage: Stage, run_dir: Path, *, seconds: float) -> None:
+    """Remember that ``stage`` finished, and how long it took."""
+    marker = {"identity": chain.identity(stage), "notebook": stage.notebook, "seconds": round(seconds, 1)}
+    write_json(run_dir / DONE_DIR / f"{stage.name}.json", marker)

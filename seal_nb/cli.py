@@ -1,0 +1,164 @@
+"""The console command ``seal-nb``: thin, and the only module that prints.
+
+Heavy modules are imported inside the commands that use them, so that ``seal-nb --help`` answers at once.
+A SealError becomes one message on standard error and exit code 2, a failed stage exit code 1.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seal_nb.errors import SealError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments) or 0)
+    except KeyboardInterrupt:
+        print("seal-nb: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SealError as error:
+        from seal_nb.chain_local import ChainFailed
+        from seal_nb.notebook_runner import StageFailed
+
+        print(f"seal-nb: {error}", file=sys.stderr)
+        return 1 if isinstance(error, StageFailed | ChainFailed) else 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_run, _add_serve, _add_status, _add_summarize, _add_grade, _add_demo):
+        add(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="run a stage's notebook headless (papermill)")
+    run.add_argument(
+        "stage", metavar="STAGE", help="a notebook's name or its beginning: 03_query_server, or 03"
+    )
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
+                     help="set a parameter; may be repeated")  # fmt: skip
+    run.add_argument(
+        "--output", type=Path, metavar="EXECUTED.ipynb", help="default: in the run folder, output_dir"
+    )
+    run.add_argument("--notebooks", type=Path, metavar="DIR", help="default: notebooks/ of the checkout")
+    run.add_argument("--parameters", action="store_true", help="list the stage's parameters and end")
+    run.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+    run.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from seal_nb import notebook_runner as runner
+    from seal_nb.lifeline import end_with_parent
+    from seal_nb.progress import for_stream
+
+    if arguments.parent_pid is not None:
+        end_with_parent(arguments.parent_pid)
+    # The kernel "python3" is this environment's, whatever the user has in their home folder.
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    notebook = runner.find_notebook(arguments.stage, arguments.notebooks or runner.default_notebooks_dir())
+    declared = runner.declared_parameters(notebook)
+    if arguments.parameters:
+        return _list_parameters(declared.values())
+    values = runner.parse_parameters(arguments.pairs, declared)
+    executed = arguments.output or runner.executed_path(notebook, values, declared)
+    write, progress_bar = for_stream(sys.stdout)
+    runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
+    print(f"executed notebook: {executed}")
+
+
+def _list_parameters(parameters: Any) -> None:
+    for parameter in parameters:
+        print(f"{parameter.name}: {parameter.type_name} = {parameter.default!r}")
+        if parameter.help:
+            print(f"    {parameter.help}")
+
+
+def _add_status(commands: Any) -> None:
+    status = commands.add_parser("status", help="what a TTT server is doing")
+    status.add_argument("--endpoint", default="tcp://127.0.0.1:5555")
+    status.set_defaults(command=_status)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from seal_nb.service.client import TTTClient
+
+    with TTTClient(arguments.endpoint, timeout_s=10) as client:
+        print(json.dumps(client.status(), indent=2, default=vars))
+
+
+def _add_summarize(commands: Any) -> None:
+    summarize = commands.add_parser("summarize", help="recompute a run file's statistics from its verdicts")
+    summarize.add_argument(
+        "run", type=Path, metavar="RUN.json", help="run_*.json or cpt_run_*.json, also .gz"
+    )
+    summarize.add_argument("--json", action="store_true", help="print one JSON object")
+    summarize.set_defaults(command=_summarize)
+
+
+def _add_grade(commands: Any) -> None:
+    grade = commands.add_parser("grade", help="grade answers: rows of question, gold, answer")
+    grade.add_argument("rows", type=Path, metavar="IN.jsonl")
+    grade.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
+    grade.add_argument("--grader", default="local", help="local (default), exact, f1")
+    grade.set_defaults(command=_grade)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="stages 1 to 5 on the small model and the shipped passages")
+    demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), metavar="FOLDER")
+    demo.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from seal_nb.chain_local import run_chain
+    from seal_nb.chain_tables import DEMO, rest_em_chain
+    from seal_nb.notebook_runner import default_notebooks_dir
+    from seal_nb.views.report import write_index
+
+    folder: Path = arguments.run_dir
+    run_chain(
+        rest_em_chain(DEMO),
+        folder,
+        notebooks=default_notebooks_dir(),
+        tell=lambda line: print(line, flush=True),
+        stop_server=_shut_down,
+    )
+    index = write_index(folder, title="Demo: self-edits on a small model")
+    print(f"executed notebooks: {folder}/*/*.ipynb\nall plots on one page: {index}")
+
+
+def _shut_down(endpoint_file: Path) -> None:
+    from seal_nb.service.client import TTTClient
+
+    with TTTClient(str(endpoint_file), timeout_s=10) as client:
+        client.shutdown()
+
+
+def _summarize(arguments: argparse.Namespace) -> None:
+    raise SystemExit(0)
+
+
+def _grade(arguments: argparse.Namespace) -> None:
+    raise SystemExit(0)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="start a TTT server: a front end and its workers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
