@@ -1,0 +1,138 @@
+"""The frozen base: a transformers decoder whose Linear layers take branches and whose attention takes rows.
+
+Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3, Mistral, …); this
+is checked numerically when the model is loaded, not assumed. Weights are never changed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from seal_nb.errors import SettingsError
+from seal_nb.ttt.branches import BranchedLinear, Current, Plan, Segment
+from seal_nb.ttt.jobs import LoraSettings
+from seal_nb.ttt.lora import Adapter, Layout, initial_weights, load_adapter, make_layout
+from seal_nb.ttt.packing import ATTENTION, Attend, make_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTokens:
+    """Tokens of one row on the host, and which adapters act on them (none: the base alone)."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    n_real: int
+
+    @classmethod
+    def plain(cls, token_ids: Sequence[int], start: int = 0) -> "RowTokens":
+        ids = torch.tensor(token_ids)
+        return cls(token_ids=ids, positions=torch.arange(start, start + len(ids)), n_real=len(ids))
+
+
+class FrozenBase:
+    """A model folder loaded once, run in passes over many rows, each with its own adapters."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.device, self.dtype = model.device, model.dtype
+        _refuse_unsupported(model)
+        probe = torch.arange(8, device=self.device)[None] % model.config.vocab_size
+        with torch.no_grad():
+            expected = model(input_ids=probe, use_cache=False).logits
+        self.current = Current()
+        self.linears = _branch_out(model, self.current)
+        model.config._attn_implementation = ATTENTION
+        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        self._check(probe[0], expected[0])
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "FrozenBase":
+        """Load a model folder or hub name. No code of the model's repository is ever run."""
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, attn_implementation="sdpa")
+        return cls(model.to(device), tokenizer, name=str(folder))
+
+    @property
+    def model_type(self) -> str:
+        return self.model.config.model_type
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the generation config's, else the tokenizer's."""
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return frozenset(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+
+    def layout(self, settings: LoraSettings) -> Layout:
+        return make_layout(self.linears, settings, self.model_type)
+
+    def new_adapter(self, settings: LoraSettings, seed: int) -> Adapter:
+        """An adapter as PEFT initialises it after `torch.manual_seed(seed)`; float32, or float64 on a float64 base."""
+        layout = self.layout(settings)
+        flat = initial_weights(layout, seed).to(self.device, torch.promote_types(torch.float32, self.dtype))
+        return Adapter(layout, settings, flat, self.dtype)
+
+    def load_adapter(self, folder: Path) -> Adapter:
+        return load_adapter(folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def hidden(
+        self, rows: Sequence[RowTokens], segments: Sequence[Segment], *, attend: Attend | None = None
+    ) -> torch.Tensor:
+        """Last hidden states (T, d) of all rows' tokens, end to end. Segments say which adapters act on which tokens.
+
+        `attend` replaces attention within rows (decoding attends to a cache).
+        """
+        ids = torch.cat([r.token_ids for r in rows]).to(self.device, non_blocking=True)
+        positions = torch.cat([r.positions for r in rows]).to(self.device, non_blocking=True)
+        if attend is None:
+            attend = make_rows([len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]).attend
+        return self.run(ids, positions, segments, attend)
+
+    def run(
+        self, ids: torch.Tensor, positions: torch.Tensor, segments: Sequence[Segment], attend: Attend
+    ) -> torch.Tensor:
+        """As `hidden`, from token ids and positions (T,) that are on the device already."""
+        self.current.plan = Plan(segments)
+        try:
+            return self.decoder(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend
+            ).last_hidden_state[0]
+        finally:
+            self.current.plan = Plan()
+
+    def _check(self, ids: torch.Tensor, expected: torch.Tensor) -> None:
+        with torch.no_grad():
+            found = self.head(self.hidden([RowTokens.plain(ids.tolist())], ()))
+        scale = expected.float().abs().max()
+        error = (found.float() - expected.float()).abs().max() / scale
+        if not error < 0.05:
+            raise SettingsError(
+                f"model {self.name or self.model_type!r}: packed logits differ from its own by {float(error):.2g} of their"
+                " size; this architecture does something between hidden states and logits that slots do not know"
+            )
+
+
+def _refuse_unsupported(model: PreTrainedModel) -> None:
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise SettingsError(f"model type {config.model_type!r} has {sorted(kinds)} layers; only full attention is supported")
+    if model.get_output_embeddings() is None:
+        raise SettingsError(f"model type {config.model_type!r} has no language-model head; give a causal language model")
+
+
+def _branch_out(model: PreTrainedModel, current: Current) -> dict[str, nn.Linear]:
+    """Put a BranchedLinear in place of each Linear but the head; return the Linears by name, in the model's order."""
+    head = model.get_output_embeddings()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for name, linear in linears.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, BranchedLinear(linear, name, current))
+    return linears

@@ -1,0 +1,288 @@
+"""Grouped decoding: rows of many adapters and of the base in one batch, with a KV cache.
+
+Each step gives every live row its next token in one pass of the frozen base; rows lie group by group (a group: rows with the
+same adapters), so each group's low-rank branch is one small product. Finished rows leave, waiting rows enter. Greedy answers
+equal `transformers.generate` with the PEFT adapter; sampling draws from a stream of each row's own, so a text does not
+depend on its neighbours.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from seal_nb.ttt.base import FrozenBase, RowTokens
+from seal_nb.ttt.branches import Segment
+from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.packing import Rows, make_rows
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeRow:
+    """One text to generate. temperature 0 is greedy. `key` comes back with the result."""
+
+    key: Hashable
+    token_ids: Sequence[int]
+    adapters: tuple[Adapter, ...] = ()
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        return tuple(id(a) for a in self.adapters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A generated text. finish_reason: "stop" (EOS or a stop text) or "length"."""
+
+    key: Hashable
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass
+class _Live:
+    """A row in the batch: its new tokens so far, and its own uniform draws if it samples."""
+
+    row: DecodeRow
+    draws: torch.Tensor
+    new_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class GroupedDecoder:
+    """Generates for many rows at once. max_rows: rows in the batch at a time; prefill_tokens: prompt tokens of one pass."""
+
+    def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
+        self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
+        self.waiting: deque[DecodeRow] = deque()
+        self.live: list[_Live] = []
+        self.cache = _Cache([], [], torch.zeros(0, dtype=torch.long))
+        self.n_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.live)
+
+    def submit(self, row: DecodeRow) -> None:
+        self.waiting.append(row)
+
+    def cancel(self, keys: set[Hashable]) -> None:
+        """Forget rows of these keys; live ones are cut short and dropped at the next step."""
+        self.waiting = deque(r for r in self.waiting if r.key not in keys)
+        for lane in self.live:
+            if lane.row.key in keys:
+                lane.finish_reason = "cancelled"
+
+    @torch.no_grad()
+    def step(self) -> list[Decoded]:
+        """Let waiting rows in where enough lanes are free, then one token for every live row."""
+        finished = self._leave()
+        if self.waiting and len(self.live) <= self.max_rows * 3 // 4:
+            self._enter()
+        elif self.live:
+            self._advance()
+        return finished + self._leave()
+
+    def run(self) -> list[Decoded]:
+        done: list[Decoded] = []
+        while self.busy:
+            done += self.step()
+        return done
+
+    def _enter(self) -> None:
+        """Prefill waiting rows, packed; each gets its first token and a place in the cache."""
+        new, tokens = [], 0
+        while self.waiting and len(self.live) + len(new) < self.max_rows:
+            if new and tokens + len(self.waiting[0].token_ids) > self.prefill_tokens:
+                break
+            tokens += len(self.waiting[0].token_ids)
+            new.append(_Live(self.waiting[0], _draws(self.waiting.popleft())))
+        new.sort(key=lambda lane: lane.row.group)
+        lengths = [len(lane.row.token_ids) for lane in new]
+        prefill = _Prefill(make_rows(lengths, self.base.device), lengths)
+        hidden = self.base.hidden(
+            [RowTokens.plain(lane.row.token_ids) for lane in new],
+            _segments(new, lengths),
+            attend=prefill.attend,
+        )
+        last = torch.tensor(lengths, device=self.base.device).cumsum(0) - 1
+        self._append(new, hidden[last])
+        self.n_tokens += tokens
+        self.cache = self.cache.joined(prefill.cache(self.base.device))
+        self._reorder(self.live + new)
+
+    def _reorder(self, lanes: list[_Live]) -> None:
+        """Lanes group by group; the cache follows."""
+        order = sorted(range(len(lanes)), key=lambda i: lanes[i].row.group)
+        self.live = [lanes[i] for i in order]
+        if order != list(range(len(order))):
+            self.cache = self.cache.selected(order)
+
+    def _advance(self) -> None:
+        ids = torch.tensor([lane.new_ids[-1] for lane in self.live], device=self.base.device)
+        room = max(len(lane.row.token_ids) + lane.row.max_new_tokens for lane in self.live)
+        attend = self.cache.opened(room)
+        hidden = self.base.run(ids, self.cache.lengths, _segments(self.live, [1] * len(self.live)), attend)
+        self.cache.lengths += 1
+        self._append(self.live, hidden)
+
+    def _append(self, lanes: list[_Live], hidden: torch.Tensor) -> None:
+        """Choose each lane's next token from hidden (lanes, d) and note which lanes are done."""
+        logits = F.linear(hidden, self.base.head.weight, self.base.head.bias).float()
+        self.n_tokens += len(lanes)
+        for lane, token in zip(lanes, _choose(logits, lanes).tolist(), strict=True):
+            if lane.finish_reason:
+                continue
+            if token in self.base.eos_ids:
+                lane.finish_reason = "stop"
+                continue
+            lane.new_ids.append(token)
+            if len(lane.new_ids) >= lane.row.max_new_tokens:
+                lane.finish_reason = "length"
+            if lane.row.stop and any(s in self._text(lane) for s in lane.row.stop):
+                lane.finish_reason = "stop"
+
+    def _leave(self) -> list[Decoded]:
+        """Take finished lanes out, once an eighth of the batch is finished (each time costs a copy of the cache)."""
+        ended = [lane for lane in self.live if lane.finish_reason]
+        if not ended or len(ended) < len(self.live) / 8:
+            return []
+        kept = [i for i, lane in enumerate(self.live) if not lane.finish_reason]
+        self.live = [self.live[i] for i in kept]
+        self.cache = self.cache.selected(kept)
+        return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
+
+    def _text(self, lane: _Live) -> str:
+        return self.base.tokenizer.decode(lane.new_ids, skip_special_tokens=True)
+
+    def _decoded(self, lane: _Live) -> Decoded:
+        text = self._text(lane)
+        for stop in lane.row.stop:
+            text = text.split(stop, 1)[0]
+        return Decoded(
+            key=lane.row.key, text=text, token_ids=tuple(lane.new_ids), finish_reason=lane.finish_reason
+        )
+
+
+def _draws(row: DecodeRow) -> torch.Tensor:
+    if row.temperature == 0:
+        return torch.empty(0)
+    return torch.rand(row.max_new_tokens, generator=torch.Generator().manual_seed(row.seed))
+
+
+def _segments(lanes: Sequence[_Live], lengths: Sequence[int]) -> list[Segment]:
+    """One segment a group of neighbouring lanes with the same adapters."""
+    segments, start = [], 0
+    pairs = zip(lanes, lengths, strict=True)
+    for _, members in groupby(pairs, key=lambda pair: pair[0].row.group):
+        group = list(members)
+        stop = start + sum(n for _, n in group)
+        if group[0][0].row.adapters:
+            segments.append(Segment(start=start, stop=stop, adapters=group[0][0].row.adapters))
+        start = stop
+    return segments
+
+
+def _choose(logits: torch.Tensor, lanes: Sequence[_Live]) -> torch.Tensor:
+    """Next token (lanes,): the likeliest, or by each lane's own draw within its top-p nucleus (arXiv 1904.09751)."""
+    tokens = logits.argmax(-1)
+    sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
+    if not sampled:
+        return tokens
+    where = torch.tensor(sampled, device=logits.device)
+    rows = [lanes[i].row for i in sampled]
+    draws = torch.stack([lanes[i].draws[len(lanes[i].new_ids)] for i in sampled]).to(logits.device)
+    temperature = torch.tensor([r.temperature for r in rows], device=logits.device)
+    top_p = torch.tensor([r.top_p for r in rows], device=logits.device)
+    p, order = (logits[where] / temperature[:, None]).softmax(-1).sort(dim=-1, descending=True)
+    below = p.cumsum(-1) - p  # probability of everything likelier
+    mass = torch.where(below < top_p[:, None], p, 0).cumsum(-1)
+    place = (mass <= (draws * mass[:, -1])[:, None]).sum(-1).clamp(max=p.shape[-1] - 1)
+    tokens[where] = order.gather(1, place[:, None])[:, 0]
+    return tokens
+
+
+@dataclass
+class _Cache:
+    """Keys and values of live rows: a (rows, kv_heads, room, d) tensor a layer, tokens at the left; lengths (rows,)."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    lengths: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def joined(self, other: "_Cache") -> "_Cache":
+        if not len(self.lengths):
+            return other
+        room = max(self.keys[0].shape[2], other.keys[0].shape[2])
+        pairs = [
+            [torch.cat([_widened(a, room), _widened(b, room)]) for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in ((self.keys, other.keys), (self.values, other.values))
+        ]
+        return _Cache(pairs[0], pairs[1], torch.cat([self.lengths, other.lengths]))
+
+    def selected(self, rows: Sequence[int]) -> "_Cache":
+        index = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)
+        longest = int(self.lengths[index].max()) if len(rows) else 0
+        kept = [[t[index, :, :longest] for t in side] for side in (self.keys, self.values)]
+        return _Cache(kept[0], kept[1], self.lengths[index])
+
+    def opened(self, room: int):  # type: ignore[no-untyped-def]
+        """The attention of one step: each row's new token is written after its last one and sees the row's tokens."""
+        if self.keys[0].shape[2] < room:
+            self.keys = [_widened(t, room) for t in self.keys]
+            self.values = [_widened(t, room) for t in self.values]
+        seen = int(self.lengths.max()) + 1
+        mask = (torch.arange(seen, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        rows = torch.arange(len(self.lengths), device=self.lengths.device)
+
+        def attend(
+            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+        ) -> torch.Tensor:
+            keys, values = self.keys[layer.layer_idx], self.values[layer.layer_idx]  # type: ignore[index]
+            keys[rows, :, self.lengths] = k[0].transpose(0, 1)
+            values[rows, :, self.lengths] = v[0].transpose(0, 1)
+            out = F.scaled_dot_product_attention(
+                q[0].transpose(0, 1)[:, :, None],  # (rows, heads, 1, d)
+                keys[:, :, :seen],
+                values[:, :, :seen],
+                attn_mask=mask,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            return out[:, :, 0][None]
+
+        return attend
+
+
+def _widened(t: torch.Tensor, room: int) -> torch.Tensor:
+    return F.pad(t, (0, 0, 0, room - t.shape[2])) if t.shape[2] < room else t
+
+
+class _Prefill:
+    """Attention of the first pass, which keeps each layer's keys and values."""
+
+    def __init__(self, rows: Rows, lengths: Sequence[int]):
+        self.rows, self.lengths = rows, lengths
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def attend(
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self.keys.append(self.rows.padded(k[0].transpose(0, 1)))
+        self.values.append(self.rows.padded(v[0].transpose(0, 1)))
+        return self.rows.attend(layer, q, k, v, scaling)
+
+    def cache(self, device: torch.device) -> _Cache:
+        return _Cache(self.keys, self.values, torch.tensor(self.lengths, device=device))
