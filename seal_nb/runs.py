@@ -60,7 +60,8 @@ def write_text(path: str | Path, text: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        # Half a surrogate pair has no UTF-8; as an escape it is still the same JSON.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.write(text)
             file.flush()
@@ -75,9 +76,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, obj: object) -> Path:
     """``write_text`` of the published layout: two spaces, real characters. NaN and infinity become null."""
-    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
-    # Half a surrogate pair, as a model can write it, has no UTF-8; as an escape it is still the same JSON.
-    return write_text(path, text.encode("utf-8", "backslashreplace").decode())
+    return write_text(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def read_json(path: str | Path) -> Any:

@@ -1,0 +1,310 @@
+"""Numbers about runs: accuracies, published statistics, intervals, recitation, continual edits, graders.
+
+Accuracies are fractions. A verdict is True, False or None; None is an answer nobody could grade, and it is
+left out and counted, never taken for wrong. ``correct_P_Q`` is, for each passage, the verdicts of all its
+answers (questions × repeats × self-edits). Published statistics agree with the published files to the last
+bit, which is why they use ``statistics`` and not numpy. Nothing is read from files or graded here.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from seal_nb.errors import DataError
+
+Verdicts = Sequence[bool | None]
+Scores = Sequence[float | None]  # verdicts too: True is 1.0
+Weighting = Literal["passage", "question"]
+
+N_RESAMPLES = 10_000
+MIN_PASSAGES = 6  # sign test: five passages that all agree are still 1 in 16 by chance
+_CHUNK = 500  # resamples at a time, so that memory stays small
+
+
+def accuracy(correct: Verdicts) -> float | None:
+    """Share of graded answers that are correct: 0.0 without questions, None where none was graded."""
+    graded = [verdict for verdict in correct if verdict is not None]
+    if not correct:
+        return 0.0
+    return sum(graded) / len(graded) if graded else None
+
+
+def gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
+    """Adapter accuracy minus baseline accuracy, unrounded; None where either is."""
+    before, after = accuracy(baseline), accuracy(adapter)
+    return None if before is None or after is None else after - before
+
+
+def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, float | None]:
+    """Published stats of one self-edit from (baseline, adapter) verdicts of each repeat.
+
+    Accuracies are rounded to 4 decimals before averaging, as the published server sends them. A repeat
+    without any graded answer is left out; with none left the numbers are None.
+    """
+    pairs = list(repeats)
+    before = [_rounded(accuracy(baseline)) for baseline, _ in pairs]
+    after = [_rounded(accuracy(adapter)) for _, adapter in pairs]
+    return {
+        "baseline_mean": mean(before),
+        "baseline_std": sample_std(before),
+        "adapter_mean": mean(after),
+        "adapter_std": sample_std(after),
+        "gain_mean": mean([_rounded(gain(baseline, adapter)) for baseline, adapter in pairs]),
+    }
+
+
+def published_statistics(
+    completion_stats_P_E: Sequence[Sequence[Mapping[str, Any]]],
+) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
+    """Published ``stats`` of every article and the ``overall`` of a run, from the stats of its self-edits.
+
+    Averages run over unrounded values; every number is rounded to 4 decimals once. Overall
+    ``mean_adapter_std_within_completions`` averages over all self-edits, ``mean_gain`` is adapter minus
+    baseline mean.
+    """
+    articles = [_article_stats(stats_E) for stats_E in completion_stats_P_E]
+    within = [stats["adapter_std"] for stats_E in completion_stats_P_E for stats in stats_E]
+    before = [article["baseline_accuracy"] for article in articles]
+    after = [article["adapter_mean_accuracy"] for article in articles]
+    before_mean, after_mean = mean(before), mean(after)
+    known = before_mean is not None and after_mean is not None
+    overall = {
+        "baseline_mean_accuracy": before_mean,
+        "baseline_std_of_article_means": sample_std(before),
+        "adapter_mean_accuracy": after_mean,
+        "adapter_std_of_article_means": sample_std(after),
+        "mean_adapter_std_over_completions": mean([a["adapter_std_over_completions"] for a in articles]),
+        "mean_adapter_std_within_completions": mean(within),
+        "mean_gain": after_mean - before_mean if known else None,  # type: ignore[operator]
+    }
+    return [_all_rounded(article) for article in articles], _all_rounded(overall)
+
+
+def _article_stats(stats_E: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    after = [stats["adapter_mean"] for stats in stats_E]
+    return {
+        "baseline_accuracy": mean([stats["baseline_mean"] for stats in stats_E]),
+        "adapter_mean_accuracy": mean(after),
+        "adapter_std_over_completions": sample_std(after),
+        "mean_adapter_std_within_completions": mean([stats["adapter_std"] for stats in stats_E]),
+        "mean_gain": mean([stats["gain_mean"] for stats in stats_E]),
+    }
+
+
+def mean(values: Scores) -> float | None:
+    """The exact mean (``statistics.mean``) of what is known; None of nothing."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def sample_std(values: Scores) -> float | None:
+    """The sample standard deviation of what is known: 0.0 of one value, None of nothing."""
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) > 1 else (0.0 if known else None)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _all_rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: _rounded(value) for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with its 95 % interval over ``n`` passages; ``n_left_out`` had no graded answer."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    n_left_out: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Estimate):
+    """An Estimate of how much higher the first of two runs over the same passages is."""
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval leaves out zero, with enough passages to say so."""
+        return self.n >= MIN_PASSAGES and not self.low <= 0 <= self.high
+
+    def sentence(self) -> str:
+        """Such as "+7.3 points [2.7, 11.9], 200 passages: real"."""
+        few = f"too few passages to tell (at least {MIN_PASSAGES})"
+        unclear = few if self.n < MIN_PASSAGES else "not distinguishable from noise"
+        return (
+            f"{100 * self.mean:+.1f} points [{100 * self.low:.1f}, {100 * self.high:.1f}], "
+            f"{self.n} passage{'s' if self.n != 1 else ''}: {'real' if self.is_real else unclear}"
+        )
+
+
+def mean_interval(
+    correct_P_Q: Sequence[Scores],
+    *,
+    weighting: Weighting = "passage",
+    seed: int = 0,
+    n_resamples: int = N_RESAMPLES,
+) -> Estimate:
+    """Mean accuracy with a cluster bootstrap interval: whole passages are drawn again, with their questions.
+
+    ``weighting`` "passage" is the published mean (of passage means), "question" counts every answer once.
+    With one passage the interval is the whole range [0, 1].
+
+    Raises: DataError where nothing was graded.
+    """
+    known = [[score for score in scores if score is not None] for scores in correct_P_Q]
+    sums_P, weights_P = _sums_and_weights([scores for scores in known if scores], weighting)
+    n = len(sums_P)
+    low, high = 0.0, 1.0
+    if n > 1:
+        resampled = np.concatenate(
+            [sums[0] / sums[1] for sums in _resampled((sums_P, weights_P), seed, n_resamples)]
+        )
+        low, high = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(
+        mean=float(sums_P.sum() / weights_P.sum()),
+        low=float(low),
+        high=float(high),
+        n=n,
+        n_left_out=len(known) - n,
+    )
+
+
+def paired_difference(
+    correct_P_Q: Sequence[Scores],
+    minus_P_Q: Sequence[Scores],
+    *,
+    weighting: Weighting = "passage",
+    seed: int = 0,
+    n_resamples: int = N_RESAMPLES,
+) -> Difference:
+    """First minus second run over the same passages in the same order, paired bootstrap over passages.
+
+    Where a passage has as many answers in both, only those graded in both are compared, so that an answer
+    that one run lacks does not tilt the difference. With one passage the interval is [-1, 1].
+
+    Raises: DataError where the runs have other numbers of passages, or nothing was graded in both.
+    """
+    if len(correct_P_Q) != len(minus_P_Q):
+        raise DataError(
+            f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired",
+            remedy="keep the passages that both have, in one order",
+        )
+    both = [_graded_in_both(*scores) for scores in zip(correct_P_Q, minus_P_Q, strict=True)]
+    kept = [(first, second) for first, second in both if first and second]
+    totals = (
+        *_sums_and_weights([first for first, _ in kept], weighting),
+        *_sums_and_weights([second for _, second in kept], weighting),
+    )
+    low, high = -1.0, 1.0
+    if len(kept) > 1:
+        chunks = _resampled(totals, seed, n_resamples)
+        resampled = np.concatenate([a / wa - b / wb for a, wa, b, wb in chunks])
+        low, high = np.quantile(resampled, [0.025, 0.975])
+    a, wa, b, wb = (values.sum() for values in totals)
+    return Difference(
+        mean=float(a / wa - b / wb),
+        low=float(low),
+        high=float(high),
+        n=len(kept),
+        n_left_out=len(both) - len(kept),
+    )
+
+
+def _graded_in_both(first: Scores, second: Scores) -> tuple[list[float], list[float]]:
+    if len(first) == len(second):
+        pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+        return [a for a, _ in pairs], [b for _, b in pairs]
+    return [a for a in first if a is not None], [b for b in second if b is not None]
+
+
+def _sums_and_weights(
+    scores_P_Q: Sequence[Sequence[float]], weighting: Weighting
+) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) sums and (P,) weights whose ratio of totals is the weighted mean."""
+    if not scores_P_Q:
+        raise DataError("no passage has a graded answer", remedy="grade the answers of the run again")
+    sums = np.array([sum(scores) for scores in scores_P_Q], dtype=np.float64)
+    counts = np.array([len(scores) for scores in scores_P_Q], dtype=np.float64)
+    return (sums, counts) if weighting == "question" else (sums / counts, np.ones_like(counts))
+
+
+def _resampled(totals: Sequence[np.ndarray], seed: int, n_resamples: int) -> Iterable[list[np.ndarray]]:
+    """Totals of each (P,) array over passages drawn with replacement, a chunk of resamples at a time."""
+    generator = np.random.default_rng(seed)
+    n = len(totals[0])
+    for start in range(0, n_resamples, _CHUNK):
+        drawn = generator.integers(0, n, size=(min(_CHUNK, n_resamples - start), n))  # (chunk, P)
+        yield [values[drawn].sum(axis=1) for values in totals]
+
+
+def recitation_rate(
+    questions: Sequence[str],
+    golds: Sequence[str],
+    answers: Sequence[str],
+    match: Callable[[str, str, str], bool],
+    *,
+    passages: Sequence[int] | None = None,
+) -> float:
+    """Share of answers that would be right for *another* question of the run.
+
+    A model that recites its passage is flattered by every rule that looks for the gold answer in the text;
+    this rate says by how much. ``match(question, gold, answer)`` is that rule. ``passages``: where given,
+    only questions of the same passage are compared. Golds equal to the answer's own gold do not count.
+    """
+    if not answers:
+        return 0.0
+    flattered = 0
+    for at, answer in enumerate(answers):
+        others = {
+            (questions[other], golds[other])
+            for other in range(len(golds))
+            if golds[other].casefold() != golds[at].casefold()
+            and (passages is None or passages[other] == passages[at])
+        }
+        flattered += bool(answer.strip()) and any(match(q, gold, answer) for q, gold in others)
+    return flattered / len(answers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """A grader against a reference over ``n`` answers that both judged.
+
+    ``bias`` is the share the grader calls correct minus the reference's share; ``precision`` and ``recall``
+    are of "correct", None where undefined.
+    """
+
+    n: int
+    n_left_out: int
+    agreement: float
+    kappa: float
+    bias: float
+    precision: float | None
+    recall: float | None
+
+
+def grader_agreement(verdicts: Verdicts, reference: Verdicts) -> Agreement:
+    """Cohen's kappa, agreement and bias. Raises: DataError where no answer was judged by both."""
+    pairs = [(v, r) for v, r in zip(verdicts, reference, strict=True) if v is not None and r is not None]
+    n = len(pairs)
+    if not n:
+        raise DataError("no answer has both a verdict and a reference verdict")
+    says, truly = sum(v for v, _ in pairs), sum(r for _, r in pairs)
+    both = sum(v and r for v, r in pairs)
+    agree = (n - says - truly + 2 * both) / n
+    by_chance = (says * truly + (n - says) * (n - truly)) / n**2
+    return Agreement(
+        n=n,
+        n_left_out=len(verdicts) - n,
+        agreement=agree,
+        kappa=1.0 if by_chance == 1 else (agree - by_chance) / (1 - by_chance),
+        bias=(says - truly) / n,
+        precision=both / says if says else None,
+        recall=both / truly if truly else None,
+    )
