@@ -30,7 +30,7 @@ MAX_WAITERS = 1_000  # that join one request
 
 
 class QueueFull(SealError, RuntimeError):
-    """The server has as much waiting as it takes; the request was not accepted and may be sent again later."""
+    """The server has as much waiting as it takes; the request was not accepted; send it again later."""
 
 
 class ServerStopping(SealError, RuntimeError):

@@ -101,7 +101,7 @@ class JobQueue:
         return job
 
     def join(self, identity: bytes, *, capacity: int, now: float) -> tuple[int, Lost]:
-        """A worker is ready for requests. Under a known identity: it came back, and holds nothing any more."""
+        """A worker is ready for requests. Known identity: it came back and holds nothing any more."""
         lost = self.lose(identity)
         lease = self._next()
         self.workers[identity] = Worker(lease=lease, capacity=capacity, seen_at=now)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from seal_nb.errors import SettingsError
 
-DEFAULT_INNER_LOOP = "seal_nb.inner_loop:load_inner_loop"
+DEFAULT_INNER_LOOP = "seal_nb.service.worker:load_inner_loop"
 
 
 @dataclass(frozen=True, kw_only=True)

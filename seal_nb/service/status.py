@@ -16,7 +16,7 @@ WINDOW_S = 60.0
 
 
 class Meter:
-    """Counts since the start, and what was answered in the last minute. Memory does not grow with requests."""
+    """Counts since the start, and what was answered in the last minute; of bounded size."""
 
     def __init__(self, now: float) -> None:
         self.started_at = now

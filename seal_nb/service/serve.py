@@ -1,0 +1,242 @@
+"""One TTT server from start to end: claim the run folder, bind, start workers, tell where it is, serve,
+drain, clean up.
+
+``seal-nb serve``, ``service.launch`` and a batch script all come here. Exit codes: 0 ended as asked
+(SIGTERM, SIGINT, a client's shutdown, idle, a newer server on the same endpoint file), 1 no worker could
+start, 2 the settings cannot be served.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket as sockets
+import sys
+import time
+import typing
+import uuid
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from seal_nb.errors import DataError, SealError, SettingsError
+from seal_nb.service.counts import AnswerCounts
+from seal_nb.service.desk import Desk
+from seal_nb.service.endpoint import Endpoint, advertised, here, is_loopback, read_endpoint, split_tcp
+from seal_nb.service.frontend import FrontEnd
+from seal_nb.service.keys import Gate, keys_dir, load_pair, make_keys, secure_server
+from seal_nb.service.ping import is_alive
+from seal_nb.service.pool import Pool
+from seal_nb.service.queue import JobQueue
+from seal_nb.service.results import Results
+from seal_nb.service.settings import Limits, ServeSettings
+from seal_nb.service.status import Meter
+
+log = logging.getLogger(__name__)
+
+HARD_SIZE_FACTOR = 4  # messages so far above the bound are cut off by ZMQ itself, without a reply
+FILE_CHECK_S = 1.0
+MAX_EARLY_DEATHS = 5
+
+
+def serve(settings: ServeSettings) -> int:
+    """Serve until told to end; returns the exit code. Raises SealError where it cannot start."""
+    server = Server(settings)
+    try:
+        return server.run()
+    finally:
+        server.close()
+
+
+class Server:
+    """Everything one server holds, in the order it is taken; ``close`` gives it back."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.server_id = uuid.uuid4().hex[:12]
+        self.exit_code = 0
+        self._checked_at = 0.0
+        refuse_second_server(settings.endpoint_path)
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        self.results = Results(settings.run_dir / "results.journal.jsonl")
+        self.counts = AnswerCounts(settings.run_dir / "answer_counts.bin")
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.gate = self._gate()
+        self.clients = self._bound(settings.endpoint, "client")
+        self.workers = self._bound(settings.worker_endpoint or self._beside(settings.endpoint), "worker")
+        self.endpoint = self._endpoint()
+        self.front = self._front_end()
+        self.pool = Pool(settings, "" if self.gate else self.endpoint.worker_endpoint, self._worker_exited)
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda signum, _: self.front.ask_to_stop(signal.Signals(signum).name))
+        self.endpoint.write(self.settings.endpoint_path)
+        log.info(
+            "server %s listens at %s (%s)",
+            self.server_id,
+            self.endpoint.endpoint,
+            self.settings.endpoint_path,
+        )
+        self.front.run()
+        log.info("server %s ended: %s", self.server_id, self.front.desk.stopping)
+        if self.results.n_unsaved and not self.results.save():
+            log.error("%s", self.results.trouble)
+            self.exit_code = self.exit_code or 1
+        return self.exit_code
+
+    def close(self) -> None:
+        self.pool.end()
+        if self._is_mine():
+            self.settings.endpoint_path.unlink(missing_ok=True)
+        self.context.destroy(linger=2000)  # the last replies get out
+        self.results.close()
+        self.counts.close()
+
+    def _gate(self) -> Gate | None:
+        """Keys and the list of who may come in, where the server can be reached from other machines."""
+        addresses = [self.settings.endpoint, self.settings.worker_endpoint or self.settings.endpoint]
+        if all(is_loopback(split_tcp(address)[0]) for address in addresses):
+            return None
+        folder = keys_dir(self.settings.run_dir)
+        make_keys(folder)
+        return Gate(self.context, folder)
+
+    def _bound(self, address: str, role: str) -> "zmq.Socket[bytes]":
+        socket = self.context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # who reconnects under its identity takes it over
+        if role == "client":
+            socket.setsockopt(zmq.MAXMSGSIZE, HARD_SIZE_FACTOR * self.settings.limits.max_message_bytes)
+            socket.rcvhwm = 100
+        else:
+            socket.sndhwm = socket.rcvhwm = 0
+        if self.gate:
+            secure_server(socket, load_pair(self.gate.folder / "server.key_secret"), domain=f"{role}s")
+        try:
+            socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
+        except zmq.ZMQError as error:
+            raise SettingsError(
+                f"cannot listen at {address}: {error}; choose another address, or port 0 for a free one"
+            ) from error
+        return socket
+
+    def _beside(self, endpoint: str) -> str:
+        return f"tcp://{split_tcp(endpoint)[0]}:0"
+
+    def _endpoint(self) -> Endpoint:
+        addresses = [
+            advertised(_address(socket), host=self.settings.advertise_host)
+            for socket in (self.clients, self.workers)
+        ]
+        return here(
+            endpoint=addresses[0],
+            worker_endpoint=addresses[1],
+            server_id=self.server_id,
+            public_key=load_pair(self.gate.folder / "server.key_secret").public.decode() if self.gate else "",
+            run_dir=self.settings.run_dir,
+        )
+
+    def _front_end(self) -> FrontEnd:
+        s = self.settings
+        queue, meter = JobQueue(lease_s=s.lease_s, max_tries=s.max_tries), Meter(time.monotonic())
+        desk = Desk(
+            queue=queue, results=self.results, counts=self.counts, limits=s.limits, seed=s.seed,
+            server_id=self.server_id, meter=meter,
+        )  # fmt: skip
+        return FrontEnd(
+            clients=self.clients, workers=self.workers, gate=self.gate, desk=desk, queue=queue, meter=meter,
+            watch=self._watch, idle_exit_s=s.idle_exit_s, drain_s=s.drain_s,
+        )  # fmt: skip
+
+    def _watch(self, now: float) -> None:
+        """At every tick: workers, the parent, and whether the endpoint file is still ours."""
+        if self.front.drain_until is None:
+            self.pool.watch(now)
+        if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
+            self._stop("the process that started the server is gone")
+        if now - self._checked_at > FILE_CHECK_S:
+            self._checked_at = now
+            if not self._is_mine(missing_is_mine=True):
+                self._stop(f"another server has taken {self.settings.endpoint_path}")
+
+    def _stop(self, why: str) -> None:
+        if self.front.drain_until is None:
+            self.front.ask_to_stop(why)
+
+    def _worker_exited(self, pid: int, why: str) -> None:
+        said = self.front.failures.pop(pid, "")
+        self.front.worker_exited(pid, sockets.gethostname(), said or why)
+        if self.front.model_id:
+            return  # workers can start: this one's end is its own
+        if said or self.pool.most_early_deaths() >= MAX_EARLY_DEATHS:
+            log.error("no worker can start: %s", said or why)
+            self.exit_code = 1
+            self._stop(f"no worker can start: {said or why}")
+
+    def _is_mine(self, missing_is_mine: bool = False) -> bool:
+        try:
+            return read_endpoint(self.settings.endpoint_path).server_id == self.server_id
+        except DataError:
+            return missing_is_mine
+
+
+def _address(socket: "zmq.Socket[bytes]") -> str:
+    address = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(address, bytes)
+    return address.decode().rstrip("\0")
+
+
+def refuse_second_server(path: Path) -> None:
+    """Raises SettingsError if the server of this endpoint file lives. One that was left behind is
+    overwritten.
+    """
+    if not path.exists():
+        return
+    try:
+        other = read_endpoint(path)
+    except DataError:
+        return
+    requeued = other.job_id and other.job_id == os.environ.get("SLURM_JOB_ID")  # our own, on a lost node
+    if not requeued and is_alive(other, timeout_s=2.0):
+        raise SettingsError(
+            f"{path} belongs to server {other.server_id}, which is alive "
+            f"(process {other.pid} on {other.host}); end it, or give this one another run_dir"
+        )
+
+
+def parse(argv: Sequence[str] | None = None) -> ServeSettings:
+    """Settings from ``--n-workers 2`` and the like: one option a field; bounds as ``--max-rank 64``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m seal_nb.service.serve", description="Serve the inner loop."
+    )
+    for kind in (ServeSettings, Limits):
+        hints = typing.get_type_hints(kind)
+        for field in fields(kind):
+            if field.default is not MISSING:
+                plain = Path if "Path" in str(hints[field.name]) else hints[field.name]
+                parser.add_argument(f"--{field.name.replace('_', '-')}", type=plain, default=field.default)
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    limits = Limits(**{field.name: given.pop(field.name) for field in fields(Limits)})
+    return ServeSettings(**given, limits=limits)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The process: settings from the command line, log to standard error."""
+    logging.basicConfig(
+        level=os.environ.get("SEAL_NB_LOG_LEVEL", "INFO"),
+        stream=sys.stderr,
+        format="%(asctime)s server %(levelname)s %(message)s",
+    )
+    try:
+        return serve(parse(argv))
+    except SealError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
