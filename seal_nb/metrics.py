@@ -20,7 +20,7 @@ Scores = Sequence[float | None]  # verdicts too: True is 1.0
 Weighting = Literal["passage", "question"]
 
 N_RESAMPLES = 10_000
-MIN_PASSAGES = 6  # sign test: five passages that all agree are still 1 in 16 by chance
+MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
 _CHUNK = 500  # resamples at a time, so that memory stays small
 
 
@@ -116,13 +116,14 @@ def _all_rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean with its 95 % interval over ``n`` passages; ``n_left_out`` had no graded answer."""
+    """A mean with its 95 % interval over ``n`` units; ``n_left_out`` of them had no graded answer."""
 
     mean: float
     low: float
     high: float
     n: int
     n_left_out: int = 0
+    unit: str = "passages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +132,17 @@ class Difference(Estimate):
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval leaves out zero, with enough passages to say so."""
+        """Whether the interval leaves out zero, with enough units to say so."""
         return self.n >= MIN_PASSAGES and not self.low <= 0 <= self.high
 
     def sentence(self) -> str:
         """Such as "+7.3 points [2.7, 11.9], 200 passages: real"."""
-        few = f"too few passages to tell (at least {MIN_PASSAGES})"
+        few = f"too few to tell (at least {MIN_PASSAGES})"
         unclear = few if self.n < MIN_PASSAGES else "not distinguishable from noise"
         return (
             f"{100 * self.mean:+.1f} points [{100 * self.low:.1f}, {100 * self.high:.1f}], "
-            f"{self.n} passage{'s' if self.n != 1 else ''}: {'real' if self.is_real else unclear}"
+            f"{self.n} {self.unit if self.n != 1 else self.unit.removesuffix('s')}: "
+            f"{'real' if self.is_real else unclear}"
         )
 
 
@@ -150,11 +152,12 @@ def mean_interval(
     weighting: Weighting = "passage",
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
+    unit: str = "passages",
 ) -> Estimate:
     """Mean accuracy with a cluster bootstrap interval: whole passages are drawn again, with their questions.
 
     ``weighting`` "passage" is the published mean (of passage means), "question" counts every answer once.
-    With one passage the interval is the whole range [0, 1].
+    With one passage the interval is the whole range [0, 1]. ``unit`` names what the outer list is over.
 
     Raises: DataError where nothing was graded.
     """
@@ -173,6 +176,7 @@ def mean_interval(
         high=float(high),
         n=n,
         n_left_out=len(known) - n,
+        unit=unit,
     )
 
 
@@ -183,6 +187,7 @@ def paired_difference(
     weighting: Weighting = "passage",
     seed: int = 0,
     n_resamples: int = N_RESAMPLES,
+    unit: str = "passages",
 ) -> Difference:
     """First minus second run over the same passages in the same order, paired bootstrap over passages.
 
@@ -214,6 +219,7 @@ def paired_difference(
         high=float(high),
         n=len(kept),
         n_left_out=len(both) - len(kept),
+        unit=unit,
     )
 
 
