@@ -4,6 +4,7 @@ VENV  ?= .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS  ?= runs
+LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab bench lint notebooks clean
@@ -22,7 +23,7 @@ demo: $(STAMP)
 
 # One pytest for everything, last, so that its closing line counts everything and closes the output.
 test: $(STAMP)
-	@$(MAKE) --no-print-directory lint; lint=$$?; \
+	@$(LINT); lint=$$?; \
 	$(BIN)/python -m pytest tests notebooks --nbval-lax --nbval-cell-timeout=900; tests=$$?; \
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests
@@ -34,7 +35,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.inner_loop
 
 lint: $(STAMP)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(LINT)
 
 notebooks: $(STAMP)
 	@for notebook in notebooks/*.ipynb; do \

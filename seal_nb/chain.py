@@ -1,8 +1,8 @@
 """One table of stages: which notebook, with which parameters, after which others.
 
 A chain says what an experiment consists of; an executor runs it (``chain_local`` on this machine). Paths in
-parameters are written relative to the run's folder with ``in_run``, so that the same table serves any folder and
-any executor. What a stage is identified by is its content: notebook, parameters and what it is made from; a
+parameters are written relative to the run's folder with ``in_run``, so that the same table serves any folder
+and any executor. What identifies a stage is its content: notebook, parameters and what it is made from; a
 finished stage with the same identity need not run again.
 """
 
@@ -68,7 +68,8 @@ class Chain:
                 raise SettingsError(f"chain {self.name!r} has two stages named {stage.name!r}")
             if missing := [name for name in stage.needs if name not in earlier]:
                 raise SettingsError(
-                    f"stage {stage.name!r} needs {', '.join(missing)}; put it after what it needs, and check names"
+                    f"stage {stage.name!r} needs {', '.join(missing)}; "
+                    "put it after what it needs, and check the names"
                 )
             earlier.add(stage.name)
 

@@ -75,8 +75,8 @@ def _wait_for_lock(descriptor: int, path: Path, tell: Tell) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ChainBusy(
-                    f"{path.parent} is in use by process {path.read_text() or '?'} or a child of it; wait for it, "
-                    "end it, or give another run folder"
+                    f"{path.parent} is in use by process {path.read_text() or '?'} or a child of it; "
+                    "wait for it, end it, or give another run folder"
                 ) from None
         if not told:
             tell(f"waiting for what process {path.read_text() or '?'} left running in {path.parent}")

@@ -9,14 +9,21 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import SealError
 
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command is not _serve:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         return int(arguments.command(arguments) or 0)
     except KeyboardInterrupt:
@@ -87,17 +94,30 @@ def _list_parameters(parameters: Any) -> None:
             print(f"    {parameter.help}")
 
 
+def _add_serve(commands: Any) -> None:
+    # Its options are the fields of ServeSettings, made where those are declared.
+    commands.add_parser(
+        "serve", help="start a TTT server: a front end and its workers", add_help=False
+    ).set_defaults(command=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from seal_nb.service.serve import main as serve
+
+    return serve(["--endpoint", DEFAULT_ENDPOINT, *arguments.rest])
+
+
 def _add_status(commands: Any) -> None:
     status = commands.add_parser("status", help="what a TTT server is doing")
-    status.add_argument("--endpoint", default="tcp://127.0.0.1:5555")
+    status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="tcp://HOST:PORT or an endpoint file")
     status.set_defaults(command=_status)
 
 
 def _status(arguments: argparse.Namespace) -> None:
     from seal_nb.service.client import TTTClient
 
-    with TTTClient(arguments.endpoint, timeout_s=10) as client:
-        print(json.dumps(client.status(), indent=2, default=vars))
+    with TTTClient(arguments.endpoint, connect_s=5.0) as client:
+        print(json.dumps(asdict(client.status()), indent=2))
 
 
 def _add_summarize(commands: Any) -> None:
@@ -107,6 +127,22 @@ def _add_summarize(commands: Any) -> None:
     )
     summarize.add_argument("--json", action="store_true", help="print one JSON object")
     summarize.set_defaults(command=_summarize)
+
+
+def _summarize(arguments: argparse.Namespace) -> None:
+    from seal_nb.experiments.summary import summarize
+
+    summary = summarize(arguments.run)
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+        return
+    print(f"{summary['file']}: {summary['kind']}, {summary['n_passages']} passages")
+    for name, value in summary["overall"].items():
+        print(f"  {name}: {'not in this file' if value is None else value}")
+    if summary["intervals"]:
+        print(f"  {summary['intervals']['gain']['sentence']}")
+    for line in [*summary["disagreements"], *summary["notes"]]:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _add_grade(commands: Any) -> None:
@@ -148,16 +184,8 @@ def _shut_down(endpoint_file: Path) -> None:
         client.shutdown()
 
 
-def _summarize(arguments: argparse.Namespace) -> None:
-    raise SystemExit(0)
-
-
 def _grade(arguments: argparse.Namespace) -> None:
     raise SystemExit(0)
-
-
-def _add_serve(commands: Any) -> None:
-    serve = commands.add_parser("serve", help="start a TTT server: a front end and its workers")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def _parameter(notebook: Path, found: Mapping[str, str]) -> Parameter:
         default = ast.literal_eval(found["default"])
     except (ValueError, SyntaxError) as error:
         raise SettingsError(
-            f"{notebook}: papermill reads the default of {found['name']!r} as {found['default']}, which is no "
-            "literal; write `name: type = literal  # help` on one line, with no # in the literal"
+            f"{notebook}: papermill reads the default of {found['name']!r} as {found['default']}, which is "
+            "no literal; write `name: type = literal  # help` on one line, with no # in the literal"
         ) from error
     declared = found["inferred_type_name"].strip()
     return Parameter(
@@ -134,7 +134,7 @@ def format_value(value: Value) -> str:
 
 
 def executed_path(notebook: Path, values: Mapping[str, Value], declared: Mapping[str, Parameter]) -> Path:
-    """Where an executed copy goes unless said otherwise: into the run folder, the parameter ``output_dir``."""
+    """Where an executed copy goes unless said otherwise: into the run folder, parameter ``output_dir``."""
     output_dir = values.get("output_dir") or (
         declared["output_dir"].default if "output_dir" in declared else ""
     )

@@ -181,9 +181,15 @@ from seal_nb.chain import Chain, Stage
 from seal_nb.chain_local import run_chain
 server = Stage(name="server", notebook="serve", title="", produces=("endpoint.json",), background=True)
 first = Stage(name="first", notebook="count", title="", produces=("runs.txt",))
-slow = Stage(name="slow", notebook="sleep", title="", needs=("server",), parameters={"seconds": float(sys.argv[3])})
-run_chain(Chain(name="tiny", stages=(server, first, slow)), Path(sys.argv[1]), notebooks=Path(sys.argv[2]),
-          tell=lambda line: print(line, flush=True), stop_server=lambda ready: (ready.parent / "stop").touch())
+wait = {"seconds": float(sys.argv[3])}
+slow = Stage(name="slow", notebook="sleep", title="", needs=("server",), parameters=wait)
+run_chain(
+    Chain(name="tiny", stages=(server, first, slow)),
+    Path(sys.argv[1]),
+    notebooks=Path(sys.argv[2]),
+    tell=lambda line: print(line, flush=True),
+    stop_server=lambda ready: (ready.parent / "stop").touch(),
+)
 """
 
 

@@ -1,0 +1,104 @@
+"""What a visitor finds: notebooks that run by name, no path of anybody's machine, make targets that work."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from seal_nb.notebook_runner import declared_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = [
+    "00_tour",
+    "01_create_self_edits",
+    "02_ttt_server",
+    "03_query_server",
+    "04_cpt",
+    "05_rest_em_round",
+    "06_continual_self_edits",
+    "08_results",
+]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MACHINE = re.compile(r"/(?:work|root|farm|home(?!/someone)|Users)/[\w.-]+")
+LARGEST_NOTEBOOK_BYTES = 1_500_000
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in files if path.is_file()]
+
+
+def cells_with_tag(notebook: Path, tag: str) -> list[dict[str, object]]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return [cell for cell in cells if tag in cell["metadata"].get("tags", [])]
+
+
+def test_no_tracked_file_names_a_path_of_a_machine() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in tracked_files()
+        if path != Path(__file__) and path.suffix not in (".png", ".gz")
+        for match in MACHINE.finditer(path.read_text(errors="replace"))
+    ]
+    assert found == []
+
+
+def test_each_stage_has_its_notebook() -> None:
+    assert {path.stem for path in NOTEBOOKS} >= set(STAGES)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_has_one_parameters_cell_of_typed_literals_with_help(notebook: Path) -> None:
+    (cell,) = cells_with_tag(notebook, "parameters")
+    declared = declared_parameters(notebook)
+    lines = [line for line in "".join(cell["source"]).splitlines() if re.match(r"\w+\s*[:=]", line)]
+    assert [re.split(r"\W", line)[0] for line in lines] == list(declared), "papermill does not see every line"
+    assert "output_dir" in declared
+    assert [name for name, parameter in declared.items() if not parameter.help] == []
+    for line in lines:
+        assert re.match(r"\w+: (int|float|bool|str|list\[(int|float|str)\]) = ", line), line
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_has_the_kernel_python3_and_is_small(notebook: Path) -> None:
+    metadata = json.loads(notebook.read_text())["metadata"]
+    assert metadata["kernelspec"]["name"] == "python3"
+    assert "papermill" not in metadata
+    assert cells_with_tag(notebook, "injected-parameters") == []
+    assert notebook.stat().st_size < LARGEST_NOTEBOOK_BYTES
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lab", "bench", "lint", "notebooks", "clean"])
+def test_make_target_exists(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_without_a_fitting_python_says_what_is_missing(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'Python 3.9.2'\nexit 1\n")
+    old.chmod(0o755)
+    make = subprocess.run(["sh", "-c", "command -v make"], capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(
+        [make, "demo", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "no Python 3.11 or newer found; python3 is: Python 3.9.2" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_make_test_and_passes_its_result_on() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "make test" in script.read_text()
+    listed = subprocess.run(
+        ["git", "ls-files", "--stage", ".ci/run"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert listed.stdout.startswith("100755")
