@@ -169,11 +169,11 @@ def mean_interval(
         resampled = np.concatenate(
             [sums[0] / sums[1] for sums in _resampled((sums_P, weights_P), seed, n_resamples)]
         )
-        low, high = np.quantile(resampled, [0.025, 0.975])
+        low, high = _interval(resampled)
     return Estimate(
         mean=float(sums_P.sum() / weights_P.sum()),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         n=n,
         n_left_out=len(known) - n,
         unit=unit,
@@ -211,12 +211,12 @@ def paired_difference(
     if len(kept) > 1:
         chunks = _resampled(totals, seed, n_resamples)
         resampled = np.concatenate([a / wa - b / wb for a, wa, b, wb in chunks])
-        low, high = np.quantile(resampled, [0.025, 0.975])
+        low, high = _interval(resampled)
     a, wa, b, wb = (values.sum() for values in totals)
     return Difference(
         mean=float(a / wa - b / wb),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         n=len(kept),
         n_left_out=len(both) - len(kept),
         unit=unit,
@@ -248,6 +248,12 @@ def _resampled(totals: Sequence[np.ndarray], seed: int, n_resamples: int) -> Ite
     for start in range(0, n_resamples, _CHUNK):
         drawn = generator.integers(0, n, size=(min(_CHUNK, n_resamples - start), n))  # (chunk, P)
         yield [values[drawn].sum(axis=1) for values in totals]
+
+
+def _interval(resampled: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval; rounded, so that summation error does not make a zero "real"."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return round(float(low), 12), round(float(high), 12)
 
 
 def recitation_rate(

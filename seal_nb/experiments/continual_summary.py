@@ -143,11 +143,8 @@ def _after_own_edit(matrix: Matrix) -> list[float | None]:
 def _best_before_last(matrix: Matrix) -> list[float | None]:
     """For all passages but the last: the best accuracy from its edit to the last edit but one."""
     n_passages = len(matrix) - 1
-    best: list[float | None] = []
-    for passage in range(n_passages - 1):
-        known = [row[passage] for row in matrix[passage + 1 : n_passages] if row[passage] is not None]
-        best.append(max((value for value in known if value is not None), default=None))
-    return best
+    columns = [[row[p] for row in matrix[p + 1 : n_passages]] for p in range(n_passages - 1)]
+    return [max((value for value in column if value is not None), default=None) for column in columns]
 
 
 def _cellwise(cells: Sequence[Sequence[Sequence[float | None]]], statistic: Any) -> list[list[float | None]]:

@@ -1,0 +1,204 @@
+"""Statistics agree with the published ones bit for bit; intervals say what is noise."""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seal_nb.errors import DataError
+from seal_nb.experiments.run_files import read_run
+from seal_nb.metrics import (
+    Difference,
+    accuracy,
+    gain,
+    grader_agreement,
+    mean_interval,
+    paired_difference,
+    published_statistics,
+    recitation_rate,
+    repeat_stats,
+)
+
+VERDICTS = st.lists(st.sampled_from([True, False, None]), max_size=12)
+
+
+def published_verdicts(golden: Path, run: str, arm: str = "adapter") -> list[list[bool]]:
+    runs = json.loads((golden / "eval_correct.json").read_text())["runs"]
+    return [[mark == "1" for mark in passage[arm]] for passage in runs[run]["passages"]]
+
+
+def test_all_1507_published_statistics_of_a_ranking_run_agree_to_the_last_bit(golden: Path) -> None:
+    run = read_run(golden / "results/rank_iter0.json.gz")
+    computed = [[repeat_stats(edit.repeats()) for edit in passage.self_edits] for passage in run.passages]
+    articles, overall = published_statistics(computed)
+    n_equal = 0
+    for passage, stats_E, article in zip(run.passages, computed, articles, strict=True):
+        assert article == passage.stored_stats
+        n_equal += len(article)
+        for edit, stats in zip(passage.self_edits, stats_E, strict=True):
+            assert stats == edit.stored_stats
+            n_equal += len(stats)
+    assert overall == run.stored_overall
+    assert n_equal + len(overall) == 1507
+
+
+def test_published_evaluations_agree_from_their_verdicts_alone(golden: Path) -> None:
+    runs = json.loads((golden / "eval_correct.json").read_text())["runs"]
+    for name, run in runs.items():
+        before, after = published_verdicts(golden, name, "baseline"), published_verdicts(golden, name)
+        stats = [[repeat_stats([pair])] for pair in zip(before, after, strict=True)]
+        assert published_statistics(stats)[1] == run["overall"], name
+
+
+def test_seal_against_base_is_real_and_against_gpt_4_1_is_noise(golden: Path) -> None:
+    seal = published_verdicts(golden, "iter2")
+    against_base = paired_difference(seal, published_verdicts(golden, "base"))
+    against_gpt = paired_difference(seal, published_verdicts(golden, "gpt4_1"))
+    assert (against_base.mean, against_base.low, against_base.high) == pytest.approx(
+        (0.073, 0.027, 0.119), abs=0.002
+    )
+    assert (against_gpt.mean, against_gpt.low, against_gpt.high) == pytest.approx(
+        (0.007, -0.035, 0.048), abs=0.002
+    )
+    assert against_base.sentence().startswith("+7.3 points [2.")
+    assert against_base.sentence().endswith("], 200 passages: real")
+    assert against_gpt.sentence().endswith("200 passages: not distinguishable from noise")
+
+
+def test_an_ungraded_answer_is_excluded_and_never_wrong() -> None:
+    assert accuracy([True, None, False, None]) == 0.5
+    assert accuracy([None, None]) is None
+    assert accuracy([]) == 0.0
+    assert gain([True, False], [None, True]) == 0.5
+    assert gain([True, False], [None, None]) is None
+
+
+@given(VERDICTS, st.integers(0, 5))
+def test_more_ungraded_answers_change_no_accuracy(correct: list[bool | None], n_more: int) -> None:
+    if correct:
+        assert accuracy(correct + [None] * n_more) == accuracy(correct)
+
+
+def test_a_repeat_without_a_verdict_is_left_out_of_the_self_edits_mean() -> None:
+    graded = ([True, False], [True, True])
+    outage: tuple[list[bool | None], list[bool | None]] = ([None, None], [None, None])
+    assert repeat_stats([graded, outage]) == repeat_stats([graded])
+    assert set(repeat_stats([outage]).values()) == {None}
+
+
+def test_a_self_edit_that_cannot_be_ranked_leaves_the_passage_mean_to_the_others() -> None:
+    good = repeat_stats([([False], [True])])
+    outage = repeat_stats([([None], [None])])
+    articles, overall = published_statistics([[good, outage], [outage]])
+    assert articles[0]["adapter_mean_accuracy"] == 1.0
+    assert articles[1]["adapter_mean_accuracy"] is None
+    assert overall["adapter_mean_accuracy"] == 1.0
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=2, max_size=8))
+def test_an_interval_contains_its_mean_and_weights_name_what_they_weigh(correct: list[list[bool]]) -> None:
+    by_passage = mean_interval(correct, n_resamples=400)
+    by_question = mean_interval(correct, weighting="question", n_resamples=400)
+    everything = [verdict for verdicts in correct for verdict in verdicts]
+    assert by_passage.mean == pytest.approx(statistics.mean(sum(v) / len(v) for v in correct))
+    assert by_question.mean == pytest.approx(sum(everything) / len(everything))
+    for estimate in (by_passage, by_question):
+        assert 0 <= estimate.low <= estimate.mean + 1e-9 and estimate.mean - 1e-9 <= estimate.high <= 1
+        assert estimate.n == len(correct)
+
+
+def test_intervals_repeat_exactly_and_cover_the_truth_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        rates = generator.beta(2, 2, size=40)  # passages differ: questions of one are not independent
+        correct = [list(generator.random(5) < rate) for rate in rates]
+        estimate = mean_interval(correct, n_resamples=500)
+        covered += estimate.low <= 0.5 <= estimate.high
+    assert 0.90 <= covered / 200 <= 0.98
+    assert mean_interval(correct, seed=3) == mean_interval(correct, seed=3)
+    assert mean_interval(correct, seed=3) != mean_interval(correct, seed=4)
+
+
+def test_pairing_makes_a_constant_difference_certain() -> None:
+    low = [[bool(n % 3 == 0), False] for n in range(30)]
+    high = [[first, True] for first, _ in low]
+    difference = paired_difference(high, low)
+    assert (difference.mean, difference.low, difference.high) == (0.5, 0.5, 0.5)
+    assert difference.sentence() == "+50.0 points [50.0, 50.0], 30 passages: real"
+
+
+def test_an_answer_that_one_run_lacks_does_not_tilt_the_difference() -> None:
+    whole = [[True, False]] * 10
+    hard_one_missing: list[list[bool | None]] = [[True, None]] * 10
+    assert mean_interval(hard_one_missing).mean > mean_interval(whole).mean
+    assert paired_difference(hard_one_missing, whole).mean == 0.0
+
+
+def test_a_passage_graded_in_one_run_only_is_left_out_and_counted() -> None:
+    difference = paired_difference([[True]] * 9 + [[None]], [[False]] * 10)
+    assert (difference.n, difference.n_left_out) == (9, 1)
+
+
+def test_few_passages_are_never_called_a_real_difference() -> None:
+    five = paired_difference([[True]] * 5, [[False]] * 5)
+    assert five.sentence() == "+100.0 points [100.0, 100.0], 5 passages: too few to tell (at least 6)"
+    one = paired_difference([[True]], [[False]])
+    assert (one.low, one.high) == (-1.0, 1.0)
+    assert "1 passage:" in one.sentence()
+    assert paired_difference([[True]] * 6, [[False]] * 6).is_real
+
+
+def test_runs_over_other_passages_cannot_be_paired() -> None:
+    with pytest.raises(DataError, match="2 and 1 passages cannot be paired"):
+        paired_difference([[True], [True]], [[True]])
+    with pytest.raises(DataError, match="no passage has a graded answer"):
+        mean_interval([[None], []])
+
+
+def test_a_difference_that_touches_zero_is_not_real() -> None:
+    assert not Difference(mean=0.1, low=0.0, high=0.2, n=100).is_real
+    assert Difference(mean=-0.1, low=-0.2, high=-0.01, n=100).is_real
+
+
+def contained(question: str, gold: str, answer: str) -> bool:
+    return gold.lower() in answer.lower()
+
+
+def test_a_reciting_model_is_found_out_and_a_terse_one_is_not() -> None:
+    questions = ["Who built it?", "When?", "Of what?"]
+    golds = ["Ilse Corvandt", "1893", "brass"]
+    reciting = ["Ilse Corvandt built it in 1893 of brass."] * 3
+    assert recitation_rate(questions, golds, reciting, contained) == 1.0
+    assert recitation_rate(questions, golds, golds, contained) == 0.0
+    assert recitation_rate(questions, golds, ["1893", "", "brass"], contained) == pytest.approx(1 / 3)
+
+
+def test_recitation_passes_over_equal_golds_and_over_other_passages_when_told() -> None:
+    questions, golds, answers = ["q1", "q2", "q3"], ["Paris", "paris", "Rome"], ["Paris", "Paris", "Paris"]
+    assert recitation_rate(questions, golds, answers, contained) == pytest.approx(1 / 3)
+    assert recitation_rate(questions, golds, answers, contained, passages=[0, 0, 1]) == 0.0
+    assert recitation_rate([], [], [], contained) == 0.0
+
+
+def test_grader_agreement_of_a_worked_example() -> None:
+    verdicts = [True] * 20 + [True] * 5 + [False] * 10 + [False] * 15 + [None, True]
+    reference = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15 + [True, None]
+    found = grader_agreement(verdicts, reference)
+    assert (found.n, found.n_left_out) == (50, 2)
+    assert found.agreement == pytest.approx(0.7)
+    assert found.kappa == pytest.approx(0.4)
+    assert found.bias == pytest.approx((25 - 30) / 50)
+    assert (found.precision, found.recall) == (pytest.approx(0.8), pytest.approx(2 / 3))
+
+
+def test_grader_agreement_of_one_sided_verdicts_is_defined() -> None:
+    always_no = grader_agreement([False, False], [True, False])
+    assert (always_no.kappa, always_no.precision, always_no.recall) == (0.0, None, 0.0)
+    assert grader_agreement([True], [True]).kappa == 1.0
+    with pytest.raises(DataError):
+        grader_agreement([None], [True])
