@@ -40,6 +40,12 @@ COME_BACK = ("QueueFull", "ServerStopping")  # said of the moment, not of the re
 COME_BACK_S = 1.0
 TURN_S = 0.2
 PING_MARK = b"ping"
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+DENIED = "it denied our key; have its public half put into keys/allowed_clients/ of the server's run folder"
 
 Socket = zmq.Socket[bytes]
 R = TypeVar("R", TTTReply, GenerateReply)
@@ -219,7 +225,7 @@ class TTTClient:
         if self._lost_at is not None and now - self._lost_at > self.connect_s:
             raise RoundTimeout(
                 f"no TTT server answers at {self.where} within {self.connect_s:g} s ({self._trouble}); "
-                "start it (seal-nb serve), or raise connect_s if its job is still waiting in the queue"
+                "start it (seal-nb serve), or raise connect_s if its job still waits in the queue"
             )
         if self._socket is None or self._is_cut_off() or self._has_moved(now):
             self._connect(now)
@@ -244,7 +250,7 @@ class TTTClient:
             return
         self._expected_id = endpoint.server_id
         self._socket = client_socket(self._context, endpoint, self.key_file, name=self._name)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._ping(self._socket)
 
     def _find(self) -> Endpoint:
@@ -278,9 +284,10 @@ class TTTClient:
         """Whether the connection broke: replies may be lost with it, so everything open is asked again."""
         broke = False
         while self._monitor is not None and self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            broke = self._greeted
-            self._trouble = "the connection broke"
+            if recv_monitor_message(self._monitor)["event"] & HANDSHAKE_FAILED:
+                self._trouble = DENIED
+            elif self._greeted:
+                self._trouble, broke = "the connection broke", True
         return broke
 
     def _has_moved(self, now: float) -> bool:

@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seal_nb.errors import ProtocolError, SealError
-from seal_nb.protocol import ErrorReply, GenerateRequest, TTTRequest, Work, error_reply, read_json
+from seal_nb.protocol import (
+    ErrorReply,
+    GenerateRequest,
+    Reply,
+    TTTReply,
+    TTTRequest,
+    Work,
+    error_reply,
+    read_reply,
+)
 from seal_nb.runs import derived_seed
 from seal_nb.service.counts import AnswerCounts
 from seal_nb.service.queue import Job, JobQueue
@@ -99,30 +108,28 @@ class Desk:
     def delivered(self, job: Job, body: bytes, now: float) -> list[Outgoing]:
         """What to send now that a worker has answered ``job``."""
         ticket = self._close(job.key)
-        try:
-            reply = read_json(body)
-        except ProtocolError as error:
-            reply = json.loads(error_reply(error).to_json())
-        reply |= {"request_id": job.key, "server_id": self.server_id}
-        if "error" in reply:
+        reply = _understood(body)
+        known: dict[str, Any] = {"request_id": job.key, "server_id": self.server_id}
+        if isinstance(reply, ErrorReply):
             self._free_number(ticket)
-            self.meter.count("failed")
-            if not ticket.traceback:
-                reply.pop("traceback", None)
+            self.meter.failed(reply.error)
+            known |= {} if ticket.traceback else {"traceback": None}
         else:
-            reply["timings"] = {
-                **reply.get("timings", {}),
-                "queue_s": round(job.assigned_at - job.submitted_at, 6),
-            }
-            self.meter.answered(now, tokens=reply.get("train_tokens", 0))
-            self._keep(ticket, reply)
-        return _to_all(ticket, json.dumps(reply).encode())
+            known["timings"] = {**reply.timings, "queue_s": round(job.assigned_at - job.submitted_at, 6)}
+            self.meter.answered(now, tokens=reply.train_tokens if isinstance(reply, TTTReply) else 0)
+        said = reply.model_copy(update=known).to_json()
+        if not isinstance(reply, ErrorReply):
+            self._keep(ticket, said)
+        return _to_all(ticket, said)
 
     def failed(self, job: Job, error: SealError) -> list[Outgoing]:
         """What to send when ``job`` ends without an answer; it may be asked again."""
         ticket = self._close(job.key)
         self._free_number(ticket)
-        self.meter.count("cancelled" if isinstance(error, Cancelled) else "failed")
+        if isinstance(error, Cancelled):
+            self.meter.count("cancelled")
+        else:
+            self.meter.failed(type(error).__name__)
         return _to_all(ticket, self.error(error, job.key))
 
     def error(self, error: BaseException, request_id: str | None = None) -> bytes:
@@ -188,9 +195,9 @@ class Desk:
             self._sent_by.pop(envelope, None)
         return ticket
 
-    def _keep(self, ticket: Ticket, reply: dict[str, Any]) -> None:
+    def _keep(self, ticket: Ticket, reply: bytes) -> None:
         if ticket.request_id is not None:
-            self.results.put(ticket.request_id, ticket.content, reply)
+            self.results.put(ticket.request_id, ticket.content, json.loads(reply))
         elif ticket.number is not None:
             try:
                 self.counts.answered(ticket.content, ticket.number)
@@ -200,6 +207,15 @@ class Desk:
     def _free_number(self, ticket: Ticket) -> None:
         if ticket.number is not None:
             self.counts.dropped(ticket.content, ticket.number)
+
+
+def _understood(body: bytes) -> Reply:
+    """A worker's reply as a record: what reaches clients and the journal is always whole."""
+    try:
+        reply = read_reply(body)
+    except ValueError as error:
+        return error_reply(ProtocolError(f"the worker's reply is not one of this version: {error}"))
+    return error_reply(ProtocolError("the worker's reply is none")) if isinstance(reply, dict) else reply
 
 
 def content_of(request: Work) -> str:

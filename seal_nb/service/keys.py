@@ -9,18 +9,22 @@ no keys are used.
 
 import logging
 import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import zmq
 import zmq.auth
 from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import SettingsError
 
 log = logging.getLogger(__name__)
 
 ROLES = ("client", "worker")
+LOUD = 100  # log lines before they become rare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,34 +113,44 @@ class Gate:
         self.socket = context.socket(zmq.REP)
         self.socket.linger = 0
         self.socket.bind("inproc://zeromq.zap.01")
+        self._monitors: list[tuple[zmq.Socket[bytes], str]] = []
+
+    def watch(self, socket: "zmq.Socket[bytes]", domain: str) -> None:
+        """Count and log peers that fail before their key is looked at: no keys at all, or a wrong server
+        key.
+        """
+        events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self._monitors.append((socket.get_monitor_socket(events), domain))
+
+    def sources(self) -> Iterator[tuple["zmq.Socket[bytes]", Callable[[], None]]]:
+        """Sockets to poll, and what to call when one has something."""
+        yield self.socket, self.answer
+        for monitor, domain in self._monitors:
+            yield monitor, partial(self._failed, monitor, domain)
+
+    def _failed(self, monitor: "zmq.Socket[bytes]", domain: str) -> None:
+        event = recv_monitor_message(monitor)
+        self._log(domain, f"it speaks no CURVE, or has another server's key ({event['event'].name})")
 
     def answer(self) -> None:
         """Answer one question. Everything that is not understood is denied."""
         frames = self.socket.recv_multipart()
-        _, sequence, domain, address, _, mechanism, *credentials = (*frames, *[b""] * 7)
-        name = None
-        if mechanism == b"CURVE" and domain.decode(errors="replace") in {f"{role}s" for role in ROLES}:
-            key = z85.encode(credentials[0]) if len(credentials[0]) == 32 else b""
-            name = allowed_keys(self.folder / f"allowed_{domain.decode()}").get(key)
+        _, sequence, domain, address, _, mechanism, credentials, *_ = (*frames, *[b""] * 7)
+        key = z85.encode(credentials) if len(credentials) == 32 else b""
+        place = domain.decode(errors="replace")
+        known = mechanism == b"CURVE" and place in {f"{role}s" for role in ROLES}
+        name = allowed_keys(self.folder / f"allowed_{place}").get(key) if known else None
         if name is None:
-            self._deny(domain, address, mechanism, credentials[0])
+            host = address.decode(errors="replace")
+            self._log(place, f"public key {key.decode() or 'none'} of {host} is not in allowed_{place}")
             self.socket.send_multipart([b"1.0", sequence, b"400", b"key not allowed", b"", b""])
         else:
             self.socket.send_multipart([b"1.0", sequence, b"200", b"OK", name.encode(), b""])
 
-    def _deny(self, domain: bytes, address: bytes, mechanism: bytes, key: bytes) -> None:
+    def _log(self, domain: str, why: str) -> None:
         self.n_denied += 1
-        if self.n_denied <= 100 or self.n_denied % 1000 == 0:  # a denied peer comes again and again
-            shown = z85.encode(key).decode() if len(key) == 32 else "none"
-            log.warning(
-                "denied %s from %s: public key %s (%s) is not in %s; denied so far: %d",
-                domain.decode(errors="replace"),
-                address.decode(errors="replace"),
-                shown,
-                mechanism.decode(errors="replace"),
-                self.folder / f"allowed_{domain.decode(errors='replace')}",
-                self.n_denied,
-            )
+        if self.n_denied <= LOUD or self.n_denied % 1000 == 0:  # a denied peer comes again and again
+            log.warning("denied one of %s: %s; denied so far: %d", domain, why, self.n_denied)
 
 
 def _create(folder: Path, name: str) -> None:

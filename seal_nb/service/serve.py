@@ -115,6 +115,7 @@ class Server:
         else:
             socket.sndhwm = socket.rcvhwm = 0
         if self.gate:
+            self.gate.watch(socket, f"{role}s")
             secure_server(socket, load_pair(self.gate.folder / "server.key_secret"), domain=f"{role}s")
         try:
             socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
@@ -142,13 +143,13 @@ class Server:
 
     def _front_end(self) -> FrontEnd:
         s = self.settings
-        queue, meter = JobQueue(lease_s=s.lease_s, max_tries=s.max_tries), Meter(time.monotonic())
         desk = Desk(
-            queue=queue, results=self.results, counts=self.counts, limits=s.limits, seed=s.seed,
-            server_id=self.server_id, meter=meter,
+            queue=JobQueue(lease_s=s.lease_s, max_tries=s.max_tries), meter=Meter(time.monotonic()),
+            results=self.results, counts=self.counts,
+            limits=s.limits, seed=s.seed, server_id=self.server_id,
         )  # fmt: skip
         return FrontEnd(
-            clients=self.clients, workers=self.workers, gate=self.gate, desk=desk, queue=queue, meter=meter,
+            clients=self.clients, workers=self.workers, gate=self.gate, desk=desk,
             watch=self._watch, idle_exit_s=s.idle_exit_s, drain_s=s.drain_s,
         )  # fmt: skip
 
@@ -168,9 +169,9 @@ class Server:
             self.front.ask_to_stop(why)
 
     def _worker_exited(self, pid: int, why: str) -> None:
-        said = self.front.failures.pop(pid, "")
-        self.front.worker_exited(pid, sockets.gethostname(), said or why)
-        if self.front.model_id:
+        said = self.front.crew.failures.pop(pid, "")
+        self.front.crew.exited(pid, sockets.gethostname(), said or why)
+        if self.front.crew.model_id:
             return  # workers can start: this one's end is its own
         if said or self.pool.most_early_deaths() >= MAX_EARLY_DEATHS:
             log.error("no worker can start: %s", said or why)
@@ -235,6 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(parse(argv))
     except SealError as error:
         log.error("%s: %s", type(error).__name__, error)
+        return 2
+    except OSError as error:
+        log.error("%s: %s; check the disk and the rights of the run folder", type(error).__name__, error)
         return 2
 
 

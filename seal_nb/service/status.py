@@ -35,6 +35,11 @@ class Meter:
             _, jobs_before, tokens_before = self._seconds.pop()
         self._seconds.append((second, jobs_before + 1, tokens_before + tokens))
 
+    def failed(self, error: str) -> None:
+        """``error`` begins with the type, which is counted; the rest may be private."""
+        self.count("failed")
+        self.count(f"failed.{error.partition(':')[0][:60]}")
+
     def rates(self, now: float) -> dict[str, float]:
         """jobs_per_min and tokens_per_s over the last minute (or since the start, if that is shorter)."""
         recent = [(jobs, tokens) for second, jobs, tokens in self._seconds if now - second <= WINDOW_S]
@@ -52,7 +57,6 @@ class WorkerStatus:
     worker_id: str
     host: str
     pid: int
-    state: str  # "ready" or "gone"
     n_running: int
     capacity: int
     silent_s: float
@@ -115,7 +119,7 @@ def rss_bytes() -> int:
 def _worker_line(worker: WorkerStatus) -> str:
     memory = worker.stats.get("rss_bytes", 0)
     return (
-        f"{worker.state} on {worker.host} (process {worker.pid}): {worker.n_running}/{worker.capacity} "
+        f"ready on {worker.host} (process {worker.pid}): {worker.n_running}/{worker.capacity} "
         f"requests, {memory / 2**20:.0f} MiB, heard {worker.silent_s:.1f} s ago"
     )
 

@@ -42,7 +42,7 @@ from seal_nb.protocol import (
     parse_request,
 )
 from seal_nb.service import wire
-from seal_nb.service.endpoint import read_endpoint
+from seal_nb.service.endpoint import read_endpoint, wait_for_endpoint
 from seal_nb.service.keys import keys_dir, load_pair, secure_client
 from seal_nb.service.settings import DEFAULT_INNER_LOOP
 from seal_nb.service.status import rss_bytes
@@ -127,6 +127,15 @@ class Link(threading.Thread):
         self._context.destroy(linger=2000)
 
     def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # noqa: BLE001 - a worker that nobody can reach is of no use
+            log.error("ending, since the link to the front end broke: %s: %s", type(error).__name__, error)
+            os._exit(5)
+
+    def _run(self) -> None:
+        if self.settings.endpoint_file:
+            wait_for_endpoint(Path(self.settings.endpoint_file), timeout_s=self.settings.patience_s)
         dealer = self._connected()
         next_beat = 0.0
         while True:

@@ -1,0 +1,172 @@
+"""The workers as the front end sees them: introductions, heartbeats, results, and who is lost.
+
+It speaks ``wire`` over one ROUTER socket and moves jobs in the ``queue``; what a result or a loss means to
+clients is the desk's, and goes out through ``send``. A worker that sends rubbish, comes back from the dead,
+or brings another model changes nothing for anybody else.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from seal_nb.errors import ProtocolError
+from seal_nb.service import wire
+from seal_nb.service.desk import Desk, Outgoing, WorkerLost
+from seal_nb.service.queue import Lost
+from seal_nb.service.status import WorkerStatus
+
+log = logging.getLogger(__name__)
+
+Socket = zmq.Socket[bytes]
+
+
+@dataclass(kw_only=True)
+class Peer:
+    """A worker as it introduced itself; ``session`` tells a repeated introduction from a fresh start."""
+
+    worker_id: str
+    host: str
+    pid: int
+    session: int
+    lease: int
+    model_id: str
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Crew:
+    """See the module. ``model_id`` is the first worker's, and all others' too."""
+
+    def __init__(self, socket: Socket, desk: Desk, send: Callable[[list[Outgoing]], None]) -> None:
+        self.socket, self.desk, self.queue, self.meter = socket, desk, desk.queue, desk.meter
+        self.send = send
+        self.peers: dict[bytes, Peer] = {}
+        self.model_id = ""
+        self.failures: dict[int, str] = {}  # process of a worker → what it said before it ended
+        self._handlers: dict[str, Callable[[bytes, wire.Message], None]] = {
+            "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result,
+            "failed": self._on_failed, "leaving": self._on_leaving,
+        }  # fmt: skip
+
+    def receive(self, frames: list[bytes]) -> None:
+        """One message of one worker."""
+        try:
+            message = wire.unpack(frames[1:])
+            self._handlers[message.kind](frames[0], message)
+        except (ProtocolError, KeyError, TypeError, ValueError) as error:
+            log.warning("a worker sent what is no message of this service (%s)", type(error).__name__)
+
+    def dispatch(self) -> None:
+        """Send out what can start now."""
+        for job in self.queue.assignments(time.monotonic()):
+            assert job.worker is not None
+            self.tell(job.worker, wire.pack("job", job.payload, token=job.token))
+
+    def check_leases(self, now: float) -> None:
+        for identity in self.queue.expired(now):
+            self._lose(identity, f"silent for more than {self.queue.lease_s:g} s")
+
+    def exited(self, pid: int, host: str, why: str) -> None:
+        """A worker process of this machine ended; no need to wait for its lease."""
+        for identity, peer in list(self.peers.items()):
+            if (peer.pid, peer.host) == (pid, host):
+                self._lose(identity, why)
+
+    def dismiss(self, why: str) -> None:
+        """The server ends, and its workers too."""
+        for identity in self.peers:
+            self.tell(identity, wire.pack("stop", why=why))
+
+    def tell(self, identity: bytes, frames: list[bytes]) -> None:
+        try:
+            self.socket.send_multipart([identity, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # its lease will tell
+            log.info("a message found no worker: %s", error)
+
+    def status(self, now: float) -> tuple[WorkerStatus, ...]:
+        return tuple(self._status(identity, now) for identity in self.peers)
+
+    def _on_ready(self, identity: bytes, message: wire.Message) -> None:
+        said, known = message.header, self.peers.get(identity)
+        if known is None or known.session != said["session"]:
+            if self.model_id and said["model_id"] != self.model_id:
+                why = f"it has model {said['model_id']!r}, this server's workers have {self.model_id!r}"
+                log.error("worker %s is turned away: %s", said["worker_id"], why)
+                self.tell(identity, wire.pack("stop", why=why))
+                return
+            names = ("worker_id", "host", "pid", "session", "model_id")
+            peer = Peer(lease=0, **{name: said[name] for name in names})
+            peer.lease, lost = self.queue.join(identity, capacity=int(said["capacity"]), now=time.monotonic())
+            self.peers[identity], self.model_id = peer, peer.model_id
+            self._settle(lost, f"worker {peer.worker_id} started afresh")
+            log.info("worker %s is ready: %d requests at once", peer.worker_id, int(said["capacity"]))
+        self.tell(identity, wire.pack("welcome", lease=self.peers[identity].lease))
+
+    def _on_beat(self, identity: bytes, message: wire.Message) -> None:
+        said = message.header
+        capacity, stats = int(said["capacity"]), dict(said["stats"])
+        alive = self.queue.beat(identity, lease=said["lease"], capacity=capacity, now=time.monotonic())
+        if alive:
+            self.peers[identity].stats = stats
+        self.tell(identity, wire.pack("beat" if alive else "expired", lease=said["lease"]))
+
+    def _on_result(self, identity: bytes, message: wire.Message) -> None:
+        job = self.queue.finish(identity, message.header["token"])
+        if job is None:
+            self.meter.count("void_results")
+            log.info("a result came for a try that is not current any more; it is dropped")
+            return
+        self.send(self.desk.delivered(job, message.body, time.monotonic()))
+
+    def _on_failed(self, identity: bytes, message: wire.Message) -> None:
+        error, loading = str(message.header["error"]), identity not in self.peers
+        self.failures[int(message.header["pid"])] = error
+        # While a worker loads, no request's text can be in what it says.
+        log.error("a worker failed: %s", error if loading else error.partition(":")[0])
+        log.debug("it said: %s\n%s", error, message.header.get("traceback", ""))
+        self._lose(identity, error)
+
+    def _on_leaving(self, identity: bytes, message: wire.Message) -> None:
+        requeued = self.queue.leave(identity)
+        self.meter.count("requeued", len(requeued))
+        log.info("worker %s leaves; %d requests wait again", self._name(identity), len(requeued))
+        self.peers.pop(identity, None)
+
+    def _lose(self, identity: bytes, why: str) -> None:
+        if self.peers.get(identity) is None:
+            return
+        lost = self.queue.lose(identity)
+        log.warning("worker %s is lost; %d requests wait again", self._name(identity), len(lost.requeued))
+        log.debug("it is lost because: %s", why)
+        self.meter.count("workers_lost")
+        self._settle(lost, why)
+        del self.peers[identity]
+
+    def _settle(self, lost: Lost, why: str) -> None:
+        self.meter.count("requeued", len(lost.requeued))
+        for job in lost.given_up:
+            log.warning("a request is given up: it lost its worker %d times", job.tries)
+            error = WorkerLost(
+                f"request {job.key!r} lost its worker {job.tries} times (the last: {why}); "
+                "look into the server's log, make the request smaller, or ask again"
+            )
+            self.send(self.desk.failed(job, error))
+
+    def _name(self, identity: bytes) -> str:
+        return self.peers[identity].worker_id if identity in self.peers else "(unknown)"
+
+    def _status(self, identity: bytes, now: float) -> WorkerStatus:
+        peer, worker = self.peers[identity], self.queue.workers[identity]
+        return WorkerStatus(
+            worker_id=peer.worker_id,
+            host=peer.host,
+            pid=peer.pid,
+            n_running=len(worker.jobs),
+            capacity=worker.capacity,
+            silent_s=round(now - worker.seen_at, 3),
+            model_id=peer.model_id,
+            stats=peer.stats,
+        )
