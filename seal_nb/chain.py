@@ -19,9 +19,9 @@ RUN = "{run}"  # stands for the run's folder in a parameter
 DONE_DIR = ".done"
 
 
-def in_run(stage: str, file: str = "") -> str:
+def in_run(stage: str = "", file: str = "") -> str:
     """A path in the folder of ``stage``, for use as a parameter of another stage."""
-    return f"{RUN}/{stage}/{file}".rstrip("/")
+    return "/".join(part for part in (RUN, stage, file) if part)
 
 
 @dataclass(frozen=True, kw_only=True)

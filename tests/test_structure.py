@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ FREE_ENGINES = {"seal_nb.engines.base"}
 HEAVY = ("torch", "transformers", "peft")
 
 
+@cache
 def modules() -> list[str]:
     names = [path.relative_to(PACKAGE.parent).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))]
     return [".".join(parts).removesuffix(".__init__") for parts in names]
@@ -44,6 +46,7 @@ def path_of(module: str) -> Path:
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
 
 
+@cache
 def imports_of(module: str) -> set[str]:
     """Modules of the package that ``module`` imports, at the top or inside a function."""
     found: set[str] = set()

@@ -1,0 +1,244 @@
+"""The table of the whole experiment: SEAL's five stages over any number of ReST-EM rounds.
+
+``make demo`` is this table with the small model and small counts; a cluster runs it with Qwen2.5-7B and the
+published counts. Round 0 is the model as it came. Each round: self-edits of training passages, their reward
+(one adapter each), ReST-EM training, then the new model's self-edits of the validation passages, evaluated.
+Only what differs from a notebook's defaults is given here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from seal_nb.chain import Chain, Stage, in_run
+from seal_nb.notebook_runner import Value
+
+ENDPOINT_FILE = "endpoint.json"
+SELF_EDITS_FILE = "self_edits.json"
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSettings:
+    """What an experiment on one model consists of."""
+
+    model: str
+    train_dataset: str
+    val_dataset: str
+    n_train: int  # passages of a ReST-EM round
+    n_val: int  # passages of an evaluation
+    k_completions: int  # self-edits a training passage
+    eval_times: int  # adapters a self-edit when it is ranked
+    n_rounds: int
+    max_tokens: int  # of one self-edit
+    target_modules: tuple[str, ...]  # of the inner loop; empty: PEFT's default
+    n_sequences: int  # of continual edits
+    n_datapoints: int  # passages of a sequence
+    n_workers: int
+    n_threads: int
+    seed: int = 42
+
+
+# 15 minutes on 2 cores; the small model learns nothing through q_proj and v_proj alone.
+DEMO = ExperimentSettings(
+    model="embedded",
+    train_dataset="shipped:train",
+    val_dataset="shipped:val",
+    n_train=4,
+    n_val=6,
+    k_completions=2,
+    eval_times=1,
+    n_rounds=2,
+    max_tokens=96,
+    target_modules=("all-linear",),
+    n_sequences=2,
+    n_datapoints=3,
+    n_workers=2,
+    n_threads=1,
+)
+
+
+def rest_em_chain(settings: ExperimentSettings) -> Chain:
+    """All stages in an order in which one server is up at a time."""
+    stages: list[Stage] = []
+    for number in range(settings.n_rounds + 1):
+        stages += _Round(settings, number).stages()
+    stages.append(_continual(settings))
+    results = tuple(stage.name for stage in stages if not stage.background)
+    return Chain(name="rest_em", stages=(*stages, _results(results)))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """The stages around one model: round 0 is the base model, round n the one that n ReST-EM rounds made."""
+
+    settings: ExperimentSettings
+    number: int
+
+    @property
+    def label(self) -> str:
+        return f"round{self.number}" if self.number else "base"
+
+    @property
+    def model(self) -> str:
+        return in_run(f"{self.label}_train", MODEL_FOLDER) if self.number else self.settings.model
+
+    @property
+    def made_by(self) -> tuple[str, ...]:
+        return (f"{self.label}_train",) if self.number else ()
+
+    @property
+    def next_label(self) -> str:
+        return f"round{self.number + 1}"
+
+    def stages(self) -> Iterator[Stage]:
+        s = self.settings
+        ranks = self.number < s.n_rounds
+        yield self._self_edits(f"{self.label}_self_edits", s.val_dataset, s.n_val, 1, "validation")
+        if ranks:
+            yield self._self_edits(
+                f"{self.next_label}_self_edits_train", s.train_dataset, s.n_train, s.k_completions, "training"
+            )
+        yield self._server()
+        yield self._evaluate()
+        if not self.number:
+            yield self._cpt()
+        if ranks:
+            yield self._rank()
+            yield self._train()
+
+    def _self_edits(self, name: str, dataset: str, n: int, k: int, which: str) -> Stage:
+        return Stage(
+            name=name,
+            notebook="01_create_self_edits",
+            title=f"{self._who()} writes {k} self-edit{'s' * (k > 1)} of each of {n} {which} passages",
+            parameters={
+                "dataset": dataset,
+                "model": self.model,
+                "n_articles": n,
+                "k_completions": k,
+                "max_tokens": self.settings.max_tokens,
+                "seed": self.settings.seed,
+            },
+            needs=self.made_by,
+            produces=(SELF_EDITS_FILE,),
+        )
+
+    def _server(self) -> Stage:
+        name = f"{self.label}_server"
+        return Stage(
+            name=name,
+            notebook="02_ttt_server",
+            title=f"TTT server on {self._who()}: {self.settings.n_workers} worker processes",
+            parameters={
+                "model": self.model,
+                "endpoint_file": in_run(name, ENDPOINT_FILE),
+                "n_workers": self.settings.n_workers,
+                "n_threads": self.settings.n_threads,
+            },
+            needs=self.made_by,
+            produces=(ENDPOINT_FILE,),
+            background=True,
+        )
+
+    def _evaluate(self) -> Stage:
+        arms = ["passage_only", "self_edits", "hand_written"] if not self.number else ["self_edits"]
+        return Stage(
+            name=f"{self.label}_evaluate",
+            notebook="03_query_server",
+            title=f"single-passage evaluation on {self.settings.n_val} passages: {', '.join(arms)}",
+            parameters={
+                **self._asked(f"{self.label}_self_edits", n=self.settings.n_val, k=1),
+                "exp_name": self.label,
+                "eval_times": 1,
+                "arms": ",".join(arms),
+            },
+            needs=(f"{self.label}_self_edits", f"{self.label}_server"),
+        )
+
+    def _cpt(self) -> Stage:
+        return Stage(
+            name=f"{self.label}_cpt",
+            notebook="04_cpt",
+            title=f"CPT: one adapter for {self.settings.n_val} passages",
+            parameters={
+                **self._asked(f"{self.label}_self_edits", n=self.settings.n_val, k=1),
+                "arms": "passage_only,self_edits,hand_written",
+            },
+            needs=(f"{self.label}_self_edits", f"{self.label}_server"),
+        )
+
+    def _rank(self) -> Stage:
+        s, texts = self.settings, f"{self.next_label}_self_edits_train"
+        loops = s.n_train * s.k_completions * s.eval_times
+        return Stage(
+            name=f"{self.next_label}_rank",
+            notebook="03_query_server",
+            title=f"ReST-EM {self.next_label}: reward of each self-edit ({loops} inner loops)",
+            parameters={
+                **self._asked(texts, n=s.n_train, k=s.k_completions),
+                "exp_name": f"{self.next_label}_rank",
+                "eval_times": s.eval_times,
+                "arms": "self_edits",
+            },
+            needs=(texts, f"{self.label}_server"),
+        )
+
+    def _train(self) -> Stage:
+        rank = f"{self.next_label}_rank"
+        return Stage(
+            name=f"{self.next_label}_train",
+            notebook="05_rest_em_round",
+            title=f"ReST-EM {self.next_label}: keep each passage's best self-edit, train on writing it",
+            parameters={
+                "run_json": in_run(rank, f"run_{rank}.json"),
+                "model": self.model,
+                "train": True,
+                "seed": self.settings.seed,
+            },
+            needs=(rank, *self.made_by),
+            produces=(MODEL_FOLDER,),
+        )
+
+    def _asked(self, texts: str, *, n: int, k: int) -> dict[str, Value]:
+        """Parameters of a stage that queries this round's server about the passages of ``texts``."""
+        return {
+            "dataset": in_run(texts, SELF_EDITS_FILE),
+            "endpoint": in_run(f"{self.label}_server", ENDPOINT_FILE),
+            "model": self.model,
+            "n_articles": n,
+            "k_completions": k,
+            "target_modules": list(self.settings.target_modules),
+            "seed": self.settings.seed,
+        }
+
+    def _who(self) -> str:
+        return f"the model of round {self.number}" if self.number else "the base model"
+
+
+def _continual(settings: ExperimentSettings) -> Stage:
+    return Stage(
+        name="continual",
+        notebook="06_continual_self_edits",
+        title=f"continual self-edits: {settings.n_sequences} sequences of {settings.n_datapoints} passages",
+        parameters={
+            "dataset": settings.val_dataset,
+            "model": settings.model,
+            "n_sequences": settings.n_sequences,
+            "n_datapoints": settings.n_datapoints,
+            "max_tokens": settings.max_tokens,
+            "n_workers": settings.n_workers,
+            "n_threads": settings.n_threads,
+            "target_modules": list(settings.target_modules),
+            "seed": settings.seed,
+        },
+    )
+
+
+def _results(needs: tuple[str, ...]) -> Stage:
+    return Stage(
+        name="results",
+        notebook="08_results",
+        title="all results side by side",
+        parameters={"runs_dir": in_run()},
+        needs=needs,
+    )
