@@ -1,0 +1,103 @@
+"""A summary is computed from the verdicts; what a file cannot give is null and said."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seal_nb.errors import DataError
+from seal_nb.experiments.summary import summarize
+from seal_nb.runs import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def published(golden: Path) -> dict[str, Any]:
+    return read_json(golden / "results/rank_iter0.json.gz")
+
+
+def test_a_published_run_is_confirmed_in_every_number(golden: Path, published: dict[str, Any]) -> None:
+    found = summarize(golden / "results/rank_iter0.json.gz")
+    assert found["kind"] == "single_passage"
+    assert found["overall"] == published["overall"]
+    assert found["disagreements"] == found["notes"] == []
+    assert (found["n_passages"], found["n_self_edits"], found["n_answers"]) == (50, 250, 3375)
+    assert found["intervals"]["gain"]["sentence"].endswith("50 passages: real")
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_stored_number_that_the_verdicts_do_not_give_is_named(
+    tmp_path: Path, published: dict[str, Any]
+) -> None:
+    touched = copy.deepcopy(published)
+    touched["overall"]["mean_gain"] = 0.5
+    touched["articles"][3]["completions"][1]["stats"]["adapter_mean"] = 0.1
+    found = summarize(write_json(tmp_path / "run.json", touched))
+    assert found["overall"]["mean_gain"] == 0.0831
+    assert len(found["disagreements"]) == 2
+    assert "overall: mean_gain is stored as 0.5, computed 0.0831" in found["disagreements"]
+    assert "article 3, self-edit 1: adapter_mean is stored as 0.1" in found["disagreements"][1]
+
+
+def test_without_verdicts_every_number_is_null_and_the_stored_one_is_only_said(
+    tmp_path: Path, published: dict[str, Any]
+) -> None:
+    bare = copy.deepcopy(published)
+    for article in bare["articles"]:
+        for completion in article["completions"]:
+            del completion["questions"]
+    found = summarize(write_json(tmp_path / "run.json", bare))
+    assert set(found["overall"]) == set(published["overall"])
+    assert set(found["overall"].values()) == {None}
+    assert found["intervals"] is None
+    assert found["notes"] == [
+        "250 of 250 self-edits have no graded answer and are left out; "
+        "the file itself says adapter_mean_accuracy 0.4018"
+    ]
+
+
+def test_ungraded_answers_are_counted_and_change_no_other_answer(
+    tmp_path: Path, published: dict[str, Any]
+) -> None:
+    touched = copy.deepcopy(published)
+    touched["articles"][0]["completions"][0]["questions"][0]["adapter_correct"] = None
+    found = summarize(write_json(tmp_path / "run.json", touched))
+    assert (found["n_ungraded_adapter"], found["n_ungraded_baseline"]) == (1, 0)
+    assert found["overall"]["baseline_mean_accuracy"] == published["overall"]["baseline_mean_accuracy"]
+
+
+def test_a_passage_without_self_edits_is_no_obstacle(tmp_path: Path, published: dict[str, Any]) -> None:
+    touched = copy.deepcopy(published)
+    touched["articles"].append({"title": "T", "context": "C", "completions": []})
+    found = summarize(write_json(tmp_path / "run.json", touched))
+    assert found["overall"] == published["overall"]
+    assert found["intervals"]["adapter"]["n_left_out"] == 1
+
+
+def test_a_published_cpt_run_needs_its_items_only_for_intervals(golden: Path) -> None:
+    found = summarize(golden / "results/cpt_base.json")
+    assert found["kind"] == "cpt"
+    assert found["overall"] == {"baseline_accuracy": 0.3255, "adapter_accuracy": 0.4097, "gain": 0.0842}
+    assert found["intervals"] is None and "no intervals" in found["notes"][0]
+    assert (found["n_answers"], found["n_passages"], found["n_train_sequences"]) == (974, 200, 2000)
+
+
+@pytest.mark.parametrize(
+    ("reply", "field"),
+    [
+        (None, "server_reply"),
+        ({"baseline_correct": [True]}, "server_reply.adapter_correct"),
+        ({"baseline_correct": [True, 1], "adapter_correct": []}, r"server_reply.baseline_correct\[1\]"),
+        ({"baseline_correct": [True], "adapter_correct": []}, "server_reply.adapter_correct"),
+    ],
+)
+def test_a_broken_cpt_run_is_refused_with_path_and_field(tmp_path: Path, reply: Any, field: str) -> None:
+    path = write_json(tmp_path / "cpt_run.json", {"server_reply": reply})
+    with pytest.raises(DataError, match=rf"cpt_run\.json, field '{field}'"):
+        summarize(path)
+
+
+def test_a_file_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is neither a single-passage run"):
+        summarize(write_json(tmp_path / "items.json", [{"title": "T"}]))
