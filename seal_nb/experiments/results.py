@@ -54,8 +54,8 @@ class SinglePassageResult:
 
     @property
     def is_ranking(self) -> bool:
-        """Several self-edits a passage: a reward measurement, not an evaluation."""
-        return int(self.settings.get("k_completions") or 1) > 1
+        """A reward measurement on training passages, not an evaluation."""
+        return int(self.settings.get("k_completions") or 1) > 1 or "rank" in self.name
 
     def adapter(self) -> Estimate | None:
         return estimate(self.adapter_P_Q, self.stored_adapter, self.settings)

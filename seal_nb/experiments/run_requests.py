@@ -7,7 +7,7 @@ next run. Decides nothing about statistics and writes no result file.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,13 @@ class Collected:
 
     replies: dict[str, TTTReply]
     failures: dict[str, str]
+
+    def all_replies(self, requests: Mapping[str, TTTRequest]) -> dict[str, TTTReply]:
+        """The reply to each named request. Raises: RemoteError where one failed."""
+        for name, request in requests.items():
+            if (failure := self.failures.get(_key(request))) is not None:
+                raise RemoteError(f"{name}: {failure}", request_id=_key(request))
+        return {name: self.replies[_key(request)] for name, request in requests.items()}
 
 
 @contextmanager
