@@ -306,28 +306,30 @@ class Answers:
         return sum(graded) / len(graded) if graded else None
 
 
-def build_reply(*, baseline: Answers, adapter: Answers | None = None, **measured: Any) -> TTTReply:
+def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **measured: Any) -> TTTReply:
     """The published numbers out of texts and verdicts; ``measured`` are the other fields of TTTReply.
 
-    Without an adapter (baseline only) its side repeats the baseline's and the gain is 0.
+    Without an adapter (baseline only) its side repeats the baseline's and the gain is 0. Without a baseline
+    (``skip_baseline``) its accuracy and the gains are null.
     """
-    after = adapter or baseline
-    before_accuracy, after_accuracy = baseline.accuracy(), after.accuracy()
+    after = adapter or baseline or Answers(texts=[], verdicts=[])
+    before = baseline or Answers(texts=[], verdicts=["UNGRADED"] * len(after.verdicts))
+    before_accuracy, after_accuracy = before.accuracy(), after.accuracy()
     known = before_accuracy is not None and after_accuracy is not None
-    pairs = list(zip(baseline.correct(), after.correct(), strict=True))
+    pairs = list(zip(before.correct(), after.correct(), strict=True))
     return TTTReply(
         baseline_accuracy=_rounded(before_accuracy),
         adapter_accuracy=_rounded(after_accuracy),
         adapter_gain=_rounded(after_accuracy - before_accuracy if known else None),  # type: ignore[operator]
-        baseline_texts=list(baseline.texts),
+        baseline_texts=list(before.texts),
         adapter_texts=list(after.texts),
         baseline_correct=[b for b, _ in pairs],
         adapter_correct=[a for _, a in pairs],
         gains=[None if a is None or b is None else int(a) - int(b) for b, a in pairs],
-        baseline_verdicts=[str(v) for v in baseline.verdicts],  # type: ignore[misc]
+        baseline_verdicts=[str(v) for v in baseline.verdicts] if baseline else [],  # type: ignore[misc]
         adapter_verdicts=[str(v) for v in after.verdicts],  # type: ignore[misc]
-        n_ungraded=sum(b is None or a is None for b, a in pairs),
-        baseline_gold_logprobs=list(baseline.gold_logprobs),
+        n_ungraded=sum(a is None or (b is None and baseline is not None) for b, a in pairs),
+        baseline_gold_logprobs=list(before.gold_logprobs),
         adapter_gold_logprobs=list(after.gold_logprobs),
         **measured,
     )

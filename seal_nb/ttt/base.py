@@ -50,10 +50,19 @@ class FrozenBase:
         self._check(probe[0], expected[0])
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "FrozenBase":
-        """Load a model folder or hub name. No code of the model's repository is ever run."""
+    def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
+        """Load a model folder or hub name. No code of the model's repository is ever run.
+
+        device "auto": CUDA where there is one; dtype "auto": bfloat16 on CUDA, float32 on a CPU.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
         return cls(model.to(device), tokenizer, name=str(folder))
 
     @property

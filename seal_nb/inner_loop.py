@@ -1,0 +1,371 @@
+"""The inner loop: requests in; training, answers, verdicts; replies out (SEAL, arXiv 2506.10943, section 3.1).
+
+One request: the base answers the questions (once per question, kept), an adapter is trained on the train sequences, the
+adapter answers, a grader says which answers are right. Many requests are under way at once: training shares the slots,
+answering shares one batch. Knows nothing of sockets; `advance` does a short slice of work and hands back what is done.
+"""
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from seal_nb.errors import SealError, SettingsError
+from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
+from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.models import model_identity, resolve_model
+from seal_nb.prompts import answer_prompt
+from seal_nb.protocol import (
+    Answers,
+    ErrorReply,
+    GenerateReply,
+    GenerateRequest,
+    TTTReply,
+    TTTRequest,
+    build_reply,
+    error_reply,
+)
+from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
+from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import Adapter, save_adapter
+from seal_nb.ttt.scheduler import SlotTrainer, Trained
+from seal_nb.ttt.score import ScoreRow, score
+
+Reply = TTTReply | GenerateReply | ErrorReply
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one answer depends on besides the adapter under training: the key of the baseline cache."""
+
+    stack: tuple[str, ...]
+    prompt: str
+    max_new_tokens: int
+
+
+@dataclass
+class Evaluation:
+    """A TTTRequest under way. `baseline` and `answers` fill up by question index."""
+
+    request: TTTRequest
+    questions: list[Question]
+    stack: tuple[Adapter, ...]
+    started_s: float
+    baseline: dict[int, str] = field(default_factory=dict)
+    answers: dict[int, str] = field(default_factory=dict)
+    trained: Trained | None = None
+    trained_s: float = 0.0
+    adapter_path: str | None = None
+
+    @property
+    def n_baseline(self) -> int:
+        return 0 if self.request.skip_baseline else len(self.questions)
+
+    @property
+    def n_answers(self) -> int:
+        return len(self.questions) if self.request.training_wanted else 0
+
+    @property
+    def complete(self) -> bool:
+        trained = self.trained is not None or not self.request.training_wanted
+        return trained and len(self.baseline) == self.n_baseline and len(self.answers) == self.n_answers
+
+
+@dataclass
+class Generation:
+    """A GenerateRequest under way."""
+
+    request: GenerateRequest
+    started_s: float
+    texts: dict[int, tuple[Decoded, int]] = field(default_factory=dict)
+
+
+class InnerLoop:
+    """Drives one base on one device for many requests at a time."""
+
+    def __init__(self, base: FrozenBase, grader: Grader, settings: InnerLoopSettings, *, model_id: str):
+        self.base, self.grader, self.settings, self.model_id = base, grader, settings, model_id
+        self.trainer = SlotTrainer(base, n_slots=settings.n_slots, token_budget=settings.token_budget)
+        self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
+        self.evaluations: dict[str, Evaluation] = {}
+        self.generations: dict[str, Generation] = {}
+        self.baselines: dict[Question, str | None] = {}  # None: being generated
+        self.gold_baselines: dict[tuple[Question, str], float] = {}
+        self.kept: dict[str, Adapter] = {}
+        self.done: deque[Reply] = deque()
+        self.answering = False
+        self.n_done = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.evaluations or self.generations or self.done)
+
+    @property
+    def free_slots(self) -> int:
+        """Requests that are useful now: enough that the next one can enter the moment a slot is free."""
+        return max(0, 2 * self.settings.n_slots - len(self.evaluations) - len(self.generations))
+
+    def stats(self) -> dict[str, float | int | str]:
+        return {
+            "slots": self.settings.n_slots,
+            "slots_in_use": len(self.trainer.slots),
+            "requests": len(self.evaluations) + len(self.generations),
+            "requests_done": self.n_done,
+            "train_tokens": self.trainer.n_tokens,
+            "decode_tokens": self.decoder.n_tokens,
+            "baselines_kept": len(self.baselines),
+            "token_budget": self.trainer.token_budget,
+            "device": str(self.base.device),
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+        }
+
+    def submit(self, request: TTTRequest | GenerateRequest) -> None:
+        """Take a request on; `request_id` and `seed` must be set. Raises SealError, which concerns this request only."""
+        if request.request_id is None or request.seed is None:
+            raise SettingsError("request_id and seed must be set before a request reaches the inner loop")
+        stack = tuple(self._adapter(name) for name in request.adapter_stack)
+        if isinstance(request, GenerateRequest):
+            self._generate(request, stack)
+        else:
+            self._evaluate(request, stack)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free what it holds. Answers of the base that others wait for go on."""
+        self.evaluations.pop(request_id, None)
+        self.generations.pop(request_id, None)
+        self.trainer.cancel(request_id)
+        self.decoder.cancel({key for key in self._keys() if key[0] == request_id})
+
+    def advance(self) -> list[Reply]:
+        """One pass of training or one token for every row being answered; replies that are complete."""
+        if self._answer_now():
+            for decoded in self.decoder.step():
+                self._decoded(decoded)
+        elif self.trainer.busy:
+            for trained in self.trainer.step():
+                self._trained(trained)
+        replies = list(self.done)
+        self.done.clear()
+        self.n_done += len(replies)
+        return replies
+
+    def _answer_now(self) -> bool:
+        """Answer when a good batch has come together or nothing is left to train; then to the end."""
+        rows = len(self.decoder.waiting) + len(self.decoder.live)
+        enough = rows >= self.settings.decode_rows // 2 or not self.trainer.busy
+        self.answering = rows > 0 and (self.answering or enough)
+        return self.answering
+
+    def _keys(self) -> list[tuple]:
+        return [r.key for r in self.decoder.waiting] + [lane.row.key for lane in self.decoder.live]
+
+    def _evaluate(self, request: TTTRequest, stack: tuple[Adapter, ...]) -> None:
+        job = _train_job(request, self.settings.max_seq_length) if request.training_wanted else None
+        if job is not None:
+            self.base.layout(job.lora)  # refuses unknown targets now
+        names = tuple(request.adapter_stack)
+        prompts = [self._prompt(request, q.title, q.question) for q in request.eval_questions]
+        questions = [Question(names, p, request.max_new_tokens) for p in prompts]
+        evaluation = Evaluation(request=request, questions=questions, stack=stack, started_s=time.monotonic())
+        self.evaluations[str(request.request_id)] = evaluation
+        if not request.skip_baseline:
+            self._ask_baseline(evaluation)
+        if job is not None:
+            self.trainer.submit(job, stack)
+        self._finish_complete(str(request.request_id))
+
+    def _prompt(self, request: TTTRequest, title: str, question: str) -> str:
+        prompt = answer_prompt(title, question)
+        if not request.chat:
+            return prompt
+        messages = [{"role": "user", "content": prompt}]
+        return self.base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _ask_baseline(self, evaluation: Evaluation) -> None:
+        for i, question in enumerate(evaluation.questions):
+            known = self.baselines.get(question)
+            if known is not None:
+                evaluation.baseline[i] = known
+            elif question not in self.baselines:
+                self.baselines[question] = None
+                self._ask(("", question), question, evaluation.stack)
+
+    def _ask(self, key: tuple, question: Question, adapters: tuple[Adapter, ...]) -> None:
+        ids = self.base.encode(question.prompt)
+        self.decoder.submit(
+            DecodeRow(key=key, token_ids=ids, adapters=adapters, max_new_tokens=question.max_new_tokens)
+        )
+
+    def _generate(self, request: GenerateRequest, stack: tuple[Adapter, ...]) -> None:
+        request_id = str(request.request_id)
+        self.generations[request_id] = Generation(request=request, started_s=time.monotonic())
+        for i, prompt in enumerate(request.prompts):
+            row = DecodeRow(
+                key=(request_id, i),
+                token_ids=self.base.encode(prompt),
+                adapters=stack,
+                max_new_tokens=request.max_tokens,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                seed=(int(request.seed or 0) + i) % 2**63,
+                stop=tuple(request.stop),
+            )
+            self.decoder.submit(row)
+
+    def _trained(self, trained: Trained) -> None:
+        evaluation = self.evaluations.get(trained.job.name)
+        if evaluation is None:
+            return
+        if trained.adapter is None:
+            self._fail(trained.job.name, SettingsError(trained.error))
+            return
+        evaluation.trained, evaluation.trained_s = trained, time.monotonic()
+        name = evaluation.request.adapter_name
+        if name is not None:
+            folder = self.settings.adapters_dir / name
+            save_adapter(trained.adapter, folder, base_model=self.base.name)
+            self.kept[name], evaluation.adapter_path = trained.adapter, str(folder)
+        for i, question in enumerate(evaluation.questions):
+            self._ask((trained.job.name, i), question, (*evaluation.stack, trained.adapter))
+        self._finish_complete(trained.job.name)
+
+    def _decoded(self, decoded: Decoded) -> None:
+        request_id, place = decoded.key  # type: ignore[misc]  # our own keys
+        if isinstance(place, Question):
+            self.baselines[place] = decoded.text.strip()
+            for other_id, evaluation in list(self.evaluations.items()):
+                self._baseline_came(other_id, evaluation, place)
+        elif request_id in self.generations:
+            self._generated(request_id, place, decoded)
+        elif request_id in self.evaluations:
+            self.evaluations[request_id].answers[place] = decoded.text.strip()
+            self._finish_complete(request_id)
+
+    def _baseline_came(self, request_id: str, evaluation: Evaluation, question: Question) -> None:
+        if evaluation.request.skip_baseline:
+            return
+        for i, own in enumerate(evaluation.questions):
+            if own == question:
+                evaluation.baseline[i] = str(self.baselines[question])
+        self._finish_complete(request_id)
+
+    def _generated(self, request_id: str, place: int, decoded: Decoded) -> None:
+        generation = self.generations[request_id]
+        generation.texts[place] = (decoded, len(decoded.token_ids))
+        request = generation.request
+        if len(generation.texts) < len(request.prompts):
+            return
+        del self.generations[request_id]
+        ordered = [generation.texts[i] for i in range(len(request.prompts))]
+        self.done.append(
+            GenerateReply(
+                texts=[d.text for d, _ in ordered],
+                token_counts=[n for _, n in ordered],
+                finish_reasons=[d.finish_reason for d, _ in ordered],  # type: ignore[misc]
+                request_id=request_id,
+                seed=request.seed,
+                timings={"answer_s": time.monotonic() - generation.started_s},
+                model_id=self.model_id,
+            )
+        )
+
+    def _finish_complete(self, request_id: str) -> None:
+        evaluation = self.evaluations.get(request_id)
+        if evaluation is None or not evaluation.complete:
+            return
+        try:
+            reply = self._reply(evaluation)
+        except SealError as error:
+            self._fail(request_id, error)
+        else:
+            del self.evaluations[request_id]
+            self.done.append(reply)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        request = self.evaluations.pop(request_id).request
+        trace = "".join(traceback.format_exception(error)) if request.traceback else None
+        self.done.append(error_reply(error, request_id=request_id, traceback=trace))
+
+    def _reply(self, evaluation: Evaluation) -> TTTReply:
+        request, trained, now_s = evaluation.request, evaluation.trained, time.monotonic()
+        n = range(len(evaluation.questions))
+        scored = self._scores(evaluation) if request.soft_scores else ([], [], [])
+        before = [evaluation.baseline[i] for i in n] if evaluation.n_baseline else []
+        after = [evaluation.answers[i] for i in n] if trained else []
+        trained_s = evaluation.trained_s or evaluation.started_s
+        baseline = Answers(texts=before, verdicts=self._grade(request, before), gold_logprobs=scored[0])
+        adapter = Answers(texts=after, verdicts=self._grade(request, after), gold_logprobs=scored[1])
+        return build_reply(
+            baseline=None if request.skip_baseline else baseline,
+            adapter=adapter if trained else None,
+            request_id=request.request_id,
+            seed=request.seed,
+            gold_token_counts=scored[2],
+            train_tokens=trained.n_tokens if trained else 0,
+            train_steps=trained.n_steps if trained else 0,
+            epoch_losses=list(trained.epoch_losses) if trained else [],
+            timings={"train_s": trained_s - evaluation.started_s, "answer_s": now_s - trained_s},
+            model_id=self.model_id,
+            adapter_path=evaluation.adapter_path,
+        )
+
+    def _grade(self, request: TTTRequest, texts: Sequence[str]) -> list[Verdict]:
+        pairs = zip(request.eval_questions, texts, strict=bool(texts))
+        return self.grader.grade(
+            [Answered(question=q.question, gold=q.answer, answer=t, title=q.title) for q, t in pairs]
+        )
+
+    def _scores(self, evaluation: Evaluation) -> tuple[list[float], list[float], list[int]]:
+        """Log-probability of each gold answer, without and with the adapter, and its number of tokens."""
+        prompts = [self.base.encode(q.prompt) for q in evaluation.questions]
+        golds = [self.base.tokenizer(q.answer, add_special_tokens=False)["input_ids"] for q in evaluation.request.eval_questions]
+        pairs = list(zip(prompts, golds, strict=True))
+        keys = [(q, e.answer) for q, e in zip(evaluation.questions, evaluation.request.eval_questions, strict=True)]
+        missing = [i for i, key in enumerate(keys) if key not in self.gold_baselines]
+        rows = [ScoreRow(prompt_ids=pairs[i][0], target_ids=pairs[i][1], adapters=evaluation.stack) for i in missing]
+        trained = evaluation.trained
+        if trained is not None and trained.adapter is not None:
+            adapters = (*evaluation.stack, trained.adapter)
+            rows += [ScoreRow(prompt_ids=p, target_ids=g, adapters=adapters) for p, g in pairs]
+        sums = [sum(row) for row in score(self.base, rows, token_budget=self.trainer.token_budget)]
+        self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
+        return [self.gold_baselines[key] for key in keys], sums[len(missing) :], [len(g) for g in golds]
+
+    def _adapter(self, name: str) -> Adapter:
+        if name not in self.kept:
+            self.kept[name] = self.base.load_adapter(self.settings.adapters_dir / name)
+        return self.kept[name]
+
+
+def _train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
+    lora = LoraSettings(
+        rank=request.lora_rank,
+        alpha=request.lora_alpha,
+        dropout=request.lora_dropout,
+        target_modules=tuple(request.target_modules),
+    )
+    train = TrainSettings(
+        epochs=request.finetune_epochs,
+        learning_rate=request.finetune_lr,
+        batch_size=request.batch_size,
+        gradient_accumulation_steps=request.gradient_accumulation_steps,
+        max_seq_length=min(request.max_seq_length, max_seq_length),
+        end_mask_substring=request.end_mask_substring,
+        padding_in_loss=request.padding_in_loss,
+        pad_to=request.pad_to,
+        pad_samples=request.pad_samples,
+        seed=int(request.seed or 0),
+    )
+    return TrainJob(name=str(request.request_id), texts=tuple(request.train_sequences), lora=lora, train=train)
+
+
+def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
+    """Load model and grader. Raises SettingsError where the model cannot be had or is of an unknown kind."""
+    torch.set_num_threads(settings.n_threads)
+    folder = resolve_model(settings.model)
+    base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
+    return InnerLoop(base, make_grader(settings.grader), settings, model_id=model_identity(folder))

