@@ -1,12 +1,18 @@
 """The console command as a user calls it: real processes, their exit codes and what they say."""
 
+import gzip
+import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_notebooks import write_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def seal_nb(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,7 +39,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for command in ("run", "serve", "status", "summarize", "grade", "demo"):
-        assert f"\n    {command} " in said
+        assert re.search(rf"^    {command}\s", said, flags=re.MULTILINE)
     assert said.splitlines()[-1] == "[]"
 
 
@@ -80,3 +86,59 @@ def test_wrong_use_of_run_gives_one_line_and_exit_code_2(
 def test_parameters_of_a_stage_can_be_listed(notebooks: Path) -> None:
     done = seal_nb("run", "01", "--notebooks", notebooks, "--parameters")
     assert done.stdout.splitlines() == ["output_dir: str = 'runs/count'", "n: int = 2"]
+
+
+def test_summary_of_a_published_run_is_one_object_with_the_published_numbers(golden: Path) -> None:
+    run = golden / "results" / "rank_iter0.json.gz"
+    done = seal_nb("summarize", run, "--json")
+    assert done.returncode == 0, done.stderr
+    stored = json.loads(gzip.decompress(run.read_bytes()))["overall"]
+    computed = json.loads(done.stdout)["overall"]
+    assert {name: computed[name] for name in stored} == stored
+
+
+def test_summary_says_what_a_file_cannot_give(golden: Path) -> None:
+    done = seal_nb("summarize", golden / "results" / "cpt_base.json")
+    assert "adapter_accuracy: 0.4097" in done.stdout
+    assert "does not say which question belongs to which passage" in done.stderr
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_summary_of_something_else_is_refused(tmp_path: Path, option: list[str]) -> None:
+    (tmp_path / "x.json").write_text("[]")
+    done = seal_nb("summarize", tmp_path / "x.json", *option)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "neither a single-passage run" in done.stderr
+
+
+def test_server_is_started_asked_for_its_status_and_ended(tmp_path: Path) -> None:
+    ready = tmp_path / "endpoint.json"
+    stub = ["--inner-loop", "tests.service.stub_loop:load"]
+    words = ["serve", "--endpoint", "tcp://127.0.0.1:0", "--run-dir", str(tmp_path), *stub]
+    server = subprocess.Popen([sys.executable, "-m", "seal_nb.cli", *words], cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.exists() and server.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        status = seal_nb("status", "--endpoint", ready)
+        assert status.returncode == 0, status.stderr
+        assert json.loads(status.stdout)["server_id"] == json.loads(ready.read_text())["server_id"]
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert not ready.exists()
+
+
+def test_status_without_a_server_says_where_it_looked() -> None:
+    done = seal_nb("status", "--endpoint", "tcp://127.0.0.1:1")
+    assert done.returncode == 2
+    assert "tcp://127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_option_of_serve_is_refused() -> None:
+    done = seal_nb("serve", "--prot", "1")
+    assert done.returncode == 2
+    assert "--prot" in done.stderr
