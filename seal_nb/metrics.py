@@ -1,12 +1,11 @@
-"""Numbers about runs: accuracies, published statistics, intervals, recitation, continual edits, graders.
+"""Numbers about answers: accuracies, intervals, differences of two runs, recitation, agreement of graders.
 
 Accuracies are fractions. A verdict is True, False or None; None is an answer nobody could grade, and it is
 left out and counted, never taken for wrong. ``correct_P_Q`` is, for each passage, the verdicts of all its
-answers (questions × repeats × self-edits). Published statistics agree with the published files to the last
-bit, which is why they use ``statistics`` and not numpy. Nothing is read from files or graded here.
+answers (questions × repeats × self-edits). The statistics of published run files, which must agree to the
+last bit, are in ``experiments.published_statistics``. Nothing is read from files or graded here.
 """
 
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,82 +35,6 @@ def gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
     """Adapter accuracy minus baseline accuracy, unrounded; None where either is."""
     before, after = accuracy(baseline), accuracy(adapter)
     return None if before is None or after is None else after - before
-
-
-def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, float | None]:
-    """Published stats of one self-edit from (baseline, adapter) verdicts of each repeat.
-
-    Accuracies are rounded to 4 decimals before averaging, as the published server sends them. A repeat
-    without any graded answer is left out; with none left the numbers are None.
-    """
-    pairs = list(repeats)
-    before = [_rounded(accuracy(baseline)) for baseline, _ in pairs]
-    after = [_rounded(accuracy(adapter)) for _, adapter in pairs]
-    return {
-        "baseline_mean": mean(before),
-        "baseline_std": sample_std(before),
-        "adapter_mean": mean(after),
-        "adapter_std": sample_std(after),
-        "gain_mean": mean([_rounded(gain(baseline, adapter)) for baseline, adapter in pairs]),
-    }
-
-
-def published_statistics(
-    completion_stats_P_E: Sequence[Sequence[Mapping[str, Any]]],
-) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
-    """Published ``stats`` of every article and the ``overall`` of a run, from the stats of its self-edits.
-
-    Averages run over unrounded values; every number is rounded to 4 decimals once. Overall
-    ``mean_adapter_std_within_completions`` averages over all self-edits, ``mean_gain`` is adapter minus
-    baseline mean.
-    """
-    articles = [_article_stats(stats_E) for stats_E in completion_stats_P_E]
-    within = [stats["adapter_std"] for stats_E in completion_stats_P_E for stats in stats_E]
-    before = [article["baseline_accuracy"] for article in articles]
-    after = [article["adapter_mean_accuracy"] for article in articles]
-    before_mean, after_mean = mean(before), mean(after)
-    known = before_mean is not None and after_mean is not None
-    overall = {
-        "baseline_mean_accuracy": before_mean,
-        "baseline_std_of_article_means": sample_std(before),
-        "adapter_mean_accuracy": after_mean,
-        "adapter_std_of_article_means": sample_std(after),
-        "mean_adapter_std_over_completions": mean([a["adapter_std_over_completions"] for a in articles]),
-        "mean_adapter_std_within_completions": mean(within),
-        "mean_gain": after_mean - before_mean if known else None,  # type: ignore[operator]
-    }
-    return [_all_rounded(article) for article in articles], _all_rounded(overall)
-
-
-def _article_stats(stats_E: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    after = [stats["adapter_mean"] for stats in stats_E]
-    return {
-        "baseline_accuracy": mean([stats["baseline_mean"] for stats in stats_E]),
-        "adapter_mean_accuracy": mean(after),
-        "adapter_std_over_completions": sample_std(after),
-        "mean_adapter_std_within_completions": mean([stats["adapter_std"] for stats in stats_E]),
-        "mean_gain": mean([stats["gain_mean"] for stats in stats_E]),
-    }
-
-
-def mean(values: Scores) -> float | None:
-    """The exact mean (``statistics.mean``) of what is known; None of nothing."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
-
-
-def sample_std(values: Scores) -> float | None:
-    """The sample standard deviation of what is known: 0.0 of one value, None of nothing."""
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else (0.0 if known else None)
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
-
-
-def _all_rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: _rounded(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,15 +195,19 @@ def recitation_rate(
     """
     if not answers:
         return 0.0
-    flattered = 0
-    for at, answer in enumerate(answers):
-        others = {
-            (questions[other], golds[other])
-            for other in range(len(golds))
-            if golds[other].casefold() != golds[at].casefold()
-            and (passages is None or passages[other] == passages[at])
-        }
-        flattered += bool(answer.strip()) and any(match(q, gold, answer) for q, gold in others)
+    places = [0] * len(answers) if passages is None else passages
+    asked: dict[int, set[tuple[str, str]]] = {}
+    for place, question, gold in zip(places, questions, golds, strict=True):
+        asked.setdefault(place, set()).add((question, gold))
+    flattered = sum(
+        any(
+            match(question, other, answer)
+            for question, other in asked[place]
+            if other.casefold() != gold.casefold()
+        )
+        for place, gold, answer in zip(places, golds, answers, strict=True)
+        if answer.strip()
+    )
     return flattered / len(answers)
 
 
@@ -299,6 +226,14 @@ class Agreement:
     bias: float
     precision: float | None
     recall: float | None
+
+
+def rows_agreement(rows: Sequence[Mapping[str, Any]]) -> Agreement:
+    """Of graded rows: ``verdict`` (CORRECT, INCORRECT, UNGRADED) against ``reference_verdict`` (or null)."""
+    words = {"CORRECT": True, "INCORRECT": False}
+    return grader_agreement(
+        [words.get(row["verdict"]) for row in rows], [row.get("reference_verdict") for row in rows]
+    )
 
 
 def grader_agreement(verdicts: Verdicts, reference: Verdicts) -> Agreement:

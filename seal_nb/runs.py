@@ -246,13 +246,16 @@ def _lock(path: Path) -> int:
     handle = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         holder = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
         os.close(handle)
         raise RunMismatch(
             f"{path} is being written by another run (process {holder}); wait for it, end it, "
             "or close its journal if it is in this notebook"
         ) from error
+    except OSError as error:  # some network file systems have no locks
+        os.close(handle)
+        raise DataError(f"cannot be locked: {error}", path=path, remedy="use another folder") from error
     os.ftruncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
     return handle

@@ -1,4 +1,4 @@
-"""Statistics agree with the published ones bit for bit; intervals say what is noise."""
+"""Accuracies leave out what nobody graded; intervals say what is noise."""
 
 import json
 import statistics
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError
-from seal_nb.experiments.run_files import read_run
 from seal_nb.metrics import (
     Difference,
     accuracy,
@@ -18,9 +17,8 @@ from seal_nb.metrics import (
     grader_agreement,
     mean_interval,
     paired_difference,
-    published_statistics,
     recitation_rate,
-    repeat_stats,
+    rows_agreement,
 )
 
 VERDICTS = st.lists(st.sampled_from([True, False, None]), max_size=12)
@@ -29,29 +27,6 @@ VERDICTS = st.lists(st.sampled_from([True, False, None]), max_size=12)
 def published_verdicts(golden: Path, run: str, arm: str = "adapter") -> list[list[bool]]:
     runs = json.loads((golden / "eval_correct.json").read_text())["runs"]
     return [[mark == "1" for mark in passage[arm]] for passage in runs[run]["passages"]]
-
-
-def test_all_1507_published_statistics_of_a_ranking_run_agree_to_the_last_bit(golden: Path) -> None:
-    run = read_run(golden / "results/rank_iter0.json.gz")
-    computed = [[repeat_stats(edit.repeats()) for edit in passage.self_edits] for passage in run.passages]
-    articles, overall = published_statistics(computed)
-    n_equal = 0
-    for passage, stats_E, article in zip(run.passages, computed, articles, strict=True):
-        assert article == passage.stored_stats
-        n_equal += len(article)
-        for edit, stats in zip(passage.self_edits, stats_E, strict=True):
-            assert stats == edit.stored_stats
-            n_equal += len(stats)
-    assert overall == run.stored_overall
-    assert n_equal + len(overall) == 1507
-
-
-def test_published_evaluations_agree_from_their_verdicts_alone(golden: Path) -> None:
-    runs = json.loads((golden / "eval_correct.json").read_text())["runs"]
-    for name, run in runs.items():
-        before, after = published_verdicts(golden, name, "baseline"), published_verdicts(golden, name)
-        stats = [[repeat_stats([pair])] for pair in zip(before, after, strict=True)]
-        assert published_statistics(stats)[1] == run["overall"], name
 
 
 def test_seal_against_base_is_real_and_against_gpt_4_1_is_noise(golden: Path) -> None:
@@ -81,22 +56,6 @@ def test_an_ungraded_answer_is_excluded_and_never_wrong() -> None:
 def test_more_ungraded_answers_change_no_accuracy(correct: list[bool | None], n_more: int) -> None:
     if correct:
         assert accuracy(correct + [None] * n_more) == accuracy(correct)
-
-
-def test_a_repeat_without_a_verdict_is_left_out_of_the_self_edits_mean() -> None:
-    graded = ([True, False], [True, True])
-    outage: tuple[list[bool | None], list[bool | None]] = ([None, None], [None, None])
-    assert repeat_stats([graded, outage]) == repeat_stats([graded])
-    assert set(repeat_stats([outage]).values()) == {None}
-
-
-def test_a_self_edit_that_cannot_be_ranked_leaves_the_passage_mean_to_the_others() -> None:
-    good = repeat_stats([([False], [True])])
-    outage = repeat_stats([([None], [None])])
-    articles, overall = published_statistics([[good, outage], [outage]])
-    assert articles[0]["adapter_mean_accuracy"] == 1.0
-    assert articles[1]["adapter_mean_accuracy"] is None
-    assert overall["adapter_mean_accuracy"] == 1.0
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=2, max_size=8))
@@ -194,6 +153,20 @@ def test_grader_agreement_of_a_worked_example() -> None:
     assert found.kappa == pytest.approx(0.4)
     assert found.bias == pytest.approx((25 - 30) / 50)
     assert (found.precision, found.recall) == (pytest.approx(0.8), pytest.approx(2 / 3))
+
+
+def test_graded_rows_are_compared_with_their_reference_and_ungraded_ones_left_out() -> None:
+    rows = [
+        {"verdict": "CORRECT", "reference_verdict": True},
+        {"verdict": "INCORRECT", "reference_verdict": True},
+        {"verdict": "INCORRECT", "reference_verdict": False},
+        {"verdict": "UNGRADED", "reference_verdict": True},
+        {"verdict": "CORRECT", "reference_verdict": None},
+        {"verdict": "CORRECT"},
+    ]
+    found = rows_agreement(rows)
+    assert (found.n, found.n_left_out) == (3, 3)
+    assert found.agreement == pytest.approx(2 / 3)
 
 
 def test_grader_agreement_of_one_sided_verdicts_is_defined() -> None:

@@ -13,7 +13,7 @@ from seal_nb.experiments.rest_em import select_best
 from seal_nb.experiments.run_files import read_run, run_from_json
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import (
-    InnerLoop,
+    PlannedLoop,
     SinglePassageSettings,
     build_run,
     requests_for_run,
@@ -37,11 +37,11 @@ PASSAGES = [
 SETTINGS = SinglePassageSettings(k_completions=2, eval_times=3)
 
 
-def loops_of(settings: SinglePassageSettings = SETTINGS, model_id: str = "m") -> list[InnerLoop]:
+def loops_of(settings: SinglePassageSettings = SETTINGS, model_id: str = "m") -> list[PlannedLoop]:
     return requests_for_run(PASSAGES, settings, model_id=model_id)
 
 
-def reply_to(loop: InnerLoop, verdicts: list[str], *, soft: bool = False) -> TTTReply:
+def reply_to(loop: PlannedLoop, verdicts: list[str], *, soft: bool = False) -> TTTReply:
     n = len(loop.request.eval_questions)
     wrong = Answers(texts=["w"] * n, verdicts=["INCORRECT"] * n, gold_logprobs=[-9.0] * n if soft else [])
     after = Answers(texts=["t"] * n, verdicts=verdicts, gold_logprobs=[-2.0] * n if soft else [])
@@ -55,13 +55,13 @@ def reply_to(loop: InnerLoop, verdicts: list[str], *, soft: bool = False) -> TTT
     )
 
 
-def replies_to(loops: list[InnerLoop], verdict: str = "CORRECT", **how: Any) -> dict[str, TTTReply]:
+def replies_to(loops: list[PlannedLoop], verdict: str = "CORRECT", **how: Any) -> dict[str, TTTReply]:
     return {
         loop.request_id: reply_to(loop, [verdict] * len(loop.request.eval_questions), **how) for loop in loops
     }
 
 
-def built(loops: list[InnerLoop], replies: dict[str, TTTReply], **more: Any) -> dict[str, Any]:
+def built(loops: list[PlannedLoop], replies: dict[str, TTTReply], **more: Any) -> dict[str, Any]:
     return build_run(
         PASSAGES, loops, replies, SETTINGS, model="base", dataset="d.json", timestamp="0101_000000", **more
     )

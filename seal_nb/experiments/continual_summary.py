@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from seal_nb.errors import DataError
+from seal_nb.experiments.published_statistics import mean, sample_std
 from seal_nb.metrics import (
     Difference,
     Estimate,
     Verdicts,
     accuracy,
-    mean,
     mean_interval,
     paired_difference,
-    sample_std,
 )
 
 Matrix = Sequence[Sequence[float | None]]

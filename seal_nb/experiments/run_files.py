@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError
-from seal_nb.metrics import Verdicts, mean, repeat_stats
+from seal_nb.experiments.published_statistics import mean, repeat_stats
+from seal_nb.metrics import Verdicts
 from seal_nb.runs import read_json
 
 STATS = ("baseline_mean", "baseline_std", "adapter_mean", "adapter_std", "gain_mean")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seal_nb.errors import DataError, SettingsError
+from seal_nb.experiments.published_statistics import published_statistics, repeat_stats
 from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
-from seal_nb.metrics import Verdicts, published_statistics, repeat_stats
+from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
@@ -42,7 +43,7 @@ class SinglePassageSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InnerLoop:
+class PlannedLoop:
     """One adapter to train and ask: which self-edit of which passage, which repeat, and the request."""
 
     passage: int
@@ -59,13 +60,13 @@ class InnerLoop:
 
 def requests_for_run(
     passages: Sequence[Passage], settings: SinglePassageSettings, *, model_id: str
-) -> list[InnerLoop]:
+) -> list[PlannedLoop]:
     """Every inner loop of a run, passages outermost, repeats innermost.
 
     Raises: DataError for a passage without what the arm trains on.
     """
     return [
-        InnerLoop(
+        PlannedLoop(
             passage=at,
             self_edit=self_edit,
             repeat=repeat,
@@ -138,7 +139,7 @@ def identified(request: TTTRequest, model_id: str) -> TTTRequest:
 
 def build_run(
     passages: Sequence[Passage],
-    loops: Sequence[InnerLoop],
+    loops: Sequence[PlannedLoop],
     replies: Mapping[str, TTTReply],
     settings: SinglePassageSettings,
     *,
@@ -151,7 +152,7 @@ def build_run(
 
     An inner loop without a reply is missing, listed under ``missing`` with its failure, and enters no mean.
     """
-    by_self_edit: dict[tuple[int, int], list[InnerLoop]] = defaultdict(list)
+    by_self_edit: dict[tuple[int, int], list[PlannedLoop]] = defaultdict(list)
     for loop in loops:
         by_self_edit[loop.passage, loop.self_edit].append(loop)
     completions_P: list[list[dict[str, Any]]] = [[] for _ in passages]
@@ -196,7 +197,7 @@ def _article(
 
 
 def _completion(
-    passage: Passage, loops: Sequence[InnerLoop], replies: Mapping[str, TTTReply]
+    passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]
 ) -> dict[str, Any]:
     answered = [(loop, replies[loop.request_id]) for loop in loops if loop.request_id in replies]
     verdicts: list[tuple[Verdicts, Verdicts]] = [
@@ -210,7 +211,7 @@ def _completion(
     }
 
 
-def _question_rows(passage: Passage, loop: InnerLoop, reply: TTTReply) -> list[dict[str, Any]]:
+def _question_rows(passage: Passage, loop: PlannedLoop, reply: TTTReply) -> list[dict[str, Any]]:
     """One row a question of one repeat: the published keys, then verdicts and soft scores."""
     check_answers(reply, len(passage.questions))
     rows = []
@@ -243,7 +244,7 @@ def check_answers(reply: TTTReply, n_questions: int) -> None:
             )
 
 
-def _repeat(loop: InnerLoop, reply: TTTReply | None) -> dict[str, Any]:
+def _repeat(loop: PlannedLoop, reply: TTTReply | None) -> dict[str, Any]:
     """What made one repeat: enough to make it again alone."""
     made: dict[str, Any] = {"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id}
     if reply is not None:
@@ -256,7 +257,7 @@ def _repeat(loop: InnerLoop, reply: TTTReply | None) -> dict[str, Any]:
 
 
 def _missing(
-    loops: Sequence[InnerLoop], replies: Mapping[str, TTTReply], failures: Mapping[str, str]
+    loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply], failures: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     return [
         {

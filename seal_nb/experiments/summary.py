@@ -12,6 +12,7 @@ from typing import Any
 
 from seal_nb.errors import DataError
 from seal_nb.experiments.cpt import split_by_passage
+from seal_nb.experiments.published_statistics import published_statistics
 from seal_nb.experiments.run_files import STATS, EvaluatedPassage, SinglePassageRun, run_from_json
 from seal_nb.metrics import (
     Verdicts,
@@ -19,7 +20,6 @@ from seal_nb.metrics import (
     gain,
     mean_interval,
     paired_difference,
-    published_statistics,
 )
 from seal_nb.passages import Passage
 from seal_nb.runs import read_json
