@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from seal_nb.chain import Chain, Stage, in_run
+from seal_nb.experiments.arms import run_file_name
 from seal_nb.notebook_runner import Value
 
+ARMS = ("passage_only", "self_edits", "hand_written")
 ENDPOINT_FILE = "endpoint.json"
 SELF_EDITS_FILE = "self_edits.json"
 MODEL_FOLDER = "model"
@@ -36,6 +38,7 @@ class ExperimentSettings:
     n_workers: int
     n_threads: int
     seed: int = 42
+    shuffle: bool = False  # the published order of a dataset that is not in that order yet
 
 
 # 15 minutes on 2 cores; the small model learns nothing through q_proj and v_proj alone.
@@ -93,10 +96,22 @@ class _Round:
     def stages(self) -> Iterator[Stage]:
         s = self.settings
         ranks = self.number < s.n_rounds
-        yield self._self_edits(f"{self.label}_self_edits", s.val_dataset, s.n_val, 1, "validation")
+        yield self._self_edits(
+            f"{self.label}_self_edits",
+            f"each of {s.n_val} validation passages",
+            dataset=s.val_dataset,
+            n_articles=s.n_val,
+            k_completions=1,
+        )
         if ranks:
             yield self._self_edits(
-                f"{self.next_label}_self_edits_train", s.train_dataset, s.n_train, s.k_completions, "training"
+                f"{self.next_label}_self_edits_train",
+                f"each of {s.n_train} training passages, {s.k_completions} times",
+                dataset=s.train_dataset,
+                n_articles=s.n_train,
+                # As published: every round trains on passages that no earlier round has seen.
+                start=self.number * s.n_train,
+                k_completions=s.k_completions,
             )
         yield self._server()
         yield self._evaluate()
@@ -106,16 +121,15 @@ class _Round:
             yield self._rank()
             yield self._train()
 
-    def _self_edits(self, name: str, dataset: str, n: int, k: int, which: str) -> Stage:
+    def _self_edits(self, name: str, what: str, **asked: Value) -> Stage:
         return Stage(
             name=name,
             notebook="01_create_self_edits",
-            title=f"{self._who()} writes {k} self-edit{'s' * (k > 1)} of each of {n} {which} passages",
+            title=f"{self._who()} writes self-edits: {what}",
             parameters={
-                "dataset": dataset,
+                **asked,
                 "model": self.model,
-                "n_articles": n,
-                "k_completions": k,
+                "shuffle": self.settings.shuffle,
                 "max_tokens": self.settings.max_tokens,
                 "seed": self.settings.seed,
             },
@@ -141,7 +155,8 @@ class _Round:
         )
 
     def _evaluate(self) -> Stage:
-        arms = ["passage_only", "self_edits", "hand_written"] if not self.number else ["self_edits"]
+        # What no model wrote is the same in every round.
+        arms = ("self_edits",) if self.number else ARMS
         return Stage(
             name=f"{self.label}_evaluate",
             notebook="03_query_server",
@@ -153,6 +168,7 @@ class _Round:
                 "arms": ",".join(arms),
             },
             needs=(f"{self.label}_self_edits", f"{self.label}_server"),
+            produces=tuple(run_file_name(self.label, arm) for arm in arms),
         )
 
     def _cpt(self) -> Stage:
@@ -162,9 +178,10 @@ class _Round:
             title=f"CPT: one adapter for {self.settings.n_val} passages",
             parameters={
                 **self._asked(f"{self.label}_self_edits", n=self.settings.n_val, k=1),
-                "arms": "passage_only,self_edits,hand_written",
+                "arms": ",".join(ARMS),
             },
             needs=(f"{self.label}_self_edits", f"{self.label}_server"),
+            produces=tuple(f"cpt_run_{arm}.json" for arm in ARMS),
         )
 
     def _rank(self) -> Stage:
@@ -181,6 +198,7 @@ class _Round:
                 "arms": "self_edits",
             },
             needs=(texts, f"{self.label}_server"),
+            produces=(run_file_name(f"{self.next_label}_rank", "self_edits"),),
         )
 
     def _train(self) -> Stage:
@@ -190,7 +208,7 @@ class _Round:
             notebook="05_rest_em_round",
             title=f"ReST-EM {self.next_label}: keep each passage's best self-edit, train on writing it",
             parameters={
-                "run_json": in_run(rank, f"run_{rank}.json"),
+                "run_json": in_run(rank, run_file_name(rank, "self_edits")),
                 "model": self.model,
                 "train": True,
                 "seed": self.settings.seed,
