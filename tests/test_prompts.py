@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import SettingsError
+from seal_nb.passages import load_passages
 from seal_nb.prompts import (
     SELF_EDIT_PROMPTS,
     answer_prompt,
@@ -29,8 +30,6 @@ def test_25_published_self_edit_prompts_are_rendered_exactly(golden: Path) -> No
 
 
 def test_every_prompt_of_the_published_item_files_is_the_default_one(golden: Path) -> None:
-    from seal_nb.passages import load_passages
-
     for name in ("eval/base_val.json.gz", "eval/iter2_val.json.gz", "train/iter0_train.json.gz"):
         for passage in load_passages(golden / name):
             rendered = self_edit_prompt("implications", title=passage.title, context=passage.context)

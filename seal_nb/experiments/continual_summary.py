@@ -48,7 +48,8 @@ def was_asked(step: int, passage: int) -> bool:
 def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model: str) -> dict[str, Any]:
     """A ``summary_*.json``: published keys first, then every sequence's matrix and the derived numbers.
 
-    Means and sample standard deviations over the sequences, 4 decimals; 0.0 where nothing was asked.
+    Means and sample standard deviations over the sequences, 4 decimals; 0.0 where nothing was asked. (The
+    released files do not show whether the published deviations are sample or population ones.)
     """
     n_passages = _check_equal_sizes(matrices)
     cells = [
