@@ -1,6 +1,7 @@
 """What a visitor finds: notebooks that run by name, no path of anybody's machine, make targets that work."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -94,10 +95,24 @@ def test_make_without_a_fitting_python_says_what_is_missing(tmp_path: Path) -> N
     assert not (tmp_path / "venv").exists()
 
 
-def test_ci_runs_make_test_and_passes_its_result_on() -> None:
-    script = ROOT / ".ci" / "run"
-    assert script.stat().st_mode & 0o111
-    assert "make test" in script.read_text()
+@pytest.mark.parametrize("code", [0, 2])
+def test_ci_passes_the_result_of_make_test_on_and_ends_with_pytest_s_line(tmp_path: Path, code: int) -> None:
+    fake = tmp_path / "bin" / "make"
+    fake.parent.mkdir()
+    closing = "=== 2 failed, 3 passed in 1.20s ==="
+    fake.write_text(
+        f"#!/bin/sh\necho \"make $* CI=$CI\"; echo '{closing}'; echo mypy: fine >&2; exit {code}\n"
+    )
+    fake.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    environment["PATH"] = f"{fake.parent}:{environment['PATH']}"
+    done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.splitlines()[0] == "make test CI=true"
+    assert done.stdout.splitlines()[-1] == closing
+
+
+def test_ci_script_is_executable_in_git() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "--stage", ".ci/run"], cwd=ROOT, capture_output=True, text=True, check=True
     )
