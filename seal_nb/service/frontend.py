@@ -50,11 +50,13 @@ class FrontEnd:
         watch: Callable[[float], None],
         idle_exit_s: float = 0.0,
         drain_s: float = 60.0,
+        workers_load: bool = False,
     ) -> None:
         self.clients, self.gate, self.desk, self.watch = clients, gate, desk, watch
         self.queue, self.meter = desk.queue, desk.meter
         self.crew = Crew(workers, desk, self._send)
         self.idle_exit_s, self.drain_s = idle_exit_s, drain_s
+        self.workers_load = workers_load  # workers of this machine, which may take long to be ready
         self.drain_until: float | None = None
         self._client_seen_at = time.monotonic()
         self._asked_to_stop = ""
@@ -127,7 +129,7 @@ class FrontEnd:
             reply = self._answer_to(message, envelope)
         except SealError as error:
             self._refuse(envelope, error, self._request_id(message))
-        except Exception as error:  # noqa: BLE001 - one client's message must not end the server
+        except Exception as error:
             log.error("a fault of the front end: %s", type(error).__name__)
             log.debug("the fault", exc_info=True)
             self._refuse(envelope, InternalError(f"{type(error).__name__}: {error}"), None)
@@ -199,8 +201,8 @@ class FrontEnd:
         self.watch(now)
         if self.desk.results.n_unsaved:
             self.desk.results.save()
-        if self.queue.jobs:
-            self._client_seen_at = now  # what is in work was asked for
+        if self.queue.jobs or (self.workers_load and not self.crew.model_id):
+            self._client_seen_at = now  # what is in work was asked for; while a model loads, nobody is late
         if self.idle_exit_s and now - self._client_seen_at > self.idle_exit_s and not self._asked_to_stop:
             self.ask_to_stop(f"no client for {self.idle_exit_s:g} s")
         if self._asked_to_stop:

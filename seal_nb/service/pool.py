@@ -56,12 +56,14 @@ class Pool:
                 place.process = self._start(place.index)
                 place.started_at = now
 
-    def end(self, timeout_s: float = 10.0) -> None:
-        """They were told to stop; who does not in time is killed."""
+    def end(self, told: set[int], timeout_s: float = 10.0) -> None:
+        """Those in ``told`` know that they are to stop. Who is late, or still loading, is killed."""
         deadline = time.monotonic() + timeout_s
         for place in self.places:
             if place.process is None:
                 continue
+            if place.process.pid not in told:
+                place.process.kill()
             try:
                 place.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

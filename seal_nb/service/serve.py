@@ -89,7 +89,7 @@ class Server:
         return self.exit_code
 
     def close(self) -> None:
-        self.pool.end()
+        self.pool.end(told={peer.pid for peer in self.front.crew.peers.values()})
         if self._is_mine():
             self.settings.endpoint_path.unlink(missing_ok=True)
         self.context.destroy(linger=2000)  # the last replies get out
@@ -150,7 +150,7 @@ class Server:
         )  # fmt: skip
         return FrontEnd(
             clients=self.clients, workers=self.workers, gate=self.gate, desk=desk,
-            watch=self._watch, idle_exit_s=s.idle_exit_s, drain_s=s.drain_s,
+            watch=self._watch, idle_exit_s=s.idle_exit_s, drain_s=s.drain_s, workers_load=s.n_workers > 0,
         )  # fmt: skip
 
     def _watch(self, now: float) -> None:

@@ -55,6 +55,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run_dir", Path(self.run_dir))
+        if isinstance(self.limits, dict):
+            object.__setattr__(self, "limits", Limits(**self.limits))
         if self.endpoint_file is not None:
             object.__setattr__(self, "endpoint_file", Path(self.endpoint_file))
         for name, least in (

@@ -1,0 +1,81 @@
+"""Real servers for tests: a front end process and worker processes around the stub inner loop."""
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import zmq
+
+from seal_nb.service.client import TTTClient
+from seal_nb.service.launch import TTTServer
+
+STUB = "tests.service.stub_loop:load"
+HASTE = {"lease_s": 2.0, "drain_s": 5.0, "start_timeout_s": 60.0}
+
+
+@pytest.fixture
+def start_server(tmp_path, monkeypatch):
+    """``start_server(n_workers=2, …)`` gives a running TTTServer; all are ended after the test."""
+    monkeypatch.setenv("STUB_LOOP_LOG", str(tmp_path / "trained.txt"))
+    with ExitStack() as stack:
+
+        def start(**settings):
+            server = TTTServer(**{"run_dir": tmp_path / "run", "inner_loop": STUB, **HASTE, **settings})
+            stack.callback(server.stop, timeout_s=10)
+            return server.start()
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One server with two workers for all tests of a module that do it no harm."""
+    folder = tmp_path_factory.mktemp("server")
+    with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=2, **HASTE) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with TTTClient(server.endpoint, timeout_s=30, connect_s=10) as client:
+        yield client
+
+
+@pytest.fixture
+def req(server):
+    """A plain REQ socket, as published clients have; its own context, so that it may be abandoned."""
+    with plain_req(server.info.endpoint) as socket:
+        yield socket
+
+
+def plain_req(endpoint, timeout_ms=20_000):
+    socket = zmq.Context.instance().socket(zmq.REQ)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+    socket.connect(endpoint)
+    return socket
+
+
+def eventually(condition, timeout_s=20.0):
+    """The first true value of ``condition()``; fails the test if there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition}"
+        time.sleep(0.02)
+    return value
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def trained(tmp_path: Path) -> list[str]:
+    """Ids of all trainings that came to their end, as the stub loop noted them."""
+    path = tmp_path / "trained.txt"
+    return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
