@@ -4,13 +4,16 @@ An arm is one way to make train sequences: the passage alone, self-edits, implic
 run file has the published name for self-edits, and the arm's name added for the others.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seal_nb.experiments.results import ARM_NAMES, SinglePassageResult, single_passage_result
 from seal_nb.experiments.run_files import AnsweredQuestion, SinglePassageRun
 from seal_nb.grading.base import Answered, Verdict, make_grader
 from seal_nb.metrics import Estimate, mean_interval, paired_difference, recitation_rate
+from seal_nb.passages import Passage
+from seal_nb.self_edits import train_sequences
 
 Match = Callable[[str, str, str], bool]
 VERDICT_WORDS = {True: "right", False: "wrong", None: "ungraded"}
@@ -124,3 +127,26 @@ def cpt_row(run: Mapping[str, Any]) -> dict[str, Any]:
         "gain": paired_difference(after, before, weighting="question").sentence(),
         "ungraded": sum(verdict is None for verdicts in after for verdict in verdicts),
     }
+
+
+def self_edit_rows(passages: Sequence[Passage]) -> list[dict[str, Any]]:
+    """One line a self-edit: its length, what it becomes, how much of it the passage does not say."""
+    return [
+        {
+            "passage": passage.title,
+            "self-edit": number,
+            "words": len(text.split()),
+            "train sequences": len(
+                train_sequences(text, title=passage.title, context=passage.context, split_newlines=True)
+            ),
+            "new words": _share_of_new_words(text, passage.context),
+        }
+        for passage in passages
+        for number, text in enumerate(passage.completions, start=1)
+    ]
+
+
+def _share_of_new_words(text: str, context: str) -> float | None:
+    words = re.findall(r"\w+", text.casefold())
+    known = set(re.findall(r"\w+", context.casefold()))
+    return sum(word not in known for word in words) / len(words) if words else None

@@ -30,11 +30,15 @@ class Collected:
     replies: dict[str, TTTReply]
     failures: dict[str, str]
 
+    def in_order(self, requests: Sequence[TTTRequest]) -> list[TTTReply]:
+        """The reply to each request. Raises: RemoteError where one failed."""
+        return list(self.all_replies({str(at): request for at, request in enumerate(requests)}).values())
+
     def all_replies(self, requests: Mapping[str, TTTRequest]) -> dict[str, TTTReply]:
         """The reply to each named request. Raises: RemoteError where one failed."""
         for name, request in requests.items():
             if (failure := self.failures.get(_key(request))) is not None:
-                raise RemoteError(f"{name}: {failure}", request_id=_key(request))
+                raise RemoteError(f"request {name}: {failure}", request_id=_key(request))
         return {name: self.replies[_key(request)] for name, request in requests.items()}
 
 

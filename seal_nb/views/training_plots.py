@@ -1,4 +1,4 @@
-"""Figures of training: the rewards that choose self-edits for a ReST-EM round, and the loss of adapters.
+"""Figures around training: self-edits and the rewards that choose among them, and the loss of adapters.
 
 Plain lists in, a figure out; choosing is done by the notebook, not here.
 """
@@ -84,3 +84,26 @@ def training_loss(curves: Mapping[str, Sequence[float]]) -> Chart:
 def _spread(values: Sequence[float], row: int) -> list[float]:
     """Heights at which equal rewards stand beside one another instead of on top."""
     return [row + 0.16 * sum(other == value for other in values[:i]) for i, value in enumerate(values)]
+
+
+@styled
+def self_edit_lengths(
+    titles: Sequence[str], words_P_E: Sequence[Sequence[int]], passage_words: Sequence[int]
+) -> Chart:
+    """For each passage the length of each of its self-edits, beside the length of the passage itself."""
+    chart, axes = new_chart(1.3 + 0.3 * max(len(titles), 1))
+    for row, (lengths, own) in enumerate(zip(words_P_E, passage_words, strict=True)):
+        axes.plot(lengths, _spread(lengths, row), "o", color=BLUE, linestyle="none", zorder=3)
+        axes.plot([own] * 2, [row - 0.35, row + 0.35], color=INK, linewidth=1.6, zorder=2)
+    axes.plot([], [], "o", color=BLUE, linestyle="none", label="self-edit")
+    axes.plot([], [], "|", color=INK, markersize=10, linestyle="none", label="the passage itself")
+    axes.set_yticks(range(len(titles)), [short(title) for title in titles])
+    axes.set_ylim(len(titles) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"words (n = {len(titles)} passages, {sum(map(len, words_P_E))} self-edits)")
+    axes.grid(axis="x")
+    legend_outside(chart)
+    chart.alt = "Words of the self-edits of each passage: " + "; ".join(
+        f"{title} {', '.join(map(str, lengths))}" for title, lengths in zip(titles, words_P_E, strict=True)
+    )
+    return chart
