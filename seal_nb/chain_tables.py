@@ -1,9 +1,9 @@
 """The table of the whole experiment: SEAL's five stages over any number of ReST-EM rounds.
 
-``make demo`` is this table with the small model and small counts; a cluster runs it with Qwen2.5-7B and the
-published counts. Round 0 is the model as it came. Each round: self-edits of training passages, their reward
-(one adapter each), ReST-EM training, then the new model's self-edits of the validation passages, evaluated.
-Only what differs from a notebook's defaults is given here.
+Round 0 is the model as it came. Each round: self-edits of training passages, their reward (one adapter each),
+ReST-EM training, then the new model's self-edits of the validation passages, evaluated. The last model is also
+edited continually, passage after passage. ``make demo`` is this table with the small model and small counts; a
+cluster runs it with Qwen2.5-7B and the published counts. Only what differs from a notebook's defaults is given.
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,6 @@ def rest_em_chain(settings: ExperimentSettings) -> Chain:
     stages: list[Stage] = []
     for number in range(settings.n_rounds + 1):
         stages += _Round(settings, number).stages()
-    stages.append(_continual(settings))
     results = tuple(stage.name for stage in stages if not stage.background)
     return Chain(name="rest_em", stages=(*stages, _results(results)))
 
@@ -120,6 +119,8 @@ class _Round:
         if ranks:
             yield self._rank()
             yield self._train()
+        else:
+            yield self._continual()
 
     def _self_edits(self, name: str, what: str, **asked: Value) -> Stage:
         return Stage(
@@ -217,6 +218,26 @@ class _Round:
             produces=(MODEL_FOLDER,),
         )
 
+    def _continual(self) -> Stage:
+        s = self.settings
+        return Stage(
+            name="continual",
+            notebook="06_continual_self_edits",
+            title=f"continual self-edits: {s.n_sequences} sequences of {s.n_datapoints} passages",
+            parameters={
+                "dataset": s.val_dataset,
+                "endpoint": in_run(f"{self.label}_server", ENDPOINT_FILE),
+                "model": self.model,
+                "n_sequences": s.n_sequences,
+                "n_datapoints": s.n_datapoints,
+                "max_tokens": s.max_tokens,
+                "target_modules": list(s.target_modules),
+                "seed": s.seed,
+            },
+            needs=(f"{self.label}_server",),
+            produces=("summary_continual.json",),
+        )
+
     def _asked(self, texts: str, *, n: int, k: int) -> dict[str, Value]:
         """Parameters of a stage that queries this round's server about the passages of ``texts``."""
         return {
@@ -231,25 +252,6 @@ class _Round:
 
     def _who(self) -> str:
         return f"the model of round {self.number}" if self.number else "the base model"
-
-
-def _continual(settings: ExperimentSettings) -> Stage:
-    return Stage(
-        name="continual",
-        notebook="06_continual_self_edits",
-        title=f"continual self-edits: {settings.n_sequences} sequences of {settings.n_datapoints} passages",
-        parameters={
-            "dataset": settings.val_dataset,
-            "model": settings.model,
-            "n_sequences": settings.n_sequences,
-            "n_datapoints": settings.n_datapoints,
-            "max_tokens": settings.max_tokens,
-            "n_workers": settings.n_workers,
-            "n_threads": settings.n_threads,
-            "target_modules": list(settings.target_modules),
-            "seed": settings.seed,
-        },
-    )
 
 
 def _results(needs: tuple[str, ...]) -> Stage:
