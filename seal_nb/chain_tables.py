@@ -1,9 +1,10 @@
 """The table of the whole experiment: SEAL's five stages over any number of ReST-EM rounds.
 
-Round 0 is the model as it came. Each round: self-edits of training passages, their reward (one adapter each),
-ReST-EM training, then the new model's self-edits of the validation passages, evaluated. The last model is also
-edited continually, passage after passage. ``make demo`` is this table with the small model and small counts; a
-cluster runs it with Qwen2.5-7B and the published counts. Only what differs from a notebook's defaults is given.
+Round 0 is the model as it came. Each round: self-edits of training passages, their reward (one adapter
+each), ReST-EM training, then the new model's self-edits of the validation passages, evaluated. The last model
+is also edited continually, passage after passage. ``make demo`` is this table with the small model and small
+counts; a cluster runs it with Qwen2.5-7B and the published ones. Only what differs from a notebook's defaults
+is given.
 """
 
 from collections.abc import Iterator
