@@ -34,6 +34,7 @@ from seal_nb.service.endpoint import Endpoint, read_endpoint, split_tcp
 from seal_nb.service.ping import client_socket
 from seal_nb.service.status import ServerStatus, read_status
 
+DEFAULT_WINDOW = 256  # requests in flight
 PING_S = 2.0
 SILENT_S = 8.0  # a live server answers pings, whatever its workers do
 COME_BACK = ("QueueFull", "ServerStopping")  # said of the moment, not of the request
@@ -77,7 +78,7 @@ class TTTClient:
         connect_s: float = 60.0,
         key_file: str | Path | None = None,
         server_key: str = "",
-        window: int = 256,
+        window: int = DEFAULT_WINDOW,
     ) -> None:
         self.where, self.timeout_s, self.connect_s = str(endpoint), timeout_s, connect_s
         self.key_file = Path(key_file) if key_file else None

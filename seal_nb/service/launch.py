@@ -64,7 +64,9 @@ class TTTServer:
         return self.settings.run_dir / "server.log"
 
     def start(self) -> Self:
-        """Raises ServerFailed."""
+        """Nothing if it runs already. Raises ServerFailed."""
+        if self.process is not None and self.process.poll() is None:
+            return self
         self.settings.run_dir.mkdir(parents=True, exist_ok=True)
         env = {
             **os.environ,

@@ -23,6 +23,7 @@ from typing import Any
 import zmq
 
 from seal_nb.errors import DataError, SealError, SettingsError
+from seal_nb.service.client import DEFAULT_WINDOW
 from seal_nb.service.counts import AnswerCounts
 from seal_nb.service.desk import Desk
 from seal_nb.service.endpoint import Endpoint, advertised, here, is_loopback, read_endpoint, split_tcp
@@ -61,7 +62,8 @@ class Server:
         self._checked_at = 0.0
         refuse_second_server(settings.endpoint_path)
         settings.run_dir.mkdir(parents=True, exist_ok=True)
-        self.results = Results(settings.run_dir / "results.journal.jsonl")
+        lock_wait_s = min(10.0, settings.lease_s)  # an earlier server may be about to let go
+        self.results = Results(settings.run_dir / "results.journal.jsonl", lock_wait_s=lock_wait_s)
         self.counts = AnswerCounts(settings.run_dir / "answer_counts.bin")
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.gate = self._gate()
@@ -112,6 +114,7 @@ class Server:
         if role == "client":
             socket.setsockopt(zmq.MAXMSGSIZE, HARD_SIZE_FACTOR * self.settings.limits.max_message_bytes)
             socket.rcvhwm = 100
+            socket.sndhwm = 2 * DEFAULT_WINDOW  # replies that a client has not read yet
         else:
             socket.sndhwm = socket.rcvhwm = 0
         if self.gate:
