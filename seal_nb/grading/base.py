@@ -8,6 +8,9 @@ from typing import Protocol
 from seal_nb.errors import SettingsError
 
 
+GRADERS = ("local", "exact", "f1", "recall")
+
+
 class Verdict(StrEnum):
     """UNGRADED: nothing could be found out (an outage, an unreadable reply); never "wrong", never reward."""
 
@@ -34,10 +37,27 @@ class Grader(Protocol):
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]: ...
 
 
+def asked_about(one: Answered) -> tuple[str, str]:
+    """Title and bare question: the ``Topic: ...`` line of published questions is a title, not asked."""
+    topic, line_end, rest = one.question.partition("\n")
+    if not (topic.startswith("Topic: ") and line_end and rest.strip()):
+        return one.title, one.question
+    return one.title or topic.removeprefix("Topic: "), rest
+
+
 def make_grader(name: str) -> Grader:
     """The grader of this name. Raises SettingsError for an unknown one."""
+    # Each is imported where it is wanted: they build on this module.
     if name == "local":
         from seal_nb.grading.local import LocalGrader
 
         return LocalGrader()
-    raise SettingsError(f"grader is {name!r}; known is 'local'")
+    if name == "recall":
+        from seal_nb.grading.recall_rule import RecallGrader
+
+        return RecallGrader()
+    if name in ("exact", "f1"):
+        from seal_nb.grading.exact import ExactGrader, F1Grader
+
+        return ExactGrader() if name == "exact" else F1Grader()
+    raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}")
