@@ -49,8 +49,8 @@ def make_keys(folder: Path) -> None:
             _create(folder, name)
     for role in ROLES:
         allowed = folder / f"allowed_{role}s"
-        allowed.mkdir(exist_ok=True, mode=0o700)
-        if not any(allowed.iterdir()):
+        if not allowed.exists():
+            allowed.mkdir(mode=0o700)
             (allowed / f"{role}.key").write_text((folder / f"{role}.key").read_text())
 
 
