@@ -108,24 +108,12 @@ def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
 
 
 class Adapter:
-    """A LoRA adapter's weights and its scale. `flat`: (layout.size,), the adapter's own dtype (float32 as a rule).
-
-    `compute` is the copy in the base's dtype that the passes use; `refresh` makes it anew after `flat` has changed.
-    """
+    """A LoRA adapter whose training is over. flat: (layout.size,), float32 as a rule; compute: the same in the base's dtype."""
 
     def __init__(self, layout: Layout, settings: LoraSettings, flat: torch.Tensor, compute_dtype: torch.dtype):
         self.layout, self.settings, self.flat = layout, settings, flat
         self.scaling = settings.scaling
-        self.compute = flat if flat.dtype == compute_dtype else flat.to(compute_dtype)
-        self.pairs = {t.name: (layout.a(self.compute, t), layout.b(self.compute, t)) for t in layout.targets}
-
-    def refresh(self) -> None:
-        if self.compute is not self.flat:
-            self.compute.copy_(self.flat)
-
-    def copied(self) -> "Adapter":
-        """An adapter with weights of its own, which later training of this one leaves alone."""
-        return Adapter(self.layout, self.settings, self.flat.clone(), self.compute.dtype)
+        self.compute = flat.to(compute_dtype)
 
     def delta(self, name: str) -> torch.Tensor:
         """What the adapter adds to the weight of `name`: (out, in), the adapter's dtype."""

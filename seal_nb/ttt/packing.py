@@ -59,13 +59,34 @@ class Rows:
         return varlen_attn(q, k, v, cu, cu, n, n, scale=scaling, window_size=(-1, 0))[None]
 
 
+SHORT = 512  # tokens
+
+
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
+    if not q.is_cuda and q.shape[2] <= SHORT:
+        return _short_attention(q, k, v, mask, scaling)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+
+
+def _short_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention as two batched products: on a CPU, torch's flash kernel spends most of short rows in its tiles.
+
+    Heads that share a key head are stacked as rows of one product.
+    """
+    rows, heads, n, d = q.shape
+    kv = k.shape[1]
+    scores = q.reshape(rows, kv, -1, d) @ k.transpose(2, 3)  # (rows, kv, heads/kv * n, n)
+    scores = scores.view(rows, heads, n, n).mul(scaling)
+    allowed = torch.ones(n, n, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    p = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype))
+    return (p.to(q.dtype).view(rows, kv, -1, n) @ v).view(rows, heads, n, d)
 
 
 class _Pad(torch.autograd.Function):

@@ -14,11 +14,12 @@ import torch
 
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase, RowTokens
-from seal_nb.ttt.branches import Gradient, Segment
+from seal_nb.ttt.bank import Bank, BankRow
+from seal_nb.ttt.branches import Segment
 from seal_nb.ttt.jobs import MicroBatch, TrainJob, TrainRow, learning_rate_at
+from seal_nb.ttt.lora import Adapter, Layout, initial_weights
 from seal_nb.ttt.loss import weighted_nll
-from seal_nb.ttt.lora import Adapter
-from seal_nb.ttt.optimizer import SlotAdamW
+from seal_nb.ttt.optimizer import adamw_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,7 @@ class Slot:
 
     job: TrainJob
     stack: tuple[Adapter, ...]
-    adapter: Adapter
-    gradient: Gradient
-    optimizer: SlotAdamW
+    row: BankRow
     rows: list[TrainRow]
     window: list[MicroBatch] = field(default_factory=list)
     done_in_window: int = 0
@@ -78,6 +77,7 @@ class SlotTrainer:
         self.base, self.n_slots, self.token_budget = base, n_slots, token_budget
         self.waiting: deque[tuple[TrainJob, tuple[Adapter, ...]]] = deque()
         self.slots: list[Slot] = []
+        self.banks: list[Bank] = []
         self.failed: list[Trained] = []
         self.n_tokens = 0
 
@@ -92,7 +92,7 @@ class SlotTrainer:
     def cancel(self, name: str) -> bool:
         """Forget the job of this name, wherever it is. False where there is none."""
         before = len(self.slots) + len(self.waiting)
-        self.slots = [s for s in self.slots if s.job.name != name]
+        self._release([s for s in self.slots if s.job.name == name])
         self.waiting = deque(w for w in self.waiting if w[0].name != name)
         return len(self.slots) + len(self.waiting) < before
 
@@ -103,8 +103,8 @@ class SlotTrainer:
         if chosen:
             self._guarded_pass(chosen)
         done = [s for s in self.slots if not s.window]
-        self.slots = [s for s in self.slots if s.window]
         finished = self.failed + [_result(s) for s in done]
+        self._release(done)
         self.failed = []
         return finished
 
@@ -119,19 +119,47 @@ class SlotTrainer:
         while self.waiting and len(self.slots) < self.n_slots:
             job, stack = self.waiting.popleft()
             try:
-                self.slots.append(_open_slot(self.base, job, stack))
+                self.slots.append(self._open(job, stack))
             except SettingsError as e:
                 self.failed.append(Trained(job=job, error=str(e)))
 
+    def _open(self, job: TrainJob, stack: tuple[Adapter, ...]) -> Slot:
+        rows = job.rows(self.base.tokenizer, 0)
+        n_items_R = [row.n_items for row in rows]
+        if not sum(n_items_R):
+            raise SettingsError(
+                f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences"
+            )
+        layout = self.base.layout(job.lora)
+        initial = initial_weights(layout, job.train.seed)
+        row = self._bank(layout).enter(job.lora, initial, dropout_seed=job.train.seed)
+        upcoming = _windows(job.micro_batches(n_items_R))
+        return Slot(job=job, stack=stack, row=row, rows=rows, window=next(upcoming), upcoming=upcoming)
+
+    def _bank(self, layout: Layout) -> Bank:
+        """A bank of this layout with a free row: room for the jobs of its kind that are waiting, made when needed."""
+        for bank in self.banks:
+            if bank.layout == layout and bank.free:
+                return bank
+        alike = 1 + sum(self.base.layout(job.lora) == layout for job, _ in self.waiting)
+        self.banks = [b for b in self.banks if len(b.free) < b.n]  # rooms that stand empty
+        self.banks.append(self.base.new_bank(layout, min(alike, self.n_slots - len(self.slots))))
+        return self.banks[-1]
+
+    def _release(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            slot.row.leave()
+        self.slots = [s for s in self.slots if s not in slots]
+
     def _choose(self) -> list[Slot]:
-        """Slots of the next pass, furthest behind first so that none starves; then in the order of their rows' lengths."""
+        """Slots of the next pass: furthest behind first, so that none starves; laid out bank by bank, row by row."""
         chosen, tokens = [], 0
         for slot in sorted(self.slots, key=lambda s: s.step):
             if chosen and tokens + slot.waiting_tokens > self.token_budget:
                 continue
             chosen.append(slot)
             tokens += slot.waiting_tokens
-        return chosen
+        return sorted(chosen, key=lambda s: (self.banks.index(s.row.bank), s.row.index))
 
     def _guarded_pass(self, chosen: list[Slot]) -> None:
         """Out of memory: halve the token budget and do the open accumulation windows again. Nothing is lost."""
@@ -147,14 +175,14 @@ class SlotTrainer:
                 torch.cuda.empty_cache()
 
     def _fail(self, slot: Slot, error: str) -> None:
-        self.slots.remove(slot)
+        self._release([slot])
         self.failed.append(Trained(job=slot.job, error=error, n_steps=slot.step, n_tokens=slot.n_tokens))
 
     def _pass(self, chosen: list[Slot]) -> None:
         device, rows, segments, sources, targets, weights, sizes = self.base.device, [], [], [], [], [], []
         start = 0
         for slot in chosen:
-            slot.gradient.overwrite = slot.micro_batch.opens_window
+            slot.row.opens_window = slot.micro_batch.opens_window
             stop, n = start, 0
             for row in slot.micro_rows:
                 rows.append(RowTokens(token_ids=row.token_ids, positions=row.positions, n_real=row.n_real))
@@ -162,8 +190,7 @@ class SlotTrainer:
                 targets.append(row.targets)
                 weights.append(row.weights / max(slot.micro_batch.n_items, 1))
                 stop, n = stop + len(row), n + len(row.sources)
-            adapters = (*slot.stack, slot.adapter)
-            segments.append(Segment(start=start, stop=stop, adapters=adapters, gradient=slot.gradient))
+            segments.append(Segment(start=start, stop=stop, adapters=slot.stack, trained=slot.row))
             sizes.append(n)
             start = stop
         hidden = self.base.hidden(rows, segments)
@@ -187,33 +214,12 @@ class SlotTrainer:
         if not batch.closes_window:
             return
         rate = learning_rate_at(settings, slot.step, slot.job.n_steps)
-        slot.norms.append(
-            slot.optimizer.step(slot.adapter, slot.gradient, learning_rate=rate, max_grad_norm=settings.max_grad_norm)
-        )
+        slot.norms.append(adamw_step(slot.row, learning_rate=rate, max_grad_norm=settings.max_grad_norm))
         slot.step += 1
         slot.window, slot.done_in_window = next(slot.upcoming, []), 0
         if slot.window and settings.pad_samples and slot.micro_batch.epoch != slot.rows_epoch:
             slot.rows_epoch = slot.micro_batch.epoch
             slot.rows = slot.job.rows(self.base.tokenizer, slot.rows_epoch)
-
-
-def _open_slot(base: FrozenBase, job: TrainJob, stack: tuple[Adapter, ...]) -> Slot:
-    rows = job.rows(base.tokenizer, 0)
-    n_items_R = [row.n_items for row in rows]
-    if not sum(n_items_R):
-        raise SettingsError(f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences")
-    adapter = base.new_adapter(job.lora, job.train.seed)
-    upcoming = _windows(job.micro_batches(n_items_R))
-    return Slot(
-        job=job,
-        stack=stack,
-        adapter=adapter,
-        gradient=Gradient(adapter, job.train.seed),
-        optimizer=SlotAdamW(adapter),
-        rows=rows,
-        window=next(upcoming),
-        upcoming=upcoming,
-    )
 
 
 def _windows(batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
@@ -238,7 +244,7 @@ def _result(slot: Slot) -> Trained:
         items[epoch] = float(sum(row.n_items for row in slot.rows))
     return Trained(
         job=slot.job,
-        adapter=None if error else slot.adapter,
+        adapter=None if error else slot.row.adapter(),
         error=error,
         epoch_losses=tuple(s / max(n, 1.0) for s, n in zip(sums, items, strict=True)),
         n_steps=slot.step,
