@@ -153,6 +153,13 @@ def _add_grade(commands: Any) -> None:
     grade.set_defaults(command=_grade)
 
 
+def _grade(arguments: argparse.Namespace) -> None:
+    from seal_nb.grading.grade_file import grade_file
+
+    for line in grade_file(arguments.rows, arguments.out, grader=arguments.grader).lines():
+        print(line)
+
+
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="stages 1 to 5 on the small model and the shipped passages")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), metavar="FOLDER")
@@ -182,10 +189,6 @@ def _shut_down(endpoint_file: Path) -> None:
 
     with TTTClient(str(endpoint_file), timeout_s=10) as client:
         client.shutdown()
-
-
-def _grade(arguments: argparse.Namespace) -> None:
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,39 @@ def test_summary_of_something_else_is_refused(tmp_path: Path, option: list[str])
     assert "neither a single-passage run" in done.stderr
 
 
+def test_grading_keeps_order_and_says_how_it_agrees_with_the_verdicts_in_the_file(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": "Where does the barge lie?",
+            "gold": "in Orle",
+            "answer": "It lies in Orle.",
+            "verdict": True,
+        },
+        {
+            "question": "Who built the clock?",
+            "gold": "Ilse Corvandt",
+            "answer": "Nobody knows.",
+            "verdict": False,
+        },
+        {"question": "Who paid?", "gold": "Anna", "answer": "", "verdict": None},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = seal_nb("grade", "in.jsonl", "--out", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    graded = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["verdict"] for row in graded] == ["CORRECT", "INCORRECT", "INCORRECT"]
+    assert [row["reference_verdict"] for row in graded] == [True, False, None]
+    assert "kappa" in done.stdout
+
+
+def test_grading_with_an_unknown_grader_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "q", "gold": "g", "answer": "a"}\n')
+    done = seal_nb("grade", "in.jsonl", "--out", "out.jsonl", "--grader", "oracle", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'oracle'" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_server_is_started_asked_for_its_status_and_ended(tmp_path: Path) -> None:
     ready = tmp_path / "endpoint.json"
     stub = ["--inner-loop", "tests.service.stub_loop:load"]
