@@ -1,4 +1,7 @@
-"""What a grader is: question, gold answer and given answer in; a verdict out. UNGRADED is a state of its own."""
+"""What a grader is: question, gold answer and given answer in; a verdict out.
+
+UNGRADED is a state of its own. Which grader to take, and how far to trust it, is not decided here.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +9,6 @@ from enum import StrEnum
 from typing import Protocol
 
 from seal_nb.errors import SettingsError
-
 
 GRADERS = ("local", "exact", "f1", "recall")
 

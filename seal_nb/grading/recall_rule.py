@@ -13,10 +13,11 @@ from seal_nb.grading.base import Answered, Verdict, asked_about
 from seal_nb.grading.words import CARDINALS, cut_ending, without_accents
 
 NEEDED = 0.6
-_STOP = frozenset(
+_STOP_WORDS = (
     "a an the of in on at to for and or is are was were be been by with as that has have had his her their "
-    "he she they".split()
+    "he she they"
 )
+_STOP = frozenset(_STOP_WORDS.split())
 _WORD = re.compile("[a-z0-9]+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _DASHES = re.compile("[-–—]")

@@ -1,8 +1,8 @@
 """Text as a grader compares it: words without case and accents, numbers as digits, endings cut off.
 
-``forty-two``, ``42`` and ``42nd`` do not become one number; ``two``, ``2`` and ``second`` do. The key of a word
-(the first five letters of its stem) is what counts as the same word: crude, and for short English
-answers as good as a real stemmer. No word lists beyond the few function words below, nothing is downloaded.
+``two``, ``2`` and ``second`` become one word; ``forty-two`` stays two. The key of a word (the first five
+letters of its stem) is what counts as the same word: crude, and for short English answers as good as a real
+stemmer. There are no word lists beyond the few function words below, and nothing is downloaded.
 """
 
 import re
@@ -27,15 +27,16 @@ _NUMBERS = (
 ENDINGS = ("ing", "edly", "ed", "ies", "es", "ly", "s")
 
 # Words that carry nothing of an answer; the second list also does not count as something said beside it.
-FUNCTION_WORDS = frozenset(
-    "a an the of in on at to for and or is are was were be been by with from as".split()
-)
-EMPTY_WORDS = FUNCTION_WORDS | frozenset(
+_FUNCTION = "a an the of in on at to for and or is are was were be been by with from as"
+_EMPTY = (
     "that this it its they them their he his she her which who whom what when where why how has have had do "
     "does did will would can could may might must should there these those such also so than then into about "
-    "but if not no we you i my your our".split()
+    "but if not no we you i my your our"
 )
-_NEGATIONS = frozenset("not no never none nor neither cannot without nobody nothing".split())
+_NEGATION = "not no never none nor neither cannot without nobody nothing"
+FUNCTION_WORDS = frozenset(_FUNCTION.split())
+EMPTY_WORDS = FUNCTION_WORDS | frozenset(_EMPTY.split())
+_NEGATIONS = frozenset(_NEGATION.split())
 
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?")
 _DASHES = re.compile("[-–—‐‑−]")

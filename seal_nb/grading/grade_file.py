@@ -1,0 +1,155 @@
+"""A file of answers graded: JSON lines of ``question``, ``gold``, ``answer`` in, the same with a verdict out.
+
+Order and every other field are kept. A ``verdict`` that comes in as true, false or null is somebody else's:
+it goes out as ``reference_verdict`` and the grader is measured against it, overall and by ``kind`` (baseline,
+adapter, or both) where rows have one, since a grader that is harder on one kind bends every gain. A broken
+row is refused, and then nothing is written.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seal_nb.errors import DataError
+from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
+from seal_nb.metrics import Agreement, grader_agreement
+from seal_nb.runs import write_text
+
+_TEXTS = ("question", "gold", "answer")
+_AS_BOOLEAN = {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNGRADED: None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradedFile:
+    """What a grader said about a file, and how that compares with the reference verdicts in it."""
+
+    grader: str
+    n_correct: int
+    n_incorrect: int
+    n_ungraded: int
+    overall: Agreement | None  # None: no row has a reference verdict
+    by_kind: dict[str, Agreement]
+    gain_bias: float | None  # bias on adapter answers minus bias on baseline answers; None without both
+
+    @property
+    def n(self) -> int:
+        return self.n_correct + self.n_incorrect + self.n_ungraded
+
+    def lines(self) -> list[str]:
+        """The text form: counts, then agreement where it can be had."""
+        counts = f"{self.n_correct} CORRECT, {self.n_incorrect} INCORRECT, {self.n_ungraded} UNGRADED"
+        said = [f"{self.n} answers graded by {self.grader!r}: {counts}"]
+        if self.overall is None:
+            return [*said, "no reference verdicts in the file: agreement unknown"]
+        said.append(f"against the reference verdicts: {_described(self.overall)}")
+        said += [f"  {kind}: {_described(agreement)}" for kind, agreement in self.by_kind.items()]
+        if self.gain_bias is not None:
+            size, way = abs(self.gain_bias) * 100, "high" if self.gain_bias > 0 else "low"
+            said.append(f"a gain measured on such answers comes out {size:.1f} points too {way}")
+        return said
+
+
+def grade_file(source: str | Path, out: str | Path, *, grader: str | Grader = "local") -> GradedFile:
+    """Grade ``source`` (JSON lines, also gzip-compressed) into ``out``, whole or not at all.
+
+    Raises: DataError with path, line and field for a row that cannot be graded; SettingsError for an unknown
+    grader.
+    """
+    judge = make_grader(grader) if isinstance(grader, str) else grader
+    if Path(out).suffix == ".gz":
+        raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
+    rows = _read_rows(Path(source))
+    verdicts = judge.grade([_answered(row) for row in rows])
+    graded = [_graded_row(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+    write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in graded))
+    return _summary(judge.name, graded)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    lines = _text(path).split("\n")
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError("no such file", path=path, remedy="check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}", path=path, remedy="write the file again") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot be read: {error}", path=path, remedy="copy the file again") from error
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    item = f"line {number}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not valid JSON: {error}", path=path, item=item) from error
+    if not isinstance(row, dict):
+        raise DataError(f"is a JSON {type(row).__name__}, not an object", path=path, item=item)
+    for name in _TEXTS:
+        if name not in row:
+            raise DataError("is missing", path=path, item=item, field=name, remedy="a row needs all three")
+    for name in (*_TEXTS, "title", "kind"):
+        if not isinstance(row.get(name, ""), str):
+            raise DataError(f"is {row[name]!r}, not a text", path=path, item=item, field=name)
+    for name, also in (("verdict", tuple(Verdict)), ("reference_verdict", ())):
+        value = row.get(name)
+        if not (value is None or isinstance(value, bool) or value in also):
+            raise DataError(f"is {value!r}, not true, false or null", path=path, item=item, field=name)
+    return row
+
+
+def _answered(row: dict[str, Any]) -> Answered:
+    return Answered(
+        question=row["question"], gold=row["gold"], answer=row["answer"], title=row.get("title", "")
+    )
+
+
+def _graded_row(row: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """A verdict in words is that of an earlier grading: it is replaced, and never a reference."""
+    if "verdict" not in row or isinstance(row["verdict"], str):
+        return row | {"verdict": verdict.value}
+    return row | {"verdict": verdict.value, "reference_verdict": row["verdict"]}
+
+
+def _summary(name: str, rows: Sequence[dict[str, Any]]) -> GradedFile:
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in Verdict}
+    kinds = sorted({row["kind"] for row in rows if "kind" in row})
+    by_kind = {kind: _agreement([row for row in rows if row.get("kind") == kind]) for kind in kinds}
+    sides = [
+        _agreement([row for row in rows if side in row.get("kind", "").split("+")])
+        for side in ("adapter", "baseline")
+    ]
+    adapter, baseline = sides
+    return GradedFile(
+        grader=name,
+        n_correct=counts[Verdict.CORRECT],
+        n_incorrect=counts[Verdict.INCORRECT],
+        n_ungraded=counts[Verdict.UNGRADED],
+        overall=_agreement(rows),
+        by_kind={kind: agreement for kind, agreement in by_kind.items() if agreement is not None},
+        gain_bias=adapter.bias - baseline.bias if adapter and baseline else None,
+    )
+
+
+def _agreement(rows: Sequence[dict[str, Any]]) -> Agreement | None:
+    verdicts = [_AS_BOOLEAN[Verdict(row["verdict"])] for row in rows]
+    reference = [row.get("reference_verdict") for row in rows]
+    judged_by_both = any(v is not None and r is not None for v, r in zip(verdicts, reference, strict=True))
+    return grader_agreement(verdicts, reference) if judged_by_both else None
+
+
+def _described(one: Agreement) -> str:
+    left_out = f", {one.n_left_out} left out" if one.n_left_out else ""
+    return (
+        f"agreement {one.agreement:.4f}, kappa {one.kappa:.4f}, "
+        f"bias {one.bias * 100:+.2f} points (n = {one.n}{left_out})"
+    )
