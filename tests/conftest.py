@@ -16,3 +16,11 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no published reference data at ../shared/golden ({folder.name} absent)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model_dir() -> str:
+    """Folder of the embedded model, fetched and converted where it is not in the cache yet."""
+    from seal_nb.models import resolve_model
+
+    return resolve_model("embedded")
