@@ -1,7 +1,17 @@
 """Random models of a few thousand parameters and a tokenizer that needs no download."""
 
+from pathlib import Path
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 SIZES = dict(
     vocab_size=128,
@@ -37,3 +47,23 @@ def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float64, seed: in
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
     return model.to(dtype)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, 256 the end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """A model folder as from a hub: a random Llama that knows bytes."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(**SIZES | {"vocab_size": 257, "eos_token_id": eos, "pad_token_id": eos})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

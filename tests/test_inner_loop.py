@@ -1,0 +1,150 @@
+"""Requests through the inner loop on a tiny random model: replies as published, failures alone, nothing asked twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from seal_nb.errors import SettingsError
+from seal_nb.inner_loop import InnerLoop, load_inner_loop
+from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, TTTReply, TTTRequest
+from tests.ttt.tiny import save_tiny_model
+
+QUESTIONS = [
+    {"title": "T", "context": "c", "question": "what is it", "answer": "a lamp"},
+    {"title": "T", "context": "c", "question": "where is it", "answer": "on the hill"},
+]
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> InnerLoop:
+    folder = save_tiny_model(tmp_path / "model")
+    torch.set_num_threads(1)
+    settings = InnerLoopSettings(model=str(folder), device="cpu", n_slots=2, adapters_dir=tmp_path / "adapters")
+    return load_inner_loop(settings)
+
+
+def request(request_id: str, **fields: object) -> TTTRequest:
+    given = {
+        "train_sequences": ["T\nthe lamp is on the hill"],
+        "eval_questions": QUESTIONS,
+        "finetune_epochs": 2,
+        "lora_rank": 4,
+        "max_new_tokens": 6,
+        "seed": 5,
+        "request_id": request_id,
+    }
+    return TTTRequest.model_validate(given | fields)
+
+
+def run(loop: InnerLoop, *requests: TTTRequest | GenerateRequest) -> dict[str, TTTReply | GenerateReply | ErrorReply]:
+    for r in requests:
+        loop.submit(r)
+    replies = {}
+    while loop.busy:
+        for reply in loop.advance():
+            replies[str(reply.request_id)] = reply
+    return replies
+
+
+def test_reply_has_the_published_fields_and_one_entry_a_question(loop: InnerLoop) -> None:
+    reply = run(loop, request("a"))["a"]
+    assert isinstance(reply, TTTReply)
+    assert reply.train_steps == 2
+    assert reply.train_tokens == 2 * len("T\nthe lamp is on the hill")
+    assert len(reply.baseline_texts) == len(reply.adapter_texts) == len(reply.gains) == 2
+    assert json.loads(reply.to_json())["seed"] == 5
+
+
+@pytest.mark.parametrize("fields", [{"train_sequences": []}, {"skip_training": True}])
+def test_baseline_only_repeats_the_baseline_and_gains_nothing(loop: InnerLoop, fields: dict) -> None:
+    reply = run(loop, request("a", **fields))["a"]
+    assert isinstance(reply, TTTReply)
+    assert reply.adapter_texts == reply.baseline_texts
+    assert (reply.adapter_gain, reply.train_steps) == (0.0, 0)
+
+
+def test_the_base_answers_each_question_once_however_many_requests_ask_it(loop: InnerLoop) -> None:
+    run(loop, request("a"), request("b", seed=6))
+    with_two = loop.decoder.n_tokens
+    first_baselines = len(loop.baselines)
+    run(loop, request("c", skip_training=True))
+    assert (loop.decoder.n_tokens, len(loop.baselines)) == (with_two, first_baselines)
+
+
+def test_a_request_gets_the_same_numbers_alone_and_in_company(loop: InnerLoop, tmp_path: Path) -> None:
+    others = [request(f"o{i}", seed=i, lora_rank=2 + i, finetune_epochs=1 + i) for i in range(4)]
+    together = run(loop, *others, request("a", soft_scores=True))["a"]
+    alone = run(load_inner_loop(loop.settings), request("a", soft_scores=True))["a"]
+    assert isinstance(together, TTTReply) and isinstance(alone, TTTReply)
+    assert together.adapter_texts == alone.adapter_texts
+    assert together.adapter_gold_logprobs == pytest.approx(alone.adapter_gold_logprobs, rel=1e-4)
+
+
+def test_training_raises_the_log_probability_of_what_was_trained(loop: InnerLoop) -> None:
+    taught = request(
+        "a", train_sequences=["Answer:\na lamp", "Answer:\non the hill"], finetune_epochs=30, finetune_lr=1e-2, soft_scores=True
+    )
+    reply = run(loop, taught)["a"]
+    assert isinstance(reply, TTTReply)
+    pairs = zip(reply.baseline_gold_logprobs, reply.adapter_gold_logprobs, strict=True)
+    assert all(after > before + 5 for before, after in pairs)
+    assert reply.epoch_losses[-1] < reply.epoch_losses[0] / 3
+    assert reply.gold_token_counts == [6, 11]
+
+
+def test_a_job_that_diverges_fails_alone_with_a_remedy(loop: InnerLoop) -> None:
+    replies = run(loop, request("good"), request("bad", finetune_lr=1e38, finetune_epochs=5), request("next"))
+    assert isinstance(replies["bad"], ErrorReply)
+    assert "not finite" in replies["bad"].error and "finetune_lr" in replies["bad"].error
+    for name in ("good", "next"):
+        reply = replies[name]
+        assert isinstance(reply, TTTReply) and all(x is not None for x in reply.epoch_losses)
+
+
+def test_unknown_targets_are_refused_with_the_names_the_model_has(loop: InnerLoop) -> None:
+    with pytest.raises(SettingsError, match=r"'qkv'.*q_proj"):
+        loop.submit(request("a", target_modules=["qkv"]))
+    assert not loop.busy
+
+
+def test_a_mask_that_covers_everything_is_an_error_not_a_silent_zero(loop: InnerLoop) -> None:
+    reply = run(loop, request("a", end_mask_substring="the hill", train_sequences=["on the hill"]))["a"]
+    assert isinstance(reply, ErrorReply) and "end_mask_substring" in reply.error
+
+
+def test_cancel_frees_the_slot_and_the_rest_goes_on(loop: InnerLoop) -> None:
+    loop.submit(request("a", finetune_epochs=500))
+    loop.submit(request("b"))
+    loop.advance()
+    loop.cancel("a")
+    replies = run(loop)
+    assert list(replies) == ["b"]
+    assert not loop.trainer.busy
+
+
+def test_kept_adapters_stack_and_a_fresh_process_reads_them_from_disk(loop: InnerLoop) -> None:
+    run(loop, request("a", adapter_name="first", finetune_lr=1e-2))
+    on_top = request("b", adapter_stack=["first"], skip_training=True)
+    here = run(loop, on_top)["b"]
+    elsewhere = run(load_inner_loop(loop.settings), on_top)["b"]
+    plain = run(loop, request("c", skip_training=True))["c"]
+    assert here.adapter_texts == elsewhere.adapter_texts != plain.adapter_texts  # type: ignore[union-attr]
+
+
+def test_generation_repeats_with_its_seed_and_varies_between_prompts(loop: InnerLoop) -> None:
+    ask = {"prompts": ["the ", "the "], "max_tokens": 12, "temperature": 1.0, "seed": 3}
+    first = run(loop, GenerateRequest(request_id="a", **ask))["a"]
+    again = run(loop, request("x"), GenerateRequest(request_id="b", **ask))["b"]
+    assert isinstance(first, GenerateReply) and isinstance(again, GenerateReply)
+    assert first.texts == again.texts
+    assert first.texts[0] != first.texts[1]
+
+
+def test_without_baseline_only_the_adapter_answers(loop: InnerLoop) -> None:
+    reply = run(loop, request("a", skip_baseline=True))["a"]
+    assert isinstance(reply, TTTReply)
+    assert reply.baseline_accuracy is None and reply.baseline_texts == []
+    assert len(reply.adapter_texts) == 2 and reply.gains == [None, None]
