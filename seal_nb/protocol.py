@@ -104,7 +104,9 @@ class TTTRequest(_Received):
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
     adapter_stack: list[Name] = Field(default=[], description="kept adapters, frozen underneath, in order")
-    skip_baseline: bool = Field(False, description="true: only the adapter answers; baseline fields stay empty")
+    skip_baseline: bool = Field(
+        False, description="true: only the adapter answers; baseline fields stay empty"
+    )
     priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
     chat: bool = Field(False, description="true: prompts go through the model's chat template")
@@ -282,7 +284,8 @@ def read_reply(message: bytes) -> Reply | dict[str, Any]:
     }  # fmt: skip
     for mark, kind in kinds.items():
         if mark in fields:
-            known = {name: value for name, value in fields.items() if name in kind.model_fields}
+            names = kind.model_fields.keys()
+            known = {name: value for name, value in fields.items() if name in names}
             return kind.model_validate(known)  # type: ignore[return-value]
     return fields
 

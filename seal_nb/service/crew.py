@@ -22,6 +22,7 @@ from seal_nb.service.status import WorkerStatus
 log = logging.getLogger(__name__)
 
 Socket = zmq.Socket[bytes]
+LOUD = 100  # log lines about rubbish
 
 
 @dataclass(kw_only=True)
@@ -57,13 +58,15 @@ class Crew:
             message = wire.unpack(frames[1:])
             self._handlers[message.kind](frames[0], message)
         except (ProtocolError, KeyError, TypeError, ValueError) as error:
-            log.warning("a worker sent what is no message of this service (%s)", type(error).__name__)
+            self.meter.count("rubbish_of_workers")
+            if self.meter.counts["rubbish_of_workers"] <= LOUD:
+                log.warning("a worker sent what is no message of this service (%s)", type(error).__name__)
 
     def dispatch(self) -> None:
         """Send out what can start now."""
         for job in self.queue.assignments(time.monotonic()):
             assert job.worker is not None
-            self.tell(job.worker, wire.pack("job", job.payload, token=job.token))
+            self.tell(job.worker, wire.pack("job", job.payload, token=job.token, key=job.key))
 
     def check_leases(self, now: float) -> None:
         for identity in self.queue.expired(now):

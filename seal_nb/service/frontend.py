@@ -49,7 +49,7 @@ class FrontEnd:
         desk: Desk,
         watch: Callable[[float], None],
         idle_exit_s: float = 0.0,
-        drain_s: float = 60.0,
+        drain_s: float = 20.0,
         workers_load: bool = False,
     ) -> None:
         self.clients, self.gate, self.desk, self.watch = clients, gate, desk, watch
@@ -85,9 +85,9 @@ class FrontEnd:
         self._turn_away(list(self.queue.jobs.values()))
         self.crew.dismiss(self.desk.stopping)
 
-    def ask_to_stop(self, why: str) -> None:
-        """Safe in a signal handler: the loop drains at its next turn; asked twice, it does not wait."""
-        self._impatient = bool(self._asked_to_stop)
+    def ask_to_stop(self, why: str, *, impatient: bool = False) -> None:
+        """Safe in a signal handler: the loop drains at its next turn, or ends there if impatient."""
+        self._impatient = self._impatient or impatient
         self._asked_to_stop = self._asked_to_stop or why
 
     def status(self) -> ServerStatus:

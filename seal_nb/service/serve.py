@@ -75,7 +75,7 @@ class Server:
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda signum, _: self.front.ask_to_stop(signal.Signals(signum).name))
+            signal.signal(number, self._on_signal)
         self.endpoint.write(self.settings.endpoint_path)
         log.info(
             "server %s listens at %s (%s)",
@@ -97,6 +97,11 @@ class Server:
         self.context.destroy(linger=2000)  # the last replies get out
         self.results.close()
         self.counts.close()
+
+    def _on_signal(self, number: int, _: object) -> None:
+        """Drain; a second Ctrl-C ends at once. A batch system may well send SIGTERM more than once."""
+        again = number == signal.SIGINT and self.front.drain_until is not None
+        self.front.ask_to_stop(signal.Signals(number).name, impatient=again)
 
     def _gate(self) -> Gate | None:
         """Keys and the list of who may come in, where the server can be reached from other machines."""
@@ -164,7 +169,10 @@ class Server:
             self._stop("the process that started the server is gone")
         if now - self._checked_at > FILE_CHECK_S:
             self._checked_at = now
-            if not self._is_mine(missing_is_mine=True):
+            path = self.settings.endpoint_path
+            if not path.exists() and path.parent.is_dir():
+                self.endpoint.write(path)  # somebody removed it
+            elif not self._is_mine(missing_is_mine=True):
                 self._stop(f"another server has taken {self.settings.endpoint_path}")
 
     def _stop(self, why: str) -> None:
@@ -214,9 +222,7 @@ def refuse_second_server(path: Path) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> ServeSettings:
     """Settings from ``--n-workers 2`` and the like: one option a field; bounds as ``--max-rank 64``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m seal_nb.service.serve", description="Serve the inner loop."
-    )
+    parser = argparse.ArgumentParser(prog="seal-nb serve", description="Serve the inner loop.")
     for kind in (ServeSettings, Limits):
         hints = typing.get_type_hints(kind)
         for field in fields(kind):

@@ -46,7 +46,7 @@ class ServeSettings:
     run_dir: Path = Path("runs/server")
     endpoint_file: Path | None = None  # empty: endpoint.json in run_dir
     idle_exit_s: float = 0.0  # end after so long without a client; 0: never
-    drain_s: float = 60.0  # SIGTERM: running requests may take so long to finish
+    drain_s: float = 20.0  # SIGTERM: running requests may take so long; SLURM kills 30 s after it
     lease_s: float = 30.0  # a worker silent for so long has lost its requests
     max_tries: int = 3  # times that a request may lose its worker
     inner_loop: str = DEFAULT_INNER_LOOP  # module:function that loads what the workers drive

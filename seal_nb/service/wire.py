@@ -3,9 +3,8 @@ reads.
 
 Worker → front end: ``ready`` (capacity, model_id, …), ``beat`` (lease, capacity, stats), ``result`` (token;
 body: the reply), ``failed`` (error, traceback: it ends now), ``leaving``. Front end → worker: ``welcome``
-(lease, beat_s), ``expired`` (your lease is gone: drop everything, say ready again), ``job`` (token; body:
-the request), ``cancel`` (key), ``stop``. Clients never speak this; their messages are in
-``seal_nb.protocol``.
+(lease), ``beat``, ``expired`` (your lease is gone: drop everything, say ready again), ``job`` (token, key;
+body: the request), ``cancel`` (key), ``stop``. Clients never speak this; theirs is ``seal_nb.protocol``.
 """
 
 import json

@@ -280,6 +280,14 @@ def test_a_server_whose_endpoint_file_was_taken_ends_and_its_clients_move(start_
     assert read_endpoint(first.endpoint).server_id == second.info.server_id  # not removed by the first
 
 
+def test_an_endpoint_file_that_somebody_removed_is_written_again(start_server):
+    server = start_server(n_workers=0)
+    before = server.info
+    server.settings.endpoint_path.unlink()
+    eventually(server.settings.endpoint_path.exists)
+    assert server.info == before
+
+
 def test_a_client_waits_for_a_server_that_is_not_there_yet(start_server, tmp_path):
     waiting = in_background(
         lambda: run_round(

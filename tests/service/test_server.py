@@ -99,6 +99,11 @@ def test_a_round_tells_which_reply_is_whose_without_ids_and_goes_on_after_a_fail
         list(client.run_round(requests))
 
 
+def test_a_round_of_generations_is_a_round_too(client):
+    requests = [GenerateRequest(prompts=["x"] * n) for n in (1, 2, 3)]
+    assert {i: len(reply.texts) for i, reply in client.run_indexed(requests)} == {0: 1, 1: 2, 2: 3}
+
+
 def test_a_remote_failure_has_its_remote_traceback_in_its_text(client):
     with pytest.raises(RemoteError, match="somewhere") as caught:
         client.evaluate(sequence("fail", traceback=True))

@@ -1,0 +1,217 @@
+"""A client's connection: what is open is sent, and sent again to a server that came back; replies are told
+apart by mark.
+
+A mark stands in the envelope of each message and comes back with its reply, so requests need no id for
+that. A ping tells that the server lives, whatever its workers do, and which server it is: nothing is sent
+to one that the endpoint file does not speak of. What requests and replies mean to a researcher is
+``client``'s.
+"""
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from seal_nb.errors import DataError, RoundTimeout
+from seal_nb.protocol import ErrorReply, Reply, read_reply
+from seal_nb.service.endpoint import Endpoint, read_endpoint, split_tcp
+from seal_nb.service.ping import client_socket
+
+PING_S = 2.0
+SILENT_S = 8.0  # a live server answers pings, whatever its workers do
+COME_BACK = ("QueueFull", "ServerStopping")  # said of the moment, not of the request
+COME_BACK_S = 1.0
+TURN_S = 0.2
+PING_MARK = b"ping"
+HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+DENIED = "it denied our key; have its public half put into keys/allowed_clients/ of the server's run folder"
+
+Socket = zmq.Socket[bytes]
+
+
+@dataclass(kw_only=True)
+class Open:
+    """A message without its reply yet; ``again_at``: when to send it once more, after a "not now"."""
+
+    message: bytes
+    again_at: float | None = None
+
+
+class Connection:
+    """To the server at ``where``, an endpoint file or an address; it may be away for ``connect_s``."""
+
+    def __init__(self, where: str, *, connect_s: float, key_file: Path | None, server_key: str) -> None:
+        self.where, self.connect_s, self.key_file, self.server_key = where, connect_s, key_file, server_key
+        self.server_id = ""
+        self._name = b"c" + uuid.uuid4().bytes
+        self._open: dict[bytes, Open] = {}
+        self._n_sent = 0
+        self._context: zmq.Context[Socket] = zmq.Context()
+        self._socket: Socket | None = None
+        self._monitor: Socket | None = None
+        self._greeted = False
+        self._expected_id = ""
+        self._trouble = ""
+        self._heard_at = self._looked_at = time.monotonic()
+        self._pinged_at: float | None = None  # the first ping that is not answered yet
+        self._lost_at: float | None = None  # since when the server does not answer
+
+    def close(self) -> None:
+        self._disconnect()
+        self._context.destroy(linger=200)
+
+    def forget(self, marks: Iterable[bytes]) -> None:
+        """Their replies are not wanted any more; the work behind them goes on."""
+        for mark in marks:
+            self._open.pop(mark, None)
+
+    def send(self, message: bytes) -> bytes:
+        """Remember until the reply, and send if the server has greeted; the mark that the reply will bear."""
+        self._n_sent += 1
+        mark = self._n_sent.to_bytes(8, "big")
+        self._open[mark] = Open(message=message)
+        if self._socket is not None and self._greeted:
+            self._socket.send_multipart([mark, b"", message])
+        return mark
+
+    def next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Reply | dict[str, Any]]:
+        """The next reply to one of ``marks``. Raises RoundTimeout; late replies to others are skipped."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._keep_in_touch()
+            if self._socket is not None and self._socket.poll(_ms(min(deadline - time.monotonic(), TURN_S))):
+                mark, reply = self._receive(self._socket)
+                if mark in marks and mark in self._open and not self._not_now(mark, reply):
+                    del self._open[mark]
+                    return mark, reply
+            elif time.monotonic() >= deadline:
+                raise RoundTimeout(
+                    f"no reply from {self.where} within {timeout_s:g} s, {len(marks)} requests are open; "
+                    "look at the server (seal-nb status), or raise timeout_s"
+                )
+
+    def _receive(self, socket: Socket) -> tuple[bytes, Reply | dict[str, Any]]:
+        frames = socket.recv_multipart()
+        reply = read_reply(frames[-1])
+        self._heard_at, self._pinged_at, self._lost_at = time.monotonic(), None, None
+        if frames[0] == PING_MARK and isinstance(reply, dict):
+            self._greet(socket, str(reply.get("server_id", "")))
+        return frames[0], reply
+
+    def _not_now(self, mark: bytes, reply: Reply | dict[str, Any]) -> bool:
+        """Whether the server refused for the moment only; the message is then sent again a little later."""
+        if not isinstance(reply, ErrorReply) or reply.error.split(":")[0] not in COME_BACK:
+            return False
+        self._open[mark].again_at = time.monotonic() + COME_BACK_S
+        return True
+
+    def _keep_in_touch(self) -> None:
+        """Connect, ping, connect anew after silence, send again what is due. Raises RoundTimeout at last."""
+        now = time.monotonic()
+        if self._lost_at is not None and now - self._lost_at > self.connect_s:
+            raise RoundTimeout(
+                f"no TTT server answers at {self.where} within {self.connect_s:g} s ({self._trouble}); "
+                "start it (seal-nb serve), or raise connect_s if its job still waits in the queue"
+            )
+        if self._socket is None or self._is_cut_off() or self._has_moved(now):
+            self._connect(now)
+        elif self._pinged_at is not None and now - self._pinged_at > SILENT_S:
+            self._trouble = f"{SILENT_S:g} s without an answer to a ping"
+            self._connect(now)
+        elif self._pinged_at is None and now - self._heard_at > PING_S:
+            self._ping(self._socket)
+        if self._socket is not None and self._greeted:
+            self._send_again(self._socket, now)
+
+    def _connect(self, now: float) -> None:
+        """A new socket to where the server is now; what is open is sent once it has greeted."""
+        if self._lost_at is None:
+            self._lost_at = now
+        self._disconnect()
+        try:
+            endpoint = self._find()
+        except DataError as error:
+            self._trouble = str(error)
+            time.sleep(0.1)
+            return
+        self._expected_id = endpoint.server_id
+        self._socket = client_socket(self._context, endpoint, self.key_file, name=self._name)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
+        self._ping(self._socket)
+
+    def _find(self) -> Endpoint:
+        """Where the server is. Raises DataError while there is no endpoint file."""
+        self._looked_at = time.monotonic()
+        if "://" not in self.where:
+            return read_endpoint(self.where)
+        host, port = split_tcp(self.where)
+        return Endpoint(
+            endpoint=self.where, host=host, port=int(port), public_key=self.server_key,
+            worker_endpoint="", pid=0, job_id="", started_at="", server_id="",
+        )  # fmt: skip
+
+    def _greet(self, socket: Socket, server_id: str) -> None:
+        """The server has said who it is: the one we look for, or another one that has its port now."""
+        if self._expected_id and server_id != self._expected_id:
+            self._greeted = False
+            self._lost_at = self._lost_at or time.monotonic()
+            self._trouble = (
+                f"the server there is {server_id}, the endpoint file speaks of {self._expected_id}"
+            )
+            return
+        if self._greeted and server_id == self.server_id:
+            return
+        self._greeted, self.server_id = True, server_id
+        for mark, sent in self._open.items():
+            sent.again_at = None
+            socket.send_multipart([mark, b"", sent.message])
+
+    def _is_cut_off(self) -> bool:
+        """Whether the connection broke: replies may be lost with it, so everything open is asked again."""
+        broke = False
+        while self._monitor is not None and self._monitor.poll(0):
+            if recv_monitor_message(self._monitor)["event"] & HANDSHAKE_FAILED:
+                self._trouble = DENIED
+            elif self._greeted:
+                self._trouble, broke = "the connection broke", True
+        return broke
+
+    def _has_moved(self, now: float) -> bool:
+        """Whether the endpoint file speaks of another server by now, which the older one must yield to."""
+        if "://" in self.where or now - self._looked_at < PING_S:
+            return False
+        try:
+            return self._find().server_id != self._expected_id
+        except DataError:
+            return False
+
+    def _ping(self, socket: Socket) -> None:
+        self._pinged_at = time.monotonic()
+        socket.send_multipart([PING_MARK, b"", b'{"cmd": "ping"}'])
+
+    def _send_again(self, socket: Socket, now: float) -> None:
+        for mark, sent in self._open.items():
+            if sent.again_at is not None and now >= sent.again_at:
+                sent.again_at = None
+                socket.send_multipart([mark, b"", sent.message])
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.disable_monitor()
+            self._socket.close(linger=200)
+        self._socket, self._monitor, self._greeted = None, None, False
+        self._pinged_at = None
+        self._heard_at = time.monotonic()
+
+
+def _ms(seconds: float) -> int:
+    return max(0, int(seconds * 1000))
