@@ -1,65 +1,25 @@
-"""What a grader is: question, gold answer and given answer in; a verdict out.
-
-UNGRADED is a state of its own. Which grader to take, and how far to trust it, is not decided here.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Protocol
+"""The door to the graders: their records, and each by its name."""
 
 from seal_nb.errors import SettingsError
+from seal_nb.grading.exact import ExactGrader, F1Grader
+from seal_nb.grading.local import LocalGrader
+from seal_nb.grading.recall_rule import RecallGrader
+from seal_nb.grading.verdicts import Answered, Grader, Verdict
+
+__all__ = ["GRADERS", "Answered", "Grader", "Verdict", "make_grader"]
 
 GRADERS = ("local", "exact", "f1", "recall")
 
 
-class Verdict(StrEnum):
-    """UNGRADED: nothing could be found out (an outage, an unreadable reply); never "wrong", never reward."""
-
-    CORRECT = "CORRECT"
-    INCORRECT = "INCORRECT"
-    UNGRADED = "UNGRADED"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """One answer to be graded."""
-
-    question: str
-    gold: str
-    answer: str
-    title: str = ""
-
-
-class Grader(Protocol):
-    """Grades answers one by one; the order of verdicts is that of the answers."""
-
-    name: str
-
-    def grade(self, answered: Sequence[Answered]) -> list[Verdict]: ...
-
-
-def asked_about(one: Answered) -> tuple[str, str]:
-    """Title and bare question: the ``Topic: ...`` line of published questions is a title, not asked."""
-    topic, line_end, rest = one.question.partition("\n")
-    if not (topic.startswith("Topic: ") and line_end and rest.strip()):
-        return one.title, one.question
-    return one.title or topic.removeprefix("Topic: "), rest
-
-
 def make_grader(name: str) -> Grader:
     """The grader of this name. Raises SettingsError for an unknown one."""
-    # Each is imported where it is wanted: they build on this module.
-    if name == "local":
-        from seal_nb.grading.local import LocalGrader
-
-        return LocalGrader()
-    if name == "recall":
-        from seal_nb.grading.recall_rule import RecallGrader
-
-        return RecallGrader()
-    if name in ("exact", "f1"):
-        from seal_nb.grading.exact import ExactGrader, F1Grader
-
-        return ExactGrader() if name == "exact" else F1Grader()
+    match name:
+        case "local":
+            return LocalGrader()
+        case "exact":
+            return ExactGrader()
+        case "f1":
+            return F1Grader()
+        case "recall":
+            return RecallGrader()
     raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}")

@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.verdicts import Answered, Verdict
 
 F1_NEEDED = 0.5
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

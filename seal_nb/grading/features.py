@@ -49,6 +49,7 @@ class Asked:
     gold_phrase: str  # the stems in order, without articles
     gold_letters: str
     gold_trigrams: frozenset[str]
+    negated: bool  # question or gold answer
     constants: dict[str, float]  # the features that do not depend on the answer
 
     @property
@@ -75,6 +76,7 @@ def read_question(question: str, gold: str, title: str = "") -> Asked:
         gold_phrase=_phrase(gold_words),
         gold_letters="".join(word.text for word in gold_words),
         gold_trigrams=frozenset(trigrams(" ".join(word.text for word in gold_words))),
+        negated=_negated(asked_words) or _negated(gold_words),
         constants=_constants(question, gold, asked_words, gold_words, novel, all_in_question=not new),
     )
 

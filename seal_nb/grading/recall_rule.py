@@ -9,7 +9,7 @@ without an adapter than with one: it flatters gains.
 import re
 from collections.abc import Sequence
 
-from seal_nb.grading.base import Answered, Verdict, asked_about
+from seal_nb.grading.verdicts import Answered, Verdict, asked_about
 from seal_nb.grading.words import CARDINALS, cut_ending, without_accents
 
 NEEDED = 0.6
