@@ -133,7 +133,7 @@ def test_every_possible_gain_falls_into_a_bin(gain: float) -> None:
 
 
 def test_chosen_self_edits_are_drawn_at_their_reward_and_dropped_passages_have_none() -> None:
-    axes = self_edit_rewards(["a", "b"], [[0.2, 0.6], [0.0, 0.0]], [1, None], baseline=[0.1, 0.0]).axes[0]
+    axes = self_edit_rewards(["a", "b"], [[0.2, 0.6], [0.0, None]], [[1], []], baseline=[0.1, None]).axes[0]
     filled = [line for line in axes.get_lines() if line.get_zorder() == 3]
     assert [list(line.get_xdata()) for line in filled] == [[0.6]]
 

@@ -13,6 +13,7 @@ from seal_nb.experiments.run_files import AnsweredQuestion, SinglePassageRun
 from seal_nb.grading.base import Answered, Verdict, make_grader
 from seal_nb.metrics import Estimate, mean_interval, paired_difference, recitation_rate
 from seal_nb.passages import Passage
+from seal_nb.protocol import TTTReply
 from seal_nb.self_edits import train_sequences
 
 Match = Callable[[str, str, str], bool]
@@ -94,7 +95,7 @@ def _answer_row(title: str, one: AnsweredQuestion) -> dict[str, str]:
         "gold": one.gold,
         "without adapter": one.baseline_answer,
         "with adapter": one.adapter_answer,
-        "verdicts": f"{VERDICT_WORDS[one.baseline_correct]} → {VERDICT_WORDS[one.adapter_correct]}",
+        "verdicts": f"{_word(one.baseline_correct)} → {_word(one.adapter_correct)}",
     }
 
 
@@ -150,3 +151,21 @@ def _share_of_new_words(text: str, context: str) -> float | None:
     words = re.findall(r"\w+", text.casefold())
     known = set(re.findall(r"\w+", context.casefold()))
     return sum(word not in known for word in words) / len(words) if words else None
+
+
+def reply_rows(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> list[dict[str, str]]:
+    """One line a question of one reply; `asked` (with question and answer) begin at index `start` of it."""
+    return [
+        {
+            "question": one.question,
+            "gold": one.answer,
+            "without adapter": reply.baseline_texts[at],
+            "with adapter": reply.adapter_texts[at],
+            "verdicts": f"{_word(reply.baseline_correct[at])} → {_word(reply.adapter_correct[at])}",
+        }
+        for at, one in enumerate(asked, start=start)
+    ]
+
+
+def _word(correct: bool | None) -> str:
+    return VERDICT_WORDS[correct]

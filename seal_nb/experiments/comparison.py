@@ -26,7 +26,14 @@ def evaluations(found: Found, *, prompt_key: str = "") -> dict[str, SinglePassag
             earlier = arms.get(result.arm)
             if earlier is None or result.adapter_P_Q or not earlier.adapter_P_Q:
                 arms[result.arm] = result
-    return arms
+    return dict(sorted(arms.items(), key=lambda item: _place(item[1])))
+
+
+def _place(result: SinglePassageResult) -> tuple[int, str]:
+    """Passage only first, self-edits by round, then texts that no round wrote."""
+    if result.arm == "passage only":
+        return 0, result.arm
+    return (100 if result.rest_em_round is None else 1 + result.rest_em_round), result.arm
 
 
 def prompt_keys(found: Found) -> list[str]:
@@ -67,7 +74,7 @@ def baseline_of(results: Iterable[SinglePassageResult | None]) -> Estimate | Non
 def comparison_rows(arms: dict[str, SinglePassageResult]) -> list[dict[str, Any]]:
     """Every pair of arms over the same passages: the paired difference and what it means, in a sentence."""
     rows = []
-    for first, second in combinations(arms.values(), 2):
+    for second, first in combinations(arms.values(), 2):
         if _comparable(first, second):
             difference = paired_difference(first.adapter_P_Q, second.adapter_P_Q)
             rows.append({"arm": first.arm, "against": second.arm, "difference": difference.sentence()})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_KNOWN = "–"
+LONGEST_CELL = 80  # characters, in the text form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Table:
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
-        grid = [list(self.columns), *self.cells()]
+        grid = [list(self.columns), *([_one_line(text) for text in cells] for cells in self.cells())]
         widths = [max(len(line[i]) for line in grid) for i in range(len(self.columns))]
         lines = [self._aligned(line, widths) for line in grid]
         return "\n".join(([self.caption] if self.caption else []) + lines)
@@ -68,6 +69,12 @@ class Table:
             bool(form) or any(isinstance(row.get(key), int | float) for row in self.rows)
             for key, form in self.columns.items()
         ]
+
+
+def _one_line(text: str) -> str:
+    """A long text in one line of a terminal; the HTML has all of it."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= LONGEST_CELL else f"{flat[: LONGEST_CELL - 1]}…"
 
 
 def _written(value: Any, form: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.ticker import MaxNLocator
 
 from seal_nb.views.plots import accuracy_axis, legend_outside, short
-from seal_nb.views.style import BLUE, CYCLE, GREY, INK, LIGHT, PALE, Chart, new_chart, styled
+from seal_nb.views.style import BLUE, CYCLE, GREY, INK, LIGHT, PALE, RED, Chart, new_chart, styled
 
 MOST_LOSS_CURVES = 6  # as many as there are colours
 
@@ -16,22 +16,34 @@ MOST_LOSS_CURVES = 6  # as many as there are colours
 @styled
 def self_edit_rewards(
     titles: Sequence[str],
-    rewards: Sequence[Sequence[float]],
-    chosen: Sequence[int | None],
-    baseline: Sequence[float] | None = None,
+    rewards: Sequence[Sequence[float | None]],
+    chosen: Sequence[Sequence[int]],
+    baseline: Sequence[float | None] | None = None,
 ) -> Chart:
-    """For each passage the reward (mean adapter accuracy) of each of its self-edits, and which was chosen.
+    """For each passage the reward (mean adapter accuracy) of each of its self-edits, and which were chosen.
 
-    `rewards[p][e]`; `chosen[p]`: index of the self-edit that is kept, None where the passage is dropped.
+    `rewards[p][e]`: None where a self-edit could not be graded. `chosen[p]`: indices of the self-edits that
+    are kept, empty where the passage is dropped.
     """
     chart, axes = new_chart(1.4 + 0.3 * max(len(titles), 1))
-    for row, (values, choice) in enumerate(zip(rewards, chosen, strict=True)):
-        axes.plot([min(values), max(values)], [row, row], color=PALE, linewidth=2, zorder=1)
-        axes.plot(values, _spread(values, row), "o", color=GREY, mfc="white", linestyle="none", zorder=2)
-        if choice is not None:
-            axes.plot([values[choice]], [_spread(values, row)[choice]], "o", color=BLUE, zorder=3)
-        if baseline is not None:
-            axes.plot([baseline[row]] * 2, [row - 0.35, row + 0.35], color=INK, linewidth=1.6, zorder=2)
+    for row, (values, choices) in enumerate(zip(rewards, chosen, strict=True)):
+        heights = _spread(values, row)
+        if known := [value for value in values if value is not None]:
+            axes.plot([min(known), max(known)], [row, row], color=PALE, linewidth=2, zorder=1)
+        for number, value in enumerate(values):
+            if value is not None:
+                is_chosen = number in choices
+                fill = BLUE if is_chosen else "white"
+                axes.plot(
+                    [value],
+                    [heights[number]],
+                    "o",
+                    color=BLUE if is_chosen else GREY,
+                    mfc=fill,
+                    zorder=2 + is_chosen,
+                )
+        if baseline is not None and (before := baseline[row]) is not None:
+            axes.plot([before] * 2, [row - 0.35, row + 0.35], color=INK, linewidth=1.6, zorder=2)
     axes.plot([], [], "o", color=GREY, mfc="white", linestyle="none", label="self-edit")
     axes.plot([], [], "o", color=BLUE, linestyle="none", label="chosen")
     if baseline is not None:
@@ -41,14 +53,14 @@ def self_edit_rewards(
     accuracy_axis(axes, "x", f"reward: mean adapter accuracy (n = {len(titles)} passages)")
     axes.set_xlim(-0.03, 1.03)
     legend_outside(chart)
-    kept = sum(choice is not None for choice in chosen)
-    chart.alt = f"Rewards of the self-edits of {len(titles)} passages; one is kept for {kept} of them."
+    kept = sum(bool(choices) for choices in chosen)
+    chart.alt = f"Rewards of the self-edits of {len(titles)} passages; self-edits of {kept} of them are kept."
     return chart
 
 
 @styled
-def training_loss(curves: Mapping[str, Sequence[float]]) -> Chart:
-    """Mean loss of each epoch for each adapter; with many adapters all are pale and their mean is drawn."""
+def training_loss(curves: Mapping[str, Sequence[float]], *, step: str = "epoch") -> Chart:
+    """Mean loss of each epoch (or `step`) of each adapter; many adapters are pale, with their mean drawn."""
     chart, axes = new_chart(2.9)
     many = len(curves) > MOST_LOSS_CURVES
     for number, (name, losses) in enumerate(curves.items()):
@@ -67,13 +79,13 @@ def training_loss(curves: Mapping[str, Sequence[float]]) -> Chart:
         shared = min(len(losses) for losses in curves.values())
         mean = [sum(losses[epoch] for losses in curves.values()) / len(curves) for epoch in range(shared)]
         axes.plot(range(1, shared + 1), mean, "-o", color=BLUE, markersize=4, label="mean")
-    axes.set_xlabel(f"epoch (n = {len(curves)} adapters)")
+    axes.set_xlabel(f"{step} (n = {len(curves)} adapter{'s' if len(curves) != 1 else ''})")
     axes.set_ylabel("training loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     legend_outside(chart, "outside right center", 1)
-    chart.alt = f"Training loss of {len(curves)} adapters by epoch. " + " ".join(
+    chart.alt = f"Training loss of {len(curves)} adapters by {step}. " + " ".join(
         f"{name}: {losses[0]:.2f} to {losses[-1]:.2f}."
         for name, losses in list(curves.items())[:MOST_LOSS_CURVES]
         if losses
@@ -81,9 +93,31 @@ def training_loss(curves: Mapping[str, Sequence[float]]) -> Chart:
     return chart
 
 
-def _spread(values: Sequence[float], row: int) -> list[float]:
+def _spread(values: Sequence[float | None], row: int) -> list[float]:
     """Heights at which equal rewards stand beside one another instead of on top."""
     return [row + 0.16 * sum(other == value for other in values[:i]) for i, value in enumerate(values)]
+
+
+@styled
+def gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Chart:
+    """Log-probability of each gold answer without and with the adapter: gains that no verdict shows yet."""
+    chart, axes = new_chart(1.3 + 0.3 * max(len(questions), 1))
+    for row, (low, high) in enumerate(zip(before, after, strict=True)):
+        colour = BLUE if high > low else RED
+        axes.plot([low, high], [row, row], color=colour, linewidth=2.2, zorder=1)
+        axes.plot([low], [row], "o", color=INK, mfc="white", zorder=2)
+        axes.plot([high], [row], "o", color=colour, zorder=3)
+    axes.plot([], [], "o", color=INK, mfc="white", linestyle="none", label="without adapter")
+    for colour, label in ((BLUE, "with adapter, more likely"), (RED, "less likely")):
+        axes.plot([], [], "o", color=colour, linestyle="none", label=label)
+    axes.set_yticks(range(len(questions)), [short(question, 44) for question in questions])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"log-probability of the gold answer (nats, n = {len(questions)} questions)")
+    axes.grid(axis="x")
+    legend_outside(chart)
+    risen = sum(high > low for low, high in zip(before, after, strict=True))
+    chart.alt = f"With the adapter {risen} of {len(questions)} gold answers are more likely than without."
+    return chart
 
 
 @styled
