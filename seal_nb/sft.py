@@ -1,9 +1,9 @@
 """Supervised fine-tuning of one ReST-EM round: LoRA on {prompt, completion}, then merged into the weights.
 
-SEAL, arXiv 2506.10943, section 3.1 and appendix B: loss on the completion only, rank 64, alpha 128, all linear layers, 2 epochs,
-learning rate 3e-4. transformers' Trainer and PEFT do the work. The completion ends with EOS, so that the model learns where
-a self-edit stops. The model folder appears whole or not at all; an interrupted training resumes from its last checkpoint.
-"""
+SEAL, arXiv 2506.10943, section 3.1 and appendix B: loss on the completion only, rank 64, alpha 128, all
+linear layers, 2 epochs, learning rate 3e-4. transformers' Trainer and PEFT do the work. The completion ends
+with EOS, so that the model learns where a self-edit stops. The model folder appears whole or not at all; an
+interrupted training resumes from its last checkpoint."""
 
 import json
 import shutil
@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from seal_nb.errors import DataError, SettingsError
@@ -69,10 +75,14 @@ def read_sft_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def example(tokenizer: PreTrainedTokenizerBase, row: dict[str, str], max_seq_length: int) -> dict[str, list[int]]:
+def example(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, str], max_seq_length: int
+) -> dict[str, list[int]]:
     """Token ids of prompt + completion + EOS; labels are -100 on the prompt."""
     prompt = tokenizer(row["prompt"])["input_ids"]
-    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [
+        tokenizer.eos_token_id
+    ]
     ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
     return {"input_ids": ids[:max_seq_length], "labels": labels[:max_seq_length]}
 
@@ -88,7 +98,9 @@ def _collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
     }
 
 
-def train_sft(sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1) -> SftResult:
+def train_sft(
+    sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1
+) -> SftResult:
     """Fine-tune `model` on the file's rows and write the merged model to `model_dir`."""
     torch.set_num_threads(n_threads)
     folder = resolve_model(model)
@@ -108,7 +120,9 @@ def train_sft(sft_file: Path, *, model: str, model_dir: Path, settings: SftSetti
     _save_merged(peft_model.merge_and_unload().to(stored_dtype), tokenizer, model_dir)
     shutil.rmtree(checkpoints, ignore_errors=True)
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-    return SftResult(model_dir=model_dir, losses=losses, n_steps=trainer.state.global_step, n_examples=len(rows))
+    return SftResult(
+        model_dir=model_dir, losses=losses, n_steps=trainer.state.global_step, n_examples=len(rows)
+    )
 
 
 def _lora(settings: SftSettings) -> LoraConfig:

@@ -1,4 +1,5 @@
-"""Requests through the inner loop on a tiny random model: replies as published, failures alone, nothing asked twice."""
+"""Requests through the inner loop on a tiny random model: replies as published, failures alone, nothing
+asked twice."""
 
 import json
 from pathlib import Path
@@ -22,7 +23,9 @@ QUESTIONS = [
 def loop(tmp_path: Path) -> InnerLoop:
     folder = save_tiny_model(tmp_path / "model")
     torch.set_num_threads(1)
-    settings = InnerLoopSettings(model=str(folder), device="cpu", n_slots=2, adapters_dir=tmp_path / "adapters")
+    settings = InnerLoopSettings(
+        model=str(folder), device="cpu", n_slots=2, adapters_dir=tmp_path / "adapters"
+    )
     return load_inner_loop(settings)
 
 
@@ -39,7 +42,9 @@ def request(request_id: str, **fields: object) -> TTTRequest:
     return TTTRequest.model_validate(given | fields)
 
 
-def run(loop: InnerLoop, *requests: TTTRequest | GenerateRequest) -> dict[str, TTTReply | GenerateReply | ErrorReply]:
+def run(
+    loop: InnerLoop, *requests: TTTRequest | GenerateRequest
+) -> dict[str, TTTReply | GenerateReply | ErrorReply]:
     for r in requests:
         loop.submit(r)
     replies = {}
@@ -85,7 +90,11 @@ def test_a_request_gets_the_same_numbers_alone_and_in_company(loop: InnerLoop, t
 
 def test_training_raises_the_log_probability_of_what_was_trained(loop: InnerLoop) -> None:
     taught = request(
-        "a", train_sequences=["Answer:\na lamp", "Answer:\non the hill"], finetune_epochs=30, finetune_lr=1e-2, soft_scores=True
+        "a",
+        train_sequences=["Answer:\na lamp", "Answer:\non the hill"],
+        finetune_epochs=30,
+        finetune_lr=1e-2,
+        soft_scores=True,
     )
     reply = run(loop, taught)["a"]
     assert isinstance(reply, TTTReply)

@@ -14,7 +14,9 @@ from seal_nb.ttt.lora import Adapter
 class LocalEngine:
     """Completes prompts with a base, or with kept adapters on it. `rows`: texts generated at a time."""
 
-    def __init__(self, base: FrozenBase, *, model_id: str, adapters: tuple[Adapter, ...] = (), rows: int = 64):
+    def __init__(
+        self, base: FrozenBase, *, model_id: str, adapters: tuple[Adapter, ...] = (), rows: int = 64
+    ):
         self.base, self.model_id, self.adapters, self.rows = base, model_id, adapters, rows
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
@@ -40,7 +42,9 @@ class LocalEngine:
         ]
 
 
-def load_local_engine(model: str, *, n_threads: int = 1, device: str = "auto", dtype: str = "auto") -> LocalEngine:
+def load_local_engine(
+    model: str, *, n_threads: int = 1, device: str = "auto", dtype: str = "auto"
+) -> LocalEngine:
     """Load a folder, hub name or "embedded" for generation in this process."""
     torch.set_num_threads(n_threads)
     folder = resolve_model(model)

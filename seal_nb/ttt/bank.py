@@ -1,7 +1,8 @@
-"""Room for adapters in training: weights, gradients and AdamW's moments of n adapters of one shape, as (n, size) matrices.
+"""Room for adapters in training: weights, gradients and AdamW's moments of n adapters of one shape, as (n,
+size) matrices.
 
-A slot is one row. Neighbouring rows are one batched operand, which is what makes a step over many adapters cheap.
-"""
+A slot is one row. Neighbouring rows are one batched operand, which is what makes a step over many adapters
+cheap."""
 
 import torch
 
@@ -11,9 +12,12 @@ from seal_nb.ttt.lora import Adapter, Layout
 
 
 class Bank:
-    """n rows for adapters of one layout. weights and gradients are in `dtype`, the passes' copy in `compute_dtype`."""
+    """n rows for adapters of one layout. weights and gradients are in `dtype`, the passes' copy in
+    `compute_dtype`."""
 
-    def __init__(self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype):
+    def __init__(
+        self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype
+    ):
         self.layout, self.n = layout, n
         shape = (n, layout.size)
         self.weights = torch.zeros(shape, device=device, dtype=dtype)
@@ -33,7 +37,9 @@ class Bank:
 class BankRow:
     """One adapter in training: row `index` of a bank."""
 
-    def __init__(self, bank: Bank, index: int, settings: LoraSettings, initial: torch.Tensor, dropout_seed: int):
+    def __init__(
+        self, bank: Bank, index: int, settings: LoraSettings, initial: torch.Tensor, dropout_seed: int
+    ):
         self.bank, self.index, self.settings = bank, index, settings
         bank.weights[index] = initial.to(bank.weights)
         bank.mean[index].zero_()

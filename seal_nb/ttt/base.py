@@ -1,7 +1,7 @@
 """The frozen base: a transformers decoder whose Linear layers take branches and whose attention takes rows.
 
-Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3, Mistral, …); this
-is checked numerically when the model is loaded, not assumed. Weights are never changed.
+Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3,
+Mistral, …); this is checked numerically when the model is loaded, not assumed. Weights are never changed.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,9 @@ class FrozenBase:
         return Bank(layout, n, device=self.device, dtype=self.adapter_dtype, compute_dtype=self.dtype)
 
     def load_adapter(self, folder: Path) -> Adapter:
-        return load_adapter(folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device)
+        return load_adapter(
+            folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
@@ -99,14 +101,16 @@ class FrozenBase:
     def hidden(
         self, rows: Sequence[RowTokens], segments: Sequence[Segment], *, attend: Attend | None = None
     ) -> torch.Tensor:
-        """Last hidden states (T, d) of all rows' tokens, end to end. Segments say which adapters act on which tokens.
+        """Last hidden states (T, d) of all rows' tokens, end to end. Segments say which adapters act on
+        which tokens.
 
-        `attend` replaces attention within rows (decoding attends to a cache).
-        """
+        `attend` replaces attention within rows (decoding attends to a cache)."""
         ids = torch.cat([r.token_ids for r in rows]).to(self.device, non_blocking=True)
         positions = torch.cat([r.positions for r in rows]).to(self.device, non_blocking=True)
         if attend is None:
-            attend = make_rows([len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]).attend
+            attend = make_rows(
+                [len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]
+            ).attend
         return self.run(ids, positions, segments, attend)
 
     def run(
@@ -127,8 +131,9 @@ class FrozenBase:
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
         if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.2):
             raise SettingsError(
-                f"model {self.name or self.model_type!r}: packed logits differ from its own by {error:.2g} of their"
-                " size; this architecture does something between hidden states and logits that slots do not know"
+                f"model {self.name or self.model_type!r}: packed logits differ from its own by {error:.2g} of"
+                " their size; this architecture does something between hidden states and logits that slots"
+                " do not know"
             )
 
 
@@ -136,13 +141,18 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        raise SettingsError(f"model type {config.model_type!r} has {sorted(kinds)} layers; only full attention is supported")
+        raise SettingsError(
+            f"model type {config.model_type!r} has {sorted(kinds)} layers; only full attention is supported"
+        )
     if model.get_output_embeddings() is None:
-        raise SettingsError(f"model type {config.model_type!r} has no language-model head; give a causal language model")
+        raise SettingsError(
+            f"model type {config.model_type!r} has no language-model head; give a causal language model"
+        )
 
 
 def _branch_out(model: PreTrainedModel, current: Current) -> dict[str, nn.Linear]:
-    """Put a BranchedLinear in place of each Linear but the head; return the Linears by name, in the model's order."""
+    """Put a BranchedLinear in place of each Linear but the head; return the Linears by name, in the model's
+    order."""
     head = model.get_output_embeddings()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     for name, linear in linears.items():

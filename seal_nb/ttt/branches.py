@@ -1,14 +1,13 @@
 """Each row its own low-rank branch: the frozen base's Linear layers, extended.
 
-`y = x Wᵀ + Σ scale (x Aᵀ) Bᵀ`. The tokens of a pass lie segment by segment in one (T, d) matrix, and each segment has its own
-adapters. The frozen product runs once over all tokens. The branches of neighbouring segments with adapters of one shape
-form a group: their tokens are padded to (n, longest, d), so that one batched product serves all of them. Gradients of A and
-B go straight into the slots' flat gradients: adapters are no autograd leaves and cost no graph.
-Knows nothing of rows, loss or optimiser.
-"""
+`y = x Wᵀ + Σ scale (x Aᵀ) Bᵀ`. The tokens of a pass lie segment by segment in one (T, d) matrix, and each
+segment has its own adapters. The frozen product runs once over all tokens. The branches of neighbouring
+segments with adapters of one shape form a group: their tokens are padded to (n, longest, d), so that one
+batched product serves all of them. Gradients of A and B go straight into the slots' flat gradients:
+adapters are no autograd leaves and cost no graph. Knows nothing of rows, loss or optimiser."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -33,9 +32,9 @@ class Segment:
 class Group:
     """Branches of one shape over neighbouring segments: n members.
 
-    weights: (n, layout.size), compute dtype; scaling: (n, 1, 1); member i has lengths[i] tokens, end to end from `start`
-    gradient: (n, layout.size) or None for frozen members; overwrite: the gradient's old content is void
-    """
+    weights: (n, layout.size), compute dtype; scaling: (n, 1, 1); member i has lengths[i] tokens, end to end
+    from `start`
+    gradient: (n, layout.size) or None for frozen members; overwrite: the gradient's old content is void"""
 
     layout: Layout
     weights: torch.Tensor
@@ -76,7 +75,8 @@ class Group:
 
 
 class Plan:
-    """The groups of one pass. Padded inputs are kept for the next layer that reads the same ones (q, k, v)."""
+    """The groups of one pass. Padded inputs are kept for the next layer that reads the same ones (q, k,
+    v)."""
 
     def __init__(self, groups: Sequence[Group] = ()):
         self.groups = tuple(groups)
@@ -103,7 +103,8 @@ class Current:
 
 
 class BranchedLinear(nn.Module):
-    """A frozen Linear and the branches that the current plan adds to it. Input (1, T, in), output (1, T, out)."""
+    """A frozen Linear and the branches that the current plan adds to it. Input (1, T, in), output (1, T,
+    out)."""
 
     def __init__(self, base: nn.Linear, name: str, current: Current):
         super().__init__()
@@ -128,7 +129,9 @@ class _Kept:
     mask: torch.Tensor | None = None
 
 
-def _add_branches(y: torch.Tensor, x: torch.Tensor, name: str, plan: Plan, *, training: bool = False) -> list[_Kept]:
+def _add_branches(
+    y: torch.Tensor, x: torch.Tensor, name: str, plan: Plan, *, training: bool = False
+) -> list[_Kept]:
     """y (T, out) += branches of x (1, T, in), in place."""
     kept, padded = [], plan.padded(x)
     for i, group, target in plan.active(name):
@@ -175,7 +178,8 @@ class _Branches(torch.autograd.Function):
 def _branch_gradients(
     g: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor | None, name: str, plan: Plan, kept: list[_Kept]
 ) -> None:
-    """Write dA and dB of trained members; add the branches' share to grad_x (T, in), in place, where it is wanted."""
+    """Write dA and dB of trained members; add the branches' share to grad_x (T, in), in place, where it is
+    wanted."""
     padded = plan.padded(x)
     for (i, group, target), own in zip(plan.active(name), kept, strict=True):
         gg = group.padded(g)

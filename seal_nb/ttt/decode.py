@@ -1,10 +1,9 @@
 """Grouped decoding: rows of many adapters and of the base in one batch, with a KV cache.
 
-Each step gives every live row its next token in one pass of the frozen base; rows lie group by group (a group: rows with the
-same adapters), so each group's low-rank branch is one small product. Finished rows leave, waiting rows enter. Greedy answers
-equal `transformers.generate` with the PEFT adapter; sampling draws from a stream of each row's own, so a text does not
-depend on its neighbours.
-"""
+Each step gives every live row its next token in one pass of the frozen base; rows lie group by group (a
+group: rows with the same adapters), so each group's low-rank branch is one small product. Finished rows
+leave, waiting rows enter. Greedy answers equal `transformers.generate` with the PEFT adapter; sampling
+draws from a stream of each row's own, so a text does not depend on its neighbours."""
 
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -60,7 +59,8 @@ class _Live:
 
 
 class GroupedDecoder:
-    """Generates for many rows at once. max_rows: rows in the batch at a time; prefill_tokens: prompt tokens of one pass."""
+    """Generates for many rows at once. max_rows: rows in the batch at a time; prefill_tokens: prompt tokens
+    of one pass."""
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
@@ -101,7 +101,8 @@ class GroupedDecoder:
 
     def _enter(self) -> None:
         """Prefill waiting rows, packed; each gets its first token and a place in the cache."""
-        new, tokens = [], 0
+        new: list[_Live] = []
+        tokens = 0
         while self.waiting and len(self.live) + len(new) < self.max_rows:
             if new and tokens + len(self.waiting[0].token_ids) > self.prefill_tokens:
                 break
@@ -153,7 +154,8 @@ class GroupedDecoder:
                 lane.finish_reason = "stop"
 
     def _leave(self) -> list[Decoded]:
-        """Take finished lanes out, once an eighth of the batch is finished (each time costs a copy of the cache)."""
+        """Take finished lanes out, once an eighth of the batch is finished (each time costs a copy of the
+        cache)."""
         ended = [lane for lane in self.live if lane.finish_reason]
         if not ended or len(ended) < len(self.live) / 8:
             return []
@@ -194,7 +196,8 @@ def _segments(lanes: Sequence[_Live], lengths: Sequence[int]) -> list[Segment]:
 
 
 def _choose(logits: torch.Tensor, lanes: Sequence[_Live]) -> torch.Tensor:
-    """Next token (lanes,): the likeliest, or by each lane's own draw within its top-p nucleus (arXiv 1904.09751)."""
+    """Next token (lanes,): the likeliest, or by each lane's own draw within its top-p nucleus (arXiv
+    1904.09751)."""
     tokens = logits.argmax(-1)
     sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
     if not sampled:
@@ -214,7 +217,8 @@ def _choose(logits: torch.Tensor, lanes: Sequence[_Live]) -> torch.Tensor:
 
 @dataclass
 class _Cache:
-    """Keys and values of live rows: a (rows, kv_heads, room, d) tensor a layer, tokens at the left; lengths (rows,)."""
+    """Keys and values of live rows: a (rows, kv_heads, room, d) tensor a layer, tokens at the left; lengths
+    (rows,)."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -238,7 +242,8 @@ class _Cache:
         return _Cache(kept[0], kept[1], self.lengths[index])
 
     def opened(self, room: int):  # type: ignore[no-untyped-def]
-        """The attention of one step: each row's new token is written after its last one and sees the row's tokens."""
+        """The attention of one step: each row's new token is written after its last one and sees the row's
+        tokens."""
         if self.keys[0].shape[2] < room:
             self.keys = [_widened(t, room) for t in self.keys]
             self.values = [_widened(t, room) for t in self.values]

@@ -14,7 +14,8 @@ STACKS_KEPT = 8
 
 
 class Stacks:
-    """Weights of frozen adapters side by side, (n, size); the last few are kept, since decoding asks again and again."""
+    """Weights of frozen adapters side by side, (n, size); the last few are kept, since decoding asks again
+    and again."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[int, ...], tuple[tuple[Adapter, ...], torch.Tensor]] = OrderedDict()
@@ -69,7 +70,8 @@ def _frozen_groups(segments: Sequence[Segment], k: int, stacks: Stacks) -> Itera
 
 
 def _trained_groups(segments: Sequence[Segment]) -> Iterator[Group]:
-    """Rows first..last of a bank as one operand; rows between that are not in this pass are members without tokens."""
+    """Rows first..last of a bank as one operand; rows between that are not in this pass are members without
+    tokens."""
     for run in _runs(segments, lambda s: s.trained and id(s.trained.bank)):
         rows = [s.trained for s in run if s.trained is not None]
         bank, first, last = rows[0].bank, rows[0].index, rows[-1].index + 1
@@ -89,7 +91,8 @@ def _trained_groups(segments: Sequence[Segment]) -> Iterator[Group]:
 
 
 def _overwritable(rows: Sequence[BankRow]) -> bool:
-    """Whether one copy may replace the gradients of all rows from first to last; else those that begin anew are cleared."""
+    """Whether one copy may replace the gradients of all rows from first to last; else those that begin anew
+    are cleared."""
     neighbours = len(rows) == rows[-1].index + 1 - rows[0].index
     if neighbours and all(row.opens_window for row in rows):
         return True

@@ -1,9 +1,9 @@
 """What one adapter is trained on and how: settings, tokenised rows, and the order they are seen in.
 
-Settings and defaults are those of the published inner loop (arXiv 2506.10943, section 3.1 and appendix B; run files'
-`lora_params`). The order of rows and the grouping into optimiser steps are those of transformers' Trainer, so that a job
-can be checked against it. Knows nothing of models, devices or adapters' weights.
-"""
+Settings and defaults are those of the published inner loop (arXiv 2506.10943, section 3.1 and appendix B;
+run files' `lora_params`). The order of rows and the grouping into optimiser steps are those of
+transformers' Trainer, so that a job can be checked against it. Knows nothing of models, devices or
+adapters' weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Shape of an adapter. `target_modules` empty: PEFT's default for the architecture; ("all-linear",): all but the head."""
+    """Shape of an adapter. `target_modules` empty: PEFT's default for the architecture; ("all-linear",):
+    all but the head."""
 
     rank: int = 32  # published run files, lora_params.rank
     alpha: float = 64  # lora_params.alpha
@@ -40,10 +41,9 @@ class LoraSettings:
 class TrainSettings:
     """How an adapter is trained: AdamW (0.9, 0.999, 1e-8, no decay), linear decay to 0, clipping.
 
-    `padding_in_loss` with `pad_to` is the published training: each sequence padded on the right with EOS, padding not
-    attended to but part of the loss. `pad_samples` > 0 is that loss too, from so many randomly drawn padding positions a
-    sequence, weighted to stay unbiased. Both off: padding does not exist.
-    """
+    `padding_in_loss` with `pad_to` is the published training: each sequence padded on the right with EOS,
+    padding not attended to but part of the loss. `pad_samples` > 0 is that loss too, from so many randomly
+    drawn padding positions a sequence, weighted to stay unbiased. Both off: padding does not exist."""
 
     epochs: int = 10  # lora_params.epochs
     learning_rate: float = 1e-3  # lora_params.lr
@@ -60,7 +60,12 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 <= self.learning_rate < float("inf"), "finetune_lr", self.learning_rate, "a finite number, 0 or more")
+        _require(
+            0 <= self.learning_rate < float("inf"),
+            "finetune_lr",
+            self.learning_rate,
+            "a finite number, 0 or more",
+        )
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         _require(self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "at least 2 tokens")
         _require(self.pad_samples >= 0, "pad_samples", self.pad_samples, "0 (none) or more")
@@ -87,9 +92,9 @@ class TrainRow:
     token_ids: (n,) int64, the real tokens followed by the padding positions that are computed, if any
     positions:  (n,) int64
     n_real: tokens before the padding; padding attends to these only
-    sources: (m,) int64, places in the row whose next token carries loss; targets: (m,) that token's id; weights: (m,) float64
-    n_items: labels of the row, by which the Trainer divides (all padding counts, drawn or not)
-    """
+    sources: (m,) int64, places in the row whose next token carries loss; targets: (m,) that token's id;
+    weights: (m,) float64
+    n_items: labels of the row, by which the Trainer divides (all padding counts, drawn or not)"""
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -104,18 +109,26 @@ class TrainRow:
 
 
 def masked_prefix(token_ids: Sequence[int], mark: Sequence[int]) -> int:
-    """Number of leading tokens without loss: up to and including the first occurrence of `mark`; 0 where absent."""
+    """Number of leading tokens without loss: up to and including the first occurrence of `mark`; 0 where
+    absent."""
     n = len(mark)
     starts = range(len(token_ids) - n + 1) if n else range(0)
     return next((i + n for i in starts if list(token_ids[i : i + n]) == list(mark)), 0)
 
 
-def make_row(tokenizer: Tokenizer, text: str, settings: TrainSettings, *, draws: torch.Generator | None = None) -> TrainRow:
-    """Tokenise, truncate, mask and (where asked) pad one train sequence. `draws` gives the sampled padding positions."""
+def make_row(
+    tokenizer: Tokenizer, text: str, settings: TrainSettings, *, draws: torch.Generator | None = None
+) -> TrainRow:
+    """Tokenise, truncate, mask and (where asked) pad one train sequence. `draws` gives the sampled padding
+    positions."""
     ids = list(tokenizer(text)["input_ids"])[: settings.max_seq_length]
     if not ids:
         raise SettingsError(f"train sequence {text!r} has no token; leave it out")
-    mark = tokenizer(settings.end_mask_substring, add_special_tokens=False)["input_ids"] if settings.end_mask_substring else []
+    mark = (
+        tokenizer(settings.end_mask_substring, add_special_tokens=False)["input_ids"]
+        if settings.end_mask_substring
+        else []
+    )
     start = max(masked_prefix(ids, mark), 1)  # the first token has nothing before it to be predicted from
     padded = settings.padding_in_loss or settings.pad_samples > 0
     return _padded_row(tokenizer, ids, start, settings, draws) if padded else _plain_row(ids, start)
@@ -138,11 +151,12 @@ def _plain_row(ids: list[int], start: int) -> TrainRow:
 def _padded_row(
     tokenizer: Tokenizer, ids: list[int], start: int, settings: TrainSettings, draws: torch.Generator | None
 ) -> TrainRow:
-    """The published row: EOS to `pad_to`, every padding token a label. Padding tokens see only real ones, so they are
-    independent of each other, and a sample of them is an unbiased estimate of their loss.
-    """
+    """The published row: EOS to `pad_to`, every padding token a label. Padding tokens see only real ones,
+    so they are independent of each other, and a sample of them is an unbiased estimate of their loss."""
     if tokenizer.eos_token_id is None:
-        raise SettingsError("padding in the loss needs a tokenizer with an EOS token; use padding_in_loss=False")
+        raise SettingsError(
+            "padding in the loss needs a tokenizer with an EOS token; use padding_in_loss=False"
+        )
     n_real, eos = len(ids), tokenizer.eos_token_id
     places = torch.arange(n_real, settings.pad_to - 1)  # padding positions that predict another padding token
     weight = 1.0
@@ -151,7 +165,9 @@ def _padded_row(
         places = places[torch.randperm(len(places), generator=draws)[: settings.pad_samples]].sort().values
     real = torch.tensor(ids)
     own = torch.arange(start - 1, n_real - 1)
-    borders = torch.arange(n_real - 1, n_real if settings.pad_to > n_real else n_real - 1)  # last real token predicts EOS
+    borders = torch.arange(
+        n_real - 1, n_real if settings.pad_to > n_real else n_real - 1
+    )  # last real token predicts EOS
     padding = torch.arange(n_real, n_real + len(places))
     targets = torch.cat([real[own + 1], torch.full((len(borders) + len(padding),), eos)])
     weights = torch.ones(len(targets), dtype=torch.float64)
@@ -169,7 +185,8 @@ def _padded_row(
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows of one pass; `n_items` counts the labels of the whole accumulation window, the divisor of its loss."""
+    """Rows of one pass; `n_items` counts the labels of the whole accumulation window, the divisor of its
+    loss."""
 
     row_indices: tuple[int, ...]
     epoch: int
@@ -189,14 +206,21 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         if not self.texts:
-            raise SettingsError(f"job {self.name!r} has no train sequence; give one or ask for the baseline only")
+            raise SettingsError(
+                f"job {self.name!r} has no train sequence; give one or ask for the baseline only"
+            )
 
     def rows(self, tokenizer: Tokenizer, epoch: int) -> list[TrainRow]:
-        draws = torch.Generator().manual_seed(self.train.seed * 1_000_003 + epoch) if self.train.pad_samples else None
+        draws = (
+            torch.Generator().manual_seed(self.train.seed * 1_000_003 + epoch)
+            if self.train.pad_samples
+            else None
+        )
         return [make_row(tokenizer, text, self.train, draws=draws) for text in self.texts]
 
     def order(self, epoch: int) -> list[int]:
-        """Row order of an epoch: that of accelerate's SeedableRandomSampler, which transformers' Trainer uses."""
+        """Row order of an epoch: that of accelerate's SeedableRandomSampler, which transformers' Trainer
+        uses."""
         generator = torch.Generator().manual_seed(self.train.seed + epoch)
         return torch.randperm(len(self.texts), generator=generator).tolist()
 
@@ -230,5 +254,6 @@ class TrainJob:
 
 
 def learning_rate_at(settings: TrainSettings, step: int, n_steps: int) -> float:
-    """Rate of optimiser step `step` (from 0): linear decay to 0 without warm-up, as transformers' "linear" schedule."""
+    """Rate of optimiser step `step` (from 0): linear decay to 0 without warm-up, as transformers' "linear"
+    schedule."""
     return settings.learning_rate * max(0.0, (n_steps - step) / max(1, n_steps))

@@ -1,10 +1,10 @@
 """LoRA adapters as flat vectors: layout, initial values, PEFT's file format.
 
-An adapter is one contiguous vector (so that clipping, AdamW and copies are single operations) with a view A (rank, in) and
-B (out, rank) for each target Linear (Hu et al., arXiv 2106.09685). Initial values and file format are PEFT's
-(https://github.com/huggingface/peft): the same seed gives the weights that `get_peft_model` gives, and what is saved here
-loads there and in vLLM. Does not run models; `branches` does that.
-"""
+An adapter is one contiguous vector (so that clipping, AdamW and copies are single operations) with a view A
+(rank, in) and B (out, rank) for each target Linear (Hu et al., arXiv 2106.09685). Initial values and file
+format are PEFT's (https://github.com/huggingface/peft): the same seed gives the weights that
+`get_peft_model` gives, and what is saved here loads there and in vLLM. Does not run models; `branches` does
+that."""
 
 import json
 import math
@@ -30,7 +30,8 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A Linear that gets a low-rank branch: its module name, its sizes, and where its A and B lie in the flat vector."""
+    """A Linear that gets a low-rank branch: its module name, its sizes, and where its A and B lie in the
+    flat vector."""
 
     name: str
     in_features: int
@@ -60,7 +61,9 @@ class Layout:
 
     def b(self, flat: torch.Tensor, t: Target) -> torch.Tensor:
         """View (..., out, rank) of flat (..., size)."""
-        return flat[..., t.offset_b : t.offset_b + self.rank * t.out_features].unflatten(-1, (t.out_features, self.rank))
+        return flat[..., t.offset_b : t.offset_b + self.rank * t.out_features].unflatten(
+            -1, (t.out_features, self.rank)
+        )
 
 
 def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_type: str) -> Layout:
@@ -72,7 +75,9 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
     for name in _matching(list(linears), settings.target_modules, model_type):
         n_in, n_out = linears[name].in_features, linears[name].out_features
         offset_b = offset + settings.rank * n_in
-        chosen.append(Target(name=name, in_features=n_in, out_features=n_out, offset_a=offset, offset_b=offset_b))
+        chosen.append(
+            Target(name=name, in_features=n_in, out_features=n_out, offset_a=offset, offset_b=offset_b)
+        )
         offset = offset_b + settings.rank * n_out
     return Layout(settings.rank, tuple(chosen))
 
@@ -82,24 +87,29 @@ def _matching(names: Sequence[str], targets: Sequence[str], model_type: str) -> 
         return list(names)
     wanted = list(targets) or list(PEFT_DEFAULT_TARGETS.get(model_type, ()))
     if not wanted:
-        raise SettingsError(f"target_modules is empty and PEFT has no default for {model_type!r}; name them, or 'all-linear'")
+        raise SettingsError(
+            f"target_modules is empty and PEFT has no default for {model_type!r}; name them, or 'all-linear'"
+        )
     matched = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)]
     missing = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in names)]
     if missing:
         known = sorted({n.rsplit(".", 1)[-1] for n in names})
-        raise SettingsError(f"target_modules has {missing[0]!r}, which is no Linear of this model; it has {', '.join(known)}")
+        raise SettingsError(
+            f"target_modules has {missing[0]!r}, which is no Linear of this model; it has {', '.join(known)}"
+        )
     return matched
 
 
 def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
     """Flat float32 vector as PEFT draws it after `torch.manual_seed(seed)`: A uniform (Kaiming), B zero.
 
-    PEFT makes two nn.Linear for each target, which draw values that are then thrown away, before it draws A. The same
-    stream is walked here.
-    """
+    PEFT makes two nn.Linear for each target, which draw values that are then thrown away, before it draws
+    A. The same stream is walked here."""
     flat = torch.zeros(layout.size)
     stream = torch.Generator().manual_seed(seed)
-    discarded = torch.empty(layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0))
+    discarded = torch.empty(
+        layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0)
+    )
     for t in layout.targets:
         for n in (layout.rank * t.in_features, layout.rank * t.out_features):
             discarded[:n].uniform_(generator=stream)
@@ -108,9 +118,12 @@ def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
 
 
 class Adapter:
-    """A LoRA adapter whose training is over. flat: (layout.size,), float32 as a rule; compute: the same in the base's dtype."""
+    """A LoRA adapter whose training is over. flat: (layout.size,), float32 as a rule; compute: the same in
+    the base's dtype."""
 
-    def __init__(self, layout: Layout, settings: LoraSettings, flat: torch.Tensor, compute_dtype: torch.dtype):
+    def __init__(
+        self, layout: Layout, settings: LoraSettings, flat: torch.Tensor, compute_dtype: torch.dtype
+    ):
         self.layout, self.settings, self.flat = layout, settings, flat
         self.scaling = settings.scaling
         self.compute = flat.to(compute_dtype)
@@ -122,17 +135,22 @@ class Adapter:
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
-    """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`; the folder appears whole or not at all."""
+    """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`; the folder appears whole or not
+    at all."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for t in adapter.layout.targets:
-        tensors[f"{PEFT_PREFIX}{t.name}.lora_A.weight"] = adapter.layout.a(adapter.flat, t).detach().cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{t.name}.lora_B.weight"] = adapter.layout.b(adapter.flat, t).detach().cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{t.name}.lora_A.weight"] = (
+            adapter.layout.a(adapter.flat, t).detach().cpu().contiguous()
+        )
+        tensors[f"{PEFT_PREFIX}{t.name}.lora_B.weight"] = (
+            adapter.layout.b(adapter.flat, t).detach().cpu().contiguous()
+        )
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     config = LoraConfig(
         r=adapter.settings.rank,
-        lora_alpha=adapter.settings.alpha,  # type: ignore[arg-type]  # PEFT divides by r; a float is kept
+        lora_alpha=adapter.settings.alpha,  # PEFT divides by r; a float is kept
         lora_dropout=adapter.settings.dropout,
         target_modules=sorted({t.name.rsplit(".", 1)[-1] for t in adapter.layout.targets}),
         base_model_name_or_path=base_model,
@@ -145,7 +163,12 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
 
 
 def load_adapter(
-    folder: Path, linears: Mapping[str, nn.Linear], model_type: str, *, compute_dtype: torch.dtype, device: torch.device
+    folder: Path,
+    linears: Mapping[str, nn.Linear],
+    model_type: str,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
 ) -> Adapter:
     """Read an adapter in PEFT's format, ours or anybody's (plain LoRA on Linear layers).
 

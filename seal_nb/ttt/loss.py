@@ -1,8 +1,8 @@
-"""Cross entropy of the next token straight from hidden states, in chunks: no (T, vocabulary) matrix is kept.
+"""Cross entropy of the next token straight from hidden states, in chunks: no (T, vocabulary) matrix is
+kept.
 
-The idea is that of fused linear cross entropy (Liger Kernel, arXiv 2410.10989): the gradient with respect to the hidden
-states is computed in the forward pass, chunk by chunk, since the head is frozen.
-"""
+The idea is that of fused linear cross entropy (Liger Kernel, arXiv 2410.10989): the gradient with respect
+to the hidden states is computed in the forward pass, chunk by chunk, since the head is frozen."""
 
 import torch
 from torch.nn import functional as F
@@ -19,18 +19,18 @@ def _logits(hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
-        nll, grad = [], torch.empty_like(hidden)
+        parts, grad = [], torch.empty_like(hidden)
         for i in range(0, len(targets), CHUNK):
             part = slice(i, i + CHUNK)
             logits = _logits(hidden[part], head)
             norm = logits.logsumexp(-1, keepdim=True)
-            nll.append(norm[:, 0] - logits.gather(1, targets[part, None])[:, 0])
+            parts.append(norm[:, 0] - logits.gather(1, targets[part, None])[:, 0])
             p = logits.sub_(norm).exp_()  # (labels, vocabulary), from here on d nll / d logits
             p.scatter_add_(1, targets[part, None], p.new_full((len(p), 1), -1.0))
             p.mul_(weights[part, None].to(p.dtype))
             grad[part] = p.to(hidden.dtype) @ head.weight
         ctx.save_for_backward(grad)
-        nll = torch.cat(nll)
+        nll = torch.cat(parts)
         ctx.mark_non_differentiable(nll)
         return (nll * weights.to(nll.dtype)).sum(), nll
 
@@ -43,7 +43,8 @@ class _WeightedNll(torch.autograd.Function):
 def weighted_nll(
     hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ weights · nll, nll) for hidden (M, d), targets (M,), weights (M,). Only the sum can be differentiated, by hidden."""
+    """(Σ weights · nll, nll) for hidden (M, d), targets (M,), weights (M,). Only the sum can be
+    differentiated, by hidden."""
     return _WeightedNll.apply(hidden, head, targets, weights)
 
 

@@ -1,13 +1,14 @@
 """Rows laid end to end in one pass, and the attention that keeps them apart.
 
-A pass is one (1, T) sequence of all rows' tokens, slot by slot: no padding in any matrix product. Only attention, a few
-per cent of the work, sees rows: as a batch padded to the longest row, or, on CUDA in half precision, through variable-length
-attention (torch.nn.attention.varlen) without any padding. Registered with transformers under the name `ATTENTION`, so any
-decoder that takes its attention from there works unchanged. Knows nothing of adapters or loss.
-"""
+A pass is one (1, T) sequence of all rows' tokens, slot by slot: no padding in any matrix product. Only
+attention, a few per cent of the work, sees rows: as a batch padded to the longest row, or, on CUDA in half
+precision, through variable-length attention (torch.nn.attention.varlen) without any padding. Registered
+with transformers under the name `ATTENTION`, so any decoder that takes its attention from there works
+unchanged. Knows nothing of adapters or loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,7 +22,8 @@ ATTENTION = "seal_rows"
 class Rows:
     """Row structure of a pass over T tokens.
 
-    lengths: tokens of each row; places: (T,) where each token lies in the padded batch (row * longest + offset)
+    lengths: tokens of each row; places: (T,) where each token lies in the padded batch (row * longest +
+    offset)
     mask: (rows, 1, longest, longest) bool or None for plain causal attention; cu_lengths: (rows + 1,) int32
     """
 
@@ -34,7 +36,9 @@ class Rows:
     def longest(self) -> int:
         return max(self.lengths)
 
-    def attend(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
         """q (1, heads, T, d), k and v (1, kv_heads, T, d) → (1, T, heads, d); causal within rows."""
         if len(self.lengths) == 1 and self.mask is None:
             return _sdpa(q, k, v, None, scaling).transpose(1, 2)
@@ -47,16 +51,21 @@ class Rows:
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """(T, heads, d) → (rows, heads, longest, d), zeros where a row is shorter."""
         n = len(self.lengths)
-        return _Pad.apply(tokens, self.places, n * self.longest).unflatten(0, (n, self.longest)).transpose(1, 2)
+        return (
+            _Pad.apply(tokens, self.places, n * self.longest).unflatten(0, (n, self.longest)).transpose(1, 2)
+        )
 
-    def _attend_varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _attend_varlen(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         repeats = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (k, v))
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))  # (T, heads, d)
         cu, n = self.cu_lengths, self.longest
-        return varlen_attn(q, k, v, cu, cu, n, n, scale=scaling, window_size=(-1, 0))[None]
+        out = varlen_attn(q, k, v, cu, cu, n, n, scale=scaling, window_size=(-1, 0))
+        return cast(torch.Tensor, out).unsqueeze(0)
 
 
 SHORT = 512  # tokens
@@ -76,21 +85,24 @@ def _sdpa(
 def _short_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """Attention as two batched products: on a CPU, torch's flash kernel spends most of short rows in its tiles.
+    """Attention as two batched products: on a CPU, torch's flash kernel spends most of short rows in its
+    tiles.
 
-    Heads that share a key head are stacked as rows of one product.
-    """
+    Heads that share a key head are stacked as rows of one product."""
     rows, heads, n, d = q.shape
     kv = k.shape[1]
     scores = q.reshape(rows, kv, -1, d) @ k.transpose(2, 3)  # (rows, kv, heads/kv * n, n)
     scores = scores.view(rows, heads, n, n).mul(scaling)
     allowed = torch.ones(n, n, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    p = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype))
+    p = scores.masked_fill(~allowed, float("-inf")).softmax(
+        -1, dtype=torch.promote_types(torch.float32, q.dtype)
+    )
     return (p.to(q.dtype).view(rows, kv, -1, n) @ v).view(rows, heads, n, d)
 
 
 class _Pad(torch.autograd.Function):
-    """(T, …) → (n, …): each token at its own place, zeros elsewhere. Places are distinct, so its inverse is a gather."""
+    """(T, …) → (n, …): each token at its own place, zeros elsewhere. Places are distinct, so its inverse is
+    a gather."""
 
     @staticmethod
     def forward(ctx, tokens, places, n):  # type: ignore[no-untyped-def]  # torch's signature
@@ -118,7 +130,8 @@ class _Unpad(torch.autograd.Function):
 
 
 def make_rows(lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None) -> Rows:
-    """Structure for rows of these lengths. Tokens past `n_real` of a row (computed padding) see real tokens only."""
+    """Structure for rows of these lengths. Tokens past `n_real` of a row (computed padding) see real tokens
+    only."""
     longest = max(lengths)
     places = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
     cu_lengths = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -127,20 +140,28 @@ def make_rows(lengths: Sequence[int], device: torch.device, *, n_real: Sequence[
         real_keys = torch.arange(longest) < torch.tensor(n_real)[:, None]  # (rows, longest)
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
         mask = (causal & real_keys[:, None, :])[:, None].to(device)
-    return Rows(
-        lengths=tuple(lengths), places=places.to(device), cu_lengths=cu_lengths.to(device), mask=mask
-    )
+    return Rows(lengths=tuple(lengths), places=places.to(device), cu_lengths=cu_lengths.to(device), mask=mask)
 
 
 Attend = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def _attention(  # type: ignore[no-untyped-def]  # transformers' attention interface
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, attend: Attend | None = None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    attend: Attend | None = None,
+    **kwargs,
 ):
     """transformers' attention interface; `attend` is handed through the model's forward."""
     if attend is None:
-        raise RuntimeError("a base prepared for slots runs through FrozenBase.hidden, not through the model's own forward")
+        raise RuntimeError(
+            "a base prepared for slots runs through FrozenBase.hidden, not through the model's own forward"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return attend(module, query, key, value, scale), None
 

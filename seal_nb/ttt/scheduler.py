@@ -1,10 +1,9 @@
 """Continuous batching of test-time training: slots.
 
-N adapters live side by side on one frozen base. A step takes the next micro-batch of each active slot (as many as the token
-budget allows), runs the base once over all rows, and steps the optimiser of each slot whose accumulation window closes. A
-job that is done leaves its slot; the next enters at the very next step. A job's result does not depend on its
-neighbours, up to rounding. No sockets, no text generation.
-"""
+N adapters live side by side on one frozen base. A step takes the next micro-batch of each active slot (as
+many as the token budget allows), runs the base once over all rows, and steps the optimiser of each slot
+whose accumulation window closes. A job that is done leaves its slot; the next enters at the very next step.
+A job's result does not depend on its neighbours, up to rounding. No sockets, no text generation."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from seal_nb.errors import SettingsError
-from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.bank import Bank, BankRow
+from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment
 from seal_nb.ttt.jobs import MicroBatch, TrainJob, TrainRow, learning_rate_at
 from seal_nb.ttt.lora import Adapter, Layout, initial_weights
@@ -26,8 +25,8 @@ from seal_nb.ttt.optimizer import adamw_step
 class Trained:
     """A job that is done: its adapter, or why there is none.
 
-    epoch_losses: mean loss per label of each epoch, in nats; n_tokens: tokens passed through the base, all epochs
-    """
+    epoch_losses: mean loss per label of each epoch, in nats; n_tokens: tokens passed through the base, all
+    epochs"""
 
     job: TrainJob
     adapter: Adapter | None = None
@@ -39,7 +38,8 @@ class Trained:
 
 @dataclass
 class Slot:
-    """One job in training. `losses` holds (epoch, Σ nll, labels) of each pass; sums stay on the device until the end."""
+    """One job in training. `losses` holds (epoch, Σ nll, labels) of each pass; sums stay on the device
+    until the end."""
 
     job: TrainJob
     stack: tuple[Adapter, ...]
@@ -53,6 +53,12 @@ class Slot:
     rows_epoch: int = 0
     losses: list[tuple[int, torch.Tensor, float]] = field(default_factory=list)
     norms: list[torch.Tensor] = field(default_factory=list)
+    lone_failures: int = 0
+
+    def rewind_window(self) -> None:
+        """Forget the passes of the open accumulation window."""
+        self.losses = self.losses[: len(self.losses) - self.done_in_window]
+        self.done_in_window = 0
 
     @property
     def micro_batch(self) -> MicroBatch:
@@ -70,8 +76,8 @@ class Slot:
 class SlotTrainer:
     """Trains many jobs at once on one base.
 
-    n_slots: adapters in training at a time. token_budget: tokens of one pass; a micro-batch that alone is larger runs alone.
-    """
+    n_slots: adapters in training at a time. token_budget: tokens of one pass; a micro-batch that alone is
+    larger runs alone."""
 
     def __init__(self, base: FrozenBase, *, n_slots: int, token_budget: int = 4096):
         self.base, self.n_slots, self.token_budget = base, n_slots, token_budget
@@ -137,7 +143,8 @@ class SlotTrainer:
         return Slot(job=job, stack=stack, row=row, rows=rows, window=next(upcoming), upcoming=upcoming)
 
     def _bank(self, layout: Layout) -> Bank:
-        """A bank of this layout with a free row: room for the jobs of its kind that are waiting, made when needed."""
+        """A bank of this layout with a free row: room for the jobs of its kind that are waiting, made when
+        needed."""
         for bank in self.banks:
             if bank.layout == layout and bank.free:
                 return bank
@@ -152,8 +159,10 @@ class SlotTrainer:
         self.slots = [s for s in self.slots if s not in slots]
 
     def _choose(self) -> list[Slot]:
-        """Slots of the next pass: furthest behind first, so that none starves; laid out bank by bank, row by row."""
-        chosen, tokens = [], 0
+        """Slots of the next pass: furthest behind first, so that none starves; laid out bank by bank, row
+        by row."""
+        chosen: list[Slot] = []
+        tokens = 0
         for slot in sorted(self.slots, key=lambda s: s.step):
             if chosen and tokens + slot.waiting_tokens > self.token_budget:
                 continue
@@ -162,17 +171,28 @@ class SlotTrainer:
         return sorted(chosen, key=lambda s: (self.banks.index(s.row.bank), s.row.index))
 
     def _guarded_pass(self, chosen: list[Slot]) -> None:
-        """Out of memory: halve the token budget and do the open accumulation windows again. Nothing is lost."""
+        """Out of memory: halve the token budget and do the open accumulation windows again. Nothing is lost.
+
+        A micro-batch that fails twice although it is alone fails its job.
+        """
         try:
             self._pass(chosen)
         except torch.OutOfMemoryError:
             for slot in chosen:
-                slot.done_in_window = 0
-            if len(chosen) == 1:
-                self._fail(chosen[0], f"out of memory with {chosen[0].waiting_tokens} tokens in one micro-batch; lower batch_size")
-            self.token_budget = max(1, min(self.token_budget, sum(s.waiting_tokens for s in chosen)) // 2)
+                slot.rewind_window()
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
+            self.token_budget = max(1, min(self.token_budget, sum(s.waiting_tokens for s in chosen)) // 2)
+            if len(chosen) > 1:
+                return
+            (alone,) = chosen
+            alone.lone_failures += 1
+            if alone.lone_failures > 1:
+                n = alone.waiting_tokens
+                self._fail(alone, f"out of memory with {n} tokens in one micro-batch; lower batch_size")
+        else:
+            for slot in chosen:
+                slot.lone_failures = 0
 
     def _fail(self, slot: Slot, error: str) -> None:
         self._release([slot])
@@ -197,7 +217,10 @@ class SlotTrainer:
         labels = torch.cat(sources).to(device, non_blocking=True)
         w = torch.cat(weights).to(device, non_blocking=True)
         total, nll = weighted_nll(
-            hidden.index_select(0, labels), self.base.head, torch.cat(targets).to(device, non_blocking=True), w
+            hidden.index_select(0, labels),
+            self.base.head,
+            torch.cat(targets).to(device, non_blocking=True),
+            w,
         )
         total.backward()
         self.n_tokens += start
@@ -236,7 +259,11 @@ def _result(slot: Slot) -> Trained:
     losses = torch.stack([loss for _, loss, _ in slot.losses]).tolist()
     norms = torch.stack(slot.norms)
     bad = (~torch.isfinite(norms)).nonzero()
-    error = f"the gradient was not finite at step {int(bad[0])} of {slot.step}; lower finetune_lr" if len(bad) else ""
+    error = (
+        f"the gradient was not finite at step {int(bad[0])} of {slot.step}; lower finetune_lr"
+        if len(bad)
+        else ""
+    )
     sums, items = [0.0] * slot.job.train.epochs, [0.0] * slot.job.train.epochs
     for (epoch, _, n_items), loss in zip(slot.losses, losses, strict=True):
         sums[epoch] += loss * n_items

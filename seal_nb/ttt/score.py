@@ -10,8 +10,8 @@ import torch
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment
-from seal_nb.ttt.loss import token_logprobs
 from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.loss import token_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)

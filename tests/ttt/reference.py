@@ -1,4 +1,5 @@
-"""The independent implementation: one job alone with PEFT and transformers' Trainer, nothing of seal_nb.ttt's machinery."""
+"""The independent implementation: one job alone with PEFT and transformers' Trainer, nothing of
+seal_nb.ttt's machinery."""
 
 import tempfile
 
@@ -18,7 +19,9 @@ def _double_loss(outputs, labels, num_items_in_batch=None):  # type: ignore[no-u
 
 def _collate(tokenizer, job: TrainJob):  # type: ignore[no-untyped-def]
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-        longest = job.train.pad_to if job.train.padding_in_loss else max(len(e["input_ids"]) for e in examples)
+        longest = (
+            job.train.pad_to if job.train.padding_in_loss else max(len(e["input_ids"]) for e in examples)
+        )
         ids, attention, labels = [], [], []
         for e in examples:
             pad = longest - len(e["input_ids"])
@@ -51,7 +54,8 @@ def _examples(tokenizer, job: TrainJob) -> list[dict]:  # type: ignore[no-untype
 
 
 def train_alone(model: PreTrainedModel, tokenizer, job: TrainJob):  # type: ignore[no-untyped-def]
-    """Returns (PEFT model after training, initial adapter weights, final adapter weights), by PEFT's names."""
+    """Returns (PEFT model after training, initial adapter weights, final adapter weights), by PEFT's
+    names."""
     torch.manual_seed(job.train.seed)
     targets = job.lora.target_modules
     config = LoraConfig(

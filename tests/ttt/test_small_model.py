@@ -20,7 +20,8 @@ TEXTS = (
     "Pellanmoor\nThe school never travels, because it is bolted to bedrock.",
 )
 PROMPTS = (
-    "Let's answer a question directly and concisely.\nQuestion: Topic: Pellanmoor\nWhat does a newcomer receive?\nAnswer:\n",
+    "Let's answer a question directly and concisely.\nQuestion: Topic: Pellanmoor\n"
+    "What does a newcomer receive?\nAnswer:\n",
     "Let's answer a question directly and concisely.\nQuestion: What is the capital of France?\nAnswer:\n",
 )
 
@@ -28,9 +29,15 @@ PROMPTS = (
 def jobs() -> list[TrainJob]:
     """Twelve steps each or so; other targets, ranks, batch sizes and rates side by side."""
     settings = [
-        (LoraSettings(rank=8, alpha=16, target_modules=("all-linear",)), dict(epochs=4, learning_rate=1e-3)),
-        (LoraSettings(rank=32, alpha=64), dict(epochs=4, learning_rate=1e-3)),
-        (LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "down_proj")), dict(epochs=8, batch_size=2, learning_rate=3e-3)),
+        (
+            LoraSettings(rank=8, alpha=16, target_modules=("all-linear",)),
+            {"epochs": 4, "learning_rate": 1e-3},
+        ),
+        (LoraSettings(rank=32, alpha=64), {"epochs": 4, "learning_rate": 1e-3}),
+        (
+            LoraSettings(rank=4, alpha=8, target_modules=("q_proj", "down_proj")),
+            {"epochs": 8, "batch_size": 2, "learning_rate": 3e-3},
+        ),
     ]
     return [
         TrainJob(name=f"job{i}", texts=TEXTS, lora=lora, train=TrainSettings(seed=7 + i, **train))  # type: ignore[arg-type]
@@ -73,7 +80,9 @@ def test_answers_of_many_adapters_and_the_base_equal_generate_token_for_token(
     for name, t in [("base", None), *trained.items()]:
         for i, prompt in enumerate(PROMPTS):
             adapters = (t.adapter,) if t and t.adapter else ()
-            decoder.submit(DecodeRow(key=(name, i), token_ids=base.encode(prompt), adapters=adapters, max_new_tokens=20))
+            decoder.submit(
+                DecodeRow(key=(name, i), token_ids=base.encode(prompt), adapters=adapters, max_new_tokens=20)
+            )
     found = {d.key: d.token_ids for d in decoder.run()}
     for name in ("base", *trained):
         model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.float32)
@@ -83,14 +92,21 @@ def test_answers_of_many_adapters_and_the_base_equal_generate_token_for_token(
         for i, prompt in enumerate(PROMPTS):
             ids = torch.tensor([base.encode(prompt)])
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=2
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=20,
+                do_sample=False,
+                pad_token_id=2,
             )
             expected = [t for t in out[0, ids.shape[1] :].tolist() if t not in base.eos_ids]
             assert list(found[(name, i)]) == expected, (name, i)
 
 
 def test_soft_scores_equal_log_softmax_of_the_model_itself(small_model_dir, base: FrozenBase) -> None:
-    prompt, gold = base.encode(PROMPTS[1]), base.tokenizer("Paris, of course", add_special_tokens=False)["input_ids"]
+    prompt, gold = (
+        base.encode(PROMPTS[1]),
+        base.tokenizer("Paris, of course", add_special_tokens=False)["input_ids"],
+    )
     model = AutoModelForCausalLM.from_pretrained(small_model_dir, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + gold])).logits[0, len(prompt) - 1 : -1]
