@@ -52,6 +52,8 @@ def client_socket(
     if name:
         socket.setsockopt(zmq.ROUTING_ID, name)
     socket.linger = 0
+    if "[" in endpoint.endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if endpoint.secure:

@@ -16,6 +16,7 @@ import time
 import typing
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -45,44 +46,45 @@ MAX_EARLY_DEATHS = 5
 
 def serve(settings: ServeSettings) -> int:
     """Serve until told to end; returns the exit code. Raises SealError where it cannot start."""
-    server = Server(settings)
-    try:
-        return server.run()
-    finally:
-        server.close()
+    with ExitStack() as stack:
+        return Server(settings, stack).run()
 
 
 class Server:
-    """Everything one server holds, in the order it is taken; ``close`` gives it back."""
+    """Everything one server holds, in the order it is taken; ``stack`` gives it back in the other order.
 
-    def __init__(self, settings: ServeSettings) -> None:
-        self.settings = settings
+    The endpoint file comes before the journal: a server that is to yield sees it, and lets go of the journal.
+    """
+
+    def __init__(self, settings: ServeSettings, stack: ExitStack) -> None:
+        self.settings, self.stack = settings, stack
         self.server_id = uuid.uuid4().hex[:12]
         self.exit_code = 0
         self._checked_at = 0.0
-        refuse_second_server(settings.endpoint_path)
+        yielding = refuse_second_server(settings.endpoint_path)
         settings.run_dir.mkdir(parents=True, exist_ok=True)
-        lock_wait_s = min(10.0, settings.lease_s)  # an earlier server may be about to let go
-        self.results = Results(settings.run_dir / "results.journal.jsonl", lock_wait_s=lock_wait_s)
-        self.counts = AnswerCounts(settings.run_dir / "answer_counts.bin")
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        stack.callback(self.context.destroy, linger=2000)  # the last replies get out
         self.gate = self._gate()
         self.clients = self._bound(settings.endpoint, "client")
         self.workers = self._bound(settings.worker_endpoint or self._beside(settings.endpoint), "worker")
         self.endpoint = self._endpoint()
+        stack.callback(self._remove_endpoint_file)
+        self.endpoint.write(settings.endpoint_path)
+        lock_wait_s = settings.drain_s + 10.0 if yielding else min(10.0, settings.lease_s)
+        self.results = Results(settings.run_dir / "results.journal.jsonl", lock_wait_s=lock_wait_s)
+        stack.callback(self.results.close)
+        self.counts = AnswerCounts(settings.run_dir / "answer_counts.bin")
+        stack.callback(self.counts.close)
         self.front = self._front_end()
         self.pool = Pool(settings, "" if self.gate else self.endpoint.worker_endpoint, self._worker_exited)
+        stack.callback(self._end_workers)
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self.endpoint.write(self.settings.endpoint_path)
-        log.info(
-            "server %s listens at %s (%s)",
-            self.server_id,
-            self.endpoint.endpoint,
-            self.settings.endpoint_path,
-        )
+        where = self.endpoint.endpoint
+        log.info("server %s listens at %s (%s)", self.server_id, where, self.settings.endpoint_path)
         self.front.run()
         log.info("server %s ended: %s", self.server_id, self.front.desk.stopping)
         if self.results.n_unsaved and not self.results.save():
@@ -90,13 +92,12 @@ class Server:
             self.exit_code = self.exit_code or 1
         return self.exit_code
 
-    def close(self) -> None:
+    def _end_workers(self) -> None:
         self.pool.end(told={peer.pid for peer in self.front.crew.peers.values()})
+
+    def _remove_endpoint_file(self) -> None:
         if self._is_mine():
             self.settings.endpoint_path.unlink(missing_ok=True)
-        self.context.destroy(linger=2000)  # the last replies get out
-        self.results.close()
-        self.counts.close()
 
     def _on_signal(self, number: int, _: object) -> None:
         """Drain; a second Ctrl-C ends at once. A batch system may well send SIGTERM more than once."""
@@ -122,6 +123,8 @@ class Server:
             socket.sndhwm = 2 * DEFAULT_WINDOW  # replies that a client has not read yet
         else:
             socket.sndhwm = socket.rcvhwm = 0
+        if "[" in address:
+            socket.setsockopt(zmq.IPV6, 1)
         if self.gate:
             self.gate.watch(socket, f"{role}s")
             secure_server(socket, load_pair(self.gate.folder / "server.key_secret"), domain=f"{role}s")
@@ -202,22 +205,23 @@ def _address(socket: "zmq.Socket[bytes]") -> str:
     return address.decode().rstrip("\0")
 
 
-def refuse_second_server(path: Path) -> None:
-    """Raises SettingsError if the server of this endpoint file lives. One that was left behind is
-    overwritten.
+def refuse_second_server(path: Path) -> bool:
+    """Raises SettingsError if the server of this endpoint file lives; one left behind is overwritten.
+
+    True if it is this batch job's own earlier run, perhaps alive on a node that was cut off: it will yield.
     """
-    if not path.exists():
-        return
     try:
         other = read_endpoint(path)
     except DataError:
-        return
-    requeued = other.job_id and other.job_id == os.environ.get("SLURM_JOB_ID")  # our own, on a lost node
-    if not requeued and is_alive(other, timeout_s=2.0):
+        return False  # none there, or no endpoint file
+    if other.job_id and other.job_id == os.environ.get("SLURM_JOB_ID"):
+        return True
+    if is_alive(other, timeout_s=2.0):
         raise SettingsError(
             f"{path} belongs to server {other.server_id}, which is alive "
             f"(process {other.pid} on {other.host}); end it, or give this one another run_dir"
         )
+    return False
 
 
 def parse(argv: Sequence[str] | None = None) -> ServeSettings:

@@ -280,6 +280,21 @@ def test_a_server_whose_endpoint_file_was_taken_ends_and_its_clients_move(start_
     assert read_endpoint(first.endpoint).server_id == second.info.server_id  # not removed by the first
 
 
+def test_a_requeued_job_takes_over_from_its_own_earlier_run(start_server, tmp_path, monkeypatch):
+    """The earlier run lives on a node that was cut off: it sees the file taken, finishes, lets go."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = start_server(n_slots=1)
+    first_id = first.info.server_id
+    requests = [sequence(f"sleep 1.{i}", request_id=f"r{i}") for i in range(3)]
+    replies = in_background(lambda: run_round(first.endpoint, requests, connect_s=30))
+    with TTTClient(first.endpoint) as client:
+        eventually(lambda: client.status().n_running)
+    second = start_server(n_slots=1)
+    assert first.process.wait(20) == 0
+    assert {reply.server_id for reply in replies().values()} == {first_id, second.info.server_id}
+    assert Counter(trained(tmp_path)) == Counter(["r0", "r1", "r2"])
+
+
 def test_an_endpoint_file_that_somebody_removed_is_written_again(start_server):
     server = start_server(n_workers=0)
     before = server.info
