@@ -26,7 +26,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from seal_nb.grading.features import features, read_question
+from seal_nb.grading.features import features, read_answer, read_question
 
 N_FOLDS = 5
 SIDES = ("baseline", "adapter")
@@ -116,7 +116,7 @@ def row(title: str, question: dict[str, Any], side: str) -> dict[str, Any]:
 
 def arrays(rows: Sequence[dict[str, Any]], fitted_ids: set[str]) -> Answers:
     values = [
-        list(features(read_question(r["question"], r["gold"], r["title"]), r["answer"]).values())
+        list(features(read_question(r["question"], r["gold"], r["title"]), read_answer(r["answer"])).values())
         for r in rows
     ]
     return Answers(
@@ -132,7 +132,7 @@ def arrays(rows: Sequence[dict[str, Any]], fitted_ids: set[str]) -> Answers:
 
 
 def feature_names() -> list[str]:
-    return list(features(read_question("What?", "this", "x"), "that"))
+    return list(features(read_question("What?", "this", "x"), read_answer("that")))
 
 
 def fit(answers: Answers, rows: np.ndarray) -> tuple[float, np.ndarray]:

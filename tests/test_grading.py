@@ -15,7 +15,6 @@ from seal_nb.errors import DataError, SettingsError
 from seal_nb.grading.base import GRADERS, Answered, Verdict, make_grader
 from seal_nb.grading.exact import exact_match, token_f1
 from seal_nb.grading.grade_file import grade_file
-from seal_nb.metrics import grader_agreement
 from seal_nb.passages import load_passages
 
 WHO = "Who built the Oskavel tide clock?"
@@ -218,16 +217,6 @@ def test_plain_rules_give_the_published_counts(
     assert counts == {cell: expected[cell] for cell in counts}
 
 
-def test_local_grader_agrees_with_the_published_verdicts(published: list[dict[str, Any]]) -> None:
-    """On the answers that it was fitted to; cross-validated by question its kappa is 0.771."""
-    verdicts = graded("local", published)
-    agreement = grader_agreement(verdicts, [row["verdict"] for row in published])
-    assert agreement.kappa > 0.775
-    assert abs(agreement.bias) < 0.016
-    assert biases(verdicts, published)["adapter"] == pytest.approx(-0.011, abs=0.005)
-    assert biases(verdicts, published)["baseline"] == pytest.approx(-0.042, abs=0.005)
-
-
 def test_stored_measurements_are_cross_validated_by_question() -> None:
     path = Path(__file__).resolve().parent.parent / "seal_nb/data/local_grader.json"
     measured = json.loads(path.read_text())["measured"]
@@ -405,11 +394,14 @@ def test_empty_file_and_line_separators_inside_texts(tmp_path: Path) -> None:
 
 
 def test_published_file_reports_kappa_and_bias(golden: Path, tmp_path: Path) -> None:
+    """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.771."""
     done = grade_file(golden / "graded_answers.jsonl.gz", tmp_path / "out.jsonl")
     assert done.n == 23_671
     assert done.overall is not None
     assert done.overall.n_left_out == 12
     assert done.overall.kappa > 0.775
-    assert set(done.by_kind) == {"adapter", "baseline", "adapter+baseline"}
-    assert done.gain_bias is not None
-    assert abs(done.gain_bias) < 0.035
+    assert abs(done.overall.bias) < 0.018
+    assert {kind: round(one.bias, 2) for kind, one in done.by_kind.items()} == {
+        "adapter": -0.01, "baseline": -0.04, "adapter+baseline": -0.03,
+    }  # fmt: skip
+    assert done.gain_bias == pytest.approx(0.029, abs=0.005)

@@ -57,6 +57,19 @@ class Asked:
         return {word.key for word in self.gold}
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer, read once."""
+
+    text: str  # folded
+    words: list[Word]
+
+
+def read_answer(answer: str) -> Said:
+    text = folded(answer)
+    return Said(text=text, words=words_of(text))
+
+
 def read_question(question: str, gold: str, title: str = "") -> Asked:
     """Raises: ValueError where the gold answer has no word in it."""
     gold_words = words_of(folded(gold))
@@ -103,10 +116,9 @@ def _constants(
     }
 
 
-def features(asked: Asked, answer: str) -> dict[str, float]:
+def features(asked: Asked, answer: Said) -> dict[str, float]:
     """All features of one answer. ``recall`` is the plain share of novel gold words that it contains."""
-    text = folded(answer)
-    words = words_of(text)
+    text, words = answer.text, answer.words
     keys = {word.key for word in words}
     return (
         asked.constants

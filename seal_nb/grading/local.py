@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from seal_nb.grading.features import Asked, features, read_question
+from seal_nb.grading.features import Asked, Said, features, read_answer, read_question
 from seal_nb.grading.verdicts import Answered, Verdict, asked_about
 from seal_nb.grading.words import folded, sentences, words_of
 
@@ -63,14 +63,14 @@ class LocalGrader:
         asked = read[key]
         if asked is None:
             return _judged(one.gold.strip() in one.answer)
-        return _judged(_is_gold(asked, one.answer) or self._is_likely(asked, one.answer))
+        said = read_answer(one.answer)
+        return _judged(_is_gold(asked, said) or self._is_likely(asked, said))
 
-    def _is_likely(self, asked: Asked, answer: str) -> bool:
-        values = features(asked, answer)
+    def _is_likely(self, asked: Asked, said: Said) -> bool:
+        values = features(asked, said)
         if not values["recall"] and not values["letters"]:
             return False
-        is_likely = self._model.probability(values) > self._model.threshold
-        return is_likely and not _is_taken_back(asked, answer)
+        return self._model.probability(values) > self._model.threshold and not _is_taken_back(asked, said)
 
 
 def _read(one: Answered) -> Asked | None:
@@ -79,18 +79,17 @@ def _read(one: Answered) -> Asked | None:
     return read_question(question, one.gold, title) if words_of(folded(one.gold)) else None
 
 
-def _is_gold(asked: Asked, answer: str) -> bool:
-    return "".join(word.text for word in words_of(folded(answer))) == asked.gold_letters
+def _is_gold(asked: Asked, said: Said) -> bool:
+    return "".join(word.text for word in said.words) == asked.gold_letters
 
 
-def _is_taken_back(asked: Asked, answer: str) -> bool:
+def _is_taken_back(asked: Asked, said: Said) -> bool:
     """Where the answer only asks, or a negation stands right before the gold words ("not Ilse").
 
     Too rare in the fitted answers for a weight: 4 of 23,659 get another verdict by it, all of them wrong.
     """
-    text = folded(answer)
-    words = words_of(text)
-    only_asks = text.rstrip().endswith("?") and len(sentences(words, text)) == 1
+    words = said.words
+    only_asks = said.text.rstrip().endswith("?") and len(sentences(words, said.text)) == 1
     novel_keys = {word.key for word in asked.novel}
     first = next((i for i, word in enumerate(words) if word.key in novel_keys), 0)
     near = words[max(0, first - 2) : first]
