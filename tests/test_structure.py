@@ -18,13 +18,13 @@ FLOORS = (
     {"ttt", "models"},
     {"engines"},
     {"grading", "self_edits"},
-    {"service", "inner_loop", "sft"},
+    {"service", "evaluation", "inner_loop", "sft"},
     {"experiments"},
     {"notebook_runner", "progress", "chain", "chain_local", "chain_tables"},
     {"views"},  # apart from all: below the command line, and nothing else may import it
     {"cli"},
 )
-TORCH = {"ttt", "models", "engines", "inner_loop", "sft"}
+TORCH = {"ttt", "models", "engines", "evaluation", "inner_loop", "sft"}
 # The doors to torch on floors that are otherwise free of it.
 TORCH_MODULES = {"seal_nb.service.worker"}
 FREE_ENGINES = {"seal_nb.engines.base"}
