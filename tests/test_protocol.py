@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from seal_nb.errors import ProtocolError
 from seal_nb.protocol import (
+    PROTOCOL_VERSION,
     Answers,
     Command,
     ErrorReply,
@@ -215,3 +217,10 @@ def test_an_error_reply_names_type_message_and_field_and_omits_what_is_absent():
     fields = json.loads(reply.to_json())
     assert fields["error"] == "ProtocolError: field 'seed' is -1"
     assert fields["field"] == "seed" and "traceback" not in fields
+
+
+def test_the_page_on_the_protocol_names_every_field_and_the_version():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "protocol.md").read_text()
+    assert f"Version {PROTOCOL_VERSION}" in page
+    for kind in (TTTRequest, GenerateRequest, TTTReply, GenerateReply, ErrorReply):
+        assert not [name for name in kind.model_fields if f"`{name}`" not in page and f'"{name}"' not in page]
