@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, overload
 
-from seal_nb.errors import ProtocolError, RemoteError
+from seal_nb.errors import ProtocolError, RemoteError, SettingsError
 from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, Reply, TTTReply, TTTRequest, Work
 from seal_nb.service.bar import Bar
 from seal_nb.service.connection import Connection
@@ -42,6 +42,8 @@ class TTTClient:
         server_key: str = "",
         window: int = DEFAULT_WINDOW,
     ) -> None:
+        if not 1 <= window <= DEFAULT_WINDOW:
+            raise SettingsError(f"window is {window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
         self.where, self.timeout_s, self.window = str(endpoint), timeout_s, window
         self._connection = Connection(
             self.where,

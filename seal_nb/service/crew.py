@@ -46,6 +46,7 @@ class Crew:
         self.send = send
         self.peers: dict[bytes, Peer] = {}
         self.model_id = ""
+        self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → what it said before it ended
         self._handlers: dict[str, Callable[[bytes, wire.Message], None]] = {
             "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result,
@@ -88,6 +89,14 @@ class Crew:
             self.socket.send_multipart([identity, *frames], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # its lease will tell
             log.info("a message found no worker: %s", error)
+
+    def trouble(self) -> str:
+        """Why nothing moves, if nothing does."""
+        if self.peers or not self.queue.jobs:
+            return ""
+        return (
+            f"requests wait and no worker is there (the last one that was lost: {self.last_loss or 'none'})"
+        )
 
     def status(self, now: float) -> tuple[WorkerStatus, ...]:
         return tuple(self._status(identity, now) for identity in self.peers)
@@ -142,6 +151,7 @@ class Crew:
         if self.peers.get(identity) is None:
             return
         lost = self.queue.lose(identity)
+        self.last_loss = why
         log.warning("worker %s is lost; %d requests wait again", self._name(identity), len(lost.requeued))
         log.debug("it is lost because: %s", why)
         self.meter.count("workers_lost")

@@ -107,7 +107,7 @@ class FrontEnd:
             rss_bytes=rss_bytes(),
             counts=dict(self.meter.counts) | ({"denied": self.gate.n_denied} if self.gate else {}),
             workers=self.crew.status(now),
-            trouble=self.desk.results.trouble,
+            trouble="; ".join(filter(None, (self.desk.results.trouble, self.crew.trouble()))),
             **self.meter.rates(now),
         )
 

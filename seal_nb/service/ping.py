@@ -52,6 +52,7 @@ def client_socket(
     if name:
         socket.setsockopt(zmq.ROUTING_ID, name)
     socket.linger = 0
+    socket.sndhwm = 0  # never block in a send: what is open is bounded by the client's window
     if "[" in endpoint.endpoint:
         socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)

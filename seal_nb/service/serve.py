@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 HARD_SIZE_FACTOR = 4  # messages so far above the bound are cut off by ZMQ itself, without a reply
 FILE_CHECK_S = 1.0
-MAX_EARLY_DEATHS = 5
+MAX_EARLY_DEATHS = 3
 
 
 def serve(settings: ServeSettings) -> int:

@@ -61,12 +61,15 @@ class StubLoop:
         return self.n_slots - len(self.jobs)
 
     def stats(self) -> dict[str, float | int | str]:
-        return {"n_jobs": len(self.jobs)}
+        names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+        return {"n_jobs": len(self.jobs), **{name: os.environ.get(name, "") for name in names}}
 
 
 def load(settings: Any) -> StubLoop:
     if settings.model == "missing":
         raise EngineError(f"no model in {settings.model!r}; give a model folder")
+    if settings.model == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
     return StubLoop(settings.n_slots)
 
 

@@ -1,6 +1,7 @@
 """A real server with real workers: published clients, our client, ids, status, and clear errors."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from seal_nb.errors import RemoteError, RoundTimeout
+from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.protocol import EvalQuestion, GenerateRequest, TTTRequest
 from seal_nb.service.bar import Bar
 from seal_nb.service.client import TTTClient
@@ -212,7 +213,7 @@ def test_sigterm_lets_running_requests_finish_turns_the_rest_away_and_exits_0(st
         eventually(lambda: client.status().n_running)
         waiting.send_json({**PUBLISHED, "train_sequences": ["another"]})
         eventually(lambda: client.status().n_queued)
-    server.process.send_signal(signal.SIGTERM)
+    os.killpg(server.process.pid, signal.SIGTERM)  # as a batch system does: the workers get it too
     assert waiting.recv_json()["error"].startswith("ServerStopping")
     assert running.recv_json()["adapter_gain"] == 1.0
     assert server.process.wait(20) == 0
@@ -229,6 +230,34 @@ def test_a_server_without_clients_ends_itself(start_server):
 def test_a_model_that_cannot_be_loaded_is_told_at_once(start_server):
     with pytest.raises(ServerFailed, match="no model in 'missing'; give a model folder"):
         start_server(model="missing")
+
+
+def test_workers_that_die_while_they_load_are_told_too(start_server):
+    with pytest.raises(ServerFailed, match="no worker can start: killed by signal 9"):
+        start_server(model="dies")
+
+
+def test_each_worker_gets_a_gpu_of_its_own_and_the_threads_it_is_told(start_server, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    server = start_server(n_workers=2, n_threads=7)
+    with TTTClient(server.endpoint) as client:
+        seen = eventually(
+            lambda: len(told := [w.stats for w in client.status().workers if w.stats]) == 2 and told
+        )
+    assert sorted(stats["CUDA_VISIBLE_DEVICES"] for stats in seen) == ["3", "5"]
+    assert {stats["OMP_NUM_THREADS"] for stats in seen} == {"7"}
+
+
+def test_requests_that_wait_for_a_worker_in_vain_are_a_trouble_that_status_shows(start_server):
+    server = start_server(n_workers=0)
+    with plain_req(server.info.endpoint) as req, TTTClient(server.endpoint) as client:
+        req.send_json(PUBLISHED)
+        assert "no worker is there" in eventually(lambda: client.status().trouble)
+
+
+def test_a_window_larger_than_what_the_server_keeps_for_a_reader_is_refused():
+    with pytest.raises(SettingsError, match="window is 1000"):
+        TTTClient("tcp://127.0.0.1:9", window=1000)
 
 
 def test_an_address_in_use_is_told(start_server, tmp_path):
