@@ -21,15 +21,15 @@ def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    _end(tree, grace_s)
-
-
-def _end(tree: list[psutil.Process], grace_s: float) -> None:
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     _, alive = psutil.wait_procs(tree, timeout=grace_s)
-    for process in alive:
+    _kill(alive)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -47,6 +47,7 @@ def end_with_parent(parent_pid: int) -> threading.Thread:
 def _watch(parent_pid: int) -> None:
     while os.getppid() == parent_pid:
         time.sleep(POLL_S)
-    _end(psutil.Process().children(recursive=True), grace_s=5.0)
+    # At once: with a dead kernel the main thread would end this process before anything slower is done.
+    _kill(psutil.Process().children(recursive=True))
     # Not sys.exit, which would end this thread alone.
     os._exit(143)

@@ -19,6 +19,12 @@ from tests.tiny_notebooks import write_notebook
 
 HEAD = 'output_dir: str = "runs/x"\n'
 WRITE = "from pathlib import Path\nout = Path(output_dir)\nout.mkdir(parents=True, exist_ok=True)\n"
+# What a kernel starts may be in a session of its own and in no hurry to end, as a server that drains.
+STUBBORN = """\
+import os, subprocess, sys, time
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
+if seconds: subprocess.Popen([sys.executable, "-c", code], start_new_session=True); time.sleep(1)
+"""
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def notebooks(tmp_path: Path) -> Path:
         "(out / 'stop').unlink()\n(out / 'endpoint.json').unlink()\n(out / 'served.txt').write_text('yes')"
     )
     write_notebook(folder, "serve", HEAD + "short_lived: bool = False", serve)
-    sleep = WRITE + "import os, time\n(out / 'pid').write_text(str(os.getpid()))\ntime.sleep(seconds)"
+    sleep = WRITE + STUBBORN + "(out / 'pid').write_text(str(os.getpid()))\ntime.sleep(seconds)"
     write_notebook(folder, "sleep", HEAD + "seconds: float = 60.0", sleep)
     return folder
 
