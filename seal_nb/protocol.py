@@ -286,7 +286,10 @@ def read_reply(message: bytes) -> Reply | dict[str, Any]:
         if mark in fields:
             names = kind.model_fields.keys()
             known = {name: value for name, value in fields.items() if name in names}
-            return kind.model_validate(known)  # type: ignore[return-value]
+            try:
+                return kind.model_validate(known)  # type: ignore[return-value]
+            except ValidationError as error:
+                raise _protocol_error(error, fields) from None
     return fields
 
 

@@ -1,5 +1,4 @@
-"""The client of a TTT server: many requests in flight, replies as they come. No torch, so a laptop can
-drive a cluster.
+"""The client of a TTT server: many requests in flight, replies as they come, and no torch.
 
 A server that goes away and comes back (a batch job that is requeued) is waited for, found again through its
 endpoint file, and sent what it had not answered: with an id, a request is never trained twice. Transport is
@@ -126,8 +125,11 @@ class TTTClient:
         self.close()
 
     def _command(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        mark = self._connection.send(json.dumps(message).encode())
-        reply = self._connection.next({mark}, timeout_s)[1]
+        mark = self._connection.send(json.dumps(message).encode(), repeat=False)
+        try:
+            _, reply = self._connection.next({mark}, timeout_s)
+        finally:
+            self._connection.forget([mark])
         if isinstance(reply, ErrorReply):
             raise remote_error(reply)
         if not isinstance(reply, dict):

@@ -1,5 +1,4 @@
-"""A client's connection: what is open is sent, and sent again to a server that came back; replies are told
-apart by mark.
+"""A client's connection: what is open is sent, and sent again to a server that came back.
 
 A mark stands in the envelope of each message and comes back with its reply, so requests need no id for
 that. A ping tells that the server lives, whatever its workers do, and which server it is: nothing is sent
@@ -40,9 +39,14 @@ Socket = zmq.Socket[bytes]
 
 @dataclass(kw_only=True)
 class Open:
-    """A message without its reply yet; ``again_at``: when to send it once more, after a "not now"."""
+    """A message without its reply yet; ``again_at``: when to send it once more, after a "not now".
+
+    Without ``repeat`` it is not sent to a second server: a shutdown is meant for the first.
+    """
 
     message: bytes
+    repeat: bool
+    sent: bool = False
     again_at: float | None = None
 
 
@@ -74,18 +78,20 @@ class Connection:
         for mark in marks:
             self._open.pop(mark, None)
 
-    def send(self, message: bytes) -> bytes:
+    def send(self, message: bytes, *, repeat: bool = True) -> bytes:
         """Remember until the reply, and send if the server has greeted; the mark that the reply will bear."""
         self._n_sent += 1
         mark = self._n_sent.to_bytes(8, "big")
-        self._open[mark] = Open(message=message)
+        self._open[mark] = Open(message=message, repeat=repeat)
         if self._socket is not None and self._greeted:
+            self._open[mark].sent = True
             self._socket.send_multipart([mark, b"", message])
         return mark
 
     def next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Reply | dict[str, Any]]:
         """The next reply to one of ``marks``. Raises RoundTimeout; late replies to others are skipped."""
         deadline = time.monotonic() + timeout_s
+        self._lost_at = None if self._lost_at is None else time.monotonic()  # each call has its full patience
         while True:
             self._keep_in_touch()
             if self._socket is not None and self._socket.poll(_ms(min(deadline - time.monotonic(), TURN_S))):
@@ -102,7 +108,7 @@ class Connection:
     def _receive(self, socket: Socket) -> tuple[bytes, Reply | dict[str, Any]]:
         frames = socket.recv_multipart()
         reply = read_reply(frames[-1])
-        self._heard_at, self._pinged_at, self._lost_at = time.monotonic(), None, None
+        self._heard_at, self._pinged_at = time.monotonic(), None
         if frames[0] == PING_MARK and isinstance(reply, dict):
             self._greet(socket, str(reply.get("server_id", "")))
         return frames[0], reply
@@ -118,6 +124,7 @@ class Connection:
         """Connect, ping, connect anew after silence, send again what is due. Raises RoundTimeout at last."""
         now = time.monotonic()
         if self._lost_at is not None and now - self._lost_at > self.connect_s:
+            self._disconnect()
             raise RoundTimeout(
                 f"no TTT server answers at {self.where} within {self.connect_s:g} s ({self._trouble}); "
                 "start it (seal-nb serve), or raise connect_s if its job still waits in the queue"
@@ -125,7 +132,7 @@ class Connection:
         if self._socket is None or self._is_cut_off() or self._has_moved(now):
             self._connect(now)
         elif self._pinged_at is not None and now - self._pinged_at > SILENT_S:
-            self._trouble = f"{SILENT_S:g} s without an answer to a ping"
+            self._trouble = self._trouble or f"{SILENT_S:g} s without an answer to a ping"
             self._connect(now)
         elif self._pinged_at is None and now - self._heard_at > PING_S:
             self._ping(self._socket)
@@ -144,6 +151,7 @@ class Connection:
             time.sleep(0.1)
             return
         self._expected_id = endpoint.server_id
+        self._trouble = self._trouble if self._trouble == DENIED else ""
         self._socket = client_socket(self._context, endpoint, self.key_file, name=self._name)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._ping(self._socket)
@@ -163,17 +171,18 @@ class Connection:
         """The server has said who it is: the one we look for, or another one that has its port now."""
         if self._expected_id and server_id != self._expected_id:
             self._greeted = False
-            self._lost_at = self._lost_at or time.monotonic()
             self._trouble = (
                 f"the server there is {server_id}, the endpoint file speaks of {self._expected_id}"
             )
             return
+        self._lost_at, self._trouble = None, ""
         if self._greeted and server_id == self.server_id:
             return
         self._greeted, self.server_id = True, server_id
         for mark, sent in self._open.items():
-            sent.again_at = None
-            socket.send_multipart([mark, b"", sent.message])
+            if sent.repeat or not sent.sent:
+                sent.again_at, sent.sent = None, True
+                socket.send_multipart([mark, b"", sent.message])
 
     def _is_cut_off(self) -> bool:
         """Whether the connection broke: replies may be lost with it, so everything open is asked again."""

@@ -1,5 +1,4 @@
-"""What becomes of a request: refused, answered from what is kept, joined to the same work, or queued; and
-of a result.
+"""What becomes of a request: refused, answered from what is kept, joined, or queued; and of a result.
 
 No sockets here: envelopes (the routing frames of a reply) are opaque, and what is to be sent is returned.
 The rules: a request with an id is idempotent; one without gets its seed from the server's seed, its content

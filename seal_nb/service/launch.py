@@ -1,5 +1,4 @@
-"""A TTT server for as long as a ``with`` block lasts: ``seal-nb serve`` as a child process, found and ended
-again.
+"""A TTT server for as long as a ``with`` block lasts: ``seal-nb serve`` as a child process.
 
 The child is the same server that a cluster runs, with its own log (``server.log`` in the run folder). It
 ends with the block, and also when this process is killed outright.

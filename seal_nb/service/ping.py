@@ -1,6 +1,4 @@
-"""One question to a server, on a socket of its own: is it alive, and is it the one that the endpoint file
-speaks of?
-"""
+"""One question to a server, on a socket of its own: is it alive, and is it the one we look for?"""
 
 import json
 import time

@@ -1,5 +1,4 @@
-"""One TTT server from start to end: claim the run folder, bind, start workers, tell where it is, serve,
-drain, clean up.
+"""One TTT server from start to end: claim, bind, start workers, serve, drain, clean up.
 
 ``seal-nb serve``, ``service.launch`` and a batch script all come here. Exit codes: 0 ended as asked
 (SIGTERM, SIGINT, a client's shutdown, idle, a newer server on the same endpoint file), 1 no worker could

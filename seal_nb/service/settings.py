@@ -1,5 +1,4 @@
-"""What a TTT server may be told: addresses, workers, bounds. Declared once, for the command line and for
-Python.
+"""What a TTT server may be told: addresses, workers, bounds. Declared once, for all who start one.
 
 No sockets and no torch: the front end, the workers and the launcher all read these records.
 """

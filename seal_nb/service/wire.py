@@ -1,5 +1,4 @@
-"""The messages between front end and workers: kind, a small JSON header, a body that nobody in between
-reads.
+"""The messages between front end and workers: kind, a small JSON header, a body.
 
 Worker → front end: ``ready`` (capacity, model_id, …), ``beat`` (lease, capacity, stats), ``result`` (token;
 body: the reply), ``failed`` (error, traceback: it ends now), ``leaving``. Front end → worker: ``welcome``

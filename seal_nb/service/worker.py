@@ -1,10 +1,7 @@
-"""A worker: one process, one device, one inner loop; requests come in, replies go out, heartbeats never
-stop.
+"""A worker: one process, one device, one inner loop; requests come in, replies go out.
 
-Two threads. The main one drives the inner loop (``seal_nb.inner_loop``, or what ``inner_loop`` names) a
-slice at a time. The other owns the socket: it beats while the main thread is deep in a slice, notices that
-the front end is gone, and ends the process when its parent is. They share a queue and a pair of in-process
-sockets, never the socket itself.
+The main thread drives the inner loop (``seal_nb.inner_loop``, or what ``inner_loop`` names) a slice at a
+time. The socket belongs to the thread of ``link``, which beats meanwhile.
 
 A worker trusts the front end about leases: told that its own is gone, it drops all its work and starts
 afresh, so that a request never gets two answers. A failure of one request is a reply; a failure of the
@@ -139,7 +136,8 @@ def main(
 ) -> int:
     """Run one worker; returns its exit code. ``load`` replaces the function that ``inner_loop`` names."""
     settings = parse(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s worker %(message)s")
+    level = os.environ.get("SEAL_NB_LOG_LEVEL", "INFO")
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s worker %(levelname)s %(message)s")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported
         os.environ[name] = str(settings.n_threads)
     link = Link(settings)
@@ -162,9 +160,7 @@ def _work(loop: InnerLoop, link: Link, settings: WorkerSettings) -> int:
     def leave(*_: object) -> None:
         worker.leaving = True
 
-    if (
-        settings.parent_pid
-    ):  # the server decides when its own workers end; a terminal's Ctrl-C reaches them too
+    if settings.parent_pid:  # the server ends its own workers; a terminal's Ctrl-C reaches them too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:

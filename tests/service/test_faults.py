@@ -260,7 +260,7 @@ def test_a_stale_endpoint_file_is_overwritten_also_where_another_server_has_its_
     stale = {**json.loads(Path(other.endpoint).read_text()), "server_id": "long-gone"}
     write_json(tmp_path / "run" / "endpoint.json", stale)
     with (
-        TTTClient(tmp_path / "run" / "endpoint.json", connect_s=1.0) as client,
+        TTTClient(tmp_path / "run" / "endpoint.json", connect_s=2.5) as client,  # more than one ping
         pytest.raises(RoundTimeout, match="speaks of long-gone"),
     ):
         client.status()
