@@ -11,6 +11,7 @@ from seal_nb.errors import ProtocolError, RemoteError, RoundTimeout
 from seal_nb.protocol import Answers, TTTRequest, build_reply
 from seal_nb.service import connection
 from seal_nb.service.client import TTTClient
+from tests.service.conftest import eventually
 
 REPLY = build_reply(baseline=Answers(texts=[], verdicts=[])).to_json()
 REQUEST = TTTRequest(train_sequences=["a"], request_id="r")
@@ -31,11 +32,19 @@ class Scripted:
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self.socket.bind(endpoint)
+        eventually(lambda: self._bound(endpoint))
         self.endpoint = self.socket.last_endpoint.decode().rstrip("\0")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    def _bound(self, endpoint):
+        """ZMQ lets go of a closed socket's address a little later."""
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError:
+            return False
+        return True
 
     def _run(self):
         while not self._stop.is_set():
