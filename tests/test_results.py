@@ -1,0 +1,156 @@
+"""A folder of results, ours and published: what is found, which arm it is, and which differences are real."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seal_nb.errors import DataError
+from seal_nb.experiments.comparison import (
+    comparison_rows,
+    evaluations,
+    passage_accuracies,
+    prompt_keys,
+    round_estimates,
+    rounds,
+    seen_estimates,
+    seen_rows,
+)
+from seal_nb.experiments.results import collect_results, results_in
+
+QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
+
+
+def run_file(*passages: tuple[str, str], **settings: object) -> dict[str, object]:
+    """A run with one self-edit a passage; verdicts as strings of 0, 1 and ? for baseline and adapter."""
+    word = {"0": False, "1": True, "?": None}
+    articles = [
+        {
+            "title": f"passage {at}",
+            "context": "text",
+            "completions": [
+                {
+                    "text": "edit",
+                    "questions": [
+                        {**QUESTION, "baseline_correct": word[b], "adapter_correct": word[a]}
+                        for b, a in zip(before, after, strict=True)
+                    ],
+                }
+            ],
+        }
+        for at, (before, after) in enumerate(passages)
+    ]
+    return {"overall": {}, "arm": "self_edits", "k_completions": 1, **settings, "articles": articles}
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "arm", "number"),
+    [
+        ("run_base.json", {}, "self-edits, base model", 0),
+        ("run_round2.json", {}, "self-edits, round 2", 2),
+        ("eval/iter1.json", {"arm": None}, "self-edits, round 1", 1),
+        ("run_base_passage_only.json", {"arm": "passage_only"}, "passage only", None),
+        ("run_round1_hand_written.json", {"arm": "hand_written"}, "hand-written", None),
+        ("naive.json", {"arm": None}, "passage only", None),
+        ("run_mine.json", {}, "self-edits", None),
+    ],
+)
+def test_arm_and_round_follow_from_the_file(file: str, settings: dict, arm: str, number: int | None) -> None:
+    (result,) = results_in(run_file(("0", "1"), **settings), file)
+    assert (result.arm, result.rest_em_round) == (arm, number)
+
+
+def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
+    write(tmp_path, "run_base.json", run_file(("00", "01")))
+    write(tmp_path, "run_round1_rank.json", run_file(("00", "11"), k_completions=2))
+    assert list(evaluations(collect_results(tmp_path))) == ["self-edits, base model"]
+
+
+def test_ungraded_answers_are_left_out_of_an_estimate(tmp_path: Path) -> None:
+    write(tmp_path, "run_base.json", run_file(("0?", "1?"), ("00", "0?")))
+    (result,) = collect_results(tmp_path).single
+    assert result.adapter().mean == 0.5
+
+
+def test_files_that_are_no_results_are_passed_over_and_broken_ones_named(tmp_path: Path) -> None:
+    write(tmp_path, "items.json", [{"title": "a"}])
+    write(tmp_path, "run_base.record.json", {"stage": "03"})
+    write(tmp_path, "server/run_x.json", run_file(("0", "1")))
+    write(tmp_path, "run_bad.json", {"articles": [{"completions": 3}]})
+    (tmp_path / "run_torn.json").write_text('{"articles": [')
+    found = collect_results(tmp_path)
+    assert not (found.single or found.cpt or found.continual)
+    assert [file for file, _ in found.unread] == ["run_bad.json", "run_torn.json"]
+    assert all(reason for _, reason in found.unread)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        collect_results(tmp_path / "nowhere")
+
+
+def test_a_round_that_was_not_run_is_a_gap(tmp_path: Path) -> None:
+    write(tmp_path, "run_base.json", run_file(("0", "0")))
+    write(tmp_path, "run_round2.json", run_file(("0", "1")))
+    results = rounds(collect_results(tmp_path), "implications")
+    assert [e and e.mean for e in round_estimates(results)] == [0.0, None, 1.0]
+    assert passage_accuracies(results) == []
+
+
+def test_passages_are_followed_over_rounds(tmp_path: Path) -> None:
+    write(tmp_path, "run_base.json", run_file(("00", "00"), ("00", "10")))
+    write(tmp_path, "run_round1.json", run_file(("00", "11"), ("00", "10")))
+    assert passage_accuracies(rounds(collect_results(tmp_path), "implications")) == [[0.0, 1.0], [0.5, 0.5]]
+
+
+def test_arms_over_other_passages_are_not_compared(tmp_path: Path) -> None:
+    write(tmp_path, "run_base.json", run_file(("0", "0"), ("0", "1")))
+    write(tmp_path, "run_round1.json", run_file(("0", "1")))
+    assert comparison_rows(evaluations(collect_results(tmp_path))) == []
+
+
+def test_published_comparisons_come_out_as_they_are(golden: Path) -> None:
+    found = collect_results(golden)
+    rows = comparison_rows(evaluations(found, prompt_key="implications"))
+    said = {(row["arm"], row["against"]): row["difference"] for row in rows}
+    assert said["self-edits, round 2", "self-edits, base model"].startswith("+7.3 points [2.")
+    assert said["self-edits, round 2", "self-edits, base model"].endswith("200 passages: real")
+    assert "not distinguishable" in said["texts of GPT-4.1", "self-edits, round 2"]
+    assert said["texts of GPT-4.1", "self-edits, round 2"].startswith("-0.7 points [-4.")
+
+
+def test_published_rounds_of_every_prompt_are_found(golden: Path) -> None:
+    found = collect_results(golden)
+    means = {key: round_estimates(rounds(found, key)) for key in prompt_keys(found)}
+    assert next(iter(means)) == "implications" and len(means) == 5
+    assert [round(e.mean, 3) for e in means["implications"]] == [0.397, 0.427, 0.47]
+    assert all(len(estimates) == 3 for estimates in means.values())
+
+
+def test_published_continual_ends_below_never_editing(golden: Path) -> None:
+    (result,) = collect_results(golden).continual
+    last = seen_rows(result)[-1]
+    assert round(last["passages so far"], 3) == 0.247 and round(last["never edited"], 3) == 0.307
+    assert [e.low for e in seen_estimates(result)] == [e.mean for e in seen_estimates(result)]
+
+
+def test_published_cpt_keeps_all_questions(golden: Path) -> None:
+    by_file = {result.file: result for result in collect_results(golden).cpt}
+    result = by_file["results/cpt_base.json"]
+    assert (result.n_passages, result.n_questions) == (200, 974)
+    assert round(result.adapter_accuracy, 4) == 0.4097
+
+
+def test_our_continual_summary_has_intervals(tmp_path: Path) -> None:
+    from seal_nb.experiments.continual_summary import summarize_sequences
+
+    matrices = [[[0.0], [1.0]], [[0.5], [0.5]]]
+    write(tmp_path, "summary_continual.json", summarize_sequences(matrices, dataset="d", base_model="m"))
+    (result,) = collect_results(tmp_path).continual
+    (estimate,) = seen_estimates(result)
+    assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (0.75, 0.5, 1.0, 2)
