@@ -173,13 +173,17 @@ def _demo(arguments: argparse.Namespace) -> None:
     from seal_nb.views.report import write_index
 
     folder: Path = arguments.run_dir
-    run_chain(
-        rest_em_chain(DEMO),
-        folder,
-        notebooks=default_notebooks_dir(),
-        tell=lambda line: print(line, flush=True),
-        stop_server=_shut_down,
-    )
+    try:
+        run_chain(
+            rest_em_chain(DEMO),
+            folder,
+            notebooks=default_notebooks_dir(),
+            tell=lambda line: print(line, flush=True),
+            stop_server=_shut_down,
+        )
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; the same command again continues: nothing finished is lost", file=sys.stderr)
+        raise
     index = write_index(folder, title="Demo: self-edits on a small model")
     print(f"executed notebooks: {folder}/*/*.ipynb\nall plots on one page: {index}")
 
