@@ -6,6 +6,7 @@ or brings another model changes nothing for anybody else.
 """
 
 import logging
+import socket as sockets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,10 +80,14 @@ class Crew:
             if (peer.pid, peer.host) == (pid, host):
                 self._lose(identity, why)
 
-    def dismiss(self, why: str) -> None:
-        """The server ends, and its workers too."""
-        for identity in self.peers:
-            self.tell(identity, wire.pack("stop", why=why))
+    def dismiss(self, why: str, *, pids_here: set[int] | None = None) -> None:
+        """The server ends, and its workers too; with ``pids_here`` only those of this machine.
+
+        The others then wait for the server's successor, as long as their patience lasts.
+        """
+        for identity, peer in self.peers.items():
+            if pids_here is None or (peer.host == sockets.gethostname() and peer.pid in pids_here):
+                self.tell(identity, wire.pack("stop", why=why))
 
     def tell(self, identity: bytes, frames: list[bytes]) -> None:
         try:

@@ -61,6 +61,7 @@ class FrontEnd:
         self._client_seen_at = time.monotonic()
         self._asked_to_stop = ""
         self._impatient = False
+        self.for_good = True
         self._done = False
 
     def run(self) -> None:
@@ -83,11 +84,14 @@ class FrontEnd:
                 next_tick = time.monotonic() + TICK_S
                 self._tick(time.monotonic())
         self._turn_away(list(self.queue.jobs.values()))
-        self.crew.dismiss(self.desk.stopping)
 
-    def ask_to_stop(self, why: str, *, impatient: bool = False) -> None:
-        """Safe in a signal handler: the loop drains at its next turn, or ends there if impatient."""
+    def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True) -> None:
+        """Safe in a signal handler: the loop drains at its next turn, or ends there if impatient.
+
+        Unless it is for good, a successor is to be expected (a requeued job, another server on the file).
+        """
         self._impatient = self._impatient or impatient
+        self.for_good = for_good if not self._asked_to_stop else self.for_good
         self._asked_to_stop = self._asked_to_stop or why
 
     def status(self) -> ServerStatus:

@@ -67,6 +67,7 @@ class Link(threading.Thread):
         self.stats: dict[str, Any] = {}
         self._session = 0
         self._lease: int | None = None
+        self._was_welcome = False
         self._context = zmq.Context()
         self._address = f"inproc://{uuid.uuid4().hex}"
         self._inside = self._context.socket(zmq.PAIR)
@@ -144,7 +145,7 @@ class Link(threading.Thread):
             message = wire.unpack(dealer.recv_multipart())
             self._heard_at = self._found_at = time.monotonic()
             if message.kind == "welcome":
-                self._lease = message.header["lease"]
+                self._lease, self._was_welcome = message.header["lease"], True
             elif message.kind == "expired":
                 if message.header["lease"] == self._lease:
                     self._start_afresh("the front end gave this worker's lease up")
@@ -169,7 +170,7 @@ class Link(threading.Thread):
             self._heard_at = self._found_at = now  # nothing was said yet, so nothing is heard
         if now - self._found_at > self.settings.patience_s:
             log.error("no front end for %g s; ending", self.settings.patience_s)
-            os._exit(4)
+            os._exit(0 if self._was_welcome else 4)
         if now - self._heard_at <= self.settings.lease_s:
             return dealer
         self._start_afresh(f"no word from the front end for {self.settings.lease_s:g} s")

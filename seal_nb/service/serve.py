@@ -85,6 +85,8 @@ class Server:
         where = self.endpoint.endpoint
         log.info("server %s listens at %s (%s)", self.server_id, where, self.settings.endpoint_path)
         self.front.run()
+        ours = None if self.front.for_good else set(self.pool.pids)
+        self.front.crew.dismiss(self.front.desk.stopping, pids_here=ours)
         log.info("server %s ended: %s", self.server_id, self.front.desk.stopping)
         if self.results.n_unsaved and not self.results.save():
             log.error("%s", self.results.trouble)
@@ -101,7 +103,7 @@ class Server:
     def _on_signal(self, number: int, _: object) -> None:
         """Drain; a second Ctrl-C ends at once. A batch system may well send SIGTERM more than once."""
         again = number == signal.SIGINT and self.front.drain_until is not None
-        self.front.ask_to_stop(signal.Signals(number).name, impatient=again)
+        self.front.ask_to_stop(signal.Signals(number).name, impatient=again, for_good=False)
 
     def _gate(self) -> Gate | None:
         """Keys and the list of who may come in, where the server can be reached from other machines."""
@@ -175,11 +177,11 @@ class Server:
             if not path.exists() and path.parent.is_dir():
                 self.endpoint.write(path)  # somebody removed it
             elif not self._is_mine(missing_is_mine=True):
-                self._stop(f"another server has taken {self.settings.endpoint_path}")
+                self._stop(f"another server has taken {self.settings.endpoint_path}", for_good=False)
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, why: str, *, for_good: bool = True) -> None:
         if self.front.drain_until is None:
-            self.front.ask_to_stop(why)
+            self.front.ask_to_stop(why, for_good=for_good)
 
     def _worker_exited(self, pid: int, why: str) -> None:
         said = self.front.crew.failures.pop(pid, "")

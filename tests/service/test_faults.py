@@ -161,17 +161,20 @@ def test_a_front_end_killed_in_mid_queue_and_started_again_loses_and_doubles_not
         assert all(count == 1 for key, count in Counter(trained(tmp_path)).items() if key in kept)
 
 
-def test_a_remote_worker_finds_the_server_that_took_over(start_server):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_remote_worker_finds_the_server_that_took_over_and_ends_with_it(start_server, end):
     server = start_server(n_workers=0)
     worker = subprocess.Popen(remote_worker(server))
     try:
         with TTTClient(server.endpoint, connect_s=60) as client:
             eventually(lambda: worker_pids(client) == [worker.pid])
-            server.process.kill()
+            server.process.send_signal(end)
             server.process.wait()
             with restart(server):
                 assert client.evaluate(sequence("quick")).adapter_gain == 1.0
                 assert worker_pids(client) == [worker.pid]
+                client.shutdown()
+                assert worker.wait(20) == 0
     finally:
         worker.kill()
         worker.wait()
