@@ -145,7 +145,7 @@ def gain_by_passage(titles: Sequence[str], baseline: Sequence[float], adapter: S
     for colour, label in ((BLUE, "adapter, gain"), (GREY, "no change"), (RED, "loss")):
         axes.plot([], [], "o", color=colour, linestyle="none", label=label)
     axes.set_yticks(range(len(order)), [short(titles[i]) for i in order])
-    axes.invert_yaxis()
+    axes.set_ylim(len(order) - 0.4, -0.6)
     accuracy_axis(axes, "x", f"QA accuracy of one passage (n = {len(titles)} passages)")
     axes.set_xlim(-0.03, 1.03)
     legend_outside(chart)

@@ -4,6 +4,7 @@ Plain lists in, a figure out; choosing is done by the notebook, not here.
 """
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 from matplotlib.ticker import MaxNLocator
 
@@ -33,13 +34,13 @@ def self_edit_rewards(
         for number, value in enumerate(values):
             if value is not None:
                 is_chosen = number in choices
-                fill = BLUE if is_chosen else "white"
+                face = BLUE if is_chosen else "white"
                 axes.plot(
                     [value],
                     [heights[number]],
                     "o",
                     color=BLUE if is_chosen else GREY,
-                    mfc=fill,
+                    mfc=face,
                     zorder=2 + is_chosen,
                 )
         if baseline is not None and (before := baseline[row]) is not None:
@@ -101,7 +102,7 @@ def _spread(values: Sequence[float | None], row: int) -> list[float]:
 @styled
 def gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Chart:
     """Log-probability of each gold answer without and with the adapter: gains that no verdict shows yet."""
-    chart, axes = new_chart(1.3 + 0.3 * max(len(questions), 1))
+    chart, axes = new_chart(1.4 + 0.42 * max(len(questions), 1))
     for row, (low, high) in enumerate(zip(before, after, strict=True)):
         colour = BLUE if high > low else RED
         axes.plot([low, high], [row, row], color=colour, linewidth=2.2, zorder=1)
@@ -110,9 +111,9 @@ def gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequ
     axes.plot([], [], "o", color=INK, mfc="white", linestyle="none", label="without adapter")
     for colour, label in ((BLUE, "with adapter, more likely"), (RED, "less likely")):
         axes.plot([], [], "o", color=colour, linestyle="none", label=label)
-    axes.set_yticks(range(len(questions)), [short(question, 44) for question in questions])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"log-probability of the gold answer (nats, n = {len(questions)} questions)")
+    axes.set_yticks(range(len(questions)), [fill(short(question, 76), 38) for question in questions])
+    axes.set_ylim(len(questions) - 0.4, -0.6)
+    axes.set_xlabel(f"log-probability of gold answer\n(nats, n = {len(questions)} questions)")
     axes.grid(axis="x")
     legend_outside(chart)
     risen = sum(high > low for low, high in zip(before, after, strict=True))

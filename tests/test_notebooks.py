@@ -1,0 +1,163 @@
+"""The stage notebooks by papermill at counts that their defaults do not have, on a server without a model.
+
+What the small model makes of them is nbval's affair (`pytest --nbval-lax notebooks`); here it is whether
+counts, files, resumption and the published inputs come out right.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seal_nb.experiments.run_files import read_run
+from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir, run_notebook
+from seal_nb.service.launch import TTTServer
+from tests.service.conftest import HASTE, STUB
+
+NOTEBOOKS = sorted(default_notebooks_dir().glob("*.ipynb"))
+LONGEST_CELL = 12  # lines
+
+
+def run(stage: str, output_dir: Path, **values: Any) -> Path:
+    notebook = default_notebooks_dir() / f"{stage}.ipynb"
+    assert set(values) <= set(declared_parameters(notebook))
+    executed = output_dir / notebook.name
+    run_notebook(
+        notebook,
+        {"output_dir": str(output_dir), **values},
+        executed,
+        write=lambda _: None,
+        progress_bar=False,
+    )
+    return output_dir
+
+
+def shown(executed: Path, cell_id: str) -> str:
+    """The text of a cell's outputs."""
+    (cell,) = [cell for cell in json.loads(executed.read_text())["cells"] if cell["id"] == cell_id]
+    texts = [output.get("text") or output["data"]["text/plain"] for output in cell["outputs"]]
+    return "\n".join("".join(text) for text in texts)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "trained.txt"
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory, log: Path):
+    folder = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STUB_LOOP_LOG", str(log))
+        with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=2, **HASTE) as server:
+            yield server.endpoint
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_are_short_and_the_first_says_what_and_with_what(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text())["cells"]
+    opening = "".join(cells[0]["source"])
+    for word in ("**Question.**", "**Paper.**", "**Needs.**", "CPU"):
+        assert word in opening
+    assert "minute" in opening or "seconds" in opening
+    lengths = {
+        cell["id"]: len(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+    }
+    assert {cell: n for cell, n in lengths.items() if n > LONGEST_CELL} == {}
+
+
+def test_query_runs_every_inner_loop_once_and_a_second_run_none(
+    endpoint: str, log: Path, tmp_path: Path
+) -> None:
+    values = {
+        "dataset": "shipped:val", "arms": "passage_only,hand_written", "endpoint": endpoint,
+        "n_articles": 3, "eval_times": 2, "exp_name": "twice",
+    }  # fmt: skip
+    run("03_query_server", tmp_path, **values)
+    trained = log.read_text().splitlines()
+    first = (tmp_path / "run_twice_hand_written.json").read_text()
+    run("03_query_server", tmp_path, **values)
+    assert len(trained) == 12 and log.read_text().splitlines() == trained
+    again = json.loads((tmp_path / "run_twice_hand_written.json").read_text())
+    again["timestamp"] = json.loads(first)["timestamp"]
+    assert again == json.loads(first)
+
+
+def test_query_writes_runs_that_the_next_stage_reads(endpoint: str, tmp_path: Path) -> None:
+    items = [
+        {"title": f"t{i}", "context": "c", "questions": [{"question": "q", "answer": "a"}],
+         "completions": ["x", "y"], "prompt": "p"} for i in range(2)
+    ]  # fmt: skip
+    (tmp_path / "self_edits.json").write_text(json.dumps(items))
+    asked = {"dataset": str(tmp_path / "self_edits.json"), "arms": "self_edits", "k_completions": 2}
+    run("03_query_server", tmp_path, endpoint=endpoint, exp_name="round1_rank", **asked)
+    record = json.loads((tmp_path / "run_round1_rank.record.json").read_text())
+    assert record["settings"]["training"]["lora_rank"] == 32 and record["seeds"] == {"seed": 42}
+    assert str(tmp_path) not in json.dumps(record)
+    assert read_run(tmp_path / "run_round1_rank.json").n_completions == 2
+    out = run(
+        "05_rest_em_round", tmp_path / "out", run_json=str(tmp_path / "run_round1_rank.json"), exp_name="r"
+    )
+    rows = [json.loads(line) for line in (out / "sft_best1of2_r.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": "p", "completion": "x"}] * 2
+
+
+def test_an_arm_that_the_dataset_does_not_have_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    from seal_nb.notebook_runner import StageFailed
+
+    with pytest.raises(StageFailed, match="run 01_create_self_edits"):
+        run("03_query_server", tmp_path, arms="self_edits")
+
+
+def test_published_ranking_gives_the_published_training_set_byte_for_byte(
+    golden: Path, tmp_path: Path
+) -> None:
+    published = golden / "results" / "rank_iter0.json.gz"
+    out = run("05_rest_em_round", tmp_path, run_json=str(published), exp_name="iter0")
+    expected = (golden / "EM_SFT" / "sft_best1of5_iter0.jsonl").read_bytes()
+    assert (out / "sft_best1of5_iter0.jsonl").read_bytes() == expected
+    assert "n_tied_best" in shown(out / "05_rest_em_round.ipynb", "informative")
+
+
+def test_cpt_trains_one_adapter_for_all_passages(endpoint: str, tmp_path: Path) -> None:
+    run("04_cpt", tmp_path, endpoint=endpoint, n_articles=4, arms="hand_written")
+    written = json.loads((tmp_path / "cpt_run_hand_written.json").read_text())
+    assert (written["n_articles"], written["train_sequences"], written["eval_questions"]) == (4, 8, 20)
+    assert len(written["per_passage"]) == 4
+
+
+def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(endpoint: str, tmp_path: Path) -> None:
+    run("06_continual_self_edits", tmp_path, endpoint=endpoint, n_sequences=3, n_datapoints=3)
+    summary = json.loads((tmp_path / "summary_continual.json").read_text())
+    assert summary["mean_over_sequences"] == [
+        [0.0, 0.0, 0.0],
+        [1.0, 0.0, 0.0],
+        [1.0, 1.0, 0.0],
+        [1.0, 1.0, 1.0],
+    ]
+    assert (summary["n_sequences"], summary["n_datapoints"], len(summary["matrices"])) == (3, 3, 3)
+    assert [len(one["steps"]) for one in summary["sequences"]] == [4, 4, 4]
+    assert "never edited" in shown(tmp_path / "06_continual_self_edits.ipynb", "matrix-table")
+
+
+def test_results_of_published_files_are_drawn(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    out = run("08_results", tmp_path / "out", runs_dir=str(tmp_path / "runs"), published_dir=str(golden))
+    said = shown(out / "08_results.ipynb", "differences")
+    assert "+7.3 points" in said and "not distinguishable from noise" in said
+    assert {"arms_published.png", "rounds_published.csv", "continual_published_1.csv"} <= {
+        p.name for p in out.iterdir()
+    }
+
+
+def test_server_notebook_looks_at_a_server_that_is_up(endpoint: str, tmp_path: Path) -> None:
+    run("02_ttt_server", tmp_path, attach_to=endpoint)
+    assert "wrong → right" in shown(tmp_path / "02_ttt_server.ipynb", "answers")
+
+
+def test_tour_shows_gain_and_forgetting(endpoint: str, tmp_path: Path) -> None:
+    run("00_tour", tmp_path, endpoint=endpoint)
+    assert "+100%" in shown(tmp_path / "00_tour.ipynb", "reward")
