@@ -14,7 +14,7 @@ from typing import Any
 
 import zmq
 
-from seal_nb.errors import ProtocolError
+from seal_nb.errors import ProtocolError, RunMismatch
 from seal_nb.service import wire
 from seal_nb.service.desk import Desk, Outgoing, WorkerLost
 from seal_nb.service.queue import Lost
@@ -40,13 +40,13 @@ class Peer:
 
 
 class Crew:
-    """See the module. ``model_id`` is the first worker's, and all others' too."""
+    """See the module."""
 
     def __init__(self, socket: Socket, desk: Desk, send: Callable[[list[Outgoing]], None]) -> None:
         self.socket, self.desk, self.queue, self.meter = socket, desk, desk.queue, desk.meter
         self.send = send
         self.peers: dict[bytes, Peer] = {}
-        self.model_id = ""
+        self.mismatch = ""  # why this server cannot go on with the workers it has
         self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → what it said before it ended
         self._handlers: dict[str, Callable[[bytes, wire.Message], None]] = {
@@ -60,9 +60,10 @@ class Crew:
             message = wire.unpack(frames[1:])
             self._handlers[message.kind](frames[0], message)
         except (ProtocolError, KeyError, TypeError, ValueError) as error:
-            self.meter.count("rubbish_of_workers")
-            if self.meter.counts["rubbish_of_workers"] <= LOUD:
-                log.warning("a worker sent what is no message of this service (%s)", type(error).__name__)
+            self._rubbish(error)
+        except Exception as error:
+            log.error("a fault of the front end: %s", type(error).__name__)
+            log.debug("the fault", exc_info=True)
 
     def dispatch(self) -> None:
         """Send out what can start now."""
@@ -109,18 +110,29 @@ class Crew:
     def _on_ready(self, identity: bytes, message: wire.Message) -> None:
         said, known = message.header, self.peers.get(identity)
         if known is None or known.session != said["session"]:
-            if self.model_id and said["model_id"] != self.model_id:
-                why = f"it has model {said['model_id']!r}, this server's workers have {self.model_id!r}"
-                log.error("worker %s is turned away: %s", said["worker_id"], why)
-                self.tell(identity, wire.pack("stop", why=why))
+            if not self._has_our_model(identity, said):
                 return
             names = ("worker_id", "host", "pid", "session", "model_id")
             peer = Peer(lease=0, **{name: said[name] for name in names})
             peer.lease, lost = self.queue.join(identity, capacity=int(said["capacity"]), now=time.monotonic())
-            self.peers[identity], self.model_id = peer, peer.model_id
+            self.peers[identity] = peer
             self._settle(lost, f"worker {peer.worker_id} started afresh")
             log.info("worker %s is ready: %d requests at once", peer.worker_id, int(said["capacity"]))
         self.tell(identity, wire.pack("welcome", lease=self.peers[identity].lease))
+
+    def _has_our_model(self, identity: bytes, said: dict[str, Any]) -> bool:
+        """All workers have the first one's model, and that is the one whose results the run folder holds."""
+        why = f"it has model {said['model_id']!r}, this server's workers have {self.desk.model_id!r}"
+        if not self.desk.model_id:
+            try:
+                self.send(self.desk.has_model(said["model_id"]))
+            except RunMismatch as error:
+                self.mismatch = why = str(error)
+        if said["model_id"] == self.desk.model_id:
+            return True
+        log.error("worker %s is turned away: %s", said["worker_id"], why)
+        self.tell(identity, wire.pack("stop", why=why))
+        return False
 
     def _on_beat(self, identity: bytes, message: wire.Message) -> None:
         said = message.header
@@ -172,6 +184,11 @@ class Crew:
                 "look into the server's log, make the request smaller, or ask again"
             )
             self.send(self.desk.failed(job, error))
+
+    def _rubbish(self, error: Exception) -> None:
+        self.meter.count("rubbish_of_workers")
+        if self.meter.counts["rubbish_of_workers"] <= LOUD:
+            log.warning("a worker sent what is no message of this service (%s)", type(error).__name__)
 
     def _name(self, identity: bytes) -> str:
         return self.peers[identity].worker_id if identity in self.peers else "(unknown)"

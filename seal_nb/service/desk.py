@@ -85,6 +85,7 @@ class Desk:
         self.queue, self.results, self.counts, self.limits = queue, results, counts, limits
         self.seed, self.server_id, self.meter = seed, server_id, meter
         self.stopping = ""
+        self.model_id = ""  # of the workers, once there was one
         self._tickets: dict[str, Ticket] = {}
         self._sent_by: dict[Envelope, str] = {}
         self._n_named = 0
@@ -93,16 +94,29 @@ class Desk:
         """The reply, if there is one at once. Raises SealError for what is refused."""
         check_limits(request, self.limits)
         content = content_of(request)
-        if request.request_id is not None:
-            kept = self.results.get(request.request_id, content)
-            if kept is not None:
-                self.meter.count("from_journal")
-                return json.dumps(kept).encode()
+        kept = self._kept(request.request_id, content)
+        if kept is not None:
+            return kept
         if self._joined(request, content, envelope):
             return None
         self._check_room(request, envelope)
         self._enqueue(request, content, envelope, now)
         return None
+
+    def has_model(self, model_id: str) -> list[Outgoing]:
+        """What to send now that a first worker is there: kept results are answers only if its model's.
+
+        Raises RunMismatch if they are another model's.
+        """
+        self.results.claim(model_id)
+        self.model_id = model_id
+        outgoing: list[Outgoing] = []
+        for key, ticket in list(self._tickets.items()):
+            kept = self._kept(ticket.request_id, ticket.content)
+            if kept is not None:
+                self.queue.cancel(key)
+                outgoing += _to_all(self._close(key), kept)
+        return outgoing
 
     def delivered(self, job: Job, body: bytes, now: float) -> list[Outgoing]:
         """What to send now that a worker has answered ``job``."""
@@ -134,6 +148,15 @@ class Desk:
     def error(self, error: BaseException, request_id: str | None = None) -> bytes:
         reply = error_reply(error, request_id=request_id)
         return ErrorReply(**{**reply.model_dump(), "server_id": self.server_id}).to_json()
+
+    def _kept(self, request_id: str | None, content: str) -> bytes | None:
+        if request_id is None or not self.model_id:
+            return None
+        kept = self.results.get(request_id, content)
+        if kept is None:
+            return None
+        self.meter.count("from_journal")
+        return json.dumps(kept).encode()
 
     def _joined(self, request: Work, content: str, envelope: Envelope) -> bool:
         key = request.request_id or self._sent_by.get(envelope)

@@ -98,7 +98,7 @@ class FrontEnd:
         now = time.monotonic()
         return ServerStatus(
             server_id=self.desk.server_id,
-            model_id=self.crew.model_id,
+            model_id=self.desk.model_id,
             pid=os.getpid(),
             uptime_s=round(now - self.meter.started_at, 3),
             draining=self.drain_until is not None,
@@ -205,7 +205,7 @@ class FrontEnd:
         self.watch(now)
         if self.desk.results.n_unsaved:
             self.desk.results.save()
-        if self.queue.jobs or (self.workers_load and not self.crew.model_id):
+        if self.queue.jobs or (self.workers_load and not self.desk.model_id):
             self._client_seen_at = now  # what is in work was asked for; while a model loads, nobody is late
         if self.idle_exit_s and now - self._client_seen_at > self.idle_exit_s and not self._asked_to_stop:
             self.ask_to_stop(f"no client for {self.idle_exit_s:g} s")

@@ -2,8 +2,8 @@
 
 One journal line a result (``seal_nb.runs.Journal``: locked to one server, on the disk before the client
 hears of it). Where the disk refuses (full), the result is kept in memory, the trouble is shown in the
-status, and writing is tried again. A result belongs to an id *and* a content: an id that comes back with
-another request is refused.
+status, and writing is tried again. A run folder is one model's. A result belongs to an id *and* a content:
+an id that comes back with another request is refused.
 """
 
 import logging
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import ProtocolError, RunMismatch
-from seal_nb.runs import Journal
+from seal_nb.runs import Journal, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class Results:
 
     def __init__(self, path: Path, *, lock_wait_s: float = 10.0) -> None:
         self._journal = _open(path, lock_wait_s)
+        self._model_file = path.with_name("model.json")
         self._unsaved: dict[str, dict[str, Any]] = {}
         self.trouble = ""
 
@@ -31,6 +32,19 @@ class Results:
     @property
     def n_unsaved(self) -> int:
         return len(self._unsaved)
+
+    def claim(self, model_id: str) -> None:
+        """This run folder is that model's. Raises RunMismatch if it holds another one's results."""
+        kept = read_json(self._model_file)["model_id"] if self._model_file.exists() else model_id
+        if kept != model_id and len(self._journal):
+            raise RunMismatch(
+                f"{self._model_file.parent} holds results of model {kept!r}, the workers have {model_id!r}; "
+                "give this server another run_dir"
+            )
+        try:
+            write_json(self._model_file, {"model_id": model_id})
+        except OSError as error:
+            log.error("%s cannot be written (%s)", self._model_file, error)
 
     def get(self, request_id: str, content: str) -> dict[str, Any] | None:
         """The reply once given to this request. Raises ProtocolError if the id was another request's."""

@@ -169,6 +169,9 @@ class Server:
         """At every tick: workers, the parent, and whether the endpoint file is still ours."""
         if self.front.drain_until is None:
             self.pool.watch(now)
+        if self.front.crew.mismatch:
+            self.exit_code = 1
+            self._stop(self.front.crew.mismatch)
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
             self._stop("the process that started the server is gone")
         if now - self._checked_at > FILE_CHECK_S:
@@ -186,7 +189,7 @@ class Server:
     def _worker_exited(self, pid: int, why: str) -> None:
         said = self.front.crew.failures.pop(pid, "")
         self.front.crew.exited(pid, sockets.gethostname(), said or why)
-        if self.front.crew.model_id:
+        if self.front.desk.model_id:
             return  # workers can start: this one's end is its own
         if said or self.pool.most_early_deaths() >= MAX_EARLY_DEATHS:
             log.error("no worker can start: %s", said or why)

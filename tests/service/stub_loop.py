@@ -70,7 +70,9 @@ def load(settings: Any) -> StubLoop:
         raise EngineError(f"no model in {settings.model!r}; give a model folder")
     if settings.model == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    return StubLoop(settings.n_slots)
+    loop = StubLoop(settings.n_slots)
+    loop.model_id = settings.model if settings.model.startswith("stub") else "stub"
+    return loop
 
 
 def _order(request: TTTRequest | GenerateRequest) -> tuple[str, str]:

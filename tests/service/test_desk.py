@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from seal_nb.errors import ProtocolError
+from seal_nb.errors import ProtocolError, RunMismatch
 from seal_nb.protocol import Answers, GenerateRequest, TTTRequest, build_reply, error_reply, parse_request
 from seal_nb.service.counts import ENTRY, AnswerCounts
 from seal_nb.service.desk import Desk, QueueFull, ServerStopping
@@ -37,6 +37,7 @@ def open_desk(tmp_path):
             meter=Meter(time.monotonic()),
         )
         desk.queue.join(b"w", capacity=100, now=0)
+        assert desk.has_model("model") == []
         opened.append(desk)
         return desk
 
@@ -125,6 +126,19 @@ def test_an_id_is_answered_once_and_then_from_the_journal_also_after_a_restart(o
     assert json.loads(accept(restarted, named)) == reply
     assert started(restarted) == []
     assert request.seed is not None
+
+
+def test_kept_results_wait_until_it_is_known_whose_model_is_there(open_desk):
+    desk, named = open_desk(), REQUEST.model_copy(update={"request_id": "r1"})
+    accept(desk, named)
+    (one, _), = started(desk)  # fmt: skip
+    ((_, reply),) = answer(desk, one)
+    desk.model_id = ""  # a server that was restarted and has no worker yet
+    assert accept(desk, named) is None
+    ((_, said),) = desk.has_model("model")
+    assert json.loads(said) == reply and started(desk) == []
+    with pytest.raises(RunMismatch, match="holds results of model 'model'"):
+        desk.has_model("another")
 
 
 def test_work_in_progress_is_joined_and_everybody_gets_the_one_result(open_desk):

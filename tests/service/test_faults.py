@@ -258,6 +258,15 @@ def test_a_second_server_on_a_live_ones_run_folder_is_refused(start_server, tmp_
         start_server(n_workers=0, endpoint_file=tmp_path / "elsewhere.json", start_timeout_s=60)
 
 
+def test_a_run_folder_with_another_models_results_is_refused(start_server):
+    server = start_server(model="stub-a")
+    with TTTClient(server.endpoint) as client:
+        client.evaluate(sequence("quick", request_id="r"))
+    server.stop()
+    with pytest.raises(ServerFailed, match="holds results of model 'stub-a', the workers have 'stub-b'"):
+        start_server(model="stub-b")
+
+
 def test_a_stale_endpoint_file_is_overwritten_also_where_another_server_has_its_port(start_server, tmp_path):
     other = start_server(n_workers=0, run_dir=tmp_path / "other")
     stale = {**json.loads(Path(other.endpoint).read_text()), "server_id": "long-gone"}
