@@ -14,8 +14,8 @@ class InnerLoopSettings:
 
     model: str = "embedded"  # folder, hub name, or "embedded": the small model
     device: str = "auto"  # "auto": CUDA where there is one
-    dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 on CUDA, float32 on a CPU
-    n_slots: int = 4  # adapters in training at a time
+    dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 where it is native
+    n_slots: int = 8  # adapters in training at a time
     n_threads: int = 1  # of torch on a CPU
     grader: str = "local"
     adapters_dir: Path = Path("adapters")  # adapters kept by name, PEFT's format

@@ -6,10 +6,10 @@ quirks, since they are part of the published numbers. Nothing is trained here, a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
-from seal_nb.engines.base import Completion, Engine, Sampling
+from seal_nb.engines.base import Engine, Sampling
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
@@ -67,12 +67,13 @@ def create_self_edits(
     sampling: Sampling,
     seed: int,
     journal: Journal | None = None,
-    passages_per_call: int = 1,
+    passages_per_call: int = 16,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Passage]:
     """Every passage with ``k_completions`` new self-edits and the prompt they complete.
 
-    The engine is called for ``passages_per_call`` passages at a time, with a seed derived from ``seed`` and
-    the prompts of that call alone: a resumed run, or a call for one passage, writes the same texts. What
+    The engine is asked for ``passages_per_call`` passages at a time. Each text has a seed of its own, derived
+    from ``seed`` and its prompt: a resumed run, or one for one passage, writes the same texts. What
     ``journal`` holds is not generated again. Completions are stripped, as published.
 
     Raises: EngineError when the engine fails or returns another number of texts than was asked for.
@@ -83,25 +84,31 @@ def create_self_edits(
     for start in range(0, len(passages), passages_per_call):
         group = passages[start : start + passages_per_call]
         prompts = [self_edit_prompt(prompt_key, title=p.title, context=p.context) for p in group]
-        seeded = replace(sampling, seed=derived_seed(seed, prompts))
-        asked = [prompt for prompt in prompts for _ in range(k_completions)]
-        texts = [completion.text.strip() for completion in _generated(engine, asked, seeded, journal)]
-        for at, (passage, prompt) in enumerate(zip(group, prompts, strict=True)):
-            mine = texts[at * k_completions : (at + 1) * k_completions]
-            written.append(replace(passage, completions=tuple(mine), prompt=prompt))
+        texts = _generated(engine, prompts, k_completions, sampling, seed, journal)
+        for passage, prompt, own in zip(group, prompts, texts, strict=True):
+            written.append(replace(passage, completions=tuple(own), prompt=prompt))
+        if tell is not None:
+            tell(f"passages: {len(written)} of {len(passages)}")
     return written
 
 
 def _generated(
-    engine: Engine, prompts: list[str], sampling: Sampling, journal: Journal | None
-) -> list[Completion]:
-    """From the journal, or from the engine and then into the journal."""
-    key = content_id(["self_edits", engine.model_id, prompts, asdict(sampling)])
-    if journal is not None and key in journal:
-        return [Completion(**entry) for entry in journal.get(key)]
-    completions = engine.generate(prompts, sampling)
-    if len(completions) != len(prompts):
-        raise EngineError(f"{engine.model_id} returned {len(completions)} texts for {len(prompts)} prompts")
+    engine: Engine, prompts: list[str], k: int, sampling: Sampling, seed: int, journal: Journal | None
+) -> list[list[str]]:
+    """k texts for each prompt, from the journal, or from the engine and then into the journal."""
+    known: dict[str, list[str]] = {}
+    keys = {prompt: content_id([engine.model_id, prompt, k, seed, asdict(sampling)]) for prompt in prompts}
     if journal is not None:
-        journal.append(key, [asdict(completion) for completion in completions])
-    return completions
+        known = {prompt: journal.get(key) for prompt, key in keys.items() if key in journal}
+    missing = [prompt for prompt in keys if prompt not in known]
+    asked = [(prompt, derived_seed(seed, prompt, i)) for prompt in missing for i in range(k)]
+    completions = (
+        engine.generate([p for p, _ in asked], sampling, seeds=[s for _, s in asked]) if asked else []
+    )
+    if len(completions) != len(asked):
+        raise EngineError(f"{engine.model_id} returned {len(completions)} texts for {len(asked)} prompts")
+    for at, prompt in enumerate(missing):
+        known[prompt] = [c.text.strip() for c in completions[at * k : (at + 1) * k]]
+        if journal is not None:
+            journal.append(keys[prompt], known[prompt])
+    return [known[prompt] for prompt in prompts]

@@ -94,14 +94,16 @@ class RecordingEngine:
         self.calls: list[tuple[list[str], Sampling]] = []
         self.calls_left = calls_before_failure
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Completion]:
         if self.calls_left == 0:
             raise EngineError("out of memory")
         self.calls_left -= 1
         self.calls.append((list(prompts), sampling))
         return [
-            Completion(text=f" {sampling.seed}/{at}/{len(prompt)} \n", n_tokens=3, finish_reason="stop")
-            for at, prompt in enumerate(prompts)
+            Completion(text=f" {seed}/{len(prompt)} \n", n_tokens=3, finish_reason="stop")
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
 
@@ -123,11 +125,11 @@ def test_every_passage_gets_k_stripped_self_edits_and_its_prompt() -> None:
 def test_an_interrupted_run_resumes_with_the_texts_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = written(RecordingEngine())
     with Journal(tmp_path / "self_edits.jsonl") as journal, pytest.raises(EngineError):
-        written(RecordingEngine(calls_before_failure=2), journal=journal)
+        written(RecordingEngine(calls_before_failure=2), journal=journal, passages_per_call=1)
     again = RecordingEngine()
     with Journal(tmp_path / "self_edits.jsonl") as journal:
         assert written(again, journal=journal) == whole
-    assert len(again.calls) == 3
+    assert [len(prompts) for prompts, _ in again.calls] == [9], "three passages were left"
 
 
 def test_one_passage_alone_gets_the_self_edits_it_got_among_others() -> None:
@@ -140,10 +142,12 @@ def test_another_seed_gives_other_self_edits() -> None:
 
 def test_an_engine_that_loses_a_text_is_an_error_and_not_a_short_list() -> None:
     class Losing(RecordingEngine):
-        def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-            return super().generate(prompts, sampling)[:-1]
+        def generate(
+            self, prompts: Sequence[str], sampling: Sampling, *, seeds: Sequence[int]
+        ) -> list[Completion]:
+            return super().generate(prompts, sampling, seeds=seeds)[:-1]
 
-    with pytest.raises(EngineError, match="2 texts for 3 prompts"):
+    with pytest.raises(EngineError, match="14 texts for 15 prompts"):
         written(Losing())
 
 

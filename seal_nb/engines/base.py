@@ -18,7 +18,6 @@ class Sampling:
     max_tokens: int = 8192
     temperature: float = 1.0
     top_p: float = 0.95
-    seed: int | None = None
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,10 +46,11 @@ class Engine(Protocol):
         """Names the weights, so that results of two models are never mixed up."""
         ...
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt, in order. Raises: EngineError.
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion a prompt, in order; seeds: one a prompt. Raises: EngineError.
 
-        Equal prompts in one call are sampled independently; the same call with the same seed gives the
-        same texts.
+        A text depends on its own prompt and seed, not on what it is generated beside.
         """
         ...

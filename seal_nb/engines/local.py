@@ -19,10 +19,12 @@ class LocalEngine:
     ):
         self.base, self.model_id, self.adapters, self.rows = base, model_id, adapters, rows
 
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt, in order; the i-th draws from the stream of seed + i."""
+    def generate(
+        self, prompts: Sequence[str], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion a prompt, in order, each from the stream of its own seed."""
         decoder = GroupedDecoder(self.base, max_rows=self.rows)
-        for i, prompt in enumerate(prompts):
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             decoder.submit(
                 DecodeRow(
                     key=i,
@@ -31,7 +33,7 @@ class LocalEngine:
                     max_new_tokens=sampling.max_tokens,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
-                    seed=(sampling.seed or 0) + i,
+                    seed=seed,
                     stop=sampling.stop,
                 )
             )

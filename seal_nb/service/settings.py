@@ -35,7 +35,7 @@ class ServeSettings:
     advertise_host: str = ""  # the name that other nodes know this one by; empty: found out
     model: str = "embedded"
     n_workers: int = 1
-    n_slots: int = 4  # adapters trained side by side in one worker
+    n_slots: int = 8  # adapters trained side by side in one worker
     n_threads: int = 1  # of torch, in one worker
     device: str = "auto"
     dtype: str = "auto"

@@ -55,12 +55,13 @@ class FrozenBase:
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
         """Load a model folder or hub name. No code of the model's repository is ever run.
 
-        device "auto": CUDA where there is one; dtype "auto": bfloat16 on CUDA, float32 on a CPU.
+        device "auto": CUDA where there is one; dtype "auto": bfloat16 where the device multiplies it natively
+        (CUDA, CPUs with AMX or AVX512-BF16), else float32.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+            dtype = "bfloat16" if device.startswith("cuda") or _cpu_multiplies_bfloat16() else "float32"
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa"
@@ -135,6 +136,11 @@ class FrozenBase:
                 " their size; this architecture does something between hidden states and logits that slots"
                 " do not know"
             )
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
