@@ -297,3 +297,21 @@ def test_an_empty_folder_and_a_broken_notebook_are_refused(tmp_path: Path) -> No
 
 def test_chart_is_a_matplotlib_figure() -> None:
     assert isinstance(accuracy_by_arm(ARMS), Chart) and isinstance(accuracy_by_arm(ARMS), mpl.figure.Figure)
+
+
+def test_index_shows_the_results_first_and_then_stages_as_they_ran(tmp_path: Path) -> None:
+    for folder, name, start in (
+        ("b", "03", "2026-01-01T00:01"),
+        ("a", "03", "2026-01-01T00:02"),
+        ("c", "08_results", "9"),
+    ):
+        path = executed(tmp_path / folder, f"{name}.ipynb", new_markdown_cell(f"# {folder}"))
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata["papermill"] = {"start_time": start}
+        nbformat.write(notebook, path)
+    links = [link["href"] for link in Page(write_index(tmp_path).read_text()).all("a")]
+    assert [link for link in links if link and not link.startswith("#")] == [
+        "c/08_results.ipynb",
+        "b/03.ipynb",
+        "a/03.ipynb",
+    ]

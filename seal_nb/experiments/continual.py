@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import RemoteError, SettingsError
 from seal_nb.experiments.cpt import split_by_passage
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import eval_questions, identified
@@ -110,14 +110,21 @@ def edit_request(
 
 
 def write_self_edits(client: TTTClient, requests: Sequence[GenerateRequest], journal: Journal) -> list[str]:
-    """The text for each request, from the journal or from the server and then into the journal."""
-    texts = []
-    for request in requests:
-        key = str(request.request_id)
-        if key not in journal:
-            journal.append(key, client.generate(request).model_dump(mode="json"))
-        texts.append(GenerateReply.model_validate(journal.get(key)).texts[0].strip())
-    return texts
+    """The text for each request, from the journal or from the server (all at once) and then into the journal.
+
+    Raises: RemoteError for the first that failed, once the others are kept.
+    """
+    missing = [request for request in requests if str(request.request_id) not in journal]
+    failures: list[RemoteError] = []
+    for index, reply in client.run_indexed(missing):
+        if isinstance(reply, RemoteError):
+            failures.append(reply)
+        else:
+            journal.append(str(missing[index].request_id), reply.model_dump(mode="json"))
+    if failures:
+        raise failures[0]
+    replies = [GenerateReply.model_validate(journal.get(str(request.request_id))) for request in requests]
+    return [reply.texts[0].strip() for reply in replies]
 
 
 def verdict_row(reply: TTTReply, sequence: Sequence[Passage], step: int) -> list[Verdicts | None]:

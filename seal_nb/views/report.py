@@ -58,6 +58,7 @@ class Executed:
 
     path: Path
     title: str
+    started: str  # as papermill writes it, ISO 8601; empty if papermill did not run it
     settings: tuple[Setting, ...]
     content: tuple[Picture | Grid, ...]
     failure: str
@@ -69,7 +70,7 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
     Raises: DataError where the folder holds no notebook or one cannot be read.
     """
     folder = Path(run_dir)
-    found = [read_executed(path) for path in sorted(_notebooks(folder))]
+    found = sorted((read_executed(path) for path in sorted(_notebooks(folder))), key=_place_on_page)
     if not found:
         raise DataError(
             "no executed notebook", path=folder, remedy="run a stage with its output in this folder"
@@ -96,10 +97,16 @@ def read_executed(path: Path) -> Executed:
     return Executed(
         path=path,
         title=title or path.stem,
+        started=str(notebook.metadata.get("papermill", {}).get("start_time") or ""),
         settings=_settings(notebook.cells),
         content=tuple(content),
         failure=failure,
     )
+
+
+def _place_on_page(one: Executed) -> tuple[bool, str, str]:
+    """The results of the whole run first, then the stages in the order in which they ran."""
+    return not one.path.stem.startswith("08_results"), one.started, str(one.path)
 
 
 def _notebooks(folder: Path) -> Iterator[Path]:
@@ -203,7 +210,8 @@ def _assignments(source: str) -> Iterator[Setting]:
 
 def _page(title: str, folder: Path, found: Sequence[Executed]) -> str:
     contents = "".join(
-        f'<li><a href="#n{number}">{html.escape(one.title)}</a>{" — failed" if one.failure else ""}</li>'
+        f'<li><a href="#n{number}">{html.escape(one.title)}</a> '
+        f"<small>{html.escape(_folder_of(one, folder))}</small>{' — failed' if one.failure else ''}</li>"
         for number, one in enumerate(found)
     )
     sections = "".join(_section(number, one, folder) for number, one in enumerate(found))
@@ -215,11 +223,18 @@ def _page(title: str, folder: Path, found: Sequence[Executed]) -> str:
     )
 
 
+def _folder_of(one: Executed, folder: Path) -> str:
+    """The stage's folder: one notebook may have run several times."""
+    parent = one.path.parent.relative_to(folder).as_posix()
+    return "" if parent == "." else parent
+
+
 def _section(number: int, one: Executed, folder: Path) -> str:
     place = one.path.relative_to(folder).as_posix()
     failure = f'<p class="failure">A cell failed: {html.escape(one.failure)}</p>' if one.failure else ""
     return (
-        f'<section id="n{number}"><h2>{html.escape(one.title)}</h2>'
+        f'<section id="n{number}"><h2>{html.escape(one.title)} '
+        f"<small>{html.escape(_folder_of(one, folder))}</small></h2>"
         f'<p>Executed notebook: <a href="{quote(place)}">{html.escape(place)}</a></p>{failure}'
         f"{_settings_html(one.settings)}{''.join(_content_html(one.content))}</section>"
     )
@@ -275,5 +290,5 @@ caption{text-align:left;font-weight:600;padding:.3rem 0}
 th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:left;vertical-align:top;
 white-space:pre-wrap}
 th{background:var(--soft)}.number{text-align:right;font-variant-numeric:tabular-nums}
-summary{cursor:pointer}.failure{color:var(--bad);font-weight:600}
+small{font-weight:400;opacity:.7;font-size:.75em}summary{cursor:pointer}.failure{color:var(--bad);font-weight:600}
 """
