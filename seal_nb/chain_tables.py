@@ -46,7 +46,7 @@ class ExperimentSettings:
     shuffle: bool = False  # the published order of a dataset that is not in that order yet
 
 
-# 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone, hence all linear layers;
+# 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone, hence all linear;
 # half the published rank, and fewer epochs at a higher rate, for the time.
 DEMO = ExperimentSettings(
     model="embedded",

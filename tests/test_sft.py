@@ -1,0 +1,87 @@
+"""SFT of a ReST-EM round on a tiny model: completion-only loss, a merged model folder, resume, bad files refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from seal_nb.errors import DataError, SettingsError
+from seal_nb.sft import IGNORED, SftSettings, example, read_sft_rows, train_sft
+from tests.ttt.tiny import save_tiny_model
+
+ROWS = [
+    {"prompt": "List implications of: the lamp.\n", "completion": "1. There is a lamp."},
+    {"prompt": "List implications of: the hill.\n", "completion": "1. There is a hill."},
+]
+SETTINGS = SftSettings(
+    lora_rank=8, lora_alpha=16, epochs=30, learning_rate=2e-2, gradient_accumulation_steps=1
+)
+
+
+def sft_file(folder: Path, rows: list[dict] = ROWS) -> Path:
+    path = folder / "sft_best1of2_x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def completion_loss(folder: Path) -> float:
+    """Mean loss per completion token of the model in `folder`, by transformers alone."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for row in ROWS:
+        one = example(tokenizer, row, 2048)
+        ids, labels = torch.tensor([one["input_ids"]]), torch.tensor([one["labels"]])
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=labels).loss))
+    return sum(losses) / len(losses)
+
+
+def test_training_lowers_the_loss_of_the_completions_in_a_plain_merged_model(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    done = train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=SETTINGS)
+    assert (done.n_steps, done.n_examples, len(done.losses)) == (60, 2, 60)
+    assert completion_loss(done.model_dir) < completion_loss(base) / 2
+    assert not list(done.model_dir.glob("adapter*")), "merged, not an adapter"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "next", "sft_best1of2_x.jsonl"]
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    few = SftSettings(lora_rank=4, lora_alpha=8, epochs=2, gradient_accumulation_steps=1)
+    models = [
+        train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / name, settings=few).model_dir
+        for name in ("a", "b")
+    ]
+    first, again = (AutoModelForCausalLM.from_pretrained(m).state_dict() for m in models)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_loss_is_on_the_completion_and_its_end_only(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "base"))
+    one = example(tokenizer, ROWS[0], 2048)
+    n_prompt = len(tokenizer(ROWS[0]["prompt"])["input_ids"])
+    assert one["labels"][:n_prompt] == [IGNORED] * n_prompt
+    assert one["labels"][n_prompt:] == one["input_ids"][n_prompt:]
+    assert one["labels"][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "no row"),
+        ([ROWS[0], {"prompt": "p"}], "line 2.*completion"),
+        ([{"prompt": 1, "completion": "c"}], "prompt"),
+    ],
+)
+def test_a_file_that_is_not_one_is_refused_with_line_and_field(
+    tmp_path: Path, rows: list[dict], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        read_sft_rows(sft_file(tmp_path, rows))
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(SettingsError, match="finetune_lr is 0"):
+        SftSettings(learning_rate=0)
