@@ -65,9 +65,12 @@ def read_sft_rows(path: Path) -> list[dict[str, str]]:
     """Rows {prompt, completion} of an SFT file. Raises DataError with path, line and field."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"is not JSON ({error})", path=path, item=f"line {number}") from error
         for field in ("prompt", "completion"):
-            if not isinstance(row.get(field), str):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise DataError("must be a text", path=path, item=f"line {number}", field=field)
         rows.append(row)
     if not rows:

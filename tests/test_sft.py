@@ -1,4 +1,4 @@
-"""SFT of a ReST-EM round on a tiny model: completion-only loss, a merged model folder, resume, bad files refused."""
+"""SFT of a round on a tiny model: completion-only loss, a merged folder, resume, bad files refused."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from seal_nb import sft
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.sft import IGNORED, SftSettings, example, read_sft_rows, train_sft
 from tests.ttt.tiny import save_tiny_model
@@ -71,6 +72,7 @@ def test_loss_is_on_the_completion_and_its_end_only(tmp_path: Path) -> None:
     ("rows", "said"),
     [
         ([], "no row"),
+        (["not an object"], "line 1"),
         ([ROWS[0], {"prompt": "p"}], "line 2.*completion"),
         ([{"prompt": 1, "completion": "c"}], "prompt"),
     ],
@@ -80,6 +82,26 @@ def test_a_file_that_is_not_one_is_refused_with_line_and_field(
 ) -> None:
     with pytest.raises(DataError, match=said):
         read_sft_rows(sft_file(tmp_path, rows))
+
+
+def test_an_interrupted_training_resumes_to_the_model_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    few = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_steps=1)
+    whole = train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "whole", settings=few)
+
+    def pulled_plug(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sft, "_save_merged", pulled_plug)
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "cut", settings=few)
+    assert not (tmp_path / "cut").exists()
+    resumed = train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "cut", settings=few)
+    models = [AutoModelForCausalLM.from_pretrained(done.model_dir).state_dict() for done in (whole, resumed)]
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
 
 
 def test_impossible_settings_are_refused() -> None:
