@@ -129,8 +129,11 @@ def test_cpt_trains_one_adapter_for_all_passages(endpoint: str, tmp_path: Path) 
     assert len(written["per_passage"]) == 4
 
 
-def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(endpoint: str, tmp_path: Path) -> None:
-    run("06_continual_self_edits", tmp_path, endpoint=endpoint, n_sequences=3, n_datapoints=3)
+@pytest.mark.parametrize("arm", ["self_edits", "hand_written"])
+def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(
+    endpoint: str, tmp_path: Path, arm: str
+) -> None:
+    run("06_continual_self_edits", tmp_path, endpoint=endpoint, n_sequences=3, n_datapoints=3, arm=arm)
     summary = json.loads((tmp_path / "summary_continual.json").read_text())
     assert summary["mean_over_sequences"] == [
         [0.0, 0.0, 0.0],

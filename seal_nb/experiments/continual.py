@@ -14,8 +14,13 @@ from typing import Any
 
 from seal_nb.errors import RemoteError, SettingsError
 from seal_nb.experiments.cpt import split_by_passage
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import eval_questions, identified
+from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
+from seal_nb.experiments.single_passage import (
+    SinglePassageSettings,
+    eval_questions,
+    identified,
+    self_edit_texts,
+)
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
@@ -31,6 +36,7 @@ class ContinualSettings:
 
     n_sequences: int = 8
     n_datapoints: int = 8  # passages of a sequence
+    arm: Arm = "self_edits"  # written by the model with all edits so far; the other arms are given texts
     prompt_key: str = "implications"
     max_tokens: int = 8192  # of one self-edit
     temperature: float = 1.0
@@ -42,6 +48,8 @@ class ContinualSettings:
     def __post_init__(self) -> None:
         if self.n_sequences < 1 or self.n_datapoints < 1:
             raise SettingsError(f"{self.n_sequences=}, {self.n_datapoints=}: both must be at least 1")
+        if self.arm not in ARMS:
+            raise SettingsError(f"arm={self.arm!r}: known are {', '.join(ARMS)}")
 
 
 def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> list[list[Passage]]:
@@ -107,6 +115,27 @@ def edit_request(
     # Named after what it is, so that no two edits share a name and a resumed run finds its own.
     name = f"edit-{identified(request, model_id).request_id}"
     return identified(request.model_copy(update={"adapter_name": name}), model_id)
+
+
+def texts_of_step(
+    client: TTTClient,
+    journal: Journal,
+    sequences: Sequence[Sequence[Passage]],
+    stacks: Sequence[Sequence[str]],
+    settings: ContinualSettings,
+    *,
+    model_id: str,
+) -> list[str]:
+    """What the next edit of each sequence is trained on: new self-edits, or the texts of the arm."""
+    step = len(stacks[0])
+    if settings.arm != "self_edits":
+        given = SinglePassageSettings(arm=settings.arm)
+        return [self_edit_texts(sequence[step], step, given)[0] for sequence in sequences]
+    requests = [
+        self_edit_request(number, sequence[step], stacks[number], settings, model_id=model_id)
+        for number, sequence in enumerate(sequences)
+    ]
+    return write_self_edits(client, requests, journal)
 
 
 def write_self_edits(client: TTTClient, requests: Sequence[GenerateRequest], journal: Journal) -> list[str]:
