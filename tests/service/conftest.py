@@ -12,7 +12,7 @@ from seal_nb.service.client import TTTClient
 from seal_nb.service.launch import TTTServer
 
 STUB = "tests.service.stub_loop:load"
-HASTE = {"lease_s": 2.0, "drain_s": 5.0, "start_timeout_s": 60.0}
+HASTE = {"lease_s": 2.0, "drain_s": 5.0, "start_timeout_s": 60.0, "n_slots": 4}
 
 
 @pytest.fixture
