@@ -192,6 +192,7 @@ class _Round:
             parameters={
                 **self._asked(f"{self.label}_self_edits", n=self.settings.n_val, k=1),
                 "arms": ",".join(ARMS),
+                "batch_size": 4,  # published
             },
             needs=(f"{self.label}_self_edits", f"{self.label}_server"),
             produces=tuple(f"cpt_run_{arm}.json" for arm in ARMS),
