@@ -36,6 +36,7 @@ lab: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.inner_loop
+	@$(BIN)/python -m benchmarks.service_load
 
 lint: $(STAMP)
 	@$(LINT)
