@@ -1,9 +1,13 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Before torch is imported here or in a child: many small processes with many threads each are far slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("shared machine", deadline=None, max_examples=60)
 settings.load_profile("shared machine")
