@@ -25,6 +25,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "SmolLM2-135M-Instruct"
 
+CONFIG_FILES = ("config.json", "tokenizer_config.json")
+PLACE_KEYS = {"_name_or_path", "name_or_path"}  # where a copy came from, nothing about the model
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+WHOLE_FILE_BYTES = 2 * 2**30  # a minute of hashing for a 7B model otherwise, in every worker
+SLICE_BYTES = 64 * 2**10
+
 
 def cache_dir() -> Path:
     """`$SEAL_NB_CACHE`, else `seal-nb` in the user's cache folder."""
@@ -110,22 +117,43 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def model_identity(folder: str) -> str:
-    """Names the weights: 16 hexadecimal digits over configuration, weight files' names, sizes, first and
-    last MiB.
+    """Names a model: 16 hexadecimal digits over its configuration, all its weights and its tokenizer.
 
-    For a hub name, the name itself. Two folders with the same weights have the same identity."""
+    For a hub name, the name itself. Two folders with the same files have the same identity, whatever they
+    are called. Of a safetensors file beyond 2 GiB, a slice of every tensor stands for the tensor."""
     path = Path(folder)
     if not path.is_dir():
         return folder
     digest = hashlib.sha256()
-    config = json.loads((path / "config.json").read_text())
-    digest.update(
-        json.dumps({k: v for k, v in config.items() if k != "_name_or_path"}, sort_keys=True).encode()
-    )
-    for file in sorted(path.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as data:
-            digest.update(data.read(2**20))
-            data.seek(max(0, file.stat().st_size - 2**20))
-            digest.update(data.read())
+    for name in CONFIG_FILES:
+        if (path / name).is_file():
+            config = json.loads((path / name).read_text(encoding="utf-8"))
+            said = {key: value for key, value in config.items() if key not in PLACE_KEYS}
+            digest.update(f"{name} {json.dumps(said, sort_keys=True)}\n".encode())
+    for file in sorted(file for pattern in WEIGHT_FILES + TOKENIZER_FILES for file in path.glob(pattern)):
+        digest.update(f"{file.name} {file.stat().st_size} {_file_digest(file)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    if path.suffix == ".safetensors" and path.stat().st_size > WHOLE_FILE_BYTES:
+        return _tensor_slices_digest(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensor_slices_digest(path: Path) -> str:
+    """Over the header and the middle 64 KiB of every tensor: any training moves all of a tensor.
+
+    Format: https://huggingface.co/docs/safetensors, eight bytes of header length, JSON header, data.
+    """
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest, start = hashlib.sha256(header), file.tell()
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for entry in tensors.values():
+            first, end = entry["data_offsets"]
+            length = min(SLICE_BYTES, end - first)
+            file.seek(start + first + (end - first - length) // 2)
+            digest.update(file.read(length))
+    return digest.hexdigest()
