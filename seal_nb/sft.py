@@ -3,12 +3,12 @@
 SEAL, arXiv 2506.10943, section 3.1 and appendix B: loss on the completion only, rank 64, alpha 128, all
 linear layers, 2 epochs, learning rate 3e-4. transformers' Trainer and PEFT do the work. The completion ends
 with EOS, so that the model learns where a self-edit stops. The model folder appears whole or not at all; an
-interrupted training resumes from its last checkpoint."""
+interrupted training resumes from its last whole checkpoint, if rows, settings and model are the same."""
 
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.models import resolve_model
+from seal_nb.models import model_identity, resolve_model
+from seal_nb.runs import content_id
 
 IGNORED = -100
 
@@ -108,24 +108,50 @@ def train_sft(
     torch.set_num_threads(n_threads)
     folder = resolve_model(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = [example(tokenizer, row, settings.max_seq_length) for row in read_sft_rows(sft_file)]
+    texts = read_sft_rows(sft_file)
+    rows = [example(tokenizer, row, settings.max_seq_length) for row in texts]
     torch.manual_seed(settings.seed)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     stored_dtype = _stored_dtype(folder)
     peft_model = get_peft_model(base, _lora(settings))
-    checkpoints = model_dir.with_name(f"{model_dir.name}.checkpoints")
+    checkpoints = _own_checkpoints(model_dir, [texts, asdict(settings), model_identity(folder)])
     trainer = Trainer(
         model=peft_model, args=_arguments(settings, checkpoints), train_dataset=rows, data_collator=_collate
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
     _save_merged(peft_model.merge_and_unload().to(stored_dtype), tokenizer, model_dir)
     shutil.rmtree(checkpoints, ignore_errors=True)
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     return SftResult(
         model_dir=model_dir, losses=losses, n_steps=trainer.state.global_step, n_examples=len(rows)
     )
+
+
+def _own_checkpoints(model_dir: Path, made_from: object) -> Path:
+    """The folder for checkpoints of just this training; those of other rows or settings are removed."""
+    stem = f"{model_dir.name}.checkpoints"
+    own = model_dir.with_name(f"{stem}-{content_id(made_from)}")
+    own.mkdir(parents=True, exist_ok=True)
+    for folder in own.parent.iterdir():
+        if folder.name.startswith(stem) and folder != own:
+            shutil.rmtree(folder)
+    return own
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end; trainer_state.json is the last file of one."""
+    whole = [
+        path for path in checkpoints.glob("checkpoint-*") if _is_json_object(path / "trainer_state.json")
+    ]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _lora(settings: SftSettings) -> LoraConfig:

@@ -1,7 +1,9 @@
 """SFT of a round on a tiny model: completion-only loss, a merged folder, resume, bad files refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,12 +86,18 @@ def test_a_file_that_is_not_one_is_refused_with_line_and_field(
         read_sft_rows(sft_file(tmp_path, rows))
 
 
-def test_an_interrupted_training_resumes_to_the_model_of_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = save_tiny_model(tmp_path / "base")
-    few = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_steps=1)
-    whole = train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "whole", settings=few)
+FEW = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_steps=1)
+
+
+def trained(
+    base: Path, folder: Path, name: str, rows: list[dict] = ROWS, settings: SftSettings = FEW
+) -> Path:
+    file = sft_file(folder, rows)
+    return train_sft(file, model=str(base), model_dir=folder / name, settings=settings).model_dir
+
+
+def cut_short(base: Path, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **what: Any) -> Path:
+    """A training whose process dies before the model is written; gives its folder of checkpoints."""
 
     def pulled_plug(*_: object) -> None:
         raise KeyboardInterrupt
@@ -97,11 +105,51 @@ def test_an_interrupted_training_resumes_to_the_model_of_an_uninterrupted_one(
     with monkeypatch.context() as broken:
         broken.setattr(sft, "_save_merged", pulled_plug)
         with pytest.raises(KeyboardInterrupt):
-            train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "cut", settings=few)
-    assert not (tmp_path / "cut").exists()
-    resumed = train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "cut", settings=few)
-    models = [AutoModelForCausalLM.from_pretrained(done.model_dir).state_dict() for done in (whole, resumed)]
-    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
+            trained(base, folder, name, **what)
+    assert not (folder / name).exists()
+    (checkpoints,) = folder.glob(f"{name}.checkpoints*")
+    return checkpoints
+
+
+def are_equal(first: Path, second: Path) -> bool:
+    one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_interrupted_training_resumes_to_the_model_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    whole = trained(base, tmp_path, "whole")
+    cut_short(base, tmp_path, "cut", monkeypatch)
+    assert are_equal(whole, trained(base, tmp_path, "cut"))
+
+
+@pytest.mark.parametrize(
+    "other", [{"rows": ROWS[::-1]}, {"settings": replace(FEW, learning_rate=1e-2)}], ids=["rows", "settings"]
+)
+def test_a_training_on_something_else_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    whole = trained(base, tmp_path, "whole")
+    cut_short(base, tmp_path, "cut", monkeypatch, **other)
+    assert are_equal(whole, trained(base, tmp_path, "cut"))
+    assert not list(tmp_path.glob("cut.checkpoints*"))
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 6, "log_hi'])
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str | None
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    whole = trained(base, tmp_path, "whole")
+    checkpoints = cut_short(base, tmp_path, "cut", monkeypatch)
+    (checkpoint,) = checkpoints.glob("checkpoint-*")
+    (checkpoint / "trainer_state.json").unlink()
+    if state:
+        (checkpoint / "trainer_state.json").write_text(state)
+    assert are_equal(whole, trained(base, tmp_path, "cut"))
 
 
 def test_impossible_settings_are_refused() -> None:
