@@ -17,6 +17,7 @@ class Question:
     stack: tuple[str, ...]
     prompt: str
     max_new_tokens: int
+    special_tokens: bool = True  # False: a chat template has put them in
 
 
 @dataclass

@@ -38,7 +38,9 @@ from seal_nb.ttt.score import ScoreRow, score
 
 Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
-ADAPTERS_KEPT = 64  # in memory, by name; the rest are read from disk again
+ADAPTER_BYTES_KEPT = 4 * 2**30  # in memory, by name; the rest are read from disk again
+ANSWER_STEPS_A_PASS = 64
+REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
 
 
 class InnerLoop:
@@ -55,6 +57,7 @@ class InnerLoop:
         self.kept: OrderedDict[str, Adapter] = OrderedDict()  # by identity
         self.done: deque[Reply] = deque()
         self.answering = False
+        self.n_answer_steps = 0
         self.n_done = 0
 
     @property
@@ -85,11 +88,17 @@ class InnerLoop:
         request only."""
         if request.request_id is None or request.seed is None:
             raise SettingsError("request_id and seed must be set before a request reaches the inner loop")
+        if len(set(request.adapter_stack)) < len(request.adapter_stack):
+            raise SettingsError(f"adapter_stack is {request.adapter_stack}; name each adapter once")
         stack = dict(map(self._adapter, request.adapter_stack))
-        if isinstance(request, GenerateRequest):
-            self._generate(request, tuple(stack.values()))
-        else:
-            self._evaluate(request, stack)
+        try:
+            if isinstance(request, GenerateRequest):
+                self._generate(request, tuple(stack.values()))
+            else:
+                self._evaluate(request, stack)
+        except BaseException:
+            self.cancel(request.request_id)  # nothing of a refused request stays behind
+            raise
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free what it holds. Answers of the base that others wait for go on."""
@@ -97,10 +106,11 @@ class InnerLoop:
         self.generations.pop(request_id, None)
         self.trainer.cancel(request_id)
         self.decoder.cancel({key for key in self._keys() if key[0] == request_id})
+        self.done = deque(reply for reply in self.done if reply.request_id != request_id)
 
     def advance(self) -> list[Reply]:
         """One pass of training or one token for every row being answered; replies that are complete."""
-        if self._answer_now():
+        if self._answer_now() and not self._train_in_between():
             for decoded in self.decoder.step():
                 self._decoded(decoded)
         elif self.trainer.busy:
@@ -118,6 +128,11 @@ class InnerLoop:
         self.answering = rows > 0 and (self.answering or enough)
         return self.answering
 
+    def _train_in_between(self) -> bool:
+        """A steady stream of texts must not stop training: one pass after so many tokens of all rows."""
+        self.n_answer_steps += 1
+        return self.trainer.busy and self.n_answer_steps % ANSWER_STEPS_A_PASS == 0
+
     def _keys(self) -> list[Key]:
         rows = [*self.decoder.waiting, *(lane.row for lane in self.decoder.live)]
         return [cast(Key, row.key) for row in rows]
@@ -127,7 +142,7 @@ class InnerLoop:
         if job is not None:
             self.base.layout(job.lora)  # refuses unknown targets now
         prompts = [self._prompt(request, q.title, q.question) for q in request.eval_questions]
-        questions = [Question(tuple(stack), p, request.max_new_tokens) for p in prompts]
+        questions = [Question(tuple(stack), p, request.max_new_tokens, not request.chat) for p in prompts]
         evaluation = Evaluation(request, questions, tuple(stack.values()))
         self.evaluations[str(request.request_id)] = evaluation
         if not request.skip_baseline:
@@ -149,24 +164,36 @@ class InnerLoop:
             if known is not None:
                 evaluation.baseline[i] = known
             elif question not in self.baselines:
-                self.baselines[question] = None
                 self._ask(("", question), question, evaluation.stack)
+                self.baselines[question] = None
 
     def _ask(self, key: Key, question: Question, adapters: tuple[Adapter, ...]) -> None:
-        ids = self.base.encode(question.prompt)
-        self.decoder.submit(
-            DecodeRow(key=key, token_ids=ids, adapters=adapters, max_new_tokens=question.max_new_tokens)
-        )
+        ids = self._prompt_ids(question)
+        room = self._room(len(ids), question.max_new_tokens)
+        self.decoder.submit(DecodeRow(key=key, token_ids=ids, adapters=adapters, max_new_tokens=room))
+
+    def _prompt_ids(self, question: Question) -> list[int]:
+        return self.base.encode(question.prompt, special_tokens=question.special_tokens)
+
+    def _room(self, n_prompt: int, max_tokens: int) -> int:
+        """New tokens that fit into the model's context after the prompt."""
+        context = self.base.model.config.max_position_embeddings
+        if n_prompt >= context:
+            raise SettingsError(
+                f"a prompt has {n_prompt} tokens and the model's context {context}; shorten it"
+            )
+        return min(max_tokens, context - n_prompt)
 
     def _generate(self, request: GenerateRequest, stack: tuple[Adapter, ...]) -> None:
         request_id = str(request.request_id)
         self.generations[request_id] = Generation(request)
         for i, prompt in enumerate(request.prompts):
+            ids = self.base.encode(prompt)
             row = DecodeRow(
                 key=(request_id, i),
-                token_ids=self.base.encode(prompt),
+                token_ids=ids,
                 adapters=stack,
-                max_new_tokens=request.max_tokens,
+                max_new_tokens=self._room(len(ids), request.max_tokens),
                 temperature=request.temperature,
                 top_p=request.top_p,
                 seed=(int(request.seed or 0) + i) % 2**63,
@@ -182,19 +209,29 @@ class InnerLoop:
             self._fail(trained.job.name, SettingsError(trained.error))
             return
         evaluation.trained, evaluation.trained_s = trained, time.monotonic()
-        name = evaluation.request.adapter_name
-        if name is not None:
-            folder = self.settings.adapters_dir / name
-            save_adapter(trained.adapter, folder, base_model=self.base.name)
-            self._keep(_identity(folder), trained.adapter)
+        try:
+            self._use(evaluation, trained.adapter)
+        except REQUEST_FAULTS as error:  # a full disk, a prompt too long
+            self._fail(trained.job.name, error)
+        else:
+            self._finish_complete(trained.job.name)
+
+    def _use(self, evaluation: Evaluation, adapter: Adapter) -> None:
+        """Keep the adapter where a name is given, and ask it the questions."""
+        request = evaluation.request
+        if request.adapter_name is not None:
+            folder = self.settings.adapters_dir / request.adapter_name
+            save_adapter(adapter, folder, base_model=self.base.name)
+            self._keep(_identity(folder), adapter)
             evaluation.adapter_path = str(folder)
         for i, question in enumerate(evaluation.questions):
-            self._ask((trained.job.name, i), question, (*evaluation.stack, trained.adapter))
-        self._finish_complete(trained.job.name)
+            self._ask((str(request.request_id), i), question, (*evaluation.stack, adapter))
 
     def _decoded(self, decoded: Decoded) -> None:
         request_id, place = cast(Key, decoded.key)
-        if isinstance(place, Question):
+        if decoded.error:
+            self._not_generated(request_id, place, decoded.error)
+        elif isinstance(place, Question):
             self.baselines[place] = decoded.text.strip()
             for other_id, evaluation in list(self.evaluations.items()):
                 self._baseline_came(other_id, evaluation, place)
@@ -203,6 +240,16 @@ class InnerLoop:
         elif request_id in self.evaluations:
             self.evaluations[request_id].answers[place] = decoded.text.strip()
             self._finish_complete(request_id)
+
+    def _not_generated(self, request_id: str, place: "int | Question", error: str) -> None:
+        """Fail the request, or all that wait for this answer of the base."""
+        concerned = [request_id]
+        if isinstance(place, Question):
+            del self.baselines[place]
+            concerned = [i for i, e in self.evaluations.items() if place in e.questions and e.n_baseline]
+        for one in concerned:
+            if one in self.evaluations or one in self.generations:
+                self._fail(one, SettingsError(error))
 
     def _baseline_came(self, request_id: str, evaluation: Evaluation, question: Question) -> None:
         if evaluation.request.skip_baseline:
@@ -225,14 +272,15 @@ class InnerLoop:
             return
         try:
             reply = self._reply(evaluation)
-        except SealError as error:
+        except REQUEST_FAULTS as error:
             self._fail(request_id, error)
         else:
             del self.evaluations[request_id]
             self.done.append(reply)
 
     def _fail(self, request_id: str, error: Exception) -> None:
-        request = self.evaluations.pop(request_id).request
+        request = (self.evaluations.pop(request_id, None) or self.generations.pop(request_id)).request
+        self.cancel(request_id)
         trace = "".join(traceback.format_exception(error)) if request.traceback else None
         self.done.append(error_reply(error, request_id=request_id, traceback=trace))
 
@@ -267,7 +315,7 @@ class InnerLoop:
 
     def _scores(self, evaluation: Evaluation) -> tuple[list[float], list[float], list[int]]:
         """Log-probability of each gold answer, without and with the adapter, and its number of tokens."""
-        prompts = [self.base.encode(q.prompt) for q in evaluation.questions]
+        prompts = [self._prompt_ids(q) for q in evaluation.questions]
         golds = [
             self.base.tokenizer(q.answer, add_special_tokens=False)["input_ids"]
             for q in evaluation.request.eval_questions
@@ -294,14 +342,13 @@ class InnerLoop:
         """A kept adapter and its identity; another worker may have made it, or made it anew."""
         folder = self.settings.adapters_dir / name
         identity = _identity(folder)
-        if identity not in self.kept:
-            self._keep(identity, self.base.load_adapter(folder))
+        self._keep(identity, self.kept.get(identity) or self.base.load_adapter(folder))
         return identity, self.kept[identity]
 
     def _keep(self, identity: str, adapter: Adapter) -> None:
         self.kept[identity] = adapter
         self.kept.move_to_end(identity)
-        while len(self.kept) > ADAPTERS_KEPT:
+        while len(self.kept) > 1 and sum(a.n_bytes for a in self.kept.values()) > ADAPTER_BYTES_KEPT:
             self.kept.popitem(last=False)
 
 
@@ -320,4 +367,11 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     torch.set_num_threads(settings.n_threads)
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
-    return InnerLoop(base, make_grader(settings.grader), settings, model_id=model_identity(folder))
+    grader = make_grader(settings.grader)
+    return InnerLoop(base, grader, settings, model_id=served_identity(base, grader, settings, folder))
+
+
+def served_identity(base: FrozenBase, grader: Grader, settings: InnerLoopSettings, folder: str) -> str:
+    """Names all that a result depends on besides its request: weights, dtype, grader, longest sequence."""
+    dtype = str(base.dtype).removeprefix("torch.")
+    return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}"

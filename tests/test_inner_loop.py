@@ -24,7 +24,7 @@ def loop(tmp_path: Path) -> InnerLoop:
     folder = save_tiny_model(tmp_path / "model")
     torch.set_num_threads(1)
     settings = InnerLoopSettings(
-        model=str(folder), device="cpu", n_slots=2, adapters_dir=tmp_path / "adapters"
+        model=str(folder), device="cpu", dtype="float32", n_slots=2, adapters_dir=tmp_path / "adapters"
     )
     return load_inner_loop(settings)
 
@@ -122,6 +122,54 @@ def test_unknown_targets_are_refused_with_the_names_the_model_has(loop: InnerLoo
 def test_a_mask_that_covers_everything_is_an_error_not_a_silent_zero(loop: InnerLoop) -> None:
     reply = run(loop, request("a", end_mask_substring="the hill", train_sequences=["on the hill"]))["a"]
     assert isinstance(reply, ErrorReply) and "end_mask_substring" in reply.error
+
+
+def test_a_full_disk_fails_the_request_and_not_the_process(
+    loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("seal_nb.inner_loop.save_adapter", no_space)
+    replies = run(loop, request("a", adapter_name="kept"), request("b"))
+    assert isinstance(replies["a"], ErrorReply) and "No space left" in replies["a"].error
+    assert isinstance(replies["b"], TTTReply)
+
+
+def test_a_refused_request_leaves_nothing_behind(loop: InnerLoop) -> None:
+    endless = [{"title": "T", "question": "what is it " * 500, "answer": "a"}]
+    with pytest.raises(SettingsError, match="context 4096"):
+        loop.submit(request("a", eval_questions=[*QUESTIONS, *endless]))
+    assert not loop.evaluations
+    replies = run(loop, request("b"))  # asks what the refused one had begun to ask
+    assert isinstance(replies["b"], TTTReply) and list(replies) == ["b"]
+
+
+def test_a_cancelled_id_asked_again_gets_the_new_content_only(loop: InnerLoop) -> None:
+    run(loop, request("known", skip_training=True))
+    loop.submit(request("x", skip_training=True))  # complete at once, not handed over yet
+    loop.cancel("x")
+    loop.submit(request("x", eval_questions=QUESTIONS[:1], skip_training=True))
+    assert [len(reply.gains) for reply in loop.advance()] == [1]  # type: ignore[union-attr]
+
+
+def test_an_adapter_is_stacked_once(loop: InnerLoop) -> None:
+    run(loop, request("a", adapter_name="first"))
+    with pytest.raises(SettingsError, match="once"):
+        loop.submit(request("b", adapter_stack=["first", "first"]))
+
+
+def test_a_steady_stream_of_texts_does_not_stop_training(loop: InnerLoop) -> None:
+    loop.submit(request("train", finetune_epochs=3, eval_questions=[]))
+    replies: list[str] = []
+    for i in range(400):
+        if len(loop.generations) < 2:
+            ask = GenerateRequest(request_id=f"g{i}", prompts=["on and on "] * 20, max_tokens=40, seed=i)
+            loop.submit(ask)
+        replies += [str(reply.request_id) for reply in loop.advance()]
+        if "train" in replies:
+            return
+    raise AssertionError(f"400 slices and no training; {len(replies)} texts")
 
 
 def test_cancel_frees_the_slot_and_the_rest_goes_on(loop: InnerLoop) -> None:

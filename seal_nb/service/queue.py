@@ -10,6 +10,7 @@ time.
 """
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -60,8 +61,8 @@ class Lost:
 class JobQueue:
     """See the module. Jobs are known by key, workers by their socket identity."""
 
-    def __init__(self, *, lease_s: float = 30.0, max_tries: int = 3) -> None:
-        self.lease_s, self.max_tries = lease_s, max_tries
+    def __init__(self, *, lease_s: float = 30.0, max_tries: int = 3, n_expected: int = 0) -> None:
+        self.lease_s, self.max_tries, self.n_expected = lease_s, max_tries, n_expected
         self.jobs: dict[str, Job] = {}
         self.workers: dict[bytes, Worker] = {}
         self.queued_bytes = 0
@@ -173,8 +174,17 @@ class JobQueue:
         return job
 
     def _freest(self) -> bytes | None:
-        candidates = [i for i, w in self.workers.items() if w.free > 0 and i != self._reserved]
+        share = self._share()
+        candidates = [
+            i for i, w in self.workers.items() if w.free > 0 and len(w.jobs) < share and i != self._reserved
+        ]
         return max(candidates, key=lambda i: self.workers[i].free, default=None)
+
+    def _share(self) -> float:
+        """While expected workers still load, a worker takes its share only, and leaves them theirs."""
+        if len(self.workers) >= self.n_expected:
+            return math.inf
+        return math.ceil(len(self.jobs) / self.n_expected)
 
     def _wait(self, job: Job) -> None:
         self.queued_bytes += len(job.payload)

@@ -156,7 +156,8 @@ class Server:
     def _front_end(self) -> FrontEnd:
         s = self.settings
         desk = Desk(
-            queue=JobQueue(lease_s=s.lease_s, max_tries=s.max_tries), meter=Meter(time.monotonic()),
+            queue=JobQueue(lease_s=s.lease_s, max_tries=s.max_tries, n_expected=s.n_workers),
+            meter=Meter(time.monotonic()),
             results=self.results, counts=self.counts,
             limits=s.limits, seed=s.seed, server_id=self.server_id,
         )  # fmt: skip

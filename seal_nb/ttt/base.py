@@ -96,8 +96,9 @@ class FrozenBase:
             folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device
         )
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+        return ids
 
     def hidden(
         self, rows: Sequence[RowTokens], segments: Sequence[Segment], *, attend: Attend | None = None

@@ -40,15 +40,16 @@ class DecodeRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """A generated text. finish_reason: "stop" (EOS or a stop text) or "length"."""
+    """A generated text. finish_reason: "stop" (EOS or a stop text), "length", or "failed" with an `error`."""
 
     key: Hashable
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
+    error: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Live:
     """A row in the batch: its new tokens so far, and its own uniform draws if it samples."""
 
@@ -68,12 +69,16 @@ class GroupedDecoder:
         self.live: list[_Live] = []
         self.cache = _Cache([], [], torch.zeros(0, dtype=torch.long))
         self.n_tokens = 0
+        self.ranks: dict[tuple[int, ...], int] = {}
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.live)
 
     def submit(self, row: DecodeRow) -> None:
+        if not self.busy:
+            self.ranks.clear()
+        self.ranks.setdefault(row.group, len(self.ranks))
         self.waiting.append(row)
 
     def cancel(self, keys: set[Hashable]) -> None:
@@ -85,13 +90,41 @@ class GroupedDecoder:
 
     @torch.no_grad()
     def step(self) -> list[Decoded]:
-        """Let waiting rows in where enough lanes are free, then one token for every live row."""
+        """Let waiting rows in where enough lanes are free, else one token for every live row.
+
+        Out of memory: all rows wait again, at most half as many at a time; each gives the text it would have
+        given. A row that does not fit alone comes back with `error`.
+        """
         finished = self._leave()
-        if self.waiting and len(self.live) <= self.max_rows * 3 // 4:
-            self._enter()
-        elif self.live:
-            self._advance()
-        return finished + self._leave()
+        entering = self._next_rows() if len(self.live) <= self.max_rows * 3 // 4 else []
+        try:
+            if entering:
+                self._enter(entering)
+            elif self.live:
+                self._advance()
+        except torch.OutOfMemoryError:
+            short = True
+        else:
+            short = False
+        return finished + (self._retreat(entering) if short else self._leave())
+
+    def _retreat(self, entering: list[_Live]) -> list[Decoded]:
+        lanes = self.live + [lane for lane in entering if lane not in self.live]
+        done = [self._decoded(lane) for lane in lanes if lane.finish_reason in ("stop", "length")]
+        rows = [lane.row for lane in lanes if not lane.finish_reason]
+        self.live, self.cache = [], _Cache([], [], torch.zeros(0, dtype=torch.long))
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(rows) == 1:
+            error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
+            return [
+                *done,
+                Decoded(key=rows[0].key, text="", token_ids=(), finish_reason="failed", error=error),
+            ]
+        self.waiting.extendleft(reversed(rows))
+        self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
+        self.prefill_tokens = max(1, self.prefill_tokens // 2)
+        return done
 
     def run(self) -> list[Decoded]:
         done: list[Decoded] = []
@@ -99,8 +132,8 @@ class GroupedDecoder:
             done += self.step()
         return done
 
-    def _enter(self) -> None:
-        """Prefill waiting rows, packed; each gets its first token and a place in the cache."""
+    def _next_rows(self) -> list[_Live]:
+        """Waiting rows for which there are lanes and prompt tokens, group by group."""
         new: list[_Live] = []
         tokens = 0
         while self.waiting and len(self.live) + len(new) < self.max_rows:
@@ -108,7 +141,14 @@ class GroupedDecoder:
                 break
             tokens += len(self.waiting[0].token_ids)
             new.append(_Live(self.waiting[0], _draws(self.waiting.popleft())))
-        new.sort(key=lambda lane: lane.row.group)
+        return sorted(new, key=self._rank)
+
+    def _rank(self, lane: _Live) -> int:
+        """Groups in the order in which they came, so that a batch is laid out alike in every process."""
+        return self.ranks[lane.row.group]
+
+    def _enter(self, new: list[_Live]) -> None:
+        """Prefill, packed; each row gets its first token and a place in the cache."""
         lengths = [len(lane.row.token_ids) for lane in new]
         prefill = _Prefill(make_rows(lengths, self.base.device), lengths)
         hidden = self.base.hidden(
@@ -118,23 +158,25 @@ class GroupedDecoder:
         )
         last = torch.tensor(lengths, device=self.base.device).cumsum(0) - 1
         self._append(new, hidden[last])
-        self.n_tokens += tokens
+        self.n_tokens += sum(lengths)
         self.cache = self.cache.joined(prefill.cache(self.base.device))
         self._reorder(self.live + new)
 
     def _reorder(self, lanes: list[_Live]) -> None:
         """Lanes group by group; the cache follows."""
-        order = sorted(range(len(lanes)), key=lambda i: lanes[i].row.group)
+        order = sorted(range(len(lanes)), key=lambda i: self._rank(lanes[i]))
         self.live = [lanes[i] for i in order]
         if order != list(range(len(order))):
             self.cache = self.cache.selected(order)
 
     def _advance(self) -> None:
-        ids = torch.tensor([lane.new_ids[-1] for lane in self.live], device=self.base.device)
+        """One token for every lane; finished ones that have not left yet run along, their cache unchanged."""
+        going = torch.tensor([not lane.finish_reason for lane in self.live], device=self.base.device)
+        ids = torch.tensor([(lane.new_ids or [0])[-1] for lane in self.live], device=self.base.device)
         room = max(len(lane.row.token_ids) + lane.row.max_new_tokens for lane in self.live)
         attend = self.cache.opened(room)
         hidden = self.base.run(ids, self.cache.lengths, _segments(self.live, [1] * len(self.live)), attend)
-        self.cache.lengths += 1
+        self.cache.lengths += going
         self._append(self.live, hidden)
 
     def _append(self, lanes: list[_Live], hidden: torch.Tensor) -> None:

@@ -121,7 +121,9 @@ def make_row(
 ) -> TrainRow:
     """Tokenise, truncate, mask and (where asked) pad one train sequence. `draws` gives the sampled padding
     positions."""
-    ids = list(tokenizer(text)["input_ids"])[: settings.max_seq_length]
+    padded = settings.padding_in_loss or settings.pad_samples > 0
+    longest = min(settings.max_seq_length, settings.pad_to) if padded else settings.max_seq_length
+    ids = list(tokenizer(text)["input_ids"])[:longest]
     if not ids:
         raise SettingsError(f"train sequence {text!r} has no token; leave it out")
     mark = (
@@ -130,7 +132,6 @@ def make_row(
         else []
     )
     start = max(masked_prefix(ids, mark), 1)  # the first token has nothing before it to be predicted from
-    padded = settings.padding_in_loss or settings.pad_samples > 0
     return _padded_row(tokenizer, ids, start, settings, draws) if padded else _plain_row(ids, start)
 
 
@@ -158,7 +159,9 @@ def _padded_row(
             "padding in the loss needs a tokenizer with an EOS token; use padding_in_loss=False"
         )
     n_real, eos = len(ids), tokenizer.eos_token_id
-    places = torch.arange(n_real, settings.pad_to - 1)  # padding positions that predict another padding token
+    places = torch.arange(
+        n_real, max(n_real, settings.pad_to - 1)
+    )  # padding positions that predict another padding token
     weight = 1.0
     if settings.pad_samples and len(places) > settings.pad_samples:
         weight = len(places) / settings.pad_samples

@@ -6,10 +6,11 @@ format are PEFT's (https://github.com/huggingface/peft): the same seed gives the
 `get_peft_model` gives, and what is saved here loads there and in vLLM. Does not run models; `branches` does
 that."""
 
+import contextlib
 import json
 import math
-import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +129,12 @@ class Adapter:
         self.scaling = settings.scaling
         self.compute = flat.to(compute_dtype)
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the weights and of their copy in the base's dtype."""
+        own = 0 if self.compute is self.flat else self.compute.nbytes
+        return self.flat.nbytes + own
+
     def delta(self, name: str) -> torch.Tensor:
         """What the adapter adds to the weight of `name`: (out, in), the adapter's dtype."""
         t = self.layout.by_name[name]
@@ -137,7 +144,7 @@ class Adapter:
 def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
     """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`; the folder appears whole or not
     at all."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for t in adapter.layout.targets:
@@ -158,8 +165,22 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
         inference_mode=True,
     )
     config.save_pretrained(str(partial))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    _swap(partial, folder)
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    """Put `partial` in the place of `folder`. Of several processes that do so at once, the last one stays."""
+    for _ in range(10):
+        try:
+            partial.rename(folder)
+        except OSError:  # one is there
+            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            return
+    raise OSError(f"adapter {folder.name!r} could not be put in place: other processes keep writing it")
 
 
 def load_adapter(

@@ -30,7 +30,7 @@ class _WeightedNll(torch.autograd.Function):
             p.mul_(weights[part, None].to(p.dtype))
             grad[part] = p.to(hidden.dtype) @ head.weight
         ctx.save_for_backward(grad)
-        nll = torch.cat(parts)
+        nll = torch.cat(parts) if parts else weights.new_zeros(0)
         ctx.mark_non_differentiable(nll)
         return (nll * weights.to(nll.dtype)).sum(), nll
 
@@ -53,6 +53,9 @@ def token_logprobs(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.T
     """Log-probability (M,) of each target under hidden (M, d)."""
     parts = []
     for i in range(0, len(targets), CHUNK):
-        logits = _logits(hidden[i : i + CHUNK], head)
+        # The product itself in float32: in bfloat16 it moves in steps of an eighth of a nat.
+        part, bias = hidden[i : i + CHUNK], head.bias
+        dtype = torch.promote_types(torch.float32, part.dtype)
+        logits = F.linear(part.to(dtype), head.weight.to(dtype), bias if bias is None else bias.to(dtype))
         parts.append(logits.gather(1, targets[i : i + CHUNK, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts) if parts else hidden.new_zeros(0)

@@ -128,6 +128,13 @@ class SlotTrainer:
                 self.slots.append(self._open(job, stack))
             except SettingsError as e:
                 self.failed.append(Trained(job=job, error=str(e)))
+            except torch.OutOfMemoryError:
+                if not self.slots:
+                    error = "out of memory for a single adapter; lower lora_rank or name fewer target_modules"
+                    self.failed.append(Trained(job=job, error=error))
+                    continue
+                self.waiting.appendleft((job, stack))
+                self.n_slots = len(self.slots)
 
     def _open(self, job: TrainJob, stack: tuple[Adapter, ...]) -> Slot:
         rows = job.rows(self.base.tokenizer, 0)
@@ -150,7 +157,9 @@ class SlotTrainer:
                 return bank
         alike = 1 + sum(self.base.layout(job.lora) == layout for job, _ in self.waiting)
         self.banks = [b for b in self.banks if len(b.free) < b.n]  # rooms that stand empty
-        self.banks.append(self.base.new_bank(layout, min(alike, self.n_slots - len(self.slots))))
+        room = self.n_slots - len(self.slots)
+        full = any(b.layout == layout for b in self.banks)  # more of its kind come one by one: no small banks
+        self.banks.append(self.base.new_bank(layout, room if full else min(alike, room)))
         return self.banks[-1]
 
     def _release(self, slots: list[Slot]) -> None:
@@ -175,24 +184,28 @@ class SlotTrainer:
 
         A micro-batch that fails twice although it is alone fails its job.
         """
+        n_tokens = sum(s.waiting_tokens for s in chosen)
         try:
             self._pass(chosen)
         except torch.OutOfMemoryError:
-            for slot in chosen:
-                slot.rewind_window()
-            if self.base.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.token_budget = max(1, min(self.token_budget, sum(s.waiting_tokens for s in chosen)) // 2)
-            if len(chosen) > 1:
-                return
-            (alone,) = chosen
-            alone.lone_failures += 1
-            if alone.lone_failures > 1:
-                n = alone.waiting_tokens
-                self._fail(alone, f"out of memory with {n} tokens in one micro-batch; lower batch_size")
+            short = True
         else:
-            for slot in chosen:
-                slot.lone_failures = 0
+            short = False
+        for slot in chosen:
+            slot.lone_failures = slot.lone_failures + 1 if short and len(chosen) == 1 else 0
+        if short:
+            self._retreat(chosen, n_tokens)
+
+    def _retreat(self, chosen: list[Slot], n_tokens: int) -> None:
+        for slot in chosen:
+            slot.rewind_window()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
+        if chosen[0].lone_failures > 1:
+            self._fail(
+                chosen[0], f"out of memory with {n_tokens} tokens in one micro-batch; lower batch_size"
+            )
 
     def _fail(self, slot: Slot, error: str) -> None:
         self._release([slot])

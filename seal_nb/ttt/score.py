@@ -30,10 +30,21 @@ def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 409
     chunk: list[ScoreRow] = []
     for row in rows:
         if chunk and sum(map(_length, chunk)) + _length(row) > token_budget:
-            results += _score_chunk(base, chunk)
+            results += _score_halving(base, chunk)
             chunk = []
         chunk.append(row)
-    return results + (_score_chunk(base, chunk) if chunk else [])
+    return results + (_score_halving(base, chunk) if chunk else [])
+
+
+def _score_halving(base: FrozenBase, rows: list[ScoreRow]) -> list[list[float]]:
+    """Score in one pass, or in halves where the memory does not suffice."""
+    try:
+        return _score_chunk(base, rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    half = len(rows) // 2
+    return _score_halving(base, rows[:half]) + _score_halving(base, rows[half:])
 
 
 def _length(row: ScoreRow) -> int:

@@ -230,3 +230,13 @@ class AnyHistory(RuleBasedStateMachine):
 
 TestAnyHistory = AnyHistory.TestCase
 TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_worker_leaves_those_that_still_load_their_share() -> None:
+    queue = JobQueue(n_expected=2)
+    for number in range(6):
+        queue.add(job(str(number)))
+    queue.join(b"first", capacity=16, now=0.0)
+    assert len(list(queue.assignments(0.0))) == 3
+    queue.join(b"second", capacity=16, now=1.0)
+    assert [one.worker for one in queue.assignments(1.0)] == [b"second"] * 3

@@ -74,6 +74,28 @@ def test_as_many_samples_as_there_is_padding_is_the_published_training() -> None
     assert distance(sampled, published) < 1e-12
 
 
+@pytest.mark.parametrize("longer", [-1, 0, 1, 40])
+def test_a_sequence_as_long_as_the_padding_is_cut_as_published(longer: int) -> None:
+    n = 20 + longer
+    settings = TrainSettings(epochs=2, padding_in_loss=True, pad_to=20, max_seq_length=20, learning_rate=3e-3)
+    job = TrainJob(name="it", texts=(("the quick brown fox " * 4)[:n], "short"), lora=LORA, train=settings)
+    trainer = SlotTrainer(FrozenBase(tiny_model(), AsciiTokenizer()), n_slots=1)  # type: ignore[arg-type]
+    trainer.submit(job)
+    adapter = trainer.run()[0].adapter
+    assert adapter is not None
+    _, _, after = train_alone(tiny_model(), AsciiTokenizer(), job)
+    assert distance(peft_weights(adapter), after) < 1e-9
+
+
+def test_a_sequence_without_any_label_does_no_harm_alone_in_its_pass() -> None:
+    """One token, or all of it masked: nothing before it predicts it."""
+    job = TrainJob(name="it", texts=("x", "a longer one"), lora=LORA, train=TrainSettings(epochs=2))
+    trainer = SlotTrainer(FrozenBase(tiny_model(), AsciiTokenizer()), n_slots=1)  # type: ignore[arg-type]
+    trainer.submit(job)
+    done = trainer.run()[0]
+    assert done.error == "" and done.n_steps == 4
+
+
 def test_a_long_sequence_is_cut_as_the_trainer_would_get_it() -> None:
     settings = TrainSettings(epochs=2, max_seq_length=12, learning_rate=3e-3)
     found = train(settings)
