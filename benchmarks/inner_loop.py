@@ -1,94 +1,257 @@
-"""How fast the inner loop is on this machine: real requests, from train sequences to verdicts.
+"""How fast whole requests are: the published way, a careful user's way, and slots.
 
-Each request is a shipped passage with its hand-written implications under the published training settings
-(rank 32, 10 epochs, batch 1). Numbers are for 1 to ``--most-slots`` requests under way at a time in one
-process: seconds a request, optimiser steps and train tokens a second, processor seconds a request.
+One run on this machine's CPU prints a table and writes `benchmarks/inner_loop.json`. A whole request is the
+training of an adapter and the answers to its questions without and with it. All ways use the same model,
+dtype, requests and cores; each is measured as one process of all cores' threads and as one process a core.
 
-    make bench        (about 3 minutes on one core)
+    make bench                                   (20 minutes on two quiet cores)
+    python -m benchmarks.inner_loop --quick      (a tiny random model: shows that it runs, says nothing)
 """
 
 import argparse
-import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from seal_nb.inner_loop import load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
-from seal_nb.passages import Passage, load_passages
-from seal_nb.protocol import ErrorReply, EvalQuestion, TTTReply, TTTRequest
-from seal_nb.self_edits import train_sequences
+from benchmarks.peft_alone import measure_alone
+from benchmarks.processes import run_together
+from benchmarks.slots import measure_growth, measure_slots
+from benchmarks.speed_table import by_source, table
+from benchmarks.workload import Workload, load_workload
+from seal_nb.models import resolve_model
+from seal_nb.protocol import TTTRequest
+from seal_nb.runs import package_versions, write_json
 
-
-def request_for(passage: Passage, number: int) -> TTTRequest:
-    return TTTRequest(
-        request_id=f"bench-{number}",
-        seed=number,
-        train_sequences=train_sequences(
-            passage.hand_written, title=passage.title, context=passage.context, split_newlines=True
-        ),
-        eval_questions=[
-            EvalQuestion(
-                title=passage.title,
-                context=passage.context,
-                question=question.question,
-                answer=question.answer,
-            )
-            for question in passage.questions
-        ],
-        target_modules=["all-linear"],
-    )
+OUT = Path(__file__).with_name("inner_loop.json")
+MOST_PROCESSES = 4  # a padded step alone holds gigabytes
 
 
-def measure(model: str, n_slots: int, n_requests: int) -> dict[str, float | int | str]:
-    """One row: ``n_requests`` requests through a fresh inner loop with ``n_slots`` slots."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = InnerLoopSettings(model=model, n_slots=n_slots, adapters_dir=Path(folder))
-        loop = load_inner_loop(settings)
-        passages = load_passages("shipped:train")
-        waiting = [request_for(passages[k % len(passages)], k) for k in range(n_requests)]
-        replies: list[TTTReply] = []
-        started, cpu_started = time.monotonic(), time.process_time()
-        while waiting or loop.busy:
-            while waiting and loop.free_slots:
-                loop.submit(waiting.pop())
-            for reply in loop.advance():
-                if isinstance(reply, ErrorReply):
-                    raise RuntimeError(f"a benchmark request failed: {reply.error}")
-                assert isinstance(reply, TTTReply)
-                replies.append(reply)
-        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured. Requests are counted for each process."""
+
+    n_slots: tuple[int, ...] = (1, 4, 16)
+    least_requests: int = 2
+    alone_requests: int = 2
+    pad_to: int = 2048  # tokens; published
+    padded_steps: int = 3
+    lengths: tuple[int, ...] = (32, 128, 512)  # tokens
+    n_jobs: tuple[int, ...] = (1, 4, 16)
+    epochs: int = 10  # published
+    max_new_tokens: int = 64  # published
+
+
+QUICK = Settings(
+    n_slots=(1, 4),
+    least_requests=1,
+    alone_requests=1,
+    pad_to=256,
+    lengths=(16, 32),
+    n_jobs=(1, 2),
+    epochs=1,
+    max_new_tokens=4,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One machine, one model, one dtype, one workload."""
+
+    model: str
+    dtype: str
+    workload: Workload
+    settings: Settings
+    n_cores: int
+
+    @property
+    def spread(self) -> tuple[int, int]:
+        """(processes, threads of each): as many processes as is sensible."""
+        n = min(self.n_cores, MOST_PROCESSES)
+        return n, self.n_cores // n
+
+    @property
+    def layouts(self) -> list[tuple[int, int]]:
+        return list(dict.fromkeys([self.spread, (1, self.n_cores)]))
+
+    def requests(self, share: int, n_shares: int, n: int) -> list[TTTRequest]:
+        change = {
+            "finetune_epochs": self.settings.epochs,
+            "max_new_tokens": self.settings.max_new_tokens,
+        }
+        return [r.model_copy(update=change) for r in self.workload.requests(share, n_shares, n)]
+
+    def alone(self, n_processes: int, n_threads: int) -> list[dict[str, Any]]:
+        """Two rows: the published way (extrapolated) and the careful one."""
+        s = self.settings
+        n = s.alone_requests if n_processes > 1 else 1
+        shares = [
+            (self.requests(k, n_processes, n), self.model, self.dtype, s.pad_to, s.padded_steps)
+            for k in range(n_processes)
+        ]
+        parts = run_together(measure_alone, shares, n_threads=n_threads)
+        return [
+            row | {"processes": n_processes, "threads": n_threads}
+            for row in (_published_row(parts), _careful_row(parts))
+        ]
+
+    def slots(self, n_processes: int, n_threads: int, n_slots: int) -> dict[str, Any]:
+        n = max(n_slots, self.settings.least_requests)
+        shares = [
+            (self.requests(k, n_processes, n), self.model, self.dtype, n_slots) for k in range(n_processes)
+        ]
+        parts = run_together(measure_slots, shares, n_threads=n_threads)
+        return {
+            "way": "slots",
+            "processes": n_processes,
+            "threads": n_threads,
+            "slots": n_slots,
+            "requests_per_minute": sum(60 * p["requests"] / p["seconds"] for p in parts),
+            "requests_timed": sum(p["requests"] for p in parts),
+            "train_tokens_per_s": sum(p["train_tokens_per_s"] for p in parts),
+            **_means(parts, "train_s", "answer_s", "steps", "tokens", "baseline_share", "adapter_accuracy"),
+            "peak_rss_mb": max(p["peak_rss_mb"] for p in parts),
+        }
+
+    def growth(self) -> dict[str, Any]:
+        s, (request,) = self.settings, self.requests(0, 1, 1)
+        arguments = (request, self.model, self.dtype, s.lengths, s.n_jobs)
+        return run_together(measure_growth, [arguments], n_threads=1)[0]
+
+
+def _means(parts: Sequence[dict[str, Any]], *names: str) -> dict[str, float]:
+    return {name: sum(part[name] for part in parts) / len(parts) for name in names}
+
+
+def _careful_row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "slots": n_slots,
-        "requests": n_requests,
-        "s_per_request": round(seconds / n_requests, 2),
-        "cpu_s_per_request": round(cpu_seconds / n_requests, 2),
-        "steps_per_s": round(sum(reply.train_steps for reply in replies) / seconds, 2),
-        "train_tokens_per_s": round(sum(reply.train_tokens for reply in replies) / seconds, 1),
-        "device": str(loop.stats()["device"]),
-        "dtype": str(loop.stats()["dtype"]),
+        "way": "careful",
+        "requests_per_minute": sum(60 * p["requests"] / p["seconds"] for p in parts),
+        "requests_timed": sum(p["requests"] for p in parts),
+        **_means(parts, "train_s", "baseline_s", "answer_s", "steps", "adapter_accuracy"),
     }
+
+
+def _published_row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Training from timed steps; answers are those of the careful way, which generates alike."""
+    seconds = [p["steps"] * p["padded_step_s"] + p["baseline_s"] + p["answer_s"] for p in parts]
+    return {
+        "way": "published",
+        "requests_per_minute": sum(60 / s for s in seconds),
+        "extrapolated_from_steps": sum(p["padded_steps_timed"] for p in parts),
+        "train_s": sum(p["steps"] * p["padded_step_s"] for p in parts) / len(parts),
+        **_means(parts, "padded_step_s", "baseline_s", "answer_s", "steps"),
+        "peak_rss_mb": max(p["peak_rss_mb"] for p in parts),
+    }
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    """Rows of the table, each printed when it is there."""
+    rows: list[dict[str, Any]] = []
+    for layout in bench.layouts:
+        rows += _said(bench.alone(*layout))
+    for n_slots in bench.settings.n_slots:
+        rows += _said([bench.slots(*bench.spread, n_slots)])
+    for layout in bench.layouts[1:]:
+        rows += _said([bench.slots(*layout, bench.settings.n_slots[1])])
+    return rows
+
+
+def _said(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in rows:
+        print(f"  measured: {row['way']:9}  {row['requests_per_minute']:.3g} requests/min", flush=True)
+    return rows
+
+
+def fastest(rows: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
+    return max((r for r in rows if r["way"] == way), key=lambda r: r["requests_per_minute"])
+
+
+def report(bench: Bench, rows: list[dict[str, Any]], growth: dict[str, Any]) -> dict[str, Any]:
+    ours, published, careful = (fastest(rows, way) for way in ("slots", "published", "careful"))
+    rate = ours["requests_per_minute"]
+    layout = (ours["processes"], ours["threads"])
+    alone = [r for r in rows if (r["processes"], r["threads"]) == layout]
+    cached_s = careful["train_s"] + careful["answer_s"] + careful["baseline_s"] * ours["baseline_share"]
+    return {
+        "ratio_published": rate / published["requests_per_minute"],
+        "ratio_unpadded": rate / careful["requests_per_minute"],
+        "ratio_unpadded_baseline_kept": rate * cached_s / (60 * careful["processes"]),
+        "published_is_extrapolated": True,
+        "dtype": bench.dtype,
+        "machine": {"cpu": _cpu(), "cores": bench.n_cores},
+        "settings": {"lora_rank": 32, "lora_alpha": 64, "target_modules": "PEFT's default"}
+        | vars(bench.settings),
+        "workload": {
+            "source": bench.workload.source,
+            "steps_per_request": ours["steps"],
+            "train_tokens_per_request": ours["tokens"],
+        },
+        "ways": rows,
+        "gain_by_source": by_source(fastest(alone, "published"), fastest(alone, "careful"), ours),
+        "growth": growth,
+        "versions": package_versions(),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _dtype() -> str:
+    """The faster of both on this processor, for every way."""
+    from seal_nb.ttt.base import _cpu_multiplies_bfloat16
+
+    return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inner_loop", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.inner_loop", description=(__doc__ or "").split("\n")[0]
     )
+    parser.add_argument("--quick", action="store_true", help="a tiny random model, in seconds")
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--most-slots", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=4, help="for each number of slots")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/{OUT.name}; with --quick: nothing")
     arguments = parser.parse_args(argv)
-    rows = []
-    slots = 1
-    while slots <= arguments.most_slots:
-        rows.append(measure(arguments.model, slots, max(slots, arguments.requests)))
-        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-        slots *= 2
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(rows, indent=2) + "\n")
+    started_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(
+            model=_tiny(Path(folder)) if arguments.quick else resolve_model(arguments.model),
+            dtype=arguments.dtype or _dtype(),
+            workload=load_workload(),
+            settings=QUICK if arguments.quick else Settings(),
+            n_cores=len(os.sched_getaffinity(0)),
+        )
+        rows = measure(bench)
+        result = report(bench, rows, bench.growth())
+    result |= {"quick": arguments.quick, "minutes": (time.monotonic() - started_s) / 60}
+    out = arguments.out or (None if arguments.quick else OUT)
+    if out:
+        write_json(out, _rounded(result))
+    print(table(result))
+
+
+def _tiny(folder: Path) -> str:
+    from tests.ttt.tiny import save_tiny_model
+
+    return str(save_tiny_model(folder))
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits are more than the measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

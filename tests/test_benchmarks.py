@@ -1,0 +1,139 @@
+"""The benchmarks run, at a size that says nothing about speed, and write what they promise."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, inner_loop
+from benchmarks.padding import markdown
+from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
+    """JSON and output of the quick run, in a process of its own as `make bench` has it."""
+    out = tmp_path_factory.mktemp("bench") / "inner_loop.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.inner_loop", "--quick", "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_bench_compares_whole_requests_of_three_ways(quick: tuple[dict, str]) -> None:
+    result, _ = quick
+    for name in ("ratio_published", "ratio_unpadded", "ratio_unpadded_baseline_kept"):
+        assert result[name] > 0
+    assert {row["way"] for row in result["ways"]} == {"published", "careful", "slots"}
+    assert all(row["requests_per_minute"] > 0 for row in result["ways"])
+    assert {row["slots"] for row in result["ways"] if row["way"] == "slots"} == set(inner_loop.QUICK.n_slots)
+
+
+def test_bench_times_three_padded_steps_and_says_that_the_rest_is_extrapolated(
+    quick: tuple[dict, str],
+) -> None:
+    result, printed = quick
+    published = [row for row in result["ways"] if row["way"] == "published"]
+    assert all(row["extrapolated_from_steps"] >= 3 * row["processes"] for row in published)
+    assert "extrapolated from timed steps" in printed
+
+
+def test_bench_splits_the_gain_and_shows_growth_and_memory(quick: tuple[dict, str]) -> None:
+    result, _ = quick
+    factors = 1.0
+    for row in result["gain_by_source"]:
+        factors *= row["factor"]
+    first, last = (result["gain_by_source"][i]["s_per_request"] for i in (0, -1))
+    assert factors == pytest.approx(first / last, rel=0.01)
+    assert [row["tokens"] for row in result["growth"]["sequence_length"]] == [16, 32]
+    assert [row["jobs"] for row in result["growth"]["jobs"]] == [1, 2]
+    assert all(row["peak_rss_mb"] > 100 for row in result["ways"] if row["way"] == "slots")
+
+
+def test_bench_names_the_machine_without_naming_places(quick: tuple[dict, str]) -> None:
+    result, _ = quick
+    assert set(result["machine"]) == {"cpu", "cores"}
+    assert result["dtype"] in ("float32", "bfloat16")
+    assert not re.search(r'"/|/tmp|/home|tcp://', json.dumps(result))
+
+
+def test_a_passage_is_asked_fifteen_times_before_the_next_and_by_one_process_only() -> None:
+    requests = load_workload(Path("absent")).requests(0, 2, ASKED_PER_PASSAGE + 1)
+    assert len({r.eval_questions[0].context for r in requests[:ASKED_PER_PASSAGE]}) == 1
+    assert requests[-1].eval_questions[0].context != requests[0].eval_questions[0].context
+    assert len({r.request_id for r in requests}) == len(requests)
+    others = load_workload(Path("absent")).requests(1, 2, ASKED_PER_PASSAGE + 1)
+    assert not {r.eval_questions[0].context for r in requests} & {r.eval_questions[0].context for r in others}
+
+
+def test_published_workload_has_the_published_size(golden: Path) -> None:
+    requests = load_workload(golden / "eval/iter2_val.json.gz").requests(0, 1, ASKED_PER_PASSAGE)
+    n_sequences = [len(r.train_sequences) for r in requests]
+    assert 6.5 < sum(n_sequences) / len(requests) < 9
+    assert 4 <= len(requests[0].eval_questions) <= 6
+
+
+def test_gpu_benchmark_checks_itself_and_measures_on_any_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu.main(["--config", "tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["device"] == "CPU" and result["config"] == "tiny"
+    float32, own = result["checks"]
+    assert float32["passed"] and float32["update_distance"] < 1e-3
+    assert own["dtype"] == "bfloat16" and own["passed"]
+    assert result["round_minutes"] > 0 and result["matmul_share"] > 0
+    assert [row["slots"] for row in result["slots"]] == [1, 4]
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("slots, N = ")
+
+
+def test_gpu_benchmark_needs_no_peft() -> None:
+    """With PEFT (and what else only the rest of the project needs) out of reach."""
+    program = """
+import importlib.util, sys
+GONE = ("peft", "pydantic", "accelerate", "gguf", "zmq", "psutil")
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in GONE else find(name, *a)
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in GONE:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Gone())
+from benchmarks.gpu import main
+main(["--config", "tiny", "--device", "cpu"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "a round in" in done.stdout
+
+
+def test_gpu_benchmark_says_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        gpu.main(["--config", "tiny"])
+
+
+def test_numbers_in_git_come_from_a_full_run() -> None:
+    bench, card = inner_loop.OUT, gpu.OUT
+    if bench.is_file():
+        assert not json.loads(bench.read_text())["quick"]
+    if card.is_file():
+        result = json.loads(card.read_text())
+        assert result["config"] == "qwen2.5-7b" and result["device"] != "CPU" and result["correct"]
+
+
+def test_padding_table_in_the_docs_is_the_measured_one() -> None:
+    measured = json.loads((ROOT / "benchmarks/padding.json").read_text())
+    assert markdown(measured) in (ROOT / "docs/inner_loop.md").read_text()
