@@ -20,6 +20,8 @@ Weighting = Literal["passage", "question"]
 
 N_RESAMPLES = 10_000
 MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
+SIGNIFICANCE = 0.05
+MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond that they are drawn
 _CHUNK = 500  # resamples at a time, so that memory stays small
 
 
@@ -51,22 +53,38 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Estimate):
-    """An Estimate of how much higher the first of two runs over the same passages is."""
+    """An Estimate of how much higher the first of two runs over the same passages is.
+
+    ``p_value``: how often a difference as large comes of swapping the runs passage by passage at random.
+    """
+
+    p_value: float
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval leaves out zero, with enough units to say so."""
-        return self.n >= MIN_PASSAGES and not self.low <= 0 <= self.high
+        """Whether interval and sign-flip test both say so: with few passages the bootstrap alone is too bold.
+
+        At 6 passages without any effect its interval leaves out zero in one case of eight.
+        """
+        return self._leaves_out_zero and self.n >= MIN_PASSAGES and self.p_value < SIGNIFICANCE
+
+    @property
+    def _leaves_out_zero(self) -> bool:
+        return not self.low <= 0 <= self.high
 
     def sentence(self) -> str:
         """Such as "+7.3 points [2.7, 11.9], 200 passages: real"."""
-        few = f"too few to tell (at least {MIN_PASSAGES})"
-        unclear = few if self.n < MIN_PASSAGES else "not distinguishable from noise"
         return (
             f"{100 * self.mean:+.1f} points [{100 * self.low:.1f}, {100 * self.high:.1f}], "
             f"{self.n} {self.unit if self.n != 1 else self.unit.removesuffix('s')}: "
-            f"{'real' if self.is_real else unclear}"
+            f"{'real' if self.is_real else self._unclear()}"
         )
+
+    def _unclear(self) -> str:
+        if self.n < MIN_PASSAGES:
+            return f"too few to tell (at least {MIN_PASSAGES})"
+        unclear = "not distinguishable from noise"
+        return f"{unclear} (sign-flip p = {self.p_value:.2g})" if self._leaves_out_zero else unclear
 
 
 def mean_interval(
@@ -112,7 +130,7 @@ def paired_difference(
     n_resamples: int = N_RESAMPLES,
     unit: str = "passages",
 ) -> Difference:
-    """First minus second run over the same passages in the same order, paired bootstrap over passages.
+    """First minus second run over the same passages in the same order: paired bootstrap, sign-flip test.
 
     Where a passage has as many answers in both, only those graded in both are compared, so that an answer
     that one run lacks does not tilt the difference. With one passage the interval is [-1, 1].
@@ -143,6 +161,7 @@ def paired_difference(
         n=len(kept),
         n_left_out=len(both) - len(kept),
         unit=unit,
+        p_value=_sign_flip_p(totals, seed, n_resamples),
     )
 
 
@@ -171,6 +190,29 @@ def _resampled(totals: Sequence[np.ndarray], seed: int, n_resamples: int) -> Ite
     for start in range(0, n_resamples, _CHUNK):
         drawn = generator.integers(0, n, size=(min(_CHUNK, n_resamples - start), n))  # (chunk, P)
         yield [values[drawn].sum(axis=1) for values in totals]
+
+
+def _sign_flip_p(totals: Sequence[np.ndarray], seed: int, n_draws: int) -> float:
+    """Two-sided p of a difference of ratios a/wa - b/wb under random swaps of the runs in each passage.
+
+    All 2**P swaps up to MOST_ENUMERATED passages, else ``n_draws`` at random and the one observed.
+    """
+    n = len(totals[0])
+    is_exact = n <= MOST_ENUMERATED
+    generator = np.random.default_rng(seed)
+    a, wa, b, wb = (values.sum() for values in totals)
+    more_A, more_WA = totals[2] - totals[0], totals[3] - totals[1]  # (P,) what a swap adds to the first run
+    as_large, n_swaps = (0, 2**n) if is_exact else (1, n_draws + 1)
+    for start in range(0, 2**n if is_exact else n_draws, _CHUNK):
+        if is_exact:
+            swapped = np.arange(start, min(start + _CHUNK, 2**n))[:, None] >> np.arange(n) & 1  # (chunk, P)
+        else:
+            swapped = generator.integers(0, 2, size=(min(_CHUNK, n_draws - start), n))
+        da, dwa = swapped @ more_A, swapped @ more_WA
+        differences = (a + da) / (wa + dwa) - (b - da) / (wb - dwa)
+        # Rounded sums of the same numbers in another order must not count as smaller.
+        as_large += int(np.sum(np.abs(differences) >= abs(a / wa - b / wb) - 1e-9))
+    return as_large / n_swaps
 
 
 def _interval(resampled: np.ndarray) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Accuracies leave out what nobody graded; intervals say what is noise."""
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_seal_against_base_is_real_and_against_gpt_4_1_is_noise(golden: Path) ->
     assert against_base.sentence().startswith("+7.3 points [2.")
     assert against_base.sentence().endswith("], 200 passages: real")
     assert against_gpt.sentence().endswith("200 passages: not distinguishable from noise")
+    assert against_base.p_value < 0.01 and against_gpt.p_value > 0.5
 
 
 def test_an_ungraded_answer_is_excluded_and_never_wrong() -> None:
@@ -120,8 +122,44 @@ def test_runs_over_other_passages_cannot_be_paired() -> None:
 
 
 def test_a_difference_that_touches_zero_is_not_real() -> None:
-    assert not Difference(mean=0.1, low=0.0, high=0.2, n=100).is_real
-    assert Difference(mean=-0.1, low=-0.2, high=-0.01, n=100).is_real
+    assert not Difference(mean=0.1, low=0.0, high=0.2, n=100, p_value=0.01).is_real
+    assert Difference(mean=-0.1, low=-0.2, high=-0.01, n=100, p_value=0.01).is_real
+    chance = Difference(mean=0.1, low=0.01, high=0.2, n=100, p_value=0.0625)
+    assert not chance.is_real
+    assert chance.sentence().endswith("100 passages: not distinguishable from noise (sign-flip p = 0.062)")
+
+
+@pytest.mark.parametrize(("n", "p_value"), [(2, 0.5), (6, 2 / 64), (12, 2 / 4096), (40, 1 / 1001)])
+def test_sign_flips_of_an_effect_that_all_passages_share(n: int, p_value: float) -> None:
+    assert paired_difference([[True]] * n, [[False]] * n, n_resamples=1000).p_value == pytest.approx(p_value)
+
+
+@pytest.mark.parametrize("weighting", ["passage", "question"])
+def test_sign_flips_count_every_swap_of_the_two_runs(weighting: str) -> None:
+    """Against all swaps written out, with runs of different lengths."""
+    first: list[list[bool]] = [[True, True, True], [True, False], [True], [False, True, True, True]]
+    second: list[list[bool]] = [[True], [False, False], [True, False], [False, True]]
+    found = paired_difference(first, second, weighting=weighting)
+    swaps = []
+    for mask in itertools.product([False, True], repeat=4):
+        rows = [(b, a) if swap else (a, b) for a, b, swap in zip(first, second, mask, strict=True)]
+        swaps.append(paired_difference(*zip(*rows, strict=True), weighting=weighting, n_resamples=2).mean)
+    assert found.p_value == statistics.mean(abs(mean) >= abs(found.mean) - 1e-9 for mean in swaps)
+
+
+@pytest.mark.parametrize("n", [6, 20])
+def test_without_an_effect_one_difference_in_twenty_is_called_real(n: int) -> None:
+    """n = 6 is the demo: the interval alone would call one in eight real."""
+    generator = np.random.default_rng(7)
+    called = [
+        paired_difference(
+            list(generator.random((n, 5)) < 0.4), list(generator.random((n, 5)) < 0.4), n_resamples=400
+        )
+        for _ in range(600)
+    ]
+    assert statistics.mean(difference.is_real for difference in called) <= 0.07
+    if n == 6:
+        assert statistics.mean(not d.low <= 0 <= d.high for d in called) > 0.10
 
 
 def contained(question: str, gold: str, answer: str) -> bool:
