@@ -3,72 +3,21 @@
 Round 0 is the model as it came. Each round: self-edits of training passages, their reward (one adapter
 each), ReST-EM training, then the new model's self-edits of the validation passages, evaluated. The last model
 is also edited continually, passage after passage. ``make demo`` is this table with the small model and small
-counts; a cluster runs it with Qwen2.5-7B and the published ones. Only what differs from a notebook's defaults
-is given.
+counts; a cluster runs it with Qwen2.5-7B and the published ones. Every setting reaches its
+notebook, whose own defaults are those of a minute's try.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from seal_nb.chain import Chain, Stage, in_run
+from seal_nb.chain_settings import ExperimentSettings
 from seal_nb.experiments.arms import run_file_name
 from seal_nb.notebook_runner import Value
 
-ARMS = ("passage_only", "self_edits", "hand_written")
 ENDPOINT_FILE = "endpoint.json"
 SELF_EDITS_FILE = "self_edits.json"
 MODEL_FOLDER = "model"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentSettings:
-    """What an experiment on one model consists of."""
-
-    model: str
-    train_dataset: str
-    val_dataset: str
-    n_train: int  # passages of a ReST-EM round
-    n_val: int  # passages of an evaluation
-    k_completions: int  # self-edits a training passage
-    eval_times: int  # adapters a self-edit when it is ranked
-    n_rounds: int
-    max_tokens: int  # of one self-edit
-    target_modules: tuple[str, ...] = ()  # of the inner loop; empty: PEFT's default
-    lora_rank: int = 32
-    lora_alpha: float = 64
-    finetune_epochs: int = 10
-    finetune_lr: float = 1e-3
-    n_sequences: int  # of continual edits
-    n_datapoints: int  # passages of a sequence
-    n_workers: int
-    n_threads: int
-    n_slots: int = 8  # adapters in training at a time in one worker
-    seed: int = 42
-    shuffle: bool = False  # the published order of a dataset that is not in that order yet
-
-
-# 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone; two of its three MLP
-# layers teach it what all seven linear layers do, for two thirds of the time.
-DEMO = ExperimentSettings(
-    model="embedded",
-    train_dataset="shipped:train",
-    val_dataset="shipped:val",
-    n_train=4,
-    n_val=6,
-    k_completions=2,
-    eval_times=1,
-    n_rounds=2,
-    max_tokens=96,
-    target_modules=("up_proj", "down_proj"),
-    lora_rank=16,
-    lora_alpha=32,
-    finetune_epochs=6,
-    finetune_lr=3e-3,
-    n_sequences=2,
-    n_datapoints=3,
-    n_workers=2,
-    n_threads=1,
-)
 
 
 def rest_em_chain(settings: ExperimentSettings) -> Chain:
@@ -111,7 +60,8 @@ class _Round:
             f"each of {s.n_val} validation passages",
             dataset=s.val_dataset,
             n_articles=s.n_val,
-            k_completions=1,
+            # Only the first of each passage is evaluated, as published; CPT takes all.
+            k_completions=1 if self.number else s.cpt_completions,
         )
         if ranks:
             yield self._self_edits(
@@ -169,7 +119,7 @@ class _Round:
 
     def _evaluate(self) -> Stage:
         # What no model wrote is the same in every round.
-        arms = ("self_edits",) if self.number else ARMS
+        arms = ("self_edits",) if self.number else self.settings.arms
         return Stage(
             name=f"{self.label}_evaluate",
             notebook="03_query_server",
@@ -185,17 +135,21 @@ class _Round:
         )
 
     def _cpt(self) -> Stage:
+        s = self.settings
         return Stage(
             name=f"{self.label}_cpt",
             notebook="04_cpt",
-            title=f"CPT: one adapter for {self.settings.n_val} passages",
+            title=f"CPT: one adapter for {s.n_val} passages",
             parameters={
-                **self._asked(f"{self.label}_self_edits", n=self.settings.n_val, k=1),
-                "arms": ",".join(ARMS),
-                "batch_size": 4,  # published
+                **self._asked(f"{self.label}_self_edits", n=s.n_val, k=s.cpt_completions),
+                "arms": ",".join(s.arms),
+                "finetune_epochs": s.cpt_epochs,
+                "finetune_lr": s.cpt_lr,
+                "batch_size": s.cpt_batch_size,
+                "gradient_accumulation_steps": s.cpt_accumulation,
             },
             needs=(f"{self.label}_self_edits", f"{self.label}_server"),
-            produces=tuple(f"cpt_run_{arm}.json" for arm in ARMS),
+            produces=tuple(f"cpt_run_{arm}.json" for arm in s.arms),
         )
 
     def _rank(self) -> Stage:
@@ -216,7 +170,7 @@ class _Round:
         )
 
     def _train(self) -> Stage:
-        rank = f"{self.next_label}_rank"
+        s, rank = self.settings, f"{self.next_label}_rank"
         return Stage(
             name=f"{self.next_label}_train",
             notebook="05_rest_em_round",
@@ -225,7 +179,14 @@ class _Round:
                 "run_json": in_run(rank, run_file_name(rank, "self_edits")),
                 "model": self.model,
                 "train": True,
-                "seed": self.settings.seed,
+                "lora_rank": s.sft_lora_rank,
+                "lora_alpha": s.sft_lora_alpha,
+                "target_modules": list(s.sft_target_modules),
+                "finetune_epochs": s.sft_epochs,
+                "finetune_lr": s.sft_lr,
+                "batch_size": s.sft_batch_size,
+                "gradient_accumulation_steps": s.sft_accumulation,
+                "seed": s.seed,
             },
             needs=(rank, *self.made_by),
             produces=(MODEL_FOLDER,),
@@ -243,8 +204,10 @@ class _Round:
                 "model": self.model,
                 "n_sequences": s.n_sequences,
                 "n_datapoints": s.n_datapoints,
+                "arm": s.continual_arm,
                 "max_tokens": s.max_tokens,
                 **self._inner_loop(),
+                "max_new_tokens": s.continual_max_new_tokens,
                 "seed": s.seed,
             },
             needs=(f"{self.label}_server",),
@@ -264,7 +227,7 @@ class _Round:
         }
 
     def _inner_loop(self) -> dict[str, Value]:
-        names = ("lora_rank", "lora_alpha", "finetune_epochs", "finetune_lr")
+        names = ("lora_rank", "lora_alpha", "finetune_epochs", "finetune_lr", "max_new_tokens")
         own = {name: getattr(self.settings, name) for name in names}
         return {"target_modules": list(self.settings.target_modules), **own}
 

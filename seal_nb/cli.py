@@ -168,7 +168,8 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from seal_nb.chain_local import run_chain
-    from seal_nb.chain_tables import DEMO, rest_em_chain
+    from seal_nb.chain_settings import DEMO
+    from seal_nb.chain_tables import rest_em_chain
     from seal_nb.notebook_runner import default_notebooks_dir
     from seal_nb.views.report import write_index
 

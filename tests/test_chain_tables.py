@@ -1,13 +1,18 @@
-"""The demo's table fits the notebooks: every stage can be started as the table says."""
+"""The table fits the notebooks: every stage can be started as it says, for the demo and as published."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from seal_nb.chain import RUN, Stage
-from seal_nb.chain_tables import DEMO, rest_em_chain
+from seal_nb.chain_settings import DEMO, ExperimentSettings
+from seal_nb.chain_tables import rest_em_chain
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.single_passage import SinglePassageSettings, self_edit_texts
 from seal_nb.notebook_runner import (
     declared_parameters,
     default_notebooks_dir,
@@ -15,9 +20,31 @@ from seal_nb.notebook_runner import (
     format_value,
     parse_parameters,
 )
+from seal_nb.passages import load_passages
 
 CHAIN = rest_em_chain(DEMO)
 STAGES = list(CHAIN)
+PUBLISHED = rest_em_chain(
+    ExperimentSettings(
+        model="Qwen/Qwen2.5-7B",
+        train_dataset="squad_train.json",
+        val_dataset="squad_val.json",
+        n_workers=2,
+        n_threads=1,
+    )
+)
+BOTH = [*STAGES, *PUBLISHED]
+NAMES = [
+    f"{chain}-{stage.name}"
+    for chain, stages in (("demo", STAGES), ("published", PUBLISHED))
+    for stage in stages
+]
+
+
+def asked(stage: Stage) -> dict[str, Any]:
+    """Every parameter that the stage's notebook runs with: its own defaults under what the table says."""
+    declared = declared_parameters(find_notebook(stage.notebook, default_notebooks_dir()))
+    return {name: parameter.default for name, parameter in declared.items()} | dict(stage.parameters)
 
 
 def paths_in(stage: Stage) -> list[str]:
@@ -26,7 +53,7 @@ def paths_in(stage: Stage) -> list[str]:
     return [value for value in values if RUN in value and not value.startswith(f"{RUN}/{stage.name}/")]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", BOTH, ids=NAMES)
 def test_notebook_has_every_parameter_in_its_type(stage: Stage) -> None:
     declared = declared_parameters(find_notebook(stage.notebook, default_notebooks_dir()))
     values = stage.values(Path("runs/x"))
@@ -74,3 +101,71 @@ def test_change_of_a_count_reruns_what_depends_on_it_and_nothing_else() -> None:
     other = rest_em_chain(replace(DEMO, n_sequences=3))
     changed = [stage.name for stage in other if other.identity(stage) != CHAIN.identity(CHAIN[stage.name])]
     assert changed == ["continual", "results"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "published"),
+    [
+        ("round1_self_edits_train", {"n_articles": 50, "k_completions": 5, "max_tokens": 8192, "start": 0}),
+        ("round2_self_edits_train", {"n_articles": 50, "start": 50, "temperature": 1.0, "top_p": 0.95}),
+        ("base_self_edits", {"n_articles": 200, "k_completions": 5}),
+        (
+            "base_evaluate",
+            {"n_articles": 200, "k_completions": 1, "eval_times": 1, "lora_rank": 32, "lora_alpha": 64}
+            | {"target_modules": [], "finetune_epochs": 10, "finetune_lr": 1e-3, "batch_size": 1}
+            | {"gradient_accumulation_steps": 1, "split_newlines": True, "max_new_tokens": 64},
+        ),
+        ("round1_rank", {"n_articles": 50, "k_completions": 5, "eval_times": 3, "max_new_tokens": 64}),
+        (
+            "base_cpt",
+            {"n_articles": 200, "k_completions": 5, "finetune_epochs": 3, "finetune_lr": 1e-3}
+            | {"batch_size": 4, "gradient_accumulation_steps": 2, "split_newlines": False}
+            | {"max_new_tokens": 64, "lora_rank": 32},
+        ),
+        (
+            "round2_train",
+            {"lora_rank": 64, "lora_alpha": 128, "target_modules": ["all-linear"], "finetune_epochs": 2}
+            | {"finetune_lr": 3e-4, "batch_size": 1, "gradient_accumulation_steps": 10, "k_best": 1},
+        ),
+        (
+            "continual",
+            {"arm": "self_edits", "n_sequences": 8, "n_datapoints": 8, "max_tokens": 8192}
+            | {"finetune_epochs": 10, "max_new_tokens": 64, "lora_rank": 32, "target_modules": []},
+        ),
+    ],
+)
+def test_published_settings_reach_the_notebooks(stage: str, published: dict[str, Any]) -> None:
+    values = asked(PUBLISHED[stage])
+    assert {name: values[name] for name in published} == published
+
+
+def test_published_table_asks_for_nothing_that_squad_lacks(tmp_path: Path) -> None:
+    squad = {
+        "title": "T",
+        "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": [{"text": "a"}]}]}],
+    }
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [squad]}))
+    (passage,) = load_passages(tmp_path / "squad.json")
+    written = replace(passage, completions=("1. c",))  # what 01_create_self_edits adds
+    arms = {
+        (stage.name, arm)
+        for stage in PUBLISHED
+        for arm in str(asked(stage).get("arms") or asked(stage).get("arm") or "").split(",")
+        if arm
+    }
+    assert {name for name, _ in arms} >= {"base_evaluate", "base_cpt", "round1_rank", "continual"}
+    for _, arm in arms:
+        assert self_edit_texts(written, 0, SinglePassageSettings(arm=arm))
+
+
+def test_demo_edits_continually_with_what_the_model_itself_writes() -> None:
+    values = asked(CHAIN["continual"])
+    assert (values["arm"], values["max_new_tokens"]) == ("self_edits", 32)
+    assert asked(CHAIN["base_evaluate"])["arms"] == "passage_only,self_edits,hand_written"
+
+
+def test_an_arm_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SettingsError, match="handwritten not known"):
+        replace(DEMO, arms=("self_edits", "handwritten"))
+    with pytest.raises(SettingsError, match="arms is empty"):
+        replace(DEMO, arms=())

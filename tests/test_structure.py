@@ -20,7 +20,7 @@ FLOORS = (
     {"grading", "self_edits"},
     {"service", "evaluation", "inner_loop", "sft"},
     {"experiments"},
-    {"notebook_runner", "progress", "chain", "chain_local", "chain_tables"},
+    {"notebook_runner", "progress", "chain", "chain_local", "chain_settings", "chain_tables"},
     {"views"},  # apart from all: below the command line, and nothing else may import it
     {"cli"},
 )

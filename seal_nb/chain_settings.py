@@ -1,0 +1,95 @@
+"""What an experiment on one model consists of, and the small one that `make demo` runs.
+
+Defaults are those of SEAL (arXiv 2506.10943; its run files and scripts); a model, its data and its machine
+have none. Of the arms, ``hand_written`` is ours and needs passages that have such texts. What each setting is
+called in a notebook stands in ``chain_tables``.
+"""
+
+from dataclasses import dataclass
+
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.settings import ARMS, Arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSettings:
+    """Counts, texts, and how adapters and models are trained."""
+
+    model: str
+    train_dataset: str
+    val_dataset: str
+    n_train: int = 50  # passages of a ReST-EM round
+    n_val: int = 200  # passages of an evaluation
+    k_completions: int = 5  # self-edits a training passage
+    eval_times: int = 3  # adapters a self-edit when it is ranked
+    n_rounds: int = 2
+    arms: tuple[Arm, ...] = ("passage_only", "self_edits")  # of round 0, single passage and CPT
+    max_tokens: int = 8192  # of one self-edit
+    max_new_tokens: int = 64  # of an answer
+    seed: int = 42
+    shuffle: bool = False  # the published order of a dataset that is not in that order yet
+
+    target_modules: tuple[str, ...] = ()  # of the inner loop; empty: PEFT's default
+    lora_rank: int = 32
+    lora_alpha: float = 64
+    finetune_epochs: int = 10
+    finetune_lr: float = 1e-3
+
+    cpt_completions: int = 5  # self-edits a validation passage in the one adapter
+    cpt_epochs: int = 3
+    cpt_lr: float = 1e-3  # published for the passage-only arm: 1e-4
+    cpt_batch_size: int = 4
+    cpt_accumulation: int = 2  # published for the model after round 2: 1
+
+    sft_lora_rank: int = 64
+    sft_lora_alpha: int = 128
+    sft_target_modules: tuple[str, ...] = ("all-linear",)
+    sft_epochs: int = 2
+    sft_lr: float = 3e-4
+    sft_batch_size: int = 1
+    sft_accumulation: int = 10  # published: 5 on each of 2 GPUs
+
+    continual_arm: Arm = "self_edits"
+    n_sequences: int = 8  # of continual edits; published: in each of 8 runs, seeds 42 to 49
+    n_datapoints: int = 8  # passages of a sequence
+    continual_max_new_tokens: int = 64
+
+    n_workers: int
+    n_threads: int
+    n_slots: int = 8  # adapters in training at a time in one worker
+
+    def __post_init__(self) -> None:
+        if unknown := [arm for arm in (*self.arms, self.continual_arm) if arm not in ARMS]:
+            raise SettingsError(f"arms: {', '.join(unknown)} not known; known are {', '.join(ARMS)}")
+        if not self.arms:
+            raise SettingsError("arms is empty; name at least one of " + ", ".join(ARMS))
+
+
+# 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone; two of its three MLP
+# layers teach it what all seven linear layers do, for two thirds of the time.
+DEMO = ExperimentSettings(
+    model="embedded",
+    train_dataset="shipped:train",
+    val_dataset="shipped:val",
+    n_train=4,
+    n_val=6,
+    k_completions=2,
+    eval_times=1,
+    arms=("passage_only", "self_edits", "hand_written"),
+    max_tokens=96,
+    target_modules=("up_proj", "down_proj"),
+    lora_rank=16,
+    lora_alpha=32,
+    finetune_epochs=6,
+    finetune_lr=3e-3,
+    cpt_completions=1,
+    cpt_epochs=6,
+    cpt_lr=3e-3,
+    cpt_accumulation=1,
+    sft_accumulation=1,  # four examples: with ten a step there would be two steps
+    n_sequences=2,
+    n_datapoints=3,
+    continual_max_new_tokens=32,
+    n_workers=2,
+    n_threads=1,
+)
