@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help=f"default: benchmarks/{OUT.name}, on CUDA at full size only")
     arguments = parser.parse_args(argv)
     _without_peft()
-    from benchmarks.gpu_measure import FULL, LITTLE, run
+    from benchmarks.gpu_machine import FULL, LITTLE
+    from benchmarks.gpu_measure import run
     from benchmarks.gpu_table import table
 
     full = arguments.config == "qwen2.5-7b" and arguments.device.startswith("cuda")
