@@ -207,9 +207,9 @@ def _cpu() -> str:
 
 def _dtype() -> str:
     """The faster of both on this processor, for every way."""
-    from seal_nb.ttt.base import _cpu_multiplies_bfloat16
+    from seal_nb.ttt.base import cpu_multiplies_bfloat16
 
-    return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
+    return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -95,7 +95,7 @@ def run(chain: Chain, run_dir: Path, notebooks: Path) -> list[str]:
     return told
 
 
-def wait_for(what: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_for(what: Callable[[], bool], timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
@@ -222,7 +222,7 @@ def test_chain_that_is_ended_leaves_no_process_and_goes_on_when_started_again(
     chain.wait(30)
     wait_for(lambda: all_gone(tree), 20)
     # The same experiment with a shorter wait: the first stage is kept.
-    output, _ = (again := start_chain(run_dir, notebooks, seconds=0.0)).communicate(timeout=90)
+    output, _ = (again := start_chain(run_dir, notebooks, seconds=0.0)).communicate(timeout=240)
     assert again.returncode == 0, output
     assert "[1/2] first: finished before, kept" in output
     assert times_run(run_dir, "first") == 1

@@ -61,7 +61,7 @@ class FrozenBase:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
-            dtype = "bfloat16" if device.startswith("cuda") or _cpu_multiplies_bfloat16() else "float32"
+            dtype = "bfloat16" if device.startswith("cuda") or cpu_multiplies_bfloat16() else "float32"
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa"
@@ -139,7 +139,7 @@ class FrozenBase:
             )
 
 
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
