@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, RoundTimeout
 from seal_nb.protocol import ErrorReply, Reply, read_reply
-from seal_nb.service.endpoint import Endpoint, read_endpoint, split_tcp
+from seal_nb.service.endpoint import Endpoint, find_endpoint
 from seal_nb.service.ping import client_socket
 
 PING_S = 2.0
@@ -159,13 +159,7 @@ class Connection:
     def _find(self) -> Endpoint:
         """Where the server is. Raises DataError while there is no endpoint file."""
         self._looked_at = time.monotonic()
-        if "://" not in self.where:
-            return read_endpoint(self.where)
-        host, port = split_tcp(self.where)
-        return Endpoint(
-            endpoint=self.where, host=host, port=int(port), public_key=self.server_key,
-            worker_endpoint="", pid=0, job_id="", started_at="", server_id="",
-        )  # fmt: skip
+        return find_endpoint(self.where, server_key=self.server_key)
 
     def _greet(self, socket: Socket, server_id: str) -> None:
         """The server has said who it is: the one we look for, or another one that has its port now."""

@@ -59,6 +59,17 @@ def read_endpoint(path: str | Path) -> Endpoint:
         ) from error
 
 
+def find_endpoint(where: str, *, server_key: str = "") -> Endpoint:
+    """The server at ``where``, an endpoint file or an address. Raises DataError if there is no file."""
+    if "://" not in where:
+        return read_endpoint(where)
+    host, port = split_tcp(where)
+    return Endpoint(
+        endpoint=where, host=host, port=int(port), public_key=server_key,
+        worker_endpoint="", pid=0, job_id="", started_at="", server_id="",
+    )  # fmt: skip
+
+
 def wait_for_endpoint(path: Path, *, timeout_s: float, other_than: str = "") -> Endpoint | None:
     """The endpoint in ``path`` once it is there and not server ``other_than``'s; None after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s

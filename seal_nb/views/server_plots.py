@@ -1,0 +1,154 @@
+"""A server over time: figure and table of sampled status records, and both of them live in a notebook.
+
+Where somebody looks on (JupyterLab) one display is updated in place. Headless (papermill, a batch job) there
+are plain lines, more and more seldom, since a server may be up for days; a log cannot be redrawn. Samples
+nothing itself: records of ``seal_nb.service.watch`` come in.
+"""
+
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from matplotlib.ticker import MaxNLocator
+
+from seal_nb.service.watch import History, Sample
+from seal_nb.views.plots import legend_outside
+from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, png_bytes, styled
+from seal_nb.views.tables import Table
+
+REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
+FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0
+
+
+@styled
+def server_activity(samples: Sequence[Sample]) -> Chart:
+    """Requests that wait, slots in use (and slots), and jobs per minute, over the time of watching."""
+    chart = Chart(figsize=(WIDTH_IN, 3.8), dpi=DPI)
+    above, below = chart.subplots(2, 1, sharex=True)
+    seconds = [sample.at_s for sample in samples]
+    # A count holds until the next sample: steps, not slopes.
+    for name, colour, label in (("slots", GREY, "slots"), ("slots_in_use", BLUE, "slots in use"),
+                                ("queued", ORANGE, "requests waiting")):  # fmt: skip
+        style = ":" if name == "slots" else "-"
+        values = [getattr(sample, name) for sample in samples]
+        above.step(seconds, values, style, where="post", color=colour, label=label)
+    below.plot(seconds, [sample.jobs_per_min for sample in samples], color=GREEN, label="jobs per minute")
+    above.set_ylabel("number")
+    above.yaxis.set_major_locator(MaxNLocator(integer=True))
+    below.set_ylabel("jobs per minute\n(of the last minute)")
+    below.set_xlabel(f"seconds since watching began (n = {len(samples)} samples)")
+    for axes in (above, below):
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+    legend_outside(chart)
+    chart.alt = _in_words(samples)
+    return chart
+
+
+def server_table(samples: Sequence[Sample]) -> Table:
+    """The state at the end, and the most there was of it."""
+    rows = [
+        {"": _LABELS[name], "now": _shown(samples[-1], name), "most": _shown(_most(samples, name), name)}
+        for name in _LABELS
+        if samples
+    ]
+    return Table(rows=rows, columns={"": "", "now": ",.0f", "most": ",.0f"})
+
+
+def status_line(sample: Sample) -> str:
+    """One sample for a log."""
+    return (
+        f"{sample.at_s:.0f} s: {sample.queued} waiting, {sample.slots_in_use}/{sample.slots} slots, "
+        f"{sample.jobs_per_min:g} jobs/min, {sample.tokens_per_s:g} tokens/s, "
+        f"{sample.memory_bytes / 2**20:.0f} MiB, {sample.failed} failed, {sample.workers} workers"
+    )
+
+
+class ServerView:
+    """Call ``show`` for every sample and ``close`` at the end, both with what is kept of them."""
+
+    def __init__(self, *, live: bool | None = None, stream: TextIO | None = None) -> None:
+        self.live = somebody_looks_on() if live is None else live
+        self.stream = stream or sys.stdout
+        self._handle: Any = None
+        self._image, self._redraw_at = "", 0.0
+        self._line_at, self._pause_s = 0.0, FIRST_LINE_S
+
+    def show(self, history: History) -> None:
+        """In place, or a line if it is time for one."""
+        now = time.monotonic()
+        if self.live:
+            self._show_in_place(history.samples(), now)
+        elif history.last is not None and now >= self._line_at:
+            self.stream.write(f"{status_line(history.last)}\n")
+            self.stream.flush()
+            self._line_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, LONGEST_LINE_S)
+
+    def close(self, history: History) -> None:
+        """The table and the figure that stay: static, as GitHub and a run folder show them."""
+        from IPython.display import display
+
+        if not (samples := history.samples()):
+            return
+        if self._handle is None:
+            display(server_table(samples))
+        else:
+            self._handle.update(server_table(samples))
+        display(server_activity(samples))
+
+    def _show_in_place(self, samples: Sequence[Sample], now: float) -> None:
+        from IPython.display import HTML, display
+
+        if now >= self._redraw_at:
+            image = b64encode(png_bytes(server_activity(samples))).decode()
+            self._image = f'<img alt="the server over time" src="data:image/png;base64,{image}">'
+            self._redraw_at = now + REDRAW_S
+        page = HTML(server_table(samples)._repr_html_() + self._image)
+        if self._handle is None:
+            self._handle = display(page, display_id=True)
+        else:
+            self._handle.update(page)
+
+
+def somebody_looks_on() -> bool:
+    """Whether this kernel's front end could ask its user something; papermill's and nbval's cannot."""
+    from IPython.core.getipython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
+_LABELS = {
+    "queued": "requests waiting",
+    "slots_in_use": "slots in use",
+    "slots": "slots",
+    "jobs_per_min": "jobs per minute",
+    "tokens_per_s": "trained tokens per second",
+    "memory_bytes": "memory, front end and workers (MiB)",
+    "answered": "answered",
+    "failed": "failed",
+    "requeued": "requeued",
+    "workers": "workers",
+}
+
+
+def _most(samples: Sequence[Sample], name: str) -> Sample:
+    return max(samples, key=lambda sample: getattr(sample, name))
+
+
+def _shown(sample: Sample, name: str) -> float:
+    value: float = getattr(sample, name)
+    return value / 2**20 if name == "memory_bytes" else value
+
+
+def _in_words(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return "A server that was not seen."
+    return (
+        f"A server over {samples[-1].at_s - samples[0].at_s:.0f} s: at most "
+        f"{_most(samples, 'queued').queued} requests waiting, "
+        f"{_most(samples, 'slots_in_use').slots_in_use} of {samples[-1].slots} slots in use, "
+        f"{_most(samples, 'jobs_per_min').jobs_per_min:g} jobs per minute."
+    )

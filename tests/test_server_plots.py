@@ -1,0 +1,104 @@
+"""The figure and the table of a server over time carry its samples; live in place, headless in lines."""
+
+import io
+from typing import Any
+
+import pytest
+
+from seal_nb.service.watch import History
+from seal_nb.views import server_plots
+from seal_nb.views.server_plots import ServerView, server_activity, server_table
+from seal_nb.views.style import Chart
+from seal_nb.views.tables import Table
+from tests.service.test_watch import sample
+
+Shown = tuple[str, Any]  # how, and what
+SAMPLES = [
+    sample(0.0, slots=4, queued=0, workers=1, memory_bytes=2**20),
+    sample(1.0, slots=4, queued=7, slots_in_use=4, jobs_per_min=3.0, workers=1, memory_bytes=3 * 2**20),
+    sample(2.5, slots=4, queued=2, slots_in_use=3, jobs_per_min=9.5, workers=1, memory_bytes=2 * 2**20),
+]
+
+
+@pytest.fixture
+def history() -> History:
+    history = History()
+    for one in SAMPLES:
+        history.add(one)
+    return history
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
+    """What was displayed and updated; there is no front end here that could show it."""
+    told: list[Shown] = []
+
+    class Handle:
+        def update(self, what: Any) -> None:
+            told.append(("updated", what))
+
+    def display(what: Any, display_id: bool = False) -> Handle | None:
+        told.append(("displayed", what))
+        return Handle() if display_id else None
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return told
+
+
+def test_figure_carries_queue_slots_and_rate_over_time() -> None:
+    chart = server_activity(SAMPLES)
+    drawn = {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for axes in chart.axes
+        for line in axes.get_lines()
+    }
+    seconds = [0.0, 1.0, 2.5]
+    assert drawn == {
+        "slots": (seconds, [4, 4, 4]),
+        "slots in use": (seconds, [0, 4, 3]),
+        "requests waiting": (seconds, [0, 7, 2]),
+        "jobs per minute": (seconds, [0, 3.0, 9.5]),
+    }
+    assert "n = 3 samples" in chart.axes[1].get_xlabel()
+    assert "at most 7 requests waiting, 4 of 4 slots in use, 9.5 jobs per minute" in chart.alt
+
+
+def test_table_has_the_newest_state_and_the_most_there_was() -> None:
+    cells = {row[0]: row[1:] for row in server_table(SAMPLES).cells()}
+    assert cells["requests waiting"] == ["2", "7"]
+    assert cells["memory, front end and workers (MiB)"] == ["2", "3"]
+    assert {"failed", "workers", "trained tokens per second", "slots in use"} <= set(cells)
+
+
+def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(
+    history: History, shown: list[Shown]
+) -> None:
+    stream = io.StringIO()
+    view = ServerView(live=False, stream=stream)
+    for _ in range(5):
+        view.show(history)
+    assert shown == []
+    view.close(history)
+    (line,) = stream.getvalue().splitlines()  # the next one is due after some seconds
+    assert "2 waiting, 3/4 slots, 9.5 jobs/min" in line
+    assert [(how, type(what)) for how, what in shown] == [("displayed", Table), ("displayed", Chart)]
+
+
+def test_live_there_is_one_display_that_is_updated(history: History, shown: list[Shown]) -> None:
+    stream = io.StringIO()
+    view = ServerView(live=True, stream=stream)
+    view.show(history)
+    view.show(history)
+    view.close(history)
+    assert [how for how, _ in shown] == ["displayed", "updated", "updated", "displayed"]
+    assert "image/png" in shown[1][1].data and "requests waiting" in shown[1][1].data
+    assert [type(what) for _, what in shown[2:]] == [Table, Chart] and stream.getvalue() == ""
+
+
+def test_a_process_without_a_front_end_has_nobody_looking_on() -> None:
+    assert not server_plots.somebody_looks_on()
+
+
+def test_a_server_that_was_never_seen_leaves_nothing_to_show(shown: list[Shown]) -> None:
+    ServerView(live=False).close(History())
+    assert shown == []
