@@ -151,6 +151,8 @@ def test_results_of_published_files_are_drawn(golden: Path, tmp_path: Path) -> N
     out = run("08_results", tmp_path / "out", runs_dir=str(tmp_path / "runs"), published_dir=str(golden))
     said = shown(out / "08_results.ipynb", "differences")
     assert "+7.3 points" in said and "not distinguishable from noise" in said
+    left_out = shown(out / "08_results.ipynb", "arms-left-out")
+    assert "results/rank_iter0.json.gz" in left_out and "rewards of a ReST-EM round" in left_out
     assert {"arms_published.png", "rounds_published.csv", "continual_published_1.csv"} <= {
         p.name for p in out.iterdir()
     }

@@ -9,6 +9,7 @@ from seal_nb.errors import DataError
 from seal_nb.experiments.comparison import (
     comparison_rows,
     evaluations,
+    left_out,
     passage_accuracies,
     prompt_keys,
     round_estimates,
@@ -69,6 +70,45 @@ def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("00", "01")))
     write(tmp_path, "run_round1_rank.json", run_file(("00", "11"), k_completions=2))
     assert list(evaluations(collect_results(tmp_path))) == ["self-edits, base model"]
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "is_ranking"),
+    [
+        ("run_base.json", {"k_completions": 5, "eval_times": 1}, False),
+        ("run_base.json", {"k_completions": 1, "eval_times": 3}, False),
+        ("run_mine.json", {"k_completions": 5, "eval_times": 3}, True),
+        ("rank_iter0.json", {"k_completions": 5, "eval_times": 1}, True),
+    ],
+)
+def test_several_self_edits_of_a_passage_are_still_an_evaluation(
+    file: str, settings: dict, is_ranking: bool
+) -> None:
+    (result,) = results_in(run_file(("0", "1"), **settings), file)
+    assert result.is_ranking == is_ranking
+
+
+def test_every_file_is_shown_or_left_out_with_its_reason(tmp_path: Path) -> None:
+    write(tmp_path, "a/run_base.json", run_file(("0", "0")))
+    write(tmp_path, "b/run_base.json", run_file(("0", "1")))
+    write(tmp_path, "run_round1_rank.json", run_file(("0", "1")))
+    write(tmp_path, "run_round1.json", run_file(("0", "1"), prompt_key="rewrite"))
+    write(tmp_path, "run_round2.json", run_file(("?", "?")))
+    found = collect_results(tmp_path)
+    assert [r.file for r in evaluations(found, prompt_key="implications").values()] == ["b/run_base.json"]
+    assert dict(left_out(found, prompt_key="implications")) == {
+        "a/run_base.json": "another file stands for this arm",
+        "run_round1_rank.json": "rewards of a ReST-EM round",
+        "run_round1.json": "prompt rewrite",
+        "run_round2.json": "no answer graded",
+    }
+
+
+def test_each_of_several_runs_in_one_file_is_left_out_by_name(golden: Path) -> None:
+    found = collect_results(golden)
+    shown, missing = evaluations(found, prompt_key="implications"), left_out(found, prompt_key="implications")
+    assert len(shown) + len(missing) == len(found.single) == len(set(missing)) + len(shown)
+    assert ("results/rank_iter0.json.gz", "rewards of a ReST-EM round") in missing
 
 
 def test_ungraded_answers_are_left_out_of_an_estimate(tmp_path: Path) -> None:

@@ -219,3 +219,13 @@ def test_a_reply_to_other_questions_is_refused() -> None:
     replies[loops[0].request_id] = reply_to(loops[0], ["CORRECT"]).model_copy(update={"adapter_texts": []})
     with pytest.raises(DataError, match="has 0 entries for 1 questions"):
         built(loops, replies)
+
+
+@pytest.mark.parametrize(("arm", "k"), [("passage_only", 1), ("hand_written", 1), ("self_edits", 2)])
+def test_a_run_says_how_many_self_edits_a_passage_had(arm: Any, k: int) -> None:
+    settings = replace(SETTINGS, arm=arm)
+    loops = loops_of(settings)
+    run = build_run(
+        PASSAGES, loops, replies_to(loops), settings, model="m", dataset="d", timestamp="0101_000000"
+    )
+    assert run["k_completions"] == k

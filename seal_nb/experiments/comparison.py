@@ -29,6 +29,29 @@ def evaluations(found: Found, *, prompt_key: str = "") -> dict[str, SinglePassag
     return dict(sorted(arms.items(), key=lambda item: _place(item[1])))
 
 
+def left_out(found: Found, *, prompt_key: str = "") -> list[tuple[str, str]]:
+    """(file, reason) of every single-passage result that ``evaluations`` does not show."""
+    shown = [(result.file, result.name) for result in evaluations(found, prompt_key=prompt_key).values()]
+    return [
+        (_source(result), _why_left_out(result, prompt_key))
+        for result in found.single
+        if (result.file, result.name) not in shown
+    ]
+
+
+def _source(result: SinglePassageResult) -> str:
+    """The file, and the run's name where a file holds several."""
+    return result.file if result.name in result.file else f"{result.file}: {result.name}"
+
+
+def _why_left_out(result: SinglePassageResult, prompt_key: str) -> str:
+    if result.is_ranking:
+        return "rewards of a ReST-EM round"
+    if prompt_key not in ("", result.prompt_key):
+        return f"prompt {result.prompt_key}"
+    return "another file stands for this arm" if result.adapter() else "no answer graded"
+
+
 def _place(result: SinglePassageResult) -> tuple[int, str]:
     """Passage only first, self-edits by round, then texts that no round wrote."""
     if result.arm == "passage only":

@@ -54,8 +54,13 @@ class SinglePassageResult:
 
     @property
     def is_ranking(self) -> bool:
-        """A reward measurement on training passages, not an evaluation."""
-        return int(self.settings.get("k_completions") or 1) > 1 or "rank" in self.name
+        """A reward measurement on training passages, not an evaluation.
+
+        No file says so: its name does, or that several self-edits were each measured several times. Several
+        self-edits alone are an evaluation over more texts.
+        """
+        n_edits, n_repeats = (int(self.settings.get(key) or 1) for key in ("k_completions", "eval_times"))
+        return "rank" in self.name or (n_edits > 1 and n_repeats > 1)
 
     def adapter(self) -> Estimate | None:
         return estimate(self.adapter_P_Q, self.stored_adapter, self.settings)

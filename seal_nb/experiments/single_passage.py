@@ -168,7 +168,7 @@ def build_run(
         "dataset": dataset,
         "split_newlines": settings.split_newlines,
         "n_articles": len(passages),
-        "k_completions": settings.k_completions,
+        "k_completions": max(map(len, completions_P), default=0),
         "eval_times": settings.eval_times,
         "lora_params": settings.training.lora_params(),
         "arm": settings.arm,
