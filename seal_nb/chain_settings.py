@@ -83,7 +83,6 @@ DEMO = ExperimentSettings(
     finetune_epochs=6,
     finetune_lr=3e-3,
     cpt_completions=1,
-    cpt_epochs=6,
     cpt_lr=3e-3,
     cpt_accumulation=1,
     sft_accumulation=1,  # four examples: with ten a step there would be two steps

@@ -83,8 +83,9 @@ class Difference(Estimate):
     def _unclear(self) -> str:
         if self.n < MIN_PASSAGES:
             return f"too few to tell (at least {MIN_PASSAGES})"
-        unclear = "not distinguishable from noise"
-        return f"{unclear} (sign-flip p = {self.p_value:.2g})" if self._leaves_out_zero else unclear
+        if self._leaves_out_zero:
+            return f"interval excludes 0, but too few to settle it (sign-flip p = {self.p_value:.2g})"
+        return "not distinguishable from noise"
 
 
 def mean_interval(

@@ -126,7 +126,9 @@ def test_a_difference_that_touches_zero_is_not_real() -> None:
     assert Difference(mean=-0.1, low=-0.2, high=-0.01, n=100, p_value=0.01).is_real
     chance = Difference(mean=0.1, low=0.01, high=0.2, n=100, p_value=0.0625)
     assert not chance.is_real
-    assert chance.sentence().endswith("100 passages: not distinguishable from noise (sign-flip p = 0.062)")
+    assert chance.sentence().endswith(
+        "100 passages: interval excludes 0, but too few to settle it (sign-flip p = 0.062)"
+    )
 
 
 @pytest.mark.parametrize(("n", "p_value"), [(2, 0.5), (6, 2 / 64), (12, 2 / 4096), (40, 1 / 1001)])
