@@ -43,7 +43,7 @@ class Sample:
 
 
 def sample_of(status: ServerStatus, at_s: float) -> Sample:
-    """Slots are the inner loop's, of workers that have told of them; a loop without any counts by requests."""
+    """Slots are the inner loop's, once a worker has told of any; a loop without slots counts by requests."""
     workers = status.workers
     told = [worker for worker in workers if worker.stats]
     return Sample(
