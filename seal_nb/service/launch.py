@@ -62,9 +62,13 @@ class TTTServer:
     def log_path(self) -> Path:
         return self.settings.run_dir / "server.log"
 
+    def is_up(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and self.process.poll() is None
+
     def start(self) -> Self:
         """Nothing if it runs already. Raises ServerFailed."""
-        if self.process is not None and self.process.poll() is None:
+        if self.is_up():
             return self
         self.settings.run_dir.mkdir(parents=True, exist_ok=True)
         env = {
@@ -107,7 +111,7 @@ class TTTServer:
         deadline = time.monotonic() + self.start_timeout_s
         while not self._ready():
             assert self.process is not None
-            if self.process.poll() is not None:
+            if not self.is_up():
                 raise ServerFailed(
                     f"the server ended at its start (exit code {self.process.returncode}); {self._tail()}"
                 )

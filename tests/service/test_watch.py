@@ -41,7 +41,7 @@ def test_sample_has_slots_of_the_inner_loops_and_memory_of_all_processes() -> No
 
 def test_watching_sees_the_work_and_ends_when_the_server_does(start_server) -> None:
     server = start_server(n_workers=1)
-    with Watch(server.endpoint, alive=lambda: server.process.poll() is None, **QUICK) as watch:
+    with Watch(server.endpoint, alive=server.is_up, **QUICK) as watch:
         with TTTClient(server.endpoint) as client:
             client.evaluate(TTTRequest(train_sequences=["sleep 0.5"]))
             eventually(lambda: watch.history.last and watch.history.last.answered == 1)
@@ -77,7 +77,7 @@ def test_where_no_server_is_there_is_nothing_to_follow(tmp_path: Path) -> None:
 
 def test_looking_does_not_keep_an_idle_server_up(start_server) -> None:
     server = start_server(n_workers=0, idle_exit_s=1.0)
-    with Watch(server.endpoint, alive=lambda: server.process.poll() is None, every_s=0.2) as watch:
+    with Watch(server.endpoint, alive=server.is_up, every_s=0.2) as watch:
         list(watch.follow(20.0))
     assert server.process.poll() == 0
 
