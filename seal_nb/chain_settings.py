@@ -56,7 +56,7 @@ class ExperimentSettings:
 
     n_workers: int
     n_threads: int
-    n_slots: int = 8  # adapters in training at a time in one worker
+    n_slots: int = 0  # adapters in training at a time in one worker; 0: measured
 
     def __post_init__(self) -> None:
         if unknown := [arm for arm in (*self.arms, self.continual_arm) if arm not in ARMS]:
@@ -91,4 +91,5 @@ DEMO = ExperimentSettings(
     continual_max_new_tokens=32,
     n_workers=2,
     n_threads=1,
+    n_slots=8,
 )

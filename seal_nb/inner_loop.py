@@ -5,12 +5,14 @@ sequences, the adapter answers, a grader says which answers are right. Many requ
 training shares the slots, answering shares one batch. Knows nothing of sockets; `advance` does a short
 slice of work and hands back what is done."""
 
+import itertools
 import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -31,6 +33,7 @@ from seal_nb.protocol import (
     error_reply,
 )
 from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.capacity import slots_for
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.lora import Adapter, save_adapter
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
@@ -40,6 +43,7 @@ Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
 ADAPTER_BYTES_KEPT = 4 * 2**30  # in memory, by name; the rest are read from disk again
 ANSWER_STEPS_A_PASS = 64
+BASELINES_KEPT = 100_000  # answers and scores of the base: a server lives for weeks
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
 
 
@@ -67,11 +71,11 @@ class InnerLoop:
     @property
     def free_slots(self) -> int:
         """Requests that are useful now: enough that the next one can enter the moment a slot is free."""
-        return max(0, 2 * self.settings.n_slots - len(self.evaluations) - len(self.generations))
+        return max(0, 2 * self.trainer.n_slots - len(self.evaluations) - len(self.generations))
 
     def stats(self) -> dict[str, float | int | str]:
         return {
-            "slots": self.settings.n_slots,
+            "slots": self.trainer.n_slots,
             "slots_in_use": len(self.trainer.slots),
             "requests": len(self.evaluations) + len(self.generations),
             "requests_done": self.n_done,
@@ -235,6 +239,7 @@ class InnerLoop:
             self.baselines[place] = decoded.text.strip()
             for other_id, evaluation in list(self.evaluations.items()):
                 self._baseline_came(other_id, evaluation, place)
+            _forget_oldest(self.baselines)
         elif request_id in self.generations:
             self._generated(request_id, place, decoded)
         elif request_id in self.evaluations:
@@ -336,7 +341,9 @@ class InnerLoop:
             rows += [ScoreRow(prompt_ids=p, target_ids=g, adapters=adapters) for p, g in pairs]
         sums = [sum(row) for row in score(self.base, rows, token_budget=self.trainer.token_budget)]
         self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
-        return [self.gold_baselines[key] for key in keys], sums[len(missing) :], [len(g) for g in golds]
+        before = [self.gold_baselines[key] for key in keys]
+        _forget_oldest(self.gold_baselines)
+        return before, sums[len(missing) :], [len(g) for g in golds]
 
     def _adapter(self, name: str) -> tuple[str, Adapter]:
         """A kept adapter and its identity; another worker may have made it, or made it anew."""
@@ -350,6 +357,14 @@ class InnerLoop:
         self.kept.move_to_end(identity)
         while len(self.kept) > 1 and sum(a.n_bytes for a in self.kept.values()) > ADAPTER_BYTES_KEPT:
             self.kept.popitem(last=False)
+
+
+def _forget_oldest(kept: dict[Any, Any]) -> None:
+    """What is still being generated (None) stays: others wait for it."""
+    n_too_many = max(0, len(kept) - BASELINES_KEPT)
+    for key in list(itertools.islice(kept, n_too_many)):
+        if kept[key] is not None:
+            del kept[key]
 
 
 def _identity(folder: Path) -> str:
@@ -368,6 +383,9 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
     grader = make_grader(settings.grader)
+    if not settings.n_slots:
+        measured = slots_for(base, model_id=model_identity(folder))
+        settings = replace(settings, n_slots=measured.n_slots)
     return InnerLoop(base, grader, settings, model_id=served_identity(base, grader, settings, folder))
 
 

@@ -15,7 +15,7 @@ class InnerLoopSettings:
     model: str = "embedded"  # folder, hub name, or "embedded": the small model
     device: str = "auto"  # "auto": CUDA where there is one
     dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 where it is native
-    n_slots: int = 8  # adapters in training at a time
+    n_slots: int = 0  # adapters in training at a time; 0: as many as pay on this device, measured once
     n_threads: int = 1  # of torch on a CPU
     grader: str = "local"
     adapters_dir: Path = Path("adapters")  # adapters kept by name, PEFT's format
@@ -26,6 +26,8 @@ class InnerLoopSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        for name in ("n_slots", "n_threads", "max_seq_length", "token_budget", "decode_rows"):
+        if self.n_slots < 0:
+            raise SettingsError(f"n_slots is {self.n_slots}; it must be at least 1, or 0 to have it measured")
+        for name in ("n_threads", "max_seq_length", "token_budget", "decode_rows"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -59,14 +59,15 @@ def embedded_model() -> Path:
     folder = cache_dir() / FOLDER
     if not folder.is_dir():
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with _locked(cache_dir() / f"{FOLDER}.lock"):
+        with locked(cache_dir() / f"{FOLDER}.lock"):
             if not folder.is_dir():
                 _make(folder)
     return folder
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time holds `path`; the others wait."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

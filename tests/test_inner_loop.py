@@ -54,6 +54,15 @@ def run(
     return replies
 
 
+def test_without_a_number_of_slots_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_NB_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny_model(tmp_path / "model")
+    measured = load_inner_loop(InnerLoopSettings(model=str(folder), device="cpu", dtype="float32"))
+    (record,) = (tmp_path / "cache").glob("capacity/*.json")
+    assert measured.stats()["slots"] == json.loads(record.read_text())["n_slots"] >= 1
+    assert isinstance(run(measured, request("a"))["a"], TTTReply)
+
+
 def test_reply_has_the_published_fields_and_one_entry_a_question(loop: InnerLoop) -> None:
     reply = run(loop, request("a"))["a"]
     assert isinstance(reply, TTTReply)
@@ -69,6 +78,22 @@ def test_baseline_only_repeats_the_baseline_and_gains_nothing(loop: InnerLoop, f
     assert isinstance(reply, TTTReply)
     assert reply.adapter_texts == reply.baseline_texts
     assert (reply.adapter_gain, reply.train_steps) == (0.0, 0)
+
+
+def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_reply(
+    loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seal_nb.inner_loop.BASELINES_KEPT", 3)
+    asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
+    replies = run(
+        loop,
+        *(
+            request(str(n), eval_questions=e, soft_scores=True, skip_training=True)
+            for n, e in enumerate(asked)
+        ),
+    )
+    assert all(isinstance(r, TTTReply) and len(r.baseline_gold_logprobs) == 2 for r in replies.values())
+    assert len(loop.baselines) == len(loop.gold_baselines) == 3
 
 
 def test_the_base_answers_each_question_once_however_many_requests_ask_it(loop: InnerLoop) -> None:

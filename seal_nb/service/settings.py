@@ -35,7 +35,7 @@ class ServeSettings:
     advertise_host: str = ""  # the name that other nodes know this one by; empty: found out
     model: str = "embedded"
     n_workers: int = 1
-    n_slots: int = 8  # adapters trained side by side in one worker
+    n_slots: int = 0  # adapters trained side by side in one worker; 0: measured, once a device and model
     n_threads: int = 1  # of torch, in one worker
     device: str = "auto"
     dtype: str = "auto"
@@ -60,7 +60,7 @@ class ServeSettings:
             object.__setattr__(self, "endpoint_file", Path(self.endpoint_file))
         for name, least in (
             ("n_workers", 0),
-            ("n_slots", 1),
+            ("n_slots", 0),
             ("n_threads", 1),
             ("max_tries", 1),
             ("seed", 0),

@@ -8,6 +8,7 @@ unchanged. Knows nothing of adapters or loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -40,6 +41,8 @@ class Rows:
         self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """q (1, heads, T, d), k and v (1, kv_heads, T, d) → (1, T, heads, d); causal within rows."""
+        if not q.is_cuda and self.longest <= SHORT:
+            return self._attend_row_by_row(q, k, v, scaling)
         if len(self.lengths) == 1 and self.mask is None:
             return _sdpa(q, k, v, None, scaling).transpose(1, 2)
         if q.is_cuda and self.mask is None and q.dtype in (torch.bfloat16, torch.float16):
@@ -47,6 +50,24 @@ class Rows:
         q, k, v = (self.padded(t[0].transpose(0, 1)) for t in (q, k, v))
         out = _sdpa(q, k, v, self.mask, scaling)  # (rows, heads, longest, d)
         return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), self.places)[None]
+
+    def _attend_row_by_row(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        parts = zip(*(t[0].split(self.lengths, dim=1) for t in (q, k, v)), self.biases, strict=True)
+        rows = [_short_attention(*qkv, bias.to(q.dtype), scaling) for *qkv, bias in parts]
+        return torch.cat(rows)[None]
+
+    @cached_property
+    def biases(self) -> list[torch.Tensor]:
+        """For each row 0 where a token (down) sees another (across), -inf elsewhere: (n, n)."""
+        by_length = {n: torch.full((n, n), float("-inf")).triu(1) for n in set(self.lengths)}
+        if self.mask is None:
+            return [by_length[n] for n in self.lengths]
+        unseen = ~self.mask[:, 0]
+        return [
+            by_length[n].masked_fill(unseen[row, :n, :n], float("-inf")) for row, n in enumerate(self.lengths)
+        ]
 
     def padded(self, tokens: torch.Tensor) -> torch.Tensor:
         """(T, heads, d) → (rows, heads, longest, d), zeros where a row is shorter."""
@@ -74,8 +95,6 @@ SHORT = 512  # tokens
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    if not q.is_cuda and q.shape[2] <= SHORT:
-        return _short_attention(q, k, v, mask, scaling)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -83,21 +102,19 @@ def _sdpa(
 
 
 def _short_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention as two batched products: on a CPU, torch's flash kernel spends most of short rows in its
-    tiles.
+    """One row in two batched products: q (heads, n, d), k, v (kv_heads, n, d), bias (n, n) → (n, heads, d).
 
-    Heads that share a key head are stacked as rows of one product."""
-    rows, heads, n, d = q.shape
-    kv = k.shape[1]
-    scores = q.reshape(rows, kv, -1, d) @ k.transpose(2, 3)  # (rows, kv, heads/kv * n, n)
-    scores = scores.view(rows, heads, n, n).mul(scaling)
-    allowed = torch.ones(n, n, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    p = scores.masked_fill(~allowed, float("-inf")).softmax(
-        -1, dtype=torch.promote_types(torch.float32, q.dtype)
-    )
-    return (p.to(q.dtype).view(rows, kv, -1, n) @ v).view(rows, heads, n, d)
+    On a CPU, torch's flash kernel spends most of a short row in its tiles. Heads that share a key head are
+    stacked as rows of one product.
+    """
+    heads, n, d = q.shape
+    kv = len(k)
+    stacked = bias.expand(heads // kv, n, n).reshape(1, -1, n)
+    scores = torch.baddbmm(stacked, q.reshape(kv, -1, d), k.transpose(1, 2), alpha=scaling)
+    p = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
+    return (p @ v).view(heads, n, d).transpose(0, 1)
 
 
 class _Pad(torch.autograd.Function):

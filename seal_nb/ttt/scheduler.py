@@ -80,6 +80,10 @@ class SlotTrainer:
     larger runs alone."""
 
     def __init__(self, base: FrozenBase, *, n_slots: int, token_budget: int = 4096):
+        if n_slots < 1 or token_budget < 1:
+            raise SettingsError(
+                f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1"
+            )
         self.base, self.n_slots, self.token_budget = base, n_slots, token_budget
         self.waiting: deque[tuple[TrainJob, tuple[Adapter, ...]]] = deque()
         self.slots: list[Slot] = []
