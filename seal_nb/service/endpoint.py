@@ -1,8 +1,8 @@
-"""The endpoint file: where a server is, and which one it is; and the question whether it is alive.
+"""The endpoint file: where a server is, and which one it is.
 
 Written whole by the server once it listens, removed by it when it ends. A file that an older server left
-behind is found out by asking: a ping must be answered under the ``server_id`` of the file. Nothing here
-waits longer than it is told.
+behind is found out by asking (``ping``): the answer must come under the ``server_id`` of the file. Nothing
+here waits longer than it is told.
 """
 
 import ipaddress
@@ -71,22 +71,17 @@ def find_endpoint(where: str, *, server_key: str = "") -> Endpoint:
     )  # fmt: skip
 
 
-def wait_for_endpoint(path: Path, *, timeout_s: float, other_than: str = "") -> Endpoint | None:
-    """The endpoint in ``path`` once it is there and not server ``other_than``'s; None after ``timeout_s``."""
+def wait_for_endpoint(path: Path, *, timeout_s: float) -> Endpoint:
+    """The endpoint in ``path`` once it is there. Raises DataError if it is broken, or missing to the end."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if path.exists():
-            try:
-                found = read_endpoint(path)
-            except DataError:
-                if path.exists():  # else it was removed between the two looks
-                    raise
-            else:
-                if found.server_id != other_than:
-                    return found
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+        there = path.exists()
+        try:
+            return read_endpoint(path)
+        except DataError:
+            if (there and path.exists()) or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
 
 
 def split_tcp(endpoint: str) -> tuple[str, str]:

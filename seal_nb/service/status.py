@@ -95,7 +95,7 @@ def read_status(fields: Mapping[str, Any]) -> ServerStatus:
 
 
 def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
-    """The table that `seal-nb status` and the server notebook show."""
+    """The table that `seal-nb status` shows on a terminal."""
     counts = status.counts
     rows = [
         ("server", f"{status.server_id}, up {status.uptime_s:.0f} s" + ", draining" * status.draining),

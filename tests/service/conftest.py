@@ -83,6 +83,11 @@ def trained(tmp_path: Path) -> list[str]:
     return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def not_here(missing):
+    """What a test needs is not there: in continuous integration that is a failure."""
+    pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+
+
 def worker_pids(client):
     return [worker.pid for worker in client.status().workers]
 

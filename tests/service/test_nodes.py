@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.service.endpoint import read_endpoint
-from tests.service.conftest import STUB, eventually
+from tests.service.conftest import STUB, eventually, not_here
 
 ENTER = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
 CLIENT = """
@@ -65,8 +65,7 @@ def ip(command: str) -> None:
 def nodes():
     """Two of them, each with its loopback and an end of the cable."""
     if shutil.which("ip") is None:
-        missing = "no command ip; apt-get install iproute2"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+        not_here("no command ip; apt-get install iproute2")
     prefix = f"seal{os.getpid() % 10_000}"
     first, second = Node(name=f"{prefix}a", address="10.77.0.1"), Node(name=f"{prefix}b", address="10.77.0.2")
     with ExitStack() as stack:
@@ -81,7 +80,7 @@ def nodes():
                 ip(f"-n {node.name} link set lo up")
             subprocess.run(first.command("true"), check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces are not allowed here ({error.stderr.strip()}); it takes root")
+            not_here(f"network namespaces are not allowed here ({error.stderr.strip()}); it takes root")
         yield first, second
 
 
