@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, RoundTimeout
 from seal_nb.protocol import ErrorReply, Reply, read_reply
-from seal_nb.service.endpoint import Endpoint, find_endpoint, is_loopback
+from seal_nb.service.endpoint import Endpoint, find_endpoint, is_loopback, this_node
 from seal_nb.service.ping import client_socket
 
 PING_S = 2.0
@@ -157,7 +157,7 @@ class Connection:
             time.sleep(0.1)
             return
         self._expected_id, self._loopback_of = endpoint.server_id, ""
-        if is_loopback(endpoint.host):
+        if is_loopback(endpoint.host) and endpoint.node != this_node():
             self._loopback_of = f"machine {endpoint.node}" if endpoint.node else "its own machine"
         self._trouble = self._trouble if self._trouble == DENIED else ""
         self._socket = client_socket(self._context, endpoint, self.key_file, name=self._name)

@@ -41,12 +41,14 @@ class AnswerCounts:
         return number
 
     def answered(self, content: str, number: int) -> None:
-        """Raises OSError where the disk is full; the number counts all the same, and is written with the
-        next one.
-        """
+        """Raises OSError where the disk is full; the number counts all the same, until it can be saved."""
         self.dropped(content, number)
         self._mark(_key(content), number)
         self._unsaved += ENTRY.pack(_key(content), number)
+        self.save()
+
+    def save(self) -> None:
+        """Write what is not written yet. Raises OSError; no torn entry is left behind."""
         try:
             written = 0
             while written < len(self._unsaved):

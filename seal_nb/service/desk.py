@@ -6,6 +6,7 @@ and how often that content was answered before; a result is kept before anybody 
 worker ever looks like an answer.
 """
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass, field
@@ -146,6 +147,14 @@ class Desk:
             self.meter.failed(type(error).__name__)
         return _to_all(ticket, self.error(error, job.key))
 
+    def save(self) -> None:
+        """Write what a full disk did not take, if there is room now."""
+        if self.results.n_unsaved:
+            self.results.save()
+        if self.counts.n_unsaved:
+            with contextlib.suppress(OSError):
+                self.counts.save()
+
     def error(self, error: BaseException, request_id: str | None = None) -> bytes:
         reply = error_reply(error, request_id=request_id)
         return ErrorReply(**{**reply.model_dump(), "server_id": self.server_id}).to_json()
@@ -231,7 +240,7 @@ class Desk:
             try:
                 self.counts.answered(ticket.content, ticket.number)
             except OSError as error:
-                if not self.counts.n_unsaved > 1:  # else it was said
+                if self.counts.n_unsaved == 1:  # the first; the others need no line each
                     log.error("the count of answers cannot be written (%s); free space", error)
 
     def _free_number(self, ticket: Ticket) -> None:

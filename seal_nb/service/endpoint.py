@@ -104,11 +104,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def this_node() -> str:
+    """The name that others know this machine by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def advertised(bound: str, *, host: str = "") -> str:
     """The address that clients are told: a wildcard becomes this node's name."""
     bound_host, port = split_tcp(bound)
     everywhere = bound_host in ("0.0.0.0", "*", "[::]")
-    name = host or (os.environ.get("SLURMD_NODENAME") or socket.gethostname() if everywhere else bound_host)
+    name = host or (this_node() if everywhere else bound_host)
     return f"tcp://{name}:{port}"
 
 
@@ -125,5 +130,5 @@ def here(*, endpoint: str, worker_endpoint: str, server_id: str, public_key: str
         server_id=server_id,
         public_key=public_key,
         run_dir=str(run_dir.resolve()),
-        node=socket.gethostname(),
+        node=this_node(),
     )

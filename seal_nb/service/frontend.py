@@ -203,15 +203,11 @@ class FrontEnd:
     def _tick(self, now: float) -> None:
         self.crew.check_leases(now)
         self.watch(now)
-        if self.desk.results.n_unsaved:
-            self.desk.results.save()
+        self.desk.save()
         if self.queue.jobs or (self.workers_load and not self.desk.model_id):
             self._client_seen_at = now  # what is in work was asked for; while a model loads, nobody is late
-        if (
-            self.idle_timeout_s
-            and now - self._client_seen_at > self.idle_timeout_s
-            and not self._asked_to_stop
-        ):
+        idle_s = now - self._client_seen_at
+        if 0 < self.idle_timeout_s < idle_s and not self._asked_to_stop:
             self.ask_to_stop(f"no client for {self.idle_timeout_s:g} s")
         if self._asked_to_stop:
             self._drain(now)

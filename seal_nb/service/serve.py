@@ -88,7 +88,8 @@ class Server:
         ours = None if self.front.for_good else set(self.pool.pids)
         self.front.crew.dismiss(self.front.desk.stopping, pids_here=ours)
         log.info("server %s ended: %s", self.server_id, self.front.desk.stopping)
-        if self.results.n_unsaved and not self.results.save():
+        self.front.desk.save()
+        if self.results.n_unsaved:
             log.error("%s", self.results.trouble)
             self.exit_code = self.exit_code or 1
         return self.exit_code

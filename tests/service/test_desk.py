@@ -314,6 +314,8 @@ def test_counts_that_found_no_room_are_written_with_the_next_one(tmp_path, monke
         patch.setattr(counts, "_file", NearlyFull(counts._file, room=7))
         counts.answered(content, counts.take(content))
     assert path.stat().st_size == size and counts.n_unsaved == 1  # no torn entry
+    counts.save()
+    assert counts.n_unsaved == 0
     counts.answered(content, counts.take(content))
     counts.close()
     assert AnswerCounts(path).take(content) == 3
