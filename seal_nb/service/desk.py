@@ -15,16 +15,15 @@ from typing import Any
 from seal_nb.errors import ProtocolError, SealError
 from seal_nb.protocol import (
     ErrorReply,
-    GenerateRequest,
     Reply,
     TTTReply,
-    TTTRequest,
     Work,
     error_reply,
     read_reply,
 )
 from seal_nb.runs import derived_seed
 from seal_nb.service.counts import AnswerCounts
+from seal_nb.service.limits import check_limits
 from seal_nb.service.queue import Job, JobQueue
 from seal_nb.service.results import Results, check_same
 from seal_nb.service.settings import Limits
@@ -261,40 +260,6 @@ def content_of(request: Work) -> str:
     """A hash of everything that a result may depend on (a seed that was asked for, too)."""
     said = request.model_dump_json(exclude={"request_id", "priority", "traceback"})
     return hashlib.sha256(said.encode()).hexdigest()[:32]
-
-
-def check_limits(request: Work, limits: Limits) -> None:
-    """Raises ProtocolError naming the field, its value and the bound."""
-    if isinstance(request, GenerateRequest):
-        bounds = [
-            ("prompts", len(request.prompts), limits.max_questions),
-            ("max_tokens", request.max_tokens, limits.max_tokens),
-        ]
-    else:
-        bounds = _bounds(request, limits)
-    for name, value, most in bounds:
-        if value > most:
-            raise ProtocolError(
-                f"field {name!r} is too large: {value}, this server takes {most} at most; "
-                "send less, or raise the bound where the server is started",
-                field=name,
-            )
-
-
-def _bounds(request: TTTRequest, limits: Limits) -> list[tuple[str, int, int]]:
-    return [
-        ("train_sequences", len(request.train_sequences), limits.max_sequences),
-        ("eval_questions", len(request.eval_questions), limits.max_questions),
-        ("lora_rank", request.lora_rank, limits.max_rank),
-        ("finetune_epochs", request.finetune_epochs, limits.max_epochs),
-        ("max_new_tokens", request.max_new_tokens, limits.max_tokens),
-        ("batch_size", request.batch_size, limits.max_sequences),
-        ("gradient_accumulation_steps", request.gradient_accumulation_steps, limits.max_sequences),
-        ("max_seq_length", request.max_seq_length, 2**20),
-        ("pad_to", request.pad_to, 2**20),
-        ("adapter_stack", len(request.adapter_stack), 1_000),
-        ("target_modules", len(request.target_modules), 1_000),
-    ]
 
 
 def _correlated(envelope: Envelope) -> bool:

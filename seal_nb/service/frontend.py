@@ -21,6 +21,7 @@ from seal_nb.service import wire
 from seal_nb.service.crew import Crew
 from seal_nb.service.desk import Cancelled, Desk, Envelope, Outgoing, ServerStopping
 from seal_nb.service.keys import Gate
+from seal_nb.service.limits import check_size
 from seal_nb.service.queue import Job
 from seal_nb.service.status import ServerStatus, rss_bytes
 
@@ -227,11 +228,3 @@ class FrontEnd:
             self.queue.cancel(job.key)
             why = f"{self.desk.stopping} before this request was done; send it again to the next server"
             self._send(self.desk.failed(job, ServerStopping(why)))
-
-
-def check_size(message: bytes, most: int) -> None:
-    """Raises ProtocolError for a message above the bound, before anything reads it."""
-    if len(message) > most:
-        raise ProtocolError(
-            f"the message has {len(message)} bytes, {most} are the most; send fewer sequences or questions"
-        )

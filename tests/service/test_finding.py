@@ -1,6 +1,7 @@
 """Which server a client finds: the one its endpoint file speaks of, waited for, and never an older one."""
 
 import json
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,8 +13,9 @@ from seal_nb.protocol import TTTRequest
 from seal_nb.runs import write_json
 from seal_nb.service.client import TTTClient
 from seal_nb.service.endpoint import read_endpoint
-from seal_nb.service.launch import ServerFailed
-from tests.service.conftest import eventually, in_background, kill, restart, run_round, trained
+from seal_nb.service.launch import ServerFailed, command
+from seal_nb.service.settings import ServeSettings
+from tests.service.conftest import STUB, eventually, in_background, kill, restart, run_round, trained
 from tests.service.test_client import REPLY, serving
 from tests.service.test_server import sequence
 
@@ -25,6 +27,22 @@ def test_a_second_server_on_a_live_ones_endpoint_file_is_refused(start_server, t
     with pytest.raises(ServerFailed, match="belongs to server .* which is alive"):
         start_server(n_workers=0, run_dir=tmp_path / "other", endpoint_file=first.endpoint)
     assert first.process.poll() is None
+
+
+def test_of_servers_that_start_on_one_endpoint_file_at_the_same_time_one_stays(tmp_path):
+    """None of them is there yet when the others look; who wrote the file last has it."""
+    shared = {"endpoint_file": tmp_path / "endpoint.json", "n_workers": 0, "drain_s": 1.0}
+    settings = [ServeSettings(run_dir=tmp_path / f"run{i}", inner_loop=STUB, **shared) for i in range(3)]
+    processes = [subprocess.Popen(command(one), stderr=subprocess.DEVNULL) for one in settings]
+    try:
+        (last,) = eventually(lambda: len(left := [p for p in processes if p.poll() is None]) == 1 and left)
+        eventually(lambda: read_endpoint(tmp_path / "endpoint.json").pid == last.pid)
+        with TTTClient(tmp_path / "endpoint.json", wait_s=10) as client:
+            assert client.status().pid == last.pid
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_second_server_on_a_live_ones_run_folder_is_refused(start_server, tmp_path):
