@@ -3,7 +3,7 @@
 A published request has neither id nor seed, so its seed comes from the server's seed, its content and a
 number: the smallest one under which this content was not answered yet and is not in work. The numbers
 answered survive a restart, in a file of 20-byte entries (16 of the content's hash, 4 of the number),
-appended before the reply is sent. A request with an id does not count here. Memory: about 100 bytes for each
+appended before the reply is sent. A request with an id does not count here. Memory: about 170 bytes for each
 different content, and nothing for its repeats.
 """
 

@@ -1,5 +1,6 @@
 """What a request becomes, without sockets: seeds, idempotent ids, bounds, and results that are kept first."""
 
+import hashlib
 import json
 import time
 import tracemalloc
@@ -9,7 +10,7 @@ import pytest
 from seal_nb.errors import ProtocolError, RunMismatch
 from seal_nb.protocol import Answers, GenerateRequest, TTTRequest, build_reply, error_reply, parse_request
 from seal_nb.service.counts import ENTRY, AnswerCounts
-from seal_nb.service.desk import Desk, QueueFull, ServerStopping
+from seal_nb.service.desk import Desk, QueueFull, ServerStopping, content_of
 from seal_nb.service.queue import JobQueue
 from seal_nb.service.results import Results
 from seal_nb.service.settings import Limits
@@ -184,6 +185,19 @@ def test_priority_and_traceback_are_not_part_of_the_content(open_desk):
     accept(desk, named)
     accept(desk, named.model_copy(update={"priority": 3, "traceback": True}), (b"c2", b""))
     assert len(started(desk)) == 1
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        TTTRequest(train_sequences=["é\u2028\0"], finetune_lr=1e-5, lora_alpha=3, seed=1),
+        TTTRequest(eval_questions=[{"question": "?", "answer": "\U0001f30d"}], skip_baseline=True),
+        GenerateRequest(prompts=["a"], stop=["\n"], temperature=0.3),
+    ],
+)
+def test_the_hash_of_a_content_is_that_of_its_json_so_that_journals_stay_good(request_):
+    said = request_.model_dump_json(exclude={"request_id", "priority", "traceback"})
+    assert content_of(request_) == hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
 def test_a_failure_is_not_kept_so_the_request_may_be_asked_again(open_desk):
