@@ -110,14 +110,22 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _add_status(commands: Any) -> None:
     status = commands.add_parser("status", help="what a TTT server is doing")
     status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="tcp://HOST:PORT or an endpoint file")
+    status.add_argument("--json", action="store_true", help="one JSON object, as off a terminal anyway")
+    status.add_argument("--wait-s", type=float, default=5.0, help="seconds to wait for it to appear")
     status.set_defaults(command=_status)
 
 
 def _status(arguments: argparse.Namespace) -> None:
     from seal_nb.service.client import TTTClient
+    from seal_nb.service.status import status_rows
 
-    with TTTClient(arguments.endpoint, connect_s=5.0) as client:
-        print(json.dumps(asdict(client.status()), indent=2))
+    with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
+        status = client.status()
+    if arguments.json or not sys.stdout.isatty():
+        print(json.dumps(asdict(status), indent=2))
+        return
+    for name, text in status_rows(status):
+        print(f"{name}: {text}")
 
 
 def _add_summarize(commands: Any) -> None:
@@ -192,7 +200,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _shut_down(endpoint_file: Path) -> None:
     from seal_nb.service.client import TTTClient
 
-    with TTTClient(str(endpoint_file), timeout_s=10) as client:
+    with TTTClient(str(endpoint_file), wait_s=10) as client:
         client.shutdown()
 
 

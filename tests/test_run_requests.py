@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.errors import RemoteError
+from seal_nb.errors import RemoteError, RoundTimeout
 from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
 from seal_nb.experiments.single_passage import identified
 from seal_nb.protocol import EvalQuestion, TTTRequest
@@ -20,7 +20,7 @@ def request(text: str) -> TTTRequest:
 
 @pytest.fixture
 def client(server):  # noqa: F811
-    with TTTClient(server.endpoint, timeout_s=30, connect_s=10) as client:
+    with TTTClient(server.endpoint, timeout_s=30, wait_s=10) as client:
         yield client
 
 
@@ -74,6 +74,15 @@ def test_an_endpoint_is_used_and_no_server_started(server, tmp_path: Path) -> No
     with ttt_client(server.endpoint, run_dir=tmp_path / "own", model="missing") as client:
         assert served_model(client) == "stub"
     assert not (tmp_path / "own").exists()
+
+
+def test_a_server_that_is_not_there_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
+    where = str(tmp_path / "endpoint.json")
+    with (
+        ttt_client(where, run_dir=tmp_path, wait_s=0.3) as client,
+        pytest.raises(RoundTimeout, match="within 0.3 s"),
+    ):
+        served_model(client)
 
 
 def test_a_request_without_an_id_is_a_mistake(client, tmp_path: Path) -> None:

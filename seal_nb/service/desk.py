@@ -6,25 +6,26 @@ and how often that content was answered before; a result is kept before anybody 
 worker ever looks like an answer.
 """
 
+import contextlib
 import hashlib
-import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import to_json
+
 from seal_nb.errors import ProtocolError, SealError
 from seal_nb.protocol import (
     ErrorReply,
-    GenerateRequest,
     Reply,
     TTTReply,
-    TTTRequest,
     Work,
     error_reply,
     read_reply,
 )
 from seal_nb.runs import derived_seed
 from seal_nb.service.counts import AnswerCounts
+from seal_nb.service.limits import check_limits
 from seal_nb.service.queue import Job, JobQueue
 from seal_nb.service.results import Results, check_same
 from seal_nb.service.settings import Limits
@@ -90,8 +91,10 @@ class Desk:
         self._sent_by: dict[Envelope, str] = {}
         self._n_named = 0
 
-    def accept(self, request: Work, envelope: Envelope, now: float) -> bytes | None:
-        """The reply, if there is one at once. Raises SealError for what is refused."""
+    def accept(self, request: Work, message: bytes, envelope: Envelope, now: float) -> bytes | None:
+        """The reply to ``message``, which says ``request``, if there is one at once. Raises SealError for
+        what is refused.
+        """
         check_limits(request, self.limits)
         content = content_of(request)
         kept = self._kept(request.request_id, content)
@@ -100,7 +103,7 @@ class Desk:
         if self._joined(request, content, envelope):
             return None
         self._check_room(request, envelope)
-        self._enqueue(request, content, envelope, now)
+        self._enqueue(request, message, content, envelope, now)
         return None
 
     def has_model(self, model_id: str) -> list[Outgoing]:
@@ -145,6 +148,14 @@ class Desk:
             self.meter.failed(type(error).__name__)
         return _to_all(ticket, self.error(error, job.key))
 
+    def save(self) -> None:
+        """Write what a full disk did not take, if there is room now."""
+        if self.results.n_unsaved:
+            self.results.save()
+        if self.counts.n_unsaved:
+            with contextlib.suppress(OSError):
+                self.counts.save()
+
     def error(self, error: BaseException, request_id: str | None = None) -> bytes:
         reply = error_reply(error, request_id=request_id)
         return ErrorReply(**{**reply.model_dump(), "server_id": self.server_id}).to_json()
@@ -156,7 +167,7 @@ class Desk:
         if kept is None:
             return None
         self.meter.count("from_journal")
-        return json.dumps(kept).encode()
+        return kept
 
     def _joined(self, request: Work, content: str, envelope: Envelope) -> bool:
         key = request.request_id or self._sent_by.get(envelope)
@@ -179,11 +190,12 @@ class Desk:
             ("requests wait", queue.n_queued, limits.max_queued),
             ("requests of this client wait", queue.n_queued_of(envelope[0]), limits.max_queued_per_client),
             ("bytes wait", queue.queued_bytes, limits.max_queued_bytes),
+            ("bytes of results wait for a full disk", self.results.unsaved_bytes, limits.max_unsaved_bytes),
         ):
             if used >= most:
                 raise QueueFull(f"{used} {what}, {most} is the most; send it again later")
 
-    def _enqueue(self, request: Work, content: str, envelope: Envelope, now: float) -> None:
+    def _enqueue(self, request: Work, message: bytes, content: str, envelope: Envelope, now: float) -> None:
         number, seed = None, request.seed
         if seed is None and request.request_id is not None:
             seed = derived_seed(self.seed, content, request.request_id)
@@ -191,7 +203,6 @@ class Desk:
             number = self.counts.take(content)
             seed = derived_seed(self.seed, content, number)
         key = request.request_id or self._name()
-        full = request.model_copy(update={"request_id": key, "seed": seed})
         self._tickets[key] = Ticket(
             content=content,
             request_id=request.request_id,
@@ -201,9 +212,15 @@ class Desk:
         )
         if request.request_id is None and _correlated(envelope):
             self._sent_by[envelope] = key
-        payload = full.model_dump_json(exclude_none=True).encode()
         self.queue.add(
-            Job(key=key, client=envelope[0], payload=payload, priority=request.priority, submitted_at=now)
+            Job(
+                key=key,
+                client=envelope[0],
+                payload=message,
+                seed=seed,
+                priority=request.priority,
+                submitted_at=now,
+            )
         )
         self.meter.count("accepted")
 
@@ -219,12 +236,13 @@ class Desk:
 
     def _keep(self, ticket: Ticket, reply: bytes) -> None:
         if ticket.request_id is not None:
-            self.results.put(ticket.request_id, ticket.content, json.loads(reply))
+            self.results.put(ticket.request_id, ticket.content, reply)
         elif ticket.number is not None:
             try:
                 self.counts.answered(ticket.content, ticket.number)
             except OSError as error:
-                log.error("the count of answers cannot be written (%s); free space", error)
+                if self.counts.n_unsaved == 1:  # the first; the others need no line each
+                    log.error("the count of answers cannot be written (%s); free space", error)
 
     def _free_number(self, ticket: Ticket) -> None:
         if ticket.number is not None:
@@ -242,42 +260,9 @@ def _understood(body: bytes) -> Reply:
 
 def content_of(request: Work) -> str:
     """A hash of everything that a result may depend on (a seed that was asked for, too)."""
-    said = request.model_dump_json(exclude={"request_id", "priority", "traceback"})
-    return hashlib.sha256(said.encode()).hexdigest()[:32]
-
-
-def check_limits(request: Work, limits: Limits) -> None:
-    """Raises ProtocolError naming the field, its value and the bound."""
-    if isinstance(request, GenerateRequest):
-        bounds = [
-            ("prompts", len(request.prompts), limits.max_questions),
-            ("max_tokens", request.max_tokens, limits.max_tokens),
-        ]
-    else:
-        bounds = _bounds(request, limits)
-    for name, value, most in bounds:
-        if value > most:
-            raise ProtocolError(
-                f"field {name!r} is too large: {value}, this server takes {most} at most; "
-                "send less, or raise the bound where the server is started",
-                field=name,
-            )
-
-
-def _bounds(request: TTTRequest, limits: Limits) -> list[tuple[str, int, int]]:
-    return [
-        ("train_sequences", len(request.train_sequences), limits.max_sequences),
-        ("eval_questions", len(request.eval_questions), limits.max_questions),
-        ("lora_rank", request.lora_rank, limits.max_rank),
-        ("finetune_epochs", request.finetune_epochs, limits.max_epochs),
-        ("max_new_tokens", request.max_new_tokens, limits.max_tokens),
-        ("batch_size", request.batch_size, limits.max_sequences),
-        ("gradient_accumulation_steps", request.gradient_accumulation_steps, limits.max_sequences),
-        ("max_seq_length", request.max_seq_length, 2**20),
-        ("pad_to", request.pad_to, 2**20),
-        ("adapter_stack", len(request.adapter_stack), 1_000),
-        ("target_modules", len(request.target_modules), 1_000),
-    ]
+    # As model_dump_json, without turning a megabyte of bytes into text and back.
+    said = to_json(request, exclude={"request_id", "priority", "traceback"})
+    return hashlib.sha256(said).hexdigest()[:32]
 
 
 def _correlated(envelope: Envelope) -> bool:

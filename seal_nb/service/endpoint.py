@@ -1,8 +1,8 @@
-"""The endpoint file: where a server is, and which one it is; and the question whether it is alive.
+"""The endpoint file: where a server is, and which one it is.
 
 Written whole by the server once it listens, removed by it when it ends. A file that an older server left
-behind is found out by asking: a ping must be answered under the ``server_id`` of the file. Nothing here
-waits longer than it is told.
+behind is found out by asking (``ping``): the answer must come under the ``server_id`` of the file. Nothing
+here waits longer than it is told.
 """
 
 import ipaddress
@@ -35,6 +35,7 @@ class Endpoint:
     server_id: str
     public_key: str = ""
     run_dir: str = ""
+    node: str = ""  # the machine; ``host`` is the address that it listens at
     protocol_version: str = PROTOCOL_VERSION
 
     def write(self, path: Path) -> None:
@@ -70,22 +71,17 @@ def find_endpoint(where: str, *, server_key: str = "") -> Endpoint:
     )  # fmt: skip
 
 
-def wait_for_endpoint(path: Path, *, timeout_s: float, other_than: str = "") -> Endpoint | None:
-    """The endpoint in ``path`` once it is there and not server ``other_than``'s; None after ``timeout_s``."""
+def wait_for_endpoint(path: Path, *, timeout_s: float) -> Endpoint:
+    """The endpoint in ``path`` once it is there. Raises DataError if it is broken, or missing to the end."""
     deadline = time.monotonic() + timeout_s
     while True:
-        if path.exists():
-            try:
-                found = read_endpoint(path)
-            except DataError:
-                if path.exists():  # else it was removed between the two looks
-                    raise
-            else:
-                if found.server_id != other_than:
-                    return found
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+        there = path.exists()
+        try:
+            return read_endpoint(path)
+        except DataError:
+            if (there and path.exists()) or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
 
 
 def split_tcp(endpoint: str) -> tuple[str, str]:
@@ -108,11 +104,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def this_node() -> str:
+    """The name that others know this machine by."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def advertised(bound: str, *, host: str = "") -> str:
     """The address that clients are told: a wildcard becomes this node's name."""
     bound_host, port = split_tcp(bound)
     everywhere = bound_host in ("0.0.0.0", "*", "[::]")
-    name = host or (os.environ.get("SLURMD_NODENAME") or socket.gethostname() if everywhere else bound_host)
+    name = host or (this_node() if everywhere else bound_host)
     return f"tcp://{name}:{port}"
 
 
@@ -129,4 +130,5 @@ def here(*, endpoint: str, worker_endpoint: str, server_id: str, public_key: str
         server_id=server_id,
         public_key=public_key,
         run_dir=str(run_dir.resolve()),
+        node=this_node(),
     )

@@ -21,6 +21,7 @@ from seal_nb.service import wire
 from seal_nb.service.crew import Crew
 from seal_nb.service.desk import Cancelled, Desk, Envelope, Outgoing, ServerStopping
 from seal_nb.service.keys import Gate
+from seal_nb.service.limits import check_size
 from seal_nb.service.queue import Job
 from seal_nb.service.status import ServerStatus, rss_bytes
 
@@ -48,14 +49,14 @@ class FrontEnd:
         gate: Gate | None,
         desk: Desk,
         watch: Callable[[float], None],
-        idle_exit_s: float = 0.0,
+        idle_timeout_s: float = 0.0,
         drain_s: float = 20.0,
         workers_load: bool = False,
     ) -> None:
         self.clients, self.gate, self.desk, self.watch = clients, gate, desk, watch
         self.queue, self.meter = desk.queue, desk.meter
         self.crew = Crew(workers, desk, self._send)
-        self.idle_exit_s, self.drain_s = idle_exit_s, drain_s
+        self.idle_timeout_s, self.drain_s = idle_timeout_s, drain_s
         self.workers_load = workers_load  # workers of this machine, which may take long to be ready
         self.drain_until: float | None = None
         self._client_seen_at = time.monotonic()
@@ -146,7 +147,7 @@ class FrontEnd:
         now = time.monotonic()
         if not isinstance(request, Command):
             self._client_seen_at = now
-            return self.desk.accept(request, envelope, now)
+            return self.desk.accept(request, message, envelope, now)
         if request.cmd == "shutdown":
             self.ask_to_stop("a client sent shutdown")
             return b'{"status": "bye"}'  # as published, to the letter
@@ -203,12 +204,12 @@ class FrontEnd:
     def _tick(self, now: float) -> None:
         self.crew.check_leases(now)
         self.watch(now)
-        if self.desk.results.n_unsaved:
-            self.desk.results.save()
+        self.desk.save()
         if self.queue.jobs or (self.workers_load and not self.desk.model_id):
             self._client_seen_at = now  # what is in work was asked for; while a model loads, nobody is late
-        if self.idle_exit_s and now - self._client_seen_at > self.idle_exit_s and not self._asked_to_stop:
-            self.ask_to_stop(f"no client for {self.idle_exit_s:g} s")
+        idle_s = now - self._client_seen_at
+        if 0 < self.idle_timeout_s < idle_s and not self._asked_to_stop:
+            self.ask_to_stop(f"no client for {self.idle_timeout_s:g} s")
         if self._asked_to_stop:
             self._drain(now)
 
@@ -227,11 +228,3 @@ class FrontEnd:
             self.queue.cancel(job.key)
             why = f"{self.desk.stopping} before this request was done; send it again to the next server"
             self._send(self.desk.failed(job, ServerStopping(why)))
-
-
-def check_size(message: bytes, most: int) -> None:
-    """Raises ProtocolError for a message above the bound, before anything reads it."""
-    if len(message) > most:
-        raise ProtocolError(
-            f"the message has {len(message)} bytes, {most} are the most; send fewer sequences or questions"
-        )

@@ -1,14 +1,16 @@
 """What a request becomes, without sockets: seeds, idempotent ids, bounds, and results that are kept first."""
 
+import hashlib
 import json
 import time
+import tracemalloc
 
 import pytest
 
 from seal_nb.errors import ProtocolError, RunMismatch
 from seal_nb.protocol import Answers, GenerateRequest, TTTRequest, build_reply, error_reply, parse_request
 from seal_nb.service.counts import ENTRY, AnswerCounts
-from seal_nb.service.desk import Desk, QueueFull, ServerStopping
+from seal_nb.service.desk import Desk, QueueFull, ServerStopping, content_of
 from seal_nb.service.queue import JobQueue
 from seal_nb.service.results import Results
 from seal_nb.service.settings import Limits
@@ -45,12 +47,19 @@ def open_desk(tmp_path):
 
 
 def accept(desk, request=REQUEST, envelope=(b"client", b"")):
-    return desk.accept(request, envelope, now=1.0)
+    return desk.accept(request, as_sent(request), envelope, now=1.0)
+
+
+def as_sent(request):
+    return request.model_dump_json(exclude_none=True).encode()
 
 
 def started(desk):
     """The requests as workers get them."""
-    return [(one, parse_request(one.payload)) for one in desk.queue.assignments(now=2.0)]
+    return [
+        (one, parse_request(one.payload).model_copy(update={"request_id": one.key, "seed": one.seed}))
+        for one in desk.queue.assignments(now=2.0)
+    ]
 
 
 def answer(desk, one, reply=REPLY):
@@ -178,6 +187,19 @@ def test_priority_and_traceback_are_not_part_of_the_content(open_desk):
     assert len(started(desk)) == 1
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        TTTRequest(train_sequences=["é\u2028\0"], finetune_lr=1e-5, lora_alpha=3, seed=1),
+        TTTRequest(eval_questions=[{"question": "?", "answer": "\U0001f30d"}], skip_baseline=True),
+        GenerateRequest(prompts=["a"], stop=["\n"], temperature=0.3),
+    ],
+)
+def test_the_hash_of_a_content_is_that_of_its_json_so_that_journals_stay_good(request_):
+    said = request_.model_dump_json(exclude={"request_id", "priority", "traceback"})
+    assert content_of(request_) == hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
 def test_a_failure_is_not_kept_so_the_request_may_be_asked_again(open_desk):
     desk, named = open_desk(), REQUEST.model_copy(update={"request_id": "r1"})
     accept(desk, named)
@@ -253,12 +275,64 @@ def test_a_result_that_cannot_be_written_is_kept_in_memory_and_written_later(ope
         assert answer(desk, one)[0][1]["train_tokens"] == 12
         assert desk.results.n_unsaved == 1 and "No space" in desk.results.trouble
         assert accept(desk, named) is not None
-    assert desk.results.save() and not desk.results.trouble
+        other = named.model_copy(update={"request_id": "r2"})
+        desk.limits = Limits(max_unsaved_bytes=10)
+        with pytest.raises(QueueFull, match="bytes of results wait for a full disk, 10 is the most"):
+            accept(desk, other)
+    assert desk.results.save() and not desk.results.trouble and not desk.results.unsaved_bytes
+    assert accept(desk, other) is None
     assert accept(open_desk(), named) is not None
 
 
 def _full(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_results_on_the_disk_take_no_memory_for_what_they_say(open_desk):
+    desk = open_desk()
+    body = json.loads(REPLY.to_json()) | {"baseline_texts": ["x" * 100_000]}
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(100):
+            desk.results.put(f"r{number}", "content", json.dumps(body).encode())
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000  # of ten million
+    finally:
+        tracemalloc.stop()
+    assert json.loads(desk.results.get("r50", "content")) == body
+    restarted = open_desk()
+    assert json.loads(restarted.results.get("r99", "content")) == body and len(restarted.results) == 100
+
+
+class NearlyFull:
+    """A file on a disk that has room for some bytes only."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        written = self.file.write(data[: self.room]) if self.room else _full()
+        self.room -= written
+        return written
+
+    def truncate(self, size):
+        self.file.truncate(size)
+
+
+def test_counts_that_found_no_room_are_written_with_the_next_one(tmp_path, monkeypatch):
+    path, content = tmp_path / "counts.bin", "ef" * 16
+    counts = AnswerCounts(path)
+    counts.answered(content, counts.take(content))
+    size = path.stat().st_size
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(counts, "_file", NearlyFull(counts._file, room=7))
+        counts.answered(content, counts.take(content))
+    assert path.stat().st_size == size and counts.n_unsaved == 1  # no torn entry
+    counts.save()
+    assert counts.n_unsaved == 0
+    counts.answered(content, counts.take(content))
+    counts.close()
+    assert AnswerCounts(path).take(content) == 3
 
 
 def test_a_torn_count_is_dropped_and_the_file_goes_on(tmp_path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -16,9 +18,12 @@ from seal_nb.protocol import EvalQuestion, GenerateRequest, TTTRequest
 from seal_nb.service.bar import Bar
 from seal_nb.service.client import TTTClient
 from seal_nb.service.endpoint import read_endpoint
-from seal_nb.service.launch import ServerFailed
-from seal_nb.service.status import status_rows
-from tests.service.conftest import STUB, eventually, is_running, plain_req
+from seal_nb.service.launch import ServerFailed, command
+from seal_nb.service.serve import parse
+from seal_nb.service.settings import Limits, ServeSettings
+from seal_nb.service.status import ServerStatus, WorkerStatus, status_rows
+from seal_nb.service.worker import gpu_memory
+from tests.service.conftest import HASTE, STUB, eventually, is_running, plain_req
 
 QUESTION = {"title": "Zor", "context": "Zor is a moon.", "question": "What is Zor?", "answer": "a moon"}
 BASELINE_ONLY = {"train_sequences": [], "eval_questions": [QUESTION], "skip_training": True}
@@ -222,7 +227,7 @@ def test_sigterm_lets_running_requests_finish_turns_the_rest_away_and_exits_0(st
 
 
 def test_a_server_without_clients_ends_itself(start_server):
-    server = start_server(idle_exit_s=1.0)
+    server = start_server(idle_timeout_s=1.0)
     assert server.process.wait(20) == 0
     assert "no client for 1 s" in server.log_path.read_text()
 
@@ -312,6 +317,60 @@ def test_private_text_of_a_request_never_reaches_the_log(start_server):
     assert secret not in log and "refused ProtocolError" in log
 
 
+def test_the_status_command_shows_a_table_on_a_terminal_and_json_elsewhere(server):
+    command = [sys.executable, "-m", "seal_nb.cli", "status", "--endpoint", server.endpoint]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(piped)["server_id"] == server.info.server_id
+    ours, theirs = pty.openpty()
+    subprocess.run(command, stdout=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert f"server: {server.info.server_id}, up " in shown and shown.count("worker ") == 2
+
+
+def test_memory_on_gpus_is_shown_where_workers_tell_of_it():
+    told = {"rss_bytes": 3 * 2**20, "gpu_bytes": 5 * 2**20, "gpu_peak_bytes": 9 * 2**20}
+    shown = dict(status_rows(status_of(told, {"rss_bytes": 2**20})))
+    assert shown["memory"] == "front end 100 MiB, workers 4 MiB, on GPUs 5 MiB"
+    assert "GPU 5 MiB (at most 9 MiB)" in shown["worker w0"] and "GPU" not in shown["worker w1"]
+    assert dict(status_rows(status_of({})))["memory"] == "front end 100 MiB, workers 0 MiB"
+
+
+def status_of(*stats):
+    workers = tuple(
+        WorkerStatus(worker_id=f"w{i}", host="h", pid=i, n_running=0, capacity=1, silent_s=0.0, stats=one)
+        for i, one in enumerate(stats)
+    )
+    numbers = dict.fromkeys(
+        ["n_queued", "n_running", "n_slots", "n_results", "n_unsaved", "queued_bytes", "jobs_per_min",
+         "tokens_per_s", "pid", "uptime_s"], 0,
+    )  # fmt: skip
+    known = {"server_id": "s", "model_id": "m", "draining": False, "rss_bytes": 100 * 2**20, "counts": {}}
+    return ServerStatus(**numbers, **known, workers=workers)
+
+
+def test_a_worker_tells_what_torch_holds_on_its_gpu_and_nothing_where_there_is_none(monkeypatch):
+    sizes = {"memory_allocated": 5, "max_memory_allocated": 9, "memory_reserved": 12}
+    cuda = SimpleNamespace(is_initialized=lambda: True, **{name: lambda n=n: n for name, n in sizes.items()})
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert gpu_memory() == {"gpu_bytes": 5, "gpu_peak_bytes": 9, "gpu_reserved_bytes": 12}
+    cuda.is_initialized = lambda: False
+    assert gpu_memory() == {}
+    monkeypatch.delitem(sys.modules, "torch")
+    assert gpu_memory() == {}
+
+
+@pytest.mark.gpu
+def test_a_worker_tells_what_a_real_gpu_holds():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    kept = torch.zeros(2**20, device="cuda")
+    told = gpu_memory()
+    assert told["gpu_reserved_bytes"] >= told["gpu_peak_bytes"] >= told["gpu_bytes"] >= kept.nbytes
+
+
 def test_a_bar_off_a_terminal_is_lines_and_the_last_one_is_whole(tmp_path):
     with (tmp_path / "bar.txt").open("w") as stream:
         bar = Bar(3, stream)
@@ -328,3 +387,10 @@ def test_front_end_and_client_do_not_import_torch():
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_command_line_says_every_setting(tmp_path):
+    settings = ServeSettings(run_dir=tmp_path, n_workers=3, lease_s=1.5, limits=Limits(max_rank=7), **{
+        "endpoint_file": tmp_path / "e.json", "grader": "exact"})  # fmt: skip
+    assert parse(command(settings)[3:]) == settings
+    assert HASTE["lease_s"] < 5
