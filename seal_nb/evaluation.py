@@ -1,9 +1,12 @@
 """One request under way: what it waits for, what it has, the job it trains, its reply. No machinery."""
 
+import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+from seal_nb.errors import GradingError
 from seal_nb.grading.verdicts import Answered, Grader, Verdict
 from seal_nb.protocol import (
     Answers,
@@ -17,6 +20,8 @@ from seal_nb.ttt.decode import Decoded
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.scheduler import Trained
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,17 +124,27 @@ class Grading:
 
 def grade(grader: Grader, evaluation: Evaluation) -> tuple[list[Verdict], list[Verdict]]:
     """Verdicts of the baseline's and of the adapter's answers."""
-    asked = evaluation.request.eval_questions
+    questions = evaluation.request.eval_questions
     before, after = (
-        grader.grade(
+        _verdicts(
+            grader,
             [
                 Answered(question=q.question, gold=q.answer, answer=text, title=q.title)
-                for q, text in zip(asked, texts, strict=bool(texts))
-            ]
+                for q, text in zip(questions, texts, strict=bool(texts))
+            ],
         )
         for texts in (evaluation.before, evaluation.after)
     )
     return before, after
+
+
+def _verdicts(grader: Grader, answered: Sequence[Answered]) -> list[Verdict]:
+    """All UNGRADED where the grader cannot be used: what was trained and answered is not lost with it."""
+    try:
+        return grader.grade(answered)
+    except GradingError as error:
+        log.warning("%d answers stay UNGRADED: %s", len(answered), error)
+        return [Verdict.UNGRADED] * len(answered)
 
 
 @dataclass

@@ -25,7 +25,8 @@ class HeldGrader:
     name = "held"
 
     def __init__(self, verdict: Verdict = Verdict.CORRECT) -> None:
-        self.let_go, self.verdict, self.error = threading.Event(), verdict, None
+        self.let_go, self.verdict = threading.Event(), verdict
+        self.error: Exception | None = None
         self.given: list[Answered] = []
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
@@ -109,12 +110,24 @@ def test_a_judge_that_is_far_behind_holds_new_work_off(loop: InnerLoop, grader: 
     assert loop.free_slots == 4
 
 
-def test_a_grader_that_fails_costs_its_own_request_only(loop: InnerLoop, grader: HeldGrader) -> None:
-    grader.error = GradingError("no room for the cache")  # type: ignore[assignment]
+def test_a_grader_that_cannot_be_used_costs_the_verdicts_and_not_what_was_trained(
+    loop: InnerLoop, grader: HeldGrader, caplog: pytest.LogCaptureFixture
+) -> None:
+    grader.error = GradingError("no room for the cache")
+    grader.let_go.set()
+    loop.submit(request("a"))
+    reply = replies(loop)["a"]
+    assert isinstance(reply, TTTReply) and len(reply.adapter_texts) == 1
+    assert (reply.adapter_verdicts, reply.n_ungraded) == (["UNGRADED"], 1)
+    assert "no room for the cache" in caplog.text
+
+
+def test_a_grader_that_breaks_costs_its_own_request_only(loop: InnerLoop, grader: HeldGrader) -> None:
+    grader.error = ValueError("not a text")
     grader.let_go.set()
     loop.submit(request("a"))
     failed = replies(loop)["a"]
-    assert isinstance(failed, ErrorReply) and failed.error == "GradingError: no room for the cache"
+    assert isinstance(failed, ErrorReply) and failed.error == "ValueError: not a text"
     grader.error = None
     loop.submit(request("b"))
     assert isinstance(replies(loop)["b"], TTTReply)

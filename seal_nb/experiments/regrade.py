@@ -1,8 +1,8 @@
 """A finished run graded again: no training, no answering, other verdicts, statistics by the published rule.
 
 What an answer was called before stays beside it, in ``earlier`` by the grader's name, so that graders can be
-compared on the same answers. Whose verdicts a file has stands in its field ``grader``; one without, such as a
-published file, has verdicts by "earlier".
+compared on the same answers; a grader's new verdicts replace its own. Whose verdicts a file has stands in its
+field ``grader``; one without, such as a published file, has verdicts by "earlier".
 """
 
 from collections.abc import Sequence

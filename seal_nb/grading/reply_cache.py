@@ -34,9 +34,8 @@ class ReplyCache:
         be used.
         """
         path = self.folder / key[:2] / f"{key}.json"
-        handle = self._opened(path)
+        handle = self._locked(path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
             record = _read(handle)
             if record is None:
                 record = make()
@@ -45,15 +44,22 @@ class ReplyCache:
         finally:
             os.close(handle)
 
-    def _opened(self, path: Path) -> int:
+    def _locked(self, path: Path) -> int:
+        handle = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except BaseException as error:
+            if handle >= 0:
+                os.close(handle)
+            if not isinstance(error, OSError):
+                raise
             raise GradingError(
                 f"the cache of graded answers at {self.folder} cannot be used: {error}; "
-                "give a folder that can be written as cache_dir"
+                "give a folder that can be written and locked as cache_dir"
             ) from error
+        return handle
 
     def _keep(self, handle: int, record: Record) -> None:
         """Write to the disk. On a full disk the reply is still good; only asking again will cost again."""
