@@ -15,7 +15,7 @@ help:
 	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (15 minutes on 2 cores)"
 	@echo "make test       ruff, mypy, all tests and all notebooks"
 	@echo "make lab        JupyterLab at the tour"
-	@echo "make bench      speed of the inner loop, the server and grading on this machine"
+	@echo "make bench      speed of the inner loop on this machine"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make notebooks  run the committed notebooks again and show what changed"
 	@echo "make clean      remove $(VENV) and caches (never $(RUNS))"

@@ -9,7 +9,7 @@ the matrix and its numbers in ``continual_summary``.
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from seal_nb.errors import RemoteError, SettingsError
@@ -169,13 +169,14 @@ def sequence_record(
     requests: Sequence[TTTRequest],
     replies: Sequence[TTTReply],
 ) -> dict[str, Any]:
-    """What a summary keeps of one sequence: self-edits, answers and verdicts of every step.
-
-    The questions too: titles repeat, and without its questions an answer could not be graded again.
-    """
+    """What a summary keeps of one sequence: self-edits, answers and verdicts of every step."""
     return {
         "titles": [passage.title for passage in sequence],
-        "questions": [[asdict(question) for question in passage.questions] for passage in sequence],
+        # Titles repeat: without its questions no answer could be graded again.
+        "questions": [
+            [{"question": one.question, "answer": one.answer} for one in passage.questions]
+            for passage in sequence
+        ],
         "self_edits": list(texts),
         "steps": [
             {
