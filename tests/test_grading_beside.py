@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from seal_nb.errors import GradingError
+from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.grading.threads import GradingThreads
 from seal_nb.grading.verdicts import Answered, Verdict
 from seal_nb.inner_loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
@@ -168,7 +169,7 @@ def test_a_judge_grades_what_the_loop_answers(tmp_path: Path) -> None:
         for number in range(3):
             loop.submit(request(f"r{number}", eval_questions=asked, seed=number))
         done = replies(loop)
-    assert "judge:stub" in loop.model_id
+    assert grader_of({"model": loop.model_id}) == "judge:stub"
     verdicts = {(q, w) for r in done.values() for q, w in enumerate(r.baseline_verdicts)}  # type: ignore[union-attr]
     assert verdicts <= {(0, "CORRECT"), (1, "INCORRECT"), (0, "INCORRECT")}
     baseline_prompts = {text for r in done.values() for text in r.baseline_texts if text}  # type: ignore[union-attr]

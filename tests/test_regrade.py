@@ -14,6 +14,7 @@ from seal_nb.errors import DataError
 from seal_nb.experiments.continual import sequence_record
 from seal_nb.experiments.continual_summary import summarize_sequences
 from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request
+from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.experiments.regrade import is_run_file, regrade, regrade_file
 from seal_nb.experiments.rest_em import select_best
 from seal_nb.experiments.run_files import run_from_json
@@ -160,6 +161,22 @@ def test_only_ungraded_asks_for_those_alone_and_leaves_the_others(ranking: dict[
     assert not any("a" in one.answer for one in later.asked)
     assert list(done.verdicts) == [verdict is True for verdict in outage.verdicts]
     assert (done.run["grader"], done.run["n_ungraded"]) == ("judge", 0)
+
+
+@pytest.mark.parametrize(
+    ("run", "grader"),
+    [
+        ({"model": "ca533fcb8e7b2ce7-float32-local-2048"}, "local"),
+        ({"model": "ca533fcb8e7b2ce7-bfloat16-judge:org/m-7b-v2-2048-deterministic"}, "judge:org/m-7b-v2"),
+        ({"base_model": "ca533fcb8e7b2ce7-float32-f1-512"}, "f1"),
+        ({"model": "ca533fcb8e7b2ce7-float32-local-2048", "grader": "exact"}, "exact"),
+        ({"model": "base"}, ""),
+        ({"model": "local"}, ""),
+        ({}, ""),
+    ],
+)
+def test_whose_verdicts_a_file_has(run: dict[str, Any], grader: str) -> None:
+    assert grader_of(run) == grader
 
 
 def test_two_graders_in_one_file_are_both_named(ranking: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ file's value, which it changes in place: ``places`` to read and put verdicts, th
 questions and settings stay as they are. Grades nothing.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +15,15 @@ from seal_nb.experiments.continual_summary import continual_matrix, summarize_se
 from seal_nb.experiments.cpt import build_overall, by_title, per_passage_results, split_by_passage
 from seal_nb.experiments.published_statistics import published_statistics, repeat_stats
 from seal_nb.experiments.run_files import run_from_json
+from seal_nb.grading.base import GRADERS
 from seal_nb.grading.verdicts import IN_WORDS, Answered
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, build_reply
 
 Kind = Literal["baseline", "adapter"]
 KINDS: tuple[Kind, ...] = ("baseline", "adapter")
+# How `inner_loop.served_identity` writes the grader into what a run calls its model.
+_GRADER_IN_MODEL = re.compile(rf"-({'|'.join(GRADERS)}|judge:.+?)-\d+(?:-[a-z]+)*$")
 _PUBLISHED_NUMBERS = {"baseline_accuracy", "adapter_accuracy", "adapter_gain", "gains"}
 
 
@@ -59,6 +63,12 @@ def is_run(value: Any) -> bool:
     return isinstance(value, dict) and bool(
         value.keys() & {"articles", "server_reply", "mean_over_sequences"}
     )
+
+
+def grader_of(run: Mapping[str, Any]) -> str:
+    """Whose verdicts a file has, as it says itself or its model's identity does; empty where neither does."""
+    found = _GRADER_IN_MODEL.search(str(run.get("model") or run.get("base_model") or ""))
+    return str(run.get("grader") or (found[1] if found else ""))
 
 
 def form_of(run: dict[str, Any], passages: Sequence[Passage] = (), *, path: str = "") -> Form:

@@ -11,7 +11,7 @@ from copy import deepcopy
 from typing import Any
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.graded_forms import KINDS, Kind, Place, form_of
+from seal_nb.experiments.graded_forms import KINDS, Kind, Place, form_of, grader_of
 from seal_nb.grading.base import GRADERS, make_grader
 from seal_nb.grading.verdicts import AS_BOOLEAN
 from seal_nb.metrics import Verdicts, accuracy, gain, grader_agreement
@@ -26,10 +26,10 @@ def verdicts_by_grader(run: Mapping[str, Any], passages: Sequence[Passage] = ())
 
     ``passages`` as in ``form_of``. Raises: DataError for a file without answers.
     """
-    places = form_of(deepcopy(dict(run)), passages).places
+    places, own = form_of(deepcopy(dict(run)), passages).places, grader_of(run)
     answered = [place.answered for place in places]
     verdicts: dict[str, Verdicts] = {
-        f"{run['grader']} ({STORED})" if "grader" in run else STORED: [place.verdict for place in places]
+        f"{own} ({STORED})" if own else STORED: [place.verdict for place in places]
     }
     for name in dict.fromkeys(name for place in places for name in place.holder.get("earlier", {})):
         verdicts[f"{name} ({STORED})"] = [_earlier(place, name) for place in places]

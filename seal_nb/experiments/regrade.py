@@ -2,7 +2,7 @@
 
 What an answer was called before stays beside it, in ``earlier`` by the grader's name, so that graders can be
 compared on the same answers; a grader's new verdicts replace its own. Whose verdicts a file has stands in its
-field ``grader``; one without, such as a published file, has verdicts by "earlier".
+field ``grader`` or in the identity of its model; a published file has verdicts by "earlier".
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError
-from seal_nb.experiments.graded_forms import KINDS, Kind, Place, form_of, is_run
+from seal_nb.experiments.graded_forms import KINDS, Kind, Place, form_of, grader_of, is_run
 from seal_nb.grading.grade_file import graded_summary
 from seal_nb.grading.verdicts import AS_BOOLEAN, IN_WORDS, Grader
 from seal_nb.metrics import Verdicts, accuracy
@@ -93,7 +93,7 @@ def regrade(
     """
     run = deepcopy(value)
     form = form_of(run, passages, path=path)
-    earlier, named = [place.verdict for place in form.places], str(run.get("grader") or UNNAMED)
+    earlier, named = [place.verdict for place in form.places], grader_of(run) or UNNAMED
     wanted = [place for place in form.places if place.verdict is None or not only_ungraded]
     if named != grader.name:
         _keep_earlier(form.places, named)
