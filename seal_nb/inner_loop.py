@@ -40,7 +40,7 @@ Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
 ADAPTER_BYTES_KEPT = 4 * 2**30  # in memory, by name; the rest are read from disk again
 ANSWER_STEPS_A_PASS = 64
-MOST_GRADED_AT_ONCE = 32  # requests; a judge that is slower than the training holds new work off in the end
+MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # with nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
 
@@ -71,8 +71,9 @@ class InnerLoop:
     @property
     def free_slots(self) -> int:
         """Requests that are useful now: enough that the next one can enter the moment a slot is free."""
-        in_work = len(self.evaluations) + len(self.generations)
-        return max(0, min(2 * self.settings.n_slots, MOST_GRADED_AT_ONCE - len(self.gradings)) - in_work)
+        if len(self.gradings) >= MOST_GRADED_AT_ONCE:
+            return 0
+        return max(0, 2 * self.settings.n_slots - len(self.evaluations) - len(self.generations))
 
     def stats(self) -> dict[str, float | int | str]:
         return {

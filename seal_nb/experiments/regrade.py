@@ -113,10 +113,11 @@ def regrade(
 
 
 def _keep_earlier(places: Sequence[Place], named: str) -> None:
-    for place in places:
+    """The latest verdicts of each grader; a list of verdicts is copied once."""
+    fields = {(id(place.holder), place.field): place for place in places}
+    for place in fields.values():
         kept = place.holder.setdefault("earlier", {}).setdefault(named, {})
-        if place.field not in kept:
-            kept[place.field] = deepcopy(place.holder[place.field])
+        kept[place.field] = deepcopy(place.holder[place.field])
 
 
 def _percent(share: float | None) -> str:
