@@ -37,6 +37,7 @@ lab: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.inner_loop
 	@$(BIN)/python -m benchmarks.service_load
+	@$(BIN)/python -m benchmarks.grading
 
 lint: $(STAMP)
 	@$(LINT)

@@ -154,17 +154,32 @@ def _summarize(arguments: argparse.Namespace) -> None:
 
 
 def _add_grade(commands: Any) -> None:
-    grade = commands.add_parser("grade", help="grade answers: rows of question, gold, answer")
-    grade.add_argument("rows", type=Path, metavar="IN.jsonl")
-    grade.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl")
-    grade.add_argument("--grader", default="local", help="local (default), exact, f1")
+    grade = commands.add_parser(
+        "grade", help="grade answers, or grade a run again: other verdicts, statistics anew, no training"
+    )
+    grade.add_argument("answers", type=Path, metavar="IN",
+                       help="rows of question, gold, answer (.jsonl), or a run file (.json)")  # fmt: skip
+    grade.add_argument("--out", type=Path, required=True, metavar="OUT")
+    grade.add_argument(
+        "--grader", default="local", help="local (default), exact, f1, recall, or judge:MODEL?base_url=URL"
+    )
+    grade.add_argument("--only-ungraded", action="store_true", help="leave the verdicts that are there")
+    grade.add_argument("--dataset", default="", help="the items that a CPT run was asked about")
     grade.set_defaults(command=_grade)
 
 
 def _grade(arguments: argparse.Namespace) -> None:
+    from seal_nb.experiments.regrade import is_run_file, regrade_file
+    from seal_nb.grading.base import make_grader
     from seal_nb.grading.grade_file import grade_file
 
-    for line in grade_file(arguments.rows, arguments.out, grader=arguments.grader).lines():
+    files, grader = (arguments.answers, arguments.out), make_grader(arguments.grader)
+    chosen = {"grader": grader, "only_ungraded": arguments.only_ungraded}
+    if is_run_file(arguments.answers):
+        lines = regrade_file(*files, **chosen, dataset=arguments.dataset).lines()
+    else:
+        lines = grade_file(*files, **chosen).lines()
+    for line in lines:
         print(line)
 
 

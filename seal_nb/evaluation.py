@@ -1,13 +1,27 @@
-"""One request under way: what it waits for, what it has, and the job it trains. Records, no machinery."""
+"""One request under way: what it waits for, what it has, the job it trains, its reply. No machinery."""
 
+import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
-from seal_nb.protocol import GenerateReply, GenerateRequest, TTTRequest
+from seal_nb.errors import GradingError
+from seal_nb.grading.verdicts import Answered, Grader, Verdict
+from seal_nb.protocol import (
+    Answers,
+    GenerateReply,
+    GenerateRequest,
+    TTTReply,
+    TTTRequest,
+    build_reply,
+)
 from seal_nb.ttt.decode import Decoded
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.scheduler import Trained
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,91 @@ class Evaluation:
     def complete(self) -> bool:
         trained = self.trained is not None or not self.request.training_wanted
         return trained and len(self.baseline) == self.n_baseline and len(self.answers) == self.n_answers
+
+    @property
+    def before(self) -> list[str]:
+        """The base's answers in the order of the questions; none where they are not asked for."""
+        return [self.baseline[i] for i in range(self.n_baseline)]
+
+    @property
+    def after(self) -> list[str]:
+        return [self.answers[i] for i in range(self.n_answers)]
+
+    def let_go_of_adapters(self) -> None:
+        """Once nothing is asked of them any more."""
+        self.stack = ()
+        self.trained = self.trained and replace(self.trained, adapter=None)
+
+
+@dataclass
+class Grading:
+    """A TTTRequest that has all its answers and waits for verdicts.
+
+    `scored`: log-probabilities of the gold answers without and with the adapter, and their token counts.
+    """
+
+    evaluation: Evaluation
+    scored: tuple[list[float], list[float], list[int]]
+    verdicts: Future[tuple[list[Verdict], list[Verdict]]]  # of the baseline's and of the adapter's answers
+    answered_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def request(self) -> TTTRequest:
+        return self.evaluation.request
+
+    def reply(self, model_id: str) -> TTTReply:
+        """Raises what the grader raised."""
+        done, request, trained = self.evaluation, self.request, self.evaluation.trained
+        verdicts = self.verdicts.result()
+        trained_s = done.trained_s or done.started_s
+        baseline, adapter = (
+            Answers(texts=texts, verdicts=said, gold_logprobs=logprobs)
+            for texts, said, logprobs in zip(
+                (done.before, done.after), verdicts, self.scored[:2], strict=True
+            )
+        )
+        return build_reply(
+            baseline=None if request.skip_baseline else baseline,
+            adapter=adapter if trained else None,
+            request_id=request.request_id,
+            seed=request.seed,
+            gold_token_counts=self.scored[2],
+            train_tokens=trained.n_tokens if trained else 0,
+            train_steps=trained.n_steps if trained else 0,
+            epoch_losses=list(trained.epoch_losses) if trained else [],
+            timings={
+                "train_s": trained_s - done.started_s,
+                "answer_s": self.answered_s - trained_s,
+                "grade_s": time.monotonic() - self.answered_s,
+            },
+            model_id=model_id,
+            adapter_path=done.adapter_path,
+        )
+
+
+def grade(grader: Grader, evaluation: Evaluation) -> tuple[list[Verdict], list[Verdict]]:
+    """Verdicts of the baseline's and of the adapter's answers."""
+    questions = evaluation.request.eval_questions
+    before, after = (
+        _verdicts(
+            grader,
+            [
+                Answered(question=q.question, gold=q.answer, answer=text, title=q.title)
+                for q, text in zip(questions, texts, strict=bool(texts))
+            ],
+        )
+        for texts in (evaluation.before, evaluation.after)
+    )
+    return before, after
+
+
+def _verdicts(grader: Grader, answered: Sequence[Answered]) -> list[Verdict]:
+    """All UNGRADED where the grader cannot be used: what was trained and answered is not lost with it."""
+    try:
+        return grader.grade(answered)
+    except GradingError as error:
+        log.warning("%d answers stay UNGRADED: %s", len(answered), error)
+        return [Verdict.UNGRADED] * len(answered)
 
 
 @dataclass

@@ -2,34 +2,34 @@
 
 One request: the base answers the questions (once per question, kept), an adapter is trained on the train
 sequences, the adapter answers, a grader says which answers are right. Many requests are under way at once:
-training shares the slots, answering shares one batch. Knows nothing of sockets; `advance` does a short
-slice of work and hands back what is done."""
+training shares the slots, answering shares one batch, and grading goes on beside, since a judge may take
+seconds. Knows nothing of sockets; `advance` does a short slice of work and hands back what is done."""
 
 import itertools
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from seal_nb.errors import SealError, SettingsError
-from seal_nb.evaluation import Evaluation, Generation, Question, train_job
-from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
+from seal_nb.evaluation import Evaluation, Generation, Grading, Question, grade, train_job
+from seal_nb.grading.base import Grader, make_grader
+from seal_nb.grading.threads import GradingThreads
 from seal_nb.inner_loop_settings import InnerLoopSettings
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import (
-    Answers,
     ErrorReply,
     GenerateReply,
     GenerateRequest,
     TTTReply,
     TTTRequest,
-    build_reply,
     error_reply,
 )
 from seal_nb.ttt.base import FrozenBase
@@ -44,6 +44,8 @@ Key = tuple[str, "int | Question"]  # of a text being generated: request and pla
 ADAPTER_BYTES_KEPT = 4 * 2**30  # in memory, by name; the rest are read from disk again
 ANSWER_STEPS_A_PASS = 64
 BASELINES_KEPT = 100_000  # answers and scores of the base: a server lives for weeks
+MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
+GRADING_WAIT_S = 0.05  # with nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
 
 
@@ -59,6 +61,8 @@ class InnerLoop:
         self.baselines: dict[Question, str | None] = {}  # None: being generated
         self.gold_baselines: dict[tuple[Question, str], float] = {}
         self.kept: OrderedDict[str, Adapter] = OrderedDict()  # by identity
+        self.gradings: dict[str, Grading] = {}
+        self.grading_threads = GradingThreads(MOST_GRADED_AT_ONCE)
         self.done: deque[Reply] = deque()
         self.answering = False
         self.n_answer_steps = 0
@@ -66,18 +70,21 @@ class InnerLoop:
 
     @property
     def busy(self) -> bool:
-        return bool(self.evaluations or self.generations or self.done)
+        return bool(self.evaluations or self.generations or self.gradings or self.done)
 
     @property
     def free_slots(self) -> int:
         """Requests that are useful now: enough that the next one can enter the moment a slot is free."""
+        if len(self.gradings) >= MOST_GRADED_AT_ONCE:
+            return 0
         return max(0, 2 * self.trainer.n_slots - len(self.evaluations) - len(self.generations))
 
     def stats(self) -> dict[str, float | int | str]:
         return {
             "slots": self.trainer.n_slots,
             "slots_in_use": len(self.trainer.slots),
-            "requests": len(self.evaluations) + len(self.generations),
+            "requests": len(self.evaluations) + len(self.generations) + len(self.gradings),
+            "requests_in_grading": len(self.gradings),
             "requests_done": self.n_done,
             "train_tokens": self.trainer.n_tokens,
             "decode_tokens": self.decoder.n_tokens,
@@ -108,6 +115,8 @@ class InnerLoop:
         """Forget a request and free what it holds. Answers of the base that others wait for go on."""
         self.evaluations.pop(request_id, None)
         self.generations.pop(request_id, None)
+        if (grading := self.gradings.pop(request_id, None)) is not None:
+            grading.verdicts.cancel()
         self.trainer.cancel(request_id)
         self.decoder.cancel({key for key in self._keys() if key[0] == request_id})
         self.done = deque(reply for reply in self.done if reply.request_id != request_id)
@@ -120,6 +129,9 @@ class InnerLoop:
         elif self.trainer.busy:
             for trained in self.trainer.step():
                 self._trained(trained)
+        elif self.gradings and not self.done:
+            wait([one.verdicts for one in self.gradings.values()], GRADING_WAIT_S, FIRST_COMPLETED)
+        self._graded()
         replies = list(self.done)
         self.done.clear()
         self.n_done += len(replies)
@@ -272,51 +284,37 @@ class InnerLoop:
             self.done.append(generation.reply(self.model_id))
 
     def _finish_complete(self, request_id: str) -> None:
+        """Hand a request that has all its answers to the grader."""
         evaluation = self.evaluations.get(request_id)
         if evaluation is None or not evaluation.complete:
             return
         try:
-            reply = self._reply(evaluation)
+            scored = self._scores(evaluation) if evaluation.request.soft_scores else ([], [], [])
         except REQUEST_FAULTS as error:
             self._fail(request_id, error)
-        else:
-            del self.evaluations[request_id]
-            self.done.append(reply)
+            return
+        del self.evaluations[request_id]
+        evaluation.let_go_of_adapters()  # a slow judge must not keep their memory
+        verdicts = self.grading_threads.submit(partial(grade, self.grader, evaluation))
+        self.gradings[request_id] = Grading(evaluation, scored, verdicts)
+
+    def _graded(self) -> None:
+        for request_id, grading in list(self.gradings.items()):
+            if grading.verdicts.done():
+                try:
+                    reply = grading.reply(self.model_id)
+                except REQUEST_FAULTS as error:
+                    self._fail(request_id, error)
+                else:
+                    del self.gradings[request_id]
+                    self.done.append(reply)
 
     def _fail(self, request_id: str, error: Exception) -> None:
-        request = (self.evaluations.pop(request_id, None) or self.generations.pop(request_id)).request
+        at_work = (self.evaluations, self.generations, self.gradings)
+        request = next(where[request_id].request for where in at_work if request_id in where)
         self.cancel(request_id)
         trace = "".join(traceback.format_exception(error)) if request.traceback else None
         self.done.append(error_reply(error, request_id=request_id, traceback=trace))
-
-    def _reply(self, evaluation: Evaluation) -> TTTReply:
-        request, trained, now_s = evaluation.request, evaluation.trained, time.monotonic()
-        n = range(len(evaluation.questions))
-        scored = self._scores(evaluation) if request.soft_scores else ([], [], [])
-        before = [evaluation.baseline[i] for i in n] if evaluation.n_baseline else []
-        after = [evaluation.answers[i] for i in n] if trained else []
-        trained_s = evaluation.trained_s or evaluation.started_s
-        baseline = Answers(texts=before, verdicts=self._grade(request, before), gold_logprobs=scored[0])
-        adapter = Answers(texts=after, verdicts=self._grade(request, after), gold_logprobs=scored[1])
-        return build_reply(
-            baseline=None if request.skip_baseline else baseline,
-            adapter=adapter if trained else None,
-            request_id=request.request_id,
-            seed=request.seed,
-            gold_token_counts=scored[2],
-            train_tokens=trained.n_tokens if trained else 0,
-            train_steps=trained.n_steps if trained else 0,
-            epoch_losses=list(trained.epoch_losses) if trained else [],
-            timings={"train_s": trained_s - evaluation.started_s, "answer_s": now_s - trained_s},
-            model_id=self.model_id,
-            adapter_path=evaluation.adapter_path,
-        )
-
-    def _grade(self, request: TTTRequest, texts: Sequence[str]) -> list[Verdict]:
-        pairs = zip(request.eval_questions, texts, strict=bool(texts))
-        return self.grader.grade(
-            [Answered(question=q.question, gold=q.answer, answer=t, title=q.title) for q, t in pairs]
-        )
 
     def _scores(self, evaluation: Evaluation) -> tuple[list[float], list[float], list[int]]:
         """Log-probability of each gold answer, without and with the adapter, and its number of tokens."""

@@ -175,7 +175,7 @@ class TTTReply(_Sent):
     train_tokens: int = 0
     train_steps: int = 0
     epoch_losses: list[Measured] = []
-    timings: dict[str, float] = {}  # seconds: queue_s, train_s, answer_s
+    timings: dict[str, float] = {}  # seconds: queue_s, train_s, answer_s, grade_s
     model_id: str = ""
     server_id: str = ""
     protocol_version: str = PROTOCOL_VERSION

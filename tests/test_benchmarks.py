@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, inner_loop
+from benchmarks import gpu, grading, inner_loop
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
 
@@ -137,3 +137,13 @@ def test_numbers_in_git_come_from_a_full_run() -> None:
 def test_padding_table_in_the_docs_is_the_measured_one() -> None:
     measured = json.loads((ROOT / "benchmarks/padding.json").read_text())
     assert markdown(measured) in (ROOT / "docs/inner_loop.md").read_text()
+
+
+def test_grading_bench_asks_every_answer_once_and_then_reads_it_from_the_cache(tmp_path: Path) -> None:
+    out = tmp_path / "grading.json"
+    grading.main(["--quick", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert [row["calls_at_a_time"] for row in result["judge"]] == [1, 2]
+    assert all(0 < row["answers_per_s"] <= row["possible_per_s"] for row in result["judge"])
+    assert {row["grader"] for row in result["local"]} == {"local", "exact", "f1", "recall"}
+    assert grading.markdown(result).count("\n| ") == 2 + 5

@@ -224,6 +224,7 @@ def test_stored_measurements_are_cross_validated_by_question() -> None:
     assert verdicts["kappa"] > 0.765
     assert min(verdicts["kappa_by_fold"]) > 0.75
     assert all(abs(measured[run]["gain_bias"]) <= 0.015 for run in ("rank_iter0", "cpt_base"))
+    assert abs(verdicts["gain_bias_as_given"]) <= 0.015
 
 
 def biases(verdicts: Sequence[bool], rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -158,6 +158,16 @@ def test_results_of_published_files_are_drawn(golden: Path, tmp_path: Path) -> N
     }
 
 
+def test_results_compare_graders_on_a_published_run(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    values = {"runs_dir": str(tmp_path / "runs"), "grader_run": str(golden / "results" / "cpt_base.json")}
+    values |= {"grader_dataset": str(golden / "eval" / "base_val.json.gz")}
+    out = run("08_results", tmp_path / "out", **values)
+    said = shown(out / "08_results.ipynb", "graders-figure")
+    assert "local" in said and "1948" in said and "+8.4%" in said
+    assert {"graders.png", "graders.csv"} <= {path.name for path in out.iterdir()}
+
+
 def test_server_notebook_looks_at_a_server_that_is_up(endpoint: str, tmp_path: Path) -> None:
     run("02_ttt_server", tmp_path, attach_to=endpoint)
     assert "wrong → right" in shown(tmp_path / "02_ttt_server.ipynb", "answers")

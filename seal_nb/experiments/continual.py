@@ -172,6 +172,11 @@ def sequence_record(
     """What a summary keeps of one sequence: self-edits, answers and verdicts of every step."""
     return {
         "titles": [passage.title for passage in sequence],
+        # Titles repeat: without its questions no answer could be graded again.
+        "questions": [
+            [{"question": one.question, "answer": one.answer} for one in passage.questions]
+            for passage in sequence
+        ],
         "self_edits": list(texts),
         "steps": [
             {

@@ -110,11 +110,7 @@ def build_cpt_run(
     check_answers(reply, n_questions)
     per_passage = per_passage_results(passages, reply.baseline_correct, reply.adapter_correct)
     return {
-        "overall": {
-            "baseline_accuracy": _rounded(accuracy(reply.baseline_correct)),
-            "adapter_accuracy": _rounded(accuracy(reply.adapter_correct)),
-            "gain": _rounded(gain(reply.baseline_correct, reply.adapter_correct)),
-        },
+        "overall": build_overall(reply.baseline_correct, reply.adapter_correct),
         "timestamp": timestamp,
         "model": model,
         "dataset": dataset,
@@ -127,7 +123,7 @@ def build_cpt_run(
         "request_seed": request.seed,
         "request_id": request.request_id,
         "n_ungraded": reply.n_ungraded,
-        "per_article": _by_title(per_passage),
+        "per_article": by_title(per_passage),
         "per_passage": per_passage,
         "train_sequences": len(request.train_sequences),
         "eval_questions": n_questions,
@@ -168,7 +164,17 @@ def split_by_passage(verdicts: Verdicts, counts: Sequence[int]) -> list[Verdicts
     return [verdicts[end - n : end] for end, n in zip(accumulate(counts), counts, strict=True)]
 
 
-def _by_title(per_passage: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[bool | None]]]:
+def build_overall(baseline_correct: Verdicts, adapter_correct: Verdicts) -> dict[str, float | None]:
+    """Published ``overall``: 4 decimals, the gain from unrounded accuracies."""
+    return {
+        "baseline_accuracy": _rounded(accuracy(baseline_correct)),
+        "adapter_accuracy": _rounded(accuracy(adapter_correct)),
+        "gain": _rounded(gain(baseline_correct, adapter_correct)),
+    }
+
+
+def by_title(per_passage: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[bool | None]]]:
+    """Published ``per_article``: passages of one title together."""
     by_title: dict[str, dict[str, list[bool | None]]] = {}
     for entry in per_passage:
         mine = by_title.setdefault(entry["title"], {"baseline_correct": [], "adapter_correct": []})

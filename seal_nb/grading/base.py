@@ -12,7 +12,15 @@ GRADERS = ("local", "exact", "f1", "recall")
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of this name. Raises SettingsError for an unknown one."""
+    """The grader of this name: one of GRADERS, or a judge (``grading.judge.judge_settings``).
+
+    Raises SettingsError for an unknown one, and for a judge whose key is not there.
+    """
+    if name == "judge" or name.startswith(("judge:", "judge?")):
+        # The client of such services takes a second to import, and the other graders need none.
+        from seal_nb.grading.judge import JudgeGrader, judge_settings
+
+        return JudgeGrader(judge_settings(name))
     match name:
         case "local":
             return LocalGrader()
@@ -22,4 +30,4 @@ def make_grader(name: str) -> Grader:
             return F1Grader()
         case "recall":
             return RecallGrader()
-    raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}")
+    raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}, judge:MODEL")

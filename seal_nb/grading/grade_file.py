@@ -16,11 +16,12 @@ from typing import Any
 
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
+from seal_nb.grading.verdicts import AS_BOOLEAN
 from seal_nb.metrics import Agreement, grader_agreement
 from seal_nb.runs import write_text
 
 _TEXTS = ("question", "gold", "answer")
-_AS_BOOLEAN = {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNGRADED: None}
+_SETTLED = (Verdict.CORRECT, Verdict.INCORRECT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class GradedFile:
         """The text form: counts, then agreement where it can be had."""
         counts = f"{self.n_correct} CORRECT, {self.n_incorrect} INCORRECT, {self.n_ungraded} UNGRADED"
         said = [f"{self.n} answers graded by {self.grader!r}: {counts}"]
+        if self.n_ungraded:
+            said.append("UNGRADED answers enter no mean; grade the written file again with --only-ungraded")
         if self.overall is None:
             return [*said, "no reference verdicts in the file: agreement unknown"]
         said.append(f"against the reference verdicts: {_described(self.overall)}")
@@ -53,9 +56,12 @@ class GradedFile:
         return said
 
 
-def grade_file(source: str | Path, out: str | Path, *, grader: str | Grader = "local") -> GradedFile:
+def grade_file(
+    source: str | Path, out: str | Path, *, grader: str | Grader = "local", only_ungraded: bool = False
+) -> GradedFile:
     """Grade ``source`` (JSON lines, also gzip-compressed) into ``out``, whole or not at all.
 
+    ``only_ungraded``: only rows that an earlier grading left UNGRADED; the others keep their verdict.
     Raises: DataError with path, line and field for a row that cannot be graded; SettingsError for an unknown
     grader.
     """
@@ -63,10 +69,16 @@ def grade_file(source: str | Path, out: str | Path, *, grader: str | Grader = "l
     if Path(out).suffix == ".gz":
         raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
     rows = _read_rows(Path(source))
-    verdicts = judge.grade([_answered(row) for row in rows])
-    graded = [_graded_row(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+    wanted = [not only_ungraded or row.get("verdict") not in _SETTLED for row in rows]
+    verdicts = iter(
+        judge.grade([_answered(row) for row, is_wanted in zip(rows, wanted, strict=True) if is_wanted])
+    )
+    graded = [
+        _graded_row(row, next(verdicts)) if is_wanted else row
+        for row, is_wanted in zip(rows, wanted, strict=True)
+    ]
     write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in graded))
-    return _summary(judge.name, graded)
+    return graded_summary(judge.name, graded)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -120,7 +132,8 @@ def _graded_row(row: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
     return row | {"verdict": verdict.value, "reference_verdict": row["verdict"]}
 
 
-def _summary(name: str, rows: Sequence[dict[str, Any]]) -> GradedFile:
+def graded_summary(name: str, rows: Sequence[dict[str, Any]]) -> GradedFile:
+    """Of rows with ``verdict``, and ``reference_verdict`` and ``kind`` where known."""
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in Verdict}
     kinds = sorted({row["kind"] for row in rows if "kind" in row})
     by_kind = {kind: _agreement([row for row in rows if row.get("kind") == kind]) for kind in kinds}
@@ -141,7 +154,7 @@ def _summary(name: str, rows: Sequence[dict[str, Any]]) -> GradedFile:
 
 
 def _agreement(rows: Sequence[dict[str, Any]]) -> Agreement | None:
-    verdicts = [_AS_BOOLEAN[Verdict(row["verdict"])] for row in rows]
+    verdicts = [AS_BOOLEAN[Verdict(row["verdict"])] for row in rows]
     reference = [row.get("reference_verdict") for row in rows]
     judged_by_both = any(v is not None and r is not None for v, r in zip(verdicts, reference, strict=True))
     return grader_agreement(verdicts, reference) if judged_by_both else None

@@ -17,6 +17,11 @@ class Verdict(StrEnum):
     UNGRADED = "UNGRADED"
 
 
+# How result files write a verdict, and back.
+AS_BOOLEAN = {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNGRADED: None}
+IN_WORDS = {boolean: verdict for verdict, boolean in AS_BOOLEAN.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answered:
     """One answer to be graded."""

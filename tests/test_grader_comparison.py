@@ -1,0 +1,94 @@
+"""Graders side by side on the same answers: biases of a made-up run by hand, of published runs measured."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.grader_comparison import comparison, reference_of, verdicts_by_grader
+from seal_nb.experiments.regrade import regrade
+from seal_nb.grading.base import GRADERS
+from seal_nb.passages import load_passages
+from seal_nb.views.grader_plots import accuracy_by_grader
+from tests.test_regrade import Says
+
+
+def row(baseline: str, adapter: str, *verdicts: bool | None) -> dict[str, Any]:
+    return {
+        "rep": 0, "question": "Who built it?", "answer": "Ilse Corvandt",
+        "baseline_answer": baseline, "adapter_answer": adapter,
+        "baseline_correct": verdicts[0], "adapter_correct": verdicts[1],
+    }  # fmt: skip
+
+
+RIGHT, WRONG, SENTENCE = "Ilse Corvandt", "Pell Oduya", "It was built by Ilse Corvandt."
+RUN: dict[str, Any] = {
+    "articles": [
+        {
+            "title": "Clock", "context": "c",
+            "completions": [{"text": "x", "questions": [
+                row(WRONG, SENTENCE, False, True), row(WRONG, RIGHT, False, True),
+                row(SENTENCE, SENTENCE, True, True), row(WRONG, WRONG, True, None),
+            ]}],
+        }
+    ]
+}  # fmt: skip
+
+
+def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["grader"]: row for row in rows}
+
+
+def test_bias_of_each_arm_and_of_the_gain_by_hand() -> None:
+    rows = by_name(comparison(verdicts_by_grader(RUN)))
+    assert set(rows) == {"in the file", *GRADERS}
+    own, exact, local = rows["in the file"], rows["exact"], rows["local"]
+    # The reference calls 2 of 4 and 3 of 3 correct; exact match 0 of 4 and 1 of 3.
+    assert (own["n"], own["ungraded"], own["gain"]) == (7, 1, 0.5)
+    assert (exact["baseline bias"], exact["adapter bias"]) == (-0.5, pytest.approx(-2 / 3))
+    assert exact["gain bias"] == pytest.approx(1 / 3 - 0.5)
+    assert (local["agreement"], local["gain"]) == (pytest.approx(6 / 7), 0.75)
+
+
+def test_an_answer_that_one_side_left_ungraded_counts_for_neither() -> None:
+    silent = regrade(RUN, Says(lambda _: None, name="judge:m")).run
+    rows = by_name(comparison(verdicts_by_grader(silent), "earlier (in the file)"))
+    judge = rows["judge:m (in the file)"]
+    assert (judge["n"], judge["ungraded"], judge["baseline"]) == (0, 8, None)
+    assert "kappa" not in judge
+    assert "judge" not in accuracy_by_grader(list(rows.values())).alt
+
+
+def test_a_judge_is_the_reference_where_one_has_graded_and_else_the_first_grading() -> None:
+    local = regrade(RUN, Says(lambda _: True, name="local")).run
+    assert reference_of(verdicts_by_grader(local)) == "earlier (in the file)"
+    judged = regrade(local, Says(lambda _: True, name="judge:m")).run
+    again = regrade(judged, Says(lambda _: True, name="f1")).run
+    for run in (judged, again):
+        assert reference_of(verdicts_by_grader(run)) == "judge:m (in the file)"
+    with pytest.raises(SettingsError, match="known are f1"):
+        comparison(verdicts_by_grader(again), "oracle")
+
+
+@pytest.mark.parametrize("name", ["rank_iter0", "cpt_base"])
+def test_on_whole_published_runs_the_local_grader_bends_the_gain_least(golden: Path, name: str) -> None:
+    path = next((golden / "results").glob(f"{name}.json*"))
+    raw = path.read_bytes()
+    run = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    asked = load_passages(golden / "eval/base_val.json.gz") if name == "cpt_base" else ()
+    rows = by_name(comparison(verdicts_by_grader(run, asked)))
+    sizes = {grader: abs(rows[grader]["gain bias"]) for grader in GRADERS}
+    assert min(sizes, key=sizes.__getitem__) == "local"
+    assert sizes["local"] <= 0.015
+    stored = run["overall"]
+    published = stored.get("gain", stored.get("mean_gain"))
+    assert rows["in the file"]["gain"] == pytest.approx(published, abs=0.005)
+
+
+def test_figure_says_in_words_what_each_grader_makes_of_it() -> None:
+    chart = accuracy_by_grader(comparison(verdicts_by_grader(RUN)))
+    assert "in the file: 50.0% to 100.0%" in chart.alt
+    assert accuracy_by_grader([]).alt == "No grader has judged both arms."
