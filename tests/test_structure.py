@@ -27,7 +27,7 @@ FLOORS = (
 TORCH = {"ttt", "models", "engines", "evaluation", "inner_loop", "sft"}
 # The doors to torch on floors that are otherwise free of it.
 TORCH_MODULES = {"seal_nb.service.worker"}
-FREE_ENGINES = {"seal_nb.engines.base"}
+FREE_ENGINES = {f"seal_nb.engines.{name}" for name in ("base", "api", "api_records")}
 HEAVY = ("torch", "transformers", "peft")
 
 

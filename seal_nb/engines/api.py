@@ -1,0 +1,284 @@
+"""An OpenAI-compatible service: one text a call, many calls at once, asked again where that helps.
+
+Engines and judges share this. The official client (https://github.com/openai/openai-python) speaks to any base
+URL; added is what concerns many calls together. Asked again, later and later, is what is transient: no
+connection, a cut one, a time-out, 429 and 5xx; where the service says ``retry-after``, all calls of the client
+wait. Any other 4xx, and a reply without a finished text, is an error at once. An error is never a text.
+
+    client = ApiClient(ApiSettings(base_url="http://127.0.0.1:8000/v1", api_key_env=""))
+    asks = [Ask(model="base", prompt="Once", sampling=Sampling(max_tokens=9))]
+    with closing(client.each(asks)) as outcomes:
+        for index, outcome in outcomes:  # a Reply, or the EngineError that stands for this one
+            ...
+
+What this module does not do: know prompts or verdicts, write files, import torch.
+"""
+
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from pydantic import BaseModel, ValidationError
+
+from seal_nb.engines.api_records import (
+    ApiSettings,
+    Ask,
+    NotAsked,
+    Refused,
+    Reply,
+    Unavailable,
+    UnusableReply,
+    Usage,
+    api_key,
+)
+from seal_nb.errors import EngineError
+
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+FINISHED = ("stop", "length")
+CONCERNS_ALL = {401, 402, 403, 404}  # key, money, permission, address or model: all calls would hear the same
+TRANSIENT = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
+OUT_OF_MONEY = "insufficient_quota"  # OpenAI says it with status 429, and waiting does not help
+CONNECT_TIMEOUT_S = 10.0
+LONGEST_MESSAGE = 400  # characters of what a service says in an error
+
+
+class _Said(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    text: str | None = None
+    message: _Said | None = None
+    finish_reason: str | None = None
+
+
+class _Counts(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Body(BaseModel):
+    """What is read of a reply; other fields may be there."""
+
+    choices: list[_Choice]
+    usage: _Counts | None = None
+
+
+class _Round:
+    """Calls under way together: what has come, how many are open, whether the rest is still wanted."""
+
+    def __init__(self, n_open: int) -> None:
+        self.n_open, self.stop = n_open, threading.Event()
+        self.came: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
+
+    def wait(self, seconds: float) -> None:
+        """Raises NotAsked as soon as the round is stopped."""
+        if self.stop.wait(max(0.0, seconds)):
+            raise NotAsked("not asked: others failed before it, or the run was interrupted")
+
+
+class _Tries:
+    """What one call has gone through."""
+
+    def __init__(self) -> None:
+        self.n_failed, self.n_limited, self._started_s = 0, 0, time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def count(self, *, limited: bool) -> int:
+        """One more; which one of its kind it is, from 1."""
+        if limited:
+            self.n_limited += 1
+            return self.n_limited
+        self.n_failed += 1
+        return self.n_failed
+
+
+class ApiClient:
+    """Asks one service; may be used from many threads. ``check`` is called before each attempt and may raise
+    an EngineError: who runs the server itself knows that it is gone before any time-out does."""
+
+    def __init__(self, settings: ApiSettings, *, check: Callable[[], None] | None = None) -> None:
+        self.settings, self.check = settings, check
+        self._key = api_key(settings.api_key_env) if settings.api_key_env else ""
+        self._client = _official_client(settings, self._key)
+        self._lock = threading.Lock()
+        self._usage = Usage()
+        self._held_until_s = 0.0
+
+    @property
+    def usage(self) -> Usage:
+        return self._usage
+
+    def one(self, ask: Ask) -> Reply:
+        """Raises: Refused, Unavailable, UnusableReply."""
+        return self._answered(ask, _Round(1))
+
+    def each(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | EngineError]]:
+        """(index, outcome) as they come, ``max_parallel`` under way at a time, each index once.
+
+        When a failure concerns all, or more failed in a row than are under way, the rest is NotAsked. An
+        interrupt (Ctrl-C) does the same, hands over what is under way and may be paid for, and is then
+        raised; a second one ends at once.
+        """
+        calls = _Round(len(asks))
+        pool = ThreadPoolExecutor(max_workers=self.settings.max_parallel, thread_name_prefix="ask")
+        try:
+            for index, ask in enumerate(asks):
+                pool.submit(self._deliver, index, ask, calls)
+            yield from self._outcomes(calls)
+        except KeyboardInterrupt:
+            calls.stop.set()
+            yield from self._outcomes(calls)
+            raise
+        finally:
+            calls.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _outcomes(self, calls: _Round) -> Iterator[tuple[int, Reply | EngineError]]:
+        n_failed_in_a_row = 0
+        while calls.n_open:
+            index, outcome = calls.came.get()
+            calls.n_open -= 1
+            if isinstance(outcome, Reply):
+                n_failed_in_a_row = 0
+            elif not isinstance(outcome, EngineError):
+                raise outcome
+            else:
+                n_failed_in_a_row += 1
+                for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
+                if for_all or n_failed_in_a_row > self.settings.max_parallel:
+                    calls.stop.set()
+            yield index, outcome
+
+    def _deliver(self, index: int, ask: Ask, calls: _Round) -> None:
+        try:
+            calls.came.put((index, self._answered(ask, calls)))
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
+            calls.came.put((index, error))
+
+    def _answered(self, ask: Ask, calls: _Round) -> Reply:
+        """The attempts of one call. Errors are not chained: what a service says may show the key."""
+        tries = _Tries()
+        while True:
+            calls.wait(self._held_until_s - time.monotonic())
+            if self.check is not None:
+                self.check()
+            try:
+                return self._reply(self._sent(ask))
+            except TRANSIENT as error:
+                pause_s = self._pause_s(error, tries)
+            except openai.APIStatusError as error:
+                raise Refused(self._said(str(error)), status=error.status_code) from None
+            self._count(n_retries=1)
+            calls.wait(pause_s)
+
+    def _sent(self, ask: Ask) -> bytes:
+        """One HTTP request; the body of its reply, not yet believed."""
+        fields: dict[str, Any] = {
+            "temperature": ask.sampling.temperature,
+            "top_p": ask.sampling.top_p,
+            self.settings.token_limit: ask.sampling.max_tokens,
+        }
+        if ask.sampling.stop:
+            fields["stop"] = list(ask.sampling.stop)
+        if ask.seed is not None:
+            fields["seed"] = ask.seed
+        fields |= ask.extra
+        if isinstance(ask.prompt, str):
+            texts = self._client.completions.with_raw_response
+            return texts.create(model=ask.model, prompt=ask.prompt, extra_body=fields).content
+        chats = self._client.chat.completions.with_raw_response
+        messages: Any = [dict(message) for message in ask.prompt]
+        return chats.create(model=ask.model, messages=messages, extra_body=fields).content
+
+    def _reply(self, body: bytes) -> Reply:
+        try:
+            read = _Body.model_validate_json(body)
+        except ValidationError:
+            shown = body[:LONGEST_MESSAGE].decode(errors="replace")
+            raise UnusableReply(self._said(f"no completion but {shown!r}")) from None
+        counts = read.usage or _Counts()
+        self._count(n_replies=1, n_prompt_tokens=counts.prompt_tokens, n_tokens=counts.completion_tokens)
+        if len(read.choices) != 1:
+            raise UnusableReply(self._said(f"{len(read.choices)} choices where one was asked for"))
+        choice = read.choices[0]
+        text = choice.message.content if choice.message else choice.text
+        if text is None or choice.finish_reason not in FINISHED:
+            what = "no text" if text is None else "an unfinished text"
+            raise UnusableReply(self._said(f"{what}, finish_reason {choice.finish_reason!r}"))
+        return Reply(
+            text=text,
+            finish_reason=str(choice.finish_reason),
+            n_tokens=counts.completion_tokens,
+            n_prompt_tokens=counts.prompt_tokens,
+        )
+
+    def _pause_s(self, error: openai.APIError, tries: _Tries) -> float:
+        """How long to wait before the next attempt; raises where there is to be none.
+
+        A pause that the service asks for holds for all calls. Being told to slow down is no failed attempt.
+        """
+        said = self._said(str(error))
+        if error.code == OUT_OF_MONEY:
+            raise Refused(said, status=429) from None
+        limited = isinstance(error, openai.RateLimitError)
+        nth = tries.count(limited=limited)
+        if not limited and nth == self.settings.max_attempts:
+            raise Unavailable(f"{said} ({nth} attempts)") from None
+        pause_s = min(self.settings.first_wait_s * 2.0 ** (nth - 1), self.settings.longest_wait_s)
+        if isinstance(error, openai.APIStatusError):
+            asked_s = retry_after_s(error.response.headers)
+            pause_s = pause_s if asked_s is None else asked_s
+            self._hold(asked_s or 0.0)
+        if limited and tries.age_s + pause_s > self.settings.patience_s:
+            longer = f"asks to slow down for longer than patience_s={self.settings.patience_s:g}"
+            raise Unavailable(f"{said}; {longer}; run again later, what is done is kept") from None
+        return pause_s * random.uniform(1.0, 1.25)  # calls that failed together come back apart
+
+    def _hold(self, seconds: float) -> None:
+        with self._lock:
+            self._held_until_s = max(self._held_until_s, time.monotonic() + seconds)
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            added = {name: getattr(self._usage, name) + n for name, n in more.items()}
+            self._usage = replace(self._usage, **added)
+
+    def _said(self, message: str) -> str:
+        """What the service said, bounded, with its address and without the key, which some services repeat."""
+        shown = message.replace(self._key, "***") if self._key else message
+        return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that ``retry-after`` asks for, as a number or a date (RFC 9110, 10.2.3), or in milliseconds."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value) / per_second
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:
+    timeout = openai.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
+    # A proxy of the environment is for the world, not for a server on this machine.
+    is_far = urlsplit(settings.base_url).hostname not in LOOPBACK
+    transport = openai.DefaultHttpxClient(trust_env=is_far, timeout=timeout)
+    return openai.OpenAI(
+        base_url=settings.base_url, api_key=key or "none", timeout=timeout, max_retries=0, http_client=transport
+    )
