@@ -32,7 +32,6 @@ from pydantic import BaseModel, ValidationError
 from seal_nb.engines.api_records import (
     ApiSettings,
     Ask,
-    NotAsked,
     Refused,
     Reply,
     Unavailable,
@@ -40,6 +39,7 @@ from seal_nb.engines.api_records import (
     Usage,
     api_key,
 )
+from seal_nb.engines.base import NotAsked
 from seal_nb.errors import EngineError
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}

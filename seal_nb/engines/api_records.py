@@ -8,10 +8,8 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values, find_dotenv
 
-from seal_nb.engines.base import Sampling
+from seal_nb.engines.base import Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
-
-Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
 class Refused(EngineError):
@@ -28,10 +26,6 @@ class Unavailable(EngineError):
 
 class UnusableReply(EngineError):
     """The service replied, but not with a finished text: junk, no choice, cut off by a filter."""
-
-
-class NotAsked(EngineError):
-    """Not sent, because others had failed in a way that concerns all, or the run was interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +60,7 @@ class Ask:
     """One text to ask for: ``prompt`` is a text to be continued, or chat messages to be answered."""
 
     model: str
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     sampling: Sampling
     seed: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of the request's body
