@@ -16,28 +16,29 @@ What this module does not do: know prompts or verdicts, write files, import torc
 
 import queue
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import openai
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from seal_nb.engines.api_records import (
     ApiSettings,
     Ask,
     Refused,
     Reply,
+    ReplyBody,
+    TokenCounts,
     Unavailable,
     UnusableReply,
     Usage,
     api_key,
+    retry_after_s,
 )
 from seal_nb.engines.base import NotAsked
 from seal_nb.errors import EngineError
@@ -49,28 +50,6 @@ TRANSIENT = (openai.APIConnectionError, openai.RateLimitError, openai.InternalSe
 OUT_OF_MONEY = "insufficient_quota"  # OpenAI says it with status 429, and waiting does not help
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_MESSAGE = 400  # characters of what a service says in an error
-
-
-class _Said(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    text: str | None = None
-    message: _Said | None = None
-    finish_reason: str | None = None
-
-
-class _Counts(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class _Body(BaseModel):
-    """What is read of a reply; other fields may be there."""
-
-    choices: list[_Choice]
-    usage: _Counts | None = None
 
 
 class _Round:
@@ -107,11 +86,16 @@ class _Tries:
 
 class ApiClient:
     """Asks one service; may be used from many threads. ``check`` is called before each attempt and may raise
-    an EngineError: who runs the server itself knows that it is gone before any time-out does."""
+    an EngineError: who runs the server itself knows that it is gone before any time-out does. ``key``: for who
+    has one that is in no variable."""
 
-    def __init__(self, settings: ApiSettings, *, check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] | None = None
+    ) -> None:
         self.settings, self.check = settings, check
-        self._key = api_key(settings.api_key_env) if settings.api_key_env else ""
+        if key is None:
+            key = api_key(settings.api_key_env) if settings.api_key_env else ""
+        self._key = key
         self._client = _official_client(settings, self._key)
         self._lock = threading.Lock()
         self._usage = Usage()
@@ -124,6 +108,21 @@ class ApiClient:
     def one(self, ask: Ask) -> Reply:
         """Raises: Refused, Unavailable, UnusableReply."""
         return self._answered(ask, _Round(1))
+
+    def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
+        """What the server says at ``path`` (from its root): GET, or POST with a body. Asked once.
+
+        Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection.
+        """
+        url = urljoin(self.settings.base_url, path)
+        try:
+            if body is None:
+                return self._client.get(url, cast_to=str)
+            return self._client.post(url, cast_to=str, body=dict(body))
+        except openai.APIStatusError as error:
+            raise Refused(self._said(str(error)), status=error.status_code) from None
+        except openai.APIConnectionError as error:
+            raise Unavailable(self._said(f"{path}: {error}")) from None
 
     def each(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | EngineError]]:
         """(index, outcome) as they come, ``max_parallel`` under way at a time, each index once.
@@ -205,11 +204,11 @@ class ApiClient:
 
     def _reply(self, body: bytes) -> Reply:
         try:
-            read = _Body.model_validate_json(body)
+            read = ReplyBody.model_validate_json(body)
         except ValidationError:
             shown = body[:LONGEST_MESSAGE].decode(errors="replace")
             raise UnusableReply(self._said(f"no completion but {shown!r}")) from None
-        counts = read.usage or _Counts()
+        counts = read.usage or TokenCounts()
         self._count(n_replies=1, n_prompt_tokens=counts.prompt_tokens, n_tokens=counts.completion_tokens)
         if len(read.choices) != 1:
             raise UnusableReply(self._said(f"{len(read.choices)} choices where one was asked for"))
@@ -260,18 +259,6 @@ class ApiClient:
         """What the service said, bounded, with its address and without the key, which some services repeat."""
         shown = message.replace(self._key, "***") if self._key else message
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
-
-
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds that ``retry-after`` asks for, as a number or a date (RFC 9110, 10.2.3), or in milliseconds."""
-    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name, "").strip()
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value) / per_second
-    try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
 
 
 def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:

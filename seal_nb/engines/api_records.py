@@ -1,12 +1,16 @@
 """What is asked of an OpenAI-compatible service, what comes back, and what may go wrong. No connection here."""
 
 import os
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values, find_dotenv
+from pydantic import BaseModel
 
 from seal_nb.engines.base import Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
@@ -88,6 +92,40 @@ class Usage:
     def cost(self, *, per_million_prompt: float, per_million: float) -> float:
         """In the currency of the two prices, each for a million tokens."""
         return (self.n_prompt_tokens * per_million_prompt + self.n_tokens * per_million) / 1e6
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    text: str | None = None
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class TokenCounts(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class ReplyBody(BaseModel):
+    """What is read of a reply; other fields may be there."""
+
+    choices: list[_Choice]
+    usage: TokenCounts | None = None
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that ``retry-after`` asks for, as a number or a date (RFC 9110, 10.2.3), or in milliseconds."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value) / per_second
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
 
 
 def api_key(variable: str) -> str:
