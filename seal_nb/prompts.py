@@ -1,9 +1,10 @@
-"""Every prompt once, with its source: the published ones (SEAL, arXiv 2506.10943) and stronger later families.
+"""Every prompt once, with its source: the published ones (SEAL, arXiv 2506.10943) and stronger later
+families.
 
 A self-edit prompt is data. To try another one, pass a SelfEditPrompt of your own, or give the path of a text
 file as ``prompt_key``. A family is several prompts under one name (``spa`` is ``spa/key-concepts``,
-``spa/mind-map``, …): the self-edits of a passage take turns with them. A prompt with a ``system`` message is a
-chat, for instruct models; nothing here knows a model or its chat template.
+``spa/mind-map``, …): the self-edits of a passage take turns with them. A prompt with a ``system`` message is
+a chat, for instruct models; nothing here knows a model or its chat template.
 """
 
 import re
@@ -107,50 +108,53 @@ _SEVEN_STRATEGIES = (
     _study(
         "spa/key-concepts",
         _SPA,
-        "Pick out the people, places, things and ideas that the following passage is about. Explain each of them "
-        "in a few full sentences that name it and give every fact the passage states about it.",
+        "Pick out the people, places, things and ideas that the following passage is about. Explain each of"
+        " them in a few full sentences that name it and give every fact the passage states about it.",
         "The key concepts, one after another:",
     ),
     _study(
         "spa/mind-map",
         _SPA,
-        "Turn the following passage into a mind map in text: the subject first, then its branches, and under each "
-        "branch the names, numbers and dates that belong to it, every line a statement that makes sense alone.",
+        "Turn the following passage into a mind map in text: the subject first, then its branches, and "
+        "under each branch the names, numbers and dates that belong to it, every line a statement that "
+        "makes sense alone.",
         "Mind map:",
     ),
     _study(
         "spa/implications",
         _SPA,
-        "Say what follows from the following passage. For each thing it states, write down what must also be "
-        "true, what it led to and what would have been otherwise without it, and repeat the fact it rests on.",
+        "Say what follows from the following passage. For each thing it states, write down what must also "
+        "be true, what it led to and what would have been otherwise without it, and repeat the fact it "
+        "rests on.",
         "What follows:",
     ),
     _study(
         "spa/critical-questions",
         _SPA,
-        "Write questions about the following passage that make a reader compare, explain and judge rather than "
-        "look something up, and answer each one in full sentences with the facts that the answer needs.",
+        "Write questions about the following passage that make a reader compare, explain and judge rather "
+        "than look something up, and answer each one in full sentences with the facts that the answer "
+        "needs.",
         "Questions with their answers:",
     ),
     _study(
         "spa/case-study",
         _SPA,
-        "Tell a short case in which somebody needs what the following passage says: who they are, what they have "
-        "to decide, which facts of the passage they use, and how it ends.",
+        "Tell a short case in which somebody needs what the following passage says: who they are, what they"
+        " have to decide, which facts of the passage they use, and how it ends.",
         "The case:",
     ),
     _study(
         "spa/discussion",
         _SPA,
-        "Two people who have read the following passage talk about it. They ask each other what it says, put each "
-        "other right where one is mistaken, and mention all of its facts by name on the way.",
+        "Two people who have read the following passage talk about it. They ask each other what it says, "
+        "put each other right where one is mistaken, and mention all of its facts by name on the way.",
         "Their conversation:",
     ),
     _study(
         "spa/teacher",
         _SPA,
-        "You teach a class that has never heard of the subject of the following passage. Explain it step by step "
-        "in your own words, give each fact with the reason why it matters, and sum up at the end.",
+        "You teach a class that has never heard of the subject of the following passage. Explain it step by"
+        " step in your own words, give each fact with the reason why it matters, and sum up at the end.",
         "The lesson:",
     ),
 )
@@ -159,22 +163,24 @@ _ACTIVE_READING = (
     _study(
         "active-reading/own-strategy",
         _ACTIVE,
-        "You want to know the following passage by heart in a year. First choose a way of studying that suits "
-        "just this passage, and name it in one line. Then carry it out in writing, with all of the facts.",
+        "You want to know the following passage by heart in a year. First choose a way of studying that "
+        "suits just this passage, and name it in one line. Then carry it out in writing, with all of the "
+        "facts.",
         "My way of studying it:",
     ),
     _study(
         "active-reading/self-test",
         _ACTIVE,
-        "You will be examined on the following passage without having it before you. Think of what the examiner "
-        "may ask about each of its facts, in more than one wording, and write every question with its answer.",
+        "You will be examined on the following passage without having it before you. Think of what the "
+        "examiner may ask about each of its facts, in more than one wording, and write every question with "
+        "its answer.",
         "What may be asked, and what I answer:",
     ),
     _study(
         "active-reading/associations",
         _ACTIVE,
-        "Make the following passage stick: tie each of its facts to something you know already, to another fact "
-        "of the passage, or to a picture or a rhyme, and state the fact itself again each time.",
+        "Make the following passage stick: tie each of its facts to something you know already, to another "
+        "fact of the passage, or to a picture or a rhyme, and state the fact itself again each time.",
         "How I remember it:",
     ),
 )
@@ -221,7 +227,9 @@ def prompt_names() -> list[str]:
 def read_prompts(path: Path) -> tuple[SelfEditPrompt, ...]:
     """The prompts of a text file, as they stand there; parts between lines of ``---`` are a family."""
     parts = re.split(rf"^{FILE_SEPARATOR}\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    keys = [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
+    keys = (
+        [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
+    )
     return tuple(
         SelfEditPrompt(key=key, template=part, source=f"file {path.name}")
         for key, part in zip(keys, parts, strict=True)

@@ -74,10 +74,10 @@ def create_self_edits(
 ) -> list[Passage]:
     """Every passage with ``k_completions`` new self-edits and what they complete.
 
-    The self-edits of a passage take turns with ``prompts`` (one, or a family). Each text has a seed of its own,
-    derived from ``seed``, its prompt and its number: a resumed run, one for one passage, or one for more
-    self-edits writes the same texts. Each goes into ``journal`` as it comes, and what is there is not asked for
-    again. ``chat``: through the model's chat template. Completions are stripped, as published.
+    The self-edits of a passage take turns with ``prompts`` (one, or a family). Each text has a seed of its
+    own, derived from ``seed``, its prompt and its number: a resumed run, one for one passage, or one for more
+    self-edits writes the same texts. Each goes into ``journal`` as it comes, and what is there is not asked
+    for again. ``chat``: through the model's chat template. Completions are stripped, as published.
 
     Raises: EngineError when texts are missing in the end; those that came are in the journal.
     """

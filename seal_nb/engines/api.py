@@ -1,9 +1,10 @@
 """An OpenAI-compatible service: one text a call, many calls at once, asked again where that helps.
 
-Engines and judges share this. The official client (https://github.com/openai/openai-python) speaks to any base
-URL; added is what concerns many calls together. Asked again, later and later, is what is transient: no
-connection, a cut one, a time-out, 429 and 5xx; where the service says ``retry-after``, all calls of the client
-wait. Any other 4xx, and a reply without a finished text, is an error at once. An error is never a text.
+Engines and judges share this. The official client (https://github.com/openai/openai-python) speaks to any
+base URL; added is what concerns many calls together. Asked again, later and later, is what is transient: no
+connection, a cut one, a time-out, 429 and 5xx; where the service says ``retry-after``, all calls of the
+client wait. Any other 4xx, and a reply without a finished text, is an error at once. An error is never a
+text.
 
     client = ApiClient(ApiSettings(base_url="http://127.0.0.1:8000/v1", api_key_env=""))
     asks = [Ask(model="base", prompt="Once", sampling=Sampling(max_tokens=9))]
@@ -18,7 +19,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -86,8 +87,8 @@ class _Tries:
 
 class ApiClient:
     """Asks one service; may be used from many threads. ``check`` is called before each attempt and may raise
-    an EngineError: who runs the server itself knows that it is gone before any time-out does. ``key``: for who
-    has one that is in no variable."""
+    an EngineError: who runs the server itself knows that it is gone before any time-out does. ``key``: for
+    who has one that is in no variable."""
 
     def __init__(
         self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] | None = None
@@ -124,7 +125,7 @@ class ApiClient:
         except openai.APIConnectionError as error:
             raise Unavailable(self._said(f"{path}: {error}")) from None
 
-    def each(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | EngineError]]:
+    def each(self, asks: Sequence[Ask]) -> Generator[tuple[int, Reply | EngineError]]:
         """(index, outcome) as they come, ``max_parallel`` under way at a time, each index once.
 
         When a failure concerns all, or more failed in a row than are under way, the rest is NotAsked. An
@@ -209,7 +210,8 @@ class ApiClient:
             shown = body[:LONGEST_MESSAGE].decode(errors="replace")
             raise UnusableReply(self._said(f"no completion but {shown!r}")) from None
         counts = read.usage or TokenCounts()
-        self._count(n_replies=1, n_prompt_tokens=counts.prompt_tokens, n_tokens=counts.completion_tokens)
+        n_prompt_tokens, n_tokens = counts.prompt_tokens or 0, counts.completion_tokens or 0
+        self._count(n_replies=1, n_prompt_tokens=n_prompt_tokens, n_tokens=n_tokens)
         if len(read.choices) != 1:
             raise UnusableReply(self._said(f"{len(read.choices)} choices where one was asked for"))
         choice = read.choices[0]
@@ -220,8 +222,8 @@ class ApiClient:
         return Reply(
             text=text,
             finish_reason=str(choice.finish_reason),
-            n_tokens=counts.completion_tokens,
-            n_prompt_tokens=counts.prompt_tokens,
+            n_tokens=n_tokens,
+            n_prompt_tokens=n_prompt_tokens,
         )
 
     def _pause_s(self, error: openai.APIError, tries: _Tries) -> float:
@@ -256,7 +258,7 @@ class ApiClient:
             self._usage = replace(self._usage, **added)
 
     def _said(self, message: str) -> str:
-        """What the service said, bounded, with its address and without the key, which some services repeat."""
+        """What the service said, bounded, with its address, without the key, which some repeat."""
         shown = message.replace(self._key, "***") if self._key else message
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
 
@@ -267,5 +269,9 @@ def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:
     is_far = urlsplit(settings.base_url).hostname not in LOOPBACK
     transport = openai.DefaultHttpxClient(trust_env=is_far, timeout=timeout)
     return openai.OpenAI(
-        base_url=settings.base_url, api_key=key or "none", timeout=timeout, max_retries=0, http_client=transport
+        base_url=settings.base_url,
+        api_key=key or "none",
+        timeout=timeout,
+        max_retries=0,
+        http_client=transport,
     )

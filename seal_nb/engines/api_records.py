@@ -1,4 +1,4 @@
-"""What is asked of an OpenAI-compatible service, what comes back, and what may go wrong. No connection here."""
+"""What is asked of an OpenAI-compatible service, what comes back, what may go wrong. Connects to nothing."""
 
 import os
 import re
@@ -49,7 +49,9 @@ class ApiSettings:
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.username or url.password:
-            raise SettingsError("base_url holds a user or a password; put the key into the environment instead")
+            raise SettingsError(
+                "base_url holds a user or a password; put the key into the environment instead"
+            )
         if url.scheme not in ("http", "https") or not url.hostname:
             raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
         for name in ("max_parallel", "max_attempts"):
@@ -105,8 +107,8 @@ class _Choice(BaseModel):
 
 
 class TokenCounts(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class ReplyBody(BaseModel):
@@ -129,11 +131,11 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def api_key(variable: str) -> str:
-    """The key in a variable of the environment, else of a ``.env`` file here or above. Raises: SettingsError."""
+    """The key in a variable of the environment, else of a ``.env`` here or above. Raises: SettingsError."""
     key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable)
     if not key:
         raise SettingsError(
-            f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name another"
-            ' variable, or "" where no key is needed'
+            f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name "
+            'another variable, or "" where no key is needed'
         )
     return key

@@ -3,8 +3,9 @@
     with VllmServer(VllmOptions(model="Qwen/Qwen2.5-7B"), run_dir=folder) as server:
         engine = VllmEngine.of(server)
 
-Greedy texts in float32 equal those of the grouped decoding of this package, token for token (tests/vllm). Sampled
-ones come from vLLM's own random numbers: same seed, same text, but another text than the local engine's.
+Greedy texts in float32 equal those of the grouped decoding of this package, token for token (tests/vllm).
+Sampled ones come from vLLM's own random numbers: same seed, same text, but another text than the local
+engine's.
 """
 
 import json
@@ -33,7 +34,8 @@ from seal_nb.errors import EngineError, SettingsError
 from seal_nb.runs import content_id
 
 EXISTING_SERVER_ADAPTERS = 8  # at a time where max_cpu_loras is not ours to know
-# A server takes what is not said from the model's generation_config.json, and Qwen's has a penalty and a top_k.
+# A server takes what is not said from the model's generation_config.json, and Qwen's has a penalty and a
+# top_k.
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -129,7 +131,9 @@ class VllmEngine:
     def _turns(self, folders: Sequence[Path | None]) -> list[list[int]]:
         """Indices of the prompts that can be asked together: for as many adapters as there is room for."""
         distinct = list(dict.fromkeys(folder for folder in folders if folder))
-        turn_of: dict[Path | None, int] = {folder: at // self.shelf.max_loaded for at, folder in enumerate(distinct)}
+        turn_of: dict[Path | None, int] = {
+            folder: at // self.shelf.max_loaded for at, folder in enumerate(distinct)
+        }
         turn_of[None] = 0 if self.mixed or not distinct else -1
         turns: dict[int, list[int]] = {}
         for index, folder in enumerate(folders):
@@ -137,7 +141,11 @@ class VllmEngine:
         return [turns[at] for at in sorted(turns)]
 
     def _take(
-        self, asked: Sequence["_Asked"], sampling: Sampling, came: dict[int, Completion], on_text: OnText | None
+        self,
+        asked: Sequence["_Asked"],
+        sampling: Sampling,
+        came: dict[int, Completion],
+        on_text: OnText | None,
     ) -> dict[int, EngineError]:
         """One turn into ``came``; what failed, by index."""
 

@@ -1,7 +1,7 @@
 """Adapters on a vLLM server at run time: loaded under names that are never used twice, unloaded for room.
 
-A name that comes back would meet the prefix cache of the adapter that had it before (vllm issue 42125). PEFT's
-format, ours or anybody's. The server reads the folder itself: it must be able to.
+A name that comes back would meet the prefix cache of the adapter that had it before (vllm issue 42125).
+PEFT's format, ours or anybody's. The server reads the folder itself: it must be able to.
 """
 
 import json
@@ -28,7 +28,8 @@ class AdapterShelf:
         self._names: OrderedDict[Identity, str] = OrderedDict()  # the longest unused first
 
     def names_of(self, folders: Sequence[Path]) -> dict[Path, str]:
-        """The names under which the server knows these adapters, loading those it lacks: ``max_loaded`` at most.
+        """The names under which the server knows these adapters, loading those it lacks: ``max_loaded`` at
+        most.
 
         Raises: SettingsError for a folder without a fitting adapter; EngineError where it cannot be loaded.
         """
@@ -79,5 +80,7 @@ def _identity(folder: Path, max_rank: int) -> Identity:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"no adapter in PEFT's format at {folder}: {error}") from error
     if max_rank and rank > max_rank:
-        raise SettingsError(f"adapter {folder.name!r} has rank {rank}; start vLLM with max_lora_rank of it or more")
+        raise SettingsError(
+            f"adapter {folder.name!r} has rank {rank}; start vLLM with max_lora_rank of it or more"
+        )
     return str(folder.resolve()), written_ns

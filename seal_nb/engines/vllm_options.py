@@ -23,8 +23,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for
 class VllmOptions:
     """What to serve and how. ``model``: folder or hub name.
 
-    sleep_mode gives the GPU's memory back between uses; hot_reload takes a new base of the same shape without a
-    restart. Both open vLLM's development endpoints, which ask for no key, to every user of this machine.
+    sleep_mode gives the GPU's memory back between uses; hot_reload takes a new base of the same shape without
+    a restart. Both open vLLM's development endpoints, which ask for no key, to every user of this machine.
     """
 
     model: str
@@ -48,11 +48,13 @@ class VllmOptions:
 
     def __post_init__(self) -> None:
         if self.max_lora_rank not in (0, *RANKS):
-            raise SettingsError(f"max_lora_rank={self.max_lora_rank}: vLLM has room for {RANKS}, or 0 for none")
+            raise SettingsError(
+                f"max_lora_rank={self.max_lora_rank}: vLLM has room for {RANKS}, or 0 for none"
+            )
         if not 1 <= self.max_loras <= self.max_cpu_loras:
             raise SettingsError(
-                f"max_loras={self.max_loras}, max_cpu_loras={self.max_cpu_loras}: at least 1 in a batch, and no "
-                "more than are loaded"
+                f"max_loras={self.max_loras}, max_cpu_loras={self.max_cpu_loras}: at least 1 in a batch, and "
+                "no more than are loaded"
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise SettingsError(f"gpu_memory_utilization={self.gpu_memory_utilization}: above 0, at most 1")
@@ -102,7 +104,9 @@ def vllm_python() -> str:
     """
     if own := os.environ.get(PYTHON_VARIABLE):
         if not Path(own).is_file():
-            raise SettingsError(f"{PYTHON_VARIABLE}={own!r} is no file; name the python of vLLM's environment")
+            raise SettingsError(
+                f"{PYTHON_VARIABLE}={own!r} is no file; name the python of vLLM's environment"
+            )
         return own
     if importlib.util.find_spec("vllm") is not None:
         return sys.executable
@@ -111,6 +115,6 @@ def vllm_python() -> str:
         if (python := folder / ".venv-vllm" / "bin" / "python").is_file():
             return str(python)
     raise SettingsError(
-        f"vLLM is not installed here; pip install -e '.[vllm]' on a machine with a GPU, make vllm-env for one "
-        f"without, or name an interpreter that has it in {PYTHON_VARIABLE}"
+        "vLLM is not installed here; pip install -e '.[vllm]' on a machine with a GPU, make vllm-env for "
+        f"one without, or name an interpreter that has it in {PYTHON_VARIABLE}"
     )

@@ -1,8 +1,8 @@
 """A vLLM server of our own: started, watched, put to sleep, given another base, stopped.
 
-The server is vLLM's, in a process and, if need be, an environment of its own; its log is ``vllm.log`` in the run
-folder. It listens on loopback, asks for a key that only this process knows, and ends with this process. When
-it is gone, every call says so with its exit code and the end of its log.
+The server is vLLM's, in a process and, if need be, an environment of its own; its log is ``vllm.log`` in the
+run folder. It listens on loopback, asks for a key that only this process knows, and ends with this process.
+When it is gone, every call says so with its exit code and the end of its log.
 """
 
 import contextlib
@@ -58,7 +58,9 @@ class VllmServer:
     @property
     def model_id(self) -> str:
         """Names the weights that are served now, and how they are computed with."""
-        return f"vllm-{self.options.dtype}-{model_identity(self._folder or resolve_model(self.options.model))}"
+        return (
+            f"vllm-{self.options.dtype}-{model_identity(self._folder or resolve_model(self.options.model))}"
+        )
 
     def start(self) -> Self:
         """Nothing if it runs already. Raises: VllmFailed."""
@@ -114,8 +116,8 @@ class VllmServer:
         return ApiClient(settings, key=self.key, check=self.check)
 
     def serve(self, model: str) -> None:
-        """Serve other weights from now on: in place where hot_reload allows and the shape is the same, else by a
-        restart. Adapters that were loaded are gone."""
+        """Serve other weights from now on: in place where hot_reload allows and the shape is the same, else
+        by a restart. Adapters that were loaded are gone."""
         folder = resolve_model(model)
         in_place = self.options.hot_reload and _shape(folder) == _shape(self._folder)
         self.options = replace(self.options, model=model)
@@ -178,7 +180,9 @@ def _shape(folder: str) -> Mapping[str, Any]:
         config = dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):  # a hub name
         return {"folder": folder}
-    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    return {
+        name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")
+    }
 
 
 def _free_port(host: str) -> int:

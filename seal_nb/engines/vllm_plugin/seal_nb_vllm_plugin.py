@@ -1,8 +1,8 @@
 """What runs inside each process of a vLLM server that seal-nb started. vLLM finds it by its entry point.
 
-Two things: the process ends when its parent does, and a fault of vLLM on CPU is mended. There, LoRA indices of
--1 ("no adapter") index the stacked weights from behind, so that requests to the base which are batched with
-requests to adapters get the last adapter (seen in 0.32; upstream pull requests 48421 and 49656). Rows of
+Two things: the process ends when its parent does, and a fault of vLLM on CPU is mended. There, LoRA indices
+of -1 ("no adapter") index the stacked weights from behind, so that requests to the base which are batched
+with requests to adapters get the last adapter (seen in 0.32; upstream pull requests 48421 and 49656). Rows of
 negative index get zeros instead. This folder is on the server's PYTHONPATH, the rest of the package is not.
 """
 
