@@ -10,6 +10,7 @@ from seal_nb.engines.local import LocalEngine
 from seal_nb.engines.vllm import VllmEngine
 from seal_nb.engines.vllm_server import VllmServer
 from seal_nb.errors import SettingsError
+from seal_nb.experiments.kept_adapters import closed_book_answers
 from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt, find_prompts
 from seal_nb.runs import Journal
@@ -108,6 +109,14 @@ def test_stage_1_writes_resumable_self_edits_of_a_family(engine: VllmEngine, tmp
     assert written[0].prompt_keys == ("spa/key-concepts", "spa/mind-map", "spa/implications")
     again = create_self_edits(engine, passages[1:], **asked)
     assert again[0].completions == written[1].completions, "the seed of a text is its own"
+
+
+def test_kept_adapters_answer_passages_as_they_do_in_our_own_process(
+    engine: VllmEngine, local: LocalEngine, adapters: dict[str, Path]
+) -> None:
+    passages, arms = load_passages("shipped:val")[:1], [None, adapters["bells"]]
+    mine, theirs = (closed_book_answers(e, passages, arms, max_tokens=16) for e in (local, engine))
+    assert theirs == mine and mine[0] != mine[1] and len(mine[0]) == len(passages[0].questions)
 
 
 def test_a_chat_is_put_through_the_models_own_template(engine: VllmEngine, local: LocalEngine) -> None:
