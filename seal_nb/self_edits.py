@@ -84,12 +84,13 @@ def create_self_edits(
     if k_completions < 1 or not prompts:
         raise SettingsError(f"{k_completions=}, {len(prompts)} prompts: both must be at least 1")
     taking_turns = [prompts[nth % len(prompts)] for nth in range(k_completions)]
+    model_id, how = engine.model_id, asdict(sampling)
     wanted_P: list[list[_Wanted]] = []
     for passage in passages:
         wanted_P.append([])
         for nth, prompt in enumerate(taking_turns):
             asked = prompt.asked(title=passage.title, context=passage.context, chat=chat)
-            key = content_id([engine.model_id, asked, nth, seed, asdict(sampling)])
+            key = content_id([model_id, asked, nth, seed, how])
             wanted_P[-1].append(_Wanted(key=key, passage=passage, prompt=prompt, asked=asked, nth=nth))
     every = {one.key: one for wanted in wanted_P for one in wanted}
     texts = _texts(engine, every, sampling, seed, journal, tell)

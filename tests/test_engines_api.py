@@ -197,13 +197,12 @@ def test_a_slow_service_that_lets_one_call_through_at_a_time_is_no_failure() -> 
     assert n_limited[0] > 12
 
 
-def test_a_pause_beyond_all_patience_is_given_up_at_once() -> None:
-    with (
-        stub_service(in_turn(error(429, retry_after="86400"))) as service,
-        pytest.raises(Unavailable, match="patience_s=900"),
-    ):
-        client_of(service).one(ask())
-    assert len(service.asked) == 1
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_pause_beyond_all_patience_is_given_up_at_once_and_nobody_waits_for_it(status: int) -> None:
+    with stub_service(in_turn(error(status, retry_after="86400"))) as service:
+        outcomes = outcomes_of(client_of(service, max_parallel=1), ["a", "b"])
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 2 and len(service.asked) == 2
+    assert "patience_s=900" in str(outcomes[0])
 
 
 JUNK: dict[str, bytes] = {
@@ -286,6 +285,15 @@ def test_one_prompt_that_is_refused_does_not_cost_the_others() -> None:
     assert [type(outcome) for outcome in outcomes] == [Reply] * 3 + [Refused] + [Reply] * 4
 
 
+def test_a_row_of_refused_prompts_does_not_cost_the_others() -> None:
+    def reply(asked: Asked) -> Answer:
+        return error(400, "too long") if int(asked.prompt[1:]) < 20 else echo(asked)
+
+    with stub_service(reply) as service:
+        outcomes = outcomes_of(client_of(service, max_parallel=1), [f"p{i}" for i in range(22)])
+    assert [type(outcome) for outcome in outcomes] == [Refused] * 20 + [Reply] * 2
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_that_concerns_all_ends_the_round(status: int) -> None:
     with stub_service(in_turn(error(status))) as service:
@@ -300,7 +308,7 @@ def test_a_service_that_is_down_is_not_asked_for_everything() -> None:
         outcomes = outcomes_of(
             client_of(service, max_parallel=3, max_attempts=2), [f"p{i}" for i in range(50)]
         )
-        assert len(service.asked) <= 2 * 10
+        assert len(service.asked) <= 2 * (16 + 1 + 2 * 3)
     assert {type(outcome) for outcome in outcomes} == {Unavailable, NotAsked}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.engines.api_records import ApiSettings, Refused, UnusableReply
-from seal_nb.engines.base import Incomplete, NotAsked, Sampling
+from seal_nb.engines.base import Incomplete, Sampling
 from seal_nb.engines.choose import chosen_engine
 from seal_nb.engines.openai import OpenAIEngine, Prices
 from seal_nb.errors import EngineError, SettingsError
@@ -108,7 +108,7 @@ def test_nothing_that_is_no_text_gets_into_the_journal(tmp_path: Path) -> None:
         self_edits(service, journal)
     assert len(journal) == 0
     assert isinstance(caught.value.__cause__, Incomplete)
-    assert NotAsked in {type(failure) for failure in caught.value.__cause__.failures.values()}
+    assert {type(failure) for failure in caught.value.__cause__.failures.values()} == {UnusableReply}
 
 
 def test_a_notebook_names_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ What this module does not do: know prompts or verdicts, write files, import torc
 
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ FINISHED = ("stop", "length")
 CONCERNS_ALL = {401, 402, 403, 404}  # key, money, permission, address or model: all calls would hear the same
 TRANSIENT = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 OUT_OF_MONEY = "insufficient_quota"  # OpenAI says it with status 429, and waiting does not help
+MOST_FAILURES_IN_A_ROW = 16  # or as many as are under way at a time, if that is more
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_MESSAGE = 400  # characters of what a service says in an error
 
@@ -56,8 +58,8 @@ LONGEST_MESSAGE = 400  # characters of what a service says in an error
 class _Round:
     """Calls under way together: what has come, how many are open, whether the rest is still wanted."""
 
-    def __init__(self, n_open: int) -> None:
-        self.n_open, self.stop = n_open, threading.Event()
+    def __init__(self) -> None:
+        self.n_open, self.stop = 0, threading.Event()
         self.came: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
 
     def wait(self, seconds: float) -> None:
@@ -108,7 +110,7 @@ class ApiClient:
 
     def one(self, ask: Ask) -> Reply:
         """Raises: Refused, Unavailable, UnusableReply."""
-        return self._answered(ask, _Round(1))
+        return self._answered(ask, _Round())
 
     def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
         """What the server says at ``path`` (from its root): GET, or POST with a body. Asked once.
@@ -128,15 +130,16 @@ class ApiClient:
     def each(self, asks: Sequence[Ask]) -> Generator[tuple[int, Reply | EngineError]]:
         """(index, outcome) as they come, ``max_parallel`` under way at a time, each index once.
 
-        When a failure concerns all, or more failed in a row than are under way, the rest is NotAsked. An
-        interrupt (Ctrl-C) does the same, hands over what is under way and may be paid for, and is then
-        raised; a second one ends at once.
+        When a failure concerns all, or too many failed in a row, the rest is NotAsked. An interrupt (Ctrl-C)
+        does the same, hands over what is under way and may be paid for, and is then raised; a second one ends
+        at once.
         """
-        calls = _Round(len(asks))
+        calls = _Round()
         pool = ThreadPoolExecutor(max_workers=self.settings.max_parallel, thread_name_prefix="ask")
         try:
             for index, ask in enumerate(asks):
                 pool.submit(self._deliver, index, ask, calls)
+                calls.n_open += 1
             yield from self._outcomes(calls)
         except KeyboardInterrupt:
             calls.stop.set()
@@ -147,19 +150,18 @@ class ApiClient:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcomes(self, calls: _Round) -> Iterator[tuple[int, Reply | EngineError]]:
-        n_failed_in_a_row = 0
+        n_in_a_row, most = 0, max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel)
         while calls.n_open:
             index, outcome = calls.came.get()
             calls.n_open -= 1
-            if isinstance(outcome, Reply):
-                n_failed_in_a_row = 0
-            elif not isinstance(outcome, EngineError):
+            if not isinstance(outcome, Reply | EngineError):
                 raise outcome
-            else:
-                n_failed_in_a_row += 1
-                for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
-                if for_all or n_failed_in_a_row > self.settings.max_parallel:
-                    calls.stop.set()
+            # Who refuses a prompt is alive; the next prompt may be to its liking.
+            answered = isinstance(outcome, Reply | Refused)
+            n_in_a_row = 0 if answered else n_in_a_row + 1
+            for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
+            if for_all or n_in_a_row > most:
+                calls.stop.set()
             yield index, outcome
 
     def _deliver(self, index: int, ask: Ask, calls: _Round) -> None:
@@ -239,13 +241,13 @@ class ApiClient:
         if not limited and nth == self.settings.max_attempts:
             raise Unavailable(f"{said} ({nth} attempts)") from None
         pause_s = min(self.settings.first_wait_s * 2.0 ** (nth - 1), self.settings.longest_wait_s)
-        if isinstance(error, openai.APIStatusError):
-            asked_s = retry_after_s(error.response.headers)
-            pause_s = pause_s if asked_s is None else asked_s
-            self._hold(asked_s or 0.0)
-        if limited and tries.age_s + pause_s > self.settings.patience_s:
+        asked_s = retry_after_s(error.response.headers) if isinstance(error, openai.APIStatusError) else None
+        pause_s = pause_s if asked_s is None else asked_s
+        told_to_wait = limited or asked_s is not None
+        if told_to_wait and tries.age_s + pause_s > self.settings.patience_s:
             longer = f"asks to slow down for longer than patience_s={self.settings.patience_s:g}"
             raise Unavailable(f"{said}; {longer}; run again later, what is done is kept") from None
+        self._hold(asked_s or 0.0)
         return pause_s * random.uniform(1.0, 1.25)  # calls that failed together come back apart
 
     def _hold(self, seconds: float) -> None:
@@ -260,6 +262,7 @@ class ApiClient:
     def _said(self, message: str) -> str:
         """What the service said, bounded, with its address, without the key, which some repeat."""
         shown = message.replace(self._key, "***") if self._key else message
+        shown = re.sub(r"\bsk-[\w*-]+", "***", shown)  # some repeat the two ends of it
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
 
 

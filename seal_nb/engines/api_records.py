@@ -132,10 +132,10 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def api_key(variable: str) -> str:
     """The key in a variable of the environment, else of a ``.env`` here or above. Raises: SettingsError."""
-    key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable)
-    if not key:
+    key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable) or ""
+    if not key.strip():
         raise SettingsError(
             f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name "
             'another variable, or "" where no key is needed'
         )
-    return key
+    return key.strip()

@@ -45,7 +45,7 @@ class VllmServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self.n_bases = 0  # starts and changes of the base: each time, what was loaded before is gone
-        self._folder = ""
+        self._folder = self._identity = ""
 
     @property
     def url(self) -> str:
@@ -57,16 +57,15 @@ class VllmServer:
 
     @property
     def model_id(self) -> str:
-        """Names the weights that are served now, and how they are computed with."""
-        return (
-            f"vllm-{self.options.dtype}-{model_identity(self._folder or resolve_model(self.options.model))}"
-        )
+        """Names the weights that are served, or were at last, and how they are computed with."""
+        return f"vllm-{self.options.dtype}-{self._identity}"
 
     def start(self) -> Self:
         """Nothing if it runs already. Raises: VllmFailed."""
         if self.process is not None and self.process.poll() is None:
             return self
-        self._folder = resolve_model(self.options.model)
+        self.stop(grace_s=0.0)  # what a server that died may have left behind
+        self._serves(resolve_model(self.options.model))
         # The same after a restart, for clients that know it.
         self.port = self.port or self.options.port or _free_port(self.options.host)
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +128,7 @@ class VllmServer:
         # Prompts of the old base must not be found in the cache, and its adapters not be used.
         control("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         control("/reset_prefix_cache", {})
-        self._folder = folder
+        self._serves(folder)
         self.n_bases += 1
 
     @contextmanager
@@ -146,6 +145,9 @@ class VllmServer:
             yield
         finally:
             control("/wake_up", {})
+
+    def _serves(self, folder: str) -> None:
+        self._folder, self._identity = folder, model_identity(folder)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout_s
