@@ -101,9 +101,9 @@ def test_a_server_that_is_never_ready_is_ended_at_the_time_out(
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "silent")
     server = VllmServer(
-        VllmOptions(model=model(tmp_path / "m"), python=str(FAKE), start_timeout_s=1.0), run_dir=tmp_path
+        VllmOptions(model=model(tmp_path / "m"), python=str(FAKE), start_timeout_s=4.0), run_dir=tmp_path
     )
-    with pytest.raises(VllmFailed, match=r"not ready within start_timeout_s=1.*\nloading for ever"):
+    with pytest.raises(VllmFailed, match=r"not ready within start_timeout_s=4.*\nloading for ever"):
         server.start()
     assert server.process is None and not psutil.pid_exists(noted(notes)[0]["pid"])
 

@@ -92,6 +92,13 @@ class Engine(Protocol):
         ...
 
 
+def in_order(completions: Mapping[int, Completion], failures: Mapping[int, EngineError]) -> list[Completion]:
+    """The completions by index of their prompts. Raises: Incomplete where there are failures."""
+    if failures:
+        raise Incomplete(completions, failures)
+    return [completions[index] for index in range(len(completions))]
+
+
 def contents(prompt: Prompt) -> str:
     """A prompt as plain text: of a chat, what its messages say, without the model's marks."""
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from seal_nb.engines.base import Completion, Incomplete, OnText, Prompt, Sampling, adapter_of_each
+from seal_nb.engines.base import Completion, OnText, Prompt, Sampling, adapter_of_each, in_order
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.ttt.base import FrozenBase
@@ -45,9 +45,7 @@ class LocalEngine:
         while decoder.busy:
             for decoded in decoder.step():
                 self._take(decoded, came, failures, on_text)
-        if failures:
-            raise Incomplete(came, failures)
-        return [came[i] for i in range(len(prompts))]
+        return in_order(came, failures)
 
     def text_of(self, prompt: Prompt) -> str:
         """Raises: SettingsError for a chat where the model has no chat template."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from seal_nb.engines.api import ApiClient
 from seal_nb.engines.api_records import ApiSettings, Ask, Reply
-from seal_nb.engines.base import Completion, Incomplete, OnText, Prompt, Sampling, adapter_of_each, contents
+from seal_nb.engines.base import Completion, OnText, Prompt, Sampling, adapter_of_each, contents, in_order
 from seal_nb.errors import EngineError, SettingsError
 
 
@@ -91,6 +91,4 @@ def completed(client: ApiClient, asks: Sequence[Ask], on_text: OnText | None) ->
             )
             if on_text is not None:
                 on_text(index, came[index])
-    if failures:
-        raise Incomplete(came, failures)
-    return [came[index] for index in range(len(asks))]
+    return in_order(came, failures)

@@ -25,6 +25,7 @@ from seal_nb.engines.base import (
     Sampling,
     adapter_of_each,
     contents,
+    in_order,
 )
 from seal_nb.engines.openai import completed
 from seal_nb.engines.vllm_adapters import AdapterShelf
@@ -104,9 +105,7 @@ class VllmEngine:
         for turn in self._turns(folders):
             asked = [_Asked(i, prompts[i], seeds[i], folders[i]) for i in turn]
             failures |= self._take(asked, sampling, came, on_text) if not failures else _not_asked(turn)
-        if failures:
-            raise Incomplete(came, failures)
-        return [came[i] for i in range(len(prompts))]
+        return in_order(came, failures)
 
     def text_of(self, prompt: Prompt) -> str:
         """A chat as the server's template writes it; its messages where the server does not tell."""
