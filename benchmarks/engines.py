@@ -39,6 +39,7 @@ PARALLEL = (1, 2, 4, 8, 16, 32, 64)
 SERVICE_TIME_S = 0.2
 LANES = 32
 VLLM_PARALLEL = (1, 2, 4, 8, 16, 32)
+MAX_TOKENS = 24
 VLLM_LANES = 16  # of one batch: where more requests only wait
 
 
@@ -73,10 +74,11 @@ def service_rows(parallel: Sequence[int], *, service_time_s: float, lanes: int) 
     return rows
 
 
-def vllm_rows(parallel: Sequence[int], *, lanes: int, n_texts: int, max_tokens: int) -> list[dict[str, Any]]:
+def vllm_rows(parallel: Sequence[int], *, lanes: int, max_tokens: int) -> list[dict[str, Any]]:
     """A real server on this machine's processor, one thread."""
     options = VllmOptions(
         model="embedded",
+        dtype="float32",
         max_model_len=1024,
         max_lora_rank=0,
         enforce_eager=True,
@@ -84,15 +86,13 @@ def vllm_rows(parallel: Sequence[int], *, lanes: int, n_texts: int, max_tokens: 
         cpu_kv_cache_gib=1,
         extra_arguments=(f"--max-num-seqs={lanes}", "--no-enable-prefix-caching"),
     )
+    rows = []
     with tempfile.TemporaryDirectory() as folder, VllmServer(options, run_dir=Path(folder)) as server:
         stage_1(VllmEngine.of(server), n_texts=8, max_tokens=4)  # the first call is slow
-        return [
-            {
-                "parallel": n,
-                **stage_1(VllmEngine.of(server, max_parallel=n), n_texts=n_texts, max_tokens=max_tokens),
-            }
-            for n in parallel
-        ]
+        for n in parallel:
+            engine = VllmEngine.of(server, max_parallel=n)
+            rows.append({"parallel": n, **stage_1(engine, n_texts=max(8, 2 * n), max_tokens=max_tokens)})
+    return rows
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
     except SettingsError:
         return result
     if not quick:
-        rows = vllm_rows(VLLM_PARALLEL, lanes=VLLM_LANES, n_texts=64, max_tokens=32)
-        result["vllm"] = {"lanes": VLLM_LANES, "max_tokens": 32, "rows": rows}
+        rows = vllm_rows(VLLM_PARALLEL, lanes=VLLM_LANES, max_tokens=MAX_TOKENS)
+        result["vllm"] = {"lanes": VLLM_LANES, "max_tokens": MAX_TOKENS, "rows": rows}
     return result
 
 

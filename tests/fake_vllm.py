@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Stands in for an interpreter that has vLLM: started with that command line, it does what FAKE_VLLM says.
 
-"ready" (the default) serves; "crash" says a line and exits with 3; "silent" never becomes ready. What it was
-started and asked with goes into fake_vllm.jsonl in its working folder. Standard library only: on the server's
-PYTHONPATH there is nothing else.
+"ready" (the default) serves; "crash" says a line and exits with 3; "silent" never becomes ready; "no-reload"
+refuses weights in place, "too-long" the prompt "long". What it was started and asked with goes into the file
+FAKE_VLLM_NOTES. Standard library only: on the server's PYTHONPATH there is nothing else.
 """
 
 import json
@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ARGUMENTS = dict(word[2:].split("=", 1) for word in sys.argv if word.startswith("--") and "=" in word)
+MODE = os.environ.get("FAKE_VLLM", "ready")
 NOTED = ("VLLM_API_KEY", "VLLM_SERVER_DEV_MODE", "PYTHONPATH", "SEAL_NB_VLLM_PARENT", "OMP_NUM_THREADS")
 
 
@@ -37,7 +38,9 @@ class Handler(BaseHTTPRequestHandler):
             choice = {"text": f"{body['model']}: {body['prompt']}", "finish_reason": "stop"}
             said = {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
         raw = json.dumps(said).encode()
-        self.send_response(200)
+        refused = {"/collective_rpc": "no-reload", "/v1/completions": "too-long"}.get(self.path)
+        is_refused = refused == MODE and body.get("prompt", "long") == "long"
+        self.send_response(400 if is_refused else 200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(raw)))
         self.end_headers()
@@ -49,11 +52,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     note(argv=sys.argv[1:], environment={name: os.environ.get(name) for name in NOTED})
-    mode = os.environ.get("FAKE_VLLM", "ready")
-    if mode == "crash":
+    if MODE == "crash":
         print("RuntimeError: no such device", flush=True)
         raise SystemExit(3)
-    if mode == "silent":
+    if MODE == "silent":
         print("loading for ever", flush=True)
         time.sleep(600)
     ThreadingHTTPServer((ARGUMENTS["host"], int(ARGUMENTS["port"])), Handler).serve_forever()

@@ -214,6 +214,29 @@ def test_weights_of_the_same_shape_come_in_place_and_others_by_a_restart(tmp_pat
     assert len(set(identities)) == 3
 
 
+def test_a_server_that_cannot_take_weights_in_place_is_restarted_with_them(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "no-reload")
+    with server_of(tmp_path, hot_reload=True) as server:
+        server.serve(model(tmp_path / "round1"))
+    starts = [entry["argv"] for entry in noted(notes) if "argv" in entry]
+    assert posts(notes) == ["/collective_rpc"] and f"--model={tmp_path / 'round1'}" in starts[1]
+
+
+def test_a_refused_prompt_does_not_cost_the_adapters_of_later_turns(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "too-long")
+    folders = [adapter(tmp_path / name) for name in "xy"]
+    with (
+        server_of(tmp_path, max_loras=1, max_cpu_loras=1) as server,
+        pytest.raises(Incomplete, match="1 of 2 texts are missing") as caught,
+    ):
+        VllmEngine.of(server).generate(["long", "short"], GREEDY, seeds=[0, 0], adapters=folders)
+    assert list(caught.value.completions) == [1]
+
+
 def test_without_hot_reload_new_weights_are_a_restart(tmp_path: Path, notes: Path) -> None:
     with server_of(tmp_path) as server:
         server.serve(model(tmp_path / "round1"))

@@ -104,7 +104,8 @@ class VllmEngine:
         failures: dict[int, EngineError] = {}
         for turn in self._turns(folders):
             asked = [_Asked(i, prompts[i], seeds[i], folders[i]) for i in turn]
-            failures |= self._take(asked, sampling, came, on_text) if not failures else _not_asked(turn)
+            is_down = any(not isinstance(failure, Refused) for failure in failures.values())
+            failures |= _not_asked(turn) if is_down else self._take(asked, sampling, came, on_text)
         return in_order(came, failures)
 
     def text_of(self, prompt: Prompt) -> str:

@@ -115,21 +115,26 @@ class VllmServer:
         return ApiClient(settings, key=self.key, check=self.check)
 
     def serve(self, model: str) -> None:
-        """Serve other weights from now on: in place where hot_reload allows and the shape is the same, else
-        by a restart. Adapters that were loaded are gone."""
+        """Serve other weights from now on: in place where hot_reload allows, the shape is the same and the
+        server can, else by a restart. Adapters that were loaded are gone."""
         folder = resolve_model(model)
-        in_place = self.options.hot_reload and _shape(folder) == _shape(self._folder)
+        fits = self.options.hot_reload and _shape(folder) == _shape(self._folder)
         self.options = replace(self.options, model=model)
-        if not in_place:
+        if not (fits and self._reloaded(folder)):
             self.stop()
             self.start()
-            return
+
+    def _reloaded(self, folder: str) -> bool:
+        """Whether the running server took these weights in the place of its own."""
         control = self.client(timeout_s=self.options.start_timeout_s).control
-        # Prompts of the old base must not be found in the cache, and its adapters not be used.
-        control("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-        control("/reset_prefix_cache", {})
+        try:
+            control("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+            control("/reset_prefix_cache", {})  # what it knows of prompts is of the old weights
+        except EngineError:
+            return False
         self._serves(folder)
         self.n_bases += 1
+        return True
 
     @contextmanager
     def aside(self) -> Iterator[None]:
