@@ -1,6 +1,7 @@
 """Prompts are those of the published files, character by character."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,10 @@ def test_a_prompt_without_the_passage_is_refused(tmp_path: Path) -> None:
 def test_whatever_stands_in_a_passage_stays_as_it_is(title: str, context: str) -> None:
     prompt = SelfEditPrompt(key="x", template="<{title}|{context}>{other}", source="me")
     assert prompt.text(title=title, context=context) == f"<{title}|{context}>{{other}}"
+
+
+def test_the_docs_name_every_prompt_and_their_code_is_code() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
+    assert [name for name in prompt_names() if f"`{name}`" not in docs] == []
+    for block in re.findall(r"^```python\n(.*?)^```", docs, flags=re.MULTILINE | re.DOTALL):
+        compile(block, "docs/engines.md", "exec")
