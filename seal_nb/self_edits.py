@@ -83,6 +83,8 @@ def create_self_edits(
     """
     if k_completions < 1 or not prompts:
         raise SettingsError(f"{k_completions=}, {len(prompts)} prompts: both must be at least 1")
+    if len({prompt.key for prompt in prompts}) < len(prompts):
+        raise SettingsError(f"prompts share keys: {[prompt.key for prompt in prompts]}; give each its own")
     taking_turns = [prompts[nth % len(prompts)] for nth in range(k_completions)]
     model_id, how = engine.model_id, asdict(sampling)
     wanted_P: list[list[_Wanted]] = []

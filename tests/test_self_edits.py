@@ -208,6 +208,8 @@ def test_no_self_edits_at_all_cannot_be_asked_for() -> None:
         written(RecordingEngine(), k_completions=0)
     with pytest.raises(SettingsError, match="0 prompts"):
         written(RecordingEngine(), prompts=())
+    with pytest.raises(SettingsError, match="share keys"):
+        written(RecordingEngine(), prompts=IMPLICATIONS * 2)
 
 
 def test_a_family_goes_through_file_and_run_to_the_training_set(tmp_path: Path) -> None:
