@@ -3,19 +3,21 @@
 VENV  ?= .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
 RUNS  ?= runs
 # Notebooks run in a copy, so that what a user's own runs left beside them neither helps nor suffers.
 FRESH_NOTEBOOKS := rm -rf build/notebooks && mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks/
 LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench lint notebooks clean
+.PHONY: help demo test lab bench vllm-env lint notebooks clean
 
 help:
 	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (15 minutes on 2 cores)"
 	@echo "make test       ruff, mypy, all tests and all notebooks"
 	@echo "make lab        JupyterLab at the tour"
 	@echo "make bench      speed of the inner loop on this machine"
+	@echo "make vllm-env   vLLM for a machine without a GPU, in $(VLLM_VENV) (for tests/vllm and engine=vllm)"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make notebooks  run the committed notebooks again and show what changed"
 	@echo "make clean      remove $(VENV) and caches (never $(RUNS))"
@@ -38,6 +40,11 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.inner_loop
 	@$(BIN)/python -m benchmarks.service_load
 	@$(BIN)/python -m benchmarks.grading
+	@$(BIN)/python -m benchmarks.engines
+
+# A vLLM for machines without a GPU, beside the default environment; tests/vllm starts its server from it.
+vllm-env:
+	@.ci/vllm.sh $(VLLM_VENV)
 
 lint: $(STAMP)
 	@$(LINT)

@@ -32,7 +32,8 @@ class Question:
 class Passage:
     """A text that should end up in a model's weights, and the questions that tell whether it did.
 
-    ``completions`` are self-edits and ``prompt`` is what they complete, as in the published item files.
+    ``completions`` are self-edits and ``prompt`` is what they complete, as in the published item files. Where
+    they complete different prompts (a family), ``prompts`` and ``prompt_keys`` have an entry for each.
     ``hand_written`` holds implications written by a person, one a line (shipped passages only).
     """
 
@@ -41,6 +42,8 @@ class Passage:
     questions: tuple[Question, ...]
     completions: tuple[str, ...] = ()
     prompt: str = ""
+    prompts: tuple[str, ...] = ()
+    prompt_keys: tuple[str, ...] = ()
     hand_written: str = ""
 
 
@@ -80,6 +83,8 @@ def to_item(passage: Passage) -> dict[str, Any]:
         item["completions"] = list(passage.completions)
     if passage.prompt:
         item["prompt"] = passage.prompt
+    if passage.prompts:
+        item |= {"prompts": list(passage.prompts), "prompt_keys": list(passage.prompt_keys)}
     if passage.hand_written:
         item["hand_written"] = passage.hand_written
     return item
@@ -118,16 +123,24 @@ class _Item:
             raise self.refused(name, "is missing" if value is None else f"is {_kind(value)}, not a list")
         return value
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; absent is empty."""
+        entries = self.entries(name, optional=True)
+        for at, entry in enumerate(entries):
+            if not isinstance(entry, str):
+                raise self.refused(f"{name}[{at}]", f"is {_kind(entry)}, not a text")
+        return tuple(entries)
+
     def objects(self, name: str) -> list["_Item"]:
         entries = enumerate(self.entries(name))
         return [_Item(self.path, self.index, entry, f"{self.prefix}{name}[{at}].") for at, entry in entries]
 
 
 def _passage(item: _Item) -> Passage:
-    completions = item.entries("completions", optional=True)
-    for at, completion in enumerate(completions):
-        if not isinstance(completion, str):
-            raise item.refused(f"completions[{at}]", f"is {_kind(completion)}, not a text")
+    completions = item.texts("completions")
+    for name in ("prompts", "prompt_keys"):
+        if (n := len(item.texts(name))) not in (0, len(completions)):
+            raise item.refused(name, f"has {n} entries for {len(completions)} completions")
     return Passage(
         title=item.text("title"),
         context=item.text("context"),
@@ -135,8 +148,10 @@ def _passage(item: _Item) -> Passage:
             Question(question=entry.text("question"), answer=entry.text("answer"))
             for entry in item.objects("questions")
         ),
-        completions=tuple(completions),
+        completions=completions,
         prompt=item.text("prompt", default=""),
+        prompts=item.texts("prompts"),
+        prompt_keys=item.texts("prompt_keys"),
         hand_written=item.text("hand_written", default=""),
     )
 

@@ -1,25 +1,61 @@
-"""Every prompt once, as published (SEAL, arXiv 2506.10943, ``knowledge-incorporation``), with its source.
+"""Every prompt once, with its source: the published ones (SEAL, arXiv 2506.10943) and stronger later
+families.
 
-A self-edit prompt is data: to try another one, add it to SELF_EDIT_PROMPTS. Base models continue
-these texts as they are; nothing here knows a chat template or a model.
+A self-edit prompt is data. To try another one, pass a SelfEditPrompt of your own, or give the path of a text
+file as ``prompt_key``. A family is several prompts under one name (``spa`` is ``spa/key-concepts``,
+``spa/mind-map``, …): the self-edits of a passage take turns with them. A prompt with a ``system`` message is
+a chat, for instruct models; nothing here knows a model or its chat template.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from seal_nb.errors import SettingsError
 
 DEFAULT_PROMPT_KEY = "implications"
+FILE_SEPARATOR = "---"  # a line of its own, between the prompts of a family in one file
+FIELDS = ("{title}", "{context}")
 
 _RELEASE = "SEAL release, knowledge-incorporation: prompts of the published item files"
+_RELEASE_INSTRUCT = "SEAL release, knowledge-incorporation: make_squad_data.py, instruct_model"
+_SPA = "the seven strategies of SPA (Tang et al. 2026, arXiv 2603.22213), in words of our own"
+_ACTIVE = (
+    "Active Reading (Lin et al. 2025, arXiv 2508.09494), in words of our own; there the model first lists "
+    "strategies for a document and then follows each in a call of its own, here it does both at once"
+)
+
+ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfEditPrompt:
-    """A template with the fields ``{title}`` and ``{context}``, and where it comes from."""
+    """A template with the fields ``{title}`` and ``{context}``, and where it comes from.
+
+    ``system`` makes it a chat: a system message, then the filled template as the user's.
+    """
 
     key: str
     template: str
     source: str
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if "{context}" not in self.template:
+            raise SettingsError(f"prompt {self.key!r} has no {{context}}: the passage would not be in it")
+
+    def text(self, *, title: str, context: str) -> str:
+        """The template filled in; braces of a passage, and any others of the template, are text."""
+        values = dict(zip(FIELDS, (title, context), strict=True))
+        return re.sub("|".join(map(re.escape, FIELDS)), lambda match: values[match.group()], self.template)
+
+    def asked(self, *, title: str, context: str, chat: bool = False) -> str | tuple[ChatMessage, ...]:
+        """What an engine is given: the text, or a chat where ``chat`` or the prompt itself wants one."""
+        user = {"role": "user", "content": self.text(title=title, context=context)}
+        if self.system:
+            return ({"role": "system", "content": self.system}, user)
+        return (user,) if chat else user["content"]
 
 
 def _implications(key: str, a_list: str) -> SelfEditPrompt:
@@ -30,29 +66,127 @@ def _implications(key: str, a_list: str) -> SelfEditPrompt:
     return SelfEditPrompt(key=key, template=template, source=_RELEASE)
 
 
+def _study(key: str, source: str, task: str, lead: str) -> SelfEditPrompt:
+    """One strategy: what to do, the passage, and the first words of what is to be written."""
+    template = f"{task}\n\nPassage:\n{{title}}\n{{context}}\n\n{lead}\n"
+    return SelfEditPrompt(key=key, template=template, source=source)
+
+
+_PUBLISHED = (
+    _implications("implications", "a list"),
+    _implications("implications-long", "a long list"),
+    _implications("implications-very-long", "a very long list"),
+    SelfEditPrompt(
+        key="rewrite",
+        template=(
+            "Let's read the following passage and rewrite it in a few different ways, each one separated "
+            "by a newline.\n\nPassage:\n{title}\n{context}\n\nRewritten passages:\n"
+        ),
+        source=_RELEASE,
+    ),
+    SelfEditPrompt(
+        key="self-qa",
+        template=(
+            "Let's read the following passage and rewrite it in a question-answer format.\n\n"
+            "Passage:\n{title}\n{context}\n\nQuestion 1: "
+        ),
+        source=_RELEASE,
+    ),
+    SelfEditPrompt(
+        key="implications-instruct",
+        # The blank before the end of the system message is published.
+        system=(
+            "You are an assistant tasked with analyzing the provided passage and producing a list of "
+            "implications derived directly or indirectly from the content. "
+        ),
+        template="{title}\n{context}",
+        source=_RELEASE_INSTRUCT,
+    ),
+)
+
+_SEVEN_STRATEGIES = (
+    _study(
+        "spa/key-concepts",
+        _SPA,
+        "Pick out the people, places, things and ideas that the following passage is about. Explain each of"
+        " them in a few full sentences that name it and give every fact the passage states about it.",
+        "The key concepts, one after another:",
+    ),
+    _study(
+        "spa/mind-map",
+        _SPA,
+        "Turn the following passage into a mind map in text: the subject first, then its branches, and "
+        "under each branch the names, numbers and dates that belong to it, every line a statement that "
+        "makes sense alone.",
+        "Mind map:",
+    ),
+    _study(
+        "spa/implications",
+        _SPA,
+        "Say what follows from the following passage. For each thing it states, write down what must also "
+        "be true, what it led to and what would have been otherwise without it, and repeat the fact it "
+        "rests on.",
+        "What follows:",
+    ),
+    _study(
+        "spa/critical-questions",
+        _SPA,
+        "Write questions about the following passage that make a reader compare, explain and judge rather "
+        "than look something up, and answer each one in full sentences with the facts that the answer "
+        "needs.",
+        "Questions with their answers:",
+    ),
+    _study(
+        "spa/case-study",
+        _SPA,
+        "Tell a short case in which somebody needs what the following passage says: who they are, what they"
+        " have to decide, which facts of the passage they use, and how it ends.",
+        "The case:",
+    ),
+    _study(
+        "spa/discussion",
+        _SPA,
+        "Two people who have read the following passage talk about it. They ask each other what it says, "
+        "put each other right where one is mistaken, and mention all of its facts by name on the way.",
+        "Their conversation:",
+    ),
+    _study(
+        "spa/teacher",
+        _SPA,
+        "You teach a class that has never heard of the subject of the following passage. Explain it step by"
+        " step in your own words, give each fact with the reason why it matters, and sum up at the end.",
+        "The lesson:",
+    ),
+)
+
+_ACTIVE_READING = (
+    _study(
+        "active-reading/own-strategy",
+        _ACTIVE,
+        "You want to know the following passage by heart in a year. First choose a way of studying that "
+        "suits just this passage, and name it in one line. Then carry it out in writing, with all of the "
+        "facts.",
+        "My way of studying it:",
+    ),
+    _study(
+        "active-reading/self-test",
+        _ACTIVE,
+        "You will be examined on the following passage without having it before you. Think of what the "
+        "examiner may ask about each of its facts, in more than one wording, and write every question with "
+        "its answer.",
+        "What may be asked, and what I answer:",
+    ),
+    _study(
+        "active-reading/associations",
+        _ACTIVE,
+        "Make the following passage stick: tie each of its facts to something you know already, to another "
+        "fact of the passage, or to a picture or a rhyme, and state the fact itself again each time.",
+        "How I remember it:",
+    ),
+)
+
 SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = {
-    prompt.key: prompt
-    for prompt in (
-        _implications("implications", "a list"),
-        _implications("implications-long", "a long list"),
-        _implications("implications-very-long", "a very long list"),
-        SelfEditPrompt(
-            key="rewrite",
-            template=(
-                "Let's read the following passage and rewrite it in a few different ways, each one separated "
-                "by a newline.\n\nPassage:\n{title}\n{context}\n\nRewritten passages:\n"
-            ),
-            source=_RELEASE,
-        ),
-        SelfEditPrompt(
-            key="self-qa",
-            template=(
-                "Let's read the following passage and rewrite it in a question-answer format.\n\n"
-                "Passage:\n{title}\n{context}\n\nQuestion 1: "
-            ),
-            source=_RELEASE,
-        ),
-    )
+    prompt.key: prompt for prompt in (*_PUBLISHED, *_SEVEN_STRATEGIES, *_ACTIVE_READING)
 }
 
 _ANSWER = "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n"
@@ -68,11 +202,49 @@ _GRADING = (
 )
 
 
+def find_prompts(key: str) -> tuple[SelfEditPrompt, ...]:
+    """The prompt of a key, all of a family, or those in a text file whose path ``key`` is.
+
+    Raises: SettingsError for what is none of these.
+    """
+    if key in SELF_EDIT_PROMPTS:
+        return (SELF_EDIT_PROMPTS[key],)
+    if family := [prompt for name, prompt in SELF_EDIT_PROMPTS.items() if name.startswith(f"{key}/")]:
+        return tuple(family)
+    if Path(key).is_file():
+        return read_prompts(Path(key))
+    raise SettingsError(
+        f"unknown prompt_key {key!r}; known are {', '.join(prompt_names())}, or give the path of a text file "
+        "with {title} and {context}"
+    )
+
+
+def prompt_names() -> list[str]:
+    """What ``find_prompts`` knows: keys, a family by its name."""
+    return list(dict.fromkeys(key.split("/")[0] for key in SELF_EDIT_PROMPTS))
+
+
+def read_prompts(path: Path) -> tuple[SelfEditPrompt, ...]:
+    """The prompts of a text file, as they stand there; parts between lines of ``---`` are a family."""
+    parts = re.split(rf"^{FILE_SEPARATOR}\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    keys = (
+        [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
+    )
+    return tuple(
+        SelfEditPrompt(key=key, template=part, source=f"file {path.name}")
+        for key, part in zip(keys, parts, strict=True)
+    )
+
+
 def self_edit_prompt(key: str, *, title: str, context: str) -> str:
-    """The text a model continues with a self-edit. Raises: SettingsError for an unknown key."""
-    if key not in SELF_EDIT_PROMPTS:
-        raise SettingsError(f"unknown prompt_key {key!r}; known are {', '.join(SELF_EDIT_PROMPTS)}")
-    return SELF_EDIT_PROMPTS[key].template.format(title=title, context=context)
+    """The text a model continues with a self-edit. Raises: SettingsError for a key that has not one text."""
+    prompts = find_prompts(key)
+    if len(prompts) > 1:
+        names = ", ".join(prompt.key for prompt in prompts)
+        raise SettingsError(f"prompt_key {key!r} is a family of {len(prompts)} prompts; name one: {names}")
+    if prompts[0].system:
+        raise SettingsError(f"prompt_key {key!r} is a chat; only 01_create_self_edits can put it to a model")
+    return prompts[0].text(title=title, context=context)
 
 
 def topic_question(title: str, question: str) -> str:

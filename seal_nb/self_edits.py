@@ -6,14 +6,16 @@ quirks, since they are part of the published numbers. Nothing is trained here, a
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
-from seal_nb.engines.base import Engine, Sampling
+from seal_nb.engines.base import Completion, Engine, Incomplete, Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage
-from seal_nb.prompts import self_edit_prompt
+from seal_nb.prompts import SelfEditPrompt
 from seal_nb.runs import Journal, content_id, derived_seed
+
+TOLD_TIMES = 10  # lines of progress at most, so that an executed notebook stays short
 
 _SEPARATOR = "---"
 _NEXT_PAIR = re.compile(r"\n(?=Question \d+:)")
@@ -62,53 +64,99 @@ def create_self_edits(
     engine: Engine,
     passages: Sequence[Passage],
     *,
-    prompt_key: str,
+    prompts: Sequence[SelfEditPrompt],
     k_completions: int,
     sampling: Sampling,
     seed: int,
+    chat: bool = False,
     journal: Journal | None = None,
-    passages_per_call: int = 16,
     tell: Callable[[str], None] | None = None,
 ) -> list[Passage]:
-    """Every passage with ``k_completions`` new self-edits and the prompt they complete.
+    """Every passage with ``k_completions`` new self-edits and what they complete.
 
-    The engine is asked for ``passages_per_call`` passages at a time. Each text has a seed of its own, derived
-    from ``seed`` and its prompt: a resumed run, or one for one passage, writes the same texts. What
-    ``journal`` holds is not generated again. Completions are stripped, as published.
+    The self-edits of a passage take turns with ``prompts`` (one, or a family). Each text has a seed of its
+    own, derived from ``seed``, its prompt and its number: a resumed run, one for one passage, or one for more
+    self-edits writes the same texts. Each goes into ``journal`` as it comes, and what is there is not asked
+    for again. ``chat``: through the model's chat template. Completions are stripped, as published.
 
-    Raises: EngineError when the engine fails or returns another number of texts than was asked for.
+    Raises: EngineError when texts are missing in the end; those that came are in the journal.
     """
-    if k_completions < 1 or passages_per_call < 1:
-        raise SettingsError(f"{k_completions=}, {passages_per_call=}: both must be at least 1")
-    written: list[Passage] = []
-    for start in range(0, len(passages), passages_per_call):
-        group = passages[start : start + passages_per_call]
-        prompts = [self_edit_prompt(prompt_key, title=p.title, context=p.context) for p in group]
-        texts = _generated(engine, prompts, k_completions, sampling, seed, journal)
-        for passage, prompt, own in zip(group, prompts, texts, strict=True):
-            written.append(replace(passage, completions=tuple(own), prompt=prompt))
-        if tell is not None:
-            tell(f"passages: {len(written)} of {len(passages)}")
-    return written
+    if k_completions < 1 or not prompts:
+        raise SettingsError(f"{k_completions=}, {len(prompts)} prompts: both must be at least 1")
+    if len({prompt.key for prompt in prompts}) < len(prompts):
+        raise SettingsError(f"prompts share keys: {[prompt.key for prompt in prompts]}; give each its own")
+    taking_turns = [prompts[nth % len(prompts)] for nth in range(k_completions)]
+    model_id, how = engine.model_id, asdict(sampling)
+    wanted_P: list[list[_Wanted]] = []
+    for passage in passages:
+        wanted_P.append([])
+        for nth, prompt in enumerate(taking_turns):
+            asked = prompt.asked(title=passage.title, context=passage.context, chat=chat)
+            key = content_id([model_id, asked, nth, seed, how])
+            wanted_P[-1].append(_Wanted(key=key, passage=passage, prompt=prompt, asked=asked, nth=nth))
+    every = {one.key: one for wanted in wanted_P for one in wanted}
+    texts = _texts(engine, every, sampling, seed, journal, tell)
+    return [_with_texts(engine, wanted, [texts[one.key] for one in wanted]) for wanted in wanted_P]
 
 
-def _generated(
-    engine: Engine, prompts: list[str], k: int, sampling: Sampling, seed: int, journal: Journal | None
-) -> list[list[str]]:
-    """k texts for each prompt, from the journal, or from the engine and then into the journal."""
-    known: dict[str, list[str]] = {}
-    keys = {prompt: content_id([engine.model_id, prompt, k, seed, asdict(sampling)]) for prompt in prompts}
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """One self-edit to be written, the ``nth`` of its passage; ``key`` is its name in the journal."""
+
+    key: str
+    passage: Passage
+    prompt: SelfEditPrompt
+    asked: Prompt
+    nth: int
+
+
+def _texts(
+    engine: Engine,
+    wanted: Mapping[str, _Wanted],
+    sampling: Sampling,
+    seed: int,
+    journal: Journal | None,
+    tell: Callable[[str], None] | None,
+) -> dict[str, str]:
+    """The text of each key, from the journal, or from the engine and at once into the journal."""
+    texts: dict[str, str] = {}
     if journal is not None:
-        known = {prompt: journal.get(key) for prompt, key in keys.items() if key in journal}
-    missing = [prompt for prompt in keys if prompt not in known]
-    asked = [(prompt, derived_seed(seed, prompt, i)) for prompt in missing for i in range(k)]
-    completions = (
-        engine.generate([p for p, _ in asked], sampling, seeds=[s for _, s in asked]) if asked else []
-    )
-    if len(completions) != len(asked):
-        raise EngineError(f"{engine.model_id} returned {len(completions)} texts for {len(asked)} prompts")
-    for at, prompt in enumerate(missing):
-        known[prompt] = [c.text.strip() for c in completions[at * k : (at + 1) * k]]
+        texts = {key: journal.get(key)["text"] for key in wanted if key in journal}
+    missing = {key: one for key, one in wanted.items() if key not in texts}
+    keys, asked = list(missing), list(missing.values())
+
+    def keep(index: int, completion: Completion) -> None:
+        texts[keys[index]] = completion.text
         if journal is not None:
-            journal.append(keys[prompt], known[prompt])
-    return [known[prompt] for prompt in prompts]
+            journal.append(keys[index], asdict(completion))
+        if tell is not None and _is_told(len(texts), len(wanted)):
+            tell(f"self-edits: {len(texts)} of {len(wanted)}")
+
+    seeds = [derived_seed(seed, one.asked, one.nth) for one in asked]
+    try:
+        if asked:
+            engine.generate([one.asked for one in asked], sampling, seeds=seeds, on_text=keep)
+    except Incomplete as error:
+        titles = ", ".join(dict.fromkeys(asked[index].passage.title for index in error.failures))
+        kept = "" if journal is None else "; those that came are in the journal, run again for the others"
+        raise EngineError(f"{error}{kept}; missing are self-edits of: {titles}") from error
+    if len(texts) != len(wanted):
+        raise EngineError(f"{engine.model_id} gave {len(texts)} texts where {len(wanted)} were asked for")
+    return texts
+
+
+def _is_told(done: int, total: int) -> bool:
+    return done * TOLD_TIMES // total > (done - 1) * TOLD_TIMES // total
+
+
+def _with_texts(engine: Engine, wanted: Sequence[_Wanted], texts: Sequence[str]) -> Passage:
+    """The passage with its self-edits, stripped, and their prompts as the model saw them."""
+    prompts = {one.prompt.key: engine.text_of(one.asked) for one in wanted}
+    keys = [one.prompt.key for one in wanted]
+    return replace(
+        wanted[0].passage,
+        completions=tuple(text.strip() for text in texts),
+        prompt=prompts[keys[0]],
+        prompts=tuple(prompts[key] for key in keys) if len(prompts) > 1 else (),
+        prompt_keys=tuple(keys) if len(prompts) > 1 else (),
+    )

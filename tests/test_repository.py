@@ -72,7 +72,7 @@ def test_notebook_has_the_kernel_python3_and_is_small(notebook: Path) -> None:
     assert notebook.stat().st_size < LARGEST_NOTEBOOK_BYTES
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lab", "bench", "lint", "notebooks", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "lab", "bench", "vllm-env", "lint", "notebooks", "clean"])
 def test_make_target_exists(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

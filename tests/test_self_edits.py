@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_nb.engines.base import Completion, Sampling
-from seal_nb.errors import EngineError, SettingsError
-from seal_nb.passages import Passage, Question, load_passages
-from seal_nb.runs import Journal
+from seal_nb.engines.base import Completion, Incomplete, OnText, Prompt, Sampling, contents
+from seal_nb.errors import DataError, EngineError, SettingsError
+from seal_nb.experiments.rest_em import select_best, sft_rows
+from seal_nb.experiments.run_files import run_from_json
+from seal_nb.passages import Passage, Question, load_passages, to_item
+from seal_nb.prompts import find_prompts
+from seal_nb.runs import Journal, write_json
 from seal_nb.self_edits import create_self_edits, passage_only_sequences, train_sequences
 
+IMPLICATIONS = find_prompts("implications")
 PASSAGES = [
     Passage(title=f"T{n}", context=f"Context {n}.", questions=(Question(question="q?", answer="a"),))
     for n in range(5)
@@ -86,31 +90,47 @@ def test_the_passage_only_arm_is_the_passage_once() -> None:
 
 
 class RecordingEngine:
-    """Writes texts that tell seed, position and prompt; fails from a given call on."""
+    """Writes texts that tell seed, position and prompt; fails from a given text on."""
 
     model_id = "recording"
 
-    def __init__(self, *, calls_before_failure: int = 1000) -> None:
-        self.calls: list[tuple[list[str], Sampling]] = []
-        self.calls_left = calls_before_failure
+    def __init__(self, *, texts_before_failure: int = 1000) -> None:
+        self.asked: list[Prompt] = []
+        self.texts_left = texts_before_failure
 
     def generate(
-        self, prompts: Sequence[str], sampling: Sampling, *, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        adapters: Sequence[Path | None] = (),
+        on_text: OnText | None = None,
     ) -> list[Completion]:
-        if self.calls_left == 0:
-            raise EngineError("out of memory")
-        self.calls_left -= 1
-        self.calls.append((list(prompts), sampling))
-        return [
-            Completion(text=f" {seed}/{len(prompt)} \n", n_tokens=3, finish_reason="stop")
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        came: dict[int, Completion] = {}
+        failures: dict[int, EngineError] = {}
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            if self.texts_left == 0:
+                failures[index] = EngineError("out of memory")
+                continue
+            self.texts_left -= 1
+            self.asked.append(prompt)
+            text = f" {seed}/{len(contents(prompt))} \n"
+            came[index] = Completion(text=text, n_tokens=3, finish_reason="stop")
+            if on_text is not None:
+                on_text(index, came[index])
+        if failures:
+            raise Incomplete(came, failures)
+        return list(came.values())
+
+    def text_of(self, prompt: Prompt) -> str:
+        return prompt if isinstance(prompt, str) else f"<chat>{contents(prompt)}</chat>"
 
 
 def written(
     engine: RecordingEngine, passages: Sequence[Passage] = PASSAGES, **changed: object
 ) -> list[Passage]:
-    settings = {"prompt_key": "implications", "k_completions": 3, "sampling": Sampling(), "seed": 7}
+    settings = {"prompts": IMPLICATIONS, "k_completions": 3, "sampling": Sampling(), "seed": 7}
     return create_self_edits(engine, passages, **(settings | changed))  # type: ignore[arg-type]
 
 
@@ -120,16 +140,27 @@ def test_every_passage_gets_k_stripped_self_edits_and_its_prompt() -> None:
     assert all(len(set(p.completions)) == 3 for p in made)
     assert all(text == text.strip() for p in made for text in p.completions)
     assert "Passage:\nT2\nContext 2.\n\nImplications:\n" in made[2].prompt
+    assert made[2].prompts == made[2].prompt_keys == ()
 
 
 def test_an_interrupted_run_resumes_with_the_texts_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Cut in the middle of a passage: its first text is kept, too."""
     whole = written(RecordingEngine())
-    with Journal(tmp_path / "self_edits.jsonl") as journal, pytest.raises(EngineError):
-        written(RecordingEngine(calls_before_failure=2), journal=journal, passages_per_call=1)
+    missing = "8 of 15 texts are missing.*out of memory.*run again.*missing are self-edits of: T2, T3, T4"
+    with Journal(tmp_path / "self_edits.jsonl") as journal, pytest.raises(EngineError, match=missing):
+        written(RecordingEngine(texts_before_failure=7), journal=journal)
     again = RecordingEngine()
     with Journal(tmp_path / "self_edits.jsonl") as journal:
         assert written(again, journal=journal) == whole
-    assert [len(prompts) for prompts, _ in again.calls] == [9], "three passages were left"
+    assert len(again.asked) == 8
+
+
+def test_more_self_edits_later_cost_only_the_new_ones(tmp_path: Path) -> None:
+    with Journal(tmp_path / "self_edits.jsonl") as journal:
+        written(RecordingEngine(), journal=journal, k_completions=2)
+        more = RecordingEngine()
+        five = written(more, journal=journal, k_completions=5)
+    assert len(more.asked) == 15 and five == written(RecordingEngine(), k_completions=5)
 
 
 def test_one_passage_alone_gets_the_self_edits_it_got_among_others() -> None:
@@ -140,17 +171,76 @@ def test_another_seed_gives_other_self_edits() -> None:
     assert written(RecordingEngine(), seed=8) != written(RecordingEngine(), seed=7)
 
 
+def test_a_family_takes_turns_and_each_self_edit_knows_its_prompt() -> None:
+    (made,) = written(RecordingEngine(), PASSAGES[:1], prompts=find_prompts("spa"), k_completions=9)
+    keys = [prompt.key for prompt in find_prompts("spa")]
+    assert list(made.prompt_keys) == [*keys, *keys[:2]]
+    assert made.prompts[0] == made.prompts[7] == made.prompt != made.prompts[1]
+    assert len(set(made.completions)) == 9, "the same prompt, another number, another seed"
+
+
+def test_the_prompt_of_a_chat_is_what_the_model_sees() -> None:
+    instruct = RecordingEngine()
+    (made,) = written(instruct, PASSAGES[:1], prompts=find_prompts("implications-instruct"), k_completions=1)
+    assert made.prompt.startswith("<chat>You are an assistant") and made.prompt.endswith("Context 0.</chat>")
+    (made,) = written(instruct, PASSAGES[:1], chat=True, k_completions=1)
+    assert made.prompt.startswith("<chat>Let's read the following passage")
+
+
+def test_progress_is_told_in_few_lines() -> None:
+    said: list[str] = []
+    written(RecordingEngine(), tell=said.append, k_completions=20)
+    assert len(said) == 10 and said[-1] == "self-edits: 100 of 100"
+
+
 def test_an_engine_that_loses_a_text_is_an_error_and_not_a_short_list() -> None:
     class Losing(RecordingEngine):
-        def generate(
-            self, prompts: Sequence[str], sampling: Sampling, *, seeds: Sequence[int]
-        ) -> list[Completion]:
-            return super().generate(prompts, sampling, seeds=seeds)[:-1]
+        def generate(self, prompts: Sequence[Prompt], *rest: object, **asked: object) -> list[Completion]:
+            asked["seeds"] = list(asked["seeds"])[:-1]  # type: ignore[call-overload]
+            return super().generate(prompts[:-1], *rest, **asked)  # type: ignore[arg-type]
 
-    with pytest.raises(EngineError, match="14 texts for 15 prompts"):
+    with pytest.raises(EngineError, match="14 texts where 15"):
         written(Losing())
 
 
 def test_no_self_edits_at_all_cannot_be_asked_for() -> None:
     with pytest.raises(SettingsError, match="k_completions=0"):
         written(RecordingEngine(), k_completions=0)
+    with pytest.raises(SettingsError, match="0 prompts"):
+        written(RecordingEngine(), prompts=())
+    with pytest.raises(SettingsError, match="share keys"):
+        written(RecordingEngine(), prompts=IMPLICATIONS * 2)
+
+
+def test_a_family_goes_through_file_and_run_to_the_training_set(tmp_path: Path) -> None:
+    """The best self-edit of a passage is trained on under its own prompt, not the first of the family."""
+    made = written(RecordingEngine(), PASSAGES[:1], prompts=find_prompts("active-reading"))
+    path = write_json(tmp_path / "self_edits.json", [to_item(passage) for passage in made])
+    assert load_passages(path) == made
+    run = run_from_json(
+        {
+            "articles": [
+                {
+                    "title": "T0",
+                    "context": "Context 0.",
+                    "prompt": made[0].prompt,
+                    "completions": [
+                        {"text": text, "prompt": prompt, "stats": {"adapter_mean": mean}}
+                        for text, prompt, mean in zip(
+                            made[0].completions, made[0].prompts, (0.1, 0.9, 0.2), strict=True
+                        )
+                    ],
+                }
+            ]
+        }
+    )
+    assert sft_rows(run, select_best(run)) == [
+        {"prompt": made[0].prompts[1], "completion": made[0].completions[1]}
+    ]
+
+
+def test_a_file_with_too_few_prompts_for_its_self_edits_is_refused(tmp_path: Path) -> None:
+    item = to_item(PASSAGES[0]) | {"completions": ["a", "b"], "prompts": ["p"]}
+    path = write_json(tmp_path / "items.json", [item])
+    with pytest.raises(DataError, match="has 1 entries for 2 completions"):
+        load_passages(path)

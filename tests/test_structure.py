@@ -27,7 +27,7 @@ FLOORS = (
 TORCH = {"ttt", "models", "engines", "evaluation", "inner_loop", "sft"}
 # The doors to torch on floors that are otherwise free of it.
 TORCH_MODULES = {"seal_nb.service.worker"}
-FREE_ENGINES = {f"seal_nb.engines.{name}" for name in ("base", "api", "api_records")}
+TORCH_ENGINES = {"seal_nb.engines.local"}
 HEAVY = ("torch", "transformers", "peft")
 
 
@@ -63,7 +63,7 @@ def free_of_torch() -> list[str]:
     return [
         module
         for module in modules()
-        if (floor_name(module) not in TORCH or module in FREE_ENGINES) and module not in TORCH_MODULES
+        if (floor_name(module) not in TORCH - {"engines"} and module not in TORCH_MODULES | TORCH_ENGINES)
     ]
 
 

@@ -1,9 +1,10 @@
 """An OpenAI-compatible service: one text a call, many calls at once, asked again where that helps.
 
-Engines and judges share this. The official client (https://github.com/openai/openai-python) speaks to any base
-URL; added is what concerns many calls together. Asked again, later and later, is what is transient: no
-connection, a cut one, a time-out, 429 and 5xx; where the service says ``retry-after``, all calls of the client
-wait. Any other 4xx, and a reply without a finished text, is an error at once. An error is never a text.
+Engines and judges share this. The official client (https://github.com/openai/openai-python) speaks to any
+base URL; added is what concerns many calls together. Asked again, later and later, is what is transient: no
+connection, a cut one, a time-out, 429 and 5xx; where the service says ``retry-after``, all calls of the
+client wait. Any other 4xx, and a reply without a finished text, is an error at once. An error is never a
+text.
 
     client = ApiClient(ApiSettings(base_url="http://127.0.0.1:8000/v1", api_key_env=""))
     asks = [Ask(model="base", prompt="Once", sampling=Sampling(max_tokens=9))]
@@ -19,27 +20,29 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import openai
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from seal_nb.engines.api_records import (
     ApiSettings,
     Ask,
-    NotAsked,
     Refused,
     Reply,
+    ReplyBody,
+    TokenCounts,
     Unavailable,
     UnusableReply,
     Usage,
     api_key,
+    retry_after_s,
 )
+from seal_nb.engines.base import NotAsked
 from seal_nb.errors import EngineError
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -47,37 +50,16 @@ FINISHED = ("stop", "length")
 CONCERNS_ALL = {401, 402, 403, 404}  # key, money, permission, address or model: all calls would hear the same
 TRANSIENT = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 OUT_OF_MONEY = "insufficient_quota"  # OpenAI says it with status 429, and waiting does not help
+MOST_FAILURES_IN_A_ROW = 16  # or as many as are under way at a time, if that is more
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_MESSAGE = 400  # characters of what a service says in an error
-
-
-class _Said(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    text: str | None = None
-    message: _Said | None = None
-    finish_reason: str | None = None
-
-
-class _Counts(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class _Body(BaseModel):
-    """What is read of a reply; other fields may be there."""
-
-    choices: list[_Choice]
-    usage: _Counts | None = None
 
 
 class _Round:
     """Calls under way together: what has come, how many are open, whether the rest is still wanted."""
 
-    def __init__(self, n_open: int) -> None:
-        self.n_open, self.stop = n_open, threading.Event()
+    def __init__(self) -> None:
+        self.n_open, self.stop = 0, threading.Event()
         self.came: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
 
     def wait(self, seconds: float) -> None:
@@ -107,11 +89,16 @@ class _Tries:
 
 class ApiClient:
     """Asks one service; may be used from many threads. ``check`` is called before each attempt and may raise
-    an EngineError: who runs the server itself knows that it is gone before any time-out does."""
+    an EngineError: who runs the server itself knows that it is gone before any time-out does. ``key``: for
+    who has one that is in no variable."""
 
-    def __init__(self, settings: ApiSettings, *, check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] | None = None
+    ) -> None:
         self.settings, self.check = settings, check
-        self._key = api_key(settings.api_key_env) if settings.api_key_env else ""
+        if key is None:
+            key = api_key(settings.api_key_env) if settings.api_key_env else ""
+        self._key = key
         self._client = _official_client(settings, self._key)
         self._lock = threading.Lock()
         self._usage = Usage()
@@ -123,20 +110,36 @@ class ApiClient:
 
     def one(self, ask: Ask) -> Reply:
         """Raises: Refused, Unavailable, UnusableReply."""
-        return self._answered(ask, _Round(1))
+        return self._answered(ask, _Round())
 
-    def each(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | EngineError]]:
+    def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
+        """What the server says at ``path`` (from its root): GET, or POST with a body. Asked once.
+
+        Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection.
+        """
+        url = urljoin(self.settings.base_url, path)
+        try:
+            if body is None:
+                return self._client.get(url, cast_to=str)
+            return self._client.post(url, cast_to=str, body=dict(body))
+        except openai.APIStatusError as error:
+            raise Refused(self._said(str(error)), status=error.status_code) from None
+        except openai.APIConnectionError as error:
+            raise Unavailable(self._said(f"{path}: {error}")) from None
+
+    def each(self, asks: Sequence[Ask]) -> Generator[tuple[int, Reply | EngineError]]:
         """(index, outcome) as they come, ``max_parallel`` under way at a time, each index once.
 
-        When a failure concerns all, or more failed in a row than are under way, the rest is NotAsked. An
-        interrupt (Ctrl-C) does the same, hands over what is under way and may be paid for, and is then
-        raised; a second one ends at once.
+        When a failure concerns all, or too many failed in a row, the rest is NotAsked. An interrupt (Ctrl-C)
+        does the same, hands over what is under way and may be paid for, and is then raised; a second one ends
+        at once.
         """
-        calls = _Round(len(asks))
+        calls = _Round()
         pool = ThreadPoolExecutor(max_workers=self.settings.max_parallel, thread_name_prefix="ask")
         try:
             for index, ask in enumerate(asks):
                 pool.submit(self._deliver, index, ask, calls)
+                calls.n_open += 1
             yield from self._outcomes(calls)
         except KeyboardInterrupt:
             calls.stop.set()
@@ -147,19 +150,18 @@ class ApiClient:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcomes(self, calls: _Round) -> Iterator[tuple[int, Reply | EngineError]]:
-        n_failed_in_a_row = 0
+        n_in_a_row, most = 0, max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel)
         while calls.n_open:
             index, outcome = calls.came.get()
             calls.n_open -= 1
-            if isinstance(outcome, Reply):
-                n_failed_in_a_row = 0
-            elif not isinstance(outcome, EngineError):
+            if not isinstance(outcome, Reply | EngineError):
                 raise outcome
-            else:
-                n_failed_in_a_row += 1
-                for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
-                if for_all or n_failed_in_a_row > self.settings.max_parallel:
-                    calls.stop.set()
+            # Who refuses a prompt is alive; the next prompt may be to its liking.
+            answered = isinstance(outcome, Reply | Refused)
+            n_in_a_row = 0 if answered else n_in_a_row + 1
+            for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
+            if for_all or n_in_a_row > most:
+                calls.stop.set()
             yield index, outcome
 
     def _deliver(self, index: int, ask: Ask, calls: _Round) -> None:
@@ -205,12 +207,13 @@ class ApiClient:
 
     def _reply(self, body: bytes) -> Reply:
         try:
-            read = _Body.model_validate_json(body)
+            read = ReplyBody.model_validate_json(body)
         except ValidationError:
             shown = body[:LONGEST_MESSAGE].decode(errors="replace")
             raise UnusableReply(self._said(f"no completion but {shown!r}")) from None
-        counts = read.usage or _Counts()
-        self._count(n_replies=1, n_prompt_tokens=counts.prompt_tokens, n_tokens=counts.completion_tokens)
+        counts = read.usage or TokenCounts()
+        n_prompt_tokens, n_tokens = counts.prompt_tokens or 0, counts.completion_tokens or 0
+        self._count(n_replies=1, n_prompt_tokens=n_prompt_tokens, n_tokens=n_tokens)
         if len(read.choices) != 1:
             raise UnusableReply(self._said(f"{len(read.choices)} choices where one was asked for"))
         choice = read.choices[0]
@@ -221,8 +224,8 @@ class ApiClient:
         return Reply(
             text=text,
             finish_reason=str(choice.finish_reason),
-            n_tokens=counts.completion_tokens,
-            n_prompt_tokens=counts.prompt_tokens,
+            n_tokens=n_tokens,
+            n_prompt_tokens=n_prompt_tokens,
         )
 
     def _pause_s(self, error: openai.APIError, tries: _Tries) -> float:
@@ -238,13 +241,13 @@ class ApiClient:
         if not limited and nth == self.settings.max_attempts:
             raise Unavailable(f"{said} ({nth} attempts)") from None
         pause_s = min(self.settings.first_wait_s * 2.0 ** (nth - 1), self.settings.longest_wait_s)
-        if isinstance(error, openai.APIStatusError):
-            asked_s = retry_after_s(error.response.headers)
-            pause_s = pause_s if asked_s is None else asked_s
-            self._hold(asked_s or 0.0)
-        if limited and tries.age_s + pause_s > self.settings.patience_s:
+        asked_s = retry_after_s(error.response.headers) if isinstance(error, openai.APIStatusError) else None
+        pause_s = pause_s if asked_s is None else asked_s
+        told_to_wait = limited or asked_s is not None
+        if told_to_wait and tries.age_s + pause_s > self.settings.patience_s:
             longer = f"asks to slow down for longer than patience_s={self.settings.patience_s:g}"
             raise Unavailable(f"{said}; {longer}; run again later, what is done is kept") from None
+        self._hold(asked_s or 0.0)
         return pause_s * random.uniform(1.0, 1.25)  # calls that failed together come back apart
 
     def _hold(self, seconds: float) -> None:
@@ -257,21 +260,10 @@ class ApiClient:
             self._usage = replace(self._usage, **added)
 
     def _said(self, message: str) -> str:
-        """What the service said, bounded, with its address and without the key, which some services repeat."""
+        """What the service said, bounded, with its address, without the key, which some repeat."""
         shown = message.replace(self._key, "***") if self._key else message
+        shown = re.sub(r"\bsk-[\w*-]+", "***", shown)  # some repeat the two ends of it
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
-
-
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds that ``retry-after`` asks for, as a number or a date (RFC 9110, 10.2.3), or in milliseconds."""
-    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name, "").strip()
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value) / per_second
-    try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
 
 
 def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:
@@ -280,5 +272,9 @@ def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:
     is_far = urlsplit(settings.base_url).hostname not in LOOPBACK
     transport = openai.DefaultHttpxClient(trust_env=is_far, timeout=timeout)
     return openai.OpenAI(
-        base_url=settings.base_url, api_key=key or "none", timeout=timeout, max_retries=0, http_client=transport
+        base_url=settings.base_url,
+        api_key=key or "none",
+        timeout=timeout,
+        max_retries=0,
+        http_client=transport,
     )

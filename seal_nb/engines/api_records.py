@@ -1,17 +1,19 @@
-"""What is asked of an OpenAI-compatible service, what comes back, and what may go wrong. No connection here."""
+"""What is asked of an OpenAI-compatible service, what comes back, what may go wrong. Connects to nothing."""
 
 import os
+import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values, find_dotenv
+from pydantic import BaseModel
 
-from seal_nb.engines.base import Sampling
+from seal_nb.engines.base import Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
-
-Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
 class Refused(EngineError):
@@ -28,10 +30,6 @@ class Unavailable(EngineError):
 
 class UnusableReply(EngineError):
     """The service replied, but not with a finished text: junk, no choice, cut off by a filter."""
-
-
-class NotAsked(EngineError):
-    """Not sent, because others had failed in a way that concerns all, or the run was interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,9 @@ class ApiSettings:
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.username or url.password:
-            raise SettingsError("base_url holds a user or a password; put the key into the environment instead")
+            raise SettingsError(
+                "base_url holds a user or a password; put the key into the environment instead"
+            )
         if url.scheme not in ("http", "https") or not url.hostname:
             raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
         for name in ("max_parallel", "max_attempts"):
@@ -66,7 +66,7 @@ class Ask:
     """One text to ask for: ``prompt`` is a text to be continued, or chat messages to be answered."""
 
     model: str
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     sampling: Sampling
     seed: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of the request's body
@@ -96,12 +96,46 @@ class Usage:
         return (self.n_prompt_tokens * per_million_prompt + self.n_tokens * per_million) / 1e6
 
 
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    text: str | None = None
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class TokenCounts(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class ReplyBody(BaseModel):
+    """What is read of a reply; other fields may be there."""
+
+    choices: list[_Choice]
+    usage: TokenCounts | None = None
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that ``retry-after`` asks for, as a number or a date (RFC 9110, 10.2.3), or in milliseconds."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value) / per_second
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
 def api_key(variable: str) -> str:
-    """The key in a variable of the environment, else of a ``.env`` file here or above. Raises: SettingsError."""
-    key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable)
-    if not key:
+    """The key in a variable of the environment, else of a ``.env`` here or above. Raises: SettingsError."""
+    key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable) or ""
+    if not key.strip():
         raise SettingsError(
-            f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name another"
-            ' variable, or "" where no key is needed'
+            f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name "
+            'another variable, or "" where no key is needed'
         )
-    return key
+    return key.strip()

@@ -132,13 +132,17 @@ def sft_rows(
     ``prompt_key`` fills in the prompt of a passage whose file has none. Raises: DataError where neither has.
     """
     return [
-        {"prompt": _prompt(run, run.passages[choice.passage], prompt_key), "completion": choice.text.strip()}
+        {"prompt": _prompt(run, choice, prompt_key), "completion": choice.text.strip()}
         for choice in choices
         if choice.is_kept
     ]
 
 
-def _prompt(run: SinglePassageRun, passage: EvaluatedPassage, prompt_key: str | None) -> str:
+def _prompt(run: SinglePassageRun, choice: Choice, prompt_key: str | None) -> str:
+    """What the self-edit completes: its own prompt, else its passage's, else that of the key."""
+    passage = run.passages[choice.passage]
+    if own := next((edit.prompt for edit in passage.self_edits if edit.index == choice.self_edit), None):
+        return own
     if passage.prompt:
         return passage.prompt
     if prompt_key is None or not passage.context:

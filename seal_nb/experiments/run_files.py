@@ -42,6 +42,7 @@ class EvaluatedSelfEdit:
     text: str | None
     questions: tuple[AnsweredQuestion, ...]
     stored_stats: Mapping[str, float | None]
+    prompt: str | None = None  # its own, where self-edits of one passage complete different ones
 
     def repeats(self) -> list[tuple[Verdicts, Verdicts]]:
         """(baseline, adapter) verdicts of each repeat, in file order."""
@@ -141,6 +142,7 @@ class _Reader:
         return EvaluatedSelfEdit(
             index=index,
             text=self._of(str, completion.get("text"), f"{where}.text"),
+            prompt=self._of(str, completion.get("prompt"), f"{where}.prompt"),
             questions=tuple(
                 self._question(entry, f"{where}.questions[{at}]") for at, entry in enumerate(questions)
             ),

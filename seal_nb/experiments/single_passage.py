@@ -203,8 +203,12 @@ def _completion(
     verdicts: list[tuple[Verdicts, Verdicts]] = [
         (reply.baseline_correct, reply.adapter_correct) for _, reply in answered
     ]
+    # Self-edits of a family complete different prompts; a ReST-EM round trains each on its own.
+    at, text = loops[0].self_edit, loops[0].text
+    of_family = at < len(passage.prompts) and passage.completions[at] == text
     return {
-        "text": loops[0].text,
+        "text": text,
+        **({"prompt": passage.prompts[at], "prompt_key": passage.prompt_keys[at]} if of_family else {}),
         "stats": repeat_stats(verdicts),
         "questions": [row for loop, reply in answered for row in _question_rows(passage, loop, reply)],
         "repeats": [_repeat(loop, replies.get(loop.request_id)) for loop in loops],

@@ -60,12 +60,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, *, seed: int = 0, **sizes: int) -> Path:
     """A model folder as from a hub: a random Llama that knows bytes."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
     eos = tokenizer.eos_token_id
-    config = LlamaConfig(**SIZES | {"vocab_size": 257, "eos_token_id": eos, "pad_token_id": eos})
+    config = LlamaConfig(**SIZES | {"vocab_size": 257, "eos_token_id": eos, "pad_token_id": eos} | sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

