@@ -38,7 +38,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
         "print(sorted({'torch', 'papermill', 'zmq', 'matplotlib', 'pydantic'} & set(sys.modules)))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "serve", "status", "summarize", "grade", "demo"):
+    for command in ("run", "serve", "status", "submit", "chain-status", "summarize", "grade", "demo"):
         assert re.search(rf"^    {command}\s", said, flags=re.MULTILINE)
     assert said.splitlines()[-1] == "[]"
 
