@@ -47,7 +47,6 @@ def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_
         ChainFailed: a stage failed; those after it were not started.
         ChainBusy: the folder is in use.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     with sole_use(run_dir, tell) as lock, _terminate_raises():
         _LocalRun(
             chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock
@@ -57,6 +56,7 @@ def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_
 @contextlib.contextmanager
 def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
     """Hold the folder's lock. Children inherit it, so it also shows what a killed chain has left running."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ".chain.lock"
     with path.open("a+") as file:
         _wait_for_lock(file.fileno(), path, tell)

@@ -150,8 +150,8 @@ class _Planned:
     def _waits_for(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         first = self.stages[0]
         servers = self.chain.servers_of(first)
-        # A server is of use only once those who ask it can start; before that its GPUs would idle. They in
-        # turn wait for what made its model: `after` holds also for a server that was cancelled for want of it.
+        # A server is of use only once those who ask it can start; before that its GPUs would idle. They too
+        # wait for what made its model: `after` holds also for a server that was cancelled for want of it.
         askers = self.chain.users_of(first) if first.background else []
         needs = [name for stage in [first, *askers, *servers] for name in stage.needs if name != first.name]
         makers = [self.chain[name] for name in dict.fromkeys(needs) if not self.chain[name].background]

@@ -85,7 +85,7 @@ def missing() -> str:
 class Cluster:
     """``with Cluster() as cluster: cluster.sbatch(…)``."""
 
-    def __init__(self, *, n_nodes: int = 2, cpus: int = 8, gpus: int = 2) -> None:
+    def __init__(self, *, n_nodes: int = 2, cpus: int = 32, gpus: int = 2) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))
         self.nodes = [f"node{number}" for number in range(1, n_nodes + 1)]
         self._sizes = {"n_nodes": n_nodes, "cpus": cpus, "gpus": gpus, "last_gpu": gpus - 1}
