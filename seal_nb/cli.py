@@ -117,13 +117,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _add_status(commands: Any) -> None:
     status = commands.add_parser("status", help="what a TTT server is doing")
     status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="tcp://HOST:PORT or an endpoint file")
+    status.add_argument("--wait-s", type=float, default=5.0, help="seconds to wait for it to appear")
     status.set_defaults(command=_status)
 
 
 def _status(arguments: argparse.Namespace) -> None:
     from seal_nb.service.client import TTTClient
 
-    with TTTClient(arguments.endpoint, connect_s=5.0) as client:
+    with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
         print(json.dumps(asdict(client.status()), indent=2))
 
 

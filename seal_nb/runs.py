@@ -100,18 +100,23 @@ class Journal:
     """Append-only JSON lines ``{"key", "record"}`` for one writer; an append that returned survives a crash.
 
     A torn last line (the writer died in it) is dropped; a broken line before it is refused. A key that
-    is appended again gets the new record. Use it as a context manager.
+    is appended again gets the new record. Without ``in_memory``, memory holds only where each record is,
+    for one that grows without end. Use it as a context manager.
 
     Raises: DataError for a broken line, RunMismatch while another writer has the journal.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, in_memory: bool = True) -> None:
+        self.path, self._in_memory = Path(path), in_memory
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
         try:
-            self._records, self._size = _parse_journal(self.path)
-            self._file = self.path.open("ab", buffering=0)
+            self._records: dict[str, Any] = {}  # or (offset, bytes) of the record's line
+            self._size = 0
+            for key, record, place in _journal_lines(self.path):
+                self._records[key] = record if in_memory else place
+                self._size = sum(place)
+            self._file = self.path.open("a+b", buffering=0)
             self._file.truncate(self._size)
         except BaseException:
             os.close(self._lock)
@@ -129,12 +134,16 @@ class Journal:
         except OSError:
             self._file.truncate(self._size)
             raise
+        self._records[key] = json.loads(line)["record"] if self._in_memory else (self._size, len(line))
         self._size += len(line)
-        self._records[key] = json.loads(line)["record"]
 
     def get(self, key: str) -> Any:
         """The latest record of a key. Raises: KeyError."""
-        return self._records[key]
+        record = self._records[key]
+        if self._in_memory:
+            return record
+        offset, n_bytes = record
+        return json.loads(os.pread(self._file.fileno(), n_bytes, offset))["record"]
 
     def __contains__(self, key: object) -> bool:
         return key in self._records
@@ -146,7 +155,7 @@ class Journal:
         return len(self._records)
 
     def close(self) -> None:
-        """Let another writer in; reading from memory stays possible."""
+        """Let another writer in; what is in memory can still be read."""
         if not self._file.closed:
             self._file.close()
             os.close(self._lock)
@@ -160,7 +169,7 @@ class Journal:
 
 def read_journal(path: str | Path) -> dict[str, Any]:
     """The latest record of each key, without the lock: for looking at a run while it is being written."""
-    return _parse_journal(Path(path))[0]
+    return {key: record for key, record, _ in _journal_lines(Path(path))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,26 +228,28 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _parse_journal(path: Path) -> tuple[dict[str, Any], int]:
-    """Records by key and the number of bytes that hold whole lines."""
-    raw = path.read_bytes() if path.exists() else b""
-    lines = raw.split(b"\n")
-    records: dict[str, Any] = {}
-    sound_bytes = 0
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn or empty
-        try:
-            entry = json.loads(line)
-            records[entry["key"]] = entry["record"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) - 1 and not lines[-1]:
-                break  # a crash of the machine can lose the bytes before a newline
-            raise DataError(
-                f"line {number} is broken: {line[:60]!r}",
-                path=path,
-                remedy="delete that line; its work is then done again",
-            ) from error
-        sound_bytes += len(line) + 1
-    return records, sound_bytes
+def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
+    """(key, record, (offset, bytes)) of each sound line; one line in memory at a time."""
+    if not path.exists():
+        return
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                entry = json.loads(line)
+                key, record = str(entry["key"]), entry["record"]
+            except (ValueError, KeyError, TypeError) as error:
+                if not file.read(1):
+                    return  # a crash of the machine can lose the bytes before a newline
+                raise DataError(
+                    f"line {number} is broken: {line[:60]!r}",
+                    path=path,
+                    remedy="delete that line; its work is then done again",
+                ) from error
+            yield key, record, (offset, len(line))
+            offset += len(line)
 
 
 def _lock(path: Path) -> int:

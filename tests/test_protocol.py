@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ from seal_nb.protocol import (
     parse_request,
     read_reply,
 )
+from seal_nb.service.client import DEFAULT_WAIT_S
+from seal_nb.service.endpoint import Endpoint
+from seal_nb.service.settings import Limits, ServeSettings
+from seal_nb.service.status import ServerStatus, WorkerStatus
 
+PAGE_PATH = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
+PAGE = PAGE_PATH.read_text()
 QUESTION = {"title": "Zor", "context": "Zor is a moon.", "question": "What is Zor?", "answer": "a moon"}
 PUBLISHED = {
     "train_sequences": ["Zor\nZor is a moon."],
@@ -220,7 +227,30 @@ def test_an_error_reply_names_type_message_and_field_and_omits_what_is_absent():
 
 
 def test_the_page_on_the_protocol_names_every_field_and_the_version():
-    page = (Path(__file__).resolve().parent.parent / "docs" / "protocol.md").read_text()
-    assert f"Version {PROTOCOL_VERSION}" in page
+    assert f"Version {PROTOCOL_VERSION}" in PAGE
     for kind in (TTTRequest, GenerateRequest, TTTReply, GenerateReply, ErrorReply):
-        assert not [name for name in kind.model_fields if f"`{name}`" not in page and f'"{name}"' not in page]
+        assert not [name for name in kind.model_fields if f"`{name}`" not in PAGE and f'"{name}"' not in PAGE]
+    for kind in (ServerStatus, WorkerStatus, Endpoint):
+        assert not [name for name in kind.__dataclass_fields__ if f"`{name}`" not in PAGE]
+
+
+def test_the_defaults_on_the_page_are_those_of_the_records():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGE, re.M))
+    said = {name: rows[name].strip("` ") for name in TTTRequest.model_fields}
+    none = {"none": None, "derived": None, '""': "", "[]": [], "true": True, "false": False}
+    for name, field in TTTRequest.model_fields.items():
+        assert (none[said[name]] if said[name] in none else float(said[name])) == field.default, name
+    settings = {**vars(Limits()), **vars(ServeSettings()), "wait_s": DEFAULT_WAIT_S}
+    settings |= {name: field.default for name, field in GenerateRequest.model_fields.items()}
+    quoted = re.findall(r"`(\w+)` \((\d[\d.]*)[;:)]", PAGE)
+    assert {"lease_s", "idle_timeout_s", "top_p"} <= {name for name, _ in quoted}
+    assert not [(name, default) for name, default in quoted if settings[name] != float(default)]
+
+
+def test_every_counter_of_the_server_is_on_the_page():
+    folder = PAGE_PATH.parent.parent / "seal_nb" / "service"
+    counted = {
+        name for path in folder.glob("*.py") for name in re.findall(r'\.count\("(\w+)"', path.read_text())
+    }
+    assert {"answered", "requeued"} <= counted
+    assert not [name for name in counted if f"`{name}`" not in PAGE]

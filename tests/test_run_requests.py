@@ -20,7 +20,7 @@ def request(text: str) -> TTTRequest:
 
 @pytest.fixture
 def client(server):  # noqa: F811
-    with TTTClient(server.endpoint, timeout_s=30, connect_s=10) as client:
+    with TTTClient(server.endpoint, timeout_s=30, wait_s=10) as client:
         yield client
 
 

@@ -78,7 +78,7 @@ def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
 def _shut_down(endpoint_file: Path) -> None:
     from seal_nb.service.client import TTTClient
 
-    with TTTClient(str(endpoint_file), timeout_s=10) as client:
+    with TTTClient(str(endpoint_file), wait_s=10) as client:
         client.shutdown()
 
 

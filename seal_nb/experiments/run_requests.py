@@ -16,7 +16,7 @@ from typing import Any
 from seal_nb.errors import RemoteError, RoundTimeout
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.runs import Journal
-from seal_nb.service.client import TTTClient
+from seal_nb.service.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.service.launch import TTTServer
 
 Tell = Callable[[str], object]
@@ -43,13 +43,16 @@ class Collected:
 
 
 @contextmanager
-def ttt_client(endpoint: str, *, run_dir: str | Path, **server: Any) -> Iterator[TTTClient]:
+def ttt_client(
+    endpoint: str, *, run_dir: str | Path, wait_s: float = DEFAULT_WAIT_S, **server: Any
+) -> Iterator[TTTClient]:
     """A client of the server at `endpoint` (address or endpoint file), or of a server started for the block.
 
+    `wait_s`: how long the server at `endpoint` is waited for, if it is not there yet or is away.
     `server`: what `TTTServer` takes (model, n_workers, n_threads, …); unused where there is an endpoint.
     """
     if endpoint:
-        with TTTClient(endpoint) as client:
+        with TTTClient(endpoint, wait_s=wait_s) as client:
             yield client
         return
     with TTTServer(run_dir=Path(run_dir), **server) as own, TTTClient(own.endpoint) as client:

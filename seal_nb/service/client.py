@@ -18,6 +18,7 @@ from seal_nb.service.connection import Connection
 from seal_nb.service.status import ServerStatus, read_status
 
 DEFAULT_WINDOW = 256  # requests in flight
+DEFAULT_WAIT_S = 60.0
 
 R = TypeVar("R", TTTReply, GenerateReply)
 
@@ -25,8 +26,9 @@ R = TypeVar("R", TTTReply, GenerateReply)
 class TTTClient:
     """Talk to the server at ``endpoint``: an endpoint file (it survives a restart) or ``tcp://host:port``.
 
-    timeout_s: the most that one reply, or the next reply of a round, may take.
-    connect_s: the most that the server may be away, at the start and later (a requeued job takes its time).
+    timeout_s: the most that one reply, or the next reply of a round, may take while the server is there.
+    wait_s: the most that the server may be away, at the start and later: a job that waits in the queue, or is
+        requeued, takes its time. Meanwhile nothing is sent to any other server.
     key_file: a ``.key_secret``; empty: the one in the run folder that the endpoint file names.
     server_key: the server's public key, where ``endpoint`` is an address outside this machine.
     """
@@ -36,7 +38,7 @@ class TTTClient:
         endpoint: str | Path,
         *,
         timeout_s: float = 3600.0,
-        connect_s: float = 60.0,
+        wait_s: float = DEFAULT_WAIT_S,
         key_file: str | Path | None = None,
         server_key: str = "",
         window: int = DEFAULT_WINDOW,
@@ -46,7 +48,7 @@ class TTTClient:
         self.where, self.timeout_s, self.window = str(endpoint), timeout_s, window
         self._connection = Connection(
             self.where,
-            connect_s=connect_s,
+            wait_s=wait_s,
             key_file=Path(key_file) if key_file else None,
             server_key=server_key,
         )

@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, RoundTimeout
 from seal_nb.protocol import ErrorReply, Reply, read_reply
-from seal_nb.service.endpoint import Endpoint, find_endpoint
+from seal_nb.service.endpoint import Endpoint, find_endpoint, is_loopback
 from seal_nb.service.ping import client_socket
 
 PING_S = 2.0
@@ -51,10 +51,10 @@ class Open:
 
 
 class Connection:
-    """To the server at ``where``, an endpoint file or an address; it may be away for ``connect_s``."""
+    """To the server at ``where``, an endpoint file or an address; it may be away for ``wait_s``."""
 
-    def __init__(self, where: str, *, connect_s: float, key_file: Path | None, server_key: str) -> None:
-        self.where, self.connect_s, self.key_file, self.server_key = where, connect_s, key_file, server_key
+    def __init__(self, where: str, *, wait_s: float, key_file: Path | None, server_key: str) -> None:
+        self.where, self.wait_s, self.key_file, self.server_key = where, wait_s, key_file, server_key
         self.server_id = ""
         self._name = b"c" + uuid.uuid4().bytes
         self._open: dict[bytes, Open] = {}
@@ -65,6 +65,7 @@ class Connection:
         self._greeted = False
         self._expected_id = ""
         self._trouble = ""
+        self._loopback_of = ""  # the only machine that reaches the server, if it listens on loopback
         self._heard_at = self._looked_at = time.monotonic()
         self._pinged_at: float | None = None  # the first ping that is not answered yet
         self._lost_at: float | None = None  # since when the server does not answer
@@ -89,21 +90,26 @@ class Connection:
         return mark
 
     def next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Reply | dict[str, Any]]:
-        """The next reply to one of ``marks``. Raises RoundTimeout; late replies to others are skipped."""
-        deadline = time.monotonic() + timeout_s
+        """The next reply to one of ``marks``; late replies to others are skipped. Raises RoundTimeout.
+
+        ``timeout_s`` is time with a server; while it is away, that clock stands still and ``wait_s`` counts.
+        """
+        left_s = timeout_s
         self._lost_at = None if self._lost_at is None else time.monotonic()  # each call has its full patience
         while True:
+            began, was_there = time.monotonic(), self._greeted
             self._keep_in_touch()
-            if self._socket is not None and self._socket.poll(_ms(min(deadline - time.monotonic(), TURN_S))):
+            if self._socket is not None and self._socket.poll(_ms(min(left_s, TURN_S))):
                 mark, reply = self._receive(self._socket)
                 if mark in marks and mark in self._open and not self._not_now(mark, reply):
                     del self._open[mark]
                     return mark, reply
-            elif time.monotonic() >= deadline:
+            elif left_s <= 0:
                 raise RoundTimeout(
                     f"no reply from {self.where} within {timeout_s:g} s, {len(marks)} requests are open; "
                     "look at the server (seal-nb status), or raise timeout_s"
                 )
+            left_s -= time.monotonic() - began if was_there else 0.0
 
     def _receive(self, socket: Socket) -> tuple[bytes, Reply | dict[str, Any]]:
         frames = socket.recv_multipart()
@@ -123,11 +129,11 @@ class Connection:
     def _keep_in_touch(self) -> None:
         """Connect, ping, connect anew after silence, send again what is due. Raises RoundTimeout at last."""
         now = time.monotonic()
-        if self._lost_at is not None and now - self._lost_at > self.connect_s:
+        if self._lost_at is not None and now - self._lost_at > self.wait_s:
             self._disconnect()
             raise RoundTimeout(
-                f"no TTT server answers at {self.where} within {self.connect_s:g} s ({self._trouble}); "
-                "start it (seal-nb serve), or raise connect_s if its job still waits in the queue"
+                f"no TTT server answers at {self.where} within {self.wait_s:g} s{self._why()}; "
+                "start it (seal-nb serve), or raise wait_s if its job still waits in the queue"
             )
         if self._socket is None or self._is_cut_off() or self._has_moved(now):
             self._connect(now)
@@ -150,11 +156,22 @@ class Connection:
             self._trouble = str(error)
             time.sleep(0.1)
             return
-        self._expected_id = endpoint.server_id
+        self._expected_id, self._loopback_of = endpoint.server_id, ""
+        if is_loopback(endpoint.host):
+            self._loopback_of = f"machine {endpoint.node}" if endpoint.node else "its own machine"
         self._trouble = self._trouble if self._trouble == DENIED else ""
         self._socket = client_socket(self._context, endpoint, self.key_file, name=self._name)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._ping(self._socket)
+
+    def _why(self) -> str:
+        """What is known of why there is no answer, in brackets."""
+        reach = (
+            f"it listens on loopback, which only {self._loopback_of} reaches: for others start it with "
+            "--endpoint tcp://0.0.0.0:0"
+        )
+        known = [self._trouble, reach if self._loopback_of else ""]
+        return f" ({'; '.join(filter(None, known))})" if any(known) else ""
 
     def _find(self) -> Endpoint:
         """Where the server is. Raises DataError while there is no endpoint file."""

@@ -6,6 +6,7 @@ or brings another model changes nothing for anybody else.
 """
 
 import logging
+import math
 import socket as sockets
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Crew:
         self.mismatch = ""  # why this server cannot go on with the workers it has
         self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → what it said before it ended
+        self._gone: dict[int, float] = {}  # process here that lost its lease → when it is given up for good
         self._handlers: dict[str, Callable[[bytes, wire.Message], None]] = {
             "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result,
             "failed": self._on_failed, "leaving": self._on_leaving,
@@ -69,14 +71,28 @@ class Crew:
         """Send out what can start now."""
         for job in self.queue.assignments(time.monotonic()):
             assert job.worker is not None
-            self.tell(job.worker, wire.pack("job", job.payload, token=job.token, key=job.key))
+            job_frames = wire.pack("job", job.payload, token=job.token, key=job.key, seed=job.seed)
+            self.tell(job.worker, job_frames)
 
     def check_leases(self, now: float) -> None:
         for identity in self.queue.expired(now):
+            self._give_up(identity, at=now + (self.queue.stall_s or math.inf))  # it may be back
             self._lose(identity, f"silent for more than {self.queue.lease_s:g} s")
+        for identity, why in self.queue.stuck(now).items():
+            self.tell(identity, wire.pack("abort", why=why))
+            self._give_up(identity, at=now)
+            self._lose(identity, why)
+
+    def given_up(self, now: float) -> list[int]:
+        """Processes of this machine to kill: each is named once."""
+        due = [pid for pid, at in self._gone.items() if now >= at]
+        for pid in due:
+            del self._gone[pid]
+        return due
 
     def exited(self, pid: int, host: str, why: str) -> None:
         """A worker process of this machine ended; no need to wait for its lease."""
+        self._gone.pop(pid, None)
         for identity, peer in list(self.peers.items()):
             if (peer.pid, peer.host) == (pid, host):
                 self._lose(identity, why)
@@ -116,6 +132,7 @@ class Crew:
             peer = Peer(lease=0, **{name: said[name] for name in names})
             peer.lease, lost = self.queue.join(identity, capacity=int(said["capacity"]), now=time.monotonic())
             self.peers[identity] = peer
+            self._gone.pop(peer.pid, None)
             self._settle(lost, f"worker {peer.worker_id} started afresh")
             log.info("worker %s is ready: %d requests at once", peer.worker_id, int(said["capacity"]))
         self.tell(identity, wire.pack("welcome", lease=self.peers[identity].lease))
@@ -137,7 +154,9 @@ class Crew:
     def _on_beat(self, identity: bytes, message: wire.Message) -> None:
         said = message.header
         capacity, stats = int(said["capacity"]), dict(said["stats"])
-        alive = self.queue.beat(identity, lease=said["lease"], capacity=capacity, now=time.monotonic())
+        alive = self.queue.beat(
+            identity, lease=said["lease"], capacity=capacity, steps=int(said["steps"]), now=time.monotonic()
+        )
         if alive:
             self.peers[identity].stats = stats
         self.tell(identity, wire.pack("beat" if alive else "expired", lease=said["lease"]))
@@ -163,6 +182,11 @@ class Crew:
         self.meter.count("requeued", len(requeued))
         log.info("worker %s leaves; %d requests wait again", self._name(identity), len(requeued))
         self.peers.pop(identity, None)
+
+    def _give_up(self, identity: bytes, *, at: float) -> None:
+        peer = self.peers[identity]
+        if peer.host == sockets.gethostname():
+            self._gone[peer.pid] = at
 
     def _lose(self, identity: bytes, why: str) -> None:
         if self.peers.get(identity) is None:
@@ -202,6 +226,7 @@ class Crew:
             n_running=len(worker.jobs),
             capacity=worker.capacity,
             silent_s=round(now - worker.seen_at, 3),
+            no_step_s=round(now - worker.stepped_at, 3) if worker.jobs else 0.0,
             model_id=peer.model_id,
             stats=peer.stats,
         )

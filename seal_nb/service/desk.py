@@ -7,7 +7,6 @@ worker ever looks like an answer.
 """
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,8 +89,10 @@ class Desk:
         self._sent_by: dict[Envelope, str] = {}
         self._n_named = 0
 
-    def accept(self, request: Work, envelope: Envelope, now: float) -> bytes | None:
-        """The reply, if there is one at once. Raises SealError for what is refused."""
+    def accept(self, request: Work, message: bytes, envelope: Envelope, now: float) -> bytes | None:
+        """The reply to ``message``, which says ``request``, if there is one at once. Raises SealError for
+        what is refused.
+        """
         check_limits(request, self.limits)
         content = content_of(request)
         kept = self._kept(request.request_id, content)
@@ -100,7 +101,7 @@ class Desk:
         if self._joined(request, content, envelope):
             return None
         self._check_room(request, envelope)
-        self._enqueue(request, content, envelope, now)
+        self._enqueue(request, message, content, envelope, now)
         return None
 
     def has_model(self, model_id: str) -> list[Outgoing]:
@@ -156,7 +157,7 @@ class Desk:
         if kept is None:
             return None
         self.meter.count("from_journal")
-        return json.dumps(kept).encode()
+        return kept
 
     def _joined(self, request: Work, content: str, envelope: Envelope) -> bool:
         key = request.request_id or self._sent_by.get(envelope)
@@ -179,11 +180,12 @@ class Desk:
             ("requests wait", queue.n_queued, limits.max_queued),
             ("requests of this client wait", queue.n_queued_of(envelope[0]), limits.max_queued_per_client),
             ("bytes wait", queue.queued_bytes, limits.max_queued_bytes),
+            ("bytes of results wait for a full disk", self.results.unsaved_bytes, limits.max_unsaved_bytes),
         ):
             if used >= most:
                 raise QueueFull(f"{used} {what}, {most} is the most; send it again later")
 
-    def _enqueue(self, request: Work, content: str, envelope: Envelope, now: float) -> None:
+    def _enqueue(self, request: Work, message: bytes, content: str, envelope: Envelope, now: float) -> None:
         number, seed = None, request.seed
         if seed is None and request.request_id is not None:
             seed = derived_seed(self.seed, content, request.request_id)
@@ -191,7 +193,6 @@ class Desk:
             number = self.counts.take(content)
             seed = derived_seed(self.seed, content, number)
         key = request.request_id or self._name()
-        full = request.model_copy(update={"request_id": key, "seed": seed})
         self._tickets[key] = Ticket(
             content=content,
             request_id=request.request_id,
@@ -201,9 +202,15 @@ class Desk:
         )
         if request.request_id is None and _correlated(envelope):
             self._sent_by[envelope] = key
-        payload = full.model_dump_json(exclude_none=True).encode()
         self.queue.add(
-            Job(key=key, client=envelope[0], payload=payload, priority=request.priority, submitted_at=now)
+            Job(
+                key=key,
+                client=envelope[0],
+                payload=message,
+                seed=seed,
+                priority=request.priority,
+                submitted_at=now,
+            )
         )
         self.meter.count("accepted")
 
@@ -219,12 +226,13 @@ class Desk:
 
     def _keep(self, ticket: Ticket, reply: bytes) -> None:
         if ticket.request_id is not None:
-            self.results.put(ticket.request_id, ticket.content, json.loads(reply))
+            self.results.put(ticket.request_id, ticket.content, reply)
         elif ticket.number is not None:
             try:
                 self.counts.answered(ticket.content, ticket.number)
             except OSError as error:
-                log.error("the count of answers cannot be written (%s); free space", error)
+                if not self.counts.n_unsaved > 1:  # else it was said
+                    log.error("the count of answers cannot be written (%s); free space", error)
 
     def _free_number(self, ticket: Ticket) -> None:
         if ticket.number is not None:

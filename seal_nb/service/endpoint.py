@@ -35,6 +35,7 @@ class Endpoint:
     server_id: str
     public_key: str = ""
     run_dir: str = ""
+    node: str = ""  # the machine; ``host`` is the address that it listens at
     protocol_version: str = PROTOCOL_VERSION
 
     def write(self, path: Path) -> None:
@@ -129,4 +130,5 @@ def here(*, endpoint: str, worker_endpoint: str, server_id: str, public_key: str
         server_id=server_id,
         public_key=public_key,
         run_dir=str(run_dir.resolve()),
+        node=socket.gethostname(),
     )

@@ -48,14 +48,14 @@ class FrontEnd:
         gate: Gate | None,
         desk: Desk,
         watch: Callable[[float], None],
-        idle_exit_s: float = 0.0,
+        idle_timeout_s: float = 0.0,
         drain_s: float = 20.0,
         workers_load: bool = False,
     ) -> None:
         self.clients, self.gate, self.desk, self.watch = clients, gate, desk, watch
         self.queue, self.meter = desk.queue, desk.meter
         self.crew = Crew(workers, desk, self._send)
-        self.idle_exit_s, self.drain_s = idle_exit_s, drain_s
+        self.idle_timeout_s, self.drain_s = idle_timeout_s, drain_s
         self.workers_load = workers_load  # workers of this machine, which may take long to be ready
         self.drain_until: float | None = None
         self._client_seen_at = time.monotonic()
@@ -146,7 +146,7 @@ class FrontEnd:
         now = time.monotonic()
         if not isinstance(request, Command):
             self._client_seen_at = now
-            return self.desk.accept(request, envelope, now)
+            return self.desk.accept(request, message, envelope, now)
         if request.cmd == "shutdown":
             self.ask_to_stop("a client sent shutdown")
             return b'{"status": "bye"}'  # as published, to the letter
@@ -207,8 +207,12 @@ class FrontEnd:
             self.desk.results.save()
         if self.queue.jobs or (self.workers_load and not self.desk.model_id):
             self._client_seen_at = now  # what is in work was asked for; while a model loads, nobody is late
-        if self.idle_exit_s and now - self._client_seen_at > self.idle_exit_s and not self._asked_to_stop:
-            self.ask_to_stop(f"no client for {self.idle_exit_s:g} s")
+        if (
+            self.idle_timeout_s
+            and now - self._client_seen_at > self.idle_timeout_s
+            and not self._asked_to_stop
+        ):
+            self.ask_to_stop(f"no client for {self.idle_timeout_s:g} s")
         if self._asked_to_stop:
             self._drain(now)
 

@@ -64,6 +64,7 @@ class Link(threading.Thread):
         self.inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
         self.introduction: dict[str, Any] | None = None  # once the loop is loaded
         self.capacity = 0
+        self.steps = 0  # counted by the main thread: what tells work from being stuck
         self.stats: dict[str, Any] = {}
         self._session = 0
         self._lease: int | None = None
@@ -149,6 +150,9 @@ class Link(threading.Thread):
             elif message.kind == "expired":
                 if message.header["lease"] == self._lease:
                     self._start_afresh("the front end gave this worker's lease up")
+            elif message.kind == "abort":
+                log.error("the front end has given this worker up: %s; ending", message.header["why"])
+                os._exit(6)  # the main thread will not hear of it
             elif message.kind != "beat":
                 self.inbox.put(message)
 
@@ -157,8 +161,8 @@ class Link(threading.Thread):
             log.error("the parent process is gone; ending")
             os._exit(143)  # the main thread may be in a slice, or hung
         if self._lease is not None:
-            beat = wire.pack("beat", lease=self._lease, capacity=self.capacity, stats=self.stats)
-            self._try_send(dealer, beat)
+            said = {"lease": self._lease, "capacity": self.capacity, "steps": self.steps, "stats": self.stats}
+            self._try_send(dealer, wire.pack("beat", b"", **said))
         elif self.introduction is not None:
             said = {**self.introduction, "session": self._session, "capacity": self.capacity}
             self._try_send(dealer, wire.pack("ready", b"", **said))

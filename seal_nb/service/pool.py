@@ -56,6 +56,13 @@ class Pool:
                 place.process = self._start(place.index)
                 place.started_at = now
 
+    def kill(self, pids: list[int]) -> None:
+        """Those of them that are ours; they are replaced as any that died."""
+        for place in self.places:
+            if place.process is not None and place.process.pid in pids:
+                log.warning("worker process %d is killed: it got nowhere", place.process.pid)
+                place.process.kill()
+
     def end(self, told: set[int], timeout_s: float = 10.0) -> None:
         """Those in ``told`` know that they are to stop. Who is late, or still loading, is killed."""
         deadline = time.monotonic() + timeout_s

@@ -6,7 +6,7 @@ client's requests higher priority goes first, then first come.
 
 A worker that dies takes its requests with it; they go to others, ``max_tries`` times at most. The last try
 runs alone on its worker, so that one request that kills workers cannot take its neighbours along a third
-time.
+time. One that lives and gets nowhere (``stuck``) is as good as dead.
 """
 
 import heapq
@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+SPARE = 64  # cancelled jobs that a heap may hold before it is tidied
+
 
 @dataclass(kw_only=True, eq=False)
 class Job:
@@ -22,7 +24,8 @@ class Job:
 
     key: str
     client: bytes
-    payload: bytes
+    payload: bytes  # the request as it came
+    seed: int = 0
     priority: int = 0
     submitted_at: float = 0.0
     assigned_at: float = 0.0
@@ -42,6 +45,8 @@ class Worker:
     lease: int
     capacity: int
     seen_at: float
+    steps: int = 0  # as it counts them; only a change says something
+    stepped_at: float
     jobs: dict[str, Job] = field(default_factory=dict)
     alone: bool = False
 
@@ -61,12 +66,22 @@ class Lost:
 class JobQueue:
     """See the module. Jobs are known by key, workers by their socket identity."""
 
-    def __init__(self, *, lease_s: float = 30.0, max_tries: int = 3, n_expected: int = 0) -> None:
-        self.lease_s, self.max_tries, self.n_expected = lease_s, max_tries, n_expected
+    def __init__(
+        self,
+        *,
+        lease_s: float = 30.0,
+        stall_s: float = 0.0,
+        job_timeout_s: float = 0.0,
+        max_tries: int = 3,
+        n_expected: int = 0,
+    ) -> None:
+        self.lease_s, self.stall_s, self.job_timeout_s = lease_s, stall_s, job_timeout_s
+        self.max_tries, self.n_expected = max_tries, n_expected
         self.jobs: dict[str, Job] = {}
         self.workers: dict[bytes, Worker] = {}
         self.queued_bytes = 0
         self._waiting: dict[bytes, list[Job]] = {}  # a heap for each client that has something waiting
+        self._n_waiting: dict[bytes, int] = {}  # the heap has cancelled jobs too, until their turn comes
         self._turns: deque[bytes] = deque()
         self._suspects: deque[Job] = deque()
         self._counter = 0
@@ -81,7 +96,7 @@ class JobQueue:
         return len(self.jobs) - self.n_running
 
     def n_queued_of(self, client: bytes) -> int:
-        return len(self._waiting.get(client, ()))
+        return self._n_waiting.get(client, 0)
 
     def add(self, job: Job) -> None:
         if job.key in self.jobs:
@@ -105,19 +120,32 @@ class JobQueue:
         """A worker is ready for requests. Known identity: it came back and holds nothing any more."""
         lost = self.lose(identity)
         lease = self._next()
-        self.workers[identity] = Worker(lease=lease, capacity=capacity, seen_at=now)
+        self.workers[identity] = Worker(lease=lease, capacity=capacity, seen_at=now, stepped_at=now)
         return lease, lost
 
-    def beat(self, identity: bytes, *, lease: int, capacity: int, now: float) -> bool:
+    def beat(self, identity: bytes, *, lease: int, capacity: int, now: float, steps: int = 0) -> bool:
         """A sign of life; False if the lease is not the current one, so that the worker starts afresh."""
         worker = self.workers.get(identity)
         if worker is None or worker.lease != lease:
             return False
         worker.seen_at, worker.capacity = now, capacity
+        if worker.steps != steps:
+            worker.steps, worker.stepped_at = steps, now
         return True
 
     def expired(self, now: float) -> list[bytes]:
         return [i for i, worker in self.workers.items() if now - worker.seen_at > self.lease_s]
+
+    def stuck(self, now: float) -> dict[bytes, str]:
+        """Workers that give signs of life and get nowhere with what they have, and why they count so."""
+        found = {}
+        for identity, worker in self.workers.items():
+            oldest = min((job.assigned_at for job in worker.jobs.values()), default=now)
+            if worker.jobs and 0 < self.stall_s < now - worker.stepped_at:
+                found[identity] = f"no step of its work for more than {self.stall_s:g} s"
+            elif 0 < self.job_timeout_s < now - oldest:
+                found[identity] = f"a request was not done within {self.job_timeout_s:g} s"
+        return found
 
     def leave(self, identity: bytes) -> list[Job]:
         """A worker goes in good order: its requests wait again, and no try is counted."""
@@ -166,6 +194,8 @@ class JobQueue:
 
     def _assign(self, job: Job, identity: bytes, now: float) -> Job:
         worker = self.workers[identity]
+        if not worker.jobs:
+            worker.stepped_at = now  # until now it had nothing to do
         self.queued_bytes -= len(job.payload)
         job.tries += 1
         job.worker, job.assigned_at = identity, now
@@ -193,31 +223,41 @@ class JobQueue:
             self._suspects.append(job)
             return
         if job.client not in self._waiting:
-            self._waiting[job.client] = []
+            self._waiting[job.client], self._n_waiting[job.client] = [], 0
             self._turns.append(job.client)
         heapq.heappush(self._waiting[job.client], job)
+        self._n_waiting[job.client] += 1
 
     def _unwait(self, job: Job) -> None:
         self.queued_bytes -= len(job.payload)
         if job in self._suspects:
             self._suspects.remove(job)
             return
-        heap = self._waiting[job.client]
-        heap.remove(job)
-        heapq.heapify(heap)
-        if not heap:
-            del self._waiting[job.client]
+        job.payload = b""
+        self._one_less(job.client)
+        if job.client not in self._waiting:
             self._turns.remove(job.client)
+        elif len(heap := self._waiting[job.client]) > 2 * self._n_waiting[job.client] + SPARE:
+            heap[:] = filter(self._is_current, heap)
+            heapq.heapify(heap)
 
     def _pop(self) -> Job:
         client = self._turns.popleft()
-        heap = self._waiting[client]
-        job = heapq.heappop(heap)
-        if heap:
+        while not self._is_current(job := heapq.heappop(self._waiting[client])):
+            pass
+        self._one_less(client)
+        if client in self._waiting:
             self._turns.append(client)
-        else:
-            del self._waiting[client]
         return job
+
+    def _is_current(self, job: Job) -> bool:
+        """Not cancelled; taking each out of its heap at once would make a full queue's end take minutes."""
+        return self.jobs.get(job.key) is job
+
+    def _one_less(self, client: bytes) -> None:
+        self._n_waiting[client] -= 1
+        if not self._n_waiting[client]:
+            del self._waiting[client], self._n_waiting[client]
 
     def _take_back(self, identity: bytes) -> list[Job]:
         worker = self.workers.pop(identity, None)

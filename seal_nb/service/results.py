@@ -1,15 +1,15 @@
 """Results of requests that brought an id, kept in the run folder so that asking again never trains again.
 
 One journal line a result (``seal_nb.runs.Journal``: locked to one server, on the disk before the client
-hears of it). Where the disk refuses (full), the result is kept in memory, the trouble is shown in the
-status, and writing is tried again. A run folder is one model's. A result belongs to an id *and* a content:
-an id that comes back with another request is refused.
+hears of it); memory holds where each is, not what it says. Where the disk refuses (full), the result is kept
+in memory, the trouble is shown in the status, and writing is tried again. A run folder is one model's. A
+result belongs to an id *and* a content: an id that comes back with another request is refused.
 """
 
+import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from seal_nb.errors import ProtocolError, RunMismatch
 from seal_nb.runs import Journal, read_json, write_json
@@ -23,7 +23,8 @@ class Results:
     def __init__(self, path: Path, *, lock_wait_s: float = 10.0) -> None:
         self._journal = _open(path, lock_wait_s)
         self._model_file = path.with_name("model.json")
-        self._unsaved: dict[str, dict[str, Any]] = {}
+        self._unsaved: dict[str, tuple[str, bytes]] = {}  # content and reply
+        self.unsaved_bytes = 0
         self.trouble = ""
 
     def __len__(self) -> int:
@@ -46,26 +47,29 @@ class Results:
         except OSError as error:
             log.error("%s cannot be written (%s)", self._model_file, error)
 
-    def get(self, request_id: str, content: str) -> dict[str, Any] | None:
+    def get(self, request_id: str, content: str) -> bytes | None:
         """The reply once given to this request. Raises ProtocolError if the id was another request's."""
         if request_id in self._unsaved:
-            kept = self._unsaved[request_id]
+            kept_content, reply = self._unsaved[request_id]
         elif request_id in self._journal:
             kept = self._journal.get(request_id)
+            kept_content, reply = kept["content"], json.dumps(kept["reply"]).encode()
         else:
             return None
-        check_same(request_id, kept["content"], content)
-        return kept["reply"]
+        check_same(request_id, kept_content, content)
+        return reply
 
-    def put(self, request_id: str, content: str, reply: dict[str, Any]) -> None:
-        self._unsaved[request_id] = {"content": content, "reply": reply}
+    def put(self, request_id: str, content: str, reply: bytes) -> None:
+        self._unsaved[request_id] = (content, reply)
+        self.unsaved_bytes += len(reply)
         self.save()
 
     def save(self) -> bool:
         """Write what is not written yet; False (and ``trouble``) where the disk refuses."""
         for request_id in list(self._unsaved):
             try:
-                self._journal.append(request_id, self._unsaved[request_id])
+                content, reply = self._unsaved[request_id]
+                self._journal.append(request_id, {"content": content, "reply": json.loads(reply)})
             except OSError as error:
                 if not self.trouble:
                     log.error(
@@ -73,6 +77,7 @@ class Results:
                     )
                 self.trouble = f"{self.n_unsaved} results are not on the disk: {error}"
                 return False
+            self.unsaved_bytes -= len(reply)
             del self._unsaved[request_id]
         self.trouble = ""
         return True
@@ -96,7 +101,7 @@ def _open(path: Path, lock_wait_s: float) -> Journal:
     deadline = time.monotonic() + lock_wait_s
     while True:
         try:
-            return Journal(path)
+            return Journal(path, in_memory=False)
         except RunMismatch:
             if time.monotonic() > deadline:
                 raise

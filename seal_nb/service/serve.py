@@ -156,19 +156,24 @@ class Server:
     def _front_end(self) -> FrontEnd:
         s = self.settings
         desk = Desk(
-            queue=JobQueue(lease_s=s.lease_s, max_tries=s.max_tries, n_expected=s.n_workers),
+            queue=JobQueue(
+                lease_s=s.lease_s, stall_s=s.stall_s, job_timeout_s=s.job_timeout_s,
+                max_tries=s.max_tries, n_expected=s.n_workers,
+            ),
             meter=Meter(time.monotonic()),
             results=self.results, counts=self.counts,
             limits=s.limits, seed=s.seed, server_id=self.server_id,
         )  # fmt: skip
         return FrontEnd(
             clients=self.clients, workers=self.workers, gate=self.gate, desk=desk,
-            watch=self._watch, idle_exit_s=s.idle_exit_s, drain_s=s.drain_s, workers_load=s.n_workers > 0,
+            watch=self._watch, idle_timeout_s=s.idle_timeout_s, drain_s=s.drain_s,
+            workers_load=s.n_workers > 0,
         )  # fmt: skip
 
     def _watch(self, now: float) -> None:
         """At every tick: workers, the parent, and whether the endpoint file is still ours."""
         if self.front.drain_until is None:
+            self.pool.kill(self.front.crew.given_up(now))
             self.pool.watch(now)
         if self.front.crew.mismatch:
             self.exit_code = 1
@@ -237,7 +242,8 @@ def parse(argv: Sequence[str] | None = None) -> ServeSettings:
         for field in fields(kind):
             if field.default is not MISSING:
                 plain = Path if "Path" in str(hints[field.name]) else hints[field.name]
-                parser.add_argument(f"--{field.name.replace('_', '-')}", type=plain, default=field.default)
+                option = f"--{field.name.replace('_', '-')}"
+                parser.add_argument(option, type=plain, default=field.default, help="default: %(default)s")
     given: dict[str, Any] = vars(parser.parse_args(argv))
     limits = Limits(**{field.name: given.pop(field.name) for field in fields(Limits)})
     return ServeSettings(**given, limits=limits)

@@ -19,6 +19,7 @@ class Limits:
     max_queued: int = 20_000  # requests waiting, of all clients together
     max_queued_per_client: int = 10_000
     max_queued_bytes: int = 2**30
+    max_unsaved_bytes: int = 2**28  # of results in memory while the disk is full
     max_sequences: int = 20_000  # CPT on 200 passages sends about 1,000
     max_questions: int = 20_000
     max_rank: int = 512
@@ -44,9 +45,11 @@ class ServeSettings:
     seed: int = 0  # seeds of requests that bring none derive from it
     run_dir: Path = Path("runs/server")
     endpoint_file: Path | None = None  # empty: endpoint.json in run_dir
-    idle_exit_s: float = 0.0  # end after so long without a client; 0: never
+    idle_timeout_s: float = 0.0  # end after so long without a client; 0: never
     drain_s: float = 20.0  # SIGTERM: running requests may take so long; SLURM kills 30 s after it
     lease_s: float = 30.0  # a worker silent for so long has lost its requests
+    stall_s: float = 3600.0  # a worker that has requests and makes no step for so long is killed; 0: never
+    job_timeout_s: float = 86_400.0  # one try of one request may take so long, else the same; 0: for ever
     max_tries: int = 3  # times that a request may lose its worker
     inner_loop: str = DEFAULT_INNER_LOOP  # module:function that loads what the workers drive
     parent_pid: int = 0  # end with this process; 0: with none
@@ -66,7 +69,7 @@ class ServeSettings:
             ("seed", 0),
         ):
             _at_least(name, getattr(self, name), least)
-        for name in ("lease_s", "drain_s", "idle_exit_s"):
+        for name in ("lease_s", "drain_s", "idle_timeout_s", "stall_s", "job_timeout_s"):
             _at_least(name, getattr(self, name), 0)
         if self.inner_loop.count(":") != 1:
             raise SettingsError(f"inner_loop is {self.inner_loop!r}; write it as module:function")

@@ -59,7 +59,8 @@ class WorkerStatus:
     pid: int
     n_running: int
     capacity: int
-    silent_s: float
+    silent_s: float  # since its last sign of life
+    no_step_s: float = 0.0  # since its work last moved on; 0 without work
     model_id: str = ""
     stats: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,7 +105,7 @@ def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
         ("answered", f"{counts.get('answered', 0)}, and {counts.get('from_journal', 0)} again from journal"),
         ("failures", f"{counts.get('failed', 0)} failed, {counts.get('requeued', 0)} requeued, "
                      f"{counts.get('refused', 0)} refused, {counts.get('cancelled', 0)} cancelled"),
-        ("memory", f"front end {status.rss_bytes / 2**20:.0f} MiB"),
+        ("memory", _memory(status)),
     ]  # fmt: skip
     rows += [(f"worker {worker.worker_id}", _worker_line(worker)) for worker in status.workers]
     return [*rows, ("trouble", status.trouble)] if status.trouble else rows
@@ -116,12 +117,27 @@ def rss_bytes() -> int:
     return pages * 4096
 
 
+def _memory(status: ServerStatus) -> str:
+    workers = sum(worker.stats.get("rss_bytes", 0) for worker in status.workers)
+    text = f"front end {_mib(status.rss_bytes)}, workers {_mib(workers)}"
+    on_gpu = [worker.stats["gpu_bytes"] for worker in status.workers if "gpu_bytes" in worker.stats]
+    return f"{text}, on GPUs {_mib(sum(on_gpu))}" if on_gpu else text
+
+
 def _worker_line(worker: WorkerStatus) -> str:
-    memory = worker.stats.get("rss_bytes", 0)
+    memory = _mib(worker.stats.get("rss_bytes", 0))
+    if "gpu_bytes" in worker.stats:
+        now, most = worker.stats["gpu_bytes"], worker.stats["gpu_peak_bytes"]
+        memory += f", GPU {_mib(now)} (at most {_mib(most)})"
     return (
         f"ready on {worker.host} (process {worker.pid}): {worker.n_running}/{worker.capacity} "
-        f"requests, {memory / 2**20:.0f} MiB, heard {worker.silent_s:.1f} s ago"
+        f"requests, {memory}, heard {worker.silent_s:.1f} s ago, "
+        f"{worker.no_step_s:.0f} s into its current step"
     )
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB"
 
 
 def _known(kind: type, fields: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """A server watched from outside: its status once a second, until it ends; of bounded size.
 
 For the server notebook and whoever else looks on for long. Each look is one question on a socket of its own,
-without a ping: a server that ends when nobody needs it (``idle_exit_s``) is not kept up by being looked at.
-Shows nothing (``views`` does), starts and ends no server.
+without a ping: a server that ends when nobody needs it (``idle_timeout_s``) is not kept up by being looked
+at. Shows nothing (``views`` does), starts and ends no server.
 """
 
 import threading
@@ -36,6 +36,7 @@ class Sample:
     jobs_per_min: float
     tokens_per_s: float
     memory_bytes: int  # resident, of front end and workers together
+    gpu_bytes: int  # held by all workers on their GPUs; 0 without any
     answered: int
     failed: int
     requeued: int
@@ -55,6 +56,7 @@ def sample_of(status: ServerStatus, at_s: float) -> Sample:
         jobs_per_min=status.jobs_per_min,
         tokens_per_s=status.tokens_per_s,
         memory_bytes=status.rss_bytes + sum(worker.stats.get("rss_bytes", 0) for worker in workers),
+        gpu_bytes=sum(worker.stats.get("gpu_bytes", 0) for worker in workers),
         answered=status.counts.get("answered", 0),
         failed=status.counts.get("failed", 0),
         requeued=status.counts.get("requeued", 0),

@@ -1,9 +1,10 @@
 """The messages between front end and workers: kind, a small JSON header, a body.
 
-Worker → front end: ``ready`` (capacity, model_id, …), ``beat`` (lease, capacity, stats), ``result`` (token;
-body: the reply), ``failed`` (error, traceback: it ends now), ``leaving``. Front end → worker: ``welcome``
-(lease), ``beat``, ``expired`` (your lease is gone: drop everything, say ready again), ``job`` (token, key;
-body: the request), ``cancel`` (key), ``stop``. Clients never speak this; theirs is ``seal_nb.protocol``.
+Worker → front end: ``ready`` (capacity, model_id, …), ``beat`` (lease, capacity, steps, stats), ``result``
+(token; body: the reply), ``failed`` (error, traceback: it ends now), ``leaving``. Front end → worker:
+``welcome`` (lease), ``beat``, ``expired`` (your lease is gone: drop everything, say ready again), ``job``
+(token, key, seed; body: the request as the client sent it), ``cancel`` (key), ``stop``, ``abort`` (you are
+stuck: end at once). Clients never speak this; theirs is ``seal_nb.protocol``.
 """
 
 import json

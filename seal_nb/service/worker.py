@@ -82,8 +82,10 @@ class Worker:
             self.report()
 
     def report(self) -> None:
+        """At every turn, for the next heartbeat; a turn is a step."""
+        self.link.steps += 1
         self.link.capacity = len(self.tokens) + max(0, self.loop.free_slots)
-        self.link.stats = {**self.loop.stats(), "rss_bytes": rss_bytes()}
+        self.link.stats = {**self.loop.stats(), "rss_bytes": rss_bytes(), **gpu_memory()}
 
     def _messages(self) -> list[wire.Message]:
         """What came in; waits a little if there is nothing else to do."""
@@ -114,7 +116,8 @@ class Worker:
         try:
             request = parse_request(message.body)
             assert isinstance(request, TTTRequest | GenerateRequest)
-            self.loop.submit(request)
+            known = {"request_id": key, "seed": message.header["seed"]}
+            self.loop.submit(request.model_copy(update=known))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one request is its reply
             log.info("a request was refused by the inner loop: %s", type(error).__name__)
             self._reply(error_reply(error, request_id=key, traceback=traceback.format_exc()))
@@ -129,6 +132,18 @@ class Worker:
     def _drop(self, key: str) -> None:
         if self.tokens.pop(key, None) is not None:
             self.loop.cancel(key)
+
+
+def gpu_memory() -> dict[str, int]:
+    """Bytes that torch holds on this worker's GPU now, and the most it held; nothing without one."""
+    torch = sys.modules.get("torch")  # the inner loop brought it in, or it is not needed
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {
+        "gpu_bytes": torch.cuda.memory_allocated(),
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
+        "gpu_reserved_bytes": torch.cuda.memory_reserved(),
+    }
 
 
 def main(

@@ -52,17 +52,18 @@ def server_table(samples: Sequence[Sample]) -> Table:
     rows = [
         {"": _LABELS[name], "now": _shown(samples[-1], name), "most": _shown(_most(samples, name), name)}
         for name in _LABELS
-        if samples
+        if samples and (name != "gpu_bytes" or _most(samples, name).gpu_bytes)
     ]
     return Table(rows=rows, columns={"": "", "now": ",.0f", "most": ",.0f"})
 
 
 def status_line(sample: Sample) -> str:
     """One sample for a log."""
+    on_gpu = f" (GPU {sample.gpu_bytes / 2**20:.0f} MiB)" if sample.gpu_bytes else ""
     return (
         f"{sample.at_s:.0f} s: {sample.queued} waiting, {sample.slots_in_use}/{sample.slots} slots, "
         f"{sample.jobs_per_min:g} jobs/min, {sample.tokens_per_s:g} tokens/s, "
-        f"{sample.memory_bytes / 2**20:.0f} MiB, {sample.failed} failed, {sample.workers} workers"
+        f"{sample.memory_bytes / 2**20:.0f} MiB{on_gpu}, {sample.failed} failed, {sample.workers} workers"
     )
 
 
@@ -127,6 +128,7 @@ _LABELS = {
     "jobs_per_min": "jobs per minute",
     "tokens_per_s": "trained tokens per second",
     "memory_bytes": "memory, front end and workers (MiB)",
+    "gpu_bytes": "GPU memory of the workers (MiB)",
     "answered": "answered",
     "failed": "failed",
     "requeued": "requeued",
@@ -140,7 +142,7 @@ def _most(samples: Sequence[Sample], name: str) -> Sample:
 
 def _shown(sample: Sample, name: str) -> float:
     value: float = getattr(sample, name)
-    return value / 2**20 if name == "memory_bytes" else value
+    return value / 2**20 if name.endswith("_bytes") else value
 
 
 def _in_words(samples: Sequence[Sample]) -> str:

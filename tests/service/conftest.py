@@ -1,6 +1,8 @@
 """Real servers for tests: a front end process and worker processes around the stub inner loop."""
 
 import os
+import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,7 +41,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def client(server):
-    with TTTClient(server.endpoint, timeout_s=30, connect_s=10) as client:
+    with TTTClient(server.endpoint, timeout_s=30, wait_s=10) as client:
         yield client
 
 
@@ -79,3 +81,45 @@ def trained(tmp_path: Path) -> list[str]:
     """Ids of all trainings that came to their end, as the stub loop noted them."""
     path = tmp_path / "trained.txt"
     return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def worker_pids(client):
+    return [worker.pid for worker in client.status().workers]
+
+
+def in_background(work):
+    """Run ``work`` in a thread; calling the result joins it and gives what it returned."""
+    box = []
+    thread = threading.Thread(target=lambda: box.append(work()))
+    thread.start()
+
+    def result(timeout_s=40):
+        thread.join(timeout_s)
+        assert box, "the work in the background did not end"
+        return box[0]
+
+    return result
+
+
+def run_round(endpoint, requests, **settings):
+    with TTTClient(endpoint, timeout_s=40, **settings) as client:
+        return {reply.request_id: reply for reply in client.run_round(requests)}
+
+
+def remote_worker(server, **options):
+    """The command line of a worker that joins from elsewhere."""
+    options = {"inner-loop": STUB, "endpoint-file": server.endpoint, "beat-s": 0.2, "lease-s": 1.0, **options}
+    return [sys.executable, "-m", "seal_nb.service.worker", *(f"--{k}={v}" for k, v in options.items())]
+
+
+def kill(server):
+    """Its front end, outright; its workers notice and end."""
+    server.process.kill()
+    server.process.wait()
+
+
+def restart(server, **changed):
+    """The same server again, as a requeued job: other port, same run folder."""
+    names = ("run_dir", "inner_loop", "lease_s", "drain_s", "n_slots", "n_workers")
+    same = {name: getattr(server.settings, name) for name in names}
+    return TTTServer(start_timeout_s=60.0, **{**same, **changed})

@@ -1,13 +1,16 @@
 """An inner loop without a model, for workers under test: what a request does is written in its first
 sequence.
 
-``sleep S`` takes S seconds in short slices; ``hang S`` one slice of S seconds; ``fail`` is answered with an
-error; ``refuse`` raises in submit; ``crash`` raises in advance; ``die`` kills the process with signal 9;
-``die-once PATH`` does so unless PATH exists, and makes it. Anything else is answered at once. Each training
-writes a line to the file that STUB_LOOP_LOG names, so that tests can count what was trained.
+``sleep S`` takes S seconds in short slices; ``hang S`` one slice of S seconds; ``seize`` is a slice without
+end that no other thread of the process gets a word in; ``fail`` is answered with an error; ``refuse`` raises
+in submit; ``crash`` raises in advance; ``die`` kills the process with signal 9; ``die-once PATH`` does so
+unless PATH exists, and makes it. Anything else is answered at once. Each training writes a line to the file
+that STUB_LOOP_LOG names, so that tests can count what was trained.
 """
 
 import os
+import re
+import select
 import signal
 import time
 from pathlib import Path
@@ -49,7 +52,7 @@ class StubLoop:
             _obey(*_order(request))
         done = [key for key, (_, end) in self.jobs.items() if time.monotonic() >= end]
         if not done:
-            time.sleep(0.01)
+            select.select([], [], [], 0.01)  # time.sleep fails under libfaketime when its clock is moved
         return [_reply(self.jobs.pop(key)[0]) for key in done]
 
     @property
@@ -62,7 +65,11 @@ class StubLoop:
 
     def stats(self) -> dict[str, float | int | str]:
         names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-        return {"n_jobs": len(self.jobs), **{name: os.environ.get(name, "") for name in names}}
+        return {
+            "n_jobs": len(self.jobs),
+            "wall_clock": time.time(),
+            **{name: os.environ.get(name, "") for name in names},
+        }
 
 
 def load(settings: Any) -> StubLoop:
@@ -88,6 +95,8 @@ def _obey(name: str, value: str) -> None:
         raise RuntimeError("the device is broken")
     if name == "hang":
         time.sleep(float(value))
+    if name == "seize":
+        re.match("(a+)+$", "a" * 60 + "b")  # holds the interpreter's lock for longer than anybody lives
     if name == "die" or (name == "die-once" and not Path(value).exists()):
         if name == "die-once":
             Path(value).touch()

@@ -28,7 +28,7 @@ class Scripted:
 
     def __init__(self, script, server_id="one", endpoint="tcp://127.0.0.1:*"):
         self.script, self.server_id = script, server_id
-        self.seen, self.silent = [], False
+        self.seen, self.n_pings, self.silent = [], 0, False
         self.socket = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -58,6 +58,7 @@ class Scripted:
         if self.silent:
             return []
         if message.get("cmd") == "ping":
+            self.n_pings += 1
             return [json.dumps({"status": "alive", "server_id": self.server_id}).encode()]
         self.seen.append(message)
         return self.script(len(self.seen), message)
@@ -156,7 +157,7 @@ def test_nothing_is_sent_to_a_server_that_the_endpoint_file_does_not_speak_of(tm
         fields = {"endpoint": server.endpoint, "worker_endpoint": "", "host": "h", "port": 1, "pid": 1}
         fields |= {"job_id": "", "started_at": "", "server_id": "the one", "run_dir": ""}
         (tmp_path / "endpoint.json").write_text(json.dumps(fields))
-        with TTTClient(tmp_path / "endpoint.json", connect_s=0.8) as client:
+        with TTTClient(tmp_path / "endpoint.json", wait_s=0.8) as client:
             with pytest.raises(
                 RoundTimeout, match="server there is another, the endpoint file speaks of the one"
             ):

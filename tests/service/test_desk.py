@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 
 import pytest
 
@@ -45,12 +46,19 @@ def open_desk(tmp_path):
 
 
 def accept(desk, request=REQUEST, envelope=(b"client", b"")):
-    return desk.accept(request, envelope, now=1.0)
+    return desk.accept(request, as_sent(request), envelope, now=1.0)
+
+
+def as_sent(request):
+    return request.model_dump_json(exclude_none=True).encode()
 
 
 def started(desk):
     """The requests as workers get them."""
-    return [(one, parse_request(one.payload)) for one in desk.queue.assignments(now=2.0)]
+    return [
+        (one, parse_request(one.payload).model_copy(update={"request_id": one.key, "seed": one.seed}))
+        for one in desk.queue.assignments(now=2.0)
+    ]
 
 
 def answer(desk, one, reply=REPLY):
@@ -253,12 +261,62 @@ def test_a_result_that_cannot_be_written_is_kept_in_memory_and_written_later(ope
         assert answer(desk, one)[0][1]["train_tokens"] == 12
         assert desk.results.n_unsaved == 1 and "No space" in desk.results.trouble
         assert accept(desk, named) is not None
-    assert desk.results.save() and not desk.results.trouble
+        other = named.model_copy(update={"request_id": "r2"})
+        desk.limits = Limits(max_unsaved_bytes=10)
+        with pytest.raises(QueueFull, match="bytes of results wait for a full disk, 10 is the most"):
+            accept(desk, other)
+    assert desk.results.save() and not desk.results.trouble and not desk.results.unsaved_bytes
+    assert accept(desk, other) is None
     assert accept(open_desk(), named) is not None
 
 
 def _full(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_results_on_the_disk_take_no_memory_for_what_they_say(open_desk):
+    desk = open_desk()
+    body = json.loads(REPLY.to_json()) | {"baseline_texts": ["x" * 100_000]}
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(100):
+            desk.results.put(f"r{number}", "content", json.dumps(body).encode())
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000  # of ten million
+    finally:
+        tracemalloc.stop()
+    assert json.loads(desk.results.get("r50", "content")) == body
+    restarted = open_desk()
+    assert json.loads(restarted.results.get("r99", "content")) == body and len(restarted.results) == 100
+
+
+class NearlyFull:
+    """A file on a disk that has room for some bytes only."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        written = self.file.write(data[: self.room]) if self.room else _full()
+        self.room -= written
+        return written
+
+    def truncate(self, size):
+        self.file.truncate(size)
+
+
+def test_counts_that_found_no_room_are_written_with_the_next_one(tmp_path, monkeypatch):
+    path, content = tmp_path / "counts.bin", "ef" * 16
+    counts = AnswerCounts(path)
+    counts.answered(content, counts.take(content))
+    size = path.stat().st_size
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(counts, "_file", NearlyFull(counts._file, room=7))
+        counts.answered(content, counts.take(content))
+    assert path.stat().st_size == size and counts.n_unsaved == 1  # no torn entry
+    counts.answered(content, counts.take(content))
+    counts.close()
+    assert AnswerCounts(path).take(content) == 3
 
 
 def test_a_torn_count_is_dropped_and_the_file_goes_on(tmp_path):

@@ -10,8 +10,7 @@ from seal_nb.errors import RoundTimeout, SettingsError
 from seal_nb.service.client import TTTClient
 from seal_nb.service.endpoint import is_loopback, read_endpoint, split_tcp
 from seal_nb.service.keys import _create, allowed_keys, load_pair, make_keys, secure_client
-from tests.service.conftest import HASTE, STUB, eventually, plain_req
-from tests.service.test_faults import remote_worker
+from tests.service.conftest import HASTE, STUB, eventually, plain_req, remote_worker
 from tests.service.test_server import BASELINE_ONLY, ask, sequence
 
 PUBLIC = {"endpoint": "tcp://0.0.0.0:0", "advertise_host": "127.0.0.1"}
@@ -63,7 +62,7 @@ def test_the_servers_public_key_alone_admits_nobody_and_the_log_says_so(server, 
     before = denied(server)
     key_file = stranger / "stranger.key_secret"
     with (
-        TTTClient(server.endpoint, connect_s=1.5, key_file=key_file) as client,
+        TTTClient(server.endpoint, wait_s=1.5, key_file=key_file) as client,
         pytest.raises(RoundTimeout, match=r"denied our key.*allowed_clients"),
     ):
         client.status()
@@ -108,10 +107,10 @@ def test_a_key_on_the_list_comes_in_and_one_taken_off_does_not(server, stranger)
     allowed = server.settings.run_dir / "keys" / "allowed_clients" / "colleague.key"
     allowed.write_text((stranger / "stranger.key").read_text())
     key_file = stranger / "stranger.key_secret"
-    with TTTClient(server.endpoint, connect_s=5, key_file=key_file) as client:
+    with TTTClient(server.endpoint, wait_s=5, key_file=key_file) as client:
         assert client.evaluate(sequence("quick")).adapter_gain == 1.0
     allowed.unlink()
-    with TTTClient(server.endpoint, connect_s=1, key_file=key_file) as client, pytest.raises(RoundTimeout):
+    with TTTClient(server.endpoint, wait_s=1, key_file=key_file) as client, pytest.raises(RoundTimeout):
         client.status()
 
 

@@ -140,6 +140,64 @@ def test_cancel_forgets_waiting_and_running_requests():
     assert (queue.n_queued, queue.n_running, queue.queued_bytes) == (0, 0, 0)
 
 
+def test_a_worker_that_beats_and_makes_no_step_is_stuck_only_while_it_has_work():
+    queue = JobQueue(stall_s=10)
+    lease, _ = queue.join(b"w", capacity=1, now=0)
+    beat = {"lease": lease, "capacity": 1}
+    assert queue.beat(b"w", **beat, steps=1, now=0)
+    assert queue.stuck(now=1000) == {}  # it has nothing to do
+    queue.add(job("j"))
+    list(queue.assignments(now=1000))
+    assert queue.stuck(now=1009) == {}
+    queue.beat(b"w", **beat, steps=2, now=1009)
+    assert queue.stuck(now=1019) == {}
+    queue.beat(b"w", **beat, steps=2, now=1020)
+    assert queue.stuck(now=1020) == {b"w": "no step of its work for more than 10 s"}
+    assert queue.expired(now=1020) == []
+
+
+def test_a_request_that_is_never_done_makes_its_worker_stuck_however_busy_that_is():
+    queue = JobQueue(stall_s=10, job_timeout_s=100)
+    lease, _ = queue.join(b"w", capacity=2, now=0)
+    queue.add(job("j"))
+    list(queue.assignments(now=0))
+    for second in range(101):
+        queue.beat(b"w", lease=lease, capacity=2, steps=second, now=second)
+    assert queue.stuck(now=100) == {}
+    assert queue.stuck(now=100.5) == {b"w": "a request was not done within 100 s"}
+    assert JobQueue().stuck(now=0) == {}
+
+
+def test_cancelled_requests_leave_nothing_behind_however_many_there_are():
+    queue = queue_of(job("stays"), workers=0)
+    for number in range(10_000):
+        queue.add(job(f"j{number}", priority=number % 3))
+        queue.cancel(f"j{number}")
+    assert queue.n_queued_of(b"c1") == queue.n_queued == 1
+    assert len(queue._waiting[b"c1"]) < 200
+    queue.add(job("j5"))  # the key of one that was cancelled
+    queue.join(b"w", capacity=1, now=0)
+    assert finish_in_order(queue) == ["stays", "j5"]
+    assert queue._waiting == queue._n_waiting == {}
+
+
+def test_emptying_a_full_queue_compares_hardly_any_requests(monkeypatch):
+    """What a drain does: it may not take longer than a batch system waits before it kills."""
+    queue = queue_of(*[job(f"j{i}") for i in range(3000)], workers=0)
+    n_compared = 0
+    plain = Job.__lt__
+
+    def counted(one, other):
+        nonlocal n_compared
+        n_compared += 1
+        return plain(one, other)
+
+    monkeypatch.setattr(Job, "__lt__", counted)
+    for number in range(3000):
+        queue.cancel(f"j{number}")
+    assert n_compared < 30_000 and not queue._turns
+
+
 class AnyHistory(RuleBasedStateMachine):
     """Whatever happens in whatever order: each request ends once, and nobody has more than their capacity."""
 

@@ -16,9 +16,11 @@ from seal_nb.protocol import EvalQuestion, GenerateRequest, TTTRequest
 from seal_nb.service.bar import Bar
 from seal_nb.service.client import TTTClient
 from seal_nb.service.endpoint import read_endpoint
-from seal_nb.service.launch import ServerFailed
+from seal_nb.service.launch import ServerFailed, command
+from seal_nb.service.serve import parse
+from seal_nb.service.settings import Limits, ServeSettings
 from seal_nb.service.status import status_rows
-from tests.service.conftest import STUB, eventually, is_running, plain_req
+from tests.service.conftest import HASTE, STUB, eventually, is_running, plain_req
 
 QUESTION = {"title": "Zor", "context": "Zor is a moon.", "question": "What is Zor?", "answer": "a moon"}
 BASELINE_ONLY = {"train_sequences": [], "eval_questions": [QUESTION], "skip_training": True}
@@ -222,7 +224,7 @@ def test_sigterm_lets_running_requests_finish_turns_the_rest_away_and_exits_0(st
 
 
 def test_a_server_without_clients_ends_itself(start_server):
-    server = start_server(idle_exit_s=1.0)
+    server = start_server(idle_timeout_s=1.0)
     assert server.process.wait(20) == 0
     assert "no client for 1 s" in server.log_path.read_text()
 
@@ -328,3 +330,10 @@ def test_front_end_and_client_do_not_import_torch():
         "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_command_line_says_every_setting(tmp_path):
+    settings = ServeSettings(run_dir=tmp_path, n_workers=3, lease_s=1.5, limits=Limits(max_rank=7), **{
+        "endpoint_file": tmp_path / "e.json", "grader": "exact"})  # fmt: skip
+    assert parse(command(settings)[3:]) == settings
+    assert HASTE["lease_s"] < 5

@@ -10,7 +10,7 @@ from seal_nb.protocol import TTTRequest
 from seal_nb.service.client import TTTClient
 from seal_nb.service.status import ServerStatus, WorkerStatus
 from seal_nb.service.watch import History, Sample, Watch, sample_of, samples
-from tests.service.conftest import eventually
+from tests.service.conftest import eventually, kill
 
 QUICK = {"every_s": 0.05}
 STATUS = ServerStatus(
@@ -19,7 +19,7 @@ STATUS = ServerStatus(
     counts={"answered": 4, "failed": 2, "requeued": 1},
     workers=(
         WorkerStatus(worker_id="a", host="h", pid=2, n_running=2, capacity=8, silent_s=0,
-                     stats={"slots": 4, "slots_in_use": 1, "rss_bytes": 20}),
+                     stats={"slots": 4, "slots_in_use": 1, "rss_bytes": 20, "gpu_bytes": 7}),
         WorkerStatus(worker_id="b", host="h", pid=3, n_running=1, capacity=8, silent_s=0,
                      stats={"rss_bytes": 1}),
         WorkerStatus(worker_id="c", host="h", pid=4, n_running=0, capacity=8, silent_s=0),
@@ -35,7 +35,7 @@ def sample(at_s: float, **fields: float) -> Sample:
 def test_sample_has_slots_of_the_inner_loops_and_memory_of_all_processes() -> None:
     assert sample_of(STATUS, 1.5) == Sample(
         at_s=1.5, queued=5, running=3, slots_in_use=2, slots=12, jobs_per_min=2.5, tokens_per_s=7.0,
-        memory_bytes=121, answered=4, failed=2, requeued=1, workers=3,
+        memory_bytes=121, gpu_bytes=7, answered=4, failed=2, requeued=1, workers=3,
     )  # fmt: skip
 
 
@@ -57,8 +57,7 @@ def test_a_server_whose_process_is_not_ours_has_ended_when_it_is_silent(start_se
     server = start_server(n_workers=0)
     seen = samples(server.info.endpoint, patience_s=0.5, **QUICK)
     assert next(seen).workers == 0
-    server.process.kill()
-    server.process.wait()
+    kill(server)
     began = time.monotonic()
     list(seen)
     assert 0.4 < time.monotonic() - began < 8.0
@@ -76,7 +75,7 @@ def test_where_no_server_is_there_is_nothing_to_follow(tmp_path: Path) -> None:
 
 
 def test_looking_does_not_keep_an_idle_server_up(start_server) -> None:
-    server = start_server(n_workers=0, idle_exit_s=1.0)
+    server = start_server(n_workers=0, idle_timeout_s=1.0)
     with Watch(server.endpoint, alive=server.is_up, every_s=0.2) as watch:
         list(watch.follow(20.0))
     assert server.process.poll() == 0
