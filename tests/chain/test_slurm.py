@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,3 +335,20 @@ def test_published_experiment_becomes_the_jobs_that_the_documentation_shows() ->
     assert published() == DRY_RUN.read_text().rstrip("\n"), (
         f"if the change is meant, write what tests.chain.test_slurm.published() gives to {DRY_RUN}"
     )
+
+
+def test_job_that_the_readme_shows_is_one_of_the_published_experiment() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"^```sh\n(# ReST-EM.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    assert shown in published()
+
+
+def test_command_that_the_readme_shows_is_the_published_experiment(
+    capsys: pytest.CaptureFixture[str], fakes: Path
+) -> None:
+    (command,) = re.findall(r"^seal-nb submit (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (fakes / "slurm").unlink()
+    shutil.copytree(ROOT / "slurm", fakes / "slurm")
+    (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2\n")
+    submit([*shlex.split(command), "--dry-run", "--project", str(fakes)])
+    assert capsys.readouterr().out.rstrip("\n") == published()

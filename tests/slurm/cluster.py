@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare")
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "setpriv")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # The namespace's own /etc/hosts and host name, then the command.
 ENTER = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
@@ -276,8 +276,9 @@ class Cluster:
 
     def _popen(self, name: str, words: Sequence[str]) -> "subprocess.Popen[bytes]":
         with (self.folder / "log" / f"{name}.out").open("ab") as out:
+            # It ends with this process, however that ends.
             return subprocess.Popen(
-                words, cwd="/", env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                ["setpriv", "--pdeathsig", "KILL", *words], cwd="/", env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             )  # fmt: skip
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a user would change in slurm/site.sh for this cluster.
 SITE = """
 export SBATCH_PARTITION=day
+export SEAL_GPUS=2
 export SEAL_WATCH_S=1
 """
 
@@ -80,10 +81,10 @@ def no_job_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "slurm" in request.fixturenames:
         cluster: Cluster = request.getfixturevalue("slurm")
-        left = cluster.queue()
-        cluster.run("scancel", "--user=root")
-        eventually(lambda: not cluster.queue(), "jobs do not end", 30)
-        assert left == [], f"jobs left: {left}"
+        try:
+            eventually(lambda: not cluster.queue(), "jobs are left in the queue", 30)
+        finally:
+            cluster.run("scancel", "--user=root")
 
 
 def eventually(condition: Callable[[], object], problem: str, timeout_s: float = 120.0) -> object:

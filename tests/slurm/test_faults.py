@@ -4,13 +4,16 @@ A tiny random model answers nonsense, but the same nonsense each time: whatever 
 must end with the results of a run to which nothing happened.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from seal_nb.chain.record import read_record
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Project, eventually, lines_of
 
@@ -60,6 +63,19 @@ class Round:
     def wait_until_in_the_middle(self) -> None:
         eventually(lambda: lines_of(self.journal) >= 2, "no inner loop is answered")
         assert lines_of(self.journal) < N_LOOPS, "the round is over before anything could happen to it"
+
+    @contextlib.contextmanager
+    def server_standing_still(self) -> Iterator[None]:
+        """Meanwhile no inner loop goes on, but the server answers."""
+        workers = [p for p in self.slurm.processes() if "seal_nb.service.worker" in p.cmdline()]
+        assert workers
+        for worker in workers:
+            worker.suspend()
+        try:
+            yield
+        finally:
+            for worker in workers:
+                worker.resume()
 
     def results(self) -> list[Any]:
         """All answers and verdicts of the client's run file."""
@@ -151,10 +167,10 @@ def test_client_out_of_time_is_queued_again_and_goes_on(
     one = new_round("time_limit")
     server, client = one.start_server(), one.start_client()
     one.wait_until_in_the_middle()
-    slurm.run(
-        "scontrol", "update", f"jobid={client}", "timelimit=4"
-    )  # the script wants its signal 5 minutes before
-    eventually(lambda: int(slurm.job(client)["Restarts"]) >= 1, "the client is not queued again")
+    with one.server_standing_still():  # SLURM looks at time limits twice a minute
+        # The script wants its signal five minutes before, which is now.
+        slurm.run("scontrol", "update", f"jobid={client}", "timelimit=4")
+        eventually(lambda: slurm.job(client)["Restarts"] == "1", "the client is not queued again")
     slurm.run("scontrol", "update", f"jobid={client}", "timelimit=60")
     slurm.wait(client, "COMPLETED")
     slurm.run("scancel", server)
@@ -201,3 +217,88 @@ def test_job_without_a_site_file_says_what_to_do(project: Project, slurm: Cluste
     finally:
         site.with_name("site.away").rename(site)
     assert "cp slurm/site.example.sh slurm/site.sh" in slurm.output(job)
+
+
+def chain_of(project: Project, name: str, model: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Submit an evaluation of the tiny model."""
+    counts = {
+        "run-dir": f"runs/{name}", "model": model, "n-val": "4", "cpt-completions": "1", "max-tokens": "8",
+        "finetune-epochs": "12", "max-new-tokens": "16", "arms": "hand_written", "n-workers": "1",
+        "n-slots": "1", "cpt-epochs": "1", "idle-timeout-s": "25",
+    }  # fmt: skip
+    options = [word for option, value in counts.items() for word in (f"--{option}", value)]
+    return project.submit("evaluation", "--small", *options, *words)
+
+
+def test_chain_with_a_raising_cell_and_a_cancelled_job_says_so_and_is_continued(
+    project: Project, tiny_model: str, slurm: Cluster
+) -> None:
+    run = project.path("runs/broken")
+    first = chain_of(project, "broken", tiny_model, "--cpt-epochs", "0")  # refused in a cell
+    assert first.returncode == 0, first.stderr
+    jobs = read_record(run).jobs()
+    eventually(lambda: lines_of(run / "base_evaluate/journal.jsonl") >= 1, "no inner loop is answered")
+    slurm.run("scancel", jobs["base_evaluate"])
+    slurm.wait(jobs["base_cpt"], "FAILED")
+    assert slurm.wait(jobs["results"])["JobState"] == "CANCELLED"  # it can never start
+    before = (run / "base_evaluate/journal.jsonl").read_text()
+
+    status = project.seal_nb("chain-status", "runs/broken")
+    assert status.returncode == 1
+    rows = {
+        line.split()[0]: line.split()[1] for line in status.stdout.splitlines() if line.startswith("  base")
+    }
+    assert rows["base_self_edits"] == "done"
+    assert rows["base_evaluate"] == "cancelled"
+    assert rows["base_cpt"] == "failed"
+    assert "exit code 1" in status.stdout
+    assert "raised SettingsError: finetune_epochs" in status.stdout
+    assert f"04_cpt-{jobs['base_cpt']}.ipynb" in status.stdout
+
+    second = chain_of(project, "broken", tiny_model)
+    assert second.returncode == 0, second.stderr
+    assert "base_self_edits" not in second.stdout.replace("after base_self_edits", "")
+    for job in read_record(run).jobs().values():
+        slurm.wait(job, "COMPLETED")
+    assert (run / "base_evaluate/journal.jsonl").read_text().startswith(before)
+    assert project.seal_nb("chain-status", "runs/broken").stdout.startswith(
+        "chain evaluation: 4 of 4 stages done"
+    )
+
+
+def test_server_that_cannot_start_ends_its_clients_and_what_needs_them(
+    project: Project, slurm: Cluster
+) -> None:
+    nothing = str(project.path("no_model"))
+    Path(nothing).mkdir(exist_ok=True)
+    words = ("--run-dir", "runs/no_server", "--model", nothing, "--n-workers", "1", "--idle-timeout-s", "25")
+    done = project.submit("continual", "--small", *words)
+    assert done.returncode == 0, done.stderr
+    jobs = read_record(project.path("runs/no_server")).jobs()
+    assert slurm.wait(jobs["base_server"])["JobState"] == "FAILED"
+    assert slurm.wait(jobs["continual"])["JobState"] == "FAILED"
+    assert slurm.wait(jobs["results"])["JobState"] == "CANCELLED"
+    status = project.seal_nb("chain-status", "runs/no_server").stdout
+    assert f"the server (job {jobs['base_server']}) has ended" in status
+    assert "ServerFailed" in status
+
+
+def test_wrong_partition_is_told_and_nothing_is_in_the_queue(project: Project, slurm: Cluster) -> None:
+    site = project.path("slurm/site.sh")
+    right = site.read_text()
+    site.write_text(right + "export SBATCH_PARTITION=nights\n")
+    try:
+        done = project.submit("evaluation", "--small", "--run-dir", "runs/nights")
+    finally:
+        site.write_text(right)
+    assert done.returncode == 2
+    assert "invalid partition specified: nights" in done.stderr
+    assert "slurm/site.sh" in done.stderr
+    assert slurm.queue() == []
+
+
+def test_job_that_is_refused_late_takes_the_earlier_ones_back(project: Project, slurm: Cluster) -> None:
+    done = project.submit("evaluation", "--small", "--run-dir", "runs/late", "--server-nodes", "100000")
+    assert done.returncode == 2
+    assert "job 'base_server' was refused, so none was submitted" in done.stderr
+    assert slurm.queue() == []
