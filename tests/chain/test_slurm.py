@@ -295,6 +295,26 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
     assert about[-1] == f"  executed notebook: {folder / '04_cpt-7base_cpt.ipynb'}"
 
 
+def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
+    chain = evaluation_chain(SMALL)
+    finish(chain, tmp_path, "base_self_edits")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/base_cpt.log").write_text("half way\n")
+    error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=[])
+    (tmp_path / "base_evaluate").mkdir()
+    executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("load()", outputs=[error])])
+    nbformat.write(executed, tmp_path / "base_evaluate/03_query_server.ipynb")
+
+    def nobody(job: str) -> None:
+        raise AssertionError(f"SLURM was asked for {job}")
+
+    statuses = chain_status(record_of(chain, executor="local", jobs={}), tmp_path, look_up=nobody)
+    states = {status.stage.name: status.state for status in statuses if not status.stage.background}
+    assert states == {
+        "base_self_edits": "done", "base_evaluate": "failed", "base_cpt": "running", "results": "not started",
+    }  # fmt: skip
+
+
 def test_status_of_a_folder_without_a_chain_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no chain was submitted here"):
         read_record(tmp_path)

@@ -278,8 +278,8 @@ class Cluster:
         with (self.folder / "log" / f"{name}.out").open("ab") as out:
             # It ends with this process, however that ends.
             return subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *words], cwd="/", env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
+                ["setpriv", "--pdeathsig", "KILL", *words], cwd="/", env=self.env,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
 
     def _kill(self, daemon: "subprocess.Popen[bytes]") -> None:

@@ -1,6 +1,7 @@
 """A ReST-EM round of the small model, submitted to two nodes: every script as shipped, results looked at."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.slurm.conftest import Project
 RUN = "runs/round"
 COUNTS = {
     "n-rounds": 1, "n-train": 1, "n-val": 1, "k-completions": 2, "cpt-completions": 1, "eval-times": 1,
-    "arms": "passage_only,self_edits", "max-tokens": 24, "max-new-tokens": 8, "finetune-epochs": 2,
+    "arms": "self_edits,hand_written", "max-tokens": 24, "max-new-tokens": 24, "finetune-epochs": 5,
     "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "continual-seeds": "42,43", "n-sequences": 1,
     "n-datapoints": 1, "continual-max-new-tokens": 8, "n-workers": 1,
 }  # fmt: skip
@@ -64,31 +65,57 @@ def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(
     assert project.path(f"{RUN}/continual_seed43").is_dir()
 
 
-def test_requests_were_answered_by_workers_on_both_nodes_who_came_in_with_keys(
-    said: str, project: Project
-) -> None:
+def test_workers_on_both_nodes_came_in_with_keys(said: str, project: Project) -> None:
     folder = project.path(f"{RUN}/base_server")
     assert (folder / "keys/server.key_secret").stat().st_mode & 0o077 == 0
-    (log,) = folder.glob("server.log")
-    joined = {line.split()[-1] for line in log.read_text().splitlines() if "joined" in line}
-    assert joined, log.read_text()
+    log = (folder / "server.log").read_text()
+    assert "listens at tcp://node" in log
+    assert set(re.findall(r"worker (node\d)-\S+ is ready", log)) == {"node1", "node2"}
 
 
-def test_numbers_in_the_executed_notebook_are_those_of_the_run_file(said: str, project: Project) -> None:
-    run = project.json(f"{RUN}/base_evaluate/run_base.json")
+def test_accuracies_in_the_executed_notebook_are_those_of_the_verdicts(said: str, project: Project) -> None:
     (executed,) = project.path(f"{RUN}/base_evaluate").glob("*.ipynb")
-    assert run["n_articles"] == 1
-    accuracy = run["overall"]["mean_adapter_accuracy"]
-    assert f"{accuracy:.1%}" in outputs(executed)
+    shown = outputs(executed)
+    for file in ("run_base.json", "run_base_hand_written.json"):
+        (article,) = project.json(f"{RUN}/base_evaluate/{file}")["articles"]
+        verdicts = [
+            answer["adapter_correct"] for edit in article["completions"] for answer in edit["questions"]
+        ]
+        assert len(verdicts) >= 4
+        assert f"{sum(verdicts) / len(verdicts):.1%}" in shown
+
+
+def test_each_inner_loop_was_trained_once(said: str, project: Project) -> None:
+    asked = [
+        json.loads(line)["key"]
+        for stage in ("base_evaluate", "base_cpt", "round1_rank")
+        for line in project.path(f"{RUN}/{stage}/journal.jsonl").read_text().splitlines()
+    ]
+    journal = project.path(f"{RUN}/base_server/results.journal.jsonl").read_text().splitlines()
+    trained = [json.loads(line)["key"] for line in journal]
+    assert len(asked) == 2 + 2 + 2  # an evaluation and a CPT of two arms, a ranking of two self-edits
+    assert sorted(asked) == sorted(trained)
 
 
 def test_the_model_of_the_round_is_what_the_next_stages_used(said: str, project: Project) -> None:
-    assert project.path(f"{RUN}/round1_train/model/config.json").is_file()
-    ids = {
-        json.dumps(project.json(f"{RUN}/{name}/run_{name.split('_')[0]}.json")["model"])
-        for name in ("base_evaluate", "round1_evaluate")
-    }
-    assert len(ids) == 2
+    before, after = (
+        project.json(f"{RUN}/{name}_evaluate/run_{name}.json")["model"] for name in ("base", "round1")
+    )
+    assert before != after
+    assert project.json(f"{RUN}/continual_seed42/summary_continual.json")["base_model"] == after
+
+
+def test_results_have_every_run_of_the_chain(said: str, project: Project) -> None:
+    (executed,) = project.path(f"{RUN}/results").glob("*.ipynb")
+    shown = outputs(executed)
+    for file in (
+        "base_evaluate/run_base.json",
+        "round1_evaluate/run_round1.json",
+        "base_cpt/cpt_run_self_edits.json",
+    ):
+        assert file in shown
+    assert "continual_seed42/summary_continual.json" in shown
+    assert "continual_seed43/summary_continual.json" in shown
 
 
 def test_status_says_that_all_is_done(said: str, project: Project) -> None:
