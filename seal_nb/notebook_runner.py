@@ -190,11 +190,10 @@ def run_notebook(
             message = _short_failure(notebook, error, executed)
             raise kind(message, executed=executed, ename=error.ename, evalue=error.evalue) from error
         except DeadKernelError as error:
-            kind = StageInterrupted if interruption.is_set() else StageFailed
-            message = (
-                f"{notebook.stem}: its kernel died, with no word from Python; most often the system ended it "
-                f"for want of memory. What was done before is in {executed}"
-            )
+            kind, why = StageFailed, "most often the system ends one for want of memory"
+            if interruption.is_set():
+                kind, why = StageInterrupted, "SIGTERM has ended it as well"
+            message = f"{notebook.stem}: its kernel died ({why}); what was done before is in {executed}"
             raise kind(message, executed=executed, ename="DeadKernelError", evalue=str(error)) from error
 
 

@@ -49,12 +49,16 @@ log_to() {
 
 # until_signalled COMMAND...: run it; at USR1 end it and queue this job again, at TERM end it.
 until_signalled() {
-    local child status signalled='' again=''
-    trap 'again=yes; signalled=yes; kill -TERM "$child"' USR1
+    local child watch='' status signalled='' again='' alone=''
+    trap 'signalled=yes; again=yes; kill -TERM "$child"' USR1
+    trap 'signalled=yes; alone=yes; kill -TERM "$child"' USR2
     trap 'signalled=yes; kill -TERM "$child"' TERM
     "$@" &
     child=$!
-    if [ -n "${SEAL_SERVER_JOB:-}" ]; then watch_server "$child" & fi
+    if [ -n "${SEAL_SERVER_JOB:-}" ]; then
+        watch_server &
+        watch=$!
+    fi
     wait "$child"
     status=$?
     while [ -n "$signalled" ]; do # a trap ends `wait` early; asked again, it tells how the command ended
@@ -62,22 +66,20 @@ until_signalled() {
         wait "$child"
         status=$?
     done
+    [ -z "$watch" ] || kill "$watch" 2>/dev/null
+    [ -z "$alone" ] || echo "job $job: ended, since the server (job $SEAL_SERVER_JOB) has ended; look at its log"
     if [ -n "$again" ] && [ "$status" -ne 0 ]; then queue_again; fi
     exit "$status"
 }
 
-# watch_server PID: end the process soon after the server that it asks has ended for good (seal-nb submit names its job).
+# Send USR2 to this job's shell when the server that it asks has ended for good (seal-nb submit names its job).
 watch_server() {
-    local said
+    trap - USR1 USR2 TERM
     while sleep "${SEAL_WATCH_S:-60}"; do
-        said=$(scontrol -o show job "$SEAL_SERVER_JOB" 2>&1)
-        case $said in
-        *JobState=PENDING* | *JobState=RUNNING* | *JobState=COMPLETING* | *JobState=CONFIGURING* | *JobState=SUSPENDED*) ;;
-        *JobState=* | *'Invalid job id'*)
-            echo "job $job: ended, since the server (job $SEAL_SERVER_JOB) has ended: see its log"
-            kill -TERM "$1"
-            return
-            ;;
+        case $(scontrol -o show job "$SEAL_SERVER_JOB" 2>&1) in
+        *JobState=PENDING* | *JobState=RUNNING* | *JobState=CONFIGURING* | *JobState=COMPLETING*) ;;
+        *JobState=SUSPENDED* | *JobState=REQUEUE*) ;;
+        *JobState=* | *'Invalid job id'*) kill -USR2 $$ && return ;;
         esac # else the controller cannot be asked now
     done
 }

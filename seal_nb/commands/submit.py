@@ -4,6 +4,7 @@ Prints; the work is in ``seal_nb.chain``.
 """
 
 import argparse
+import contextlib
 import sys
 import typing
 from collections.abc import Sequence
@@ -15,12 +16,15 @@ from seal_nb.chain import slurm_jobs
 from seal_nb.chain.local import run_chain
 from seal_nb.chain.record import read_record, record_of
 from seal_nb.chain.settings import DEMO, ExperimentSettings
-from seal_nb.chain.slurm import Cluster, dry_run, submit_chain
+from seal_nb.chain.slurm import jobs_on_their_way, submit_chain
+from seal_nb.chain.slurm_jobs import SlurmError
+from seal_nb.chain.slurm_plan import Cluster
+from seal_nb.chain.slurm_text import dry_run
 from seal_nb.chain.status import chain_status as statuses_of
 from seal_nb.chain.status import status_lines
 from seal_nb.chain.table import Chain
 from seal_nb.chain.tables import CHAINS
-from seal_nb.errors import SettingsError
+from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import default_notebooks_dir
 
 SHIPPED = "shipped:"
@@ -31,7 +35,7 @@ def submit(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     run_dir: Path = arguments.run_dir
     if arguments.executor == "local":
-        chain = CHAINS[arguments.chain](_settings(arguments, n_workers=1))
+        chain = CHAINS[arguments.chain](_settings(arguments))
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
     cluster = _cluster(arguments)
     settings = _settings(arguments, n_workers=cluster.workers_a_node)
@@ -55,9 +59,13 @@ def chain_status(run_dir: Path) -> int:
 
 
 def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
-    """The chain on this machine, then one page of its plots."""
+    """The chain on this machine, then one page of its plots. Raises: ChainFailed, ChainBusy, RunMismatch."""
     from seal_nb.views.report import write_index
 
+    with contextlib.suppress(SlurmError):  # no SLURM here
+        if jobs := jobs_on_their_way(chain, run_dir):
+            numbers = ", ".join(jobs.values())
+            raise RunMismatch(f"{run_dir}: SLURM jobs {numbers} work here; wait for them or end them")
     run_dir.mkdir(parents=True, exist_ok=True)
     record_of(chain, executor="local", jobs={}).write(run_dir)
     try:
@@ -131,8 +139,8 @@ def _reader(kind: Any) -> Any:
     return kind if kind in (int, float) else str
 
 
-def _settings(arguments: argparse.Namespace, *, n_workers: int) -> ExperimentSettings:
-    """``n_workers``: unless it is said."""
+def _settings(arguments: argparse.Namespace, **machine: int) -> ExperimentSettings:
+    """``machine``: settings that hold where the command line says nothing."""
     given = {
         field.name: value
         for field in fields(ExperimentSettings)
@@ -142,8 +150,8 @@ def _settings(arguments: argparse.Namespace, *, n_workers: int) -> ExperimentSet
         if name in given and arguments.executor == "slurm":
             given[name] = _seen_from(arguments.project.resolve(), given[name])
     if arguments.small:
-        return replace(DEMO, **{"n_workers": n_workers, **given})
-    given = {"n_workers": n_workers, "n_threads": 1, **given}
+        return replace(DEMO, **{**machine, **given})
+    given = {"n_workers": 1, "n_threads": 1, **machine, **given}
     if arguments.chain != "rest_em" and "val_dataset" in given:
         given.setdefault("train_dataset", given["val_dataset"])  # nothing is trained on it
     required = [field.name for field in fields(ExperimentSettings) if field.default is MISSING]

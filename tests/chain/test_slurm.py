@@ -14,8 +14,10 @@ import pytest
 from seal_nb.chain import slurm_jobs
 from seal_nb.chain.record import marked_when_done, read_record, record_of
 from seal_nb.chain.settings import DEMO, ExperimentSettings
-from seal_nb.chain.slurm import Cluster, Job, dry_run, plan, submit_chain
+from seal_nb.chain.slurm import submit_chain
 from seal_nb.chain.slurm_jobs import JobState, SlurmError
+from seal_nb.chain.slurm_plan import Cluster, Job, plan
+from seal_nb.chain.slurm_text import dry_run
 from seal_nb.chain.status import chain_status, status_lines
 from seal_nb.chain.table import Chain, is_done, mark_done
 from seal_nb.chain.tables import continual_chain, evaluation_chain, rest_em_chain
@@ -372,3 +374,10 @@ def test_command_that_the_readme_shows_is_the_published_experiment(
     (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2\n")
     submit([*shlex.split(command), "--dry-run", "--project", str(fakes)])
     assert capsys.readouterr().out.rstrip("\n") == published()
+
+
+def test_chain_is_not_run_here_while_its_jobs_are_on_their_way(fakes: Path) -> None:
+    submit_chain(continual_chain(DEMO), fakes / "run", cluster(project=fakes), tell=print)
+    (fakes / "job102").write_text("JobId=102 JobState=PENDING Reason=Resources\n")
+    with pytest.raises(RunMismatch, match="SLURM jobs 102 work here"):
+        submit(["continual", "--run-dir", "run", "--small", "--executor", "local"])

@@ -239,6 +239,7 @@ def test_chain_with_a_raising_cell_and_a_cancelled_job_says_so_and_is_continued(
     jobs = read_record(run).jobs()
     eventually(lambda: lines_of(run / "base_evaluate/journal.jsonl") >= 1, "no inner loop is answered")
     slurm.run("scancel", jobs["base_evaluate"])
+    assert slurm.wait(jobs["base_evaluate"])["JobState"] == "CANCELLED"
     slurm.wait(jobs["base_cpt"], "FAILED")
     assert slurm.wait(jobs["results"])["JobState"] == "CANCELLED"  # it can never start
     before = (run / "base_evaluate/journal.jsonl").read_text()
