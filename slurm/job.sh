@@ -72,13 +72,19 @@ until_signalled() {
     exit "$status"
 }
 
-# Send USR2 to this job's shell when the server that it asks has ended for good (seal-nb submit names its job).
+# While the command runs, look after the job of the server that it asks (seal-nb submit names it): one that ended for
+# want of clients is queued again, since here is one; if it has failed or is gone, USR2 goes to this job's shell.
 watch_server() {
+    local refused=0
     trap - USR1 USR2 TERM
     while sleep "${SEAL_WATCH_S:-60}"; do
         case $(scontrol -o show job "$SEAL_SERVER_JOB" 2>&1) in
         *JobState=PENDING* | *JobState=RUNNING* | *JobState=CONFIGURING* | *JobState=COMPLETING*) ;;
         *JobState=SUSPENDED* | *JobState=REQUEUE*) ;;
+        *JobState=COMPLETED*)
+            scontrol requeue "${SEAL_SERVER_JOB%_*}" || refused=$((refused + 1)) # another client may have been faster
+            [ "$refused" -lt 3 ] || { kill -USR2 $$ && return; }
+            ;;
         *JobState=* | *'Invalid job id'*) kill -USR2 $$ && return ;;
         esac # else the controller cannot be asked now
     done

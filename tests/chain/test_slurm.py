@@ -13,7 +13,7 @@ import pytest
 
 from seal_nb.chain import slurm_jobs
 from seal_nb.chain.record import marked_when_done, read_record, record_of
-from seal_nb.chain.settings import DEMO, ExperimentSettings
+from seal_nb.chain.settings import DEMO
 from seal_nb.chain.slurm import submit_chain
 from seal_nb.chain.slurm_jobs import JobState, SlurmError
 from seal_nb.chain.slurm_plan import Cluster, Job, plan
@@ -23,6 +23,8 @@ from seal_nb.chain.table import Chain, is_done, mark_done
 from seal_nb.chain.tables import continual_chain, evaluation_chain, rest_em_chain
 from seal_nb.commands.submit import submit
 from seal_nb.errors import DataError, RunMismatch, SettingsError
+from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
+from tests.chain.test_tables import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY_RUN = ROOT / "docs/published_experiment.txt"
@@ -341,16 +343,7 @@ def test_setting_without_a_default_is_asked_for(fakes: Path) -> None:
 
 def published() -> str:
     """The dry run of the published experiment, on a cluster with two GPUs a node."""
-    chain = rest_em_chain(
-        ExperimentSettings(
-            model="Qwen/Qwen2.5-7B",
-            train_dataset="squad_train.json",
-            val_dataset="squad_val.json",
-            n_workers=2,
-            n_threads=1,
-        )
-    )
-    return dry_run(chain, ROOT / "runs/qwen", cluster(site={"SEAL_GPUS": "2"}))
+    return dry_run(PUBLISHED, ROOT / "runs/qwen", cluster(site={"SEAL_GPUS": "2"}))
 
 
 def test_published_experiment_becomes_the_jobs_that_the_documentation_shows() -> None:
@@ -381,3 +374,45 @@ def test_chain_is_not_run_here_while_its_jobs_are_on_their_way(fakes: Path) -> N
     (fakes / "job102").write_text("JobId=102 JobState=PENDING Reason=Resources\n")
     with pytest.raises(RunMismatch, match="SLURM jobs 102 work here"):
         submit(["continual", "--run-dir", "run", "--small", "--executor", "local"])
+
+
+def shown_calls() -> list[tuple[str, list[str]]]:
+    """(script, words behind it) of each sbatch that the page or a script's head shows."""
+    texts = [(ROOT / "docs/slurm.md").read_text()]
+    texts += [
+        path.read_text().replace("# sbatch", "sbatch") for path in sorted((ROOT / "slurm").glob("*.sbatch"))
+    ]
+    found = re.findall(r"^(?:.*: )?sbatch .*?slurm/(\w+)\.sbatch(.*)$", "\n".join(texts), re.MULTILINE)
+    return [(script, rest.split()) for script, rest in found]
+
+
+@pytest.mark.parametrize(("script", "words"), shown_calls())
+def test_shown_call_of_a_script_has_parameters_of_its_notebook(script: str, words: list[str]) -> None:
+    assert (ROOT / f"slurm/{script}.sbatch").is_file()
+    notebooks = [path for path in default_notebooks_dir().glob("*.ipynb") if path.stem[3:] == script]
+    names = {words[at + 1]: "1" for at, word in enumerate(words) if word == "-p"}
+    if script == "sft":
+        assert not names
+        return
+    (notebook,) = notebooks
+    declared = declared_parameters(notebook)
+    assert set(names) <= set(declared)
+
+
+def test_defaults_that_scripts_pass_are_parameters_of_their_notebooks() -> None:
+    for path in sorted((ROOT / "slurm").glob("*.sbatch")):
+        text = path.read_text()
+        for notebook, rest in re.findall(r"^ *run_stage (\w+) (.*)$", text, re.MULTILINE):
+            declared = declared_parameters(default_notebooks_dir() / f"{notebook}.ipynb")
+            passed = re.findall(r"-p (\w+) (\S+)", rest)
+            assert {name for name, _ in passed} <= set(declared), path.name
+    server = declared_parameters(default_notebooks_dir() / "02_ttt_server.ipynb")
+    assert {
+        "n_workers",
+        "idle_timeout_s",
+        "model",
+        "n_slots",
+        "n_threads",
+        "max_seq_length",
+        "grader",
+    } <= set(server)

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import psutil
 
+from seal_nb.chain.slurm_jobs import LIVE
+
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "setpriv")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # The namespace's own /etc/hosts and host name, then the command.
 ENTER = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
-LIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "STOPPED", "SIGNALING"}
 
 SLURM_CONF = """\
 ClusterName=test
@@ -143,7 +144,7 @@ class Cluster:
         said = self.run("scontrol", "-o", "show", "job", number).stdout.splitlines()[0]
         return dict(re.findall(r"(\w+)=(\S*)", said))
 
-    def wait(self, number: str, state: str = "", timeout_s: float = 180.0) -> dict[str, str]:
+    def wait(self, number: str, state: str = "", timeout_s: float = 300.0) -> dict[str, str]:
         """The job once it is in ``state``, or has ended. An end in another state fails."""
 
         def there() -> bool:
