@@ -5,6 +5,7 @@ Prints; the work is in ``seal_nb.chain``.
 
 import argparse
 import contextlib
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ from seal_nb.chain.slurm_plan import Cluster
 from seal_nb.chain.slurm_text import dry_run
 from seal_nb.chain.status import chain_status as statuses_of
 from seal_nb.chain.status import status_lines
-from seal_nb.chain.table import Chain
+from seal_nb.chain.table import Chain, is_done
 from seal_nb.chain.tables import CHAINS
 from seal_nb.errors import RunMismatch, SettingsError
-from seal_nb.notebook_runner import default_notebooks_dir
+from seal_nb.notebook_runner import default_notebooks_dir, format_value
 
 SHIPPED = "shipped:"
 
@@ -36,6 +37,8 @@ def submit(argv: Sequence[str]) -> None:
     run_dir: Path = arguments.run_dir
     if arguments.executor == "local":
         chain = CHAINS[arguments.chain](_settings(arguments))
+        if arguments.dry_run:
+            return _show_commands(chain, run_dir)
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
     cluster = _cluster(arguments)
     settings = _settings(arguments, n_workers=cluster.workers_a_node)
@@ -81,6 +84,16 @@ def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
         raise
     index = write_index(run_dir, title=title)
     print(f"executed notebooks: {run_dir}/*/*.ipynb\nall plots on one page: {index}")
+
+
+def _show_commands(chain: Chain, run_dir: Path) -> None:
+    """One command a stage, in the order in which they would run here."""
+    for stage in chain:
+        kept = not stage.background and is_done(chain, stage, run_dir)
+        print(f"# {stage.name}: {'finished before, kept' if kept else stage.title}")
+        values = stage.values(run_dir).items()
+        words = [word for name, value in values for word in ("-p", name, format_value(value))]
+        print(shlex.join(["seal-nb", "run", stage.notebook, *words]))
 
 
 def _shut_down(endpoint_file: Path) -> None:

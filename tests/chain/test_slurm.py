@@ -416,3 +416,13 @@ def test_defaults_that_scripts_pass_are_parameters_of_their_notebooks() -> None:
         "max_seq_length",
         "grader",
     } <= set(server)
+
+
+def test_dry_run_here_shows_a_command_a_stage_and_starts_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit(["rest_em", "--small", "--executor", "local", "--run-dir", str(tmp_path / "run"), "--dry-run"])
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert len(shown) == len(list(rest_em_chain(DEMO)))
+    assert all(line.startswith("seal-nb run ") for line in shown)
+    assert not (tmp_path / "run").exists()
