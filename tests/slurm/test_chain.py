@@ -13,7 +13,7 @@ from tests.slurm.conftest import Project
 RUN = "runs/round"
 COUNTS = {
     "n-rounds": 1, "n-train": 1, "n-val": 1, "k-completions": 2, "cpt-completions": 1, "eval-times": 1,
-    "arms": "self_edits,hand_written", "max-tokens": 24, "max-new-tokens": 16, "finetune-epochs": 3,
+    "arms": "self_edits,hand_written", "max-tokens": 24, "max-new-tokens": 16, "finetune-epochs": 2,
     "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "continual-seeds": "42,43", "n-sequences": 1,
     "n-datapoints": 1, "continual-max-new-tokens": 8, "n-workers": 1,
 }  # fmt: skip
