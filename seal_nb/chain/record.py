@@ -5,7 +5,6 @@ picture, without the settings that made the chain. Paths follow from names, so t
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -120,31 +119,3 @@ def marked_when_done(run_dir: Path | None, output_dir: str) -> Iterator[None]:
         raise DataError(f"stage {stage.name!r} did not write {', '.join(missing)}", path=run_dir / stage.name)
     seconds = time.monotonic() - began
     mark_finished(run_dir, stage.name, stage.identity, notebook=stage.notebook, seconds=seconds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellFailure:
-    """The cell of an executed notebook that raised."""
-
-    number: int | None  # in square brackets in the notebook
-    ename: str
-    evalue: str
-    source: str
-
-
-def failing_cell(executed: Path) -> CellFailure | None:
-    """None where there is no such notebook (yet), or no cell raised."""
-    try:
-        cells = json.loads(executed.read_text())["cells"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output.get("output_type") == "error":
-                return CellFailure(
-                    number=cell.get("execution_count"),
-                    ename=output["ename"],
-                    evalue=output["evalue"],
-                    source="".join(cell["source"]),
-                )
-    return None

@@ -4,12 +4,13 @@ Three sources: the marks of finished stages, SLURM about the jobs that it still 
 in its folder, which is its log and the executed notebook with the failing cell. Asks, and changes nothing.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_nb.chain.record import ChainRecord, StageRecord, failing_cell
+from seal_nb.chain.record import ChainRecord, StageRecord
 from seal_nb.chain.slurm_jobs import JobState
 from seal_nb.chain.table import read_marker
 
@@ -100,3 +101,31 @@ def _what_went_wrong(status: StageStatus, run_dir: Path) -> Iterator[str]:
         yield from (f"      {line}" for line in lines[-LOG_LINES:])
     if executed.exists():
         yield f"  executed notebook: {executed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellFailure:
+    """The cell of an executed notebook that raised."""
+
+    number: int | None  # in square brackets in the notebook
+    ename: str
+    evalue: str
+    source: str
+
+
+def failing_cell(executed: Path) -> CellFailure | None:
+    """None where there is no such notebook (yet), or no cell raised."""
+    try:
+        cells = json.loads(executed.read_text())["cells"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if output.get("output_type") == "error":
+                return CellFailure(
+                    number=cell.get("execution_count"),
+                    ename=output["ename"],
+                    evalue=output["evalue"],
+                    source="".join(cell["source"]),
+                )
+    return None
