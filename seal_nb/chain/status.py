@@ -5,6 +5,7 @@ in its folder, which is its log and the executed notebook with the failing cell.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from seal_nb.chain.slurm_jobs import JobState
 from seal_nb.chain.table import read_marker
 
 LOG_LINES = 5
-CELL_LINES = 6
+MESSAGE_LINES = 4
 BAD = ("failed", "lost")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")  # colours
 LookUp = Callable[[str], JobState | None]
 
 
@@ -93,8 +95,10 @@ def _what_went_wrong(status: StageStatus, run_dir: Path) -> Iterator[str]:
     yield f"{stage.name}: {status.note}"
     executed, log = stage.executed(run_dir), stage.log(run_dir)
     if (failure := failing_cell(executed)) is not None:
-        yield f"  cell [{failure.number}] raised {failure.ename}: {failure.evalue}"
-        yield from (f"      {line}" for line in failure.source.strip().splitlines()[:CELL_LINES])
+        message = f"cell [{failure.number}] raised {failure.ename}: {failure.evalue}".splitlines()
+        yield f"  {message[0]}"
+        yield from (f"      {line}" for line in message[1:MESSAGE_LINES])
+        yield f"  at: {failure.line}"
     if log.exists():
         yield f"  the end of {log}:"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -110,7 +114,7 @@ class CellFailure:
     number: int | None  # in square brackets in the notebook
     ename: str
     evalue: str
-    source: str
+    line: str  # that raised; the cell's first one where the traceback does not tell
 
 
 def failing_cell(executed: Path) -> CellFailure | None:
@@ -126,6 +130,14 @@ def failing_cell(executed: Path) -> CellFailure | None:
                     number=cell.get("execution_count"),
                     ename=output["ename"],
                     evalue=output["evalue"],
-                    source="".join(cell["source"]),
+                    line=_raising_line("\n".join(output["traceback"]))
+                    or "".join(cell["source"]).split("\n")[0],
                 )
     return None
+
+
+def _raising_line(traceback: str) -> str:
+    """Where IPython's traceback points to in the cell; of several exceptions the last one's."""
+    text = ANSI.sub("", traceback).rpartition("Cell In[")[2]
+    found = re.search(r"^-+> *\d+ (.*)$", text, flags=re.MULTILINE)
+    return found[1].strip() if found else ""

@@ -285,14 +285,18 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
     folder = tmp_path / "base_cpt"
     folder.mkdir()
     (folder / "04_cpt-7base_cpt.log").write_text("\n".join(f"line {n}" for n in range(9)) + "\n")
-    error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=[])
-    cell = nbformat.v4.new_code_cell("load(dataset)", outputs=[error], execution_count=3)
+    traceback = [
+        "DataError    Traceback",
+        "\x1b[32m      1\x1b[39m x = 1\n\x1b[32m----> 2\x1b[39m load(dataset)",
+    ]
+    error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=traceback)
+    cell = nbformat.v4.new_code_cell("x = 1\nload(dataset)", outputs=[error], execution_count=3)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "04_cpt-7base_cpt.ipynb")
     failed = JobState(**DONE | {"state": "FAILED", "reason": "NonZeroExitCode", "exit_code": 1})
     lines = status_of(tmp_path, {"base_cpt": failed})
     about = lines[lines.index("base_cpt: job 7base_cpt on node1: FAILED, exit code 1") :]
     assert "  cell [3] raised DataError: no such file" in about
-    assert "      load(dataset)" in about
+    assert "  at: load(dataset)" in about
     assert [line.strip() for line in about if line.startswith("      line")] == [
         f"line {n}" for n in range(4, 9)
     ]
