@@ -286,8 +286,8 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "04_cpt-7base_cpt.log").write_text("\n".join(f"line {n}" for n in range(9)) + "\n")
     traceback = [
-        "DataError    Traceback",
-        "\x1b[32m      1\x1b[39m x = 1\n\x1b[32m----> 2\x1b[39m load(dataset)",
+        "Cell In[3], line 2\n\x1b[32m      1\x1b[39m x = 1\n\x1b[32m----> 2\x1b[39m load(dataset)\n",
+        "File passages.py:9, in load(path)\n\x1b[32m----> 9\x1b[39m raise DataError(path)",
     ]
     error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=traceback)
     cell = nbformat.v4.new_code_cell("x = 1\nload(dataset)", outputs=[error], execution_count=3)
