@@ -29,6 +29,7 @@ PUBLISHED = rest_em_chain(
         model="Qwen/Qwen2.5-7B",
         train_dataset="squad_train.json",
         val_dataset="squad_val.json",
+        shuffle=True,
         n_workers=2,
         n_threads=1,
     )
