@@ -21,7 +21,7 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command is not _serve:
+    if rest and arguments.command not in (_serve, _submit):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     try:
@@ -34,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SealError as error:
-        from seal_nb.chain_local import ChainFailed
-        from seal_nb.notebook_runner import StageFailed
+        from seal_nb.chain.local import ChainFailed
+        from seal_nb.notebook_runner import StageFailed, StageInterrupted
 
         print(f"seal-nb: {error}", file=sys.stderr)
+        if isinstance(error, StageInterrupted):
+            return 143  # as a shell says of what SIGTERM ended
         return 1 if isinstance(error, StageFailed | ChainFailed) else 2
 
 
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run, _add_serve, _add_status, _add_summarize, _add_grade, _add_demo):
+    for add in (_add_run, _add_serve, _add_status, _add_submit, _add_summarize, _add_grade, _add_demo):
         add(commands)
     return parser
 
@@ -63,12 +65,16 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--notebooks", type=Path, metavar="DIR", help="default: notebooks/ of the checkout")
     run.add_argument("--parameters", action="store_true", help="list the stage's parameters and end")
+    run.add_argument(
+        "--chain", type=Path, metavar="RUN", help="afterwards mark the stage as done in this run"
+    )
     run.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
     run.set_defaults(command=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from seal_nb import notebook_runner as runner
+    from seal_nb.chain.record import marked_when_done
     from seal_nb.lifeline import end_with_parent
     from seal_nb.progress import for_stream
 
@@ -83,7 +89,8 @@ def _run(arguments: argparse.Namespace) -> None:
     values = runner.parse_parameters(arguments.pairs, declared)
     executed = arguments.output or runner.executed_path(notebook, values, declared)
     write, progress_bar = for_stream(sys.stdout)
-    runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
+    with marked_when_done(arguments.chain, str(values.get("output_dir", ""))):
+        runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
     print(f"executed notebook: {executed}")
 
 
@@ -126,6 +133,30 @@ def _status(arguments: argparse.Namespace) -> None:
         return
     for name, text in status_rows(status):
         print(f"{name}: {text}")
+
+
+def _add_submit(commands: Any) -> None:
+    # Its options are the fields of ExperimentSettings, made where those are declared.
+    commands.add_parser(
+        "submit", help="run a chain of stages: on a SLURM cluster, or here", add_help=False
+    ).set_defaults(command=_submit)
+    status = commands.add_parser(
+        "chain-status", help="what a submitted chain has done, is doing, and why not"
+    )
+    status.add_argument("run_dir", type=Path, metavar="RUN", help="the run folder of `submit`")
+    status.set_defaults(command=_chain_status)
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from seal_nb.commands.submit import submit
+
+    submit(arguments.rest)
+
+
+def _chain_status(arguments: argparse.Namespace) -> int:
+    from seal_nb.commands.submit import chain_status
+
+    return chain_status(arguments.run_dir)
 
 
 def _add_summarize(commands: Any) -> None:
@@ -190,33 +221,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from seal_nb.chain_local import run_chain
-    from seal_nb.chain_settings import DEMO
-    from seal_nb.chain_tables import rest_em_chain
-    from seal_nb.notebook_runner import default_notebooks_dir
-    from seal_nb.views.report import write_index
+    from seal_nb.chain.settings import DEMO
+    from seal_nb.chain.tables import rest_em_chain
+    from seal_nb.commands.submit import run_here
 
-    folder: Path = arguments.run_dir
-    try:
-        run_chain(
-            rest_em_chain(DEMO),
-            folder,
-            notebooks=default_notebooks_dir(),
-            tell=lambda line: print(line, flush=True),
-            stop_server=_shut_down,
-        )
-    except (KeyboardInterrupt, SystemExit):
-        print("stopped; the same command again continues: nothing finished is lost", file=sys.stderr)
-        raise
-    index = write_index(folder, title="Demo: self-edits on a small model")
-    print(f"executed notebooks: {folder}/*/*.ipynb\nall plots on one page: {index}")
-
-
-def _shut_down(endpoint_file: Path) -> None:
-    from seal_nb.service.client import TTTClient
-
-    with TTTClient(str(endpoint_file), wait_s=10) as client:
-        client.shutdown()
+    run_here(rest_em_chain(DEMO), arguments.run_dir, title="Demo: self-edits on a small model")
 
 
 if __name__ == "__main__":

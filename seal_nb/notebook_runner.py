@@ -7,12 +7,18 @@ What is *not* here: printing (the caller hands in where text goes), order of sta
 """
 
 import ast
+import contextlib
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from seal_nb.errors import SealError, SettingsError
 
@@ -26,6 +32,10 @@ class StageFailed(SealError, RuntimeError):
     def __init__(self, message: str, *, executed: Path, ename: str, evalue: str) -> None:
         self.executed, self.ename, self.evalue = executed, ename, evalue
         super().__init__(message)
+
+
+class StageInterrupted(StageFailed):
+    """SIGTERM ended the stage before its end; run again, it goes on from its journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,32 +161,67 @@ def run_notebook(
 ) -> None:
     """Execute ``notebook`` into ``executed``; what its cells print goes to ``write`` as it comes.
 
+    SIGTERM interrupts the running cell (KeyboardInterrupt), so that it closes what it holds.
+
     Raises:
-        StageFailed: a cell raised.
+        StageFailed: a cell raised, or the kernel died.
+        StageInterrupted: after a SIGTERM.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     executed.parent.mkdir(parents=True, exist_ok=True)
+    with interrupted_by_sigterm() as interruption:
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(executed),
+                parameters=dict(values),
+                kernel_name="python3",
+                progress_bar=progress_bar,
+                start_timeout=START_TIMEOUT_S,
+                # Code and outputs travel over loopback TCP, which others on a shared node could read.
+                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+                stdout_file=_Sink(write),
+            )
+        except papermill.PapermillExecutionError as error:
+            kind = StageInterrupted if interruption.is_set() else StageFailed
+            message = _short_failure(notebook, error, executed)
+            raise kind(message, executed=executed, ename=error.ename, evalue=error.evalue) from error
+        except DeadKernelError as error:
+            kind, why = StageFailed, "most often the system ends one for want of memory"
+            if interruption.is_set():
+                kind, why = StageInterrupted, "SIGTERM has ended it as well"
+            message = f"{notebook.stem}: its kernel died ({why}); what was done before is in {executed}"
+            raise kind(message, executed=executed, ename="DeadKernelError", evalue=str(error)) from error
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[threading.Event]:
+    """Meanwhile SIGTERM interrupts the kernels that are children of this process, a second one ends it.
+
+    Papermill alone would end at once and leave its kernel half a second. The event is set at the first one.
+    """
+    came = threading.Event()
+
+    def interrupt(number: int, _frame: object) -> None:
+        if came.is_set():
+            sys.exit(128 + number)
+        came.set()
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if any("ipykernel" in word for word in child.cmdline()):
+                    child.send_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=dict(values),
-            kernel_name="python3",
-            progress_bar=progress_bar,
-            start_timeout=START_TIMEOUT_S,
-            # Code and outputs travel over loopback TCP, which others on a shared node could read.
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            stdout_file=_Sink(write),
-        )
-    except papermill.PapermillExecutionError as error:
-        raise StageFailed(
-            _short_failure(notebook, error, executed),
-            executed=executed,
-            ename=error.ename,
-            evalue=error.evalue,
-        ) from error
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _short_failure(notebook: Path, error: Any, executed: Path) -> str:

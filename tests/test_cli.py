@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
         "print(sorted({'torch', 'papermill', 'zmq', 'matplotlib', 'pydantic'} & set(sys.modules)))"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("run", "serve", "status", "summarize", "grade", "demo"):
+    for command in ("run", "serve", "status", "submit", "chain-status", "summarize", "grade", "demo"):
         assert re.search(rf"^    {command}\s", said, flags=re.MULTILINE)
     assert said.splitlines()[-1] == "[]"
 
@@ -175,3 +176,40 @@ def test_wrong_option_of_serve_is_refused() -> None:
     done = seal_nb("serve", "--prot", "1")
     assert done.returncode == 2
     assert "--prot" in done.stderr
+
+
+SLEEP = """
+import time
+from pathlib import Path
+try:
+    Path("began").touch()
+    time.sleep(60)
+finally:
+    Path("closed").touch()
+"""
+
+
+def test_sigterm_interrupts_the_cell_which_closes_what_it_holds(tmp_path: Path) -> None:
+    write_notebook(tmp_path / "notebooks", "01_sleep", 'output_dir: str = "runs/sleep"', SLEEP)
+    words = [sys.executable, "-m", "seal_nb.cli", "run", "01", "--notebooks", "notebooks"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(words, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "began").exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.terminate()
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert "cell [2] raised KeyboardInterrupt" in said
+    assert (tmp_path / "closed").exists()
+    assert "KeyboardInterrupt" in (tmp_path / "runs/sleep/01_sleep.ipynb").read_text()
+
+
+def test_kernel_that_is_killed_is_a_failed_stage(tmp_path: Path) -> None:
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    write_notebook(tmp_path / "notebooks", "01_die", 'output_dir: str = "runs/die"', kill)
+    done = seal_nb("run", "01", "--notebooks", tmp_path / "notebooks", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "01_die: its kernel died" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "runs/die/01_die.ipynb").exists()

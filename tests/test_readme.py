@@ -22,7 +22,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 # Need a GPU or a hub, a server that stays, hours, or are this test run itself.
-NOT_RUN = re.compile(r"^(make|conda|pip|git|cd|seal-nb (serve|status|submit))\b|Qwen|127\.0\.0\.1")
+NOT_RUN = re.compile(
+    r"^(make|conda|pip|git|cd|seal-nb (serve|status|submit|chain-status))\b|Qwen|127\.0\.0\.1"
+)
 
 
 def options_of(words: list[str]) -> list[tuple[str, str]]:
@@ -44,7 +46,7 @@ def test_stage_and_parameters_of_a_run_exist(command: str) -> None:
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("seal-nb")])
 def test_command_has_this_form(command: str) -> None:
     arguments, rest = _parser().parse_known_args(shlex.split(command)[1:])
-    assert not rest or command.startswith("seal-nb serve")
+    assert not rest or command.startswith(("seal-nb serve", "seal-nb submit"))
     assert arguments.command
 
 

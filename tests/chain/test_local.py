@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from seal_nb.chain import Chain, Stage, in_run, is_done, mark_done
-from seal_nb.chain_local import ChainBusy, ChainFailed, run_chain
+from seal_nb.chain.local import ChainBusy, ChainFailed, run_chain
+from seal_nb.chain.table import Chain, Stage, in_run, is_done, mark_done
 from seal_nb.errors import SettingsError
 from tests.tiny_notebooks import write_notebook
 
@@ -183,8 +183,8 @@ def test_server_that_ends_early_ends_the_stage_that_needs_it(tmp_path: Path, not
 CHAIN_PROCESS = """
 import sys
 from pathlib import Path
-from seal_nb.chain import Chain, Stage
-from seal_nb.chain_local import run_chain
+from seal_nb.chain.table import Chain, Stage
+from seal_nb.chain.local import run_chain
 server = Stage(name="server", notebook="serve", title="", produces=("endpoint.json",), background=True)
 first = Stage(name="first", notebook="count", title="", produces=("runs.txt",))
 wait = {"seconds": float(sys.argv[3])}
@@ -231,7 +231,7 @@ def test_chain_that_is_ended_leaves_no_process_and_goes_on_when_started_again(
 def test_second_chain_in_the_same_folder_is_refused_while_the_first_runs(
     tmp_path: Path, notebooks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seal_nb.chain_local.TAKEOVER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("seal_nb.chain.local.TAKEOVER_TIMEOUT_S", 1.0)
     run_dir = tmp_path / "run"
     chain = start_chain(run_dir, notebooks)
     try:

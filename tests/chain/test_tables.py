@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from seal_nb.chain import RUN, Stage
-from seal_nb.chain_settings import DEMO, ExperimentSettings
-from seal_nb.chain_tables import rest_em_chain
+from seal_nb.chain.settings import DEMO, ExperimentSettings
+from seal_nb.chain.table import RUN, Stage
+from seal_nb.chain.tables import rest_em_chain
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.single_passage import SinglePassageSettings, self_edit_texts
 from seal_nb.notebook_runner import (
@@ -29,6 +29,7 @@ PUBLISHED = rest_em_chain(
         model="Qwen/Qwen2.5-7B",
         train_dataset="squad_train.json",
         val_dataset="squad_val.json",
+        shuffle=True,
         n_workers=2,
         n_threads=1,
     )
@@ -128,8 +129,8 @@ def test_change_of_a_count_reruns_what_depends_on_it_and_nothing_else() -> None:
             | {"finetune_lr": 3e-4, "batch_size": 1, "gradient_accumulation_steps": 10, "k_best": 1},
         ),
         (
-            "continual",
-            {"arm": "self_edits", "n_sequences": 8, "n_datapoints": 8, "max_tokens": 8192}
+            "continual_seed49",
+            {"arm": "self_edits", "seed": 49, "n_sequences": 8, "n_datapoints": 8, "max_tokens": 8192}
             | {"finetune_epochs": 10, "max_new_tokens": 64, "lora_rank": 32, "target_modules": []},
         ),
     ],
@@ -153,7 +154,7 @@ def test_published_table_asks_for_nothing_that_squad_lacks(tmp_path: Path) -> No
         for arm in str(asked(stage).get("arms") or asked(stage).get("arm") or "").split(",")
         if arm
     }
-    assert {name for name, _ in arms} >= {"base_evaluate", "base_cpt", "round1_rank", "continual"}
+    assert {name for name, _ in arms} >= {"base_evaluate", "base_cpt", "round1_rank", "continual_seed42"}
     for _, arm in arms:
         assert self_edit_texts(written, 0, SinglePassageSettings(arm=arm))
 

@@ -1,4 +1,4 @@
-"""The table of the whole experiment: SEAL's five stages over any number of ReST-EM rounds.
+"""The tables of experiments: SEAL's five stages over any number of ReST-EM rounds, and parts of that.
 
 Round 0 is the model as it came. Each round: self-edits of training passages, their reward (one adapter
 each), ReST-EM training, then the new model's self-edits of the validation passages, evaluated. The last model
@@ -7,11 +7,11 @@ counts; a cluster runs it with Qwen2.5-7B and the published ones. Every setting 
 notebook, whose own defaults are those of a minute's try.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from seal_nb.chain import Chain, Stage, in_run
-from seal_nb.chain_settings import ExperimentSettings
+from seal_nb.chain.settings import ExperimentSettings
+from seal_nb.chain.table import Chain, Stage, in_run
 from seal_nb.experiments.arms import run_file_name
 from seal_nb.notebook_runner import Value
 
@@ -22,11 +22,28 @@ MODEL_FOLDER = "model"
 
 def rest_em_chain(settings: ExperimentSettings) -> Chain:
     """All stages in an order in which one server is up at a time."""
-    stages: list[Stage] = []
-    for number in range(settings.n_rounds + 1):
-        stages += _Round(settings, number).stages()
-    results = tuple(stage.name for stage in stages if not stage.background)
-    return Chain(name="rest_em", stages=(*stages, _results(results)))
+    rounds = [_Round(settings, number) for number in range(settings.n_rounds + 1)]
+    return _with_results("rest_em", [stage for one in rounds for stage in one.stages()])
+
+
+def evaluation_chain(settings: ExperimentSettings) -> Chain:
+    """The model as it is, on the validation passages: single passage and CPT."""
+    base = _Round(settings, 0)
+    stages = [base.validation_self_edits(), base.server(), base.evaluate(), base.cpt()]
+    return _with_results("evaluation", stages)
+
+
+def continual_chain(settings: ExperimentSettings) -> Chain:
+    """The model as it is, edited continually."""
+    base = _Round(settings, 0)
+    return _with_results("continual", [base.server(), *base.continual()])
+
+
+CHAINS: dict[str, Callable[[ExperimentSettings], Chain]] = {
+    "rest_em": rest_em_chain,
+    "evaluation": evaluation_chain,
+    "continual": continual_chain,
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,23 @@ class _Round:
         return f"round{self.number + 1}"
 
     def stages(self) -> Iterator[Stage]:
+        ranks = self.number < self.settings.n_rounds
+        yield self.validation_self_edits()
+        if ranks:
+            yield self.training_self_edits()
+        yield self.server()
+        yield self.evaluate()
+        if not self.number:
+            yield self.cpt()
+        if ranks:
+            yield self.rank()
+            yield self.train()
+        else:
+            yield from self.continual()
+
+    def validation_self_edits(self) -> Stage:
         s = self.settings
-        ranks = self.number < s.n_rounds
-        yield self._self_edits(
+        return self._self_edits(
             f"{self.label}_self_edits",
             f"each of {s.n_val} validation passages",
             dataset=s.val_dataset,
@@ -63,25 +94,18 @@ class _Round:
             # Only the first of each passage is evaluated, as published; CPT takes all.
             k_completions=1 if self.number else s.cpt_completions,
         )
-        if ranks:
-            yield self._self_edits(
-                f"{self.next_label}_self_edits_train",
-                f"each of {s.n_train} training passages, {s.k_completions} times",
-                dataset=s.train_dataset,
-                n_articles=s.n_train,
-                # As published: every round trains on passages that no earlier round has seen.
-                start=self.number * s.n_train,
-                k_completions=s.k_completions,
-            )
-        yield self._server()
-        yield self._evaluate()
-        if not self.number:
-            yield self._cpt()
-        if ranks:
-            yield self._rank()
-            yield self._train()
-        else:
-            yield self._continual()
+
+    def training_self_edits(self) -> Stage:
+        s = self.settings
+        return self._self_edits(
+            f"{self.next_label}_self_edits_train",
+            f"each of {s.n_train} training passages, {s.k_completions} times",
+            dataset=s.train_dataset,
+            n_articles=s.n_train,
+            # As published: every round trains on passages that no earlier round has seen.
+            start=self.number * s.n_train,
+            k_completions=s.k_completions,
+        )
 
     def _self_edits(self, name: str, what: str, **asked: Value) -> Stage:
         return Stage(
@@ -99,7 +123,7 @@ class _Round:
             produces=(SELF_EDITS_FILE,),
         )
 
-    def _server(self) -> Stage:
+    def server(self) -> Stage:
         name = f"{self.label}_server"
         return Stage(
             name=name,
@@ -117,7 +141,7 @@ class _Round:
             background=True,
         )
 
-    def _evaluate(self) -> Stage:
+    def evaluate(self) -> Stage:
         # What no model wrote is the same in every round.
         arms = ("self_edits",) if self.number else self.settings.arms
         return Stage(
@@ -134,7 +158,7 @@ class _Round:
             produces=tuple(run_file_name(self.label, arm) for arm in arms),
         )
 
-    def _cpt(self) -> Stage:
+    def cpt(self) -> Stage:
         s = self.settings
         return Stage(
             name=f"{self.label}_cpt",
@@ -152,7 +176,7 @@ class _Round:
             produces=tuple(f"cpt_run_{arm}.json" for arm in s.arms),
         )
 
-    def _rank(self) -> Stage:
+    def rank(self) -> Stage:
         s, texts = self.settings, f"{self.next_label}_self_edits_train"
         loops = s.n_train * s.k_completions * s.eval_times
         return Stage(
@@ -169,7 +193,7 @@ class _Round:
             produces=(run_file_name(f"{self.next_label}_rank", "self_edits"),),
         )
 
-    def _train(self) -> Stage:
+    def train(self) -> Stage:
         s, rank = self.settings, f"{self.next_label}_rank"
         return Stage(
             name=f"{self.next_label}_train",
@@ -192,12 +216,17 @@ class _Round:
             produces=(MODEL_FOLDER,),
         )
 
-    def _continual(self) -> Stage:
+    def continual(self) -> Iterator[Stage]:
+        seeds = self.settings.continual_seeds
+        for seed in seeds:
+            yield self._continual(seed, array="continual" if len(seeds) > 1 else "")
+
+    def _continual(self, seed: int, *, array: str) -> Stage:
         s = self.settings
         return Stage(
-            name="continual",
+            name=f"{array}_seed{seed}" if array else "continual",
             notebook="06_continual_self_edits",
-            title=f"continual self-edits: {s.n_sequences} sequences of {s.n_datapoints} passages",
+            title=f"continual self-edits, seed {seed}: {s.n_sequences} × {s.n_datapoints} passages",
             parameters={
                 "dataset": s.val_dataset,
                 "endpoint": in_run(f"{self.label}_server", ENDPOINT_FILE),
@@ -208,10 +237,11 @@ class _Round:
                 "max_tokens": s.max_tokens,
                 **self._inner_loop(),
                 "max_new_tokens": s.continual_max_new_tokens,
-                "seed": s.seed,
+                "seed": seed,
             },
             needs=(f"{self.label}_server",),
             produces=("summary_continual.json",),
+            array=array,
         )
 
     def _asked(self, texts: str, *, n: int, k: int) -> dict[str, Value]:
@@ -235,11 +265,13 @@ class _Round:
         return f"the model of round {self.number}" if self.number else "the base model"
 
 
-def _results(needs: tuple[str, ...]) -> Stage:
-    return Stage(
+def _with_results(name: str, stages: Iterable[Stage]) -> Chain:
+    made = tuple(stages)
+    results = Stage(
         name="results",
         notebook="08_results",
         title="all results side by side",
         parameters={"runs_dir": in_run()},
-        needs=needs,
+        needs=tuple(stage.name for stage in made if not stage.background),
     )
+    return Chain(name=name, stages=(*made, results))

@@ -1,15 +1,16 @@
 """One table of stages: which notebook, with which parameters, after which others.
 
-A chain says what an experiment consists of; an executor runs it (``chain_local`` on this machine). Paths in
-parameters are written relative to the run's folder with ``in_run``, so that the same table serves any folder
-and any executor. What identifies a stage is its content: notebook, parameters and what it is made from; a
-finished stage with the same identity need not run again.
+A chain says what an experiment consists of; an executor runs it (``local`` on this machine, ``slurm`` on a
+cluster). Paths in parameters are written relative to the run's folder with ``in_run``, so that the same
+table serves any folder and any executor. What identifies a stage is its content: notebook, parameters and
+what it is made from; a finished stage with the same identity need not run again.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.notebook_runner import Value
@@ -29,7 +30,8 @@ class Stage:
     """One notebook run. Its results lie in the folder of its name; ``output_dir`` need not be given.
 
     A background stage is a server: it is started before the first stage that needs it and stopped after the
-    last; ``produces`` names the file whose appearance means that it is ready.
+    last; ``produces`` names the file whose appearance means that it is ready. Stages of one ``array`` differ
+    in their seed only and are named by it: on a cluster they are one job array, whose task numbers are seeds.
     """
 
     name: str
@@ -39,8 +41,13 @@ class Stage:
     needs: tuple[str, ...] = ()
     produces: tuple[str, ...] = ()
     background: bool = False
+    array: str = ""
 
     def __post_init__(self) -> None:
+        if self.array and self.name != f"{self.array}_seed{self.parameters.get('seed')}":
+            raise SettingsError(
+                f"stage {self.name!r} of array {self.array!r}: name it {self.array}_seed<seed>"
+            )
         if self.background and len(self.produces) != 1:
             raise SettingsError(
                 f"background stage {self.name!r}: name the one file that means ready in `produces`"
@@ -79,6 +86,10 @@ class Chain:
     def __iter__(self) -> Iterator[Stage]:
         return iter(self.stages)
 
+    def users_of(self, server: Stage) -> list[Stage]:
+        """The stages during which ``server`` must be up."""
+        return [stage for stage in self if server.name in stage.needs]
+
     def servers_of(self, stage: Stage) -> list[Stage]:
         """The background stages that must be up while ``stage`` runs."""
         return [self[name] for name in stage.needs if self[name].background]
@@ -91,15 +102,29 @@ class Chain:
 
 def is_done(chain: Chain, stage: Stage, run_dir: Path) -> bool:
     """Whether ``stage`` finished in this folder with these parameters and its results are still there."""
-    try:
-        marker = json.loads((run_dir / DONE_DIR / f"{stage.name}.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    results = [run_dir / stage.name / file for file in stage.produces]
-    return marker.get("identity") == chain.identity(stage) and all(path.exists() for path in results)
+    return is_finished(run_dir, stage.name, chain.identity(stage), stage.produces)
 
 
 def mark_done(chain: Chain, stage: Stage, run_dir: Path, *, seconds: float) -> None:
     """Remember that ``stage`` finished, and how long it took."""
-    marker = {"identity": chain.identity(stage), "notebook": stage.notebook, "seconds": round(seconds, 1)}
-    write_json(run_dir / DONE_DIR / f"{stage.name}.json", marker)
+    mark_finished(run_dir, stage.name, chain.identity(stage), notebook=stage.notebook, seconds=seconds)
+
+
+def is_finished(run_dir: Path, name: str, identity: str, produces: Iterable[str]) -> bool:
+    """``is_done``, for who knows a stage by its identity alone."""
+    marker = read_marker(run_dir, name)
+    return marker.get("identity") == identity and all((run_dir / name / file).exists() for file in produces)
+
+
+def mark_finished(run_dir: Path, name: str, identity: str, *, notebook: str, seconds: float) -> None:
+    marker = {"identity": identity, "notebook": notebook, "seconds": round(seconds, 1)}
+    write_json(run_dir / DONE_DIR / f"{name}.json", marker)
+
+
+def read_marker(run_dir: Path, name: str) -> dict[str, Any]:
+    """What was remembered of the stage of that name; empty if nothing was."""
+    try:
+        marker = json.loads((run_dir / DONE_DIR / f"{name}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return marker if isinstance(marker, dict) else {}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from seal_nb.chain import Chain, Stage, is_done, mark_done
+from seal_nb.chain.table import Chain, Stage, is_done, mark_done
 from seal_nb.errors import SealError
 from seal_nb.lifeline import end_tree
 from seal_nb.notebook_runner import format_value
@@ -47,16 +47,16 @@ def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_
         ChainFailed: a stage failed; those after it were not started.
         ChainBusy: the folder is in use.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _sole_use(run_dir, tell) as lock, _terminate_raises():
+    with sole_use(run_dir, tell) as lock, _terminate_raises():
         _LocalRun(
             chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock
         ).run()
 
 
 @contextlib.contextmanager
-def _sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
+def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
     """Hold the folder's lock. Children inherit it, so it also shows what a killed chain has left running."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ".chain.lock"
     with path.open("a+") as file:
         _wait_for_lock(file.fileno(), path, tell)

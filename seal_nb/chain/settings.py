@@ -2,7 +2,7 @@
 
 Defaults are those of SEAL (arXiv 2506.10943; its run files and scripts); a model, its data and its machine
 have none. Of the arms, ``hand_written`` is ours and needs passages that have such texts. What each setting is
-called in a notebook stands in ``chain_tables``.
+called in a notebook stands in ``tables``.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,8 @@ class ExperimentSettings:
     sft_accumulation: int = 10  # published: 5 on each of 2 GPUs
 
     continual_arm: Arm = "self_edits"
-    n_sequences: int = 8  # of continual edits; published: in each of 8 runs, seeds 42 to 49
+    continual_seeds: tuple[int, ...] = tuple(range(42, 50))  # a run each; published: 8
+    n_sequences: int = 8  # of a run
     n_datapoints: int = 8  # passages of a sequence
     continual_max_new_tokens: int = 64
 
@@ -61,6 +62,8 @@ class ExperimentSettings:
     def __post_init__(self) -> None:
         if unknown := [arm for arm in (*self.arms, self.continual_arm) if arm not in ARMS]:
             raise SettingsError(f"arms: {', '.join(unknown)} not known; known are {', '.join(ARMS)}")
+        if not self.continual_seeds or len(set(self.continual_seeds)) < len(self.continual_seeds):
+            raise SettingsError(f"continual_seeds is {self.continual_seeds}; give at least one, each once")
         if not self.arms:
             raise SettingsError("arms is empty; name at least one of " + ", ".join(ARMS))
 
@@ -86,6 +89,7 @@ DEMO = ExperimentSettings(
     cpt_lr=3e-3,
     cpt_accumulation=1,
     sft_accumulation=1,  # four examples: with ten a step there would be two steps
+    continual_seeds=(42,),
     n_sequences=2,
     n_datapoints=3,
     continual_max_new_tokens=32,
