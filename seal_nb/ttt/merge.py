@@ -1,0 +1,54 @@
+"""Adapters merged into the weights: a stack of LoRA adapters as an ordinary model folder.
+
+A stack of frozen adapters beside the base gives the same outputs without any copy of the model; a folder is
+for whoever wants one file to load anywhere. W + Σ scale · B A (LoRA, arXiv 2106.09685, section 4.1), added in
+float32 and rounded once, to the dtype that the base is stored in."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from seal_nb.models import resolve_model
+from seal_nb.ttt.lora import load_adapter
+
+
+def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
+    """Write `model` with `adapters` (folders in PEFT's format, in the order of training) to `out`.
+
+    Raises SettingsError for a folder that holds no adapter or one of another model; then `out` is not there.
+    """
+    folder = resolve_model(model)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    head = merged.get_output_embeddings()
+    linears = {n: m for n, m in merged.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    for path in adapters:
+        adapter = load_adapter(
+            path, linears, merged.config.model_type, compute_dtype=torch.float32, device=merged.device
+        )
+        for target in adapter.layout.targets:
+            linears[target.name].weight.data += adapter.delta(target.name)
+    write_model_folder(merged.to(stored_dtype(folder)), AutoTokenizer.from_pretrained(folder), out)
+    return out
+
+
+def stored_dtype(folder: str) -> torch.dtype:
+    """The dtype of the weights on disk; float32 where the folder does not say."""
+    config = Path(folder) / "config.json"
+    named = json.loads(config.read_text()).get("dtype") if config.is_file() else None
+    return getattr(torch, named) if named else torch.float32
+
+
+def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Model and tokenizer as a folder that appears whole or not at all."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
