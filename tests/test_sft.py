@@ -215,6 +215,22 @@ def test_two_processes_train_what_one_does_within_rounding(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.checkpoints*"))
 
 
+def test_a_model_sharded_over_processes_trains_the_same(tmp_path: Path) -> None:
+    """The configuration for GPUs, FSDP 2, on two CPU processes."""
+    base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path, MANY)
+    on_cpu = tmp_path / "fsdp.yaml"
+    said = shipped_config("fsdp").read_text()
+    on_cpu.write_text(said.replace("mixed_precision: bf16", 'mixed_precision: "no"\nuse_cpu: true'))
+    jobs = {
+        name: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / name, settings=SHARED)
+        for name in ("alone", "sharded")
+    }
+    alone = run_job(jobs["alone"])
+    sharded = train_in_processes(jobs["sharded"], n_processes=2, config=on_cpu)
+    assert sharded.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert distance(jobs["alone"].model_dir, jobs["sharded"].model_dir, base) < 1e-3
+
+
 def test_a_process_that_fails_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     (base / "model.safetensors").write_bytes(b"not weights")
