@@ -334,9 +334,13 @@ class InnerLoop:
         if trained is not None and trained.adapter is not None:
             adapters = (*evaluation.stack, trained.adapter)
             rows += [ScoreRow(prompt_ids=p, target_ids=g, adapters=adapters) for p, g in pairs]
-        sums = [sum(row) for row in score(self.base, rows, token_budget=self.trainer.token_budget)]
+        sums = [sum(row) for row in score(self.base, rows, token_budget=self._score_tokens())]
         self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
         return [self.gold_baselines[key] for key in keys], sums[len(missing) :], [len(g) for g in golds]
+
+    def _score_tokens(self) -> int:
+        """Tokens of one pass of scoring; deterministic: a text a pass."""
+        return 1 if self.settings.deterministic else self.trainer.token_budget
 
     def _adapter(self, name: str) -> tuple[str, Adapter]:
         """A kept adapter and its identity; another worker may have made it, or made it anew."""
@@ -365,6 +369,8 @@ def _identity(folder: Path) -> str:
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     """Load model and grader. Raises SettingsError where the model cannot be had or is of an unknown kind."""
     torch.set_num_threads(settings.n_threads)
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
     grader = make_grader(settings.grader)
@@ -374,4 +380,5 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
 def served_identity(base: FrozenBase, grader: Grader, settings: InnerLoopSettings, folder: str) -> str:
     """Names all that a result depends on besides its request: weights, dtype, grader, longest sequence."""
     dtype = str(base.dtype).removeprefix("torch.")
-    return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}"
+    alike = "-deterministic" if settings.deterministic else ""
+    return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}{alike}"

@@ -22,6 +22,7 @@ class InnerLoopSettings:
     max_seq_length: int = 2048  # tokens; the upper bound of any request's
     token_budget: int = 4096  # tokens of one training pass
     decode_rows: int = 64  # texts generated at a time
+    deterministic: bool = False  # one adapter and one text at a time: passes are always composed alike
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -29,3 +30,6 @@ class InnerLoopSettings:
         for name in ("n_slots", "n_threads", "max_seq_length", "token_budget", "decode_rows"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.deterministic:
+            object.__setattr__(self, "n_slots", 1)
+            object.__setattr__(self, "decode_rows", 1)
