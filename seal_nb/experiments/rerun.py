@@ -5,12 +5,14 @@ the model, must come out as the file has it, so that what is compared is the sam
 the id: otherwise the server would answer from its journal and train nothing.
 """
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError, RunMismatch
+from seal_nb.experiments.run_requests import served_model, ttt_client
 from seal_nb.experiments.settings import IN_CONTEXT, TrainingSettings
 from seal_nb.experiments.single_passage import arm_sequences, identified
 from seal_nb.prompts import topic_question
@@ -125,6 +127,16 @@ def rerun(client: TTTClient, stored: StoredLoop, *, model_id: str) -> list[Compa
             "model, dtype and grader"
         )
     return compared(stored, client.evaluate(stored.request))
+
+
+def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[Compared]:
+    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings)."""
+    stored = stored_loop(path, item)
+    with (
+        tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder,
+        ttt_client(endpoint, run_dir=folder, **server) as client,
+    ):
+        return rerun(client, stored, model_id=served_model(client))
 
 
 def compared(stored: StoredLoop, reply: TTTReply) -> list[Compared]:

@@ -3,11 +3,12 @@
 Reads result files and the records beside them; a published file has no record and is listed all the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError
+from seal_nb.experiments.continual_summary import aggregate_summaries
 from seal_nb.experiments.power import passage_differences, power_of, settled_sentence
 from seal_nb.experiments.results import (
     ContinualResult,
@@ -18,7 +19,7 @@ from seal_nb.experiments.results import (
     results_in,
 )
 from seal_nb.metrics import accuracy, paired_difference
-from seal_nb.runs import read_json, record_path
+from seal_nb.runs import read_json, record_path, write_json
 
 CLOCKS = {"timestamp"}  # differ between all runs and say nothing
 
@@ -77,6 +78,22 @@ def _single(path: str | Path) -> SinglePassageResult:
     if len(results) != 1 or not isinstance(results[0], SinglePassageResult) or not results[0].adapter_P_Q:
         raise DataError("is no single-passage run with verdicts", path=path, remedy="give a run_*.json")
     return results[0]
+
+
+def pool_summaries(paths: Sequence[str | Path], out: str | Path) -> str:
+    """Continual summaries of several runs as one file: published means of stds, the pooled one beside them.
+
+    Raises: DataError for summaries of other sizes.
+    """
+    pooled = aggregate_summaries([read_json(path) for path in paths])
+    write_json(out, pooled)
+    last, n = pooled["n_datapoints"] - 1, pooled["n_datapoints"]
+    stds = (pooled[name][n][last] for name in ("std_over_sequences", "pooled_std_over_sequences"))
+    mean_of_stds, pooled_std = (f"{100 * std:.1f}" if std is not None else "–" for std in stds)
+    return (
+        f"{pooled['n_runs']} runs, {pooled['n_sequences']} sequences; last passage after the last edit: "
+        f"standard deviation {mean_of_stds} points as published (mean over runs), {pooled_std} pooled"
+    )
 
 
 def settings_difference(first: str | Path, second: str | Path) -> list[dict[str, Any]]:
