@@ -202,6 +202,13 @@ def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(
     assert "never edited" in shown(tmp_path / "06_continual_self_edits.ipynb", "matrix-table")
 
 
+def test_a_sweep_shows_every_point_and_its_figure(endpoint: str, tmp_path: Path) -> None:
+    grid = json.dumps({"finetune_epochs": [1, 2, 3]})
+    out = run("09_sweep", tmp_path, endpoint=endpoint, grid=grid, n_articles=3)
+    assert (out / "sweep.csv").read_text().count("\n") == 4 and (out / "sweep.png").stat().st_size > 1000
+    assert "finetune_epochs 3: 100.0%" in shown(out / "09_sweep.ipynb", "figure")
+
+
 def test_results_of_published_files_are_drawn(golden: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     out = run("08_results", tmp_path / "out", runs_dir=str(tmp_path / "runs"), published_dir=str(golden))

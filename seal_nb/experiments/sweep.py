@@ -30,11 +30,14 @@ class SweepPoint:
     @property
     def label(self) -> str:
         """Such as "finetune_lr 0.001, lora_rank 32"."""
-        return ", ".join(f"{name} {_written(value)}" for name, value in self.values.items())
+        return ", ".join(f"{name} {written_value(value)}" for name, value in self.values.items())
 
 
-def _written(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}"
+def written_value(value: Any) -> str:
+    """A swept value, short: lists joined, an empty one the default."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(str, value)) or "default"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
