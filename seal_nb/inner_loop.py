@@ -17,7 +17,7 @@ import torch
 from seal_nb.errors import SealError, SettingsError
 from seal_nb.evaluation import Evaluation, Generation, Question, train_job
 from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop_settings import FOUR_BIT, InnerLoopSettings
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import (
@@ -379,6 +379,6 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
 
 def served_identity(base: FrozenBase, grader: Grader, settings: InnerLoopSettings, folder: str) -> str:
     """Names all that a result depends on besides its request: weights, dtype, grader, longest sequence."""
-    dtype = str(base.dtype).removeprefix("torch.")
+    dtype = str(base.dtype).removeprefix("torch.") + f"-{FOUR_BIT}" * (settings.dtype == FOUR_BIT)
     alike = "-deterministic" if settings.deterministic else ""
     return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}{alike}"

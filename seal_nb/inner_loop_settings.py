@@ -5,7 +5,8 @@ from pathlib import Path
 
 from seal_nb.errors import SettingsError
 
-DTYPES = ("auto", "float32", "bfloat16", "float64")
+FOUR_BIT = "4bit"  # the base in NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
+DTYPES = ("auto", "float32", "bfloat16", "float64", FOUR_BIT)
 
 
 @dataclass(frozen=True, kw_only=True)
