@@ -11,6 +11,7 @@ import pytest
 from benchmarks import gpu, inner_loop
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
+from tests.ttt.tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -137,3 +138,14 @@ def test_numbers_in_git_come_from_a_full_run() -> None:
 def test_padding_table_in_the_docs_is_the_measured_one() -> None:
     measured = json.loads((ROOT / "benchmarks/padding.json").read_text())
     assert markdown(measured) in (ROOT / "docs/inner_loop.md").read_text()
+
+
+def test_continual_bench_edits_sequences_side_by_side_and_writes_what_it_cost(tmp_path: Path) -> None:
+    model, out = save_tiny_model(tmp_path / "tiny"), tmp_path / "continual.json"
+    line = [sys.executable, "-m", "benchmarks.continual", "--model", str(model), "--out", str(out)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert (result["n_sequences"], result["n_datapoints"]) == (4, 2)
+    together, alone = result["cpu_s_together"], result["cpu_s_one_sequence"]
+    assert result["share_of_one_after_the_other"] == pytest.approx(together / (4 * alone), abs=0.05)
