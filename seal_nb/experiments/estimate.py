@@ -215,18 +215,24 @@ def estimate(
 
 
 def estimate_on_server(
-    status: ServerStatus, model: str, requests: Sequence[TTTRequest], *, price_per_hour: float = 0.0
+    status: ServerStatus,
+    model: str,
+    requests: Sequence[TTTRequest],
+    *,
+    n_workers: int = 0,
+    price_per_hour: float = 0.0,
 ) -> list[dict[str, str]]:
     """What the requests will take on this server, as lines of a table; only the work where sizes are unknown.
 
-    ``price_per_hour``: of the whole server.
+    ``n_workers``: that it will have, where some are not ready yet; ``price_per_hour``: of the whole server.
     """
     work, folder = work_of(requests), Path(resolve_model(model))
     if not (folder / "config.json").is_file():
         return [{"quantity": "adapters to train", "estimate": f"{work.n_loops:,}"}]
     shape = ModelShape.of_folder(folder)
     stats = dict(status.workers[0].stats) if status.workers else {}
-    n_workers, on_gpu = max(1, len(status.workers)), str(stats.get("device", "cpu")).startswith("cuda")
+    n_workers = max(1, n_workers, len(status.workers))
+    on_gpu = str(stats.get("device", "cpu")).startswith("cuda")
     largest = max(requests, key=lambda request: request.lora_rank, default=None)
     return estimate(
         work,

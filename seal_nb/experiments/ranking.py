@@ -191,7 +191,8 @@ def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) 
         return (
             "how much the ranking knows cannot be told: it takes two self-edits and two repeats (eval_times)"
         )
-    has = f"{summary.n_repeats:g} repeats give a reliability of {summary.reliability:.2f}"
+    n = f"{summary.n_ranked} passage{'s' * (summary.n_ranked != 1)}"
+    has = f"{summary.n_repeats:g} repeats on {n} give a reliability of {summary.reliability:.2f}"
     needed = repeats_needed(summary, reliability=reliability)
     if needed is None:
         return (
