@@ -110,9 +110,9 @@ def test_a_server_and_its_requests_give_the_lines_of_a_table(tmp_path: Path) -> 
     rows = estimate_on_server(replace(STATUS, workers=(worker,)), str(tmp_path), [request()])
     said = {row["quantity"]: row["estimate"] for row in rows}
     assert said["adapters to train"] == "1" and said["optimiser steps"] == "30"
-    assert "assumed: 1 GPUs" in said["time"] and "cost" not in said
+    assert "assumed: 40 % of an H100's peak, times 1" in said["time"] and "cost" not in said
     soon = estimate_on_server(replace(STATUS, workers=(worker,)), str(tmp_path), [request()], n_workers=4)
-    assert "assumed: 4 GPUs" in soon[4]["estimate"]
+    assert "times 4" in soon[4]["estimate"]
     unknown = estimate_on_server(STATUS, "Qwen/Qwen2.5-7B", [request()])
     assert unknown == [{"quantity": "adapters to train", "estimate": "1"}]
 

@@ -97,9 +97,7 @@ class Rate:
 def assumed_rate(n_workers: int, *, gpu: bool, n_threads: int = 1) -> Rate:
     """A CPU's as measured on one core; a GPU's is arithmetic."""
     if gpu:
-        return Rate(
-            flops=n_workers * GPU_FLOPS, source=f"assumed: {n_workers} GPUs at 40 % of an H100's peak"
-        )
+        return Rate(flops=n_workers * GPU_FLOPS, source=f"assumed: 40 % of an H100's peak, times {n_workers}")
     cores = n_workers * n_threads
     return Rate(flops=cores * CPU_CORE_FLOPS, source=f"measured on one core, times {cores}")
 
