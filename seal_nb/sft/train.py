@@ -91,7 +91,9 @@ def _trainer(
         examples, epochs=settings.epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
     )
     torch.manual_seed(settings.seed)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    # Sharded weights are of one dtype, and the adapter's are float32; autocast computes in bfloat16.
+    alone_on_gpu = torch.cuda.is_available() and PartialState().num_processes == 1
+    dtype = torch.bfloat16 if alone_on_gpu else torch.float32
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     steps_an_epoch = len(ordered) // settings.epochs // settings.examples_a_step
     return Trainer(
