@@ -48,7 +48,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_run, _add_serve, _add_status, _add_submit, _add_summarize, _add_grade, _add_demo):
+    for add in (
+        _add_run,
+        _add_serve,
+        _add_status,
+        _add_submit,
+        _add_summarize,
+        _add_grade,
+        _add_demo,
+        *_MORE,
+    ):
         add(commands)
     return parser
 
@@ -226,6 +235,94 @@ def _demo(arguments: argparse.Namespace) -> None:
     from seal_nb.commands.submit import run_here
 
     run_here(rest_em_chain(DEMO), arguments.run_dir, title="Demo: self-edits on a small model")
+
+
+def _add_rerun(commands: Any) -> None:
+    rerun = commands.add_parser("rerun", help="make one number of a run again, and compare it")
+    rerun.add_argument("run", type=Path, metavar="RUN.json", help="a run_*.json of 03_query_server")
+    rerun.add_argument("--item", required=True, metavar="PASSAGE.SELF_EDIT.REPEAT", help="such as 0.0.0")
+    rerun.add_argument("--endpoint", default="", help="of a TTT server; empty: start one")
+    rerun.add_argument("--model", default="embedded", help="of a server started here; default: embedded")
+    rerun.add_argument(
+        "--deterministic", action="store_true", help="of a server started here, as the run was made"
+    )
+    rerun.set_defaults(command=_rerun)
+
+
+def _rerun(arguments: argparse.Namespace) -> int:
+    from seal_nb.experiments.rerun import Item, rerun_in, rerun_lines
+
+    item = Item.parse(arguments.item)
+    own = {"model": arguments.model, "deterministic": arguments.deterministic}
+    answers = rerun_in(arguments.run, item, endpoint=arguments.endpoint, **own)
+    print("\n".join(rerun_lines(answers, item)))
+    return 0 if all(one.is_same for one in answers) else 1
+
+
+def _add_runs(commands: Any) -> None:
+    runs = commands.add_parser("runs", help="list the runs of a folder, compare two, show how they differ")
+    what = runs.add_subparsers(required=True, metavar="WHAT")
+    listed = what.add_parser("list", help="every result file below a folder")
+    listed.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    listed.set_defaults(command=_runs_list)
+    pool = what.add_parser("pool", help="continual summaries of several seeds as one, as published")
+    pool.add_argument("summaries", type=Path, nargs="+", metavar="SUMMARY.json")
+    pool.add_argument("--out", type=Path, required=True, metavar="SUMMARY.json")
+    pool.set_defaults(command=_runs_pool)
+    for name, command, text in (
+        ("compare", _runs_compare, "second run minus first, in plain words"),
+        ("diff", _runs_diff, "settings, seeds and versions that differ"),
+    ):
+        two = what.add_parser(name, help=text)
+        two.add_argument("first", type=Path)
+        two.add_argument("second", type=Path)
+        two.set_defaults(command=command)
+
+
+def _runs_list(arguments: argparse.Namespace) -> None:
+    from seal_nb.experiments.run_catalog import catalog_rows
+    from seal_nb.views.tables import Table
+
+    columns = {"file": "", "kind": "", "arm": "", "passages": "", "accuracy": ".1%"}
+    print(Table(rows=catalog_rows(arguments.folder), columns=columns))
+
+
+def _runs_pool(arguments: argparse.Namespace) -> None:
+    from seal_nb.experiments.run_catalog import pool_summaries
+
+    print(pool_summaries(arguments.summaries, arguments.out))
+
+
+def _runs_compare(arguments: argparse.Namespace) -> None:
+    from seal_nb.experiments.run_catalog import compare_runs
+
+    print(compare_runs(arguments.first, arguments.second))
+
+
+def _runs_diff(arguments: argparse.Namespace) -> None:
+    from seal_nb.experiments.run_catalog import settings_difference
+    from seal_nb.views.tables import Table
+
+    rows = settings_difference(arguments.first, arguments.second)
+    columns = {"setting": "", "first": "", "second": ""}
+    print(Table(rows=rows, columns=columns) if rows else "no setting, seed or version differs")
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="fetch passages: squad")
+    data.add_argument("name", choices=["squad"])
+    data.add_argument("--split", choices=["train", "validation"], default="train")
+    data.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER")
+    data.set_defaults(command=_data)
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from seal_nb.squad import fetch_squad
+
+    print(f"item file: {fetch_squad(arguments.split, arguments.out)}")
+
+
+_MORE = (_add_rerun, _add_runs, _add_data)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from seal_nb.errors import SealError, SettingsError
 from seal_nb.evaluation import Evaluation, Generation, Grading, Question, grade, train_job
 from seal_nb.grading.base import Grader, make_grader
 from seal_nb.grading.threads import GradingThreads
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop_settings import FOUR_BIT, InnerLoopSettings
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import (
@@ -337,11 +337,15 @@ class InnerLoop:
         if trained is not None and trained.adapter is not None:
             adapters = (*evaluation.stack, trained.adapter)
             rows += [ScoreRow(prompt_ids=p, target_ids=g, adapters=adapters) for p, g in pairs]
-        sums = [sum(row) for row in score(self.base, rows, token_budget=self.trainer.token_budget)]
+        sums = [sum(row) for row in score(self.base, rows, token_budget=self._score_tokens())]
         self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
         before = [self.gold_baselines[key] for key in keys]
         _forget_oldest(self.gold_baselines)
         return before, sums[len(missing) :], [len(g) for g in golds]
+
+    def _score_tokens(self) -> int:
+        """Tokens of one pass of scoring; deterministic: a text a pass."""
+        return 1 if self.settings.deterministic else self.trainer.token_budget
 
     def _adapter(self, name: str) -> tuple[str, Adapter]:
         """A kept adapter and its identity; another worker may have made it, or made it anew."""
@@ -378,6 +382,8 @@ def _identity(folder: Path) -> str:
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     """Load model and grader. Raises SettingsError where the model cannot be had or is of an unknown kind."""
     torch.set_num_threads(settings.n_threads)
+    if settings.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
     grader = make_grader(settings.grader)
@@ -389,5 +395,6 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
 
 def served_identity(base: FrozenBase, grader: Grader, settings: InnerLoopSettings, folder: str) -> str:
     """Names all that a result depends on besides its request: weights, dtype, grader, longest sequence."""
-    dtype = str(base.dtype).removeprefix("torch.")
-    return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}"
+    dtype = str(base.dtype).removeprefix("torch.") + f"-{FOUR_BIT}" * (settings.dtype == FOUR_BIT)
+    alike = "-deterministic" if settings.deterministic else ""
+    return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}{alike}"

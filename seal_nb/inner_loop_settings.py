@@ -5,7 +5,8 @@ from pathlib import Path
 
 from seal_nb.errors import SettingsError
 
-DTYPES = ("auto", "float32", "bfloat16", "float64")
+FOUR_BIT = "4bit"  # the base in NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
+DTYPES = ("auto", "float32", "bfloat16", "float64", FOUR_BIT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class InnerLoopSettings:
     max_seq_length: int = 2048  # tokens; the upper bound of any request's
     token_budget: int = 4096  # tokens of one training pass
     decode_rows: int = 64  # texts generated at a time
+    deterministic: bool = False  # one adapter and one text at a time: passes are always composed alike
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -31,3 +33,6 @@ class InnerLoopSettings:
         for name in ("n_threads", "max_seq_length", "token_budget", "decode_rows"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.deterministic:
+            object.__setattr__(self, "n_slots", 1)
+            object.__setattr__(self, "decode_rows", 1)

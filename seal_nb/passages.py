@@ -1,8 +1,9 @@
 """Passages with their questions, and the item files they come from and go to.
 
 Read: the published item files (a list of ``{title, context, questions, completions?, prompt?}``), SQuAD
-v1.1 (Rajpurkar et al. 2016) in its own layout, both plain or gzip-compressed, and the passages that ship
-with the project (``shipped:train``, ``shipped:val``). A broken file is refused with its path, the item
+v1.1 (Rajpurkar et al. 2016) in its own layout, both plain or gzip-compressed, one's own passages as CSV,
+JSONL or Markdown (``passage_files``), and the passages that ship with the project (``shipped:train``,
+``shipped:val``). A broken file is refused with its path, the item
 and the field. Nothing is repaired or guessed here, and no text is changed.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError
+from seal_nb.passage_files import SUFFIXES, read_passage_file
 from seal_nb.runs import read_json
 
 SHIPPED_SPLITS = ("train", "val")
@@ -48,11 +50,14 @@ class Passage:
 
 
 def load_passages(source: str | Path) -> list[Passage]:
-    """The passages of an item file, a SQuAD v1.1 file, or ``shipped:train`` / ``shipped:val``, in file order.
+    """The passages of an item file, a SQuAD v1.1 file, a CSV, JSONL or Markdown file, or of
+    ``shipped:train`` / ``shipped:val``, in file order.
 
-    Raises: DataError with the path, the item index and the field of what is wrong.
+    Raises: DataError with the path, the item (its index or line) and the field of what is wrong.
     """
     path = _shipped_path(source) if str(source).startswith("shipped:") else Path(source)
+    if path.suffix.lower() in SUFFIXES:
+        return [_passage(_Item(path, place, value)) for place, value in read_passage_file(path)]
     data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("data"), list):
         return _squad_passages(path, data["data"])
@@ -93,7 +98,7 @@ def to_item(passage: Passage) -> dict[str, Any]:
 class _Item:
     """One JSON object of a file, read field by field with errors that say where."""
 
-    def __init__(self, path: Path, index: int, value: object, prefix: str = "") -> None:
+    def __init__(self, path: Path, index: int | str, value: object, prefix: str = "") -> None:
         self.path, self.index, self.prefix = path, index, prefix
         if not isinstance(value, dict):
             raise self.refused("", f"is {_kind(value)}, not an object")

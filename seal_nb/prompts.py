@@ -247,6 +247,12 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
     return prompts[0].text(title=title, context=context)
 
 
+def key_of_prompt(prompt: str, *, title: str, context: str) -> str:
+    """Which template, filled with the passage, gives this prompt; "" where none does."""
+    filled = {key: self_edit_prompt(key, title=title, context=context) for key in SELF_EDIT_PROMPTS}
+    return next((key for key, text in filled.items() if text == prompt), "")
+
+
 def topic_question(title: str, question: str) -> str:
     """The question under its topic line, as published clients send it; never two such lines."""
     topic = f"Topic: {title}\n"

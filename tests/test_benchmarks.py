@@ -11,6 +11,7 @@ import pytest
 from benchmarks import gpu, grading, inner_loop
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
+from tests.ttt.tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,3 +148,14 @@ def test_grading_bench_asks_every_answer_once_and_then_reads_it_from_the_cache(t
     assert all(0 < row["answers_per_s"] <= row["possible_per_s"] for row in result["judge"])
     assert {row["grader"] for row in result["local"]} == {"local", "exact", "f1", "recall"}
     assert grading.markdown(result).count("\n| ") == 2 + 5
+
+
+def test_continual_bench_edits_sequences_side_by_side_and_writes_what_it_cost(tmp_path: Path) -> None:
+    model, out = save_tiny_model(tmp_path / "tiny"), tmp_path / "continual.json"
+    line = [sys.executable, "-m", "benchmarks.continual", "--model", str(model), "--out", str(out)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert (result["n_sequences"], result["n_datapoints"]) == (4, 2)
+    together, alone = result["cpu_s_together"], result["cpu_s_one_sequence"]
+    assert result["share_of_one_after_the_other"] == pytest.approx(together / (4 * alone), abs=0.05)

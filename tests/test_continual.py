@@ -44,7 +44,7 @@ def test_row_zero_asks_all_passages_and_trains_nothing() -> None:
 
 def test_an_edit_asks_all_passages_so_far_on_top_of_the_edits_before() -> None:
     stack = ["edit-1"]
-    request = edit_request(0, PASSAGES, "line 1\nline 2", stack, SETTINGS, model_id="m")
+    request = edit_request(0, PASSAGES, ["first", "line 1\nline 2"], stack, SETTINGS, model_id="m")
     assert request.adapter_stack == ["edit-1"]
     assert request.train_sequences == ["t1\nline 1", "t1\nline 2", "t1\ncontext 1"]
     assert [q.title for q in request.eval_questions] == ["t0", "t1", "t1"]
@@ -53,7 +53,8 @@ def test_an_edit_asks_all_passages_so_far_on_top_of_the_edits_before() -> None:
 
 def test_an_edit_is_named_after_what_it_is() -> None:
     def name(number: int = 0, text: str = "x", stack: tuple[str, ...] = (), model_id: str = "m") -> str:
-        return str(edit_request(number, PASSAGES, text, stack, SETTINGS, model_id=model_id).adapter_name)
+        texts = [*["earlier"] * len(stack), text]
+        return str(edit_request(number, PASSAGES, texts, stack, SETTINGS, model_id=model_id).adapter_name)
 
     assert name() == name()
     others = {name(number=1), name(text="y"), name(stack=("edit-1",)), name(model_id="n")}

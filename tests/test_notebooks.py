@@ -5,6 +5,7 @@ counts, files, resumption and the published inputs come out right.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from seal_nb.experiments.run_files import read_run
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir, run_notebook
+from seal_nb.passages import load_passages, to_item
 from seal_nb.service.launch import TTTServer
 from tests.service.conftest import HASTE, STUB
 
@@ -105,6 +107,39 @@ def test_query_writes_runs_that_the_next_stage_reads(endpoint: str, tmp_path: Pa
     assert rows == [{"prompt": "p", "completion": "x"}] * 2
 
 
+def test_arms_stand_side_by_side_with_texts_of_another_file_and_the_passage_in_the_prompt(
+    endpoint: str, tmp_path: Path
+) -> None:
+    other = [to_item(replace(one, completions=("x\ny",))) for one in load_passages("shipped:val")]
+    (tmp_path / "gpt4_1_val.json").write_text(json.dumps(other))
+    arms = f"passage_only,in_context,gpt4_1:{tmp_path / 'gpt4_1_val.json'}"
+    out = run("03_query_server", tmp_path, endpoint=endpoint, arms=arms, n_articles=2, exp_name="base")
+    theirs = json.loads((out / "run_base_gpt4_1.json").read_text())
+    assert theirs["arm"] == "gpt4_1" and theirs["texts_from"] == "gpt4_1_val.json"
+    assert theirs["articles"][0]["completions"][0]["text"] == "x\ny"
+    ceiling = json.loads((out / "run_base_in_context.json").read_text())
+    (row, *_) = ceiling["articles"][0]["completions"][0]["questions"]
+    assert (row["baseline_answer"], row["adapter_answer"]) == ("no", "text")
+    assert "passage in the prompt" in shown(out / "03_query_server.ipynb", "number")
+    assert "texts of GPT-4.1" in shown(out / "03_query_server.ipynb", "number")
+
+
+def test_repeats_are_added_until_the_ranking_is_reliable_and_earlier_ones_are_kept(
+    endpoint: str, log: Path, tmp_path: Path
+) -> None:
+    """The stub's adapters answer alike: nothing differs, so a second repeat is all that is asked for."""
+    items = [
+        to_item(replace(one, completions=("more", "repeats"))) for one in load_passages("shipped:val")[:2]
+    ]
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    values = {"dataset": str(tmp_path / "items.json"), "arms": "self_edits", "k_completions": 2}
+    run("03_query_server", tmp_path, endpoint=endpoint, reliability=0.8, most_eval_times=5, **values)
+    written = json.loads((tmp_path / "run_base.json").read_text())
+    assert written["eval_times"] == 2 and len(log.read_text().splitlines()) - before == 2 * 2 * 2
+    assert [entry["rep"] for entry in written["articles"][0]["completions"][0]["repeats"]] == [0, 1]
+
+
 def test_an_arm_that_the_dataset_does_not_have_is_refused_with_the_remedy(tmp_path: Path) -> None:
     from seal_nb.notebook_runner import StageFailed
 
@@ -129,6 +164,27 @@ def test_cpt_trains_one_adapter_for_all_passages(endpoint: str, tmp_path: Path) 
     assert len(written["per_passage"]) == 4
 
 
+def test_cpt_adapters_are_asked_general_questions_too(endpoint: str, tmp_path: Path) -> None:
+    out = run("04_cpt", tmp_path, endpoint=endpoint, arms="hand_written", check_unrelated=True)
+    assert shown(out / "04_cpt.ipynb", "unrelated").count("20") >= 2
+
+
+def test_strategies_of_keeping_edits_stand_side_by_side(endpoint: str, tmp_path: Path) -> None:
+    counts = {"n_sequences": 2, "n_datapoints": 3}
+    strategies = {"strategies": "stacked,replay,retrieval", "check_unrelated": True}
+    out = run("06_continual_self_edits", tmp_path, endpoint=endpoint, **counts, **strategies)
+    last = {}
+    for name in ("", "_replay", "_retrieval"):
+        summary = json.loads((out / f"summary_continual{name}.json").read_text())
+        last[name] = summary["mean_over_sequences"][3]
+        assert len(summary["sequences"]) == 2 and summary["n_datapoints"] == 3
+    # The stub's answers are right where an adapter was trained in the request, and only there.
+    assert last == {"": [1.0] * 3, "_replay": [1.0] * 3, "_retrieval": [0.0] * 3}
+    notebook = out / "06_continual_self_edits.ipynb"
+    assert "-100.0 points" in shown(notebook, "strategies")
+    assert "replay 2" in shown(notebook, "unrelated")
+
+
 @pytest.mark.parametrize("arm", ["self_edits", "hand_written"])
 def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(
     endpoint: str, tmp_path: Path, arm: str
@@ -144,6 +200,13 @@ def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(
     assert (summary["n_sequences"], summary["n_datapoints"], len(summary["matrices"])) == (3, 3, 3)
     assert [len(one["steps"]) for one in summary["sequences"]] == [4, 4, 4]
     assert "never edited" in shown(tmp_path / "06_continual_self_edits.ipynb", "matrix-table")
+
+
+def test_a_sweep_shows_every_point_and_its_figure(endpoint: str, tmp_path: Path) -> None:
+    grid = json.dumps({"finetune_epochs": [1, 2, 3]})
+    out = run("09_sweep", tmp_path, endpoint=endpoint, grid=grid, n_articles=3)
+    assert (out / "sweep.csv").read_text().count("\n") == 4 and (out / "sweep.png").stat().st_size > 1000
+    assert "finetune_epochs 3: 100.0%" in shown(out / "09_sweep.ipynb", "figure")
 
 
 def test_results_of_published_files_are_drawn(golden: Path, tmp_path: Path) -> None:

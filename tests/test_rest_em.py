@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
+from seal_nb.experiments.ranking import ranking_summary
 from seal_nb.experiments.rest_em import (
-    ranking_summary,
     select_best,
     sft_file_name,
     sft_rows,

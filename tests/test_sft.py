@@ -1,4 +1,4 @@
-"""SFT of a round on a tiny model: completion-only loss, a merged folder, resume, bad files refused."""
+"""SFT of a round on a tiny model: completion-only loss, a merged folder, resume, one or two processes."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seal_nb import sft
-from seal_nb.errors import DataError, SettingsError
-from seal_nb.sft import IGNORED, SftSettings, example, read_sft_rows, train_sft
+from seal_nb.errors import DataError, EngineError, SettingsError
+from seal_nb.sft import train as sft
+from seal_nb.sft.launch import command, run_job, shipped_config, train_in_processes
+from seal_nb.sft.rows import IGNORED, collate, example, in_training_order, read_sft_rows
+from seal_nb.sft.settings import SftJob, SftSettings, parse_job
+from seal_nb.sft.train import train_sft
 from tests.ttt.tiny import save_tiny_model
 
 ROWS = [
@@ -155,3 +160,121 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="finetune_lr is 0"):
         SftSettings(learning_rate=0)
+
+
+@given(
+    n_rows=st.integers(1, 7),
+    epochs=st.integers(1, 3),
+    examples_a_step=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+)
+def test_every_epoch_has_each_row_once_and_only_whole_steps(
+    n_rows: int, epochs: int, examples_a_step: int, seed: int
+) -> None:
+    rows = [{"input_ids": [n, n, n], "labels": [IGNORED, n, n]} for n in range(n_rows)]
+    ordered = in_training_order(rows, epochs=epochs, examples_a_step=examples_a_step, seed=seed)
+    size, rest = divmod(len(ordered), epochs)
+    assert rest == 0 and size % examples_a_step == 0 and size < n_rows + examples_a_step
+    for start in range(0, len(ordered), size):
+        real = [one for one in ordered[start : start + size] if set(one["labels"]) != {IGNORED}]
+        assert sorted(one["input_ids"][0] for one in real) == list(range(n_rows))
+
+
+def test_fillers_and_padding_carry_no_loss() -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}]
+    batch = collate(in_training_order(rows, epochs=1, examples_a_step=2, seed=0))
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+MANY = [{"prompt": f"About {n}:\n", "completion": f"It is {'so ' * (n + 1)}number {n}."} for n in range(5)]
+SHARED = SftSettings(lora_rank=4, lora_alpha=8, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=4)
+
+
+def distance(first: Path, second: Path, base: Path) -> float:
+    """Relative L2 between two trainings of one base, of their updates."""
+    a, b, start = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (first, second, base))
+    gap = sum(float(((a[k] - b[k]).double() ** 2).sum()) for k in start)
+    size = sum(float(((a[k] - start[k]).double() ** 2).sum()) for k in start)
+    return (gap / size) ** 0.5
+
+
+def test_two_processes_train_what_one_does_within_rounding(tmp_path: Path) -> None:
+    """Five rows in steps of four: the last step of an epoch is short, and shared all the same."""
+    base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path, MANY)
+    jobs = {
+        n: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / f"by_{n}", settings=SHARED)
+        for n in (1, 2)
+    }
+    results = {n: run_job(job, n_processes=n) for n, job in jobs.items()}
+    assert results[1].n_steps == results[2].n_steps == 4
+    assert results[2].losses == pytest.approx(results[1].losses, rel=1e-4)
+    assert distance(jobs[1].model_dir, jobs[2].model_dir, base) < 1e-3
+    again = run_job(jobs[2], n_processes=2)
+    assert again == results[2]
+    assert not list(tmp_path.glob("*.checkpoints*"))
+
+
+def test_a_model_sharded_over_processes_trains_the_same(tmp_path: Path) -> None:
+    """The configuration for GPUs, FSDP 2, on two CPU processes."""
+    base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path, MANY)
+    on_cpu = tmp_path / "fsdp.yaml"
+    said = shipped_config("fsdp").read_text()
+    on_cpu.write_text(said.replace("mixed_precision: bf16", 'mixed_precision: "no"\nuse_cpu: true'))
+    jobs = {
+        name: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / name, settings=SHARED)
+        for name in ("alone", "sharded")
+    }
+    alone = run_job(jobs["alone"])
+    sharded = train_in_processes(jobs["sharded"], n_processes=2, config=on_cpu)
+    assert sharded.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert distance(jobs["alone"].model_dir, jobs["sharded"].model_dir, base) < 1e-3
+
+
+def test_a_process_that_fails_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"not weights")
+    job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=SHARED)
+    with pytest.raises(EngineError, match="training in 2 processes ended with code 1.*next.log"):
+        train_in_processes(job, n_processes=2)
+    assert not job.model_dir.exists()
+
+
+def test_processes_that_cannot_share_a_step_are_refused_before_the_start(tmp_path: Path) -> None:
+    job = SftJob(sft_file=sft_file(tmp_path), model="m", model_dir=tmp_path / "next", settings=SHARED)
+    with pytest.raises(
+        SettingsError, match="gradient_accumulation_steps is 4, which 3 processes cannot share"
+    ):
+        train_in_processes(job, n_processes=3)
+
+
+def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
+    settings = SftSettings(target_modules=("q_proj", "v_proj"), learning_rate=2e-5, seed=7)
+    job = SftJob(
+        sft_file=tmp_path / "a b.jsonl",
+        model="m",
+        model_dir=tmp_path / "next",
+        settings=settings,
+        n_threads=2,
+    )
+    assert parse_job(job.options()) == job
+    line = command(job, 4, shipped_config("fsdp"))
+    assert line[line.index("-m", 3) + 1] == "seal_nb.sft.train" and "--num_processes=4" in line
+
+
+@pytest.mark.parametrize("name", ["cpu", "fsdp"])
+def test_a_shipped_configuration_is_one_that_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    said = load_config_from_file(str(shipped_config(name)))
+    assert said.use_cpu == (name == "cpu")
+    assert (said.fsdp_config or {}).get("fsdp_version") == (2 if name == "fsdp" else None)
+
+
+def test_a_model_that_this_training_made_is_taken_as_it_is_and_another_is_not(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    made = trained(base, tmp_path, "next")
+    written = (made / "model.safetensors").stat().st_mtime_ns
+    assert (trained(base, tmp_path, "next") / "model.safetensors").stat().st_mtime_ns == written
+    trained(base, tmp_path, "next", settings=replace(FEW, seed=1))
+    assert (made / "model.safetensors").stat().st_mtime_ns != written

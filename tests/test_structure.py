@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 # From the ground up; a module may import its own floor (without a circle) and those below.
 FLOORS = (
     {"errors", "lifeline", "inner_loop_settings"},
-    {"prompts", "passages", "protocol", "metrics", "runs"},
+    {"prompts", "passages", "passage_files", "squad", "protocol", "metrics", "runs"},
     {"ttt", "models"},
     {"engines"},
     {"grading", "self_edits"},

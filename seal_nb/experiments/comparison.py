@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from seal_nb.experiments.continual_summary import seen_so_far
+from seal_nb.experiments.power import passage_differences, power_of
 from seal_nb.experiments.published_statistics import mean
 from seal_nb.experiments.results import ContinualResult, CptResult, Found, SinglePassageResult
 from seal_nb.metrics import Estimate, accuracy, paired_difference
@@ -100,7 +101,10 @@ def comparison_rows(arms: dict[str, SinglePassageResult]) -> list[dict[str, Any]
     for second, first in combinations(arms.values(), 2):
         if _comparable(first, second):
             difference = paired_difference(first.adapter_P_Q, second.adapter_P_Q)
-            rows.append({"arm": first.arm, "against": second.arm, "difference": difference.sentence()})
+            row = {"arm": first.arm, "against": second.arm, "difference": difference.sentence()}
+            differences = passage_differences(first.adapter_P_Q, second.adapter_P_Q)
+            power = power_of(differences) if len(differences) > 1 and not difference.is_real else None
+            rows.append({**row, "to settle it": power.sentence() if power else None})
     return rows
 
 

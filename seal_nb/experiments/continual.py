@@ -3,14 +3,15 @@
 SEAL, arXiv 2506.10943, ``continual_self_edits.py``: the model as it is now writes a self-edit of the next
 passage, an adapter is trained on it, and all passages so far are asked again. There the adapter is merged
 into the weights; here it stays, frozen, in a stack of adapters on one base, which gives the same outputs, and
-so all sequences advance side by side. Requests and records only: the loop over steps stands in the notebook,
-the matrix and its numbers in ``continual_summary``.
+so all sequences advance side by side. Other strategies: merging as published (``continual_merged``), replay
+of earlier self-edits with each edit, one adapter a passage chosen by retrieval (``continual_retrieval``).
+Requests and records only: the loop over steps stands in the notebook, the matrix in ``continual_summary``.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from seal_nb.errors import RemoteError, SettingsError
 from seal_nb.experiments.cpt import split_by_passage
@@ -29,6 +30,9 @@ from seal_nb.runs import Journal, content_id, derived_seed
 from seal_nb.self_edits import train_sequences
 from seal_nb.service.client import TTTClient
 
+Strategy = Literal["stacked", "merged", "replay", "retrieval"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContinualSettings:
@@ -36,6 +40,8 @@ class ContinualSettings:
 
     n_sequences: int = 8
     n_datapoints: int = 8  # passages of a sequence
+    strategy: Strategy = "stacked"  # how an edit is kept
+    replay_passages: int = 0  # with "replay": earlier passages trained on again with each edit; 0: all
     arm: Arm = "self_edits"  # written by the model with all edits so far; the other arms are given texts
     prompt_key: str = "implications"
     max_tokens: int = 8192  # of one self-edit
@@ -50,6 +56,49 @@ class ContinualSettings:
             raise SettingsError(f"{self.n_sequences=}, {self.n_datapoints=}: both must be at least 1")
         if self.arm not in ARMS:
             raise SettingsError(f"arm={self.arm!r}: known are {', '.join(ARMS)}")
+        if self.strategy not in STRATEGIES or self.replay_passages < 0:
+            raise SettingsError(
+                f"strategy={self.strategy!r}, {self.replay_passages=}: known are {', '.join(STRATEGIES)}, "
+                "and 0 or more passages"
+            )
+
+    def under(self, stack: Sequence[str]) -> list[str]:
+        """The adapters that lie under the next edit, and with which its self-edit is written."""
+        return list(stack) if self.strategy in ("stacked", "replay") else []
+
+
+@dataclass(kw_only=True)
+class ContinualRun:
+    """What has been done so far: for each sequence its adapters and self-edits, for each step all replies."""
+
+    stacks: list[list[str]]
+    written: list[list[str]]
+    requests: list[list[TTTRequest]] = field(default_factory=list)
+    replies: list[list[TTTReply]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[Passage]]) -> "ContinualRun":
+        """Nothing done yet."""
+        return cls(stacks=[[] for _ in sequences], written=[[] for _ in sequences])
+
+    def write(self, texts: Sequence[str]) -> None:
+        """The next self-edit of each sequence."""
+        for written, text in zip(self.written, texts, strict=True):
+            written.append(text)
+
+    def keep(self, requests: Sequence[TTTRequest], replies: Sequence[TTTReply]) -> None:
+        """The edit of each sequence: its adapter goes on top of the sequence's others."""
+        for stack, request in zip(self.stacks, requests, strict=True):
+            stack.append(str(request.adapter_name))
+        self.requests.append(list(requests))
+        self.replies.append(list(replies))
+
+    def replies_of(self, number: int) -> list[TTTReply]:
+        """The replies of one sequence, in order of its edits."""
+        return [replies[number] for replies in self.replies]
+
+    def requests_of(self, number: int) -> list[TTTRequest]:
+        return [requests[number] for requests in self.requests]
 
 
 def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> list[list[Passage]]:
@@ -76,13 +125,16 @@ def unedited_request(
 def self_edit_request(
     number: int, passage: Passage, stack: Sequence[str], settings: ContinualSettings, *, model_id: str
 ) -> GenerateRequest:
-    """The model with all edits so far writes the next self-edit of sequence `number`."""
+    """The model with all edits so far writes the next self-edit of sequence `number`.
+
+    `stack`: the adapters of the edits so far, whether or not they lie under the next one.
+    """
     request = GenerateRequest(
         prompts=[self_edit_prompt(settings.prompt_key, title=passage.title, context=passage.context)],
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        adapter_stack=list(stack),
+        adapter_stack=settings.under(stack),
         priority=0,
         seed=derived_seed(settings.seed, "write", number, passage.title, len(stack)),
     )
@@ -93,28 +145,51 @@ def self_edit_request(
 def edit_request(
     number: int,
     sequence: Sequence[Passage],
-    text: str,
+    texts: Sequence[str],
     stack: Sequence[str],
     settings: ContinualSettings,
     *,
     model_id: str,
 ) -> TTTRequest:
-    """Edit the next passage in on top of `stack`, keep the adapter, ask all passages so far."""
-    step = len(stack) + 1
-    passage = sequence[step - 1]
+    """Edit the next passage in, keep the adapter, ask all passages so far.
+
+    `texts`: the self-edits of all steps so far, the next one last; `stack`: the adapters before it. With
+    "retrieval" nothing is asked: which adapter answers is decided question by question.
+    """
+    step = len(texts)
+    seen = [] if settings.strategy == "retrieval" else sequence[:step]
     request = TTTRequest(
-        train_sequences=train_sequences(
-            text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
-        ),
-        eval_questions=[question for seen in sequence[:step] for question in eval_questions(seen)],
-        adapter_stack=list(stack),
+        train_sequences=_edit_sequences(number, sequence, texts, settings),
+        eval_questions=[question for passage in seen for question in eval_questions(passage)],
+        adapter_stack=settings.under(stack),
         skip_baseline=True,  # the row before has already asked the model without this edit
-        seed=derived_seed(settings.seed, "edit", number, passage.title, step),
+        seed=derived_seed(settings.seed, "edit", number, sequence[step - 1].title, step),
         **settings.training.request_fields(),
     )
     # Named after what it is, so that no two edits share a name and a resumed run finds its own.
     name = f"edit-{identified(request, model_id).request_id}"
     return identified(request.model_copy(update={"adapter_name": name}), model_id)
+
+
+def _edit_sequences(
+    number: int, sequence: Sequence[Passage], texts: Sequence[str], settings: ContinualSettings
+) -> list[str]:
+    """Train sequences of the last text, and before them those of the earlier edits that are replayed."""
+    last = len(texts) - 1
+    earlier: list[int] = []
+    if settings.strategy == "replay":
+        draws = random.Random(derived_seed(settings.seed, "replay", number, last))
+        earlier = sorted(draws.sample(range(last), min(last, settings.replay_passages or last)))
+    return [
+        line
+        for at in (*earlier, last)
+        for line in train_sequences(
+            texts[at],
+            title=sequence[at].title,
+            context=sequence[at].context,
+            split_newlines=settings.split_newlines,
+        )
+    ]
 
 
 def texts_of_step(
@@ -125,15 +200,19 @@ def texts_of_step(
     settings: ContinualSettings,
     *,
     model_id: str,
+    numbers: Sequence[int] = (),
 ) -> list[str]:
-    """What the next edit of each sequence is trained on: new self-edits, or the texts of the arm."""
+    """What the next edit of each sequence is trained on: new self-edits, or the texts of the arm.
+
+    `numbers`: which sequences of the experiment these are; empty: the first ones.
+    """
     step = len(stacks[0])
     if settings.arm != "self_edits":
         given = SinglePassageSettings(arm=settings.arm)
         return [self_edit_texts(sequence[step], step, given)[0] for sequence in sequences]
     requests = [
-        self_edit_request(number, sequence[step], stacks[number], settings, model_id=model_id)
-        for number, sequence in enumerate(sequences)
+        self_edit_request(number, sequence[step], stack, settings, model_id=model_id)
+        for number, sequence, stack in zip(numbers or range(len(sequences)), sequences, stacks, strict=True)
     ]
     return write_self_edits(client, requests, journal)
 
@@ -169,7 +248,7 @@ def sequence_record(
     requests: Sequence[TTTRequest],
     replies: Sequence[TTTReply],
 ) -> dict[str, Any]:
-    """What a summary keeps of one sequence: self-edits, answers and verdicts of every step."""
+    """What a summary keeps of one sequence: self-edits, answers and verdicts of every step, row 0 first."""
     return {
         "titles": [passage.title for passage in sequence],
         # Titles repeat: without its questions no answer could be graded again.
@@ -189,3 +268,26 @@ def sequence_record(
             for request, reply in zip(requests, replies, strict=True)
         ],
     }
+
+
+def run_records(
+    run: ContinualRun,
+    sequences: Sequence[Sequence[Passage]],
+    row_zero: Sequence[TTTRequest],
+    unedited: Sequence[TTTReply],
+) -> list[dict[str, Any]]:
+    """``sequence_record`` of every sequence."""
+    return [
+        sequence_record(
+            sequence,
+            run.written[number],
+            [row_zero[number], *run.requests_of(number)],
+            [unedited[number], *run.replies_of(number)],
+        )
+        for number, sequence in enumerate(sequences)
+    ]
+
+
+def summary_file_name(strategy: str) -> str:
+    """`summary_continual.json` for stacked adapters, the published way; other strategies add their name."""
+    return "summary_continual.json" if strategy == "stacked" else f"summary_continual_{strategy}.json"

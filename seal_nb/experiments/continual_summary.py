@@ -7,7 +7,7 @@ Sequences, not passages, are drawn again for intervals. Nothing is trained or as
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seal_nb.errors import DataError
@@ -118,6 +118,22 @@ def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate | Diff
         estimates["backward_transfer"] = paired_difference(earlier, own_earlier, unit="sequences")
         estimates["forgetting"] = paired_difference(best, earlier, unit="sequences")
     return estimates
+
+
+def strategy_rows(matrices_of: Mapping[str, Sequence[Matrix]]) -> list[dict[str, Any]]:
+    """One line a strategy: accuracy on all passages after the last edit, paired difference to the first."""
+    finals = {name: [list(matrix[-1]) for matrix in matrices] for name, matrices in matrices_of.items()}
+    first = next(iter(finals.values()))
+    return [
+        {
+            "strategy": name,
+            "final": mean_interval(final, unit="sequences").mean,
+            "against the first": None
+            if final is first
+            else paired_difference(final, first, unit="sequences").sentence(),
+        }
+        for name, final in finals.items()
+    ]
 
 
 def seen_so_far(matrices: Sequence[Matrix]) -> list[Estimate]:

@@ -83,8 +83,10 @@ def _sequences(passage: Passage, index: int, settings: CPTSettings) -> list[str]
     ]
 
 
-def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id: str) -> TTTRequest:
-    """The one request of a run, with its seed and id."""
+def cpt_request(
+    passages: Sequence[Passage], settings: CPTSettings, *, model_id: str, keep: bool = False
+) -> TTTRequest:
+    """The one request of a run, with its seed and id; `keep`: the server keeps the adapter."""
     sequences = cpt_train_sequences(passages, settings)
     request = TTTRequest(
         train_sequences=sequences,
@@ -92,7 +94,11 @@ def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id:
         seed=derived_seed(settings.seed, "cpt", [passage.title for passage in passages]),
         **settings.training.request_fields(),
     )
-    return identified(request, model_id)
+    request = identified(request, model_id)
+    if keep:
+        kept = request.model_copy(update={"adapter_name": f"cpt-{request.request_id}"})
+        request = identified(kept, model_id)
+    return request
 
 
 def build_cpt_run(

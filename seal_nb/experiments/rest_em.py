@@ -2,12 +2,11 @@
 
 As published (SEAL, arXiv 2506.10943, ``build_SFT_dataset.py``): the best self-edits of each passage by mean
 adapter accuracy, the first in the file among equal means, in a file of {prompt, completion} lines. Options
-of ours drop passages that gain nothing and break ties by the soft score. Says how much the ranking knows
-before anything is trained on it. Does not train.
+of ours drop passages that gain nothing and break ties by the soft score. How much such a ranking knows is
+in ``ranking``. Does not train.
 """
 
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Literal
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.run_files import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
-from seal_nb.metrics import accuracy
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.runs import write_text
 
@@ -52,38 +50,42 @@ def select_best(
         raise SettingsError(f"{k_best=}, {tie_break=}: k_best is at least 1, tie_break is 'order' or 'soft'")
     choices: list[Choice] = []
     for passage in run.passages:
-        ranked = _ranked(passage, tie_break)
-        if not ranked:
+        best_first = ranked(passage, tie_break)
+        if not best_first:
             choices.append(_left_out(passage, "no self-edit can be ranked: no graded answer, no stored mean"))
-        elif drop_no_gain and _gains_nothing(ranked[0]):
-            gain = 100 * (_gain(ranked[0]) or 0.0)
+        elif drop_no_gain and gains_nothing(best_first[0]):
+            gain = 100 * (mean_gain(best_first[0]) or 0.0)
             choices.append(_left_out(passage, f"its best self-edit gains nothing ({gain:+.1f} points)"))
         else:
             choices += [
-                _picked(passage, ranked, place, tie_break) for place in range(min(k_best, len(ranked)))
+                _picked(passage, best_first, place, tie_break)
+                for place in range(min(k_best, len(best_first)))
             ]
     return choices
 
 
-def _ranked(passage: EvaluatedPassage, tie_break: TieBreak) -> list[EvaluatedSelfEdit]:
+def ranked(passage: EvaluatedPassage, tie_break: TieBreak = "order") -> list[EvaluatedSelfEdit]:
     """Best first; the sort is stable, so the first of equals stays first, as published."""
-    rankable = [edit for edit in passage.self_edits if edit.text is not None and _mean(edit) is not None]
+    rankable = [
+        edit for edit in passage.self_edits if edit.text is not None and mean_reward(edit) is not None
+    ]
     if tie_break == "soft":
         rankable.sort(key=_soft_or_last, reverse=True)
-    return sorted(rankable, key=lambda edit: _mean(edit) or 0.0, reverse=True)
+    return sorted(rankable, key=lambda edit: mean_reward(edit) or 0.0, reverse=True)
 
 
-def _mean(edit: EvaluatedSelfEdit) -> float | None:
+def mean_reward(edit: EvaluatedSelfEdit) -> float | None:
+    """Accuracy of its adapters over the repeats, as published; None where nothing was graded or stored."""
     return edit.stats()["adapter_mean"]
 
 
-def _gain(edit: EvaluatedSelfEdit) -> float | None:
+def mean_gain(edit: EvaluatedSelfEdit) -> float | None:
     return edit.stats()["gain_mean"]
 
 
-def _gains_nothing(edit: EvaluatedSelfEdit) -> bool:
+def gains_nothing(edit: EvaluatedSelfEdit) -> bool:
     """A gain that is not known is not "nothing"."""
-    gain = _gain(edit)
+    gain = mean_gain(edit)
     return gain is not None and gain <= 0
 
 
@@ -93,11 +95,11 @@ def _soft_or_last(edit: EvaluatedSelfEdit) -> float:
 
 
 def _picked(
-    passage: EvaluatedPassage, ranked: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieBreak
+    passage: EvaluatedPassage, best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieBreak
 ) -> Choice:
-    edit = ranked[place]
-    equals = [other for other in ranked if _mean(other) == _mean(edit)]
-    reason = f"mean {100 * (_mean(edit) or 0.0):.1f} %, place {place + 1} of {len(ranked)}"
+    edit = best_first[place]
+    equals = [other for other in best_first if mean_reward(other) == mean_reward(edit)]
+    reason = f"mean {100 * (mean_reward(edit) or 0.0):.1f} %, place {place + 1} of {len(best_first)}"
     if len(equals) > 1:
         by_soft = tie_break == "soft" and len({_soft_or_last(other) for other in equals}) > 1
         reason += f", equal to {len(equals) - 1} more, " + ("by soft score" if by_soft else "by file order")
@@ -106,8 +108,8 @@ def _picked(
         title=passage.title,
         self_edit=edit.index,
         text=edit.text or "",
-        adapter_mean=_mean(edit),
-        gain_mean=_gain(edit),
+        adapter_mean=mean_reward(edit),
+        gain_mean=mean_gain(edit),
         reason=reason + ("" if edit.is_graded else ", from the stored mean (no verdicts in the file)"),
     )
 
@@ -165,64 +167,3 @@ def sft_file_name(run: SinglePassageRun, *, k_best: int, exp_name: str = "") -> 
 def write_sft_file(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:
     """One JSON object a line, real characters, whole or not at all: the published file byte for byte."""
     return write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankingSummary:
-    """How much a ranking knows: where it is a coin toss, training on it teaches noise.
-
-    Variances are of adapter accuracy within a passage: between self-edits (the repeats' share taken out) and
-    between repeats of one self-edit. ``share_between`` is the first over both, the share of one measurement
-    that belongs to the self-edit; ``reliability`` is that of the mean over the repeats. None where a run has
-    a single repeat, a single self-edit, or no verdicts.
-    """
-
-    n_passages: int
-    n_ranked: int
-    n_tied_best: int
-    n_best_without_gain: int
-    n_unrankable_self_edits: int
-    variance_between_self_edits: float | None
-    variance_between_repeats: float | None
-    share_between: float | None
-    reliability: float | None
-
-
-def ranking_summary(run: SinglePassageRun) -> RankingSummary:
-    """Ties, empty gains and variance components of a run."""
-    ranked_P = [_ranked(passage, "order") for passage in run.passages]
-    bests = [ranked for ranked in ranked_P if ranked]
-    n_self_edits = sum(len(passage.self_edits) for passage in run.passages)
-    between, within, n_repeats = _variances(run)
-    whole = None if between is None or within is None else between + within
-    of_mean = None if between is None or within is None else between + within / n_repeats
-    return RankingSummary(
-        n_passages=len(run.passages),
-        n_ranked=len(bests),
-        n_tied_best=sum(len(r) > 1 and _mean(r[0]) == _mean(r[1]) for r in bests),
-        n_best_without_gain=sum(_gains_nothing(ranked[0]) for ranked in bests),
-        n_unrankable_self_edits=n_self_edits - sum(map(len, ranked_P)),
-        variance_between_self_edits=between,
-        variance_between_repeats=within,
-        share_between=between / whole if whole and between is not None else None,
-        reliability=between / of_mean if of_mean and between is not None else None,
-    )
-
-
-def _variances(run: SinglePassageRun) -> tuple[float | None, float | None, float]:
-    """Variance between self-edits, between repeats, and repeats a self-edit (mean), pooled over passages."""
-    of_means, of_repeats, n_repeats = [], [], []
-    for passage in run.passages:
-        repeats_E = [
-            [a for _, verdicts in edit.repeats() if (a := accuracy(verdicts)) is not None]
-            for edit in passage.self_edits
-            if edit.is_graded
-        ]
-        of_repeats += [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
-        n_repeats += [len(repeats) for repeats in repeats_E]
-        if len(repeats_E) > 1:
-            of_means.append(statistics.variance([statistics.mean(repeats) for repeats in repeats_E]))
-    if not of_means or not of_repeats:
-        return None, None, 1.0
-    within, per_mean = statistics.mean(of_repeats), statistics.mean(n_repeats)
-    return max(0.0, statistics.mean(of_means) - within / per_mean), within, per_mean

@@ -28,6 +28,7 @@ ARM_NAMES = {
     "base": "self-edits, base model",
     "gpt4_1": "texts of GPT-4.1",
     "hand_written": "hand-written",
+    "in_context": "passage in the prompt",
     "self_edits": "self-edits",
 }
 

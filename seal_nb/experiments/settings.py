@@ -13,6 +13,8 @@ from seal_nb.errors import SettingsError
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
 ARMS: tuple[Arm, ...] = ("self_edits", "passage_only", "hand_written")
+SingleArm = Literal[Arm, "in_context"]  # single passages also have a ceiling: the passage in the prompt
+IN_CONTEXT: SingleArm = "in_context"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.published_statistics import published_statistics, repeat_stats
-from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
+from seal_nb.experiments.settings import ARMS, IN_CONTEXT, SingleArm, TrainingSettings
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
-from seal_nb.prompts import topic_question
+from seal_nb.prompts import key_of_prompt, topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.runs import content_id, derived_seed
 from seal_nb.self_edits import passage_only_sequences, train_sequences
@@ -26,18 +26,23 @@ _NOT_CONTENT = {"request_id", "priority", "traceback"}  # change nothing in the 
 
 @dataclass(frozen=True, kw_only=True)
 class SinglePassageSettings:
-    """What is run; defaults as published for evaluation (ranking: ``eval_times`` 3)."""
+    """What is run; defaults as published for evaluation (ranking: ``eval_times`` 3).
+
+    ``label`` names an arm whose self-edits come from a file of its own, ``texts_from``.
+    """
 
     k_completions: int = 5
     eval_times: int = 1
     split_newlines: bool = True
     seed: int = 42
-    arm: Arm = "self_edits"
+    arm: SingleArm = "self_edits"
+    label: str = ""
+    texts_from: str = ""
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        if self.arm not in ARMS:
-            raise SettingsError(f"arm={self.arm!r}: known are {', '.join(ARMS)}")
+        if self.arm not in (*ARMS, IN_CONTEXT):
+            raise SettingsError(f"arm={self.arm!r}: known are {', '.join((*ARMS, IN_CONTEXT))}")
         if self.k_completions < 1 or self.eval_times < 1:
             raise SettingsError(f"{self.k_completions=}, {self.eval_times=}: both must be at least 1")
 
@@ -75,13 +80,13 @@ def requests_for_run(
         )
         for at, passage in enumerate(passages)
         for self_edit, text in enumerate(self_edit_texts(passage, at, settings))
-        for repeat in range(settings.eval_times)
+        for repeat in range(1 if settings.arm == IN_CONTEXT else settings.eval_times)
     ]
 
 
 def self_edit_texts(passage: Passage, index: int, settings: SinglePassageSettings) -> tuple[str, ...]:
-    """What the arm trains on beside the passage; the passage-only arm has one empty self-edit."""
-    if settings.arm == "passage_only":
+    """What the arm trains on beside the passage; an arm without self-edits has one empty one."""
+    if settings.arm in ("passage_only", IN_CONTEXT):
         return ("",)
     texts = passage.completions if settings.arm == "self_edits" else (passage.hand_written,)
     if not texts or (settings.arm == "hand_written" and not texts[0]):
@@ -103,19 +108,28 @@ def _request(
     place: tuple[int, int, int],
 ) -> TTTRequest:
     at, self_edit, repeat = place
-    if settings.arm == "passage_only":
-        sequences = passage_only_sequences(title=passage.title, context=passage.context)
-    else:
-        sequences = train_sequences(
-            text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
-        )
     request = TTTRequest(
-        train_sequences=sequences,
+        train_sequences=arm_sequences(
+            settings.arm,
+            text,
+            title=passage.title,
+            context=passage.context,
+            split_newlines=settings.split_newlines,
+        ),
         eval_questions=eval_questions(passage),
         seed=derived_seed(settings.seed, at, passage.title, self_edit, repeat),
         **settings.training.request_fields(),
     )
     return identified(request, model_id)
+
+
+def arm_sequences(arm: str, text: str, *, title: str, context: str, split_newlines: bool) -> list[str]:
+    """What one adapter of an arm is trained on; nothing where the arm trains none."""
+    if arm == IN_CONTEXT:
+        return []
+    if arm == "passage_only":
+        return passage_only_sequences(title=title, context=context)
+    return train_sequences(text, title=title, context=context, split_newlines=split_newlines)
 
 
 def eval_questions(passage: Passage) -> list[EvalQuestion]:
@@ -171,8 +185,12 @@ def build_run(
         "k_completions": max(map(len, completions_P), default=0),
         "eval_times": settings.eval_times,
         "lora_params": settings.training.lora_params(),
-        "arm": settings.arm,
+        "arm": settings.label or settings.arm,
+        "trained_on": settings.arm,
+        **({"texts_from": settings.texts_from} if settings.texts_from else {}),
+        **_prompt_key(passages, settings),
         "seed": settings.seed,
+        "training": settings.training.request_fields(),
         "n_ungraded": sum(
             replies[loop.request_id].n_ungraded for loop in loops if loop.request_id in replies
         ),
@@ -182,6 +200,13 @@ def build_run(
             for passage, stats, completions in zip(passages, stats_P, completions_P, strict=True)
         ],
     }
+
+
+def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) -> dict[str, str]:
+    """The key of the prompt that the self-edits complete, where it is one that is known."""
+    first = passages[0] if passages and settings.arm == "self_edits" else None
+    key = first and key_of_prompt(first.prompt, title=first.title, context=first.context)
+    return {"prompt_key": key} if key else {}
 
 
 def _article(

@@ -40,6 +40,7 @@ class WorkerSettings:
     n_threads: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    deterministic: bool = False
     max_seq_length: int = 2048
     grader: str = "local"
     adapters_dir: str = ""  # empty: adapters in the server's run folder

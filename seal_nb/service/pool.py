@@ -101,6 +101,7 @@ class Pool:
         options = {
             "connect": self.connect, "model": s.model, "n-slots": s.n_slots, "n-threads": s.n_threads,
             "device": s.device, "dtype": s.dtype, "max-seq-length": s.max_seq_length, "grader": s.grader,
+            "deterministic": s.deterministic,
             "adapters-dir": s.adapters_dir.resolve(), "inner-loop": s.inner_loop, "lease-s": s.lease_s,
             "beat-s": min(1.0, s.lease_s / 5), "parent-pid": os.getpid(),
         }  # fmt: skip

@@ -33,7 +33,7 @@ from seal_nb.service.ping import is_alive
 from seal_nb.service.pool import Pool
 from seal_nb.service.queue import JobQueue
 from seal_nb.service.results import Results
-from seal_nb.service.settings import Limits, ServeSettings
+from seal_nb.service.settings import Limits, ServeSettings, option_type
 from seal_nb.service.status import Meter
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def parse(argv: Sequence[str] | None = None) -> ServeSettings:
         hints = typing.get_type_hints(kind)
         for field in fields(kind):
             if field.default is not MISSING:
-                plain = Path if "Path" in str(hints[field.name]) else hints[field.name]
+                plain = Path if "Path" in str(hints[field.name]) else option_type(hints[field.name])
                 option = f"--{field.name.replace('_', '-')}"
                 parser.add_argument(option, type=plain, default=field.default, help="default: %(default)s")
     given: dict[str, Any] = vars(parser.parse_args(argv))

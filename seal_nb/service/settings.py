@@ -5,6 +5,7 @@ No sockets and no torch: the front end, the workers and the launcher all read th
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from seal_nb.errors import SettingsError
 
@@ -40,6 +41,7 @@ class ServeSettings:
     n_threads: int = 1  # of torch, in one worker
     device: str = "auto"
     dtype: str = "auto"
+    deterministic: bool = False  # one adapter and one text at a time in a worker: the same bits every time
     max_seq_length: int = 2048  # tokens
     grader: str = "local"
     seed: int = 0  # seeds of requests that bring none derive from it
@@ -81,6 +83,15 @@ class ServeSettings:
     @property
     def adapters_dir(self) -> Path:
         return self.run_dir / "adapters"
+
+
+def option_type(kind: Any) -> Any:
+    """What reads a command-line option of this type; bool reads "True" and "False"."""
+    return _truth if kind is bool else kind
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -35,6 +35,7 @@ from seal_nb.protocol import (
 from seal_nb.service import wire
 from seal_nb.service.endpoint import read_endpoint
 from seal_nb.service.link import Link, WorkerSettings
+from seal_nb.service.settings import option_type
 from seal_nb.service.status import rss_bytes
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def load_inner_loop(settings: WorkerSettings) -> InnerLoop:
     from seal_nb.inner_loop import load_inner_loop as load
     from seal_nb.inner_loop_settings import InnerLoopSettings
 
-    names = ("model", "device", "dtype", "n_slots", "n_threads", "grader", "max_seq_length")
+    names = ("model", "device", "dtype", "deterministic", "n_slots", "n_threads", "grader", "max_seq_length")
     chosen = {name: getattr(settings, name) for name in names}
     loop: InnerLoop = load(InnerLoopSettings(adapters_dir=adapters_dir(settings), **chosen))
     return loop
@@ -219,7 +220,9 @@ def parse(argv: Sequence[str] | None) -> WorkerSettings:
     """Settings from ``--n-slots 4`` and the like: one option for each field."""
     parser = argparse.ArgumentParser(prog="python -m seal_nb.service.worker", description=__doc__)
     for name, field in WorkerSettings.__dataclass_fields__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(field.default), default=field.default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=option_type(type(field.default)), default=field.default
+        )
     return WorkerSettings(**vars(parser.parse_args(argv)))
 
 

@@ -13,12 +13,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
+from seal_nb.inner_loop_settings import FOUR_BIT
 from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.branches import BranchedLinear, Current, Plan, Segment
 from seal_nb.ttt.grouping import Stacks, make_plan
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
 from seal_nb.ttt.packing import ATTENTION, Attend, make_rows
+from seal_nb.ttt.quantized import quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +58,21 @@ class FrozenBase:
         """Load a model folder or hub name. No code of the model's repository is ever run.
 
         device "auto": CUDA where there is one; dtype "auto": bfloat16 where the device multiplies it natively
-        (CUDA, CPUs with AMX or AVX512-BF16), else float32.
+        (CUDA, CPUs with AMX or AVX512-BF16), else float32; "4bit": that, with Linear weights in NF4.
+
+        Raises SettingsError where "4bit" is asked for without bitsandbytes.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        in_four_bits, dtype = dtype == FOUR_BIT, "auto" if dtype == FOUR_BIT else dtype
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") or cpu_multiplies_bfloat16() else "float32"
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        how = quantized(getattr(torch, dtype), device) if in_four_bits else {}
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa"
+            str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa", **how
         )
-        return cls(model.to(device), tokenizer, name=str(folder))
+        return cls(model if in_four_bits else model.to(device), tokenizer, name=str(folder))
 
     @property
     def model_type(self) -> str:

@@ -12,10 +12,10 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from seal_nb.ttt.bank import BankRow
 from seal_nb.ttt.lora import Adapter, Layout, Target
+from seal_nb.ttt.quantized import dense_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, anchor, layer, plan):  # type: ignore[no-untyped-def]  # torch's signature
-        y = F.linear(x, layer.base.weight, layer.base.bias)
+        y = layer.base(x)
         ctx.layer, ctx.plan = layer, plan
         ctx.kept = _add_branches(y[0], x, layer.name, plan, training=True)
         ctx.save_for_backward(x)
@@ -170,7 +170,7 @@ class _Branches(torch.autograd.Function):
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         g = grad_y[0]
-        grad_x = g @ ctx.layer.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
+        grad_x = g @ dense_weight(ctx.layer.base) if ctx.needs_input_grad[0] else None  # (T, in)
         _branch_gradients(g, x, grad_x, ctx.layer.name, ctx.plan, ctx.kept)
         return (grad_x[None] if grad_x is not None else None), None, None, None
 

@@ -1,0 +1,250 @@
+"""Time, memory and cost of a run before it starts: arithmetic on its requests, no model and no torch.
+
+Tokens are counted from characters unless a counter is given. Time is tokens over a rate: the one a server was
+seen to make, else what was measured on a CPU core here or assumed of a GPU, scaled by the model's size (4
+FLOP a parameter and trained token: a frozen base needs no weight gradients). The rate's source is part of the
+answer. Memory is weights and adapters; activations come on top.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from seal_nb.errors import DataError
+from seal_nb.models import resolve_model
+from seal_nb.protocol import TTTRequest
+from seal_nb.service.status import ServerStatus
+
+CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
+TOKENS_AN_ANSWER = 20  # greedy answers of the published run ended after 19 on average
+FLOP_A_TRAINED_TOKEN = 4  # per parameter
+FLOP_A_GENERATED_TOKEN = 2
+# Training FLOP/s: one CPU core in float32 (115 tokens/s of 134.5 M parameters, packed; docs/inner_loop.md);
+# the GPU's is an assumption, 40 % of 989 TFLOP/s (H100 and H200 in bfloat16), and named as one.
+CPU_CORE_FLOPS = 62e9
+GPU_FLOPS = 0.4 * 989e12
+BYTES_AN_ADAPTER_PARAMETER = 18  # float32 weight, gradient and two moments, and a bfloat16 copy
+
+BYTES_A_WEIGHT = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's, of Llama and Qwen2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a Llama-like decoder (Llama, Qwen2, Qwen3, Mistral), from its config.json."""
+
+    n_layers: int
+    hidden: int
+    intermediate: int
+    q_out: int  # heads × head size
+    kv_out: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "ModelShape":
+        """Raises: DataError where the folder has no such configuration."""
+        path = Path(folder) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            heads = config["num_attention_heads"]
+            head_size = config.get("head_dim") or config["hidden_size"] // heads
+            return cls(
+                n_layers=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                intermediate=config["intermediate_size"],
+                q_out=heads * head_size,
+                kv_out=config.get("num_key_value_heads", heads) * head_size,
+                vocabulary=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"holds no sizes of a decoder: {error}", path=path, remedy="give a model folder"
+            ) from error
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(in, out) of one layer's Linear."""
+        outs = {"q_proj": self.q_out, "k_proj": self.kv_out, "v_proj": self.kv_out}
+        if name == "o_proj":
+            return self.q_out, self.hidden
+        if name == "down_proj":
+            return self.intermediate, self.hidden
+        return self.hidden, outs.get(name, self.intermediate)
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of embeddings and Linears; norms and biases are too few to matter."""
+        in_layers = sum(n_in * n_out for n_in, n_out in map(self.linear, _LINEARS))
+        return self.n_layers * in_layers + self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
+        names = _LINEARS if "all-linear" in target_modules else (tuple(target_modules) or _DEFAULT_TARGETS)
+        return self.n_layers * rank * sum(sum(self.linear(name)) for name in names if name in _LINEARS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Training FLOP/s of all workers together, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+def assumed_rate(n_workers: int, *, gpu: bool, n_threads: int = 1) -> Rate:
+    """A CPU's as measured on one core; a GPU's is arithmetic."""
+    if gpu:
+        return Rate(flops=n_workers * GPU_FLOPS, source=f"assumed: 40 % of an H100's peak, times {n_workers}")
+    cores = n_workers * n_threads
+    return Rate(flops=cores * CPU_CORE_FLOPS, source=f"measured on one core, times {cores}")
+
+
+def server_rate(status: ServerStatus, shape: ModelShape) -> Rate | None:
+    """What a server trained in the last minute; None where it trained nothing."""
+    if not status.tokens_per_s:
+        return None
+    flops = status.tokens_per_s * FLOP_A_TRAINED_TOKEN * shape.n_parameters
+    return Rate(flops=flops, source=f"this server, last minute: {status.tokens_per_s:.0f} tokens/s")
+
+
+def by_characters(text: str) -> int:
+    return max(1, round(len(text) / CHARACTERS_A_TOKEN))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What some requests come to."""
+
+    n_loops: int
+    n_steps: int
+    train_tokens: int
+    n_answers: int  # the base's answer to a question is generated once
+    answer_tokens: int
+
+
+def work_of(requests: Iterable[TTTRequest], *, count: Callable[[str], int] = by_characters) -> Work:
+    loops = steps = trained = asked = 0
+    of_base: set[tuple[str, ...]] = set()
+    for request in requests:
+        if not request.skip_baseline:
+            of_base |= {(*request.adapter_stack, question.question) for question in request.eval_questions}
+        if not request.training_wanted:
+            continue
+        loops += 1
+        batches = -(-len(request.train_sequences) // request.batch_size)
+        steps += request.finetune_epochs * -(-batches // request.gradient_accumulation_steps)
+        trained += request.finetune_epochs * sum(
+            _trained(request, text, count) for text in request.train_sequences
+        )
+        asked += len(request.eval_questions)
+    n_answers = asked + len(of_base)
+    return Work(
+        n_loops=loops,
+        n_steps=steps,
+        train_tokens=trained,
+        n_answers=n_answers,
+        answer_tokens=n_answers * TOKENS_AN_ANSWER,
+    )
+
+
+def _trained(request: TTTRequest, text: str, count: Callable[[str], int]) -> int:
+    own = min(count(text), request.max_seq_length)
+    if not request.padding_in_loss:
+        return own
+    return min(own + request.pad_samples, request.pad_to) if request.pad_samples else request.pad_to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimated:
+    """seconds: training and answers; memory of one worker; cost in the currency of the price."""
+
+    work: Work
+    rate: Rate
+    seconds: float
+    base_bytes: int
+    adapters_bytes: int
+    cost: float | None
+
+    def rows(self) -> list[dict[str, str]]:
+        """As lines of a table."""
+        work = self.work
+        lines = {
+            "adapters to train": f"{work.n_loops:,}",
+            "optimiser steps": f"{work.n_steps:,}",
+            "training tokens": f"about {work.train_tokens:,}",
+            "answers": f"at most {work.n_answers:,}",
+            "time": f"about {_duration(self.seconds)} ({self.rate.source})",
+            "memory of a worker": f"{self.base_bytes / 1e9:.1f} GB base + {self.adapters_bytes / 1e9:.1f} GB "
+            "adapters, without activations",
+        }
+        if self.cost is not None:
+            lines["cost"] = f"about {self.cost:.2f}"
+        return [{"quantity": name, "estimate": text} for name, text in lines.items()]
+
+
+def estimate(
+    work: Work,
+    shape: ModelShape,
+    rate: Rate,
+    *,
+    n_slots: int,
+    lora_rank: int,
+    target_modules: Sequence[str],
+    bytes_a_weight: float = 4,
+    price_per_hour: float = 0.0,
+) -> Estimated:
+    """``bytes_a_weight``: 4 in float32, 2 in bfloat16; ``price_per_hour``: of all workers together."""
+    flop = shape.n_parameters * (
+        FLOP_A_TRAINED_TOKEN * work.train_tokens + FLOP_A_GENERATED_TOKEN * work.answer_tokens
+    )
+    seconds = flop / rate.flops
+    adapter = shape.adapter_parameters(lora_rank, target_modules)
+    return Estimated(
+        work=work,
+        rate=rate,
+        seconds=seconds,
+        base_bytes=round(shape.n_parameters * bytes_a_weight),
+        adapters_bytes=n_slots * adapter * BYTES_AN_ADAPTER_PARAMETER,
+        cost=price_per_hour * seconds / 3600 if price_per_hour else None,
+    )
+
+
+def estimate_on_server(
+    status: ServerStatus,
+    model: str,
+    requests: Sequence[TTTRequest],
+    *,
+    n_workers: int = 0,
+    price_per_hour: float = 0.0,
+) -> list[dict[str, str]]:
+    """What the requests will take on this server, as lines of a table; only the work where sizes are unknown.
+
+    ``n_workers``: that it will have, where some are not ready yet; ``price_per_hour``: of the whole server.
+    """
+    work, folder = work_of(requests), Path(resolve_model(model))
+    if not (folder / "config.json").is_file():
+        return [{"quantity": "adapters to train", "estimate": f"{work.n_loops:,}"}]
+    shape = ModelShape.of_folder(folder)
+    stats = dict(status.workers[0].stats) if status.workers else {}
+    n_workers = max(1, n_workers, len(status.workers))
+    on_gpu = str(stats.get("device", "cpu")).startswith("cuda")
+    largest = max(requests, key=lambda request: request.lora_rank, default=None)
+    return estimate(
+        work,
+        shape,
+        server_rate(status, shape) or assumed_rate(n_workers, gpu=on_gpu),
+        n_slots=int(stats.get("slots", 1)),
+        lora_rank=largest.lora_rank if largest else 1,
+        target_modules=largest.target_modules if largest else (),
+        bytes_a_weight=BYTES_A_WEIGHT.get(str(stats.get("dtype", "")), 4),
+        price_per_hour=price_per_hour,
+    ).rows()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

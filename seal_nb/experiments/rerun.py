@@ -1,0 +1,179 @@
+"""One number of a run made again, alone: the same inner loop from what the run file says, and compared.
+
+The request is rebuilt from the file (texts, questions, settings, seed); its id, which covers all of that and
+the model, must come out as the file has it, so that what is compared is the same work. It is sent without
+the id: otherwise the server would answer from its journal and train nothing.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seal_nb.errors import DataError, RunMismatch
+from seal_nb.experiments.run_requests import served_model, ttt_client
+from seal_nb.experiments.settings import IN_CONTEXT, TrainingSettings
+from seal_nb.experiments.single_passage import arm_sequences, identified
+from seal_nb.prompts import topic_question
+from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
+from seal_nb.runs import read_json
+from seal_nb.service.client import TTTClient
+
+OURS = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """``passage.self_edit.repeat``, each from 0."""
+
+    passage: int
+    self_edit: int
+    repeat: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Item":
+        """Raises: DataError for anything but three whole numbers."""
+        parts = text.split(".")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise DataError(f"item {text!r} is not passage.self_edit.repeat", remedy="write it as 0.0.0")
+        return cls(passage=int(parts[0]), self_edit=int(parts[1]), repeat=int(parts[2]))
+
+    def __str__(self) -> str:
+        return f"{self.passage}.{self.self_edit}.{self.repeat}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLoop:
+    """One inner loop as a run file has it: the request that made it, and its questions with their answers."""
+
+    item: Item
+    model_id: str
+    request: TTTRequest
+    questions: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One answer then and now."""
+
+    question: str
+    which: str  # baseline or adapter
+    then: str
+    now: str
+    verdict_then: bool | None
+    verdict_now: bool | None
+
+    @property
+    def is_same(self) -> bool:
+        return self.then == self.now and self.verdict_then == self.verdict_now
+
+
+def stored_loop(path: str | Path, item: Item) -> StoredLoop:
+    """Raises: DataError where the file has no such item or not all that made it."""
+    run = read_json(path)
+    try:
+        article = run["articles"][item.passage]
+        completion = article["completions"][item.self_edit]
+        made = next(entry for entry in completion["repeats"] if entry["rep"] == item.repeat)
+        training, arm = TrainingSettings(**run["training"]), run["trained_on"]
+    except (KeyError, IndexError, TypeError, StopIteration) as error:
+        raise DataError(
+            "has no such item, or not what made it", path=path, item=str(item), remedy=OURS
+        ) from error
+    rows = tuple(row for row in completion["questions"] if row["rep"] == item.repeat)
+    if not rows:
+        raise DataError("has no answer in this file", path=path, item=str(item), remedy="run 03 again")
+    if arm == IN_CONTEXT:
+        raise DataError(
+            "was trained on nothing", path=path, item=str(item), remedy="choose another arm's file"
+        )
+    request = TTTRequest(
+        train_sequences=arm_sequences(
+            arm,
+            completion["text"],
+            title=article["title"],
+            context=article["context"],
+            split_newlines=run["split_newlines"],
+        ),
+        eval_questions=[_asked(article, row) for row in rows],
+        seed=made["seed"],
+        **training.request_fields(),
+    )
+    if identified(request, run["model"]).request_id != made["request_id"]:
+        raise RunMismatch(
+            f"{path}, item {item}: what the file says does not give its request id; it was changed"
+        )
+    return StoredLoop(item=item, model_id=run["model"], request=request, questions=rows)
+
+
+def _asked(article: Mapping[str, Any], row: Mapping[str, Any]) -> EvalQuestion:
+    return EvalQuestion(
+        title=article["title"],
+        context=article["context"],
+        question=topic_question(article["title"], row["question"]),
+        answer=row["answer"],
+    )
+
+
+def rerun(client: TTTClient, stored: StoredLoop, *, model_id: str) -> list[Compared]:
+    """Train and ask again; every answer without and with the adapter, then and now.
+
+    Raises: RunMismatch where the server holds another model, RemoteError.
+    """
+    if model_id != stored.model_id:
+        raise RunMismatch(
+            f"the run was made by model {stored.model_id}, the server has {model_id}; start it with that "
+            "model, dtype and grader"
+        )
+    return compared(stored, client.evaluate(stored.request))
+
+
+def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[Compared]:
+    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings)."""
+    stored = stored_loop(path, item)
+    with (
+        tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder,
+        ttt_client(endpoint, run_dir=folder, **server) as client,
+    ):
+        return rerun(client, stored, model_id=served_model(client))
+
+
+def compared(stored: StoredLoop, reply: TTTReply) -> list[Compared]:
+    """Both answers of every question, in order."""
+    now = {
+        "baseline": (reply.baseline_texts, reply.baseline_correct),
+        "adapter": (reply.adapter_texts, reply.adapter_correct),
+    }
+    return [
+        Compared(
+            question=row["question"],
+            which=which,
+            then=row[f"{which}_answer"],
+            now=texts[at],
+            verdict_then=row[f"{which}_correct"],
+            verdict_now=correct[at],
+        )
+        for at, row in enumerate(stored.questions)
+        for which, (texts, correct) in now.items()
+    ]
+
+
+def rerun_lines(answers: list[Compared], item: Item) -> list[str]:
+    """What came out, in words: the accuracy then and now, and each answer that differs."""
+    adapter = [one for one in answers if one.which == "adapter"]
+    then, now = (
+        sum(v is True for v in verdicts)
+        for verdicts in ([o.verdict_then for o in adapter], [o.verdict_now for o in adapter])
+    )
+    differing = [one for one in answers if not one.is_same]
+    head = f"item {item}: {then} of {len(adapter)} right with the adapter then, {now} now; "
+    if not differing:
+        return [f"{head}every answer is the same"]
+    lines = [f"{head}{len(differing)} of {len(answers)} answers differ:"]
+    for one in differing:
+        lines += [f"  {one.which}: {one.question}", f"    then: {one.then!r}", f"    now:  {one.now!r}"]
+    return [
+        *lines,
+        "(without deterministic=True, answers whose best two tokens are all but equal may differ)",
+    ]

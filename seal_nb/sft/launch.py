@@ -1,0 +1,67 @@
+"""The same training in several processes: `accelerate launch` as a child, for a notebook.
+
+On GPUs the shipped configuration shards the model over them (FSDP); on CPUs the processes talk over gloo and
+each holds a whole model. A batch job runs the same command itself (slurm/accelerate_*.yaml)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from seal_nb.errors import EngineError, SettingsError
+from seal_nb.sft.settings import SftJob, SftResult
+from seal_nb.sft.train import finished, train_sft, training_id
+
+MODULE = "seal_nb.sft.train"
+LOG_TAIL_LINES = 15
+
+
+def run_job(job: SftJob, *, n_processes: int = 1) -> SftResult:
+    """Train here where one process is asked for, else in several of this machine."""
+    if n_processes > 1:
+        return train_in_processes(job, n_processes=n_processes)
+    return train_sft(
+        job.sft_file, model=job.model, model_dir=job.model_dir, settings=job.settings, n_threads=job.n_threads
+    )
+
+
+def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = None) -> SftResult:
+    """Train in `n_processes` on this machine; what they say goes to `<model_dir>.log`.
+
+    Raises: SettingsError before the start, EngineError with the end of the log if a process failed.
+    """
+    job.settings.accumulation_of(n_processes)
+    job.model_dir.parent.mkdir(parents=True, exist_ok=True)
+    log_path = job.model_dir.with_name(f"{job.model_dir.name}.log")
+    with log_path.open("wb") as log:
+        code = subprocess.call(command(job, n_processes, config), stdout=log, stderr=log)
+    result = finished(job.model_dir, training_id(job.sft_file, job.model, job.settings))
+    if code or result is None:
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        raise EngineError(
+            f"training in {n_processes} processes ended with code {code}; the end of {log_path}:\n{tail}"
+        )
+    return result
+
+
+def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[str]:
+    """The command line; `config` is an accelerate configuration, by default the shipped one that fits."""
+    own = config or shipped_config("fsdp" if torch.cuda.is_available() else "cpu")
+    options = {
+        "config_file": own,
+        "num_processes": n_processes,
+        "num_cpu_threads_per_process": job.n_threads,
+        "main_process_port": 0,  # a free one
+    }
+    given = [f"--{name}={value}" for name, value in options.items()]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launch, *given, "-m", MODULE, *job.options()]
+
+
+def shipped_config(name: str) -> Path:
+    """`slurm/accelerate_<name>.yaml` of the checkout. Raises: SettingsError where there is none."""
+    path = Path(__file__).resolve().parents[2] / "slurm" / f"accelerate_{name}.yaml"
+    if not path.is_file():
+        raise SettingsError(f"no {path.name} in {path.parent}; run from a checkout, or give a configuration")
+    return path

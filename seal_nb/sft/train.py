@@ -1,0 +1,197 @@
+"""Supervised fine-tuning of one ReST-EM round: LoRA on {prompt, completion}, then merged into the weights.
+
+SEAL, arXiv 2506.10943, section 3.1 and appendix B: loss on the completion only, rank 64, alpha 128, all
+linear layers, 2 epochs, learning rate 3e-4. transformers' Trainer and PEFT do the work. The completion ends
+with EOS, so that the model learns where a self-edit stops. The model folder appears whole or not at all; an
+interrupted training resumes from its last whole checkpoint, if rows, settings and model are the same.
+
+In several processes (`accelerate launch -m seal_nb.sft.train`, or `launch.train_in_processes`) each takes
+its share of every step, and the result is that of one process, to rounding."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from seal_nb.errors import SealError
+from seal_nb.models import model_identity, resolve_model
+from seal_nb.runs import content_id, write_json
+from seal_nb.sft.rows import collate, example, in_training_order, read_sft_rows
+from seal_nb.sft.settings import SftJob, SftResult, SftSettings, parse_job
+from seal_nb.ttt.merge import merge_stack
+
+RESULT_FILE = "sft_result.json"  # in the model folder: what made it, and its losses
+
+
+def train_sft(
+    sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1
+) -> SftResult:
+    """Fine-tune `model` on the file's rows and write the merged model to `model_dir`.
+
+    Every process of a launch calls this alike. A model folder that this very training made is taken as it is.
+    """
+    torch.set_num_threads(n_threads)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    accumulation = settings.accumulation_of(processes.num_processes)
+    folder = resolve_model(model)
+    made_from = training_id(sft_file, model, settings)
+    if (done := finished(model_dir, made_from)) is not None:
+        return done
+    rows = read_sft_rows(sft_file)
+    checkpoints = _own_checkpoints(model_dir, content_id([made_from, processes.num_processes]), processes)
+    trainer = _trainer(folder, rows, settings, checkpoints, accumulation)
+    trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
+    trainer.save_model(str(checkpoints / "adapter"))  # together: each process may hold a part of it
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    result = SftResult(
+        model_dir=model_dir, losses=tuple(losses), n_steps=trainer.state.global_step, n_examples=len(rows)
+    )
+    if processes.is_main_process:
+        _save_merged(folder, checkpoints / "adapter", result, made_from)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    processes.wait_for_everyone()
+    return result
+
+
+def training_id(sft_file: Path, model: str, settings: SftSettings) -> str:
+    """Names a training by its rows, settings and model, on however many processes it runs."""
+    identity = model_identity(resolve_model(model))
+    return content_id([read_sft_rows(sft_file), asdict(settings), identity])
+
+
+def finished(model_dir: Path, made_from: str) -> SftResult | None:
+    """The result of this training where its model is there already."""
+    try:
+        said = json.loads((model_dir / RESULT_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if said.pop("made_from", None) != made_from:
+        return None
+    return SftResult(**said | {"model_dir": model_dir, "losses": tuple(said["losses"])})
+
+
+def _trainer(
+    folder: str,
+    rows: Sequence[dict[str, str]],
+    settings: SftSettings,
+    checkpoints: Path,
+    accumulation: int,
+) -> Trainer:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    examples = [example(tokenizer, row, settings.max_seq_length) for row in rows]
+    ordered = in_training_order(
+        examples, epochs=settings.epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
+    )
+    torch.manual_seed(settings.seed)
+    # Sharded weights are of one dtype, and the adapter's are float32; autocast computes in bfloat16.
+    alone_on_gpu = torch.cuda.is_available() and PartialState().num_processes == 1
+    dtype = torch.bfloat16 if alone_on_gpu else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    steps_an_epoch = len(ordered) // settings.epochs // settings.examples_a_step
+    return Trainer(
+        model=get_peft_model(base, _lora(settings)),
+        args=_arguments(settings, checkpoints, accumulation, steps_an_epoch),
+        train_dataset=ordered,
+        data_collator=collate,
+    )
+
+
+def _own_checkpoints(model_dir: Path, training: str, processes: PartialState) -> Path:
+    """The folder for checkpoints of just this training; those of other rows or settings are removed."""
+    stem = f"{model_dir.name}.checkpoints"
+    own = model_dir.with_name(f"{stem}-{training}")
+    if processes.is_main_process:
+        own.mkdir(parents=True, exist_ok=True)
+        for folder in own.parent.iterdir():
+            if folder.name.startswith(stem) and folder != own:
+                shutil.rmtree(folder)
+    processes.wait_for_everyone()
+    return own
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end; trainer_state.json is the last file of one."""
+    whole = [
+        path for path in checkpoints.glob("checkpoint-*") if _is_json_object(path / "trainer_state.json")
+    ]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _lora(settings: SftSettings) -> LoraConfig:
+    targets: Any = list(settings.target_modules) or None
+    if settings.target_modules == ("all-linear",):
+        targets = "all-linear"
+    return LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
+def _arguments(
+    settings: SftSettings, checkpoints: Path, accumulation: int, steps_an_epoch: int
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=1,  # the rows are those of all epochs, in their order
+        train_sampling_strategy="sequential",
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="linear",
+        seed=settings.seed,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="steps",
+        save_steps=steps_an_epoch,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _save_merged(folder: str, adapter: Path, result: SftResult, made_from: str) -> None:
+    said = asdict(result) | {"made_from": made_from}
+    del said["model_dir"]
+    partial = result.model_dir.with_name(f".{result.model_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merge_stack(folder, [adapter], partial)
+    write_json(partial / RESULT_FILE, said)
+    shutil.rmtree(result.model_dir, ignore_errors=True)
+    partial.rename(result.model_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One process of a launch, or the only one."""
+    job: SftJob = parse_job(argv)
+    try:
+        train_sft(
+            job.sft_file,
+            model=job.model,
+            model_dir=job.model_dir,
+            settings=job.settings,
+            n_threads=job.n_threads,
+        )
+    except SealError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""Arms by name or by file, and the ceiling with the passage in the prompt."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from seal_nb.errors import DataError, SettingsError
+from seal_nb.experiments.arm_sources import ArmSource, parse_arms, passages_of_arm
+from seal_nb.experiments.in_context import in_context_prompts, in_context_request, with_in_context
+from seal_nb.experiments.run_requests import run_requests
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
+from seal_nb.grading.base import make_grader
+from seal_nb.passages import Passage, Question, load_passages, to_item
+from seal_nb.prompts import answer_prompt, key_of_prompt
+from seal_nb.runs import Journal
+from seal_nb.service.client import TTTClient
+from tests.service.conftest import server  # noqa: F401  # the stub server, with its real processes
+
+ORLE = Passage(
+    title="Orle", context="Orle lies on a hill. ", questions=(Question(question="Where?", answer="text"),)
+)
+IN_CONTEXT = SinglePassageSettings(arm="in_context", eval_times=3)
+
+
+def test_arms_are_names_or_a_name_with_a_file() -> None:
+    assert parse_arms("passage_only, in_context,gpt4_1:a/b.json,own:shipped:val") == [
+        ArmSource(name="passage_only", arm="passage_only"),
+        ArmSource(name="in_context", arm="in_context"),
+        ArmSource(name="gpt4_1", arm="self_edits", file="a/b.json"),
+        ArmSource(name="own", arm="self_edits", file="shipped:val"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "handwritten", "gpt4_1:", ":a.json", "../x:a.json", "self_edits:a.json", "a:x.json,a:y.json"]
+)
+def test_what_is_no_arm_is_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="arms"):
+        parse_arms(text)
+
+
+def test_self_edits_of_another_file_are_matched_by_title_and_context(
+    tmp_path: Path,
+) -> None:
+    mine = load_passages("shipped:val")[:3]
+    theirs = [replace(one, completions=(f"about {one.title}",), prompt="p") for one in mine[::-1]]
+    (tmp_path / "x.json").write_text(json.dumps([to_item(one) for one in theirs]))
+    source = ArmSource(name="x", arm="self_edits", file=str(tmp_path / "x.json"))
+    found = passages_of_arm(mine, source)
+    assert [one.completions for one in found] == [(f"about {one.title}",) for one in mine]
+    assert [replace(one, completions=(), prompt="") for one in found] == mine
+    with pytest.raises(DataError, match="has no item for passage 0 of the dataset, 'Orle'"):
+        passages_of_arm([ORLE], source)
+    assert passages_of_arm([ORLE], ArmSource(name="passage_only", arm="passage_only")) == [ORLE]
+
+
+def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:
+    rows = [json.loads(line) for line in (golden / "golden/self_edit_prompts.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert key_of_prompt(row["prompt"], title=row["title"], context=row["context"]) == row["prompt_key"]
+    assert key_of_prompt("another", title="T", context="C") == ""
+
+
+def test_the_ceiling_puts_the_passage_before_the_very_prompt_that_adapters_answer() -> None:
+    (prompt,) = in_context_prompts(ORLE)
+    assert prompt == "Orle\nOrle lies on a hill.\n\n" + answer_prompt("Orle", "Where?")
+    (loop,) = requests_for_run([ORLE], IN_CONTEXT, model_id="m")  # greedy: repeats would be copies
+    assert not loop.request.training_wanted
+    request = in_context_request(ORLE, loop, model_id="m")
+    assert (request.temperature, request.max_tokens) == (0.0, 64)
+    chat = replace(IN_CONTEXT, training=TrainingSettings(chat=True))
+    (loop,) = requests_for_run([ORLE], chat, model_id="m")
+    with pytest.raises(SettingsError, match="in_context has no chat form"):
+        in_context_request(ORLE, loop, model_id="m")
+
+
+def test_answers_with_the_passage_are_graded_by_the_bare_question_kept_and_missing_where_they_failed(
+    server,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    passages = [ORLE, replace(ORLE, title="refuse this")]
+    loops = requests_for_run(passages, IN_CONTEXT, model_id="stub")
+    how = {"model_id": "stub", "grader": make_grader("exact")}
+    with TTTClient(server.endpoint) as client, Journal(tmp_path / "j.jsonl") as journal:
+        collected = run_requests(client, [loop.request for loop in loops], journal)
+        assert len(collected.replies) == 2
+        replies = with_in_context(collected.replies, client, passages, loops, journal, **how)
+        answered = client.status().counts["answered"]
+        assert with_in_context(collected.replies, client, passages, loops[:1], journal, **how)
+        assert client.status().counts["answered"] == answered, "what the journal holds is not asked again"
+    run = build_run(passages, loops, replies, IN_CONTEXT, model="stub", dataset="d", timestamp="t")
+    (row,) = run["articles"][0]["completions"][0]["questions"]
+    assert (row["baseline_correct"], row["adapter_answer"], row["adapter_correct"]) == (False, "text", True)
+    assert [entry["article"] for entry in run["missing"]] == [1]

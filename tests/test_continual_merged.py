@@ -1,0 +1,72 @@
+"""Stacked adapters against merging as published: the same adapter and the same answers at every step."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from seal_nb.experiments.continual import ContinualSettings, draw_sequences, edit_request
+from seal_nb.experiments.continual_merged import edit_and_merge
+from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.passages import Passage, Question
+from seal_nb.runs import Journal
+from seal_nb.ttt.merge import merge_stack
+from tests.ttt.tiny import save_tiny_model
+
+PASSAGES = [
+    Passage(
+        title=f"T{n}",
+        context=f"The {word} is on the hill.",
+        questions=(Question(question=f"Where is the {word}?", answer="on the hill"),),
+        hand_written=f"A hill has a {word}.\nThe {word} stands.",
+    )
+    for n, word in enumerate(("lamp", "goat", "mill"))
+]
+TRAINING = TrainingSettings(
+    lora_rank=4,
+    lora_alpha=8,
+    target_modules=("all-linear",),
+    finetune_epochs=4,
+    finetune_lr=5e-3,
+    max_new_tokens=8,
+)
+SETTINGS = {"n_sequences": 1, "n_datapoints": 3, "arm": "hand_written", "training": TRAINING}
+SERVER = {"n_workers": 1, "device": "cpu", "dtype": "float32", "n_slots": 2}
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model(input_ids=torch.arange(40)[None]).logits
+
+
+def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    merged, stacked = (ContinualSettings(strategy=name, **SETTINGS) for name in ("merged", "stacked"))  # type: ignore[arg-type]
+    (sequence,) = sequences = draw_sequences(PASSAGES, stacked)
+    with Journal(tmp_path / "j.jsonl") as journal:
+        where = {"model": str(base), "folder": tmp_path / "merged", "server": SERVER}
+        done = edit_and_merge(sequences, merged, journal, **where)
+        again = edit_and_merge(sequences, merged, journal, **where)
+        stack: list[str] = []
+        with ttt_client("", run_dir=tmp_path / "server", model=str(base), **SERVER) as client:
+            model_id = served_model(client)
+            for step in range(1, 4):
+                texts = done.written[0][:step]
+                request = edit_request(0, sequence, texts, stack, stacked, model_id=model_id)
+                (reply,) = run_requests(client, [request], journal).in_order([request])
+                stack.append(str(request.adapter_name))
+                theirs = done.replies[step - 1][0]
+                assert reply.adapter_texts == theirs.adapter_texts, f"step {step}"
+                assert reply.epoch_losses == torch.tensor(theirs.epoch_losses).tolist() or torch.allclose(
+                    torch.tensor(reply.epoch_losses), torch.tensor(theirs.epoch_losses), rtol=1e-4
+                )
+    assert again.stacks == done.stacks and again.replies == done.replies
+    adapters = [tmp_path / "server" / "adapters" / name for name in stack]
+    at_once = merge_stack(str(base), adapters, tmp_path / "at_once")
+    step_by_step = tmp_path / "merged" / "sequence_1" / "model_3"
+    change = (logits(base) - logits(at_once)).norm()
+    assert (logits(at_once) - logits(step_by_step)).norm() < 1e-3 * change
+    left = sorted(path.name for path in step_by_step.parent.glob("model_*"))
+    assert left == ["model_3"], "models on the way are not kept"

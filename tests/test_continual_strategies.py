@@ -1,0 +1,170 @@
+"""Ways of keeping an edit: what lies under the next one, what is replayed, which adapter is asked."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.continual import (
+    STRATEGIES,
+    ContinualRun,
+    ContinualSettings,
+    edit_request,
+    self_edit_request,
+    summary_file_name,
+)
+from seal_nb.experiments.continual_retrieval import retrieval_accuracy, route
+from seal_nb.experiments.continual_summary import strategy_rows
+from seal_nb.experiments.control import control_request, control_rows, general_questions
+from seal_nb.experiments.retrieval import Bm25
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.passages import Passage, Question, load_passages
+from seal_nb.protocol import Answers, TTTReply, build_reply
+
+SHIPPED = load_passages("shipped:val")
+SEQUENCE = SHIPPED[:4]
+TEXTS = ["one", "two\ntoo", "three"]
+STACK = ["edit-1", "edit-2"]
+
+
+def settings(strategy: str, **fields: object) -> ContinualSettings:
+    return ContinualSettings(strategy=strategy, n_datapoints=4, **fields)  # type: ignore[arg-type]
+
+
+def third_edit(strategy: str, **fields: object):
+    return edit_request(0, SEQUENCE, TEXTS, STACK, settings(strategy, **fields), model_id="m")
+
+
+def test_only_stacked_strategies_edit_and_write_on_top_of_earlier_edits() -> None:
+    under = {name: third_edit(name).adapter_stack for name in STRATEGIES}
+    assert under == {"stacked": STACK, "replay": STACK, "merged": [], "retrieval": []}
+    writing = {
+        name: self_edit_request(0, SEQUENCE[2], STACK, settings(name), model_id="m").adapter_stack
+        for name in STRATEGIES
+    }
+    assert writing == under
+
+
+def test_merging_and_stacking_train_from_the_same_seed_on_the_same_texts() -> None:
+    stacked, merged = third_edit("stacked"), third_edit("merged")
+    assert (stacked.seed, stacked.train_sequences) == (merged.seed, merged.train_sequences)
+    assert stacked.eval_questions == merged.eval_questions
+
+
+def test_replay_trains_on_the_earlier_self_edits_too() -> None:
+    replayed = third_edit("replay").train_sequences
+    own = third_edit("stacked").train_sequences
+    assert replayed[-len(own) :] == own
+    first, second = SEQUENCE[0], SEQUENCE[1]
+    assert replayed[: -len(own)] == [
+        f"{first.title}\none", f"{first.title}\n{first.context}",
+        f"{second.title}\ntwo", f"{second.title}\ntoo", f"{second.title}\n{second.context}",
+    ]  # fmt: skip
+    one_only = third_edit("replay", replay_passages=1).train_sequences
+    assert len(own) < len(one_only) < len(replayed)
+    assert third_edit("replay", replay_passages=1) == third_edit("replay", replay_passages=1)
+    assert third_edit("replay", replay_passages=9).train_sequences == replayed
+
+
+def test_with_retrieval_an_edit_asks_nothing_and_each_question_goes_to_the_adapter_of_its_passage() -> None:
+    assert third_edit("retrieval").eval_questions == []
+    routed = route(SEQUENCE, [*STACK, "edit-3"], settings("retrieval"), model_id="m")
+    places = sorted(place for one in routed for place in one.places)
+    assert places == list(range(sum(len(p.questions) for p in SEQUENCE[:3])))
+    of_first = next(one for one in routed if one.adapter == "edit-1")
+    assert of_first.request.adapter_stack == ["edit-1"] and not of_first.request.training_wanted
+    assert set(range(len(SEQUENCE[0].questions))) <= set(of_first.places)
+
+
+def test_a_question_that_shares_no_word_goes_to_the_base() -> None:
+    odd = Passage(title="Xylo", context="zzz", questions=(Question(question="Quid?", answer="a"),))
+    (one,) = route([odd], ["edit-1"], settings("retrieval"), model_id="m")
+    assert one.adapter is None and one.request.adapter_stack == []
+
+
+def test_the_topic_line_does_not_give_the_passage_away() -> None:
+    question = Question(question="Quid?", answer="a")
+    titled = [Passage(title=t, context="nothing here", questions=(question,)) for t in ("Alpha", "Beta")]
+    routed = route(titled, ["a", "b"], settings("retrieval"), model_id="m")
+    assert [(one.adapter, one.places) for one in routed] == [(None, (0, 1))]
+
+
+def test_bm25_finds_most_shipped_passages_from_their_questions() -> None:
+    share = retrieval_accuracy([SHIPPED])
+    assert share is not None and share > 0.9
+    assert retrieval_accuracy([]) is None
+
+
+def test_a_rare_word_counts_more_than_a_common_one_and_a_short_text_more_than_a_long_one() -> None:
+    texts = ["the lamp", "the hill", "the hill and the sea and the sky and the moon and the lamp"]
+    passages = [Passage(title="", context=text, questions=()) for text in texts]
+    assert Bm25(passages).best("what about the hill") == 1
+    scores = Bm25(passages).scores("lamp")
+    assert scores[0] > scores[2] > scores[1] == 0.0
+
+
+@given(st.lists(st.text(max_size=20), max_size=5), st.text(max_size=20))
+def test_scores_are_never_negative_and_the_best_is_one_of_them(texts: list[str], question: str) -> None:
+    index = Bm25([Passage(title=text, context="", questions=()) for text in texts])
+    scores = index.scores(question)
+    assert len(scores) == len(texts) and all(score >= 0 for score in scores)
+    best = index.best(question)
+    assert best is None or scores[best] == max(scores) > 0
+
+
+def test_a_run_keeps_adapters_and_replies_by_sequence() -> None:
+    run = ContinualRun.of([SEQUENCE, SEQUENCE])
+    for step in (1, 2):
+        run.write([f"a{step}", f"b{step}"])
+        on = {"settings": settings("stacked"), "model_id": "m"}
+        edits = [edit_request(s, SEQUENCE, run.written[s], run.stacks[s], **on) for s in (0, 1)]
+        run.keep(edits, [graded("CORRECT"), graded("INCORRECT")])
+    assert [len(stack) for stack in run.stacks] == [2, 2] and len({*run.stacks[0], *run.stacks[1]}) == 4
+    assert [one.adapter_correct for one in run.replies_of(1)] == [[False], [False]]
+    assert run.requests_of(0)[1].adapter_stack == run.stacks[0][:1]
+
+
+def graded(*words: str) -> TTTReply:
+    return build_reply(baseline=None, adapter=Answers(texts=["t"] * len(words), verdicts=words))
+
+
+def test_strategies_are_compared_over_the_same_sequences() -> None:
+    forgets = [[0.0, 0.0], [1.0, None], [0.0, 1.0]]
+    keeps = [[0.0, 0.0], [1.0, None], [1.0, 1.0]]
+    first, second = strategy_rows({"stacked": [forgets] * 8, "replay": [keeps] * 8})
+    assert (first["final"], first["against the first"]) == (0.5, None)
+    assert second["against the first"] == "+50.0 points [50.0, 50.0], 8 sequences: real"
+
+
+def test_a_strategy_that_is_not_known_is_refused() -> None:
+    with pytest.raises(SettingsError, match="known are stacked, merged, replay, retrieval"):
+        ContinualSettings(strategy="averaged")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError):
+        replace(settings("replay"), replay_passages=-1)
+    assert len({summary_file_name(name) for name in STRATEGIES}) == 4
+    assert summary_file_name("stacked") == "summary_continual.json"
+
+
+def test_twenty_general_questions_are_asked_without_training_of_base_and_stack() -> None:
+    assert len(general_questions()) == len({one.question for one in general_questions()}) == 20
+    passages = " ".join(one.title + one.context for one in [*SHIPPED, *load_passages("shipped:train")])
+    assert not [
+        one.answer
+        for one in general_questions()
+        if one.answer[0].isupper() and len(one.answer) > 1 and one.answer in passages
+    ]
+    request = control_request(STACK, TrainingSettings(), seed=1, model_id="m")
+    assert not request.training_wanted and request.adapter_stack == STACK
+
+
+def test_what_was_lost_is_counted_apart_from_what_was_won() -> None:
+    before = graded("CORRECT", "CORRECT", "INCORRECT", "UNGRADED")
+    after = graded("CORRECT", "INCORRECT", "CORRECT", "CORRECT")
+    first, second = control_rows({"never edited": before, "stacked 1": after})
+    assert (first["lost"], first["won"], first["accuracy"]) == (0, 0, pytest.approx(2 / 3))
+    assert (second["lost"], second["won"]) == (1, 1)
+    assert second["change"].startswith("+0.0 points")
+    nothing = {"never edited": graded("UNGRADED"), "x": graded("UNGRADED")}
+    assert control_rows(nothing)[1]["change"] is None

@@ -1,0 +1,125 @@
+"""How much a ranking knows: agreement of repeats against chance, and the repeats it would take."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.ranking import (
+    eval_times_wanted,
+    ranking_summary,
+    repeats_needed,
+    repeats_sentence,
+    winner_agreement,
+)
+from seal_nb.experiments.run_files import SinglePassageRun, read_run, run_from_json
+
+
+def run_of(rewards_P_E_R: list[list[list[float]]], n_questions: int = 10) -> SinglePassageRun:
+    """A run whose adapters reach these accuracies."""
+
+    def rows(rewards: list[float]) -> list[dict[str, Any]]:
+        return [
+            {"rep": rep, "baseline_correct": False, "adapter_correct": question < round(reward * n_questions)}
+            for rep, reward in enumerate(rewards)
+            for question in range(n_questions)
+        ]
+
+    return run_from_json(
+        {
+            "articles": [
+                {"title": "T", "completions": [{"text": "e", "questions": rows(r)} for r in rewards_E_R]}
+                for rewards_E_R in rewards_P_E_R
+            ]
+        }
+    )
+
+
+def noisy(
+    n_passages: int, n_repeats: int, *, between: float, within: float, seed: int = 0
+) -> SinglePassageRun:
+    """Five self-edits a passage, of true rewards around 0.5, each measured with noise."""
+    draws = random.Random(seed)
+    passages = []
+    for _ in range(n_passages):
+        truths = [0.5 + draws.gauss(0, between) for _ in range(5)]
+        passages.append([[_measured(t, within, draws) for _ in range(n_repeats)] for t in truths])
+    return run_of(passages, n_questions=25)
+
+
+def _measured(truth: float, within: float, draws: random.Random) -> float:
+    return min(1.0, max(0.0, truth + draws.gauss(0, within)))
+
+
+def test_the_published_ranking_is_hardly_better_than_chance(golden: Path) -> None:
+    """Two of its three repeats agree on the winner about once in four; chance is once in five."""
+    run = read_run(golden / "results/rank_iter0.json.gz")
+    agreement = winner_agreement(run)
+    assert agreement is not None and agreement.chance == 0.2
+    assert agreement.observed.mean == pytest.approx(0.243, abs=0.001)
+    assert agreement.sentence().endswith("chance 20.0 %: not distinguishable from chance")
+    summary = ranking_summary(run)
+    assert summary.reliability == pytest.approx(0.318, abs=0.001)
+    assert repeats_needed(summary, reliability=0.8) == 26
+    assert "0.80 would take 26 repeats" in repeats_sentence(summary)
+
+
+def test_repeats_that_agree_always_pick_the_same_winner() -> None:
+    agreement = winner_agreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 8))
+    assert agreement is not None
+    assert (agreement.observed.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
+    assert "more than chance" in agreement.sentence()
+
+
+def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() -> None:
+    agreement = winner_agreement(run_of([[[0.4, 0.4]] * 4] * 10))
+    assert agreement is not None and agreement.observed.mean == agreement.chance == 0.25
+
+
+def test_pure_noise_agrees_as_often_as_chance_and_has_no_number_of_repeats() -> None:
+    run = noisy(200, 2, between=0.0, within=0.2)
+    agreement = winner_agreement(run)
+    assert agreement is not None
+    assert agreement.observed.low <= agreement.chance <= agreement.observed.high
+    no_difference = ranking_summary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
+    assert repeats_needed(no_difference) is None
+    assert "coin toss" in repeats_sentence(no_difference)
+
+
+def test_the_repeats_that_are_said_to_be_needed_give_the_reliability_asked_for() -> None:
+    """Variances 0.01 and 0.02: 0.8 takes 4 × 0.02 / 0.01 = 8 repeats."""
+    summary = ranking_summary(noisy(150, 3, between=0.1, within=0.02**0.5))
+    assert repeats_needed(summary, reliability=0.8) == pytest.approx(8, abs=3)
+    enough = ranking_summary(noisy(100, 8, between=0.1, within=0.02**0.5, seed=1))
+    assert enough.reliability == pytest.approx(0.8, abs=0.05)
+    assert "enough for 0.70" in repeats_sentence(enough, reliability=0.7)
+
+
+def test_one_repeat_says_nothing_and_wants_a_second() -> None:
+    run = run_of([[[0.1], [0.9]]] * 3)
+    assert winner_agreement(run) is None
+    assert repeats_needed(ranking_summary(run)) is None
+    assert "cannot be told" in repeats_sentence(ranking_summary(run))
+    assert eval_times_wanted(run, reliability=0.8, most=9) == 2
+
+
+SIX_NOISY = noisy(6, 3, between=0.1, within=0.2)
+
+
+@given(st.floats(0.05, 0.95), st.integers(1, 30))
+def test_repeats_are_added_never_taken_away_and_never_beyond_the_most(reliability: float, most: int) -> None:
+    assert 3 <= eval_times_wanted(SIX_NOISY, reliability=reliability, most=most) <= max(3, most)
+
+
+def test_a_reliability_that_cannot_be_is_refused() -> None:
+    with pytest.raises(SettingsError, match="reliability is 1"):
+        repeats_needed(ranking_summary(run_of([[[0.1, 0.2], [0.3, 0.4]]])), reliability=1)
+
+
+def test_a_run_without_any_answer_has_no_repeats() -> None:
+    summary = ranking_summary(run_from_json({"articles": [{"title": "T", "completions": []}]}))
+    assert (summary.reliability, summary.n_ranked) == (None, 0)

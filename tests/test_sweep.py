@@ -1,0 +1,92 @@
+"""Sweeps: every combination once, on the same passages and seeds; the figure holds what the rows say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings
+from seal_nb.experiments.sweep import SweepPoint, sweep_loops, sweep_points, sweep_rows
+from seal_nb.passages import Passage, Question
+from seal_nb.protocol import Answers, TTTReply, build_reply
+from seal_nb.views.sweep_plots import sweep_accuracy
+
+PASSAGES = [
+    Passage(title=f"T{n}", context="C", questions=(Question(question="q", answer="a"),), hand_written="x")
+    for n in range(8)
+]
+SETTINGS = SinglePassageSettings(
+    arm="hand_written", eval_times=2, training=TrainingSettings(lora_rank=4, lora_alpha=8)
+)
+GRID = {"finetune_lr": [1e-4, 1e-3], "lora_rank": [2, 16], "target_modules": [[], ["all-linear"]]}
+
+
+def answered(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]]) -> dict[str, TTTReply]:
+    """Adapters are right where the rate is high; the soft score grows with the rank."""
+    replies = {}
+    for point, own in zip(points, loops, strict=True):
+        training = point.settings.training
+        word = "CORRECT" if training.finetune_lr > 5e-4 else "INCORRECT"
+        for loop in own:
+            before = Answers(texts=["n"], verdicts=["INCORRECT"], gold_logprobs=[-9.0])
+            after = Answers(texts=["y"], verdicts=[word], gold_logprobs=[-9.0 + training.lora_rank])
+            replies[loop.request_id] = build_reply(baseline=before, adapter=after, request_id=loop.request_id)
+    return replies
+
+
+def test_every_combination_is_a_point_and_alpha_follows_the_rank() -> None:
+    points = sweep_points(SETTINGS, GRID)
+    assert len(points) == 8 and len({point.label for point in points}) == 8
+    assert points[0].label == "finetune_lr 0.0001, lora_rank 2, target_modules default"
+    assert {(p.settings.training.lora_rank, p.settings.training.lora_alpha) for p in points} == {
+        (2, 4),
+        (16, 32),
+    }
+    fixed = sweep_points(SETTINGS, {"lora_rank": [2], "lora_alpha": [64]})
+    assert fixed[0].settings.training.lora_alpha == 64
+
+
+def test_points_share_passages_and_seeds_and_no_request() -> None:
+    loops = sweep_loops(PASSAGES, sweep_points(SETTINGS, GRID), model_id="m")
+    seeds = [[loop.request.seed for loop in own] for own in loops]
+    assert all(one == seeds[0] for one in seeds) and len(seeds[0]) == 16
+    assert len({loop.request_id for own in loops for loop in own}) == 8 * 16
+
+
+def test_rows_compare_every_point_with_the_first_and_the_figure_says_the_same() -> None:
+    points = sweep_points(SETTINGS, GRID)
+    loops = sweep_loops(PASSAGES, points, model_id="m")
+    rows = sweep_rows(points, loops, answered(points, loops), len(PASSAGES))
+    assert [row["accuracy"] for row in rows] == [0.0] * 4 + [1.0] * 4
+    assert [row["soft gain"] for row in rows] == [2.0, 2.0, 16.0, 16.0] * 2
+    assert rows[0]["against the first"] is None
+    assert rows[7]["against the first"] == "+100.0 points [100.0, 100.0], 8 passages: real"
+    chart = sweep_accuracy(rows, list(GRID))
+    assert f"{rows[7]['label']}: 100.0%" in chart.alt
+    (axes,) = chart.axes
+    assert len(axes.containers) == 4 and axes.get_xscale() == "log"
+
+
+def test_a_point_without_any_reply_is_blank_and_not_zero() -> None:
+    points = sweep_points(SETTINGS, {"finetune_epochs": [1, 2]})
+    loops = sweep_loops(PASSAGES, points, model_id="m")
+    rows = sweep_rows(points, loops, {}, len(PASSAGES))
+    assert [row["accuracy"] for row in rows] == [None, None]
+    assert sweep_accuracy(rows, ["finetune_epochs"]).alt == "QA accuracy by setting: "
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"learning_rate": [1]}, "cannot sweep 'learning_rate'; inner-loop settings are batch_size"),
+        ({}, "the grid has 1 points"),
+        ({"lora_rank": []}, "the grid has 0 points"),
+        ({"lora_rank": range(1, 300)}, "the grid has 299 points; 1 to 200"),
+        ({"lora_rank": [0]}, "lora_rank=0: must be at least 1"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(grid: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        sweep_points(SETTINGS, grid)
