@@ -10,7 +10,7 @@ import traceback
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from seal_nb.protocol import (
     ErrorReply,
     GenerateReply,
     GenerateRequest,
+    ScoredText,
     TTTReply,
     TTTRequest,
     build_reply,
@@ -33,8 +34,10 @@ from seal_nb.protocol import (
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.lora import Adapter, save_adapter
+from seal_nb.ttt.progress import Progress
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from seal_nb.ttt.score import ScoreRow, score
+from seal_nb.ttt.token_scores import score_tokens, wanted_texts
 
 Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
@@ -56,6 +59,7 @@ class InnerLoop:
         self.gold_baselines: dict[tuple[Question, str], float] = {}
         self.kept: OrderedDict[str, Adapter] = OrderedDict()  # by identity
         self.done: deque[Reply] = deque()
+        self.progress = Progress()
         self.answering = False
         self.n_answer_steps = 0
         self.n_done = 0
@@ -69,12 +73,13 @@ class InnerLoop:
         """Requests that are useful now: enough that the next one can enter the moment a slot is free."""
         return max(0, 2 * self.settings.n_slots - len(self.evaluations) - len(self.generations))
 
-    def stats(self) -> dict[str, float | int | str]:
+    def stats(self) -> dict[str, Any]:
         return {
             "slots": self.settings.n_slots,
             "slots_in_use": len(self.trainer.slots),
             "requests": len(self.evaluations) + len(self.generations),
             "requests_done": self.n_done,
+            "training": self.progress.read(self.trainer.slots),
             "train_tokens": self.trainer.n_tokens,
             "decode_tokens": self.decoder.n_tokens,
             "baselines_kept": len(self.baselines),
@@ -299,6 +304,7 @@ class InnerLoop:
             request_id=request.request_id,
             seed=request.seed,
             gold_token_counts=scored[2],
+            token_logprobs=self._token_logprobs(evaluation) if request.return_token_logprobs else [],
             train_tokens=trained.n_tokens if trained else 0,
             train_steps=trained.n_steps if trained else 0,
             epoch_losses=list(trained.epoch_losses) if trained else [],
@@ -337,6 +343,16 @@ class InnerLoop:
         sums = [sum(row) for row in score(self.base, rows, token_budget=self.trainer.token_budget)]
         self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
         return [self.gold_baselines[key] for key in keys], sums[len(missing) :], [len(g) for g in golds]
+
+    def _token_logprobs(self, evaluation: Evaluation) -> list[ScoredText]:
+        trained = evaluation.trained
+        prompts = [self._prompt_ids(question) for question in evaluation.questions]
+        wanted = wanted_texts(
+            self.base, evaluation.request.eval_questions, prompts, trained.job if trained else None
+        )
+        adapter = trained.adapter if trained else None
+        budget = self.trainer.token_budget
+        return score_tokens(self.base, wanted, stack=evaluation.stack, adapter=adapter, token_budget=budget)
 
     def _adapter(self, name: str) -> tuple[str, Adapter]:
         """A kept adapter and its identity; another worker may have made it, or made it anew."""
