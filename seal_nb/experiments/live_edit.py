@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from seal_nb.errors import SettingsError
 from seal_nb.experiments.inspection_rows import as_passage, sequences_of
 from seal_nb.experiments.published_statistics import published_statistics
 from seal_nb.experiments.run_files import EvaluatedPassage, EvaluatedSelfEdit, run_from_json
@@ -58,14 +61,22 @@ def settings_of_run(settings: Mapping[str, Any], **otherwise: Any) -> TrainingSe
 
 
 def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> TTTRequest:
-    """The inner loop of an edit: scored token by token, its adapter kept under a name of its content."""
-    request = TTTRequest(
-        train_sequences=sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
-        eval_questions=eval_questions(as_passage(evaluated)),
-        seed=edit.seed,
-        return_token_logprobs=True,
-        **edit.training.request_fields(),
-    )
+    """The inner loop of an edit: scored token by token, its adapter kept under a name of its content.
+
+    Raises: SettingsError for a value that no server takes.
+    """
+    try:
+        request = TTTRequest(
+            train_sequences=sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
+            eval_questions=eval_questions(as_passage(evaluated)),
+            seed=edit.seed,
+            return_token_logprobs=True,
+            **edit.training.request_fields(),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise SettingsError(f"{name} is {first['input']!r}: {first['msg']}; correct it") from None
     name = f"inspector-{content_id([model_id, request.model_dump(mode='json')])}"
     return identified(request.model_copy(update={"adapter_name": name}), model_id)
 

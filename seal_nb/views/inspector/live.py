@@ -162,7 +162,7 @@ class LiveEdit:
         def run() -> None:
             try:
                 work()
-            except (SealError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a thread has nobody else to tell
                 self.status.value = page(failure(f"{type(error).__name__}: {error}"))
             finally:
                 if holds:
