@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 project = "seal-nb"
 author = "the seal-nb authors"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc"]
 exclude_patterns = ["_build", "notebooks/.ipynb_checkpoints", "notebooks/runs"]
 
 # Sphinx reads sources below docs/ only; the copy is ignored by git and made anew at every build.

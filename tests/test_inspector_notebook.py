@@ -1,4 +1,4 @@
-"""The inspector's notebook headless: by papermill, on runs of ours and published ones, and as an HTML page."""
+"""The inspector's notebook headless: by papermill, on our runs and published ones, and as an HTML page."""
 
 import json
 from html.parser import HTMLParser
