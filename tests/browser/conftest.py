@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -81,7 +82,7 @@ def _small(notebook: Path, server: TTTServer) -> nbformat.NotebookNode:
     values = {name: value for name, value in SMALL.items() if name in declared}
     where = "attach_to" if "attach_to" in declared else "endpoint"
     values |= {where: server.endpoint} if where in declared else {}
-    copy = parameterize_notebook(nbformat.read(notebook, as_version=4), values)
+    copy = parameterize_notebook(load_notebook_node(str(notebook)), values)
     for cell in copy.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

@@ -8,7 +8,7 @@ CSS = """<style>
 .seal-nb h4{margin:.9em 0 .3em;font-size:1.05em}.seal-nb p{margin:.3em 0}
 .seal-nb table{border-collapse:collapse;font-size:.95em;margin:.2em 0 .8em}
 .seal-nb th,.seal-nb td{padding:.25em .7em .25em .2em;border-bottom:1px solid var(--jp-border-color2,#8884);
- max-width:30rem;vertical-align:top;text-align:left;overflow-wrap:anywhere}
+ max-width:30rem;vertical-align:top;text-align:left;overflow-wrap:break-word}
 .seal-nb caption{text-align:left;font-weight:600;padding:.2em 0}
 .seal-nb .sn-text{white-space:pre-wrap;border-left:3px solid var(--jp-border-color1,#8886);padding-left:.7em;
  max-width:60rem}
@@ -17,6 +17,7 @@ CSS = """<style>
 .seal-nb .sn-none{opacity:.5}.seal-nb .sn-soft{opacity:.7}
 .seal-nb .sn-pair{display:grid;grid-template-columns:1fr 1fr;gap:1.2em}
 .seal-nb .sn-failure{color:var(--jp-error-color0,#b00020);white-space:pre-wrap;font-weight:600}
+.seal-nb-inspector .widget-html-content,.seal-nb-live .widget-html-content{min-width:0;flex:1 1 0}
 </style>"""
 
 

@@ -40,13 +40,16 @@ def step_said(step: Step) -> str:
 
 
 def step_teller() -> Callable[[Step], None]:
-    """For a cell that trains: one line in place where somebody looks on; headless each state once."""
+    """For a cell that trains: one line in place where somebody looks on; headless what takes long, once.
+
+    Headless only states that every run goes through are told, so that its output is the same each time.
+    """
     teller, told = Teller(), set[str]()
 
     def tell(step: Step) -> None:
         if teller.live:
             teller(f"{step_said(step)}, {step.elapsed_s:.0f} s")
-        elif step.state not in told:
+        elif step.state in ("starting", "training") and step.state not in told:
             told.add(step.state)
             teller(STATES.get(step.state, step.state))
 
@@ -108,7 +111,7 @@ class LiveEdit:
         self.cancel_button = w.Button(description="Cancel", disabled=True)
         self.keep_button = w.Button(description="Keep as an arm", disabled=True, icon="save")
         self.reset_button = w.Button(description="Text of the run")
-        self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="16em", visibility="hidden"))
+        self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="16em", display="none"))
         self.status, self.outcome, self.answered = w.HTML(), w.HTML(), w.HTML()
         self.question = w.Text(placeholder="a question of your own", layout=w.Layout(width="28em"))
         self.gold = w.Text(placeholder="right answer (may be empty)", layout=w.Layout(width="16em"))
@@ -179,7 +182,7 @@ class LiveEdit:
         self.train_button.disabled = held
         self.cancel_button.disabled = not held
         self.ask_button.disabled = self.keep_button.disabled = held or self.result is None
-        self.bar.layout.visibility = "visible" if held else "hidden"
+        self.bar.layout.display = None if held else "none"
 
     def _train(self) -> None:
         self.bar.value = 0.0
@@ -207,7 +210,7 @@ class LiveEdit:
         else:
             grown = self.inspector.inspection.with_self_edit(passage, new)
             answers = grown.answers(passage, len(grown.run.passages[passage].self_edits) - 1)
-        questions = [(q.question.split("\n", 1)[-1], q.answer) for q in result.request.eval_questions]
+        questions = [(q.question, q.answer) for q in result.request.eval_questions]
         texts = pages.named_texts(result.reply.token_logprobs, questions)
         self.status.value = page(
             f'<span role="status">{html.escape(pages.live_summary(result))}</span> '

@@ -20,7 +20,7 @@ from seal_nb.views.inspector.tokens import total_change
 from seal_nb.views.tables import Table
 
 VERDICTS = {True: "right", False: "wrong", None: "ungraded"}
-FLIP_SIGNS = {"gained": "▲ gained", "lost": "▼ lost", "ungraded": "? ungraded"}
+FLIP_SIGNS = {"gained": "▲\u00a0gained", "lost": "▼\u00a0lost", "ungraded": "?\u00a0ungraded"}
 VERDICT_WORDS = {"CORRECT": "right", "INCORRECT": "wrong", "UNGRADED": "ungraded"}
 
 
@@ -68,7 +68,8 @@ def passages_table(rows: Sequence[PassageRow], *, most: int = 15) -> Table:
         "mean gain": "+.1%",
     }
     columns |= dict.fromkeys(["gained", "lost", "ungraded", "tied"], "")
-    said = f"{len(rows)} passages" + (f", the first {most} shown" if len(rows) > most else "")
+    counted = f"{len(rows)} passage{'s' * (len(rows) != 1)}"
+    said = counted + (f", the first {most} shown" if len(rows) > most else "")
     return Table(rows=shown, columns=columns, caption=said)
 
 
@@ -103,7 +104,6 @@ def origin(row: SelfEditRow) -> str:
 def answers_table(rows: Sequence[AnswerRow]) -> Table:
     """Questions with both answers, each grader's verdicts, what flipped and what the texts tell about it."""
     repeats = len({row.repeat for row in rows}) > 1
-    graders = list(rows[0].verdicts) if rows else []
     shown = [
         {
             "": FLIP_SIGNS.get(row.flip, ""),
@@ -112,15 +112,14 @@ def answers_table(rows: Sequence[AnswerRow]) -> Table:
             "gold": row.gold,
             "without adapter": row.baseline_answer,
             "with adapter": row.adapter_answer,
-            **{_grader(name): _pair(pair) for name, pair in row.verdicts.items()},
+            "verdicts": _verdicts(row),
             "gold log-prob.": row.soft_gain,
             "what the texts tell": row.why,
         }
         for row in rows
     ]
     columns = {"": ""} | ({"rep": ""} if repeats else {})
-    columns |= dict.fromkeys(["question", "gold", "without adapter", "with adapter"], "")
-    columns |= {_grader(name): "" for name in graders}
+    columns |= dict.fromkeys(["question", "gold", "without adapter", "with adapter", "verdicts"], "")
     columns |= {"gold log-prob.": "+.1f"} if any(row.soft_gain is not None for row in rows) else {}
     disagree = sum(row.graders_disagree for row in rows)
     said = f"graders disagree on {disagree} of {len(rows)} questions" if disagree else ""
@@ -169,7 +168,7 @@ def named_texts(
 ) -> list[tuple[str, ScoredText]]:
     """Each text under its heading, gold answers first, then the passage, then train sequences.
 
-    ``questions``: (question, gold) in the order of the request.
+    ``questions``: (question, gold) in the order of the request; topic lines are left out.
     """
     order = ("gold", "passage", "train")
     named = []
@@ -177,7 +176,7 @@ def named_texts(
         change = total_change(one)
         said = f" ({change:+.1f} nats)" if change is not None else ""
         names = {"passage": "The passage", "train": f"Train sequence {one.index + 1}"}
-        name = questions[one.index][0] if one.kind == "gold" else names[one.kind]
+        name = questions[one.index][0].rpartition("\n")[2] if one.kind == "gold" else names[one.kind]
         named.append((f"{name}{said}", one))
     return named
 
@@ -231,12 +230,12 @@ def own_table(rows: Sequence[OwnAnswer]) -> Table:
     return Table(rows=shown, columns=columns | {"gold log-prob.": "+.1f"})
 
 
-def _grader(name: str) -> str:
-    return "verdict in the file" if name == "file" else f"{name} grader"
-
-
-def _pair(pair: tuple[bool | None, bool | None]) -> str:
-    return f"{VERDICTS[pair[0]]} → {VERDICTS[pair[1]]}"
+def _verdicts(row: AnswerRow) -> str:
+    """The file's verdicts; each grader's where they differ."""
+    said = {name: f"{VERDICTS[before]} → {VERDICTS[after]}" for name, (before, after) in row.verdicts.items()}
+    if not row.graders_disagree:
+        return said["file"]
+    return "\n".join(f"{name}: {verdicts}" for name, verdicts in said.items())
 
 
 def _one_answer(row: AnswerRow | None) -> str:

@@ -69,7 +69,7 @@ class PassageInspector:
         self.edits = w.Dropdown(description="self-edit", style=narrow, layout=w.Layout(width="22em"))
         self.against = w.Dropdown(description="against", style=narrow, layout=w.Layout(width="22em"))
         self.view = w.ToggleButtons(options=VIEWS, style={"button_width": "7em"})
-        self.page = w.HTML()
+        self.page = w.HTML(layout=w.Layout(max_height="42em", width="100%", overflow="auto"))
         self._fill_passages()
         self._fill_edits()
         self._render()
@@ -83,10 +83,10 @@ class PassageInspector:
             [self.show, self.sort, self.search, self.passages, self.count],
             layout=w.Layout(width="22em", min_width="16em", flex="0 0 auto"),
         )
-        chosen = w.HBox([self.edits, self.against], layout=w.Layout(flex_flow="row wrap"))
+        chosen = w.HBox([self.edits, self.against], layout=w.Layout(flex_flow="row wrap", overflow="visible"))
         right = w.VBox(
             [chosen, self.view, self.page],
-            layout=w.Layout(flex="1 1 auto", min_width="20em", max_height="46em", overflow="auto"),
+            layout=w.Layout(flex="1 1 0px", min_width="0", margin="0 0 0 1em", overflow="visible"),
         )
         box = w.HBox([left, right], layout=w.Layout(width="100%"))
         box.add_class("seal-nb-inspector")
