@@ -87,6 +87,20 @@ def test_a_filter_that_nothing_passes_is_refused_where_a_passage_is_to_be_chosen
         choose(Inspection(run_of()), -1, -1, -1, show="losses", sort="file order")
 
 
+def test_a_passage_without_a_self_edit_is_not_there_to_choose() -> None:
+    bare = {"title": "bare", "context": "c", "completions": []}
+    full = {
+        "title": "full",
+        "context": "c",
+        "completions": [{"text": "t", "questions": [asked(False, True)]}],
+    }
+    inspection = Inspection(run_from_json({"articles": [bare, full]}), graders=())
+    choice = choose(inspection, -1, -1, -1, show="all", sort="file order")
+    assert choice.passage == 1 and [row.title for row in choice.rows] == ["full"]
+    with pytest.raises(SettingsError, match="passage 0 has 0"):
+        choose(inspection, 0, -1, -1, show="all", sort="file order")
+
+
 def test_headless_there_is_no_widget_and_the_twin_has_every_view(choice: Choice) -> None:
     inspector = PassageInspector(choice)
     bundle = inspector._repr_mimebundle_()

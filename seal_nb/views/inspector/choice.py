@@ -44,7 +44,9 @@ class Choice:
 
     @property
     def rows(self) -> list[PassageRow]:
-        return self.inspection.select(self.show, self.sort, self.search)
+        """The passages to choose from; one without a self-edit has nothing to show."""
+        found = self.inspection.select(self.show, self.sort, self.search)
+        return [row for row in found if row.n_self_edits]
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -153,11 +155,11 @@ def choose(
 
     Raises: SettingsError for a filter that nothing passes, and for an index that is not there.
     """
-    rows = inspection.select(show, sort)
+    rows = [row.index for row in inspection.select(show, sort) if row.n_self_edits]
     if passage < 0 and not rows:
         raise SettingsError(f"no passage of the run is shown with show={show!r}; choose another filter")
-    found = Choice(inspection=inspection, show=show, sort=sort)
-    found.choose_passage(rows[0].index if passage < 0 else Choice(inspection, passage).passage)
+    found = Choice(inspection, rows[0] if passage < 0 else passage, show=show, sort=sort)
+    found.choose_passage(found.passage)
     found.self_edit = found.self_edit if self_edit < 0 else self_edit
     n_edits = len(inspection.run.passages[found.passage].self_edits)
     found.against = (found.self_edit + 1) % max(n_edits, 1) if against < 0 else against
