@@ -1,6 +1,15 @@
 """Fragments of HTML that the inspector is put together from, under one style; every text is escaped."""
 
 import html
+from typing import Any
+
+# JupyterLab moves between cells by the arrow keys unless the element in focus says that keys are its own. No
+# widget can say that from Python. The view appears a little after its output, hence the repetition.
+KEYS_ARE_OURS = """<script>(function(){let n=0;const say=()=>{
+document.querySelectorAll(".seal-nb-inspector,.seal-nb-live").forEach(box=>
+ box.querySelectorAll("select,button,input").forEach(
+  one=>one.setAttribute("data-lm-suppress-shortcuts","true")));
+if(n++<100)setTimeout(say,200);};say();})()</script>"""
 
 CSS = """<style>
 .seal-nb{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
@@ -41,3 +50,12 @@ def failure(text: str) -> str:
 
 def text_block(text: str) -> str:
     return f'<div class="sn-text">{html.escape(text)}</div>'
+
+
+def show(bundle: dict[str, Any]) -> None:
+    """Display a widget with its twin; where it is a widget, the arrow keys are its own."""
+    from IPython.display import display
+
+    display(bundle, raw=True)
+    if len(bundle) > 2:  # more than HTML and text
+        display({"text/html": KEYS_ARE_OURS, "text/plain": ""}, raw=True)

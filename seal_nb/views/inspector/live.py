@@ -17,7 +17,7 @@ from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.workbench import LiveResult, OwnAnswer, Step, Workbench
 from seal_nb.views.inspector import pages
 from seal_nb.views.inspector.choice import Twin
-from seal_nb.views.inspector.fragments import failure, note, page
+from seal_nb.views.inspector.fragments import failure, note, page, show
 from seal_nb.views.inspector.sparkline import sparkline
 from seal_nb.views.inspector.tokens import tokens_page
 from seal_nb.views.inspector.widgets import PassageInspector
@@ -79,6 +79,9 @@ class LiveEdit:
         return Edit(
             text=self.text.value, split_newlines=self.splits.value, seed=self.seed.value, training=training
         )
+
+    def _ipython_display_(self) -> None:
+        show(self._repr_mimebundle_())
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = Twin([self._settings_table()])._repr_mimebundle_()

@@ -13,7 +13,7 @@ from seal_nb.experiments.inspection_rows import PassageRow
 from seal_nb.experiments.run_files import EvaluatedSelfEdit
 from seal_nb.views.inspector import pages
 from seal_nb.views.inspector.choice import VIEWS, Choice, Twin
-from seal_nb.views.inspector.fragments import note, page
+from seal_nb.views.inspector.fragments import note, page, show
 from seal_nb.views.tables import somebody_looks_on
 
 LIST_ROWS = 16
@@ -48,6 +48,9 @@ class PassageInspector:
 
     def twin(self) -> Twin:
         return Twin(self.choice.tables(), self.choice.title)
+
+    def _ipython_display_(self) -> None:
+        show(self._repr_mimebundle_())
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = self.twin()._repr_mimebundle_()
