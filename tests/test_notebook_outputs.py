@@ -53,7 +53,7 @@ def test_outputs_hold_nothing_of_a_machine(notebook: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["/home/me/runs", "tcp://127.0.0.1:4711", "2026-11-24 05:34", "token=0123456789abcdef", "pid 4711"],
+    ["/home/someone/runs", "tcp://127.0.0.1:4711", "2026-11-24 05:34", "token=0123456789abcdef", "pid 4711"],
 )
 def test_what_would_be_found_is_found(text: str) -> None:
     assert any(pattern.search(json.dumps(["said", f"x {text}"])) for pattern in OF_A_MACHINE.values())
