@@ -45,7 +45,19 @@ def picture(page: Page, name: str) -> None:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
 
 
+def check_that_a_heading_sorts(page: Page) -> None:
+    """The table of what made the run: by its first column, both ways, by mouse and by keyboard."""
+    heading = page.locator(".jp-OutputArea th", has_text=re.compile("^run$")).first
+    first = heading.locator("xpath=ancestor::table").locator("tbody td").first
+    expect(first).to_have_text("file")
+    heading.click()
+    expect(first).to_have_text("arm")
+    heading.press("Enter")
+    expect(first).to_have_text("self-edits")
+
+
 def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Page) -> None:
+    check_that_a_heading_sorts(page)
     inspector(page).scroll_into_view_if_needed()
     listed = passages(page).locator("option")
     titles = listed.all_inner_texts()
