@@ -11,7 +11,7 @@ from tests.browser.lab import Lab, OpenNotebook
 
 NAME = "07_passage_inspector.ipynb"
 SCREENSHOTS = os.environ.get("SEAL_NB_SCREENSHOTS", "")  # a folder: keep pictures of what was tested
-TRAIN_MS = 120_000
+TRAIN_MS = 300_000  # a machine that others use too
 
 
 @pytest.fixture
@@ -101,15 +101,16 @@ def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Pag
     assert text.input_value()
     text.fill(statement)
     text.press("Tab")
-    box.get_by_label("epochs").fill("12")
-    box.get_by_label("epochs").press("Tab")
+    for name, value in (("epochs", "8"), ("max tokens", "12")):
+        box.get_by_label(name).fill(value)
+        box.get_by_label(name).press("Tab")
     box.get_by_role("button", name="Train and ask").click()
     expect(box.get_by_role("button", name="Cancel")).to_be_enabled()
     expect(box.get_by_text("after the edit")).to_be_visible(timeout=TRAIN_MS)
     rows = box.locator("table").first.locator("tbody tr")
     answers = [row.locator("td").all_inner_texts() for row in rows.all()]
     assert answers and any(row[4] != row[5] for row in answers), "no answer changed"
-    expect(box.get_by_text(re.compile(r"accuracy .* after 24 steps, loss"))).to_be_visible()
+    expect(box.get_by_text(re.compile(r"accuracy .* after 16 steps, loss"))).to_be_visible()
     picture(page, "live_edit")
 
     box.get_by_placeholder("a question of your own").fill("What is the river of the test called?")
