@@ -72,7 +72,7 @@ def test_progress_ends_with_the_reply(bench: Workbench) -> None:
     bench.train(OTHER, Edit(text="slow"), tell=told.append)
     n_told = len(told)
     time.sleep(1.2)
-    assert told[0].state == "starting" and len(told) == n_told
+    assert (told[0].state, told[-1].state) == ("starting", "done") and len(told) == n_told
 
 
 def ordering(title: str) -> EvaluatedPassage:

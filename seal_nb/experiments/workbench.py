@@ -25,7 +25,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How far one request is. ``state``: starting, waiting, training, answering."""
+    """How far one request is. ``state``: starting, waiting, training, answering, done."""
 
     state: str
     elapsed_s: float
@@ -81,8 +81,10 @@ class Workbench:
         with self._lock:
             client = self._connected(tell)
             request = edit_request(passage, edit, model_id=self._model_id)
+            began_at = time.monotonic()
             with self._watched(client, request, tell):
                 reply = client.evaluate(request, timeout_s=self.timeout_s)
+            tell(Step(state="done", elapsed_s=time.monotonic() - began_at))
         return LiveResult(passage=passage, edit=edit, request=request, reply=reply)
 
     def ask(self, trained: LiveResult, question: str, gold: str = "") -> OwnAnswer:

@@ -30,6 +30,7 @@ STATES = {
     "waiting": "waiting for a slot",
     "training": "training",
     "answering": "answering the questions",
+    "done": "done",
 }
 
 
@@ -197,7 +198,9 @@ class LiveEdit:
 
     def _tell(self, step: Step) -> None:
         self.bar.value = (
-            step.step / step.n_steps if step.n_steps else (1.0 if step.state == "answering" else 0.0)
+            step.step / step.n_steps
+            if step.n_steps
+            else (1.0 if step.state in ("answering", "done") else 0.0)
         )
         said = f"{step_said(step)}, {step.elapsed_s:.0f} s"
         curve = sparkline(step.epoch_losses) if step.epoch_losses else ""
