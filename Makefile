@@ -10,12 +10,14 @@ FRESH_NOTEBOOKS := rm -rf build/notebooks && mkdir -p build/notebooks && cp note
 LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab bench vllm-env lint notebooks clean
+.PHONY: help demo test lab kernel docs bench vllm-env lint notebooks clean
 
 help:
 	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (15 minutes on 2 cores)"
 	@echo "make test       ruff, mypy, all tests and all notebooks"
-	@echo "make lab        JupyterLab at the tour"
+	@echo "make lab        JupyterLab at the tour (LAB_FLAGS=... for jupyter lab)"
+	@echo "make kernel     this environment as a kernel for a JupyterLab that lives elsewhere"
+	@echo "make docs       the documentation site, in build/docs"
 	@echo "make bench      speed of the inner loop on this machine"
 	@echo "make vllm-env   vLLM for a machine without a GPU, in $(VLLM_VENV) (for tests/vllm and engine=vllm)"
 	@echo "make lint       ruff and mypy alone"
@@ -33,8 +35,16 @@ test: $(STAMP)
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests
 
+# lab/ holds the settings by which JupyterLab asks nobody for news, updates or extensions.
 lab: $(STAMP)
-	@$(BIN)/jupyter lab notebooks/00_tour.ipynb
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/lab" $(BIN)/jupyter lab $(LAB_FLAGS) notebooks/00_tour.ipynb
+
+kernel: $(STAMP)
+	@$(BIN)/python -m ipykernel install --user --name seal-nb --display-name "Python (seal-nb)"
+
+docs: $(STAMP)
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.inner_loop

@@ -5,11 +5,22 @@ Every class also inherits the standard-library error it specialises, so ``except
 happened, with the value, and what to do about it. Nothing is logged or printed here.
 """
 
+import traceback
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
 
 
 class SealError(Exception):
     """Base of every error raised on purpose by seal_nb; catch it to catch them all."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the message with its remedy, then the way to it, one line a call.
+
+        IPython asks for this method. The cause is told in the message; its own way is left out.
+        """
+        way = [_place(frame) for frame in traceback.extract_tb(self.__traceback__)]
+        return [f"{type(self).__name__}: {self}", "", *filter(None, way)]
 
 
 class DataError(SealError, ValueError):
@@ -88,3 +99,12 @@ class EngineError(SealError, RuntimeError):
 
 class RunMismatch(SealError, ValueError):
     """A run folder or file belongs to other settings, or to another run; it is not overwritten."""
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    """Line and text of a frame in a cell or in this package; nothing of what lies between."""
+    path = Path(frame.filename)
+    if _PACKAGE in path.parents:
+        return f"  {path.relative_to(_PACKAGE.parent).as_posix()}:{frame.lineno} in {frame.name}"
+    is_cell = "ipykernel_" in frame.filename or frame.filename.startswith("<ipython-input")
+    return f"  cell, line {frame.lineno}: {frame.line}" if is_cell else ""

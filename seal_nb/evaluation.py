@@ -12,6 +12,7 @@ from seal_nb.protocol import (
     Answers,
     GenerateReply,
     GenerateRequest,
+    ScoredText,
     TTTReply,
     TTTRequest,
     build_reply,
@@ -81,10 +82,12 @@ class Grading:
     """A TTTRequest that has all its answers and waits for verdicts.
 
     `scored`: log-probabilities of the gold answers without and with the adapter, and their token counts.
+    `tokens`: those of single tokens, where they are asked for.
     """
 
     evaluation: Evaluation
     scored: tuple[list[float], list[float], list[int]]
+    tokens: list[ScoredText]
     verdicts: Future[tuple[list[Verdict], list[Verdict]]]  # of the baseline's and of the adapter's answers
     answered_s: float = field(default_factory=time.monotonic)
 
@@ -109,6 +112,7 @@ class Grading:
             request_id=request.request_id,
             seed=request.seed,
             gold_token_counts=self.scored[2],
+            token_logprobs=self.tokens,
             train_tokens=trained.n_tokens if trained else 0,
             train_steps=trained.n_steps if trained else 0,
             epoch_losses=list(trained.epoch_losses) if trained else [],

@@ -28,6 +28,7 @@ from seal_nb.protocol import (
     ErrorReply,
     GenerateReply,
     GenerateRequest,
+    ScoredText,
     TTTReply,
     TTTRequest,
     error_reply,
@@ -36,8 +37,10 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.capacity import slots_for
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.lora import Adapter, save_adapter
+from seal_nb.ttt.progress import Progress
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from seal_nb.ttt.score import ScoreRow, score
+from seal_nb.ttt.token_scores import score_tokens, wanted_texts
 
 Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
@@ -64,6 +67,7 @@ class InnerLoop:
         self.gradings: dict[str, Grading] = {}
         self.grading_threads = GradingThreads(MOST_GRADED_AT_ONCE)
         self.done: deque[Reply] = deque()
+        self.progress = Progress()
         self.answering = False
         self.n_answer_steps = 0
         self.n_done = 0
@@ -79,13 +83,14 @@ class InnerLoop:
             return 0
         return max(0, 2 * self.trainer.n_slots - len(self.evaluations) - len(self.generations))
 
-    def stats(self) -> dict[str, float | int | str]:
+    def stats(self) -> dict[str, Any]:
         return {
             "slots": self.trainer.n_slots,
             "slots_in_use": len(self.trainer.slots),
             "requests": len(self.evaluations) + len(self.generations) + len(self.gradings),
             "requests_in_grading": len(self.gradings),
             "requests_done": self.n_done,
+            "training": self.progress.read(self.trainer.slots),
             "train_tokens": self.trainer.n_tokens,
             "decode_tokens": self.decoder.n_tokens,
             "baselines_kept": len(self.baselines),
@@ -290,13 +295,14 @@ class InnerLoop:
             return
         try:
             scored = self._scores(evaluation) if evaluation.request.soft_scores else ([], [], [])
+            tokens = self._token_logprobs(evaluation) if evaluation.request.return_token_logprobs else []
         except REQUEST_FAULTS as error:
             self._fail(request_id, error)
             return
         del self.evaluations[request_id]
         evaluation.let_go_of_adapters()  # a slow judge must not keep their memory
         verdicts = self.grading_threads.submit(partial(grade, self.grader, evaluation))
-        self.gradings[request_id] = Grading(evaluation, scored, verdicts)
+        self.gradings[request_id] = Grading(evaluation, scored, tokens, verdicts)
 
     def _graded(self) -> None:
         for request_id, grading in list(self.gradings.items()):
@@ -346,6 +352,16 @@ class InnerLoop:
     def _score_tokens(self) -> int:
         """Tokens of one pass of scoring; deterministic: a text a pass."""
         return 1 if self.settings.deterministic else self.trainer.token_budget
+
+    def _token_logprobs(self, evaluation: Evaluation) -> list[ScoredText]:
+        trained = evaluation.trained
+        prompts = [self._prompt_ids(question) for question in evaluation.questions]
+        wanted = wanted_texts(
+            self.base, evaluation.request.eval_questions, prompts, trained.job if trained else None
+        )
+        adapter = trained.adapter if trained else None
+        own = {"stack": evaluation.stack, "adapter": adapter, "token_budget": self._score_tokens()}
+        return score_tokens(self.base, wanted, **own)  # type: ignore[arg-type]
 
     def _adapter(self, name: str) -> tuple[str, Adapter]:
         """A kept adapter and its identity; another worker may have made it, or made it anew."""

@@ -102,6 +102,9 @@ class TTTRequest(_Received):
     pad_samples: Whole = Field(0, ge=0, description="sampled padding positions a sequence; 0: all of them")
     max_new_tokens: Whole = Field(64, ge=1, description="tokens of an answer")
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
+    return_token_logprobs: bool = Field(
+        False, description="true: every token of train sequences, gold answers and passages, scored"
+    )
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
     adapter_stack: list[Name] = Field(default=[], description="kept adapters, frozen underneath, in order")
     skip_baseline: bool = Field(
@@ -152,6 +155,20 @@ class _Sent(BaseModel):
         return self.model_dump_json(exclude_none=isinstance(self, ErrorReply)).encode()
 
 
+class ScoredText(_Sent):
+    """One text token by token: nats without and with the adapter, None where nothing predicts a token.
+
+    ``index``: of the train sequence, of the question, or of the first question about the passage. In a train
+    sequence None also marks what carries no loss. ``tokens`` put together are the text as it was used.
+    """
+
+    kind: Literal["train", "gold", "passage"]
+    index: int
+    tokens: list[str]
+    baseline_logprobs: list[Measured]
+    adapter_logprobs: list[Measured] = []  # empty: no adapter was trained
+
+
 class TTTReply(_Sent):
     """Published fields first. Lists over questions are in the order of the request."""
 
@@ -172,6 +189,7 @@ class TTTReply(_Sent):
     baseline_gold_logprobs: list[Measured] = []  # nats, summed over the gold answer's tokens
     adapter_gold_logprobs: list[Measured] = []
     gold_token_counts: list[int] = []
+    token_logprobs: list[ScoredText] = []
     train_tokens: int = 0
     train_steps: int = 0
     epoch_losses: list[Measured] = []

@@ -19,6 +19,7 @@ STAGES = [
     "04_cpt",
     "05_rest_em_round",
     "06_continual_self_edits",
+    "07_passage_inspector",
     "08_results",
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -72,7 +73,12 @@ def test_notebook_has_the_kernel_python3_and_is_small(notebook: Path) -> None:
     assert notebook.stat().st_size < LARGEST_NOTEBOOK_BYTES
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lab", "bench", "vllm-env", "lint", "notebooks", "clean"])
+MAKE_TARGETS = (
+    "demo", "test", "lab", "kernel", "docs", "bench", "vllm-env", "lint", "notebooks", "clean",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", MAKE_TARGETS)
 def test_make_target_exists(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -315,3 +315,21 @@ def test_index_shows_the_results_first_and_then_stages_as_they_ran(tmp_path: Pat
         "b/03.ipynb",
         "a/03.ipynb",
     ]
+
+
+def test_index_opens_with_whether_all_ran_and_with_the_first_result(tmp_path: Path) -> None:
+    picture = shown({"image/png": PIXEL}, **{"image/png": {"alt": "the arms"}})
+    table = shown({"text/html": Table(rows=[{"arm": "own"}], columns={"arm": ""})._repr_html_()})
+    executed(tmp_path / "a", "03_query_server.ipynb", new_markdown_cell("# Query"), picture)
+    executed(tmp_path / "b", "08_results.ipynb", new_markdown_cell("# Results"), picture, table)
+    top = write_index(tmp_path).read_text().partition("<nav>")[0]
+    assert "2 notebooks ran to the end." in top
+    assert top.count("<table") == top.count("<img") == 1 and "the arms" in top
+
+
+def test_index_opens_with_what_failed_and_shows_no_half_result(tmp_path: Path) -> None:
+    failing = new_code_cell("1/0", outputs=[new_output("error", ename="E", evalue="no", traceback=[])])
+    picture = shown({"image/png": PIXEL})
+    executed(tmp_path, "08_results.ipynb", new_markdown_cell("# <Results>"), picture, failing)
+    top = write_index(tmp_path).read_text().partition("<nav>")[0]
+    assert '1 notebook ran; failed: <a href="#n0">&lt;Results&gt;</a>' in top and "<img" not in top

@@ -8,7 +8,7 @@ kind is refused with path, item and field. Of statistics, only a self-edit's own
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,17 @@ class AnsweredQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedSelfEdit:
-    """A self-edit with its answers; ``stored_stats`` are the file's own numbers, None where it has none."""
+    """A self-edit with its answers; ``stored_stats`` are the file's own numbers, None where it has none.
+
+    ``made`` is what else the file says about it: seeds, settings, scores of tokens.
+    """
 
     index: int
     text: str | None
     questions: tuple[AnsweredQuestion, ...]
     stored_stats: Mapping[str, float | None]
     prompt: str | None = None  # its own, where self-edits of one passage complete different ones
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def repeats(self) -> list[tuple[Verdicts, Verdicts]]:
         """(baseline, adapter) verdicts of each repeat, in file order."""
@@ -147,6 +151,7 @@ class _Reader:
                 self._question(entry, f"{where}.questions[{at}]") for at, entry in enumerate(questions)
             ),
             stored_stats={name: self._number(stats.get(name), f"{where}.stats.{name}") for name in STATS},
+            made={key: kept for key, kept in completion.items() if key not in ("text", "stats", "questions")},
         )
 
     def _question(self, value: Any, where: str) -> AnsweredQuestion:

@@ -1,5 +1,5 @@
-"""AdamW and clipping of one adapter, as torch.optim.AdamW and torch.nn.utils.clip_grad_norm_ do it, without
-a host sync.
+"""AdamW and clipping of one adapter, as torch.optim.AdamW and ``torch.nn.utils.clip_grad_norm_`` do it,
+without a host sync.
 
 β 0.9/0.999, ε 1e-8, no weight decay: the defaults in force in the published inner loop. Works on the flat
 row with torch's fused kernel; the clipping factor stays on the device."""

@@ -219,8 +219,29 @@ def _page(title: str, folder: Path, found: Sequence[Executed]) -> str:
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><nav><ol>{contents}</ol></nav>{sections}</body></html>\n"
+        f"<h1>{html.escape(title)}</h1>{_at_a_glance(found)}<nav><ol>{contents}</ol></nav>{sections}"
+        "</body></html>\n"
     )
+
+
+def _at_a_glance(found: Sequence[Executed]) -> str:
+    """What to see first: whether everything ran to its end, and the first table and figure of the results."""
+    failed = [
+        f'<a href="#n{number}">{html.escape(one.title)}</a>'
+        for number, one in enumerate(found)
+        if one.failure
+    ]
+    ran = f"{len(found)} notebook{'s' * (len(found) != 1)} ran"
+    said = (
+        f'<span class="failure">{ran}; failed: {", ".join(failed)}</span>' if failed else f"{ran} to the end."
+    )
+    results = [one for one in found if one.path.stem.startswith("08_results") and not one.failure]
+    first = [
+        next((item for one in results for item in one.content if isinstance(item, kind)), None)
+        for kind in (Grid, Picture)
+    ]
+    shown = "".join(_item_html(item) for item in first if item is not None)
+    return f"<p>{said}</p>{shown}"
 
 
 def _folder_of(one: Executed, folder: Path) -> str:
@@ -254,11 +275,14 @@ def _content_html(content: Sequence[Picture | Grid]) -> Iterator[str]:
         if item.heading != heading:
             heading = item.heading
             yield f"<h3>{html.escape(heading)}</h3>"
-        if isinstance(item, Picture):
-            alt = html.escape(item.alt)
-            yield f'<figure><img src="data:image/png;base64,{item.png}" alt="{alt}"></figure>'
-        else:
-            yield _table_html(item)
+        yield _item_html(item)
+
+
+def _item_html(item: Picture | Grid) -> str:
+    if isinstance(item, Grid):
+        return _table_html(item)
+    alt = html.escape(item.alt)
+    return f'<figure><img src="data:image/png;base64,{item.png}" alt="{alt}"></figure>'
 
 
 def _table_html(grid: Grid) -> str:

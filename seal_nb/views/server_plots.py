@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from seal_nb.service.watch import History, Sample
 from seal_nb.views.plots import legend_outside
 from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, png_bytes, styled
-from seal_nb.views.tables import Table
+from seal_nb.views.tables import Table, somebody_looks_on
 
 REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
 FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0
@@ -111,14 +111,6 @@ class ServerView:
             self._handle = display(page, display_id=True)
         else:
             self._handle.update(page)
-
-
-def somebody_looks_on() -> bool:
-    """Whether this kernel's front end could ask its user something; papermill's and nbval's cannot."""
-    from IPython.core.getipython import get_ipython
-
-    kernel = getattr(get_ipython(), "kernel", None)
-    return bool(getattr(kernel, "_allow_stdin", False))
 
 
 _LABELS = {

@@ -1,10 +1,13 @@
 """Tables of plain records: HTML in a notebook, aligned text in a terminal, CSV in a file.
 
-The text form is what nbval compares, so it holds data only. Every cell is escaped. Does not compute anything.
+The text form is what nbval compares, so it holds data only. Every cell is escaped. Where somebody looks on, a
+click on a heading sorts; a table that is made headless has no script. Does not compute anything.
 """
 
 import csv
 import html
+import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +41,12 @@ class Table:
             writer.writerows([[row.get(key) for key in self.columns] for row in self.rows])
         return path
 
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        shown = self._repr_html_()
+        if somebody_looks_on() and len(self.rows) > 1:
+            shown = sortable(shown)
+        return {"text/html": shown, "text/plain": repr(self)}
+
     def _repr_html_(self) -> str:
         numeric = self._numeric()
         head = "".join(_cell("th", key, right) for key, right in zip(self.columns, numeric, strict=True))
@@ -69,6 +78,41 @@ class Table:
             bool(form) or any(isinstance(row.get(key), int | float) for row in self.rows)
             for key, form in self.columns.items()
         ]
+
+
+def somebody_looks_on() -> bool:
+    """Whether this kernel's front end could ask its user something; papermill's and nbval's cannot."""
+    shell_module = sys.modules.get("IPython.core.getipython")
+    shell = shell_module.get_ipython() if shell_module else None
+    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+
+
+def sortable(table: str) -> str:
+    """The HTML of a table with a script that sorts its rows by a column: click a heading, or Enter on it."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    return f'<div id="{name}">{table}</div><script>({SORTER})(document.getElementById("{name}"))</script>'
+
+
+# Numbers are compared as numbers wherever a cell begins with one ("+20.0%", "−3"), the rest as text.
+SORTER = """function(box){
+if(!box)return;
+const number=t=>parseFloat(t.replace("\u2212","-").replace(/,/g,""));
+box.querySelectorAll("thead th").forEach((head,column)=>{
+ head.tabIndex=0;head.style.cursor="pointer";head.title="sort by this column";
+ head.setAttribute("aria-sort","none");
+ const sort=()=>{
+  const up=head.getAttribute("aria-sort")!=="ascending",body=box.querySelector("tbody");
+  box.querySelectorAll("thead th").forEach(other=>other.setAttribute("aria-sort","none"));
+  head.setAttribute("aria-sort",up?"ascending":"descending");
+  const text=row=>row.cells[column].textContent.trim();
+  const compare=(a,b)=>{const x=number(text(a)),y=number(text(b));
+   if(isNaN(x)!==isNaN(y))return isNaN(x)?1:-1;
+   return (isNaN(x)?text(a).localeCompare(text(b)):x-y)*(up?1:-1);};
+  [...body.rows].sort(compare).forEach(row=>body.appendChild(row));
+ };
+ head.addEventListener("click",sort);
+ head.addEventListener("keydown",event=>{if(event.key==="Enter"){sort();event.stopPropagation();}});
+});}"""
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,184 @@
+"""A TTT server at hand for live edits: started when first needed, watched while it trains.
+
+Calls may come from any thread, since a widget must not hold up its notebook; one request is under way at a
+time. What it tells meanwhile is a plain record, read off the server's status. Shows nothing.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from seal_nb.errors import ProtocolError
+from seal_nb.experiments.live_edit import Edit, edit_request, question_requests
+from seal_nb.experiments.run_files import EvaluatedPassage
+from seal_nb.experiments.run_requests import served_model, ttt_client
+from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.service.client import TTTClient
+from seal_nb.service.watch import look
+
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """How far one request is. ``state``: starting, waiting, training, answering, done."""
+
+    state: str
+    elapsed_s: float
+    step: int = 0
+    n_steps: int = 0
+    epoch_losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveResult:
+    """What came of an edit."""
+
+    passage: EvaluatedPassage
+    edit: Edit
+    request: TTTRequest
+    reply: TTTReply
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAnswer:
+    """A question of one's own, without and with the adapter. Verdicts: CORRECT, INCORRECT, UNGRADED."""
+
+    question: str
+    gold: str
+    base_answer: str
+    adapter_answer: str
+    base_verdict: str
+    adapter_verdict: str
+    soft_gain: float | None  # nats; None without a gold answer
+
+
+Tell = Callable[[Step], object]
+
+
+class Workbench:
+    """``endpoint``: a server that is up (address or endpoint file); empty: one of its own.
+
+    ``server``: what TTTServer takes, for one of its own. ``timeout_s``: the most one request may take.
+    """
+
+    def __init__(
+        self, endpoint: str = "", *, run_dir: str | Path, timeout_s: float = 3600.0, **server: Any
+    ) -> None:
+        self.endpoint, self.run_dir, self.timeout_s, self.server = endpoint, Path(run_dir), timeout_s, server
+        self._session = ExitStack()
+        self._client: TTTClient | None = None
+        self._model_id = ""
+        self._running: str | None = None
+        self._lock = threading.Lock()
+
+    def train(self, passage: EvaluatedPassage, edit: Edit, *, tell: Tell = lambda _: None) -> LiveResult:
+        """Train the edit's adapter and ask the passage's questions. Raises: RemoteError, RoundTimeout."""
+        with self._lock:
+            client = self._connected(tell)
+            request = edit_request(passage, edit, model_id=self._model_id)
+            began_at = time.monotonic()
+            with self._watched(client, request, tell):
+                reply = client.evaluate(request, timeout_s=self.timeout_s)
+            tell(Step(state="done", elapsed_s=time.monotonic() - began_at))
+        return LiveResult(passage=passage, edit=edit, request=request, reply=reply)
+
+    def ask(self, trained: LiveResult, question: str, gold: str = "") -> OwnAnswer:
+        """Put one more question to the base and to a trained adapter."""
+        with self._lock:
+            client = self._connected(lambda _: None)
+            requests = question_requests(
+                trained.passage, question, gold, trained.request, model_id=self._model_id
+            )
+            replies = {reply.request_id: reply for reply in client.run_round(requests)}
+        base, adapted = (replies[request.request_id] for request in requests)
+        return _own_answer(question, gold, base, adapted)
+
+    def cancel(self) -> bool:
+        """Give up the request under way; who waits for it gets a RemoteError. False where there is none."""
+        if self._running is None or self._client is None:
+            return False
+        with TTTClient(self._client.where) as other:  # the first one waits, in another thread
+            return other.cancel(self._running)
+
+    def close(self) -> None:
+        """End the server, if it is our own."""
+        self._session.close()
+        self._client = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _connected(self, tell: Tell) -> TTTClient:
+        if self._client is None:
+            tell(Step(state="starting", elapsed_s=0.0))
+            context = ttt_client(self.endpoint, run_dir=self.run_dir / "server", **self.server)
+            self._client = self._session.enter_context(context)
+            self._model_id = served_model(self._client)
+        return self._client
+
+    @contextmanager
+    def _watched(self, client: TTTClient, request: TTTRequest, tell: Tell) -> Iterator[None]:
+        """While the block waits for its reply, tell how far it is."""
+        over = threading.Event()
+        watcher = threading.Thread(
+            target=_watch, args=(client.where, str(request.request_id), over, tell), daemon=True
+        )
+        self._running = request.request_id
+        watcher.start()
+        try:
+            yield
+        finally:
+            self._running = None
+            over.set()
+            watcher.join(timeout=5)
+
+
+def _watch(where: str, request_id: str, over: threading.Event, tell: Tell) -> None:
+    began_at, trained = time.monotonic(), False
+    while not over.is_set():
+        status = look(where)
+        told = [worker.stats.get("training", {}) for worker in status.workers] if status else []
+        mine = next((jobs[request_id] for jobs in told if request_id in jobs), None)
+        trained = trained or mine is not None
+        if over.is_set():
+            return
+        state = "training" if mine else "answering" if trained else "waiting"
+        tell(Step(state=state, elapsed_s=time.monotonic() - began_at, **_numbers(mine)))
+        over.wait(LOOK_S)
+
+
+def _numbers(mine: dict[str, Any] | None) -> dict[str, Any]:
+    if mine is None:
+        return {}
+    losses = tuple(float(loss) for loss in mine.get("epoch_losses", ()) if loss is not None)
+    return {"step": int(mine["step"]), "n_steps": int(mine["n_steps"]), "epoch_losses": losses}
+
+
+def _own_answer(question: str, gold: str, base: TTTReply, adapted: TTTReply) -> OwnAnswer:
+    """A baseline-only reply has its answers on the baseline's side, whatever adapters lie underneath."""
+    if not base.baseline_texts or not adapted.baseline_texts:
+        raise ProtocolError("the server replied without an answer; is it a TTT server of this version?")
+    scores = [reply.baseline_gold_logprobs for reply in (base, adapted)]
+    known = all(score and score[0] is not None for score in scores)
+    return OwnAnswer(
+        question=question,
+        gold=gold,
+        base_answer=base.baseline_texts[0],
+        adapter_answer=adapted.baseline_texts[0],
+        base_verdict=_verdict(base),
+        adapter_verdict=_verdict(adapted),
+        soft_gain=scores[1][0] - scores[0][0] if known else None,  # type: ignore[operator]
+    )
+
+
+def _verdict(reply: TTTReply) -> str:
+    correct = reply.baseline_correct[0]
+    return {True: "CORRECT", False: "INCORRECT", None: "UNGRADED"}[correct]

@@ -1,0 +1,61 @@
+"""Fragments of HTML that the inspector is put together from, under one style; every text is escaped."""
+
+import html
+from typing import Any
+
+# JupyterLab moves between cells by the arrow keys unless the element in focus says that keys are its own. No
+# widget can say that from Python. The view appears a little after its output, hence the repetition.
+KEYS_ARE_OURS = """<script>(function(){let n=0;const say=()=>{
+document.querySelectorAll(".seal-nb-inspector,.seal-nb-live").forEach(box=>
+ box.querySelectorAll("select,button,input").forEach(
+  one=>one.setAttribute("data-lm-suppress-shortcuts","true")));
+if(n++<100)setTimeout(say,200);};say();})()</script>"""
+
+CSS = """<style>
+.seal-nb{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
+ max-width:76rem}
+.seal-nb h4{margin:.9em 0 .3em;font-size:1.05em}.seal-nb p{margin:.3em 0}
+.seal-nb table{border-collapse:collapse;font-size:.95em;margin:.2em 0 .8em}
+.seal-nb th,.seal-nb td{padding:.25em .7em .25em .2em;border-bottom:1px solid var(--jp-border-color2,#8884);
+ max-width:30rem;vertical-align:top;text-align:left;overflow-wrap:break-word}
+.seal-nb caption{text-align:left;font-weight:600;padding:.2em 0}
+.seal-nb .sn-text{white-space:pre-wrap;border-left:3px solid var(--jp-border-color1,#8886);padding-left:.7em;
+ max-width:60rem}
+.seal-nb .sn-tokens{white-space:pre-wrap;line-height:1.75;font-size:1.05em}
+.seal-nb .sn-tokens span{border-radius:3px;padding:.1em 0}
+.seal-nb .sn-none{opacity:.5}.seal-nb .sn-soft{opacity:.7}
+.seal-nb .sn-pair{display:grid;grid-template-columns:1fr 1fr;gap:1.2em}
+.seal-nb .sn-failure{color:var(--jp-error-color0,#b00020);white-space:pre-wrap;font-weight:600}
+.seal-nb-inspector .widget-html-content,.seal-nb-live .widget-html-content{min-width:0;flex:1 1 0}
+</style>"""
+
+
+def page(*parts: str) -> str:
+    """Fragments under one style, which follows JupyterLab's theme where there is one."""
+    return f'{CSS}<div class="seal-nb">{"".join(parts)}</div>'
+
+
+def heading(text: str) -> str:
+    return f"<h4>{html.escape(text)}</h4>"
+
+
+def note(text: str) -> str:
+    return f'<p class="sn-soft">{html.escape(text)}</p>'
+
+
+def failure(text: str) -> str:
+    """What went wrong, with its remedy; read out by screen readers at once."""
+    return f'<p class="sn-failure" role="alert">{html.escape(text)}</p>'
+
+
+def text_block(text: str) -> str:
+    return f'<div class="sn-text">{html.escape(text)}</div>'
+
+
+def show(bundle: dict[str, Any]) -> None:
+    """Display a widget with its twin; where it is a widget, the arrow keys are its own."""
+    from IPython.display import display
+
+    display(bundle, raw=True)
+    if len(bundle) > 2:  # more than HTML and text
+        display({"text/html": KEYS_ARE_OURS, "text/plain": ""}, raw=True)

@@ -1,0 +1,92 @@
+"""One chromium, one JupyterLab and one TTT server with the small model for all browser tests.
+
+The notebooks are copies with small counts and few epochs, all on that one server: what they compute with
+their defaults is nbval's affair, here it is whether a person can use them.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from seal_nb.notebook_runner import declared_parameters
+from seal_nb.service.launch import TTTServer
+from tests.browser.lab import ROOT, Lab, jupyter_lab
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMALL = {
+    "n_articles": 1, "k_completions": 1, "eval_times": 1, "n_sequences": 1, "n_datapoints": 2,
+    "finetune_epochs": 1, "max_tokens": 12, "max_new_tokens": 12, "arms": "hand_written",
+}  # fmt: skip
+CHROMIUM_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+def chromium_path() -> str:
+    """Debian's chromium. In continuous integration it must be there: .ci/browser.sh installs it."""
+    found = shutil.which("chromium")
+    if found is None:
+        missing = "no chromium; on Debian: sudo .ci/browser.sh"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    path = chromium_path()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, headless=True, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def ttt_server(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[TTTServer]:
+    """The small model, real; asked for after the browser, which may not be there."""
+    with TTTServer(run_dir=tmp_path_factory.mktemp("ttt") / "run", n_workers=1, n_threads=1) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory, ttt_server: TTTServer) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("lab")
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    for notebook in NOTEBOOKS:
+        nbformat.write(_small(notebook, ttt_server), notebooks / notebook.name)
+    with jupyter_lab(folder / "jupyter", notebooks) as lab:
+        yield lab
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1360, "height": 900})
+    page = context.new_page()
+    yield page
+    context.close()
+
+
+def _small(notebook: Path, server: TTTServer) -> nbformat.NotebookNode:
+    """A copy without outputs whose injected parameters make it small, as papermill would."""
+    declared = declared_parameters(notebook)
+    values = {name: value for name, value in SMALL.items() if name in declared}
+    where = "attach_to" if "attach_to" in declared else "endpoint"
+    values |= {where: server.endpoint} if where in declared else {}
+    copy = parameterize_notebook(load_notebook_node(str(notebook)), values)
+    for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    copy.metadata.pop("papermill", None)
+    for cell in copy.cells:
+        cell.metadata.pop("papermill", None)
+    return copy

@@ -1,0 +1,138 @@
+"""The passage inspector as a person uses it: mouse, keyboard, and an edit that is trained while they wait."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser.lab import Lab, OpenNotebook
+
+NAME = "07_passage_inspector.ipynb"
+SCREENSHOTS = os.environ.get("SEAL_NB_SCREENSHOTS", "")  # a folder: keep pictures of what was tested
+TRAIN_MS = 300_000  # a machine that others use too
+
+
+@pytest.fixture
+def notebook(page: Page, lab: Lab) -> OpenNotebook:
+    notebook = OpenNotebook(page, lab, NAME)
+    notebook.run_all()
+    assert notebook.errors() == []
+    yield notebook
+    notebook.close()
+
+
+def inspector(page: Page) -> Locator:
+    return page.locator(".seal-nb-inspector").last
+
+
+def live(page: Page) -> Locator:
+    return page.locator(".seal-nb-live").last
+
+
+def passages(page: Page) -> Locator:
+    return inspector(page).locator("select[size], select[multiple]").first
+
+
+def title_of(label: str) -> str:
+    """The list has the gain in front and marks behind."""
+    return re.sub(r"^\S+\s+", "", label.strip()).rstrip("≈? ")
+
+
+def picture(page: Page, name: str) -> None:
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png")
+
+
+def check_that_a_heading_sorts(page: Page) -> None:
+    """The table of what made the run: by its first column, both ways, by mouse and by keyboard."""
+    heading = page.locator(".jp-OutputArea th", has_text=re.compile("^run$")).first
+    first = heading.locator("xpath=ancestor::table").locator("tbody td").first
+    expect(first).to_have_text("file")
+    heading.click()
+    expect(first).to_have_text("arm")
+    heading.press("Enter")
+    expect(first).to_have_text("self-edits")
+
+
+def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Page) -> None:
+    check_that_a_heading_sorts(page)
+    inspector(page).scroll_into_view_if_needed()
+    listed = passages(page).locator("option")
+    titles = listed.all_inner_texts()
+    assert len(titles) == 4
+
+    passages(page).select_option(index=1)
+    chosen = title_of(titles[1])
+    expect(inspector(page).locator("h4").first).to_have_text(chosen)
+
+    passages(page).focus()
+    page.keyboard.press("ArrowDown")
+    expect(inspector(page).locator("h4").first).to_have_text(title_of(titles[2]))
+    page.keyboard.press("ArrowUp")
+    expect(inspector(page).locator("h4").first).to_have_text(chosen)
+
+    inspector(page).get_by_label("sort").select_option("file order")
+    expect(listed.first).to_contain_text("Oskavel Tide Clock")
+    inspector(page).get_by_label("sort").select_option("largest gain")
+    expect(listed.first).not_to_contain_text("Oskavel Tide Clock")
+    gains = [float(text.split("%")[0].replace("\u2007", " ")) for text in listed.all_inner_texts()]
+    assert gains == sorted(gains, reverse=True)
+
+    edits = inspector(page).get_by_label("self-edit")
+    edits.select_option(index=0)
+    expect(inspector(page).get_by_text("Answers with self-edit 0")).to_be_visible()
+    edits.select_option(index=2)
+    expect(inspector(page).get_by_text("Answers with self-edit 2")).to_be_visible()
+    picture(page, "inspector_answers")
+
+    for view, seen in (
+        ("self-edit", "The train sequences it became"), ("compare", "difference"), ("tokens", "nats")
+    ):  # fmt: skip
+        inspector(page).get_by_role("button", name=view, exact=True).click()
+        expect(inspector(page).get_by_text(seen).first).to_be_visible()
+        picture(page, f"inspector_{view}")
+
+    box = live(page)
+    box.scroll_into_view_if_needed()
+    statement = "The river of the test is called Umbrawick."
+    text = box.locator("textarea")
+    assert text.input_value()
+    text.fill(statement)
+    text.press("Tab")
+    for name, value in (("epochs", "8"), ("max tokens", "12")):
+        box.get_by_label(name).fill(value)
+        box.get_by_label(name).press("Tab")
+    box.get_by_role("button", name="Train and ask").click()
+    expect(box.get_by_role("button", name="Cancel")).to_be_enabled()
+    expect(box.get_by_text("after the edit")).to_be_visible(timeout=TRAIN_MS)
+    rows = box.locator("table").first.locator("tbody tr")
+    answers = [row.locator("td").all_inner_texts() for row in rows.all()]
+    assert answers and any(row[4] != row[5] for row in answers), "no answer changed"
+    expect(box.get_by_text(re.compile(r"accuracy .* after 16 steps, loss"))).to_be_visible()
+    picture(page, "live_edit")
+
+    box.get_by_placeholder("a question of your own").fill("What is the river of the test called?")
+    box.get_by_placeholder("right answer").fill("Umbrawick")
+    box.get_by_role("button", name="Ask", exact=True).click()
+    expect(box.get_by_text("What is the river of the test called?")).to_be_visible(timeout=TRAIN_MS)
+    box.get_by_role("button", name="Keep as an arm").click()
+    expect(box.get_by_text("kept in")).to_be_visible()
+
+    assert inspector(page).get_by_label("against").locator("option").count() == 4, "the edit is there too"
+    if SCREENSHOTS:
+        notebook.theme("JupyterLab Dark")
+        picture(page, "live_edit_dark")
+        inspector(page).scroll_into_view_if_needed()
+        picture(page, "inspector_dark")
+
+
+def test_a_bad_setting_is_answered_with_the_remedy(notebook: OpenNotebook, page: Page) -> None:
+    box = live(page)
+    box.scroll_into_view_if_needed()
+    box.get_by_label("lr").fill("-1")
+    box.get_by_label("lr").press("Tab")
+    box.get_by_role("button", name="Train and ask").click()
+    expect(box.get_by_role("alert")).to_contain_text("finetune_lr", timeout=TRAIN_MS)
+    expect(box.get_by_role("button", name="Train and ask")).to_be_enabled()

@@ -1,0 +1,24 @@
+"""Every notebook in a real JupyterLab in a real browser: it opens, and all its cells run."""
+
+import pytest
+from playwright.sync_api import Page
+
+from tests.browser.conftest import NOTEBOOKS
+from tests.browser.lab import Lab, OpenNotebook
+
+
+@pytest.mark.parametrize("name", [path.name for path in NOTEBOOKS])
+def test_notebook_opens_and_runs_from_top_to_bottom(page: Page, lab: Lab, name: str) -> None:
+    notebook = OpenNotebook(page, lab, name)
+    notebook.run_all()
+    assert notebook.errors() == []
+    assert notebook.not_run() == []
+    notebook.close()
+
+
+def test_jupyterlab_asks_nobody_for_news_or_updates(page: Page, lab: Lab) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    OpenNotebook(page, lab, NOTEBOOKS[-1].name).close()
+    assert asked and [url for url in asked if not url.startswith((lab.url, "data:", "blob:"))] == []
+    assert [url for url in asked if "/lab/api/news" in url or "/lab/api/update" in url] == []

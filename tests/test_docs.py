@@ -1,0 +1,97 @@
+"""The documentation site: built of what is committed, nothing run, nothing fetched; its links hold."""
+
+import html
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("index", "concepts", "stages", "lab", "file_formats", "protocol", "inner_loop")
+OUTSIDE = {"http", "https", "mailto"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with warnings as errors, as `make docs` does."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d",
+         str(folder / "trees"), str(ROOT / "docs"), str(folder / "html")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "html"
+
+
+class Links(HTMLParser):
+    """Where a page points, and what can be pointed at in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        named = dict(attributes)
+        self.anchors |= {value for key in ("id", "name") if (value := named.get(key))}
+        if tag == "a" and named.get("href"):
+            self.targets.append(str(named["href"]))
+        if tag in ("img", "script", "iframe") and named.get("src"):
+            self.loaded.append(str(named["src"]))
+        if tag == "link" and named.get("rel") in ("stylesheet", "icon") and named.get("href"):
+            self.loaded.append(str(named["href"]))
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Links]:
+    return {path: Links(path.read_text()) for path in site.rglob("*.html")}
+
+
+def test_every_page_and_every_notebook_is_there(site: Path) -> None:
+    for name in PAGES:
+        assert (site / f"{name}.html").is_file()
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        assert (site / "notebooks" / f"{notebook.stem}.html").is_file()
+    assert len(list((site / "api").glob("seal_nb.*.html"))) > 50
+
+
+def test_internal_links_reach_a_file_and_its_anchor(pages: dict[Path, Links]) -> None:
+    broken = []
+    for path, page in pages.items():
+        for target in {*page.targets, *page.loaded}:
+            parts = urlsplit(html.unescape(target))
+            if parts.scheme in OUTSIDE or parts.scheme == "data":
+                continue
+            reached = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            ok = reached.is_file() and (
+                not parts.fragment
+                or reached not in pages
+                or unquote(parts.fragment) in pages[reached].anchors
+            )
+            broken += [] if ok else [f"{path.name} → {target}"]
+    assert sorted(broken) == []
+
+
+def test_notebooks_are_shown_with_their_committed_outputs(pages: dict[Path, Links], site: Path) -> None:
+    for name in ("00_tour", "07_passage_inspector"):
+        assert len(pages[site / "notebooks" / f"{name}.html"].loaded) > 3
+    assert "Ilse Corvandt" in (site / "notebooks" / "00_tour.html").read_text()
+
+
+def test_pictures_have_alt_texts(site: Path) -> None:
+    """Of the site's own pages; what a picture of a notebook shows stands in its output as text."""
+    for name in PAGES:
+        for tag in (site / f"{name}.html").read_text().split("<img")[1:]:
+            assert 'alt="' in tag.split(">")[0]
+
+
+def test_the_api_has_what_a_docstring_says(site: Path) -> None:
+    said = (site / "api" / "seal_nb.protocol.html").read_text()
+    assert "One inner loop: train a temporary adapter on some sequences" in said

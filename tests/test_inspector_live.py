@@ -1,0 +1,202 @@
+"""Live edits against a real server around the stub inner loop: trained, asked, kept, cancelled, refused."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from seal_nb.errors import DataError, RemoteError, SettingsError
+from seal_nb.experiments.inspection import EXAMPLE, Inspection, open_run
+from seal_nb.experiments.live_edit import (
+    ARM,
+    Edit,
+    edit_request,
+    evaluated_edit,
+    keep_arm,
+    question_requests,
+    settings_of_run,
+)
+from seal_nb.experiments.run_files import EvaluatedPassage, read_run, run_from_json
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.summary import summarize
+from seal_nb.experiments.workbench import LiveResult, Step, Workbench
+from seal_nb.protocol import TTTReply
+from seal_nb.service.launch import TTTServer
+from tests.service.conftest import HASTE, STUB, eventually, trained
+
+QUESTIONS = [
+    {"rep": rep, "question": question, "answer": gold, "baseline_answer": "no", "adapter_answer": "no",
+     "baseline_correct": False, "adapter_correct": False}
+    for rep in (0, 1) for question, gold in (("Who built it?", "Ilse"), ("When?", "1893"))
+]  # fmt: skip
+RUN = run_from_json(
+    {
+        "articles": [
+            {"title": "Clock", "context": "Ilse built it in 1893.", "prompt": "p",
+             "completions": [{"text": "Ilse built it.", "questions": QUESTIONS}]},
+            {"title": "Clock", "context": "Another one.",
+             "completions": [{"text": "x", "questions": QUESTIONS}]},
+        ]
+    }
+)  # fmt: skip
+CLOCK, OTHER = RUN.passages
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+    monkeypatch.setenv("STUB_LOOP_LOG", str(tmp_path / "trained.txt"))
+    with (
+        TTTServer(run_dir=tmp_path / "run", inner_loop=STUB, n_workers=1, **HASTE) as server,
+        Workbench(server.endpoint, run_dir=tmp_path, timeout_s=30) as bench,
+    ):
+        yield bench
+
+
+def test_an_edit_is_trained_once_on_what_a_run_would_train_it_on(bench: Workbench, tmp_path: Path) -> None:
+    result = bench.train(CLOCK, Edit(text="one\ntwo"))
+    assert result.request.train_sequences == ["Clock\none", "Clock\ntwo", "Clock\nIlse built it in 1893."]
+    assert [q.question for q in result.request.eval_questions] == [
+        "Topic: Clock\nWho built it?",
+        "Topic: Clock\nWhen?",
+    ], "each question once, whatever the repeats of the run"
+    assert result.reply.adapter_texts == ["Ilse", "1893"]
+    assert bench.train(CLOCK, Edit(text="one\ntwo")).reply == result.reply
+    assert len(trained(tmp_path)) == 1
+
+
+def test_progress_ends_with_the_reply(bench: Workbench) -> None:
+    told: list[Step] = []
+    bench.train(OTHER, Edit(text="slow"), tell=told.append)
+    n_told = len(told)
+    time.sleep(1.2)
+    assert (told[0].state, told[-1].state) == ("starting", "done") and len(told) == n_told
+
+
+def ordering(title: str) -> EvaluatedPassage:
+    """A passage whose title is an order to the stub, which reads the first line of the first sequence."""
+    article = {"title": title, "context": "", "completions": [{"questions": QUESTIONS}]}
+    return run_from_json({"articles": [article]}).passages[0]
+
+
+def test_while_it_trains_it_says_so_and_it_can_be_cancelled(bench: Workbench) -> None:
+    told: list[Step] = []
+    failed: list[Exception] = []
+
+    def train() -> None:
+        try:
+            bench.train(ordering("sleep 60"), Edit(text=""), tell=told.append)
+        except RemoteError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    eventually(lambda: any(step.state == "waiting" and step.elapsed_s > 0.4 for step in told))
+    assert eventually(bench.cancel)
+    thread.join(timeout=20)
+    assert not thread.is_alive() and "Cancelled" in str(failed[0])
+    assert not bench.cancel(), "nothing is under way any more"
+
+
+def test_a_failure_of_the_server_is_raised_with_its_remedy(bench: Workbench) -> None:
+    with pytest.raises(RemoteError, match="lower finetune_lr"):
+        bench.train(ordering("fail x"), Edit(text=""))
+    assert bench.train(CLOCK, Edit(text="fine")).reply.adapter_accuracy == 1.0, "and the next one works"
+
+
+def test_a_question_of_one_s_own_goes_to_the_base_and_to_the_kept_adapter() -> None:
+    request = edit_request(CLOCK, Edit(text="one"), model_id="m")
+    base, adapted = question_requests(CLOCK, "Where?", "", request, model_id="m")
+    assert (base.adapter_stack, adapted.adapter_stack) == ([], [request.adapter_name])
+    assert base.eval_questions == adapted.eval_questions
+    assert base.eval_questions[0].question == "Topic: Clock\nWhere?" and not base.training_wanted
+    assert base.request_id != adapted.request_id
+
+
+def test_other_settings_keep_another_adapter() -> None:
+    names = {
+        edit_request(CLOCK, edit, model_id=model).adapter_name
+        for model in ("m", "n")
+        for edit in (Edit(text="a"), Edit(text="b"), Edit(text="a", seed=1),
+                     Edit(text="a", training=TrainingSettings(finetune_epochs=3)))
+    }  # fmt: skip
+    assert len(names) == 8
+
+
+@pytest.fixture
+def result() -> LiveResult:
+    edit = Edit(text="Ilse built it.\nIn 1893.", seed=7, training=TrainingSettings(lora_rank=4))
+    request = edit_request(CLOCK, edit, model_id="m")
+    reply = TTTReply(
+        baseline_accuracy=0.0, adapter_accuracy=0.5, adapter_gain=0.5, baseline_texts=["no", "no"],
+        adapter_texts=["Ilse", "never"], baseline_correct=[False, False], adapter_correct=[True, None],
+        gains=[1, None], request_id=request.request_id, seed=7, n_ungraded=1, model_id="m",
+        epoch_losses=[2.0, None], train_steps=3,
+    )  # fmt: skip
+    return LiveResult(passage=CLOCK, edit=edit, request=request, reply=reply)
+
+
+def kept(path: Path, result: LiveResult) -> Path:
+    return keep_arm(path, result.passage, result.edit, result.request, result.reply)
+
+
+def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result: LiveResult) -> None:
+    path = kept(tmp_path / "new" / "run_inspector.json", result)
+    said = summarize(path)
+    assert (said["disagreements"], said["overall"]["adapter_mean_accuracy"]) == ([], 1.0)
+    run = read_run(path)
+    (edit,) = run.passages[0].self_edits
+    assert (edit.text, edit.made["origin"], edit.made["lora_params"]["rank"]) == (result.edit.text, ARM, 4)
+    assert edit.made["repeats"][0]["seed"] == 7 and "lora_params" not in run.settings
+    assert run.settings["n_ungraded"] == 1 and run.settings["arm"] == ARM
+
+
+def test_edits_are_appended_passage_by_passage_and_the_same_one_once(
+    tmp_path: Path, result: LiveResult
+) -> None:
+    path = kept(tmp_path / "run.json", result)
+    before = path.read_bytes()
+    assert kept(path, result).read_bytes() == before
+    second = Edit(text="other")
+    request = edit_request(OTHER, second, model_id="m")
+    reply = result.reply.model_copy(update={"request_id": request.request_id})
+    keep_arm(path, OTHER, second, request, reply)
+    run = json.loads(path.read_text())
+    assert [(one["title"], len(one["completions"])) for one in run["articles"]] == [
+        ("Clock", 1),
+        ("Clock", 1),
+    ]
+    assert (run["n_articles"], run["k_completions"], run["n_ungraded"]) == (2, 1, 2)
+
+
+def test_a_file_that_is_no_run_is_left_as_it_is(tmp_path: Path, result: LiveResult) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"important": 1}')
+    with pytest.raises(DataError, match="has no list of articles"):
+        kept(path, result)
+    assert path.read_text() == '{"important": 1}'
+
+
+def test_an_edit_is_inspected_like_any_self_edit(result: LiveResult) -> None:
+    edit = evaluated_edit(result.passage, result.edit, result.request, result.reply)
+    grown = Inspection(RUN, graders=()).with_self_edit(0, edit)
+    assert [row.is_best for row in grown.self_edits(0)] == [False, True]
+    assert [row.flip for row in grown.answers(0, 1)] == ["gained", "ungraded"]
+    assert [row.scored for row in grown.sequences(0, 1)][:2] == ["Clock\nIlse built it.", "Clock\nIn 1893."]
+    assert len(RUN.passages[0].self_edits) == 1, "the run itself is as it was"
+
+
+def test_settings_come_from_the_file_under_the_published_names(golden: Path) -> None:
+    published = read_run(golden / "results" / "rank_iter0.json.gz")
+    found = settings_of_run(published.settings, max_new_tokens=12)
+    assert (found.lora_rank, found.lora_alpha, found.finetune_epochs, found.finetune_lr) == (32, 64, 10, 1e-3)
+    assert (found.max_new_tokens, found.soft_scores, tuple(found.target_modules)) == (12, True, ())
+    ours = settings_of_run(open_run(EXAMPLE).settings)
+    assert tuple(ours.target_modules) == ("all-linear",) and ours.finetune_epochs == 5
+
+
+def test_a_file_with_impossible_settings_is_refused() -> None:
+    with pytest.raises(SettingsError, match="lora_rank=0"):
+        settings_of_run({"lora_params": {"rank": 0}})

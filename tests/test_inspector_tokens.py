@@ -1,0 +1,152 @@
+"""Scores of single tokens: what the server gives back is what the model says, and is drawn as what it is."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from seal_nb.inner_loop import InnerLoop
+from seal_nb.protocol import ScoredText, TTTReply
+from seal_nb.ttt.progress import Progress
+from seal_nb.ttt.token_scores import pieces
+from seal_nb.views.inspector.tokens import scored_tokens, token_chart, tokens_html, total_change
+from tests.test_inner_loop import QUESTIONS, loop, request, run  # noqa: F401 - loop is a fixture
+
+SEQUENCES = ["T\nthe lamp is on the hill", "T\nc"]
+
+
+def reply_of(loop: InnerLoop, **fields: object) -> TTTReply:  # noqa: F811
+    given = {"return_token_logprobs": True, "soft_scores": True, "train_sequences": SEQUENCES}
+    reply = run(loop, request("a", **{**given, **fields}))["a"]
+    assert isinstance(reply, TTTReply)
+    return reply
+
+
+def texts(reply: TTTReply, kind: str) -> list[ScoredText]:
+    return [one for one in reply.token_logprobs if one.kind == kind]
+
+
+def test_tokens_put_together_are_the_texts(loop: InnerLoop) -> None:  # noqa: F811
+    reply = reply_of(loop)
+    assert ["".join(one.tokens) for one in texts(reply, "train")] == SEQUENCES
+    assert ["".join(one.tokens) for one in texts(reply, "gold")] == [q["answer"] for q in QUESTIONS]
+    assert ["".join(one.tokens) for one in texts(reply, "passage")] == ["T\nc"], "once, however many ask"
+
+
+def test_sums_over_a_gold_answer_are_its_soft_scores(loop: InnerLoop) -> None:  # noqa: F811
+    reply = reply_of(loop)
+    for side in ("baseline", "adapter"):
+        sums = [math.fsum(getattr(one, f"{side}_logprobs")) for one in texts(reply, "gold")]
+        assert sums == pytest.approx(getattr(reply, f"{side}_gold_logprobs"), abs=1e-4)
+
+
+def test_values_without_an_adapter_are_those_of_the_model_itself(loop: InnerLoop) -> None:  # noqa: F811
+    one = texts(reply_of(loop), "train")[0]
+    ids = torch.tensor([loop.base.encode(SEQUENCES[0])])
+    with torch.no_grad():
+        hidden = loop.base.hidden([_plain(ids[0].tolist())], ())
+    logprobs = loop.base.head(hidden).log_softmax(-1)
+    expected = [float(logprobs[at, ids[0, at + 1]]) for at in range(ids.shape[1] - 1)]
+    assert one.baseline_logprobs[0] is None, "nothing predicts the first token"
+    assert one.baseline_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+
+
+def _plain(ids: list[int]):  # type: ignore[no-untyped-def]
+    from seal_nb.ttt.base import RowTokens
+
+    return RowTokens.plain(ids)
+
+
+def test_training_makes_its_own_sequences_more_likely(loop: InnerLoop) -> None:  # noqa: F811
+    reply = reply_of(loop, finetune_epochs=20, finetune_lr=1e-2)
+    changes = [total_change(one) for one in texts(reply, "train")]
+    assert all(change is not None and change > 0 for change in changes)
+
+
+def test_tokens_behind_the_end_mask_alone_have_values(loop: InnerLoop) -> None:  # noqa: F811
+    one = texts(reply_of(loop, end_mask_substring="is "), "train")[0]
+    n_masked = len("T\nthe lamp is ")
+    assert one.baseline_logprobs[:n_masked] == [None] * n_masked
+    assert all(value is not None for value in one.baseline_logprobs[n_masked:])
+
+
+def test_padding_in_the_loss_is_no_token_of_the_text(loop: InnerLoop) -> None:  # noqa: F811
+    reply = reply_of(loop, padding_in_loss=True, pad_to=32)
+    assert ["".join(one.tokens) for one in texts(reply, "train")] == SEQUENCES
+
+
+def test_baseline_only_has_no_train_sequences_and_no_adapter_values(loop: InnerLoop) -> None:  # noqa: F811
+    reply = reply_of(loop, skip_training=True)
+    assert {one.kind for one in reply.token_logprobs} == {"gold", "passage"}
+    assert all(one.adapter_logprobs == [] for one in reply.token_logprobs)
+
+
+def test_nobody_gets_tokens_who_did_not_ask(loop: InnerLoop) -> None:  # noqa: F811
+    assert reply_of(loop, return_token_logprobs=False).token_logprobs == []
+
+
+def test_a_letter_of_several_tokens_stands_once_in_its_text(loop: InnerLoop) -> None:  # noqa: F811
+    text = "Ø€ 🜚 end"
+    ids, stretches = pieces(loop.base.tokenizer, text)
+    assert "".join(stretches) == text and len(ids) == len(stretches) == len(text.encode())
+
+
+def test_progress_counts_steps_and_its_finished_epochs_are_those_of_the_result(
+    loop: InnerLoop,  # noqa: F811
+) -> None:
+    loop.progress = Progress(every_s=0.0)
+    loop.submit(request("a", train_sequences=SEQUENCES, finetune_epochs=3, gradient_accumulation_steps=2))
+    told, replies = [], []
+    while loop.busy:
+        replies += loop.advance()
+        told += [dict(mine) for mine in loop.stats()["training"].values()]
+    assert [one["step"] for one in told] == sorted(one["step"] for one in told)
+    assert {one["n_steps"] for one in told} == {3}
+    assert told[-1]["epoch_losses"][:2] == pytest.approx(replies[0].epoch_losses[:2], rel=1e-5)
+
+
+def test_progress_reads_the_device_no_oftener_than_it_is_told_to(loop: InnerLoop) -> None:  # noqa: F811
+    loop.progress = Progress(every_s=3600.0)
+    assert loop.stats()["training"] == {}
+    loop.submit(request("a"))
+    loop.advance()
+    assert loop.stats()["training"] == {}, "read a moment ago"
+    while loop.busy:
+        loop.advance()
+
+
+SCORED = ScoredText(
+    kind="gold", index=0, tokens=["<b>wh", "ale", "bone"], baseline_logprobs=[None, -6.0, -0.5],
+    adapter_logprobs=[None, -1.0, -2.5],
+)  # fmt: skip
+
+
+def test_html_escapes_marks_and_names_the_numbers() -> None:
+    shown = tokens_html(SCORED)
+    assert "&lt;b&gt;wh" in shown and "<b>ale</b>" in shown and "<u>bone</u>" in shown
+    assert 'title="-6.00 → -1.00 nats (+5.00)"' in shown and 'class="sn-none"' in shown
+
+
+def test_chart_says_in_words_what_it_shows(tmp_path: Path) -> None:
+    chart = token_chart([("Who?", SCORED)])
+    assert "Who?: 1 of 2 tokens more likely with the adapter, 1 less; +3.0 nats in all" in chart.alt
+    assert "the largest change +5.0 at 'ale'" in chart.alt
+    drawn = "".join(text.get_text() for text in chart.axes[0].texts)
+    assert "Who?" in drawn and "<b>whalebone" in drawn
+
+
+def test_chart_breaks_long_texts_into_lines_that_fit() -> None:
+    long = ScoredText(
+        kind="passage", index=0, tokens=[f" word{at}" for at in range(60)] + ["x" * 200, "\nnew line"],
+        baseline_logprobs=[-1.0] * 62, adapter_logprobs=[-2.0] * 62,
+    )  # fmt: skip
+    axes = token_chart([("", long)]).axes[0]
+    assert len({text.get_position()[1] for text in axes.texts}) > 5
+    assert all(text.get_position()[0] + len(text.get_text()) <= 88 for text in axes.texts[:-1])
+
+
+def test_a_text_without_an_adapter_has_no_change() -> None:
+    alone = ScoredText(kind="gold", index=0, tokens=["a"], baseline_logprobs=[-1.0])
+    assert scored_tokens(alone)[0].change is None and total_change(alone) is None
+    assert "no values" in token_chart([("x", alone)]).alt
