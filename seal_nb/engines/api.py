@@ -4,7 +4,7 @@ Engines and judges share this. The official client (https://github.com/openai/op
 base URL; added is what concerns many calls together. Asked again, later and later, is what is transient: no
 connection, a cut one, a time-out, 429 and 5xx; where the service says ``retry-after``, all calls of the
 client wait. Any other 4xx, and a reply without a finished text, is an error at once. An error is never a
-text.
+text::
 
     client = ApiClient(ApiSettings(base_url="http://127.0.0.1:8000/v1", api_key_env=""))
     asks = [Ask(model="base", prompt="Once", sampling=Sampling(max_tokens=9))]

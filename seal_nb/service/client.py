@@ -27,8 +27,8 @@ class TTTClient:
     """Talk to the server at ``endpoint``: an endpoint file (it survives a restart) or ``tcp://host:port``.
 
     timeout_s: the most that one reply, or the next reply of a round, may take while the server is there.
-    wait_s: the most that the server may be away, at the start and later: a job that waits in the queue, or is
-        requeued, takes its time. Meanwhile nothing is sent to any other server.
+    wait_s: the most that the server may be away, at the start and later: a job that waits, or is requeued,
+    takes its time. Meanwhile nothing is sent to any other server.
     key_file: a ``.key_secret``; empty: the one in the run folder that the endpoint file names.
     server_key: the server's public key, where ``endpoint`` is an address outside this machine.
     """
