@@ -8,11 +8,10 @@ seconds. Knows nothing of sockets; `advance` does a short slice of work and hand
 import itertools
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,20 +32,19 @@ from seal_nb.protocol import (
     TTTRequest,
     error_reply,
 )
+from seal_nb.soft_scores import SoftScores
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.capacity import slots_for
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
-from seal_nb.ttt.lora import Adapter, save_adapter
+from seal_nb.ttt.kept import KeptAdapters
+from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.progress import Progress
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
-from seal_nb.ttt.score import ScoreRow, score
-from seal_nb.ttt.token_scores import score_tokens, wanted_texts
 
 Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
-ADAPTER_BYTES_KEPT = 4 * 2**30  # in memory, by name; the rest are read from disk again
 ANSWER_STEPS_A_PASS = 64
-BASELINES_KEPT = 100_000  # answers and scores of the base: a server lives for weeks
+BASELINES_KEPT = 100_000  # answers of the base: a server lives for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # with nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
@@ -62,8 +60,8 @@ class InnerLoop:
         self.evaluations: dict[str, Evaluation] = {}
         self.generations: dict[str, Generation] = {}
         self.baselines: dict[Question, str | None] = {}  # None: being generated
-        self.gold_baselines: dict[tuple[Question, str], float] = {}
-        self.kept: OrderedDict[str, Adapter] = OrderedDict()  # by identity
+        self.soft_scores = SoftScores(base)
+        self.kept = KeptAdapters(base, settings.adapters_dir)
         self.gradings: dict[str, Grading] = {}
         self.grading_threads = GradingThreads(MOST_GRADED_AT_ONCE)
         self.done: deque[Reply] = deque()
@@ -106,7 +104,7 @@ class InnerLoop:
             raise SettingsError("request_id and seed must be set before a request reaches the inner loop")
         if len(set(request.adapter_stack)) < len(request.adapter_stack):
             raise SettingsError(f"adapter_stack is {request.adapter_stack}; name each adapter once")
-        stack = dict(map(self._adapter, request.adapter_stack))
+        stack = dict(map(self.kept.get, request.adapter_stack))
         try:
             if isinstance(request, GenerateRequest):
                 self._generate(request, tuple(stack.values()))
@@ -241,10 +239,7 @@ class InnerLoop:
         """Keep the adapter where a name is given, and ask it the questions."""
         request = evaluation.request
         if request.adapter_name is not None:
-            folder = self.settings.adapters_dir / request.adapter_name
-            save_adapter(adapter, folder, base_model=self.base.name)
-            self._keep(_identity(folder), adapter)
-            evaluation.adapter_path = str(folder)
+            evaluation.adapter_path = str(self.kept.keep(request.adapter_name, adapter))
         for i, question in enumerate(evaluation.questions):
             self._ask((str(request.request_id), i), question, (*evaluation.stack, adapter))
 
@@ -293,9 +288,15 @@ class InnerLoop:
         evaluation = self.evaluations.get(request_id)
         if evaluation is None or not evaluation.complete:
             return
+        scored: tuple[list[float], list[float], list[int]] = ([], [], [])
+        tokens: list[ScoredText] = []
+        # A pass of scoring: what fits; deterministic: a text.
+        budget = 1 if self.settings.deterministic else self.trainer.token_budget
         try:
-            scored = self._scores(evaluation) if evaluation.request.soft_scores else ([], [], [])
-            tokens = self._token_logprobs(evaluation) if evaluation.request.return_token_logprobs else []
+            if evaluation.request.soft_scores:
+                scored = self.soft_scores.gold_answers(evaluation, token_budget=budget)
+            if evaluation.request.return_token_logprobs:
+                tokens = self.soft_scores.tokens(evaluation, token_budget=budget)
         except REQUEST_FAULTS as error:
             self._fail(request_id, error)
             return
@@ -322,60 +323,6 @@ class InnerLoop:
         trace = "".join(traceback.format_exception(error)) if request.traceback else None
         self.done.append(error_reply(error, request_id=request_id, traceback=trace))
 
-    def _scores(self, evaluation: Evaluation) -> tuple[list[float], list[float], list[int]]:
-        """Log-probability of each gold answer, without and with the adapter, and its number of tokens."""
-        prompts = [self._prompt_ids(q) for q in evaluation.questions]
-        golds = [
-            self.base.tokenizer(q.answer, add_special_tokens=False)["input_ids"]
-            for q in evaluation.request.eval_questions
-        ]
-        pairs = list(zip(prompts, golds, strict=True))
-        keys = [
-            (q, e.answer)
-            for q, e in zip(evaluation.questions, evaluation.request.eval_questions, strict=True)
-        ]
-        missing = [i for i, key in enumerate(keys) if key not in self.gold_baselines]
-        rows = [
-            ScoreRow(prompt_ids=pairs[i][0], target_ids=pairs[i][1], adapters=evaluation.stack)
-            for i in missing
-        ]
-        trained = evaluation.trained
-        if trained is not None and trained.adapter is not None:
-            adapters = (*evaluation.stack, trained.adapter)
-            rows += [ScoreRow(prompt_ids=p, target_ids=g, adapters=adapters) for p, g in pairs]
-        sums = [sum(row) for row in score(self.base, rows, token_budget=self._score_tokens())]
-        self.gold_baselines |= {keys[i]: s for i, s in zip(missing, sums, strict=False)}
-        before = [self.gold_baselines[key] for key in keys]
-        _forget_oldest(self.gold_baselines)
-        return before, sums[len(missing) :], [len(g) for g in golds]
-
-    def _score_tokens(self) -> int:
-        """Tokens of one pass of scoring; deterministic: a text a pass."""
-        return 1 if self.settings.deterministic else self.trainer.token_budget
-
-    def _token_logprobs(self, evaluation: Evaluation) -> list[ScoredText]:
-        trained = evaluation.trained
-        prompts = [self._prompt_ids(question) for question in evaluation.questions]
-        wanted = wanted_texts(
-            self.base, evaluation.request.eval_questions, prompts, trained.job if trained else None
-        )
-        adapter = trained.adapter if trained else None
-        own = {"stack": evaluation.stack, "adapter": adapter, "token_budget": self._score_tokens()}
-        return score_tokens(self.base, wanted, **own)  # type: ignore[arg-type]
-
-    def _adapter(self, name: str) -> tuple[str, Adapter]:
-        """A kept adapter and its identity; another worker may have made it, or made it anew."""
-        folder = self.settings.adapters_dir / name
-        identity = _identity(folder)
-        self._keep(identity, self.kept.get(identity) or self.base.load_adapter(folder))
-        return identity, self.kept[identity]
-
-    def _keep(self, identity: str, adapter: Adapter) -> None:
-        self.kept[identity] = adapter
-        self.kept.move_to_end(identity)
-        while len(self.kept) > 1 and sum(a.n_bytes for a in self.kept.values()) > ADAPTER_BYTES_KEPT:
-            self.kept.popitem(last=False)
-
 
 def _forget_oldest(kept: dict[Any, Any]) -> None:
     """What is still being generated (None) stays: others wait for it."""
@@ -383,16 +330,6 @@ def _forget_oldest(kept: dict[Any, Any]) -> None:
     for key in list(itertools.islice(kept, n_too_many)):
         if kept[key] is not None:
             del kept[key]
-
-
-def _identity(folder: Path) -> str:
-    """Name and time of a kept adapter: one that is made anew under its old name is another one."""
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise SettingsError(
-            f"adapter_stack names {folder.name!r}, which this server has not kept; train it first"
-        )
-    return f"{folder.name}@{weights.stat().st_mtime_ns}"
 
 
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:

@@ -84,6 +84,7 @@ def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_rep
     loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("seal_nb.inner_loop.BASELINES_KEPT", 3)
+    monkeypatch.setattr("seal_nb.soft_scores.GOLD_SCORES_KEPT", 3)
     asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
     replies = run(
         loop,
@@ -93,7 +94,7 @@ def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_rep
         ),
     )
     assert all(isinstance(r, TTTReply) and len(r.baseline_gold_logprobs) == 2 for r in replies.values())
-    assert len(loop.baselines) == len(loop.gold_baselines) == 3
+    assert len(loop.baselines) == len(loop.soft_scores.of_base) == 3
 
 
 def test_the_base_answers_each_question_once_however_many_requests_ask_it(loop: InnerLoop) -> None:
@@ -155,7 +156,7 @@ def test_a_full_disk_fails_the_request_and_not_the_process(
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seal_nb.inner_loop.save_adapter", no_space)
+    monkeypatch.setattr("seal_nb.ttt.kept.save_adapter", no_space)
     replies = run(loop, request("a", adapter_name="kept"), request("b"))
     assert isinstance(replies["a"], ErrorReply) and "No space left" in replies["a"].error
     assert isinstance(replies["b"], TTTReply)

@@ -18,14 +18,14 @@ FLOORS = (
     {"ttt", "models"},
     {"engines"},
     {"grading", "self_edits"},
-    {"service", "evaluation", "inner_loop", "sft"},
+    {"service", "evaluation", "soft_scores", "inner_loop", "sft"},
     {"experiments"},
     {"notebook_runner", "progress"},
     {"chain"},
     {"views"},  # apart from all: below the command line, and nothing else may import it
     {"cli", "commands"},
 )
-TORCH = {"ttt", "models", "engines", "evaluation", "inner_loop", "sft"}
+TORCH = {"ttt", "models", "engines", "evaluation", "soft_scores", "inner_loop", "sft"}
 # The doors to torch on floors that are otherwise free of it.
 TORCH_MODULES = {"seal_nb.service.worker"}
 TORCH_ENGINES = {"seal_nb.engines.local"}

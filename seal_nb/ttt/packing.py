@@ -54,8 +54,9 @@ class Rows:
     def _attend_row_by_row(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        parts = zip(*(t[0].split(self.lengths, dim=1) for t in (q, k, v)), self.biases, strict=True)
-        rows = [_short_attention(*qkv, bias.to(q.dtype), scaling) for *qkv, bias in parts]
+        qs, ks, vs = (t[0].split(self.lengths, dim=1) for t in (q, k, v))
+        parts = zip(qs, ks, vs, self.biases, strict=True)
+        rows = [_short_attention(a, b, c, bias.to(q.dtype), scaling) for a, b, c, bias in parts]
         return torch.cat(rows)[None]
 
     @cached_property
