@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from seal_nb.commands import files
 from seal_nb.errors import SealError
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -48,16 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        _add_run,
-        _add_serve,
-        _add_status,
-        _add_submit,
-        _add_summarize,
-        _add_grade,
-        _add_demo,
-        *_MORE,
-    ):
+    for add in (_add_run, _add_serve, _add_status, _add_submit, _add_demo, files.add):
         add(commands)
     return parser
 
@@ -168,61 +160,6 @@ def _chain_status(arguments: argparse.Namespace) -> int:
     return chain_status(arguments.run_dir)
 
 
-def _add_summarize(commands: Any) -> None:
-    summarize = commands.add_parser("summarize", help="recompute a run file's statistics from its verdicts")
-    summarize.add_argument(
-        "run", type=Path, metavar="RUN.json", help="run_*.json or cpt_run_*.json, also .gz"
-    )
-    summarize.add_argument("--json", action="store_true", help="print one JSON object")
-    summarize.set_defaults(command=_summarize)
-
-
-def _summarize(arguments: argparse.Namespace) -> None:
-    from seal_nb.experiments.summary import summarize
-
-    summary = summarize(arguments.run)
-    if arguments.json:
-        print(json.dumps(summary, indent=2))
-        return
-    print(f"{summary['file']}: {summary['kind']}, {summary['n_passages']} passages")
-    for name, value in summary["overall"].items():
-        print(f"  {name}: {'not in this file' if value is None else value}")
-    if summary["intervals"]:
-        print(f"  {summary['intervals']['gain']['sentence']}")
-    for line in [*summary["disagreements"], *summary["notes"]]:
-        print(f"note: {line}", file=sys.stderr)
-
-
-def _add_grade(commands: Any) -> None:
-    grade = commands.add_parser(
-        "grade", help="grade answers, or grade a run again: other verdicts, statistics anew, no training"
-    )
-    grade.add_argument("answers", type=Path, metavar="IN",
-                       help="rows of question, gold, answer (.jsonl), or a run file (.json)")  # fmt: skip
-    grade.add_argument("--out", type=Path, required=True, metavar="OUT")
-    grade.add_argument(
-        "--grader", default="local", help="local (default), exact, f1, recall, or judge:MODEL?base_url=URL"
-    )
-    grade.add_argument("--only-ungraded", action="store_true", help="leave the verdicts that are there")
-    grade.add_argument("--dataset", default="", help="the items that a CPT run was asked about")
-    grade.set_defaults(command=_grade)
-
-
-def _grade(arguments: argparse.Namespace) -> None:
-    from seal_nb.experiments.regrade import is_run_file, regrade_file
-    from seal_nb.grading.base import make_grader
-    from seal_nb.grading.grade_file import grade_file
-
-    files, grader = (arguments.answers, arguments.out), make_grader(arguments.grader)
-    chosen = {"grader": grader, "only_ungraded": arguments.only_ungraded}
-    if is_run_file(arguments.answers):
-        lines = regrade_file(*files, **chosen, dataset=arguments.dataset).lines()
-    else:
-        lines = grade_file(*files, **chosen).lines()
-    for line in lines:
-        print(line)
-
-
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="stages 1 to 5 on the small model and the shipped passages")
     demo.add_argument("--run-dir", type=Path, default=Path("runs/demo"), metavar="FOLDER")
@@ -235,94 +172,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     from seal_nb.commands.submit import run_here
 
     run_here(rest_em_chain(DEMO), arguments.run_dir, title="Demo: self-edits on a small model")
-
-
-def _add_rerun(commands: Any) -> None:
-    rerun = commands.add_parser("rerun", help="make one number of a run again, and compare it")
-    rerun.add_argument("run", type=Path, metavar="RUN.json", help="a run_*.json of 03_query_server")
-    rerun.add_argument("--item", required=True, metavar="PASSAGE.SELF_EDIT.REPEAT", help="such as 0.0.0")
-    rerun.add_argument("--endpoint", default="", help="of a TTT server; empty: start one")
-    rerun.add_argument("--model", default="embedded", help="of a server started here; default: embedded")
-    rerun.add_argument(
-        "--deterministic", action="store_true", help="of a server started here, as the run was made"
-    )
-    rerun.set_defaults(command=_rerun)
-
-
-def _rerun(arguments: argparse.Namespace) -> int:
-    from seal_nb.experiments.rerun import Item, rerun_in, rerun_lines
-
-    item = Item.parse(arguments.item)
-    own = {"model": arguments.model, "deterministic": arguments.deterministic}
-    answers = rerun_in(arguments.run, item, endpoint=arguments.endpoint, **own)
-    print("\n".join(rerun_lines(answers, item)))
-    return 0 if all(one.is_same for one in answers) else 1
-
-
-def _add_runs(commands: Any) -> None:
-    runs = commands.add_parser("runs", help="list the runs of a folder, compare two, show how they differ")
-    what = runs.add_subparsers(required=True, metavar="WHAT")
-    listed = what.add_parser("list", help="every result file below a folder")
-    listed.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
-    listed.set_defaults(command=_runs_list)
-    pool = what.add_parser("pool", help="continual summaries of several seeds as one, as published")
-    pool.add_argument("summaries", type=Path, nargs="+", metavar="SUMMARY.json")
-    pool.add_argument("--out", type=Path, required=True, metavar="SUMMARY.json")
-    pool.set_defaults(command=_runs_pool)
-    for name, command, text in (
-        ("compare", _runs_compare, "second run minus first, in plain words"),
-        ("diff", _runs_diff, "settings, seeds and versions that differ"),
-    ):
-        two = what.add_parser(name, help=text)
-        two.add_argument("first", type=Path)
-        two.add_argument("second", type=Path)
-        two.set_defaults(command=command)
-
-
-def _runs_list(arguments: argparse.Namespace) -> None:
-    from seal_nb.experiments.run_catalog import catalog_rows
-    from seal_nb.views.tables import Table
-
-    columns = {"file": "", "kind": "", "arm": "", "passages": "", "accuracy": ".1%"}
-    print(Table(rows=catalog_rows(arguments.folder), columns=columns))
-
-
-def _runs_pool(arguments: argparse.Namespace) -> None:
-    from seal_nb.experiments.run_catalog import pool_summaries
-
-    print(pool_summaries(arguments.summaries, arguments.out))
-
-
-def _runs_compare(arguments: argparse.Namespace) -> None:
-    from seal_nb.experiments.run_catalog import compare_runs
-
-    print(compare_runs(arguments.first, arguments.second))
-
-
-def _runs_diff(arguments: argparse.Namespace) -> None:
-    from seal_nb.experiments.run_catalog import settings_difference
-    from seal_nb.views.tables import Table
-
-    rows = settings_difference(arguments.first, arguments.second)
-    columns = {"setting": "", "first": "", "second": ""}
-    print(Table(rows=rows, columns=columns) if rows else "no setting, seed or version differs")
-
-
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="fetch passages: squad")
-    data.add_argument("name", choices=["squad"])
-    data.add_argument("--split", choices=["train", "validation"], default="train")
-    data.add_argument("--out", type=Path, default=Path("data"), metavar="FOLDER")
-    data.set_defaults(command=_data)
-
-
-def _data(arguments: argparse.Namespace) -> None:
-    from seal_nb.squad import fetch_squad
-
-    print(f"item file: {fetch_squad(arguments.split, arguments.out)}")
-
-
-_MORE = (_add_rerun, _add_runs, _add_data)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from seal_nb.cli import main
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
@@ -70,3 +71,15 @@ def test_a_folder_without_an_adapter_is_named_and_nothing_is_written(made, tmp_p
     with pytest.raises(SettingsError, match=r"no adapter at .*absent"):
         merge_stack(str(model), [*folders, tmp_path / "absent"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_command_writes_a_folder_that_loads(
+    made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # type: ignore[no-untyped-def]
+    model, _, _, folders = made
+    out = tmp_path / "merged"
+    assert main(["merge", str(model), *map(str, folders), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"model folder: {out}\n"
+    assert FrozenBase.load(out, device="cpu", dtype="float32").model_type == "llama"
+    assert main(["merge", str(model), str(tmp_path / "absent"), "--out", str(tmp_path / "no")]) == 2
+    assert "absent" in capsys.readouterr().err and not (tmp_path / "no").exists()
