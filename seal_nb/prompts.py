@@ -188,6 +188,7 @@ _ACTIVE_READING = (
 SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = {
     prompt.key: prompt for prompt in (*_PUBLISHED, *_SEVEN_STRATEGIES, *_ACTIVE_READING)
 }
+_ONE_TEXT = tuple(prompt for prompt in SELF_EDIT_PROMPTS.values() if not prompt.system)
 
 _ANSWER = "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n"
 
@@ -248,9 +249,9 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
 
 
 def key_of_prompt(prompt: str, *, title: str, context: str) -> str:
-    """Which template, filled with the passage, gives this prompt; "" where none does."""
-    filled = {key: self_edit_prompt(key, title=title, context=context) for key in SELF_EDIT_PROMPTS}
-    return next((key for key, text in filled.items() if text == prompt), "")
+    """Which template, filled with the passage, gives this prompt; "" where none does (a chat is no text)."""
+    texts = ((one.key, one.text(title=title, context=context)) for one in _ONE_TEXT)
+    return next((key for key, text in texts if text == prompt), "")
 
 
 def topic_question(title: str, question: str) -> str:
