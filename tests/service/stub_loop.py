@@ -77,7 +77,7 @@ def load(settings: Any) -> StubLoop:
         raise EngineError(f"no model in {settings.model!r}; give a model folder")
     if settings.model == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    loop = StubLoop(settings.n_slots)
+    loop = StubLoop(settings.n_slots or 4)  # 0: measured, which a stub is not
     loop.model_id = settings.model if settings.model.startswith("stub") else "stub"
     return loop
 
