@@ -84,16 +84,15 @@ def read_site(path: Path) -> dict[str, str]:
     if not path.is_file():
         example = path.with_name("site.example.sh")
         raise SettingsError(f"no {path}; cp {example} {path}, and edit it for your cluster")
-    done = subprocess.run(
-        ["bash", "-c", 'source "$1" >&2 && env -0', "bash", str(path)], capture_output=True, text=True
-    )
+    ours = ("SBATCH_", "SLURM_", "SEAL_")
+    # Without what the same file has set already, where it was sourced by hand.
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("SBATCH_", "SEAL_"))}
+    source = ["bash", "-c", 'source "$1" >&2 && env -0', "bash", str(path)]
+    done = subprocess.run(source, capture_output=True, text=True, env=clean)
     if done.returncode:
         raise SettingsError(f"{path} ends with code {done.returncode}: {done.stderr.strip()}")
     pairs = (entry.partition("=") for entry in done.stdout.split("\0") if entry)
-    ours = ("SBATCH_", "SLURM_", "SEAL_")
-    return {
-        name: value for name, _, value in pairs if name.startswith(ours) and os.environ.get(name) != value
-    }
+    return {name: value for name, _, value in pairs if name.startswith(ours) and clean.get(name) != value}
 
 
 def _call(command: Sequence[str], *, folder: Path | None = None, env: Mapping[str, str] | None = None) -> str:

@@ -151,8 +151,12 @@ def _add_merge(commands: Any) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    from seal_nb.errors import SettingsError
     from seal_nb.ttt.merge import merge_stack
 
+    out: Path = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"--out {out} is there and not empty; give a new folder")
     print(f"model folder: {merge_stack(arguments.model, arguments.adapters, arguments.out)}")
 
 

@@ -27,6 +27,7 @@ from seal_nb.chain.table import Chain, is_done
 from seal_nb.chain.tables import CHAINS
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import default_notebooks_dir, format_value
+from seal_nb.service.settings import option_type
 
 SHIPPED = "shipped:"
 
@@ -145,7 +146,7 @@ def _text(value: Any) -> str:
 def _reader(kind: Any) -> Any:
     """How a command line's text becomes a field's value; a list is written with commas."""
     if kind is bool:
-        return lambda text: {"true": True, "false": False}[text.lower()]
+        return option_type(bool)
     if typing.get_origin(kind) is tuple:
         item = int if typing.get_args(kind)[0] is int else str
         return lambda text: tuple(item(part.strip()) for part in text.split(",") if part.strip())

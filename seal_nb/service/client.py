@@ -106,8 +106,8 @@ class TTTClient:
             else:
                 yield index, _checked(reply, GenerateReply)
 
-    def status(self, *, timeout_s: float = 10.0) -> ServerStatus:
-        return read_status(self._command({"cmd": "status"}, timeout_s))
+    def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
+        return read_status(self._command({"cmd": "status"}, timeout_s, repeat=True))
 
     def cancel(self, request_id: str, *, timeout_s: float = 10.0) -> bool:
         """Whether there was something to cancel; whoever waits for it gets an error."""
@@ -126,8 +126,11 @@ class TTTClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _command(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        mark = self._connection.send(json.dumps(message).encode(), repeat=False)
+    def _command(
+        self, message: Mapping[str, Any], timeout_s: float, *, repeat: bool = False
+    ) -> dict[str, Any]:
+        """``repeat``: ask a server that takes over, too."""
+        mark = self._connection.send(json.dumps(message).encode(), repeat=repeat)
         try:
             _, reply = self._connection.next({mark}, timeout_s)
         finally:

@@ -129,7 +129,8 @@ class Crew:
             if not self._has_our_model(identity, said):
                 return
             names = ("worker_id", "host", "pid", "session", "model_id")
-            peer = Peer(lease=0, **{name: said[name] for name in names})
+            own = {name: said[name] for name in names}
+            peer = Peer(lease=0, stats=dict(said.get("stats", {})), **own)
             peer.lease, lost = self.queue.join(identity, capacity=int(said["capacity"]), now=time.monotonic())
             self.peers[identity] = peer
             self._gone.pop(peer.pid, None)

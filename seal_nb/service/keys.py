@@ -50,8 +50,10 @@ def make_keys(folder: Path) -> None:
     for role in ROLES:
         allowed = folder / f"allowed_{role}s"
         if not allowed.exists():
-            allowed.mkdir(mode=0o700)
-            (allowed / f"{role}.key").write_text((folder / f"{role}.key").read_text())
+            partial = folder / f".{allowed.name}.partial"  # an empty list would shut everybody out for good
+            partial.mkdir(mode=0o700, exist_ok=True)
+            (partial / f"{role}.key").write_text((folder / f"{role}.key").read_text())
+            partial.rename(allowed)
 
 
 def load_pair(path: Path) -> KeyPair:

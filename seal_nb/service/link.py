@@ -166,6 +166,7 @@ class Link(threading.Thread):
             self._try_send(dealer, wire.pack("beat", b"", **said))
         elif self.introduction is not None:
             said = {**self.introduction, "session": self._session, "capacity": self.capacity}
+            said["stats"] = self.stats
             self._try_send(dealer, wire.pack("ready", b"", **said))
 
     def _found_again(self, dealer: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":

@@ -59,6 +59,7 @@ class Server:
         self.settings, self.stack = settings, stack
         self.server_id = uuid.uuid4().hex[:12]
         self.exit_code = 0
+        self._n_failed = 0  # workers that said why they cannot start
         self._checked_at = 0.0
         yielding = refuse_second_server(settings.endpoint_path)
         settings.run_dir.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,8 @@ class Server:
         self.front.crew.exited(pid, sockets.gethostname(), said or why)
         if self.front.desk.model_id:
             return  # workers can start: this one's end is its own
-        if said or self.pool.most_early_deaths() >= MAX_EARLY_DEATHS:
+        self._n_failed += bool(said)
+        if self._n_failed >= self.settings.n_workers or self.pool.most_early_deaths() >= MAX_EARLY_DEATHS:
             log.error("no worker can start: %s", said or why)
             self.exit_code = 1
             self._stop(f"no worker can start: {said or why}")

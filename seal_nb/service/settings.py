@@ -3,6 +3,7 @@
 No sockets and no torch: the front end, the workers and the launcher all read these records.
 """
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ def option_type(kind: Any) -> Any:
 
 
 def _truth(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -100,7 +100,7 @@ def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
     rows = [
         ("server", f"{status.server_id}, up {status.uptime_s:.0f} s" + ", draining" * status.draining),
         ("model", status.model_id or "(no worker is ready yet)"),
-        ("queue", f"{status.n_queued} waiting, {status.n_running} running in {status.n_slots} slots"),
+        ("queue", f"{status.n_queued} waiting, {status.n_running} running of {status.n_slots} at once"),
         ("throughput", f"{status.jobs_per_min:g} jobs/min, {status.tokens_per_s:g} trained tokens/s"),
         ("answered", f"{counts.get('answered', 0)}, and {counts.get('from_journal', 0)} again from journal"),
         ("failures", f"{counts.get('failed', 0)} failed, {counts.get('requeued', 0)} requeued, "

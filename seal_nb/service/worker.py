@@ -33,7 +33,7 @@ from seal_nb.protocol import (
     parse_request,
 )
 from seal_nb.service import wire
-from seal_nb.service.endpoint import read_endpoint
+from seal_nb.service.endpoint import wait_for_endpoint
 from seal_nb.service.link import Link, WorkerSettings
 from seal_nb.service.settings import option_type
 from seal_nb.service.status import rss_bytes
@@ -203,7 +203,9 @@ def adapters_dir(settings: WorkerSettings) -> Path:
     """Where adapters are kept: all workers of a server share one folder, on a disk that they all see."""
     if settings.adapters_dir or not settings.endpoint_file:
         return Path(settings.adapters_dir or "adapters")
-    return Path(read_endpoint(settings.endpoint_file).run_dir) / "adapters"
+    # On a cluster a worker may be there before its server is.
+    endpoint = wait_for_endpoint(Path(settings.endpoint_file), timeout_s=settings.patience_s)
+    return Path(endpoint.run_dir) / "adapters"
 
 
 def _named(name: str) -> Callable[[WorkerSettings], InnerLoop]:

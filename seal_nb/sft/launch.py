@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from seal_nb.errors import EngineError, SettingsError
+from seal_nb.lifeline import end_tree
 from seal_nb.sft.settings import SftJob, SftResult
 from seal_nb.sft.train import finished, train_sft, training_id
 
@@ -35,7 +36,14 @@ def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = N
     job.model_dir.parent.mkdir(parents=True, exist_ok=True)
     log_path = job.model_dir.with_name(f"{job.model_dir.name}.log")
     with log_path.open("wb") as log:
-        code = subprocess.call(command(job, n_processes, config), stdout=log, stderr=log)
+        line = command(job, n_processes, config)
+        process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait()
+        except BaseException:  # an interrupt must not leave ranks behind that hold GPUs and write checkpoints
+            end_tree(process.pid)
+            process.wait()
+            raise
     result = finished(job.model_dir, training_id(job.sft_file, job.model, job.settings))
     if code or result is None:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])

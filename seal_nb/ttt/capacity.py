@@ -42,12 +42,12 @@ def slots_for(base: FrozenBase, *, model_id: str) -> Capacity:
     """What this device was found to hold of this model; measured now if it has not been."""
     key = content_id([model_id, _device_name(base.device), str(base.dtype), torch.get_num_threads()])
     path = cache_dir() / "capacity" / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_suffix(".lock")):  # two workers that start together must not measure each other
-        if (known := _read(path)) is None:
-            known = measure_capacity(base)
-            write_json(path, {"n_slots": known.n_slots, "tokens_per_s": known.tokens_per_s})
-    return known
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):  # two workers that start together must not measure each other
+            return _read(path) or _kept(path, measure_capacity(base))
+    except OSError:  # a cache that cannot be written (a read-only home) only costs the measurement
+        return measure_capacity(base)
 
 
 def measure_capacity(base: FrozenBase, *, clock: Callable[[], float] = time.monotonic) -> Capacity:
@@ -117,6 +117,11 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _kept(path: Path, capacity: Capacity) -> Capacity:
+    write_json(path, {"n_slots": capacity.n_slots, "tokens_per_s": capacity.tokens_per_s})
+    return capacity
 
 
 def _read(path: Path) -> Capacity | None:

@@ -197,7 +197,7 @@ def test_jobs_with_other_settings_on_their_way_are_named(fakes: Path) -> None:
     submit_chain(chain, fakes / "run", place, tell=print)
     server = read_record(fakes / "run").jobs()["base_server"]
     (fakes / f"job{server}").write_text("JobId=1 JobState=RUNNING Reason=None\n")
-    other = continual_chain(replace(SMALL, n_slots=2))
+    other = continual_chain(replace(SMALL, model="another"))
     with pytest.raises(RunMismatch, match=f"base_server \\({server}\\).*scancel {server}"):
         submit_chain(other, fakes / "run", place, tell=print)
     assert "base_server" not in submit_chain(chain, fakes / "run", place, tell=print)

@@ -10,7 +10,7 @@ import pytest
 from seal_nb.runs import read_journal
 from seal_nb.service.client import TTTClient
 from seal_nb.service.launch import ServerFailed
-from tests.service.conftest import eventually, kill, plain_req, restart
+from tests.service.conftest import eventually, kill, not_here, plain_req, restart
 from tests.service.test_server import ask, sequence
 
 
@@ -24,7 +24,7 @@ def small_disk(tmp_path):
     )
     if done.returncode:
         # The test with a limit on the size of files, below, runs everywhere.
-        pytest.skip(f"a file system cannot be mounted here ({done.stderr.strip()}); it takes root")
+        not_here(f"a file system cannot be mounted here ({done.stderr.strip()}); it takes root")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
