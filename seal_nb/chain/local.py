@@ -40,14 +40,24 @@ class ChainBusy(SealError, RuntimeError):
     """Another process works in the run's folder."""
 
 
-def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_server: StopServer) -> None:
-    """Run what is not done yet. ``stop_server`` gets a server's ready file and asks that server to end.
+def run_chain(
+    chain: Chain,
+    run_dir: Path,
+    *,
+    notebooks: Path,
+    tell: Tell,
+    stop_server: StopServer,
+    prepare: Callable[[], object] = lambda: None,
+) -> None:
+    """Run what is not done yet. ``stop_server`` gets a server's ready file and asks that server to end;
+    ``prepare`` is called once the folder is ours.
 
     Raises:
         ChainFailed: a stage failed; those after it were not started.
         ChainBusy: the folder is in use.
     """
     with sole_use(run_dir, tell) as lock, _terminate_raises():
+        prepare()
         _LocalRun(
             chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock
         ).run()

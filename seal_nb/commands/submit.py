@@ -4,8 +4,8 @@ Prints; the work is in ``seal_nb.chain``.
 """
 
 import argparse
-import contextlib
 import shlex
+import shutil
 import sys
 import typing
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ from seal_nb.chain.local import run_chain
 from seal_nb.chain.record import read_record, record_of
 from seal_nb.chain.settings import DEMO, ExperimentSettings
 from seal_nb.chain.slurm import jobs_on_their_way, submit_chain
-from seal_nb.chain.slurm_jobs import SlurmError
 from seal_nb.chain.slurm_plan import Cluster
 from seal_nb.chain.slurm_text import dry_run
 from seal_nb.chain.status import chain_status as statuses_of
@@ -66,16 +65,15 @@ def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
     """The chain on this machine, then one page of its plots. Raises: ChainFailed, ChainBusy, RunMismatch."""
     from seal_nb.views.report import write_index
 
-    with contextlib.suppress(SlurmError):  # no SLURM here
-        if jobs := jobs_on_their_way(chain, run_dir):
-            numbers = ", ".join(jobs.values())
-            raise RunMismatch(f"{run_dir}: SLURM jobs {numbers} work here; wait for them or end them")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    record_of(chain, executor="local", jobs={}).write(run_dir)
+    # A SLURM that is there and does not answer is an error: its jobs may be at work in this folder.
+    if shutil.which("scontrol") and (jobs := jobs_on_their_way(chain, run_dir)):
+        numbers = ", ".join(jobs.values())
+        raise RunMismatch(f"{run_dir}: SLURM jobs {numbers} work here; wait for them or end them")
     try:
         run_chain(
             chain,
             run_dir,
+            prepare=lambda: record_of(chain, executor="local", jobs={}).write(run_dir),
             notebooks=default_notebooks_dir(),
             tell=lambda line: print(line, flush=True),
             stop_server=_shut_down,
