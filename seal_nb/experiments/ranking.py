@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.rest_em import gains_nothing, mean_reward, ranked
+from seal_nb.experiments.rest_em import gains_nothing, is_partly_graded, mean_reward, ranked
 from seal_nb.experiments.run_files import EvaluatedPassage, SinglePassageRun, run_from_json
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run
 from seal_nb.metrics import Estimate, accuracy, mean_interval
@@ -87,11 +87,11 @@ def _variances(run: SinglePassageRun) -> tuple[float | None, float | None, float
 
 
 def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
-    """For each graded self-edit its accuracy in each repeat."""
+    """For each self-edit whose answers are all graded its accuracy in each repeat."""
     rewards_E = [
         [reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None]
         for edit in passage.self_edits
-        if edit.is_graded
+        if edit.is_graded and not is_partly_graded(edit)
     ]
     return [rewards for rewards in rewards_E if rewards]
 
