@@ -18,6 +18,7 @@ from seal_nb.experiments.comparison import (
     seen_rows,
 )
 from seal_nb.experiments.results import collect_results, results_in
+from seal_nb.prompts import self_edit_prompt
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
 
@@ -79,6 +80,8 @@ def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
         ("run_base.json", {"k_completions": 1, "eval_times": 3}, False),
         ("run_mine.json", {"k_completions": 5, "eval_times": 3}, True),
         ("rank_iter0.json", {"k_completions": 5, "eval_times": 1}, True),
+        ("run_franklin.json", {"k_completions": 5, "eval_times": 1}, False),
+        ("run_ranked.json", {"k_completions": 5, "eval_times": 1}, False),
     ],
 )
 def test_several_self_edits_of_a_passage_are_still_an_evaluation(
@@ -86,6 +89,25 @@ def test_several_self_edits_of_a_passage_are_still_an_evaluation(
 ) -> None:
     (result,) = results_in(run_file(("0", "1"), **settings), file)
     assert result.is_ranking == is_ranking
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "key"),
+    [
+        ("Write a poem about it: text", {}, "other"),
+        (self_edit_prompt("rewrite", title="passage 0", context="text"), {}, "rewrite"),
+        ("", {}, "implications"),
+        ("Write a poem about it: text", {"prompt_key": "spa"}, "spa"),
+        ("Write a poem about it: text", {"arm": "gpt4_1"}, "implications"),
+    ],
+)
+def test_self_edits_by_an_unknown_prompt_are_not_those_of_the_published_one(
+    prompt: str, settings: dict, key: str
+) -> None:
+    value = run_file(("0", "1"), **settings)
+    value["articles"][0]["prompt"] = prompt  # type: ignore[index]
+    (result,) = results_in(value, "run_mine.json")
+    assert result.prompt_key == key
 
 
 def test_every_file_is_shown_or_left_out_with_its_reason(tmp_path: Path) -> None:
