@@ -1,11 +1,13 @@
 """A folder of results, ours and published: what is found, which arm it is, and which differences are real."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from seal_nb.errors import DataError
+from seal_nb.experiments.arms import answer_rows
 from seal_nb.experiments.comparison import (
     comparison_rows,
     evaluations,
@@ -17,7 +19,8 @@ from seal_nb.experiments.comparison import (
     seen_estimates,
     seen_rows,
 )
-from seal_nb.experiments.results import collect_results, results_in
+from seal_nb.experiments.results import ContinualResult, collect_results, results_in
+from seal_nb.experiments.run_files import run_from_json
 from seal_nb.prompts import self_edit_prompt
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
@@ -216,3 +219,17 @@ def test_our_continual_summary_has_intervals(tmp_path: Path) -> None:
     (result,) = collect_results(tmp_path).continual
     (estimate,) = seen_estimates(result)
     assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (0.75, 0.5, 1.0, 2)
+
+
+def test_a_step_of_which_nothing_was_graded_is_not_known_and_not_zero() -> None:
+    value = {"mean_over_sequences": [[0.5], [None]], "std_over_sequences": [], "n_sequences": 3}
+    (result,) = results_in(value, "summary_x.json")
+    assert isinstance(result, ContinualResult)
+    (estimate,) = seen_estimates(result)
+    assert math.isnan(estimate.mean) and math.isnan(estimate.low)
+
+
+def test_an_answer_nobody_could_grade_is_no_flip() -> None:
+    """UNGRADED to right is nothing that the adapter put right: it stands behind the flips."""
+    rows = answer_rows(run_from_json(run_file(("?01", "110"))), limit=9)
+    assert [row["verdicts"] for row in rows] == ["wrong → right", "right → wrong", "ungraded → right"]
