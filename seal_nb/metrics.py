@@ -143,7 +143,7 @@ def paired_difference(
             f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired",
             remedy="keep the passages that both have, in one order",
         )
-    both = [_graded_in_both(*scores) for scores in zip(correct_P_Q, minus_P_Q, strict=True)]
+    both = [graded_in_both(*scores) for scores in zip(correct_P_Q, minus_P_Q, strict=True)]
     kept = [(first, second) for first, second in both if first and second]
     totals = (
         *_sums_and_weights([first for first, _ in kept], weighting),
@@ -166,7 +166,8 @@ def paired_difference(
     )
 
 
-def _graded_in_both(first: Scores, second: Scores) -> tuple[list[float], list[float]]:
+def graded_in_both(first: Scores, second: Scores) -> tuple[list[float], list[float]]:
+    """What both have of as many answers; of unlike numbers of answers what each has."""
     if len(first) == len(second):
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
         return [a for a, _ in pairs], [b for _, b in pairs]

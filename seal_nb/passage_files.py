@@ -7,6 +7,7 @@ Fields are checked by ``passages``, which alone makes records of them.
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def _text(path: Path) -> str:
 
 
 def _csv_items(path: Path, text: str) -> Iterator[Placed]:
-    rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     columns = [name.strip().lower() for name in rows.fieldnames or []]
     if missing := [name for name in CSV_COLUMNS if name not in columns]:
         raise DataError(

@@ -8,13 +8,14 @@ a chat, for instruct models; nothing here knows a model or its chat template.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
 
 DEFAULT_PROMPT_KEY = "implications"
+OTHER_PROMPT = "other"  # stands for a key where a prompt is none of those here
 FILE_SEPARATOR = "---"  # a line of its own, between the prompts of a family in one file
 FIELDS = ("{title}", "{context}")
 
@@ -252,6 +253,15 @@ def key_of_prompt(prompt: str, *, title: str, context: str) -> str:
     """Which template, filled with the passage, gives this prompt; "" where none does (a chat is no text)."""
     texts = ((one.key, one.text(title=title, context=context)) for one in _ONE_TEXT)
     return next((key for key, text in texts if text == prompt), "")
+
+
+def recorded_key(prompt: str, keys: Sequence[str] = (), *, title: str, context: str) -> str:
+    """What a passage's record says of its prompt: a key, the name of the family that ``keys`` are of,
+    OTHER_PROMPT where no template gives the prompt; "" where none is recorded.
+    """
+    if keys:
+        return keys[0].split("/")[0]
+    return prompt and (key_of_prompt(prompt, title=title, context=context) or OTHER_PROMPT)
 
 
 def topic_question(title: str, question: str) -> str:

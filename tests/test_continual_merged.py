@@ -1,12 +1,15 @@
 """Stacked adapters against merging as published: the same adapter and the same answers at every step."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from seal_nb.errors import RunMismatch
 from seal_nb.experiments.continual import ContinualSettings, draw_sequences, edit_request
-from seal_nb.experiments.continual_merged import edit_and_merge
+from seal_nb.experiments.continual_merged import _content, edit_and_merge
 from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.passages import Passage, Question
@@ -46,12 +49,14 @@ def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -
     merged, stacked = (ContinualSettings(strategy=name, **SETTINGS) for name in ("merged", "stacked"))  # type: ignore[arg-type]
     (sequence,) = sequences = draw_sequences(PASSAGES, stacked)
     with Journal(tmp_path / "j.jsonl") as journal:
-        where = {"model": str(base), "folder": tmp_path / "merged", "server": SERVER}
-        done = edit_and_merge(sequences, merged, journal, **where)
-        again = edit_and_merge(sequences, merged, journal, **where)
         stack: list[str] = []
         with ttt_client("", run_dir=tmp_path / "server", model=str(base), **SERVER) as client:
             model_id = served_model(client)
+            where = {"model": str(base), "folder": tmp_path / "merged", "server": SERVER}
+            with pytest.raises(RunMismatch, match=f"asked of model another, .* has {model_id}"):
+                edit_and_merge(sequences, merged, journal, **where, model_id="another")
+            done = edit_and_merge(sequences, merged, journal, **where, model_id=model_id)
+            again = edit_and_merge(sequences, merged, journal, **where, model_id=model_id)
             for step in range(1, 4):
                 texts = done.written[0][:step]
                 request = edit_request(0, sequence, texts, stack, stacked, model_id=model_id)
@@ -65,8 +70,26 @@ def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -
     assert again.stacks == done.stacks and again.replies == done.replies
     adapters = [tmp_path / "server" / "adapters" / name for name in stack]
     at_once = merge_stack(str(base), adapters, tmp_path / "at_once")
-    step_by_step = tmp_path / "merged" / "sequence_1" / "model_3"
+    (step_by_step,) = (tmp_path / "merged").glob("sequence_1_*/model_3")
     change = (logits(base) - logits(at_once)).norm()
     assert (logits(at_once) - logits(step_by_step)).norm() < 1e-3 * change
     left = sorted(path.name for path in step_by_step.parent.glob("model_*"))
     assert left == ["model_3"], "models on the way are not kept"
+
+
+def test_another_setting_passage_place_or_model_has_a_folder_of_its_own() -> None:
+    """Otherwise a merged model of an earlier run would be taken for the one asked for."""
+    merged = ContinualSettings(strategy="merged", **SETTINGS)  # type: ignore[arg-type]
+    trained_more = replace(merged, training=replace(TRAINING, finetune_epochs=5))
+    same_title = [replace(PASSAGES[0], context="Another text."), *PASSAGES[1:]]
+    contents = [
+        _content(0, PASSAGES, merged, "m"),
+        _content(0, PASSAGES, merged, "other weights, grader or dtype"),
+        _content(1, PASSAGES, merged, "m"),
+        _content(0, PASSAGES[::-1], merged, "m"),
+        _content(0, same_title, merged, "m"),
+        _content(0, PASSAGES, replace(merged, seed=merged.seed + 1), "m"),
+        _content(0, PASSAGES, trained_more, "m"),
+    ]
+    assert len(set(contents)) == len(contents)
+    assert _content(0, list(PASSAGES), merged, "m") == contents[0]

@@ -107,6 +107,14 @@ def test_runs_of_other_sizes_are_not_put_together() -> None:
         aggregate_summaries([{"n_sequences": 8}])
 
 
+@pytest.mark.parametrize("field", ["dataset", "base_model", "strategy"])
+def test_runs_of_another_kind_are_not_put_together(field: str) -> None:
+    one = summary([FORGETTING]) | {"strategy": "stacked"}
+    assert aggregate_summaries([one, one])["strategy"] == "stacked"
+    with pytest.raises(DataError, match=f"field '{field}': differs between the summaries: .*'another'"):
+        aggregate_summaries([one, one | {field: "another"}])
+
+
 def test_forgetting_and_backward_transfer_of_a_worked_example() -> None:
     found = continual_estimates([FORGETTING] * 8)
     assert found["after_own_edit"].mean == 1.0

@@ -19,6 +19,7 @@ from seal_nb.experiments.live_edit import (
     question_requests,
     settings_of_run,
 )
+from seal_nb.experiments.rerun import Item, stored_loop
 from seal_nb.experiments.run_files import EvaluatedPassage, read_run, run_from_json
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.summary import summarize
@@ -149,7 +150,9 @@ def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result:
     run = read_run(path)
     (edit,) = run.passages[0].self_edits
     assert (edit.text, edit.made["origin"], edit.made["lora_params"]["rank"]) == (result.edit.text, ARM, 4)
-    assert edit.made["repeats"][0]["seed"] == 7 and "lora_params" not in run.settings
+    assert edit.made["repeats"][0]["seed"] == 7 and not {"lora_params", "training"} & set(run.settings)
+    with pytest.raises(DataError, match="not what made it"):
+        stored_loop(path, Item.parse("0.0.0"))
     assert run.settings["n_ungraded"] == 1 and run.settings["arm"] == ARM
 
 

@@ -14,6 +14,7 @@ from seal_nb.experiments.inspection_rows import sequence_rows
 from seal_nb.experiments.run_files import AnsweredQuestion, read_run, run_from_json
 from seal_nb.experiments.summary import summarize
 from seal_nb.grading.base import Answered, Verdict
+from seal_nb.views.inspector.pages import compared_table
 
 
 def answered(**values: Any) -> dict[str, Any]:
@@ -152,7 +153,16 @@ def test_two_self_edits_are_compared_question_by_question() -> None:
 
 def test_comparing_with_a_self_edit_that_was_not_asked_leaves_its_side_empty() -> None:
     (row,) = inspect(article("t", [answered()], [])).compare(0, 0, 1)
-    assert (row.second_answers, row.difference) == ((), -1)
+    assert (row.second_answers, row.difference) == ((), None)
+
+
+def test_an_answer_without_a_verdict_is_no_difference_and_comes_last() -> None:
+    unknown = answered(question="unknown?", adapter_correct=None)
+    rows = inspect(article("t", [answered(), unknown], [SAME, unknown])).compare(0, 0, 1)
+    by_question = {row.question: row.difference for row in rows}
+    assert by_question["unknown?"] is None
+    cells = compared_table(sorted(rows, key=lambda row: row.question, reverse=True), "a", "b").cells()
+    assert [row[-1] for row in cells] == ["-1", "–"]
 
 
 def question(**values: Any) -> AnsweredQuestion:

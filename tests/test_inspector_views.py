@@ -48,8 +48,18 @@ def run_of(path: str = "") -> SinglePassageRun:
         ]}
         for at in range(3)
     ]  # fmt: skip
-    params = {"rank": 8, "alpha": 16, "epochs": 4, "lr": 0.002, "target_modules": ["all-linear"]}
-    return run_from_json({"articles": articles, "lora_params": params, "split_newlines": False}, path=path)
+    params = {"rank": 8, "alpha": 16, "epochs": 4, "lr": 0.002, "target_modules": ["all-linear"],
+              "batch_size": 3, "grad_accum_steps": 2, "dropout": 0.1, "end_mask_substring": "gold",
+              "padding_in_loss": True}  # fmt: skip
+    return run_from_json(
+        {
+            "articles": articles,
+            "lora_params": params,
+            "split_newlines": False,
+            "model": "m-float32-local-2048",
+        },
+        path=path,
+    )
 
 
 @pytest.fixture
@@ -228,6 +238,10 @@ def test_controls_begin_with_the_self_edit_and_the_settings_of_the_run(edited: L
     training = edit.training
     assert (training.lora_rank, training.lora_alpha, training.finetune_epochs) == (8, 16, 4)
     assert training.finetune_lr == 0.002 and tuple(training.target_modules) == ("all-linear",)
+    assert (training.batch_size, training.gradient_accumulation_steps, training.lora_dropout) == (3, 2, 0.1)
+    assert (training.end_mask_substring, training.padding_in_loss) == ("gold", True)
+    edited.rank.value = 2
+    assert edited.edit().training.lora_rank == 2
     edited.inspector.passages.value = 2
     assert edited.text.value == f"first 2 {EVIL}"
 
@@ -239,6 +253,7 @@ def test_training_shows_the_new_answers_beside_the_old_and_the_edit_in_the_list(
     eventually(lambda: not edited.train_button.disabled)
     shown = edited.outcome.value
     assert "after the edit" in shown and "gold\n[right]" in shown and "&lt;script&gt;" in shown
+    assert "verdicts before the edit by local, after it by a grader that is not recorded" in shown
     assert "accuracy 0% → 100%" in edited.status.value
     options = [label for label, _ in edited.inspector.edits.options]
     assert len(options) == 3 and "live edit" in options[2] and edited.inspector.choice.against == 2

@@ -134,3 +134,11 @@ def test_a_file_that_is_not_there_or_not_utf_8_is_refused(tmp_path: Path) -> Non
     (tmp_path / "latin.csv").write_bytes(HEAD.encode() + b"caf\xe9,b,c,d\n")
     with pytest.raises(DataError, match="save it as UTF-8"):
         load_passages(tmp_path / "latin.csv")
+
+
+def test_a_line_separator_inside_a_quoted_cell_is_text(tmp_path: Path) -> None:
+    """U+2028 and a lone form feed end no row of a CSV file; a line break in quotes stays as it is."""
+    passages = [
+        Passage(title="T", context="a\u2028b\x0cc\r\nd", questions=(Question(question="q", answer="a"),))
+    ]
+    assert load_passages(written(tmp_path, "a.csv", as_csv(passages))) == passages

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.grader_noise import GraderErrors, difference_with_grader_noise, grader_errors
 from seal_nb.experiments.power import passage_differences, power_of, power_with_repeats, settled_sentence
-from seal_nb.metrics import paired_difference
+from seal_nb.metrics import MIN_PASSAGES, paired_difference
 
 
 def published(golden: Path, run: str) -> list[list[bool]]:
@@ -128,3 +128,22 @@ def test_a_passage_without_a_verdict_in_both_runs_is_left_out(correct: list[list
     assert passage_differences(correct, unknown) == []
     graded = sum(any(v is not None for v in verdicts) for verdicts in correct)
     assert passage_differences(correct, correct) == [0.0] * graded
+
+
+def test_no_fewer_passages_are_asked_for_than_can_be_real() -> None:
+    assert power_of([0.5, 0.51, 0.49]).passages_needed == MIN_PASSAGES
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [[0.2] * 3, [0.0] * 8, [0.1] * 4 + [0.9] * 1 + [0.12] * 3 + [-0.01] * 2],
+    ids=["few and alike", "none differs", "as many as needed and yet unsettled"],
+)
+def test_where_the_approximation_contradicts_the_test_no_number_is_given(differences: list[float]) -> None:
+    assert power_of(differences, power=0.3).sentence().startswith("the normal approximation does not hold")
+
+
+def test_power_is_over_the_questions_graded_in_both_runs() -> None:
+    """The first run's right answer that the second has no verdict for is no difference."""
+    first, second = [[True, False], [True, False]], [[None, False], [True, False]]
+    assert passage_differences(first, second) == [0.0, 0.0]

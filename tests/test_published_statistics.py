@@ -47,3 +47,10 @@ def test_a_self_edit_that_cannot_be_ranked_leaves_the_passage_mean_to_the_others
     assert articles[0]["adapter_mean_accuracy"] == 1.0
     assert articles[1]["adapter_mean_accuracy"] is None
     assert overall["adapter_mean_accuracy"] == 1.0
+
+
+def test_a_gain_is_over_the_questions_graded_on_both_sides() -> None:
+    """The adapter's right answer to a question whose baseline nobody could judge is no gain."""
+    stats = repeat_stats([([True, None], [False, True])])
+    assert (stats["adapter_mean"], stats["gain_mean"]) == (0.5, -1.0)
+    assert repeat_stats([([True, None], [None, True])])["gain_mean"] is None

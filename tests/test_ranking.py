@@ -73,6 +73,8 @@ def test_repeats_that_agree_always_pick_the_same_winner() -> None:
     assert agreement is not None
     assert (agreement.observed.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
     assert "more than chance" in agreement.sentence()
+    few = winner_agreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
+    assert few is not None and few.sentence().endswith("too few to tell (at least 6)")
 
 
 def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() -> None:

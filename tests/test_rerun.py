@@ -31,7 +31,7 @@ SETTINGS = SinglePassageSettings(k_completions=2, eval_times=2)
 
 @pytest.fixture
 def client(server):  # noqa: F811
-    with TTTClient(server.endpoint, timeout_s=30, connect_s=10) as client:
+    with TTTClient(server.endpoint, timeout_s=30, wait_s=10) as client:
         yield client
 
 
@@ -85,6 +85,8 @@ def changed(run_file: Path, change: Any) -> Path:
     [
         (lambda run: None, "5.0.0", DataError, "item 5.0.0: has no such item"),
         (lambda run: None, "0.0.7", DataError, "item 0.0.7: has no such item"),
+        (lambda run: run.pop("split_newlines"), "0.0.0", DataError, "not what made it"),
+        (lambda run: run.pop("model"), "0.0.0", DataError, "not what made it"),
         (lambda run: run.pop("training"), "0.0.0", DataError, "published files hold no seeds"),
         (lambda run: run.update(trained_on="in_context"), "0.0.0", DataError, "was trained on nothing"),
         (

@@ -102,11 +102,18 @@ def test_null_records_anywhere_are_absent_records() -> None:
     assert [choice.is_kept for choice in select_best(run)] == [False, False]
 
 
-def test_a_self_edit_of_ungraded_answers_cannot_be_ranked_and_a_partly_graded_one_can() -> None:
-    run = graded_passage([question(None), question(None)], [question(True), question(None)])
+def test_an_ungraded_answer_is_no_reward() -> None:
+    four_right = [question(True)] * 4 + [question(False)]
+    run = graded_passage(four_right, [question(True)] + [question(None)] * 4, [question(None)] * 5)
     (choice,) = select_best(run)
-    assert (choice.self_edit, choice.adapter_mean) == (1, 1.0)
-    assert ranking_summary(run).n_unrankable_self_edits == 1
+    assert (choice.self_edit, choice.adapter_mean) == (0, 0.8)
+    assert choice.reason.endswith(
+        "left out: UNGRADED answers in self-edit 1, 2; grade it again: seal-nb grade --only-ungraded"
+    )
+    assert ranking_summary(run).n_unrankable_self_edits == 2
+    (none,) = select_best(graded_passage([question(True), question(None)]))
+    assert not none.is_kept and "grade it again: seal-nb grade --only-ungraded" in none.reason
+    assert sft_rows(run, [none]) == []
 
 
 def test_the_soft_score_breaks_ties_and_only_ties() -> None:

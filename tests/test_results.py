@@ -1,11 +1,13 @@
 """A folder of results, ours and published: what is found, which arm it is, and which differences are real."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from seal_nb.errors import DataError
+from seal_nb.experiments.arms import answer_rows
 from seal_nb.experiments.comparison import (
     comparison_rows,
     evaluations,
@@ -17,7 +19,9 @@ from seal_nb.experiments.comparison import (
     seen_estimates,
     seen_rows,
 )
-from seal_nb.experiments.results import collect_results, results_in
+from seal_nb.experiments.results import ContinualResult, collect_results, results_in
+from seal_nb.experiments.run_files import run_from_json
+from seal_nb.prompts import self_edit_prompt
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
 
@@ -79,6 +83,8 @@ def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
         ("run_base.json", {"k_completions": 1, "eval_times": 3}, False),
         ("run_mine.json", {"k_completions": 5, "eval_times": 3}, True),
         ("rank_iter0.json", {"k_completions": 5, "eval_times": 1}, True),
+        ("run_franklin.json", {"k_completions": 5, "eval_times": 1}, False),
+        ("run_ranked.json", {"k_completions": 5, "eval_times": 1}, False),
     ],
 )
 def test_several_self_edits_of_a_passage_are_still_an_evaluation(
@@ -86,6 +92,25 @@ def test_several_self_edits_of_a_passage_are_still_an_evaluation(
 ) -> None:
     (result,) = results_in(run_file(("0", "1"), **settings), file)
     assert result.is_ranking == is_ranking
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "key"),
+    [
+        ("Write a poem about it: text", {}, "other"),
+        (self_edit_prompt("rewrite", title="passage 0", context="text"), {}, "rewrite"),
+        ("", {}, "implications"),
+        ("Write a poem about it: text", {"prompt_key": "spa"}, "spa"),
+        ("Write a poem about it: text", {"arm": "gpt4_1"}, "implications"),
+    ],
+)
+def test_self_edits_by_an_unknown_prompt_are_not_those_of_the_published_one(
+    prompt: str, settings: dict, key: str
+) -> None:
+    value = run_file(("0", "1"), **settings)
+    value["articles"][0]["prompt"] = prompt  # type: ignore[index]
+    (result,) = results_in(value, "run_mine.json")
+    assert result.prompt_key == key
 
 
 def test_every_file_is_shown_or_left_out_with_its_reason(tmp_path: Path) -> None:
@@ -194,3 +219,17 @@ def test_our_continual_summary_has_intervals(tmp_path: Path) -> None:
     (result,) = collect_results(tmp_path).continual
     (estimate,) = seen_estimates(result)
     assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (0.75, 0.5, 1.0, 2)
+
+
+def test_a_step_of_which_nothing_was_graded_is_not_known_and_not_zero() -> None:
+    value = {"mean_over_sequences": [[0.5], [None]], "std_over_sequences": [], "n_sequences": 3}
+    (result,) = results_in(value, "summary_x.json")
+    assert isinstance(result, ContinualResult)
+    (estimate,) = seen_estimates(result)
+    assert math.isnan(estimate.mean) and math.isnan(estimate.low)
+
+
+def test_an_answer_nobody_could_grade_is_no_flip() -> None:
+    """UNGRADED to right is nothing that the adapter put right: it stands behind the flips."""
+    rows = answer_rows(run_from_json(run_file(("?01", "110"))), limit=9)
+    assert [row["verdicts"] for row in rows] == ["wrong → right", "right → wrong", "ungraded → right"]

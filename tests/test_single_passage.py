@@ -229,3 +229,20 @@ def test_a_run_says_how_many_self_edits_a_passage_had(arm: Any, k: int) -> None:
         PASSAGES, loops, replies_to(loops), settings, model="m", dataset="d", timestamp="0101_000000"
     )
     assert run["k_completions"] == k
+
+
+@pytest.mark.parametrize(
+    ("about", "settings", "key"),
+    [
+        ({"prompt": "Write a poem."}, {}, "other"),
+        ({"prompt": "Write a poem."}, {"label": "gpt4_1"}, None),
+        ({"prompt": "…", "prompt_keys": ("spa/mind-map", "spa/case-study")}, {}, "spa"),
+        ({"prompt": ""}, {}, None),
+    ],
+)
+def test_a_run_says_what_its_self_edits_complete(about: Any, settings: Any, key: str | None) -> None:
+    passages = [replace(PASSAGES[0], **about)]
+    run = build_run(
+        passages, [], {}, replace(SETTINGS, **settings), model="base", dataset="d", timestamp="0101_000000"
+    )
+    assert run.get("prompt_key") == key

@@ -83,6 +83,18 @@ def test_a_published_cpt_run_needs_its_items_only_for_intervals(golden: Path) ->
     assert (found["n_answers"], found["n_passages"], found["n_train_sequences"]) == (974, 200, 2000)
 
 
+def test_the_interval_of_a_cpt_run_is_about_its_overall_number(tmp_path: Path) -> None:
+    """Every question counts once: a passage of one question must not weigh as much as one of nine."""
+    reply = {"baseline_correct": [False] * 10, "adapter_correct": [True] + [False] * 8 + [True]}
+    counts = [{"n_questions": 1}, {"n_questions": 9}]
+    path = tmp_path / "cpt_run_x.json"
+    path.write_text(json.dumps({"server_reply": reply, "per_passage": counts}))
+    found = summarize(path)
+    assert found["overall"]["adapter_accuracy"] == found["intervals"]["adapter"]["mean"] == 0.2
+    assert found["overall"]["gain"] == found["intervals"]["gain"]["mean"] == 0.2
+    assert found["intervals"]["gain"]["sentence"].startswith("+20.0 points")
+
+
 @pytest.mark.parametrize(
     ("reply", "field"),
     [

@@ -18,7 +18,10 @@ from seal_nb.self_edits import train_sequences
 
 Match = Callable[[str, str, str], bool]
 VERDICT_WORDS = {True: "right", False: "wrong", None: "ungraded"}
-FLIPS = {(False, True): 0, (True, False): 1}  # what a reader wants to see first
+FLIPS: dict[tuple[bool | None, bool | None], int] = {
+    (False, True): 0,
+    (True, False): 1,
+}  # what a reader wants to see first
 
 
 def run_file_name(exp_name: str, arm: str) -> str:
@@ -82,9 +85,7 @@ def answer_rows(run: SinglePassageRun, *, limit: int) -> list[dict[str, str]]:
         for edit in passage.self_edits
         for one in edit.questions
     ]
-    answered.sort(
-        key=lambda pair: FLIPS.get((bool(pair[1].baseline_correct), bool(pair[1].adapter_correct)), 2)
-    )
+    answered.sort(key=lambda pair: FLIPS.get((pair[1].baseline_correct, pair[1].adapter_correct), 2))
     return [_answer_row(title, one) for title, one in answered[:limit]]
 
 

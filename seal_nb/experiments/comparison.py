@@ -4,6 +4,7 @@ Takes the records of ``results`` and gives plain rows and estimates to tables an
 compared only over the same passages in the same order, question by question. Reads no file, draws nothing.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
@@ -160,8 +161,12 @@ def seen_rows(result: ContinualResult) -> list[dict[str, Any]]:
 
 
 def seen_estimates(result: ContinualResult) -> list[Estimate]:
-    """As ``seen_rows``, with intervals over sequences where the file has each sequence's matrix."""
+    """As ``seen_rows``, with intervals over sequences where the file has each sequence's matrix.
+
+    Without them a step of which nothing was graded has the mean NaN, a gap in a curve.
+    """
     if result.sequences:
         return seen_so_far(result.sequences)
-    means = [row["passages so far"] or 0.0 for row in seen_rows(result)]
+    known = [row["passages so far"] for row in seen_rows(result)]
+    means = [math.nan if value is None else value for value in known]
     return [Estimate(mean=value, low=value, high=value, n=result.n_sequences) for value in means]

@@ -7,10 +7,11 @@ server; this is for who wants to see that, or wants the merged models. Resumes a
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from seal_nb.errors import RunMismatch
 from seal_nb.experiments.continual import ContinualRun, ContinualSettings, edit_request, texts_of_step
 from seal_nb.experiments.run_requests import Tell, served_model, ttt_client
 from seal_nb.passages import Passage
@@ -46,19 +47,24 @@ def edit_and_merge(
     journal: Journal,
     *,
     model: str,
+    model_id: str,
     folder: Path,
     server: Mapping[str, Any],
     tell: Tell = lambda _: None,
 ) -> ContinualRun:
     """All edits of all sequences, each on the model that the one before it was merged into.
 
-    `folder` takes models and servers; of each sequence the last model stays. `server`: what TTTServer takes
-    beside model and run_dir. Raises: RemoteError, SettingsError for an adapter that cannot be merged.
+    `folder` takes models and servers, in a folder of its own for each content of a sequence, so that no
+    merged model is taken for that of other passages or settings; its last model stays. `model_id`: of
+    `model` on the server that row 0 was asked of. `server`: what TTTServer takes beside model and run_dir.
+
+    Raises: RunMismatch where the server started for the first edit holds another model, RemoteError,
+    SettingsError for an adapter that cannot be merged.
     """
     edits_S_T = []
     for number, sequence in enumerate(sequences):
-        own = folder / f"sequence_{number + 1}"
-        edits_S_T.append(_one_sequence(number, sequence, settings, journal, model, own, server, tell))
+        on: dict[str, Any] = {"settings": settings, "journal": journal, "model": model, "model_id": model_id}
+        edits_S_T.append(_one_sequence(number, sequence, **on, folder=folder, server=server, tell=tell))
     run = ContinualRun.of(sequences)
     for edits_S in zip(*edits_S_T, strict=True):
         run.write([edit.text for edit in edits_S])
@@ -72,24 +78,37 @@ def _one_sequence(
     settings: ContinualSettings,
     journal: Journal,
     model: str,
+    model_id: str,
     folder: Path,
     server: Mapping[str, Any],
     tell: Tell,
 ) -> list[MergedEdit]:
     done: list[MergedEdit] = []
-    now = model
+    now, content = model, _content(number, sequence, settings, model_id)
+    own = folder / f"sequence_{number + 1}_{content}"
     for step in range(1, len(sequence) + 1):
-        key = content_id(["merged", model, number, step, [p.title for p in sequence], _said(settings)])
-        run_dir = folder / f"server_{step}"
+        key = content_id(["merged", content, step])
+        run_dir = own / f"server_{step}"
         if key not in journal:
             with ttt_client("", run_dir=run_dir, model=now, **server) as client:
-                new = _next_edit(client, number, sequence, settings, journal, done)
+                served = served_model(client)
+                if step == 1 and served != model_id:
+                    raise RunMismatch(
+                        f"row 0 was asked of model {model_id}, the server for the merged edits has {served}; "
+                        "give both the same model, dtype, grader and deterministic"
+                    )
+                new = _next_edit(client, served, number, sequence, settings, journal, done)
             journal.append(key, new.to_json())
         done.append(MergedEdit.from_json(journal.get(key)))
         adapter = run_dir / "adapters" / str(done[-1].request.adapter_name)
-        now = _merged(now, adapter, folder / f"model_{step}")
+        now = _merged(now, adapter, own / f"model_{step}")
         tell(f"merged, sequence {number + 1}: edit {step} of {len(sequence)}")
     return done
+
+
+def _content(number: int, sequence: Sequence[Passage], settings: ContinualSettings, model_id: str) -> str:
+    """Names what every edit of a sequence depends on: titles alone are not enough, passages share them."""
+    return content_id([model_id, number, [asdict(passage) for passage in sequence], _said(settings)])
 
 
 def _said(settings: ContinualSettings) -> list[Any]:
@@ -100,6 +119,7 @@ def _said(settings: ContinualSettings) -> list[Any]:
 
 def _next_edit(
     client: TTTClient,
+    model_id: str,
     number: int,
     sequence: Sequence[Passage],
     settings: ContinualSettings,
@@ -107,7 +127,6 @@ def _next_edit(
     done: Sequence[MergedEdit],
 ) -> MergedEdit:
     """One edit on a server of the model as it is now."""
-    model_id = served_model(client)
     on: dict[str, Any] = {"settings": settings, "model_id": model_id}
     stack = [
         str(edit.request.adapter_name) for edit in done

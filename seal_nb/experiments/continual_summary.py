@@ -70,19 +70,22 @@ def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Several runs as published: the mean of their means and the mean of their stds, 4 decimals.
 
     ``pooled_std_over_sequences`` (ours) is the standard deviation over all sequences of all runs; the mean of
-    stds leaves out how much the runs differ among themselves. Raises: DataError for runs of other sizes.
+    stds leaves out how much the runs differ among themselves. Raises: DataError for runs of other sizes,
+    datasets, base models or strategies.
     """
     means = [_published_matrix(summary, "mean_over_sequences") for summary in summaries]
     stds = [_published_matrix(summary, "std_over_sequences") for summary in summaries]
     n_passages = _check_equal_sizes([*means, *stds])
+    about = {name: _shared(summaries, name) for name in ("dataset", "base_model", "strategy")}
     counts = [int(summary["n_sequences"]) for summary in summaries]
     return {
         "mean_over_sequences": _over_runs(means),
         "std_over_sequences": _over_runs(stds),
         "n_sequences": sum(counts),
         "n_datapoints": n_passages,
-        "dataset": summaries[0].get("dataset", ""),
-        "base_model": summaries[0].get("base_model", ""),
+        "dataset": about["dataset"],
+        "base_model": about["base_model"],
+        **({"strategy": about["strategy"]} if about["strategy"] else {}),
         "n_runs": len(summaries),
         "pooled_std_over_sequences": [
             [
@@ -93,6 +96,18 @@ def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ],
         "matrices": [matrix for summary in summaries for matrix in summary.get("matrices") or []],
     }
+
+
+def _shared(summaries: Sequence[dict[str, Any]], field: str) -> str:
+    """What all summaries say of a field, "" where they say nothing."""
+    said = list(dict.fromkeys(str(summary.get(field) or "") for summary in summaries))
+    if len(said) > 1:
+        raise DataError(
+            f"differs between the summaries: {', '.join(map(repr, said))}",
+            field=field,
+            remedy="pool runs of one dataset, model and strategy",
+        )
+    return said[0]
 
 
 def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate | Difference]:

@@ -101,9 +101,12 @@ class ComparedRow:
     second_correct: tuple[bool | None, ...]
 
     @property
-    def difference(self) -> int:
-        """Right answers of the second self-edit minus those of the first."""
-        return sum(v is True for v in self.second_correct) - sum(v is True for v in self.first_correct)
+    def difference(self) -> int | None:
+        """Right answers of the second self-edit minus those of the first; None where a verdict is missing."""
+        first, second = self.first_correct, self.second_correct
+        if not first or not second or None in first or None in second:
+            return None
+        return sum(v is True for v in second) - sum(v is True for v in first)
 
 
 def as_passage(evaluated: EvaluatedPassage) -> Passage:

@@ -162,9 +162,8 @@ def _run_of_one(
         timestamp="",
     )
     # Each edit has settings of its own; what stands above them would be true of one only.
-    return {
-        key: entry for key, entry in run.items() if key not in ("lora_params", "seed", "split_newlines")
-    } | {"arm": ARM}
+    of_one = ("lora_params", "seed", "split_newlines", "training")
+    return {key: entry for key, entry in run.items() if key not in of_one} | {"arm": ARM}
 
 
 def _article(articles: list[dict[str, Any]], evaluated: EvaluatedPassage) -> dict[str, Any]:

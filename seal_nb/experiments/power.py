@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from seal_nb.errors import SettingsError
-from seal_nb.metrics import SIGNIFICANCE, Difference, Scores, accuracy
+from seal_nb.metrics import MIN_PASSAGES, SIGNIFICANCE, Difference, Scores, graded_in_both
 
 POWER = 0.8
 FEWEST_SPREAD = 2  # passages it takes to see a spread
@@ -22,10 +22,11 @@ FEWEST_SPREAD = 2  # passages it takes to see a spread
 class PowerSummary:
     """``spread``: standard deviation of the difference over passages, a fraction like ``difference``.
 
-    ``passages_needed``: for a difference of the size seen, None where it is zero. ``smallest_found``: the
-    smallest true difference that ``n_passages`` find. ``spread_of_repeats``: the part of ``spread`` that is
-    noise between repeats, None where passages have one repeat; ``repeats_needed``: repeats a passage, with
-    the passages at hand, None where even endless repeats would not settle it or nothing is known of them.
+    ``passages_needed``: for a difference of the size seen, at least ``MIN_PASSAGES`` (with fewer nothing is
+    real), None where it is zero. ``smallest_found``: the smallest true difference that ``n_passages`` find.
+    ``spread_of_repeats``: the part of ``spread`` that is noise between repeats, None where passages have one
+    repeat; ``repeats_needed``: repeats a passage, with the passages at hand, None where even endless repeats
+    would not settle it or nothing is known of them.
     """
 
     difference: float
@@ -38,8 +39,26 @@ class PowerSummary:
     repeats_needed: int | None
     power: float
 
+    @property
+    def is_normal(self) -> bool:
+        """Whether the numbers mean something for an unsettled difference.
+
+        Passages that do not vary, or enough of them and nothing settled, contradict the approximation.
+        """
+        enough = self.passages_needed is not None and self.passages_needed <= self.n_passages
+        return round(self.spread, 12) > 0 and not enough
+
     def sentence(self) -> str:
-        """Such as "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points"."""
+        """Of a difference that is not settled.
+
+        Such as "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points".
+        """
+        if not self.is_normal:
+            return (
+                f"the normal approximation does not hold for {self.n_passages} passages that differ by "
+                f"{100 * self.difference:+.1f} ± {100 * self.spread:.1f} points: it cannot say how many "
+                "would settle it"
+            )
         needed = f"{self.passages_needed} passages" if self.passages_needed else "no number of passages"
         said = (
             f"to settle {100 * self.difference:+.1f} points would take {needed} "
@@ -76,7 +95,9 @@ def power_with_repeats(differences_P_R: Sequence[Sequence[float]], *, power: flo
         n_passages=len(known),
         n_repeats=n_repeats,
         spread=spread,
-        passages_needed=_at_least(spread**2 * reach**2 / difference**2) if difference else None,
+        passages_needed=max(MIN_PASSAGES, _at_least(spread**2 * reach**2 / difference**2))
+        if difference
+        else None,
         smallest_found=reach * spread / math.sqrt(len(known)),
         spread_of_repeats=None if of_repeats is None else math.sqrt(of_repeats / n_repeats),
         repeats_needed=_repeats_needed(spread**2, of_repeats, n_repeats, difference, len(known), reach),
@@ -106,9 +127,9 @@ def _at_least(number: float) -> int:
 
 
 def passage_differences(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores]) -> list[float]:
-    """Accuracy of the first run minus that of the second for each passage that both have graded."""
-    pairs = [(accuracy(a), accuracy(b)) for a, b in zip(correct_P_Q, minus_P_Q, strict=True)]  # type: ignore[arg-type]
-    return [a - b for a, b in pairs if a is not None and b is not None]
+    """First minus second run for each passage, over what both have graded, as ``paired_difference`` does."""
+    both = [graded_in_both(*scores) for scores in zip(correct_P_Q, minus_P_Q, strict=True)]
+    return [statistics.fmean(a) - statistics.fmean(b) for a, b in both if a and b]
 
 
 def settled_sentence(difference: Difference, power: PowerSummary) -> str:

@@ -16,8 +16,9 @@ from seal_nb.metrics import Scores, Verdicts, accuracy, gain
 def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, float | None]:
     """Published stats of one self-edit from (baseline, adapter) verdicts of each repeat.
 
-    Accuracies are rounded to 4 decimals before averaging, as the published server sends them. A repeat
-    without any graded answer is left out; with none left the numbers are None.
+    Accuracies are rounded to 4 decimals before averaging, as the published server sends them. A gain is over
+    the questions graded on both sides. A repeat without any graded answer is left out; with none left the
+    numbers are None.
     """
     pairs = list(repeats)
     before = [_rounded(accuracy(baseline)) for baseline, _ in pairs]
@@ -27,8 +28,18 @@ def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, floa
         "baseline_std": sample_std(before),
         "adapter_mean": mean(after),
         "adapter_std": sample_std(after),
-        "gain_mean": mean([_rounded(gain(baseline, adapter)) for baseline, adapter in pairs]),
+        "gain_mean": mean([_rounded(_paired_gain(baseline, adapter)) for baseline, adapter in pairs]),
     }
+
+
+def _paired_gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
+    """Over the questions graded on both sides, so that an answer that one side lacks is no gain."""
+    both = [
+        pair for pair in zip(baseline, adapter, strict=True) if pair[0] is not None and pair[1] is not None
+    ]
+    if baseline and not both:
+        return None
+    return gain([before for before, _ in both], [after for _, after in both])
 
 
 def published_statistics(

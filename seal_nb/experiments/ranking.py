@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.rest_em import gains_nothing, mean_reward, ranked
+from seal_nb.experiments.rest_em import gains_nothing, is_partly_graded, mean_reward, ranked
 from seal_nb.experiments.run_files import EvaluatedPassage, SinglePassageRun, run_from_json
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run
-from seal_nb.metrics import Estimate, accuracy, mean_interval
+from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, mean_interval
 from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply
 
@@ -87,11 +87,11 @@ def _variances(run: SinglePassageRun) -> tuple[float | None, float | None, float
 
 
 def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
-    """For each graded self-edit its accuracy in each repeat."""
+    """For each self-edit whose answers are all graded its accuracy in each repeat."""
     rewards_E = [
         [reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None]
         for edit in passage.self_edits
-        if edit.is_graded
+        if edit.is_graded and not is_partly_graded(edit)
     ]
     return [rewards for rewards in rewards_E if rewards]
 
@@ -111,6 +111,8 @@ class WinnerAgreement:
         """Such as "two repeats pick the same winner in 34.2 % [26, 43] of 50 passages; chance 20.0 %: …"."""
         low, high = 100 * self.observed.low, 100 * self.observed.high
         verdict = "more than chance" if self.observed.low > self.chance else "not distinguishable from chance"
+        if self.observed.n < MIN_PASSAGES:
+            verdict = f"too few to tell (at least {MIN_PASSAGES})"
         return (
             f"two repeats pick the same winner in {100 * self.observed.mean:.1f} % [{low:.1f}, {high:.1f}] "
             f"of {self.observed.n} passages; chance {100 * self.chance:.1f} %: {verdict}"

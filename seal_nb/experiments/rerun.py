@@ -77,6 +77,7 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
         completion = article["completions"][item.self_edit]
         made = next(entry for entry in completion["repeats"] if entry["rep"] == item.repeat)
         training, arm = TrainingSettings(**run["training"]), run["trained_on"]
+        split_newlines, model = run["split_newlines"], run["model"]
     except (KeyError, IndexError, TypeError, StopIteration) as error:
         raise DataError(
             "has no such item, or not what made it", path=path, item=str(item), remedy=OURS
@@ -94,17 +95,17 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
             completion["text"],
             title=article["title"],
             context=article["context"],
-            split_newlines=run["split_newlines"],
+            split_newlines=split_newlines,
         ),
         eval_questions=[_asked(article, row) for row in rows],
         seed=made["seed"],
         **training.request_fields(),
     )
-    if identified(request, run["model"]).request_id != made["request_id"]:
+    if identified(request, model).request_id != made["request_id"]:
         raise RunMismatch(
             f"{path}, item {item}: what the file says does not give its request id; it was changed"
         )
-    return StoredLoop(item=item, model_id=run["model"], request=request, questions=rows)
+    return StoredLoop(item=item, model_id=model, request=request, questions=rows)
 
 
 def _asked(article: Mapping[str, Any], row: Mapping[str, Any]) -> EvalQuestion:

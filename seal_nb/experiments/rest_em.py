@@ -44,7 +44,8 @@ def select_best(
 
     ``tie_break`` "order" is as published; "soft" takes the larger mean change in log-probability of the gold
     answers among equal means, and file order where there is none. ``drop_no_gain`` leaves out a passage whose
-    best self-edit gains nothing. A self-edit without a graded answer or stored mean cannot be ranked.
+    best self-edit gains nothing. A self-edit without a graded answer or stored mean cannot be ranked, nor one
+    with an UNGRADED answer: the mean of the others would be a reward for what nobody could judge.
     """
     if k_best < 1 or tie_break not in ("order", "soft"):
         raise SettingsError(f"{k_best=}, {tie_break=}: k_best is at least 1, tie_break is 'order' or 'soft'")
@@ -52,7 +53,8 @@ def select_best(
     for passage in run.passages:
         best_first = ranked(passage, tie_break)
         if not best_first:
-            choices.append(_left_out(passage, "no self-edit can be ranked: no graded answer, no stored mean"))
+            why = _ungraded_said(passage) or "no graded answer, no stored mean"
+            choices.append(_left_out(passage, f"no self-edit can be ranked: {why}"))
         elif drop_no_gain and gains_nothing(best_first[0]):
             gain = 100 * (mean_gain(best_first[0]) or 0.0)
             choices.append(_left_out(passage, f"its best self-edit gains nothing ({gain:+.1f} points)"))
@@ -67,11 +69,31 @@ def select_best(
 def ranked(passage: EvaluatedPassage, tie_break: TieBreak = "order") -> list[EvaluatedSelfEdit]:
     """Best first; the sort is stable, so the first of equals stays first, as published."""
     rankable = [
-        edit for edit in passage.self_edits if edit.text is not None and mean_reward(edit) is not None
+        edit
+        for edit in passage.self_edits
+        if edit.text is not None and mean_reward(edit) is not None and not is_partly_graded(edit)
     ]
     if tie_break == "soft":
         rankable.sort(key=_soft_or_last, reverse=True)
     return sorted(rankable, key=lambda edit: mean_reward(edit) or 0.0, reverse=True)
+
+
+def is_partly_graded(edit: EvaluatedSelfEdit) -> bool:
+    """Whether some adapter answers have a verdict and some have none."""
+    return edit.is_graded and any(answered.adapter_correct is None for answered in edit.questions)
+
+
+def _ungraded_said(passage: EvaluatedPassage) -> str:
+    """Which self-edits UNGRADED answers keep out, and what to do; empty for none."""
+    out = [
+        str(edit.index)
+        for edit in passage.self_edits
+        if any(answered.adapter_correct is None for answered in edit.questions)
+        and (edit.is_graded or mean_reward(edit) is None)
+    ]
+    if not out:
+        return ""
+    return f"UNGRADED answers in self-edit {', '.join(out)}; grade it again: seal-nb grade --only-ungraded"
 
 
 def mean_reward(edit: EvaluatedSelfEdit) -> float | None:
@@ -103,6 +125,10 @@ def _picked(
     if len(equals) > 1:
         by_soft = tie_break == "soft" and len({_soft_or_last(other) for other in equals}) > 1
         reason += f", equal to {len(equals) - 1} more, " + ("by soft score" if by_soft else "by file order")
+    if not edit.is_graded:
+        reason += ", from the stored mean (no verdicts in the file)"
+    if ungraded := _ungraded_said(passage):
+        reason += f"; left out: {ungraded}"
     return Choice(
         passage=passage.index,
         title=passage.title,
@@ -110,7 +136,7 @@ def _picked(
         text=edit.text or "",
         adapter_mean=mean_reward(edit),
         gain_mean=mean_gain(edit),
-        reason=reason + ("" if edit.is_graded else ", from the stored mean (no verdicts in the file)"),
+        reason=reason,
     )
 
 

@@ -15,11 +15,13 @@ from typing import Any
 from seal_nb.errors import DataError, SealError
 from seal_nb.experiments.run_files import SinglePassageRun, run_from_json
 from seal_nb.metrics import Estimate, Verdicts, accuracy, mean_interval
+from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
 from seal_nb.runs import read_json
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
 MOST_BYTES = 200_000_000  # no result file is larger
 ROUND = re.compile(r"(?:iter|round)[_-]?(\d+)")
+RANKING = re.compile(r"(^|_)rank(_|$|\.)")
 PROMPT = re.compile(r"prompt-([a-z-]+)")
 PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names
 ARM_NAMES = {
@@ -61,7 +63,7 @@ class SinglePassageResult:
         self-edits alone are an evaluation over more texts.
         """
         n_edits, n_repeats = (int(self.settings.get(key) or 1) for key in ("k_completions", "eval_times"))
-        return "rank" in self.name or (n_edits > 1 and n_repeats > 1)
+        return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
     def adapter(self) -> Estimate | None:
         return estimate(self.adapter_P_Q, self.stored_adapter, self.settings)
@@ -174,7 +176,7 @@ def single_passage_result(run: SinglePassageRun, file: str) -> SinglePassageResu
         name=name,
         file=file,
         arm=_arm(str(run.settings.get("arm") or ""), name),
-        prompt_key=str(run.settings.get("prompt_key") or _prompt_key(name)),
+        prompt_key=str(run.settings.get("prompt_key") or _named_prompt(name) or _recorded_prompt(run)),
         rest_em_round=_round(str(run.settings.get("arm") or ""), name),
         passages=tuple((passage.title, passage.context) for passage in run.passages),
         baseline_P_Q=_verdicts(run, "baseline_correct") if graded else (),
@@ -282,8 +284,22 @@ def _round(arm: str, name: str) -> int | None:
 
 
 def _prompt_key(name: str) -> str:
+    return _named_prompt(name) or DEFAULT_PROMPT_KEY
+
+
+def _named_prompt(name: str) -> str:
     found = PROMPT.search(name)
-    return PROMPT_NAMES.get(found[1], found[1]) if found else "implications"
+    return PROMPT_NAMES.get(found[1], found[1]) if found else ""
+
+
+def _recorded_prompt(run: SinglePassageRun) -> str:
+    """What the first prompt of a file that states no key is; the published one where it has none."""
+    if run.settings.get("arm") not in (None, "", "self_edits") or not run.passages:
+        return DEFAULT_PROMPT_KEY
+    first = run.passages[0]
+    keys = [str(edit.made["prompt_key"]) for edit in first.self_edits if edit.made.get("prompt_key")]
+    about = {"title": first.title, "context": first.context}
+    return recorded_key(first.prompt or "", keys, **about) or DEFAULT_PROMPT_KEY
 
 
 def _arm(arm: str, name: str) -> str:

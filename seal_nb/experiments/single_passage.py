@@ -16,7 +16,7 @@ from seal_nb.experiments.published_statistics import published_statistics, repea
 from seal_nb.experiments.settings import ARMS, IN_CONTEXT, SingleArm, TrainingSettings
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
-from seal_nb.prompts import key_of_prompt, topic_question
+from seal_nb.prompts import OTHER_PROMPT, recorded_key, topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.runs import content_id, derived_seed
 from seal_nb.self_edits import passage_only_sequences, train_sequences
@@ -203,10 +203,10 @@ def build_run(
 
 
 def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) -> dict[str, str]:
-    """The key of the prompt that the self-edits complete, where it is one that is known."""
+    """What the self-edits complete, where it is recorded; for texts under a label only a known key."""
     first = passages[0] if passages and settings.arm == "self_edits" else None
-    key = first and key_of_prompt(first.prompt, title=first.title, context=first.context)
-    return {"prompt_key": key} if key else {}
+    key = first and recorded_key(first.prompt, first.prompt_keys, title=first.title, context=first.context)
+    return {"prompt_key": key} if key and not (settings.label and key == OTHER_PROMPT) else {}
 
 
 def _article(

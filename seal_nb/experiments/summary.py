@@ -16,6 +16,7 @@ from seal_nb.experiments.published_statistics import published_statistics
 from seal_nb.experiments.run_files import STATS, EvaluatedPassage, SinglePassageRun, run_from_json
 from seal_nb.metrics import (
     Verdicts,
+    Weighting,
     accuracy,
     gain,
     mean_interval,
@@ -95,13 +96,15 @@ def _counts(baseline_P: Sequence[Verdicts], adapter_P: Sequence[Verdicts]) -> di
     }
 
 
-def _intervals(baseline_P: Sequence[Verdicts], adapter_P: Sequence[Verdicts]) -> dict[str, Any] | None:
-    """Means over passages with 95 % intervals, the paired gain also as a sentence; None without verdicts."""
+def _intervals(
+    baseline_P: Sequence[Verdicts], adapter_P: Sequence[Verdicts], weighting: Weighting = "passage"
+) -> dict[str, Any] | None:
+    """Means with 95 % intervals over passages, the paired gain also as a sentence; None without verdicts."""
     try:
-        gained = paired_difference(adapter_P, baseline_P)
+        gained = paired_difference(adapter_P, baseline_P, weighting=weighting)
         return {
-            "baseline": asdict(mean_interval(baseline_P)),
-            "adapter": asdict(mean_interval(adapter_P)),
+            "baseline": asdict(mean_interval(baseline_P, weighting=weighting)),
+            "adapter": asdict(mean_interval(adapter_P, weighting=weighting)),
             "gain": asdict(gained) | {"sentence": gained.sentence()},
         }
     except DataError:
@@ -151,7 +154,7 @@ def _cpt(value: Mapping[str, Any], path: str | Path, passages: Sequence[Passage]
         **_counts(baseline_P or [reply.baseline], adapter_P or [reply.adapter]),
         "n_passages": value.get("n_articles"),
         "n_train_sequences": value.get("train_sequences"),
-        "intervals": _intervals(baseline_P, adapter_P),
+        "intervals": _intervals(baseline_P, adapter_P, weighting="question"),
         "disagreements": _unequal("overall", value.get("overall") or {}, overall),
         "notes": notes,
     }

@@ -7,11 +7,13 @@ which says the remedy. The work is done by ``seal_nb.experiments.workbench``, th
 import html
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import SealError
+from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.experiments.live_edit import Edit, evaluated_edit, keep_arm, settings_of_run
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.workbench import LiveResult, OwnAnswer, Step, Workbench
@@ -65,10 +67,12 @@ class LiveEdit:
         self.result: LiveResult | None = None
         self.own_answers: list[OwnAnswer] = []
         self._came_from = (0, 0)  # passage, self-edit
+        self._settings = TrainingSettings()  # of the run
 
     def edit(self) -> Edit:
         """What the controls say. Raises: SettingsError."""
-        training = TrainingSettings(
+        training = replace(
+            self._settings,  # what no control shows stays as the run has it
             lora_rank=self.rank.value,
             lora_alpha=self.alpha.value,
             target_modules=TARGETS[self.targets.value],
@@ -145,7 +149,7 @@ class LiveEdit:
         """Text and settings of what is chosen in the inspector."""
         choice = self.inspector.choice
         settings = settings_of_run(choice.settings, max_new_tokens=self.new_tokens.value)
-        self._came_from = choice.passage, choice.self_edit
+        self._came_from, self._settings = (choice.passage, choice.self_edit), settings
         self.text.value = choice.text
         self.rank.value, self.alpha.value = settings.lora_rank, settings.lora_alpha
         self.epochs.value, self.rate.value = settings.finetune_epochs, settings.finetune_lr
@@ -223,9 +227,14 @@ class LiveEdit:
             + sparkline([loss for loss in result.reply.epoch_losses if loss is not None])
         )
         self.outcome.value = page(
-            pages.live_table(old, answers)._repr_html_(),
+            pages.live_table(old, answers, graders=self._graders(result))._repr_html_(),
             f"<details><summary>Token by token</summary>{tokens_page(texts)}</details>",
         )
+
+    def _graders(self, result: LiveResult) -> tuple[str, str]:
+        """Whose verdicts the run's answers have, and whose the new ones."""
+        of_run = grader_of(self.inspector.inspection.run.settings)
+        return of_run, grader_of({"model": result.reply.model_id})
 
     def _cancel(self) -> None:
         if not self.bench.cancel():

@@ -140,7 +140,7 @@ def sequences_table(rows: Sequence[SequenceRow]) -> Table:
 
 
 def compared_table(rows: Sequence[ComparedRow], first: str, second: str) -> Table:
-    """Two self-edits of a passage side by side, the largest difference first."""
+    """Two self-edits of a passage side by side, the largest difference first, the unknown ones last."""
     shown = [
         {
             "question": row.question,
@@ -150,10 +150,14 @@ def compared_table(rows: Sequence[ComparedRow], first: str, second: str) -> Tabl
             second: _answers(row.second_answers, row.second_correct),
             "difference": row.difference,
         }
-        for row in sorted(rows, key=lambda row: -abs(row.difference))
+        for row in sorted(rows, key=_by_difference)
     ]
     columns = dict.fromkeys(["question", "gold", "without adapter", first, second], "")
     return Table(rows=shown, columns=columns | {"difference": "+d"})
+
+
+def _by_difference(row: ComparedRow) -> int:
+    return 1 if row.difference is None else -abs(row.difference)
 
 
 def texts_side_by_side(first: str, first_text: str, second: str, second_text: str) -> str:
@@ -181,8 +185,13 @@ def named_texts(
     return named
 
 
-def live_table(old: Sequence[AnswerRow], new: Sequence[AnswerRow]) -> Table:
-    """The answers of an edit beside those of the self-edit it came from."""
+def live_table(
+    old: Sequence[AnswerRow], new: Sequence[AnswerRow], *, graders: tuple[str, str] | None = None
+) -> Table:
+    """The answers of an edit beside those of the self-edit it came from.
+
+    ``graders``: whose verdicts the old and the new answers have, "" where that is not known.
+    """
     before: dict[str, AnswerRow] = {}
     for row in old:
         before.setdefault(row.question, row)
@@ -199,7 +208,9 @@ def live_table(old: Sequence[AnswerRow], new: Sequence[AnswerRow]) -> Table:
         for row in new
     ]
     columns = dict.fromkeys(["", "question", "gold", "base", "before the edit", "after the edit"], "")
-    return Table(rows=shown, columns=columns | {"gold log-prob.": "+.1f"})
+    before_by, after_by = (name or "a grader that is not recorded" for name in graders or ("", ""))
+    said = f"verdicts before the edit by {before_by}, after it by {after_by}" if graders else ""
+    return Table(rows=shown, columns=columns | {"gold log-prob.": "+.1f"}, caption=said)
 
 
 def live_summary(result: LiveResult) -> str:
