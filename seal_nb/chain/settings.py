@@ -1,7 +1,8 @@
 """What an experiment on one model consists of, and the small one that `make demo` runs.
 
 Defaults are those of SEAL (arXiv 2506.10943; its run files and scripts), but for ``grader`` and
-``padding_in_loss``, whose comments name them; a model, its data and its machine have none. Of the arms, ``hand_written`` is ours and needs passages that have such texts. What each setting is
+``padding_in_loss``, whose comments name them; a model, its data and its machine have none.
+Of the arms, ``hand_written`` is ours and needs passages that have such texts. What each setting is
 called in a notebook stands in ``tables``.
 """
 

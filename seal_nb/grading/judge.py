@@ -41,7 +41,7 @@ _IN_WORDS = {frozenset({"yes"}): Verdict.CORRECT, frozenset({"no"}): Verdict.INC
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Which model judges. Its name should say which weights: the cache goes by it and the service's address."""
+    """Which model judges. Its name should say which weights: the cache goes by it and the service."""
 
     model: str = "gpt-4.1"  # published
     max_tokens: int = 16  # of a reply; "yes" needs one, a model that argues first needs more
