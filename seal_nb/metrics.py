@@ -6,9 +6,9 @@ answers (questions × repeats × self-edits). The statistics of published run fi
 last bit, are in ``experiments.published_statistics``. Nothing is read from files or graded here.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -270,14 +270,6 @@ class Agreement:
     bias: float
     precision: float | None
     recall: float | None
-
-
-def rows_agreement(rows: Sequence[Mapping[str, Any]]) -> Agreement:
-    """Of graded rows: ``verdict`` (CORRECT, INCORRECT, UNGRADED) against ``reference_verdict`` (or null)."""
-    words = {"CORRECT": True, "INCORRECT": False}
-    return grader_agreement(
-        [words.get(row["verdict"]) for row in rows], [row.get("reference_verdict") for row in rows]
-    )
 
 
 def grader_agreement(verdicts: Verdicts, reference: Verdicts) -> Agreement:

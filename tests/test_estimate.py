@@ -113,8 +113,19 @@ def test_a_server_and_its_requests_give_the_lines_of_a_table(tmp_path: Path) -> 
     assert "assumed: 40 % of an H100's peak, times 1" in said["time"] and "cost" not in said
     soon = estimate_on_server(replace(STATUS, workers=(worker,)), str(tmp_path), [request()], n_workers=4)
     assert "times 4" in soon[4]["estimate"]
-    unknown = estimate_on_server(STATUS, "Qwen/Qwen2.5-7B", [request()])
-    assert unknown == [{"quantity": "adapters to train", "estimate": "1"}]
+
+
+def test_of_a_model_whose_sizes_are_unknown_only_the_work_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)  # no model is no folder either, least of all the current one
+    for model in ("Qwen/Qwen2.5-7B", ""):
+        rows = estimate_on_server(STATUS, model, [request()])
+        assert [row["quantity"] for row in rows] == [
+            "adapters to train", "optimiser steps", "training tokens", "answers",
+        ]  # fmt: skip
+        assert rows[0]["estimate"] == "1"
 
 
 def test_a_folder_without_sizes_is_refused(tmp_path: Path) -> None:

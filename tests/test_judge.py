@@ -150,6 +150,17 @@ def test_a_reply_is_kept_for_its_content_and_model_only(
     assert service.n_calls == 2
 
 
+def test_another_service_s_model_of_the_same_name_is_asked_anew(
+    service: JudgeService, tmp_path: Path
+) -> None:
+    assert make_grader(service.grader(tmp_path)).grade(answers(1)) == [Verdict.CORRECT]
+    with judge_service() as other:
+        other.behave = lambda *_: "no"
+        assert make_grader(other.grader(tmp_path)).grade(answers(1)) == [Verdict.INCORRECT]
+    assert make_grader(service.grader(tmp_path)).grade(answers(1)) == [Verdict.CORRECT]
+    assert service.n_calls == 1
+
+
 def test_as_many_calls_at_a_time_as_allowed_and_no_more(service: JudgeService, tmp_path: Path) -> None:
     together = threading.Barrier(5)  # breaks, and the test fails, unless five are under way at once
 

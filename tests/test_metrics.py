@@ -19,7 +19,6 @@ from seal_nb.metrics import (
     mean_interval,
     paired_difference,
     recitation_rate,
-    rows_agreement,
 )
 
 VERDICTS = st.lists(st.sampled_from([True, False, None]), max_size=12)
@@ -193,20 +192,6 @@ def test_grader_agreement_of_a_worked_example() -> None:
     assert found.kappa == pytest.approx(0.4)
     assert found.bias == pytest.approx((25 - 30) / 50)
     assert (found.precision, found.recall) == (pytest.approx(0.8), pytest.approx(2 / 3))
-
-
-def test_graded_rows_are_compared_with_their_reference_and_ungraded_ones_left_out() -> None:
-    rows = [
-        {"verdict": "CORRECT", "reference_verdict": True},
-        {"verdict": "INCORRECT", "reference_verdict": True},
-        {"verdict": "INCORRECT", "reference_verdict": False},
-        {"verdict": "UNGRADED", "reference_verdict": True},
-        {"verdict": "CORRECT", "reference_verdict": None},
-        {"verdict": "CORRECT"},
-    ]
-    found = rows_agreement(rows)
-    assert (found.n, found.n_left_out) == (3, 3)
-    assert found.agreement == pytest.approx(2 / 3)
 
 
 def test_grader_agreement_of_one_sided_verdicts_is_defined() -> None:

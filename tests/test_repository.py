@@ -21,6 +21,7 @@ STAGES = [
     "06_continual_self_edits",
     "07_passage_inspector",
     "08_results",
+    "09_sweep",
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE = re.compile(r"/(?:work|root|farm|home(?!/someone)|Users)/[\w.-]+")

@@ -69,11 +69,24 @@ def test_rows_compare_every_point_with_the_first_and_the_figure_says_the_same() 
     assert len(axes.containers) == 4 and axes.get_xscale() == "log"
 
 
+def test_what_enters_no_mean_is_counted() -> None:
+    points = sweep_points(SETTINGS, {"finetune_epochs": [1]})
+    loops = sweep_loops(PASSAGES, points, model_id="m")
+    replies = answered(points, loops)
+    del replies[loops[0][0].request_id]
+    for loop in loops[0][2:4]:  # both repeats of the second passage
+        nobody = Answers(texts=["y"], verdicts=["UNGRADED"])
+        replies[loop.request_id] = build_reply(baseline=nobody, adapter=nobody, request_id=loop.request_id)
+    (row,) = sweep_rows(points, loops, replies, len(PASSAGES))
+    assert (row["passages"], row["ungraded"], row["missing"]) == (7, 2, 1)
+
+
 def test_a_point_without_any_reply_is_blank_and_not_zero() -> None:
     points = sweep_points(SETTINGS, {"finetune_epochs": [1, 2]})
     loops = sweep_loops(PASSAGES, points, model_id="m")
     rows = sweep_rows(points, loops, {}, len(PASSAGES))
     assert [row["accuracy"] for row in rows] == [None, None]
+    assert [(row["passages"], row["missing"]) for row in rows] == [(0, 16), (0, 16)]
     assert sweep_accuracy(rows, ["finetune_epochs"]).alt == "QA accuracy by setting: "
 
 

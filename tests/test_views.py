@@ -122,6 +122,12 @@ def test_passages_are_ordered_by_gain() -> None:
     assert chart.alt == "Of 3 passages 1 gain accuracy with the adapter, 1 lose."
 
 
+def test_a_passage_that_nobody_could_grade_is_no_passage_with_zero() -> None:
+    chart = gain_by_passage(["known", "a", "b"], [0.5, None, 0.2], [0.9, 0.4, None])
+    assert chart.alt == "Of 1 passages 1 gain accuracy with the adapter, 0 lose."
+    assert gain_by_passage([], [], []).alt.startswith("Of 0 passages")
+
+
 def test_many_passages_become_a_histogram_that_counts_them_all() -> None:
     chart = gain_by_passage([str(i) for i in range(50)], [0.2] * 50, [0.2 + i / 100 for i in range(50)])
     assert sum(bar.get_height() for bar in chart.axes[0].patches) == 50

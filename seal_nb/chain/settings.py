@@ -1,7 +1,8 @@
 """What an experiment on one model consists of, and the small one that `make demo` runs.
 
-Defaults are those of SEAL (arXiv 2506.10943; its run files and scripts); a model, its data and its machine
-have none. Of the arms, ``hand_written`` is ours and needs passages that have such texts. What each setting is
+Defaults are those of SEAL (arXiv 2506.10943; its run files and scripts), but for ``grader`` and
+``padding_in_loss``, whose comments name them; a model, its data and its machine have none.
+Of the arms, ``hand_written`` is ours and needs passages that have such texts. What each setting is
 called in a notebook stands in ``tables``.
 """
 
@@ -34,6 +35,8 @@ class ExperimentSettings:
     lora_alpha: float = 64
     finetune_epochs: int = 10
     finetune_lr: float = 1e-3
+    padding_in_loss: bool = False  # published: padded to 2048 tokens and trained on that
+    grader: str = "local"  # of the servers; published: GPT-4.1, judge:gpt-4.1
 
     cpt_completions: int = 5  # self-edits a validation passage in the one adapter
     cpt_epochs: int = 3

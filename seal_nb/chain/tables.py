@@ -135,6 +135,7 @@ class _Round:
                 "n_workers": self.settings.n_workers,
                 "n_threads": self.settings.n_threads,
                 "n_slots": self.settings.n_slots,
+                "grader": self.settings.grader,
             },
             needs=self.made_by,
             produces=(ENDPOINT_FILE,),
@@ -257,7 +258,8 @@ class _Round:
         }
 
     def _inner_loop(self) -> dict[str, Value]:
-        names = ("lora_rank", "lora_alpha", "finetune_epochs", "finetune_lr", "max_new_tokens")
+        lora = ("lora_rank", "lora_alpha", "finetune_epochs", "finetune_lr")
+        names = (*lora, "padding_in_loss", "max_new_tokens")
         own = {name: getattr(self.settings, name) for name in names}
         return {"target_modules": list(self.settings.target_modules), **own}
 

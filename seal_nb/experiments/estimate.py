@@ -124,6 +124,14 @@ class Work:
     n_answers: int  # the base's answer to a question is generated once
     answer_tokens: int
 
+    def lines(self) -> dict[str, str]:
+        return {
+            "adapters to train": f"{self.n_loops:,}",
+            "optimiser steps": f"{self.n_steps:,}",
+            "training tokens": f"about {self.train_tokens:,}",
+            "answers": f"at most {self.n_answers:,}",
+        }
+
 
 def work_of(requests: Iterable[TTTRequest], *, count: Callable[[str], int] = by_characters) -> Work:
     loops = steps = trained = asked = 0
@@ -170,19 +178,14 @@ class Estimated:
 
     def rows(self) -> list[dict[str, str]]:
         """As lines of a table."""
-        work = self.work
-        lines = {
-            "adapters to train": f"{work.n_loops:,}",
-            "optimiser steps": f"{work.n_steps:,}",
-            "training tokens": f"about {work.train_tokens:,}",
-            "answers": f"at most {work.n_answers:,}",
+        lines = self.work.lines() | {
             "time": f"about {_duration(self.seconds)} ({self.rate.source})",
             "memory of a worker": f"{self.base_bytes / 1e9:.1f} GB base + {self.adapters_bytes / 1e9:.1f} GB "
             "adapters, without activations",
         }
         if self.cost is not None:
             lines["cost"] = f"about {self.cost:.2f}"
-        return [{"quantity": name, "estimate": text} for name, text in lines.items()]
+        return _rows(lines)
 
 
 def estimate(
@@ -222,11 +225,12 @@ def estimate_on_server(
 ) -> list[dict[str, str]]:
     """What the requests will take on this server, as lines of a table; only the work where sizes are unknown.
 
+    ``model``: the one it serves; empty where that is known to the server alone, so that nothing is fetched.
     ``n_workers``: that it will have, where some are not ready yet; ``price_per_hour``: of the whole server.
     """
     work, folder = work_of(requests), Path(resolve_model(model))
-    if not (folder / "config.json").is_file():
-        return [{"quantity": "adapters to train", "estimate": f"{work.n_loops:,}"}]
+    if not model or not (folder / "config.json").is_file():
+        return _rows(work.lines())
     shape = ModelShape.of_folder(folder)
     stats = dict(status.workers[0].stats) if status.workers else {}
     n_workers = max(1, n_workers, len(status.workers))
@@ -242,6 +246,10 @@ def estimate_on_server(
         bytes_a_weight=BYTES_A_WEIGHT.get(str(stats.get("dtype", "")), 4),
         price_per_hour=price_per_hour,
     ).rows()
+
+
+def _rows(lines: dict[str, str]) -> list[dict[str, str]]:
+    return [{"quantity": name, "estimate": text} for name, text in lines.items()]
 
 
 def _duration(seconds: float) -> str:

@@ -2,12 +2,14 @@
 
 What an adapter could at best have put into the weights (SEAL, arXiv 2506.10943, does not report it). The
 server generates the answers; it grades only what was asked without the passage, so the answers are graded
-here. Greedy, as all answers.
+here, by the grader that the server has: arms with verdicts of two graders cannot be compared. Greedy, as all
+answers.
 """
 
 from collections.abc import Mapping, Sequence
 
 from seal_nb.errors import SettingsError
+from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.experiments.single_passage import PlannedLoop
 from seal_nb.grading.base import Answered, Grader
 from seal_nb.passages import Passage
@@ -51,12 +53,16 @@ def with_in_context(
     journal: Journal,
     *,
     model_id: str,
-    grader: Grader,
+    grader: Grader | None,
 ) -> dict[str, TTTReply]:
     """`replies` with those to `loops` completed: baseline and in-context answers as one reply, by its id.
 
-    What the server could not generate is left out, and so missing in the run.
+    What the server could not generate is left out, and so missing in the run. ``grader``: not needed without
+    loops. Raises: SettingsError where the server behind ``model_id`` grades by another one.
     """
+    if not loops:
+        return dict(replies)
+    grader = _same_grader(grader, model_id)
     answered = [loop for loop in loops if loop.request_id in replies]
     requests = [in_context_request(passages[loop.passage], loop, model_id=model_id) for loop in answered]
     missing = [request for request in requests if str(request.request_id) not in journal]
@@ -72,6 +78,16 @@ def with_in_context(
             baseline = replies[loop.request_id]
             completed[loop.request_id] = _reply(baseline, generated, passages[loop.passage], grader)
     return completed
+
+
+def _same_grader(grader: Grader | None, model_id: str) -> Grader:
+    served = grader_of({"model": model_id})
+    if grader is None or served not in ("", grader.name):
+        raise SettingsError(
+            f"grader is {grader.name if grader else None!r}, for the arm in_context, and the server grades "
+            f"by {served or 'its own'}; give the same grader"
+        )
+    return grader
 
 
 def _reply(baseline: TTTReply, generated: GenerateReply, passage: Passage, grader: Grader) -> TTTReply:

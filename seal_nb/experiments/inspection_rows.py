@@ -10,11 +10,10 @@ from typing import Any
 
 from seal_nb.experiments.explanations import Flip, explanation, flip_of
 from seal_nb.experiments.run_files import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit
-from seal_nb.grading.base import Answered, Grader, Verdict
+from seal_nb.grading.verdicts import AS_BOOLEAN, Answered, Grader
 from seal_nb.passages import Passage, Question
 from seal_nb.self_edits import passage_only_sequences, train_sequences
 
-AS_BOOLEAN = {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNGRADED: None}
 Pair = tuple[bool | None, bool | None]  # verdict without and with the adapter; None: ungraded
 
 

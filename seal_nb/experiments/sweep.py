@@ -81,7 +81,10 @@ def sweep_rows(
     replies: Mapping[str, TTTReply],
     n_passages: int,
 ) -> list[dict[str, Any]]:
-    """One line a point: its values, accuracy with interval, soft gain, difference from the first point."""
+    """One line a point: its values, accuracy with interval, soft gain, difference from the first point.
+
+    ``passages`` have a graded answer; ``ungraded`` counts answers, ``missing`` inner loops without a reply.
+    """
     answered = [_correct_P(loops, replies, n_passages) for loops in loops_of_points]
     return [
         {
@@ -92,6 +95,9 @@ def sweep_rows(
             "low": estimate and estimate.low,
             "high": estimate and estimate.high,
             "soft gain": _soft_gain(loops, replies),
+            "passages": estimate.n if estimate else 0,
+            "ungraded": sum(verdict is None for verdicts in correct_P for verdict in verdicts),
+            "missing": sum(loop.request_id not in replies for loop in loops),
             "against the first": _against(correct_P, answered[0]) if at and estimate else None,
         }
         for at, (point, loops, correct_P) in enumerate(zip(points, loops_of_points, answered, strict=True))

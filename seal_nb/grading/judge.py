@@ -6,7 +6,7 @@ reply is kept on disk so that no answer is paid for twice, and what gets no plai
 failed call is not kept: grading again asks again.
 
     make_grader("judge:gpt-4.1")
-    make_grader("judge:base?base_url=http://127.0.0.1:8000/v1&api_key_env=")
+    make_grader("judge:qwen2.5-7b-instruct?base_url=http://127.0.0.1:8000/v1&api_key_env=")
 """
 
 import logging
@@ -41,7 +41,7 @@ _IN_WORDS = {frozenset({"yes"}): Verdict.CORRECT, frozenset({"no"}): Verdict.INC
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Which model judges. It should be named so that the name says which weights: the cache goes by it."""
+    """Which model judges. Its name should say which weights: the cache goes by it and the service."""
 
     model: str = "gpt-4.1"  # published
     max_tokens: int = 16  # of a reply; "yes" needs one, a model that argues first needs more
@@ -127,7 +127,8 @@ class JudgeGrader:
     def _verdict(self, prompt: str, hopeless: threading.Event) -> Verdict:
         if hopeless.is_set():
             return Verdict.UNGRADED
-        key = content_id([self.settings.model, self.settings.max_tokens, prompt])
+        one = self.settings
+        key = content_id([one.api.base_url, one.model, one.max_tokens, prompt])
         try:
             record = self.cache.get_or_make(key, partial(self._asked, prompt))
         except EngineError as error:

@@ -127,11 +127,20 @@ def accuracy_across_rounds(
 
 
 @styled
-def gain_by_passage(titles: Sequence[str], baseline: Sequence[float], adapter: Sequence[float]) -> Chart:
+def gain_by_passage(
+    titles: Sequence[str], baseline: Sequence[float | None], adapter: Sequence[float | None]
+) -> Chart:
     """One line a passage from baseline to adapter accuracy, largest gain on top; lists run side by side.
 
-    Above 40 passages the lines are unreadable: the histogram of the gains is drawn instead.
+    A passage without a graded answer on one side is left out. Above 40 passages the lines are unreadable:
+    the histogram of the gains is drawn instead.
     """
+    sides = zip(titles, baseline, adapter, strict=True)
+    known = [(title, b, a) for title, b, a in sides if b is not None and a is not None]
+    return _gains_of_known([t for t, _, _ in known], [b for _, b, _ in known], [a for _, _, a in known])
+
+
+def _gains_of_known(titles: list[str], baseline: list[float], adapter: list[float]) -> Chart:
     if len(titles) > MOST_DUMBBELLS:
         return gain_histogram([after - before for before, after in zip(baseline, adapter, strict=True)])
     chart, axes = new_chart(1.3 + 0.26 * max(len(titles), 1))

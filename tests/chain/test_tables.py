@@ -104,6 +104,15 @@ def test_change_of_a_count_reruns_what_depends_on_it_and_nothing_else() -> None:
     assert changed == ["continual", "results"]
 
 
+def test_grader_reaches_every_server_and_padding_every_inner_loop() -> None:
+    chain = rest_em_chain(replace(DEMO, grader="judge:gpt-4.1", padding_in_loss=True))
+    servers = [asked(stage)["grader"] for stage in chain if stage.notebook == "02_ttt_server"]
+    assert servers == ["judge:gpt-4.1"] * 3
+    training = {"03_query_server", "04_cpt", "06_continual_self_edits"}
+    padded = [asked(stage)["padding_in_loss"] for stage in chain if stage.notebook in training]
+    assert padded == [True] * 7
+
+
 @pytest.mark.parametrize(
     ("stage", "published"),
     [
