@@ -1,5 +1,6 @@
 """Scores of single tokens: what the server gives back is what the model says, and is drawn as what it is."""
 
+import json
 import math
 from pathlib import Path
 
@@ -150,3 +151,14 @@ def test_a_text_without_an_adapter_has_no_change() -> None:
     alone = ScoredText(kind="gold", index=0, tokens=["a"], baseline_logprobs=[-1.0])
     assert scored_tokens(alone)[0].change is None and total_change(alone) is None
     assert "no values" in token_chart([("x", alone)]).alt
+
+
+def test_progress_of_a_job_that_diverges_is_still_json(loop: InnerLoop) -> None:  # noqa: F811
+    loop.progress = Progress(every_s=0.0)
+    loop.submit(request("a", train_sequences=SEQUENCES, finetune_epochs=3, finetune_lr=1e30))
+    told = []
+    while loop.busy:
+        loop.advance()
+        told += [dict(mine) for mine in loop.stats()["training"].values()]
+    json.dumps(told, allow_nan=False)
+    assert any(None in one["epoch_losses"] for one in told)

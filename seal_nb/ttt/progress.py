@@ -4,6 +4,7 @@ Losses stay on the device while a job trains. Reading them waits for the device,
 second, whatever the number of passes in between.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,10 @@ class Progress:
         self._last: dict[str, dict[str, Any]] = {}
 
     def read(self, slots: Sequence[Slot]) -> dict[str, dict[str, Any]]:
-        """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; the last epoch is open)."""
+        """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; the last epoch is open).
+
+        A loss that is not finite is None: the job is lost, and JSON has no word for it.
+        """
         now = time.monotonic()
         if now - self._read_at >= self.every_s:
             self._read_at = now
@@ -46,5 +50,9 @@ def _progress(slot: Slot) -> dict[str, Any]:
     return {
         "step": slot.step,
         "n_steps": slot.job.n_steps,
-        "epoch_losses": [sums[epoch] / max(seen[epoch], 1.0) for epoch in sorted(sums)],
+        "epoch_losses": [_finite(sums[epoch] / max(seen[epoch], 1.0)) for epoch in sorted(sums)],
     }
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
