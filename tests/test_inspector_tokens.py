@@ -155,7 +155,7 @@ def test_a_text_without_an_adapter_has_no_change() -> None:
 
 def test_progress_of_a_job_that_diverges_is_still_json(loop: InnerLoop) -> None:  # noqa: F811
     loop.progress = Progress(every_s=0.0)
-    loop.submit(request("a", train_sequences=SEQUENCES, finetune_epochs=3, finetune_lr=1e30))
+    loop.submit(request("a", train_sequences=SEQUENCES, finetune_epochs=3, finetune_lr=3e38))
     told = []
     while loop.busy:
         loop.advance()
