@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from seal_nb.engines.vllm_options import SERVED_NAME
 from seal_nb.engines.vllm_server import VllmServer
 from seal_nb.grading.base import Answered, Verdict, make_grader
@@ -10,11 +12,17 @@ from seal_nb.grading.judge import JudgeGrader, read_verdict
 from seal_nb.passages import load_passages
 
 MAX_TOKENS = 8
+KEY = "SEAL_NB_TEST_VLLM_KEY"  # the variable that holds the server's key
+
+
+@pytest.fixture(autouse=True)
+def key(server: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, server.key)
 
 
 def judge(server: VllmServer, cache: Path) -> JudgeGrader:
     grader = make_grader(
-        f"judge:{SERVED_NAME}?base_url={server.url}&api_key_env=&cache_dir={cache}"
+        f"judge:{SERVED_NAME}?base_url={server.url}&api_key_env={KEY}&cache_dir={cache}"
         f"&max_tokens={MAX_TOKENS}&max_parallel=8&timeout_s=120"
     )
     assert isinstance(grader, JudgeGrader)
@@ -51,7 +59,7 @@ def test_every_answer_gets_what_the_model_said_of_it_and_is_asked_about_once(
 
 def test_a_model_that_the_server_does_not_have_grades_nothing(server: VllmServer, tmp_path: Path) -> None:
     grader = make_grader(
-        f"judge:nobody?base_url={server.url}&api_key_env=&cache_dir={tmp_path}&max_parallel=2"
+        f"judge:nobody?base_url={server.url}&api_key_env={KEY}&cache_dir={tmp_path}&max_parallel=2"
     )
     assert isinstance(grader, JudgeGrader)
     asked = [one for one in answers() if one.answer]
