@@ -13,7 +13,7 @@ LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 .PHONY: help demo test lab kernel docs bench vllm-env lint notebooks clean
 
 help:
-	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (15 minutes on 2 cores)"
+	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (about 15 minutes on 2 cores)"
 	@echo "make test       ruff, mypy, all tests and all notebooks"
 	@echo "make lab        JupyterLab at the tour (LAB_FLAGS=... for jupyter lab)"
 	@echo "make kernel     this environment as a kernel for a JupyterLab that lives elsewhere"
