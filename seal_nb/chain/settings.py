@@ -71,7 +71,7 @@ class ExperimentSettings:
             raise SettingsError("arms is empty; name at least one of " + ", ".join(ARMS))
 
 
-# About 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone; two of three MLP
+# About 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone; two of the MLP
 # layers teach it what all seven linear layers do, for two thirds of the time.
 DEMO = ExperimentSettings(
     model="embedded",
