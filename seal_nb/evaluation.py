@@ -71,6 +71,11 @@ class Evaluation:
     def after(self) -> list[str]:
         return [self.answers[i] for i in range(self.n_answers)]
 
+    def base_said(self, question: Question, text: str) -> None:
+        """Take it as the baseline's answer wherever this request asks that question."""
+        if not self.request.skip_baseline:
+            self.baseline |= {i: text for i, own in enumerate(self.questions) if own == question}
+
     def let_go_of_adapters(self) -> None:
         """Once nothing is asked of them any more."""
         self.stack = ()
