@@ -132,19 +132,15 @@ class Grading:
 
 
 def grade(grader: Grader, evaluation: Evaluation) -> tuple[list[Verdict], list[Verdict]]:
-    """Verdicts of the baseline's and of the adapter's answers."""
-    questions = evaluation.request.eval_questions
-    before, after = (
-        _verdicts(
-            grader,
-            [
-                Answered(question=q.question, gold=q.answer, answer=text, title=q.title)
-                for q, text in zip(questions, texts, strict=bool(texts))
-            ],
-        )
-        for texts in (evaluation.before, evaluation.after)
-    )
-    return before, after
+    """Verdicts of the baseline's and of the adapter's answers, asked for at once."""
+    questions, before, after = evaluation.request.eval_questions, evaluation.before, evaluation.after
+    answered = [
+        Answered(question=q.question, gold=q.answer, answer=text, title=q.title)
+        for texts in (before, after)
+        for q, text in zip(questions, texts, strict=bool(texts))
+    ]
+    verdicts = _verdicts(grader, answered)
+    return verdicts[: len(before)], verdicts[len(before) :]
 
 
 def _verdicts(grader: Grader, answered: Sequence[Answered]) -> list[Verdict]:

@@ -61,6 +61,15 @@ def test_bench_splits_the_gain_and_shows_growth_and_memory(quick: tuple[dict, st
     assert all(row["peak_rss_mb"] > 100 for row in result["ways"] if row["way"] == "slots")
 
 
+def test_bench_shows_what_a_judge_costs_asked_in_turn_and_at_once(quick: tuple[dict, str]) -> None:
+    result, printed = quick
+    row = result["parallel_grading"]
+    assert row["one_by_one_s"] >= row["answers"] * row["latency_s"]
+    assert row["at_once_s"] >= row["latency_s"]
+    assert row["factor"] == pytest.approx(row["one_by_one_s"] / row["at_once_s"], rel=0.01)
+    assert "  parallel grading" in printed
+
+
 def test_bench_names_the_machine_without_naming_places(quick: tuple[dict, str]) -> None:
     result, _ = quick
     assert set(result["machine"]) == {"cpu", "cores"}
