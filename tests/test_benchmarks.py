@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, grading, inner_loop
+from benchmarks import gpu, grading, inner_loop, speed_table
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
 from tests.ttt.tiny import save_tiny_model
@@ -142,6 +142,11 @@ def test_numbers_in_git_come_from_a_full_run() -> None:
     if card.is_file():
         result = json.loads(card.read_text())
         assert result["config"] == "qwen2.5-7b" and result["device"] != "CPU" and result["correct"]
+
+
+def test_speed_tables_in_the_docs_are_the_measured_ones() -> None:
+    measured = json.loads(inner_loop.OUT.read_text())
+    assert speed_table.markdown(measured) in (ROOT / "docs/inner_loop.md").read_text()
 
 
 def test_padding_table_in_the_docs_is_the_measured_one() -> None:
