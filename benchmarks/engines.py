@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines_service import Service
+from benchmarks.stand_in import stand_in_process
 from seal_nb.engines.api_records import ApiSettings
 from seal_nb.engines.base import Engine, Sampling
 from seal_nb.engines.openai import OpenAIEngine
@@ -65,9 +65,9 @@ def stage_1(engine: Engine, *, n_texts: int, max_tokens: int) -> dict[str, float
 def service_rows(parallel: Sequence[int], *, service_time_s: float, lanes: int) -> list[dict[str, Any]]:
     """The stand-in: ``lanes`` texts at a time, ``service_time_s`` each."""
     rows = []
-    with Service(service_time_s=service_time_s, lanes=lanes) as service:
+    with stand_in_process("It is so.", service_time_s=service_time_s, lanes=lanes) as url:
         for n in parallel:
-            settings = ApiSettings(base_url=service.url, api_key_env="", max_parallel=n)
+            settings = ApiSettings(base_url=url, api_key_env="", max_parallel=n)
             engine = OpenAIEngine(settings, model="stand-in")
             speed = stage_1(engine, n_texts=max(16, 8 * n), max_tokens=16)
             rows.append({"parallel": n, "possible": min(n, lanes) / service_time_s, **speed})

@@ -1,51 +1,29 @@
 """How fast answers are graded: the judge by the number of calls at a time, its cache, the local graders.
 
-The judge's service is a stub in a process of its own that answers after a fixed time, like a model behind a
-network; with P calls at a time P / latency answers a second are possible, and what is missing to that is our
-own cost. Every answer is asked about once, then all are graded again from the cache. Run it with ``python -m
-benchmarks.grading``.
+The judge's service is a stand-in in a process of its own that answers after a fixed time, like a model
+behind a network; with P calls at a time P / latency answers a second are possible, and what is missing to
+that is our own cost. Every answer is asked about once, then all are graded again from the cache. Run it with
+``python -m benchmarks.grading``.
 """
 
 import argparse
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stand_in import stand_in_process
 from seal_nb.grading.base import GRADERS, Answered, make_grader
 from seal_nb.passages import load_passages
 from seal_nb.runs import write_json
 
 OUT = Path(__file__).resolve().with_name("grading.json")
 PARALLEL = (1, 4, 16, 64)
-LATENCY_S = 0.2  # of the stub; GPT-4.1 takes some half a second for one word
+LATENCY_S = 0.2  # of the stand-in; GPT-4.1 takes some half a second for one word
 SECONDS = 5.0  # of a row, at the speed that is possible
-
-_SERVICE = """
-import sys, time
-from tests.judge_server import judge_service
-with judge_service(lambda *_: time.sleep({latency_s}) or "yes") as service:
-    print(service.port, flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def stub_service(latency_s: float) -> Iterator[str]:
-    """The base URL of a judge that says yes to everything after ``latency_s``."""
-    code = [sys.executable, "-c", _SERVICE.format(latency_s=latency_s)]
-    process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
-    finally:
-        process.communicate("")
 
 
 def answers(n: int) -> list[Answered]:
@@ -71,7 +49,9 @@ def judge_row(base_url: str, max_parallel: int, *, latency_s: float, seconds: fl
     """Answers a second with so many calls at a time: asked, and again from the cache."""
     asked = answers(max(8, int(seconds * max_parallel / latency_s)))
     with tempfile.TemporaryDirectory() as folder:
-        name = f"judge:stub?base_url={base_url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
+        name = (
+            f"judge:stand-in?base_url={base_url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
+        )
         grader = make_grader(name)
         asked_s, cpu_s = _timed(grader.grade, asked)
         cached_s, _ = _timed(make_grader(name).grade, asked)
@@ -100,7 +80,7 @@ def _timed(grade: Any, asked: Sequence[Answered]) -> tuple[float, float]:
 
 
 def measure(*, parallel: Sequence[int], latency_s: float, seconds: float) -> dict[str, Any]:
-    with stub_service(latency_s) as base_url:
+    with stand_in_process("yes", service_time_s=latency_s, lanes=max(parallel)) as base_url:
         rows = [judge_row(base_url, n, latency_s=latency_s, seconds=seconds) for n in parallel]
     return {
         "latency_s": latency_s,

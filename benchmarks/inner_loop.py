@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parallel_grading import LATENCY_S, measure_grading
 from benchmarks.peft_alone import measure_alone
 from benchmarks.processes import run_together
 from benchmarks.slots import measure_growth, measure_slots
@@ -25,7 +26,7 @@ from benchmarks.speed_table import by_source, table
 from benchmarks.workload import Workload, load_workload
 from seal_nb.models import resolve_model
 from seal_nb.protocol import TTTRequest
-from seal_nb.runs import package_versions, write_json
+from seal_nb.runs import package_versions, read_json, write_json
 
 OUT = Path(__file__).with_name("inner_loop.json")
 MOST_PROCESSES = 4  # a padded step alone holds gigabytes
@@ -44,6 +45,7 @@ class Settings:
     n_jobs: tuple[int, ...] = (1, 4, 16)
     epochs: int = 10  # published
     max_new_tokens: int = 64  # published
+    judge_latency_s: float = LATENCY_S
 
 
 QUICK = Settings(
@@ -55,6 +57,7 @@ QUICK = Settings(
     n_jobs=(1, 2),
     epochs=1,
     max_new_tokens=4,
+    judge_latency_s=0.05,
 )
 
 
@@ -117,6 +120,10 @@ class Bench:
             "peak_rss_mb": max(p["peak_rss_mb"] for p in parts),
         }
 
+    def grading(self) -> dict[str, Any]:
+        (request,) = self.requests(0, 1, 1)
+        return measure_grading(len(request.eval_questions), latency_s=self.settings.judge_latency_s)
+
     def growth(self) -> dict[str, Any]:
         s, (request,) = self.settings, self.requests(0, 1, 1)
         arguments = (request, self.model, self.dtype, s.lengths, s.n_jobs)
@@ -171,7 +178,9 @@ def fastest(rows: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
     return max((r for r in rows if r["way"] == way), key=lambda r: r["requests_per_minute"])
 
 
-def report(bench: Bench, rows: list[dict[str, Any]], growth: dict[str, Any]) -> dict[str, Any]:
+def report(
+    bench: Bench, rows: list[dict[str, Any]], growth: dict[str, Any], grading: dict[str, Any]
+) -> dict[str, Any]:
     ours, published, careful = (fastest(rows, way) for way in ("slots", "published", "careful"))
     rate = ours["requests_per_minute"]
     layout = (ours["processes"], ours["threads"])
@@ -193,6 +202,7 @@ def report(bench: Bench, rows: list[dict[str, Any]], growth: dict[str, Any]) -> 
         },
         "ways": rows,
         "gain_by_source": by_source(fastest(alone, "published"), fastest(alone, "careful"), ours),
+        "parallel_grading": grading,
         "growth": growth,
         "versions": package_versions(),
     }
@@ -220,7 +230,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
     parser.add_argument("--out", type=Path, help=f"default: benchmarks/{OUT.name}; with --quick: nothing")
+    parser.add_argument(
+        "--grading-only",
+        action="store_true",
+        help="measure the judge's rows anew, keep the rest",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.grading_only:
+        _grading_again(arguments.out or OUT)
+        return
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(
@@ -231,11 +249,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             n_cores=len(os.sched_getaffinity(0)),
         )
         rows = measure(bench)
-        result = report(bench, rows, bench.growth())
+        result = report(bench, rows, bench.growth(), bench.grading())
     result |= {"quick": arguments.quick, "minutes": (time.monotonic() - started_s) / 60}
     out = arguments.out or (None if arguments.quick else OUT)
     if out:
         write_json(out, _rounded(result))
+    print(table(result))
+
+
+def _grading_again(out: Path) -> None:
+    result = read_json(out)
+    (request,) = load_workload().requests(0, 1, 1)
+    result["parallel_grading"] = _rounded(measure_grading(len(request.eval_questions)))
+    write_json(out, result)
     print(table(result))
 
 

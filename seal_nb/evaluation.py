@@ -71,6 +71,11 @@ class Evaluation:
     def after(self) -> list[str]:
         return [self.answers[i] for i in range(self.n_answers)]
 
+    def base_said(self, question: Question, text: str) -> None:
+        """Take it as the baseline's answer wherever this request asks that question."""
+        if not self.request.skip_baseline:
+            self.baseline |= {i: text for i, own in enumerate(self.questions) if own == question}
+
     def let_go_of_adapters(self) -> None:
         """Once nothing is asked of them any more."""
         self.stack = ()
@@ -127,19 +132,15 @@ class Grading:
 
 
 def grade(grader: Grader, evaluation: Evaluation) -> tuple[list[Verdict], list[Verdict]]:
-    """Verdicts of the baseline's and of the adapter's answers."""
-    questions = evaluation.request.eval_questions
-    before, after = (
-        _verdicts(
-            grader,
-            [
-                Answered(question=q.question, gold=q.answer, answer=text, title=q.title)
-                for q, text in zip(questions, texts, strict=bool(texts))
-            ],
-        )
-        for texts in (evaluation.before, evaluation.after)
-    )
-    return before, after
+    """Verdicts of the baseline's and of the adapter's answers, asked for at once."""
+    questions, before, after = evaluation.request.eval_questions, evaluation.before, evaluation.after
+    answered = [
+        Answered(question=q.question, gold=q.answer, answer=text, title=q.title)
+        for texts in (before, after)
+        for q, text in zip(questions, texts, strict=bool(texts))
+    ]
+    verdicts = _verdicts(grader, answered)
+    return verdicts[: len(before)], verdicts[len(before) :]
 
 
 def _verdicts(grader: Grader, answered: Sequence[Answered]) -> list[Verdict]:

@@ -5,7 +5,6 @@ sequences, the adapter answers, a grader says which answers are right. Many requ
 training shares the slots, answering shares one batch, and grading goes on beside, since a judge may take
 seconds. Knows nothing of sockets; `advance` does a short slice of work and hands back what is done."""
 
-import itertools
 import time
 import traceback
 from collections import deque
@@ -16,35 +15,26 @@ from typing import Any, cast
 
 import torch
 
+from seal_nb.asking import answer_row, questions, text_rows
+from seal_nb.baselines import Baselines
 from seal_nb.errors import SealError, SettingsError
 from seal_nb.evaluation import Evaluation, Generation, Grading, Question, grade, train_job
 from seal_nb.grading.base import Grader, make_grader
 from seal_nb.grading.threads import GradingThreads
 from seal_nb.inner_loop_settings import FOUR_BIT, InnerLoopSettings
 from seal_nb.models import model_identity, resolve_model
-from seal_nb.prompts import answer_prompt
-from seal_nb.protocol import (
-    ErrorReply,
-    GenerateReply,
-    GenerateRequest,
-    ScoredText,
-    TTTReply,
-    TTTRequest,
-    error_reply,
-)
+from seal_nb.protocol import GenerateRequest, Reply, ScoredText, TTTRequest, Work, error_reply
 from seal_nb.soft_scores import SoftScores
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.capacity import slots_for
-from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
+from seal_nb.ttt.decode import Decoded, GroupedDecoder
 from seal_nb.ttt.kept import KeptAdapters
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.progress import Progress
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 
-Reply = TTTReply | GenerateReply | ErrorReply
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
 ANSWER_STEPS_A_PASS = 64
-BASELINES_KEPT = 100_000  # answers of the base: a server lives for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # with nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
@@ -59,7 +49,7 @@ class InnerLoop:
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
         self.evaluations: dict[str, Evaluation] = {}
         self.generations: dict[str, Generation] = {}
-        self.baselines: dict[Question, str | None] = {}  # None: being generated
+        self.baselines = Baselines()
         self.soft_scores = SoftScores(base)
         self.kept = KeptAdapters(base, settings.adapters_dir)
         self.gradings: dict[str, Grading] = {}
@@ -97,7 +87,7 @@ class InnerLoop:
             "dtype": str(self.base.dtype).removeprefix("torch."),
         }
 
-    def submit(self, request: TTTRequest | GenerateRequest) -> None:
+    def submit(self, request: Work) -> None:
         """Take a request on; `request_id` and `seed` must be set. Raises SealError, which concerns this
         request only."""
         if request.request_id is None or request.seed is None:
@@ -160,9 +150,8 @@ class InnerLoop:
         job = train_job(request, self.settings.max_seq_length) if request.training_wanted else None
         if job is not None:
             self.base.layout(job.lora)  # refuses unknown targets now
-        prompts = [self._prompt(request, q.title, q.question) for q in request.eval_questions]
-        questions = [Question(tuple(stack), p, request.max_new_tokens, not request.chat) for p in prompts]
-        evaluation = Evaluation(request, questions, tuple(stack.values()))
+        asked = questions(self.base, request, tuple(stack))
+        evaluation = Evaluation(request, asked, tuple(stack.values()))
         self.evaluations[str(request.request_id)] = evaluation
         if not request.skip_baseline:
             self._ask_baseline(evaluation)
@@ -170,54 +159,17 @@ class InnerLoop:
             self.trainer.submit(job, evaluation.stack)
         self._finish_complete(str(request.request_id))
 
-    def _prompt(self, request: TTTRequest, title: str, question: str) -> str:
-        prompt = answer_prompt(title, question)
-        if not request.chat:
-            return prompt
-        messages = [{"role": "user", "content": prompt}]
-        return self.base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
     def _ask_baseline(self, evaluation: Evaluation) -> None:
-        for i, question in enumerate(evaluation.questions):
-            known = self.baselines.get(question)
-            if known is not None:
-                evaluation.baseline[i] = known
+        for question in evaluation.questions:
+            if (known := self.baselines.get(question)) is not None:
+                evaluation.base_said(question, known)
             elif question not in self.baselines:
-                self._ask(("", question), question, evaluation.stack)
-                self.baselines[question] = None
-
-    def _ask(self, key: Key, question: Question, adapters: tuple[Adapter, ...]) -> None:
-        ids = self._prompt_ids(question)
-        room = self._room(len(ids), question.max_new_tokens)
-        self.decoder.submit(DecodeRow(key=key, token_ids=ids, adapters=adapters, max_new_tokens=room))
-
-    def _prompt_ids(self, question: Question) -> list[int]:
-        return self.base.encode(question.prompt, special_tokens=question.special_tokens)
-
-    def _room(self, n_prompt: int, max_tokens: int) -> int:
-        """New tokens that fit into the model's context after the prompt."""
-        context = self.base.model.config.max_position_embeddings
-        if n_prompt >= context:
-            raise SettingsError(
-                f"a prompt has {n_prompt} tokens and the model's context {context}; shorten it"
-            )
-        return min(max_tokens, context - n_prompt)
+                self.decoder.submit(answer_row(self.base, ("", question), question, evaluation.stack))
+                self.baselines.asked(question)
 
     def _generate(self, request: GenerateRequest, stack: tuple[Adapter, ...]) -> None:
-        request_id = str(request.request_id)
-        self.generations[request_id] = Generation(request)
-        for i, prompt in enumerate(request.prompts):
-            ids = self.base.encode(prompt)
-            row = DecodeRow(
-                key=(request_id, i),
-                token_ids=ids,
-                adapters=stack,
-                max_new_tokens=self._room(len(ids), request.max_tokens),
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=(int(request.seed or 0) + i) % 2**63,
-                stop=tuple(request.stop),
-            )
+        self.generations[str(request.request_id)] = Generation(request)
+        for row in text_rows(self.base, request, stack):
             self.decoder.submit(row)
 
     def _trained(self, trained: Trained) -> None:
@@ -241,40 +193,36 @@ class InnerLoop:
         if request.adapter_name is not None:
             evaluation.adapter_path = str(self.kept.keep(request.adapter_name, adapter))
         for i, question in enumerate(evaluation.questions):
-            self._ask((str(request.request_id), i), question, (*evaluation.stack, adapter))
+            key = (str(request.request_id), i)
+            self.decoder.submit(answer_row(self.base, key, question, (*evaluation.stack, adapter)))
 
     def _decoded(self, decoded: Decoded) -> None:
         request_id, place = cast(Key, decoded.key)
         if decoded.error:
             self._not_generated(request_id, place, decoded.error)
         elif isinstance(place, Question):
-            self.baselines[place] = decoded.text.strip()
-            for other_id, evaluation in list(self.evaluations.items()):
-                self._baseline_came(other_id, evaluation, place)
-            _forget_oldest(self.baselines)
+            self._base_answered(place, decoded.text.strip())
         elif request_id in self.generations:
             self._generated(request_id, place, decoded)
         elif request_id in self.evaluations:
             self.evaluations[request_id].answers[place] = decoded.text.strip()
             self._finish_complete(request_id)
 
+    def _base_answered(self, question: Question, text: str) -> None:
+        self.baselines.answered(question, text)
+        for request_id, evaluation in list(self.evaluations.items()):
+            evaluation.base_said(question, text)
+            self._finish_complete(request_id)
+
     def _not_generated(self, request_id: str, place: "int | Question", error: str) -> None:
         """Fail the request, or all that wait for this answer of the base."""
         concerned = [request_id]
         if isinstance(place, Question):
-            del self.baselines[place]
+            self.baselines.failed(place)
             concerned = [i for i, e in self.evaluations.items() if place in e.questions and e.n_baseline]
         for one in concerned:
             if one in self.evaluations or one in self.generations:
                 self._fail(one, SettingsError(error))
-
-    def _baseline_came(self, request_id: str, evaluation: Evaluation, question: Question) -> None:
-        if evaluation.request.skip_baseline:
-            return
-        for i, own in enumerate(evaluation.questions):
-            if own == question:
-                evaluation.baseline[i] = str(self.baselines[question])
-        self._finish_complete(request_id)
 
     def _generated(self, request_id: str, place: int, decoded: Decoded) -> None:
         generation = self.generations[request_id]
@@ -322,14 +270,6 @@ class InnerLoop:
         self.cancel(request_id)
         trace = "".join(traceback.format_exception(error)) if request.traceback else None
         self.done.append(error_reply(error, request_id=request_id, traceback=trace))
-
-
-def _forget_oldest(kept: dict[Any, Any]) -> None:
-    """What is still being generated (None) stays: others wait for it."""
-    n_too_many = max(0, len(kept) - BASELINES_KEPT)
-    for key in list(itertools.islice(kept, n_too_many)):
-        if kept[key] is not None:
-            del kept[key]
 
 
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:

@@ -1,8 +1,9 @@
 """Soft scores of a request: log-probabilities of its gold answers, and of single tokens where wanted.
 
-What the base says of a gold answer is computed once and kept, the newest first to stay.
+What the base says of a gold answer is computed once and kept; of these the newest GOLD_SCORES_KEPT stay.
 """
 
+from seal_nb.asking import prompt_ids
 from seal_nb.evaluation import Evaluation, Question
 from seal_nb.protocol import ScoredText
 from seal_nb.ttt.base import FrozenBase
@@ -10,7 +11,7 @@ from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.score import ScoreRow, score
 from seal_nb.ttt.token_scores import score_tokens, wanted_texts
 
-GOLD_SCORES_KEPT = 100_000  # a server lives for weeks
+GOLD_SCORES_KEPT = 100_000  # numbers; a server lives for weeks
 
 
 class SoftScores:
@@ -26,7 +27,7 @@ class SoftScores:
         """Of each gold answer its log-probability without and with the adapter, and its number of tokens."""
         asked = list(zip(evaluation.questions, evaluation.request.eval_questions, strict=True))
         golds = [self.base.encode(question.answer, special_tokens=False) for _, question in asked]
-        rows = [(self._prompt_ids(own), gold) for (own, _), gold in zip(asked, golds, strict=True)]
+        rows = [(prompt_ids(self.base, own), gold) for (own, _), gold in zip(asked, golds, strict=True)]
         keys = [(own, question.answer) for own, question in asked]
         missing = [i for i, key in enumerate(keys) if key not in self.of_base]
         wanted = [_row(*rows[i], evaluation.stack) for i in missing]
@@ -42,7 +43,7 @@ class SoftScores:
     def tokens(self, evaluation: Evaluation, *, token_budget: int) -> list[ScoredText]:
         """Train sequences, gold answers and passages, token by token."""
         job = evaluation.trained.job if evaluation.trained else None
-        prompts = [self._prompt_ids(question) for question in evaluation.questions]
+        prompts = [prompt_ids(self.base, question) for question in evaluation.questions]
         return score_tokens(
             self.base,
             wanted_texts(self.base, evaluation.request.eval_questions, prompts, job),
@@ -50,9 +51,6 @@ class SoftScores:
             adapter=_adapter(evaluation),
             token_budget=token_budget,
         )
-
-    def _prompt_ids(self, question: Question) -> list[int]:
-        return self.base.encode(question.prompt, special_tokens=question.special_tokens)
 
 
 def _adapter(evaluation: Evaluation) -> Adapter | None:

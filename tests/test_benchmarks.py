@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, grading, inner_loop
+from benchmarks import gpu, grading, inner_loop, speed_table
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
 from tests.ttt.tiny import save_tiny_model
@@ -59,6 +59,15 @@ def test_bench_splits_the_gain_and_shows_growth_and_memory(quick: tuple[dict, st
     assert [row["tokens"] for row in result["growth"]["sequence_length"]] == [16, 32]
     assert [row["jobs"] for row in result["growth"]["jobs"]] == [1, 2]
     assert all(row["peak_rss_mb"] > 100 for row in result["ways"] if row["way"] == "slots")
+
+
+def test_bench_shows_what_a_judge_costs_asked_in_turn_and_at_once(quick: tuple[dict, str]) -> None:
+    result, printed = quick
+    row = result["parallel_grading"]
+    assert row["one_by_one_s"] >= row["answers"] * row["latency_s"]
+    assert row["at_once_s"] >= row["latency_s"]
+    assert row["factor"] == pytest.approx(row["one_by_one_s"] / row["at_once_s"], rel=0.01)
+    assert "  parallel grading" in printed
 
 
 def test_bench_names_the_machine_without_naming_places(quick: tuple[dict, str]) -> None:
@@ -133,6 +142,11 @@ def test_numbers_in_git_come_from_a_full_run() -> None:
     if card.is_file():
         result = json.loads(card.read_text())
         assert result["config"] == "qwen2.5-7b" and result["device"] != "CPU" and result["correct"]
+
+
+def test_speed_tables_in_the_docs_are_the_measured_ones() -> None:
+    measured = json.loads(inner_loop.OUT.read_text())
+    assert speed_table.markdown(measured) in (ROOT / "docs/inner_loop.md").read_text()
 
 
 def test_padding_table_in_the_docs_is_the_measured_one() -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
 from seal_nb.engines.api import ApiClient
 from seal_nb.engines.api_records import (
     ApiSettings,
@@ -29,14 +30,13 @@ from seal_nb.engines.api_records import (
 )
 from seal_nb.engines.base import NotAsked, Sampling
 from seal_nb.errors import EngineError, SettingsError
-from tests.stub_service import Answer, Asked, StubService, as_json, echo, error, stub_service, text
 
 SAMPLING = Sampling(max_tokens=5, temperature=0.5, top_p=0.9)
 HASTE = {"first_wait_s": 0.01, "longest_wait_s": 0.02, "timeout_s": 5.0}
 KEY = "sk-nobody-may-see-this"
 
 
-def client_of(service: StubService, **changed: object) -> ApiClient:
+def client_of(service: StandIn, **changed: object) -> ApiClient:
     settings = {"base_url": service.url, "api_key_env": "", "max_attempts": 3, **HASTE, **changed}
     return ApiClient(ApiSettings(**settings))  # type: ignore[arg-type]
 
@@ -58,7 +58,7 @@ def in_turn(*answers: Answer) -> Callable[[Asked], Answer]:
 
 def test_each_prompt_gets_its_own_text_whatever_comes_first() -> None:
     prompts = [f"p{i}" for i in range(40)]
-    with stub_service() as service:
+    with stand_in() as service:
         client = client_of(service, max_parallel=7)
         outcomes = outcomes_of(client, prompts)
     assert [o.text for o in outcomes if isinstance(o, Reply)] == [p.upper() for p in prompts]
@@ -67,29 +67,23 @@ def test_each_prompt_gets_its_own_text_whatever_comes_first() -> None:
 
 
 def test_as_many_are_under_way_as_allowed_and_no_more() -> None:
-    together, now, most = threading.Barrier(4), [0], [0]
-    lock = threading.Lock()
+    together = threading.Barrier(4)
 
-    def reply(asked: Asked) -> Answer:
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
+    def reply(asked: Asked) -> str:
         together.wait(20)  # breaks unless four are under way at once
-        with lock:
-            now[0] -= 1
         return echo(asked)
 
-    with stub_service(reply) as service:
+    with stand_in(reply) as service:
         outcomes = outcomes_of(
             client_of(service, max_parallel=4, timeout_s=30.0), [f"p{i}" for i in range(12)]
         )
     assert all(isinstance(outcome, Reply) for outcome in outcomes)
-    assert most[0] == 4
+    assert service.most_at_once == 4
 
 
 def test_a_request_says_what_was_asked_for_and_nothing_else() -> None:
     chat = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
-    with stub_service() as service:
+    with stand_in() as service:
         client = client_of(service, token_limit="max_completion_tokens")
         client.one(Ask(model="m", prompt="p", sampling=SAMPLING, seed=3, extra={"top_k": 0}))
         client.one(Ask(model="m", prompt=chat, sampling=Sampling(stop=("\n",))))
@@ -111,7 +105,7 @@ TRANSIENT = {
 
 @pytest.mark.parametrize("trouble", TRANSIENT)
 def test_what_is_transient_is_asked_again(trouble: str) -> None:
-    with stub_service(in_turn(TRANSIENT[trouble], TRANSIENT[trouble], text("at last"))) as service:
+    with stand_in(in_turn(TRANSIENT[trouble], TRANSIENT[trouble], text("at last"))) as service:
         client = client_of(service)
         assert client.one(ask()).text == "at last"
     assert len(service.asked) == 3 and client.usage.n_retries == 2
@@ -119,21 +113,21 @@ def test_what_is_transient_is_asked_again(trouble: str) -> None:
 
 @pytest.mark.parametrize("trouble", ["500", "cut within the body"])
 def test_what_stays_is_given_up_after_the_last_attempt(trouble: str) -> None:
-    with stub_service(in_turn(TRANSIENT[trouble])) as service, pytest.raises(Unavailable, match="3 attempts"):
+    with stand_in(in_turn(TRANSIENT[trouble])) as service, pytest.raises(Unavailable, match="3 attempts"):
         client_of(service).one(ask())
     assert len(service.asked) == 3
 
 
 def test_silence_is_a_failure_after_the_time_out() -> None:
-    with stub_service() as service:
-        service.reply = lambda asked: service.hang()
+    with stand_in() as service:
+        service.behave = lambda asked: SILENCE
         with pytest.raises(Unavailable, match=r"timed out.*2 attempts"):
             client_of(service, timeout_s=0.3, max_attempts=2).one(ask())
         assert len(service.asked) == 2
 
 
 def test_nobody_there_is_a_failure_that_names_the_address() -> None:
-    with stub_service() as service:
+    with stand_in() as service:
         client = client_of(service)
     with pytest.raises(Unavailable, match=service.url):
         client.one(ask())
@@ -142,7 +136,7 @@ def test_nobody_there_is_a_failure_that_names_the_address() -> None:
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
 def test_a_refusal_is_not_asked_again(status: int) -> None:
     with (
-        stub_service(in_turn(error(status, "too long"), text("x"))) as service,
+        stand_in(in_turn(error(status, "too long"), text("x"))) as service,
         pytest.raises(Refused, match="too long") as caught,
     ):
         client_of(service).one(ask())
@@ -151,7 +145,7 @@ def test_a_refusal_is_not_asked_again(status: int) -> None:
 
 def test_being_out_of_money_is_not_asked_again_though_it_says_429() -> None:
     with (
-        stub_service(in_turn(error(429, "pay", code="insufficient_quota"), text("x"))) as service,
+        stand_in(in_turn(error(429, "pay", code="insufficient_quota"), text("x"))) as service,
         pytest.raises(Refused, match="pay"),
     ):
         client_of(service).one(ask())
@@ -161,13 +155,13 @@ def test_being_out_of_money_is_not_asked_again_though_it_says_429() -> None:
 def test_a_pause_that_the_service_asks_for_is_kept_by_all_calls() -> None:
     told_s: list[float] = []
 
-    def reply(asked: Asked) -> Answer:
+    def reply(asked: Asked) -> Answer | str:
         if asked.number == 0:
             told_s.append(asked.arrived_s)
             return error(429, retry_after="0.4")
         return echo(asked)
 
-    with stub_service(reply) as service:
+    with stand_in(reply) as service:
         client = client_of(service, max_parallel=1)
         outcomes = outcomes_of(client, ["a", "b", "c"])
     assert all(isinstance(outcome, Reply) for outcome in outcomes)
@@ -179,7 +173,7 @@ def test_a_slow_service_that_lets_one_call_through_at_a_time_is_no_failure() -> 
     busy = threading.Lock()
     n_limited = [0]
 
-    def reply(asked: Asked) -> Answer:
+    def reply(asked: Asked) -> Answer | str:
         if not busy.acquire(blocking=False):
             n_limited[0] += 1
             return error(429, retry_after="0.02")
@@ -189,7 +183,7 @@ def test_a_slow_service_that_lets_one_call_through_at_a_time_is_no_failure() -> 
         finally:
             busy.release()
 
-    with stub_service(reply) as service:
+    with stand_in(reply) as service:
         outcomes = outcomes_of(
             client_of(service, max_parallel=8, max_attempts=2), [f"p{i}" for i in range(12)]
         )
@@ -199,7 +193,7 @@ def test_a_slow_service_that_lets_one_call_through_at_a_time_is_no_failure() -> 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_pause_beyond_all_patience_is_given_up_at_once_and_nobody_waits_for_it(status: int) -> None:
-    with stub_service(in_turn(error(status, retry_after="86400"))) as service:
+    with stand_in(in_turn(error(status, retry_after="86400"))) as service:
         outcomes = outcomes_of(client_of(service, max_parallel=1), ["a", "b"])
     assert [type(outcome) for outcome in outcomes] == [Unavailable] * 2 and len(service.asked) == 2
     assert "patience_s=900" in str(outcomes[0])
@@ -229,7 +223,7 @@ JUNK: dict[str, bytes] = {
 @pytest.mark.parametrize("content_type", ["application/json", "text/html"])
 def test_junk_is_never_a_text(kind: str, content_type: str) -> None:
     junk = Answer(body=JUNK[kind], headers={"content-type": content_type})
-    with stub_service(in_turn(junk, text("x"))) as service, pytest.raises(UnusableReply):
+    with stand_in(in_turn(junk, text("x"))) as service, pytest.raises(UnusableReply):
         client_of(service).one(ask())
     assert len(service.asked) == 1
 
@@ -237,12 +231,12 @@ def test_junk_is_never_a_text(kind: str, content_type: str) -> None:
 def test_two_texts_where_one_was_asked_for_are_none() -> None:
     two = json.loads(text("x").body)
     two["choices"] *= 2
-    with stub_service(in_turn(as_json(two))) as service, pytest.raises(UnusableReply, match="2 choices"):
+    with stand_in(in_turn(as_json(two))) as service, pytest.raises(UnusableReply, match="2 choices"):
         client_of(service).one(ask())
 
 
 def test_a_filtered_text_is_counted_since_it_is_paid_for() -> None:
-    with stub_service(in_turn(text("he", n_tokens=2, finish_reason="content_filter"))) as service:
+    with stand_in(in_turn(text("he", n_tokens=2, finish_reason="content_filter"))) as service:
         client = client_of(service)
         with pytest.raises(UnusableReply, match="content_filter"):
             client.one(ask())
@@ -277,26 +271,26 @@ def test_any_json_is_the_text_that_stands_in_it_or_an_error(value: object) -> No
 
 
 def test_one_prompt_that_is_refused_does_not_cost_the_others() -> None:
-    def reply(asked: Asked) -> Answer:
+    def reply(asked: Asked) -> Answer | str:
         return error(400, "too long") if asked.prompt == "p3" else echo(asked)
 
-    with stub_service(reply) as service:
+    with stand_in(reply) as service:
         outcomes = outcomes_of(client_of(service, max_parallel=2), [f"p{i}" for i in range(8)])
     assert [type(outcome) for outcome in outcomes] == [Reply] * 3 + [Refused] + [Reply] * 4
 
 
 def test_a_row_of_refused_prompts_does_not_cost_the_others() -> None:
-    def reply(asked: Asked) -> Answer:
+    def reply(asked: Asked) -> Answer | str:
         return error(400, "too long") if int(asked.prompt[1:]) < 20 else echo(asked)
 
-    with stub_service(reply) as service:
+    with stand_in(reply) as service:
         outcomes = outcomes_of(client_of(service, max_parallel=1), [f"p{i}" for i in range(22)])
     assert [type(outcome) for outcome in outcomes] == [Refused] * 20 + [Reply] * 2
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_that_concerns_all_ends_the_round(status: int) -> None:
-    with stub_service(in_turn(error(status))) as service:
+    with stand_in(in_turn(error(status))) as service:
         outcomes = outcomes_of(client_of(service, max_parallel=2), [f"p{i}" for i in range(30)])
         assert len(service.asked) < 10
     kinds = [type(outcome) for outcome in outcomes]
@@ -304,7 +298,7 @@ def test_a_refusal_that_concerns_all_ends_the_round(status: int) -> None:
 
 
 def test_a_service_that_is_down_is_not_asked_for_everything() -> None:
-    with stub_service(in_turn(error(500))) as service:
+    with stand_in(in_turn(error(500))) as service:
         outcomes = outcomes_of(
             client_of(service, max_parallel=3, max_attempts=2), [f"p{i}" for i in range(50)]
         )
@@ -315,7 +309,7 @@ def test_a_service_that_is_down_is_not_asked_for_everything() -> None:
 def test_ctrl_c_hands_over_what_is_under_way_and_starts_nothing_new() -> None:
     together = threading.Barrier(3)
 
-    def reply(asked: Asked) -> Answer:
+    def reply(asked: Asked) -> Answer | str:
         if asked.number >= 3:
             threading.Event().wait(0.3)  # else all thirty could be done before the signal is
         elif together.wait(20) == 0:
@@ -323,7 +317,7 @@ def test_ctrl_c_hands_over_what_is_under_way_and_starts_nothing_new() -> None:
         return echo(asked)
 
     came: list[Reply | EngineError] = []
-    with stub_service(reply) as service:
+    with stand_in(reply) as service:
         client = client_of(service, max_parallel=3, timeout_s=30.0)
         with (
             pytest.raises(KeyboardInterrupt),
@@ -338,7 +332,7 @@ def test_whoever_runs_the_server_is_asked_before_each_attempt() -> None:
     def gone() -> None:
         raise EngineError("exit code 3")
 
-    with stub_service() as service:
+    with stand_in() as service:
         client = ApiClient(ApiSettings(base_url=service.url, api_key_env=""), check=gone)
         with pytest.raises(EngineError, match="exit code 3"):
             client.one(ask())
@@ -347,7 +341,7 @@ def test_whoever_runs_the_server_is_asked_before_each_attempt() -> None:
 
 def test_the_key_goes_to_the_service_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
-    with stub_service(lambda asked: error(401, f"wrong key {KEY}, used by {asked.number}")) as service:
+    with stand_in(lambda asked: error(401, f"wrong key {KEY}, used by {asked.number}")) as service:
         client = client_of(service, api_key_env="MY_KEY")
         with pytest.raises(Refused) as caught:
             client.one(ask())
@@ -361,7 +355,7 @@ def test_the_key_goes_to_the_service_and_nowhere_else(monkeypatch: pytest.Monkey
 def test_junk_with_the_key_in_it_is_shown_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     with (
-        stub_service(in_turn(Answer(body=f"your key is {KEY}".encode()))) as service,
+        stand_in(in_turn(Answer(body=f"your key is {KEY}".encode()))) as service,
         pytest.raises(UnusableReply) as caught,
     ):
         client_of(service, api_key_env="MY_KEY").one(ask())
@@ -390,7 +384,7 @@ def test_git_ignores_the_file_of_keys() -> None:
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with stub_service() as service:
+    with stand_in() as service:
         assert client_of(service).one(ask("here")).text == "HERE"
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.stand_in import Answer, Asked, echo, error, stand_in
 from seal_nb.notebook_runner import StageFailed
 from seal_nb.passages import load_passages
-from tests.stub_service import Answer, Asked, echo, error, stub_service, text
 from tests.test_notebooks import run, shown
 
 KEY = "sk-nobody-may-see-this"
@@ -23,7 +23,7 @@ VALUES = {
 }
 
 
-def four_then_none(asked: Asked) -> Answer:
+def four_then_none(asked: Asked) -> Answer | str:
     return echo(asked) if asked.number < 4 else error(403, f"no more for {KEY}")
 
 
@@ -31,10 +31,10 @@ def test_notebook_01_writes_with_a_service_and_goes_on_after_a_break(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
-    with stub_service(four_then_none) as service:
+    with stand_in(four_then_none) as service:
         with pytest.raises(StageFailed, match=r"2 of 6 texts are missing.*no more for \*\*\*"):
             run("01_create_self_edits", tmp_path, engine_url=service.url, **VALUES)
-        service.reply = lambda asked: text("late", chat=True)
+        service.behave = lambda asked: "late"
         n_asked = len(service.asked)
         run("01_create_self_edits", tmp_path, engine_url=service.url, **VALUES)
         assert len(service.asked) - n_asked == 2

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.stand_in import Answer, Asked, StandIn, as_json, echo, error, stand_in, text
 from seal_nb.engines.api_records import ApiSettings, Refused, UnusableReply
 from seal_nb.engines.base import Incomplete, Sampling
 from seal_nb.engines.choose import chosen_engine
@@ -13,12 +14,11 @@ from seal_nb.passages import Passage, load_passages
 from seal_nb.prompts import find_prompts
 from seal_nb.runs import Journal
 from seal_nb.self_edits import create_self_edits
-from tests.stub_service import Answer, Asked, StubService, as_json, echo, error, stub_service, text
 
 SAMPLING = Sampling(max_tokens=5)
 
 
-def engine_of(service: StubService, **changed: object) -> OpenAIEngine:
+def engine_of(service: StandIn, **changed: object) -> OpenAIEngine:
     settings = ApiSettings(
         base_url=service.url, api_key_env="", max_parallel=4, max_attempts=2, first_wait_s=0.01, timeout_s=5.0
     )
@@ -26,7 +26,7 @@ def engine_of(service: StubService, **changed: object) -> OpenAIEngine:
 
 
 def test_texts_come_in_order_with_tokens_and_cost() -> None:
-    with stub_service() as service:
+    with stand_in() as service:
         engine = engine_of(service, prices=Prices(prompt=2.0, completion=8.0))
         made = engine.generate(["a", "b", "c"], SAMPLING, seeds=[1, 2, 3])
     assert [(c.text, c.n_tokens, c.finish_reason) for c in made] == [(t, 3, "stop") for t in "ABC"]
@@ -36,19 +36,19 @@ def test_texts_come_in_order_with_tokens_and_cost() -> None:
 
 
 def test_a_plain_prompt_is_one_message_for_a_service_that_only_chats() -> None:
-    with stub_service() as service:
+    with stand_in() as service:
         (made,) = engine_of(service, chat_only=True).generate(["a"], SAMPLING, seeds=[1])
     assert made.text == "A" and service.asked[0].path == "/v1/chat/completions"
     assert service.asked[0].body["messages"] == [{"role": "user", "content": "a"}]
 
 
 def test_what_came_is_told_at_once_and_what_is_missing_is_named() -> None:
-    def reply(asked: Asked) -> Answer:
+    def reply(asked: Asked) -> Answer | str:
         wrong = {"b": error(400, "too long"), "c": as_json({"choices": []})}
         return wrong.get(asked.prompt) or echo(asked)
 
     told: dict[int, str] = {}
-    with stub_service(reply) as service, pytest.raises(Incomplete) as caught:
+    with stand_in(reply) as service, pytest.raises(Incomplete) as caught:
         engine_of(service).generate(
             list("abcd"), SAMPLING, seeds=[0] * 4, on_text=lambda i, c: told.update({i: c.text})
         )
@@ -58,12 +58,12 @@ def test_what_came_is_told_at_once_and_what_is_missing_is_named() -> None:
 
 
 def test_an_adapter_cannot_be_asked_for(tmp_path: Path) -> None:
-    with stub_service() as service, pytest.raises(SettingsError, match="cannot load adapters"):
+    with stand_in() as service, pytest.raises(SettingsError, match="cannot load adapters"):
         engine_of(service).generate(["a"], SAMPLING, seeds=[0], adapters=[tmp_path])
     assert service.asked == []
 
 
-def self_edits(service: StubService, journal: Journal) -> list[Passage]:
+def self_edits(service: StandIn, journal: Journal) -> list[Passage]:
     return create_self_edits(
         engine_of(service),
         load_passages("shipped:val")[:3],
@@ -78,21 +78,21 @@ def self_edits(service: StubService, journal: Journal) -> list[Passage]:
 def test_stage_1_pays_for_each_text_once_however_often_it_breaks(tmp_path: Path) -> None:
     """The service runs out after five texts; the next run asks for the other seven only."""
 
-    def five_then_none(asked: Asked) -> Answer:
-        return text(f"edit {asked.body['seed']}") if asked.number < 5 else error(403, "no more today")
+    def five_then_none(asked: Asked) -> Answer | str:
+        return f"edit {asked.body['seed']}" if asked.number < 5 else error(403, "no more today")
 
-    with stub_service(five_then_none) as service:
+    with stand_in(five_then_none) as service:
         with Journal(tmp_path / "journal.jsonl") as journal:
             with pytest.raises(EngineError, match="7 of 12 texts are missing.*no more today.*run again"):
                 self_edits(service, journal)
             assert len(journal) == 5
         n_asked = len(service.asked)
-        service.reply = lambda asked: text(f"edit {asked.body['seed']}")
+        service.behave = lambda asked: f"edit {asked.body['seed']}"
         with Journal(tmp_path / "journal.jsonl") as journal:
             written = self_edits(service, journal)
         assert len(service.asked) - n_asked == 7
     with (
-        stub_service(lambda asked: text(f"edit {asked.body['seed']}")) as other,
+        stand_in(lambda asked: f"edit {asked.body['seed']}") as other,
         Journal(tmp_path / "j") as new,
     ):
         assert self_edits(other, new) == written, "as in a run that nothing happened to"
@@ -101,7 +101,7 @@ def test_stage_1_pays_for_each_text_once_however_often_it_breaks(tmp_path: Path)
 def test_nothing_that_is_no_text_gets_into_the_journal(tmp_path: Path) -> None:
     junk = [Answer(body=b"<html>"), as_json({"choices": []}), text("ha", finish_reason="content_filter")]
     with (
-        stub_service(lambda asked: junk[asked.number % 3]) as service,
+        stand_in(lambda asked: junk[asked.number % 3]) as service,
         Journal(tmp_path / "journal.jsonl") as journal,
         pytest.raises(EngineError, match="12 of 12 texts are missing") as caught,
     ):
@@ -114,7 +114,7 @@ def test_nothing_that_is_no_text_gets_into_the_journal(tmp_path: Path) -> None:
 def test_a_notebook_names_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "k")
     with (
-        stub_service() as service,
+        stand_in() as service,
         chosen_engine("openai", model="m", url=service.url, api_key_env="MY_KEY", run_dir=tmp_path) as engine,
     ):
         assert engine.generate(["a"], SAMPLING, seeds=[0])[0].text == "A" and engine.model_id == "openai-m"

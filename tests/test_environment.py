@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = [
     Requirement(line)
-    for line in [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["data"], *EXTRAS["dev"]]
+    for line in [*PROJECT["dependencies"], *EXTRAS["lab"], *EXTRAS["data"], *EXTRAS["4bit"], *EXTRAS["dev"]]
     if not line.startswith("seal-nb")
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.stand_in import stand_in
 from seal_nb.errors import GradingError
 from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.grading.threads import GradingThreads
@@ -14,7 +15,6 @@ from seal_nb.grading.verdicts import Answered, Verdict
 from seal_nb.inner_loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
 from seal_nb.inner_loop_settings import InnerLoopSettings
 from seal_nb.protocol import ErrorReply, TTTReply, TTTRequest
-from tests.judge_server import judge_service
 from tests.ttt.tiny import save_tiny_model
 
 QUESTIONS = [{"title": "T", "context": "c", "question": "what is it", "answer": "a lamp"}]
@@ -159,10 +159,10 @@ def test_a_request_cancelled_while_it_waits_is_never_answered(loop: InnerLoop, g
 
 
 def test_a_judge_grades_what_the_loop_answers(tmp_path: Path) -> None:
-    with judge_service(lambda prompt, _: "yes" if "what is it" in prompt else "no") as service:
+    with stand_in(lambda asked: "yes" if "what is it" in asked.prompt else "no") as service:
         settings = InnerLoopSettings(
             model=str(save_tiny_model(tmp_path / "model")), device="cpu", dtype="float32", n_slots=1,
-            adapters_dir=tmp_path / "adapters", grader=service.grader(tmp_path / "judge"),
+            adapters_dir=tmp_path / "adapters", grader=service.judge(tmp_path / "judge"),
         )  # fmt: skip
         loop = load_inner_loop(settings)
         asked = [*QUESTIONS, QUESTIONS[0] | {"question": "where is it"}]
@@ -173,7 +173,7 @@ def test_a_judge_grades_what_the_loop_answers(tmp_path: Path) -> None:
     verdicts = {(q, w) for r in done.values() for q, w in enumerate(r.baseline_verdicts)}  # type: ignore[union-attr]
     assert verdicts <= {(0, "CORRECT"), (1, "INCORRECT"), (0, "INCORRECT")}
     baseline_prompts = {text for r in done.values() for text in r.baseline_texts if text}  # type: ignore[union-attr]
-    assert max(service.calls.values(), default=1) == 1, baseline_prompts  # each answer is paid for once
+    assert max(service.times.values(), default=1) == 1, baseline_prompts  # each answer is paid for once
 
 
 def test_threads_start_as_they_are_needed_and_raise_where_the_result_is_asked_for() -> None:

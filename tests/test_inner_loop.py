@@ -83,7 +83,7 @@ def test_baseline_only_repeats_the_baseline_and_gains_nothing(loop: InnerLoop, f
 def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_reply(
     loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seal_nb.inner_loop.BASELINES_KEPT", 3)
+    monkeypatch.setattr("seal_nb.baselines.BASELINES_KEPT", 3)
     monkeypatch.setattr("seal_nb.soft_scores.GOLD_SCORES_KEPT", 3)
     asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
     replies = run(

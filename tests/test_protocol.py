@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import ProtocolError
+from seal_nb.messages import parse_request, read_reply
 from seal_nb.protocol import (
     PROTOCOL_VERSION,
     Answers,
@@ -19,8 +20,6 @@ from seal_nb.protocol import (
     TTTRequest,
     build_reply,
     error_reply,
-    parse_request,
-    read_reply,
 )
 from seal_nb.service.client import DEFAULT_WAIT_S
 from seal_nb.service.endpoint import Endpoint

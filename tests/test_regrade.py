@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import seal_nb
+from benchmarks.stand_in import Answer, Asked, error, stand_in
 from seal_nb.cli import main
 from seal_nb.errors import DataError
 from seal_nb.experiments.continual import sequence_record
@@ -22,7 +23,6 @@ from seal_nb.experiments.summary import summarize
 from seal_nb.grading.verdicts import AS_BOOLEAN, IN_WORDS, Answered, Verdict
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTRequest, build_reply
-from tests.judge_server import judge_service
 
 PASSAGES = [
     Passage(
@@ -285,22 +285,22 @@ def test_files_are_told_apart_and_written_whole(ranking: dict[str, Any], tmp_pat
 def test_what_an_outage_of_the_judge_left_is_graded_by_a_second_command_and_nothing_is_paid_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def half(prompt: str, _: int) -> str | tuple[int, dict[str, str], str]:
-        return "yes" if len(prompt) % 2 else (503, {}, "down")
+    def half(asked: Asked) -> Answer | str:
+        return "yes" if len(asked.prompt) % 2 else error(503, "down")
 
     shipped, out = Path(seal_nb.__path__[0]) / "data/run_example.json", tmp_path / "judged.json"
-    with judge_service(half) as service:
-        grader = service.grader(tmp_path / "judge", max_attempts=1)
+    with stand_in(half) as service:
+        grader = service.judge(tmp_path / "judge", max_attempts=1)
         assert main(["grade", str(shipped), "--out", str(out), "--grader", grader]) == 0
-        first, paid = json.loads(out.read_text()), {prompt for prompt in service.calls if len(prompt) % 2}
+        first, paid = json.loads(out.read_text()), {prompt for prompt in service.times if len(prompt) % 2}
         assert "UNGRADED" in capsys.readouterr().out
-        service.behave = lambda *_: "no"
+        service.behave = lambda asked: "no"
         assert main(["grade", str(out), "--out", str(out), "--grader", grader, "--only-ungraded"]) == 0
     done, rows = json.loads(out.read_text()), answered_rows(json.loads(shipped.read_text()))
     assert first["n_ungraded"] > 0 == done["n_ungraded"]
-    assert {service.calls[prompt] for prompt in paid} == {1}
+    assert {service.times[prompt] for prompt in paid} == {1}
     # An answer that failed was asked about again, once: refused once and answered once.
-    assert {service.calls[prompt] for prompt in service.calls if prompt not in paid} == {2}
+    assert {service.times[prompt] for prompt in service.times if prompt not in paid} == {2}
     assert summarize(out)["disagreements"] == []
     for row, earlier in zip(answered_rows(done), rows, strict=True):
         assert row["earlier"]["earlier"]["adapter_correct"] == earlier["adapter_correct"]

@@ -14,18 +14,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 # From the ground up; a module may import its own floor (without a circle) and those below.
 FLOORS = (
     {"errors", "lifeline", "inner_loop_settings"},
-    {"prompts", "passages", "passage_files", "squad", "protocol", "metrics", "runs"},
+    {"prompts", "passages", "passage_files", "squad", "protocol", "messages", "metrics", "runs"},
     {"ttt", "models"},
     {"engines"},
     {"grading", "self_edits"},
-    {"service", "evaluation", "soft_scores", "inner_loop", "sft"},
+    {"service", "evaluation", "baselines", "asking", "soft_scores", "inner_loop", "sft"},
     {"experiments"},
     {"notebook_runner", "progress"},
     {"chain"},
     {"views"},  # apart from all: below the command line, and nothing else may import it
     {"cli", "commands"},
 )
-TORCH = {"ttt", "models", "engines", "evaluation", "soft_scores", "inner_loop", "sft"}
+TORCH = {"ttt", "models", "engines", "evaluation", "baselines", "asking", "soft_scores", "inner_loop", "sft"}
 # The doors to torch on floors that are otherwise free of it.
 TORCH_MODULES = {"seal_nb.service.worker"}
 TORCH_ENGINES = {"seal_nb.engines.local"}

@@ -17,7 +17,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, RoundTimeout
-from seal_nb.protocol import ErrorReply, Reply, read_reply
+from seal_nb.messages import read_reply
+from seal_nb.protocol import ErrorReply, Reply
 from seal_nb.service.endpoint import Endpoint, find_endpoint, is_loopback, this_node
 from seal_nb.service.ping import client_socket
 

@@ -15,14 +15,8 @@ from typing import Any
 from pydantic_core import to_json
 
 from seal_nb.errors import ProtocolError, SealError
-from seal_nb.protocol import (
-    ErrorReply,
-    Reply,
-    TTTReply,
-    Work,
-    error_reply,
-    read_reply,
-)
+from seal_nb.messages import read_reply
+from seal_nb.protocol import ErrorReply, Reply, TTTReply, Work, error_reply
 from seal_nb.runs import derived_seed
 from seal_nb.service.counts import AnswerCounts
 from seal_nb.service.limits import check_limits

@@ -16,7 +16,8 @@ from typing import Any
 import zmq
 
 from seal_nb.errors import ProtocolError, SealError
-from seal_nb.protocol import PROTOCOL_VERSION, Command, parse_request, read_json
+from seal_nb.messages import parse_request, read_json
+from seal_nb.protocol import PROTOCOL_VERSION, Command
 from seal_nb.service import wire
 from seal_nb.service.crew import Crew
 from seal_nb.service.desk import Cancelled, Desk, Envelope, Outgoing, ServerStopping

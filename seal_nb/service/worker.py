@@ -23,15 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from seal_nb.errors import SettingsError
-from seal_nb.protocol import (
-    ErrorReply,
-    GenerateReply,
-    GenerateRequest,
-    TTTReply,
-    TTTRequest,
-    error_reply,
-    parse_request,
-)
+from seal_nb.messages import parse_request
+from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, TTTReply, TTTRequest, error_reply
 from seal_nb.service import wire
 from seal_nb.service.endpoint import wait_for_endpoint
 from seal_nb.service.link import Link, WorkerSettings

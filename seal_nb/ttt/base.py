@@ -20,7 +20,7 @@ from seal_nb.ttt.grouping import Stacks, make_plan
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
 from seal_nb.ttt.packing import ATTENTION, Attend, make_rows
-from seal_nb.ttt.quantized import quantized
+from seal_nb.ttt.quantized import keep_as_stored, quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class FrozenBase:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa", **how
         )
+        if in_four_bits:
+            keep_as_stored(model)
         return cls(model if in_four_bits else model.to(device), tokenizer, name=str(folder))
 
     @property

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment
+from seal_nb.ttt.kv_cache import Cache, Prefill
 from seal_nb.ttt.lora import Adapter
-from seal_nb.ttt.packing import Rows, make_rows
+from seal_nb.ttt.packing import make_rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +67,7 @@ class GroupedDecoder:
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
         self.waiting: deque[DecodeRow] = deque()
         self.live: list[_Live] = []
-        self.cache = _Cache([], [], torch.zeros(0, dtype=torch.long))
+        self.cache = Cache.empty()
         self.n_tokens = 0
         self.ranks: dict[tuple[int, ...], int] = {}
 
@@ -112,7 +112,7 @@ class GroupedDecoder:
         lanes = self.live + [lane for lane in entering if lane not in self.live]
         done = [self._decoded(lane) for lane in lanes if lane.finish_reason in ("stop", "length")]
         rows = [lane.row for lane in lanes if not lane.finish_reason]
-        self.live, self.cache = [], _Cache([], [], torch.zeros(0, dtype=torch.long))
+        self.live, self.cache = [], Cache.empty()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(rows) == 1:
@@ -150,7 +150,7 @@ class GroupedDecoder:
     def _enter(self, new: list[_Live]) -> None:
         """Prefill, packed; each row gets its first token and a place in the cache."""
         lengths = [len(lane.row.token_ids) for lane in new]
-        prefill = _Prefill(make_rows(lengths, self.base.device), lengths)
+        prefill = Prefill(make_rows(lengths, self.base.device), lengths)
         hidden = self.base.hidden(
             [RowTokens.plain(lane.row.token_ids) for lane in new],
             _segments(new, lengths),
@@ -255,81 +255,3 @@ def _choose(logits: torch.Tensor, lanes: Sequence[_Live]) -> torch.Tensor:
     place = (mass <= (draws * mass[:, -1])[:, None]).sum(-1).clamp(max=p.shape[-1] - 1)
     tokens[where] = order.gather(1, place[:, None])[:, 0]
     return tokens
-
-
-@dataclass
-class _Cache:
-    """Keys and values of live rows: a (rows, kv_heads, room, d) tensor a layer, tokens at the left; lengths
-    (rows,)."""
-
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    lengths: torch.Tensor
-    mask: torch.Tensor | None = None
-
-    def joined(self, other: "_Cache") -> "_Cache":
-        if not len(self.lengths):
-            return other
-        room = max(self.keys[0].shape[2], other.keys[0].shape[2])
-        pairs = [
-            [torch.cat([_widened(a, room), _widened(b, room)]) for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in ((self.keys, other.keys), (self.values, other.values))
-        ]
-        return _Cache(pairs[0], pairs[1], torch.cat([self.lengths, other.lengths]))
-
-    def selected(self, rows: Sequence[int]) -> "_Cache":
-        index = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)
-        longest = int(self.lengths[index].max()) if len(rows) else 0
-        kept = [[t[index, :, :longest] for t in side] for side in (self.keys, self.values)]
-        return _Cache(kept[0], kept[1], self.lengths[index])
-
-    def opened(self, room: int):  # type: ignore[no-untyped-def]
-        """The attention of one step: each row's new token is written after its last one and sees the row's
-        tokens."""
-        if self.keys[0].shape[2] < room:
-            self.keys = [_widened(t, room) for t in self.keys]
-            self.values = [_widened(t, room) for t in self.values]
-        seen = int(self.lengths.max()) + 1
-        mask = (torch.arange(seen, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)
-
-        def attend(
-            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-        ) -> torch.Tensor:
-            keys, values = self.keys[layer.layer_idx], self.values[layer.layer_idx]  # type: ignore[index]
-            keys[rows, :, self.lengths] = k[0].transpose(0, 1)
-            values[rows, :, self.lengths] = v[0].transpose(0, 1)
-            out = F.scaled_dot_product_attention(
-                q[0].transpose(0, 1)[:, :, None],  # (rows, heads, 1, d)
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                attn_mask=mask,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            return out[:, :, 0][None]
-
-        return attend
-
-
-def _widened(t: torch.Tensor, room: int) -> torch.Tensor:
-    return F.pad(t, (0, 0, 0, room - t.shape[2])) if t.shape[2] < room else t
-
-
-class _Prefill:
-    """Attention of the first pass, which keeps each layer's keys and values."""
-
-    def __init__(self, rows: Rows, lengths: Sequence[int]):
-        self.rows, self.lengths = rows, lengths
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-
-    def attend(
-        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        self.keys.append(self.rows.padded(k[0].transpose(0, 1)))
-        self.values.append(self.rows.padded(v[0].transpose(0, 1)))
-        return self.rows.attend(layer, q, k, v, scaling)
-
-    def cache(self, device: torch.device) -> _Cache:
-        return _Cache(self.keys, self.values, torch.tensor(self.lengths, device=device))

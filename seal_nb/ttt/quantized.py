@@ -30,6 +30,14 @@ def quantized(compute_dtype: torch.dtype, device: str) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def keep_as_stored(model: nn.Module) -> None:
+    """Let no layer repack its weight on its first pass, as bitsandbytes does on CPUs with AVX512-BF16
+    (0.50, ``nn.modules.Linear4bit.forward``): `dense_weight` could not read it any more."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def dense_weight(linear: nn.Linear) -> torch.Tensor:
     """(out, in) weight as the forward pass multiplies with it."""
     state = getattr(linear.weight, "quant_state", None)

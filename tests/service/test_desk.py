@@ -8,7 +8,8 @@ import tracemalloc
 import pytest
 
 from seal_nb.errors import ProtocolError, RunMismatch
-from seal_nb.protocol import Answers, GenerateRequest, TTTRequest, build_reply, error_reply, parse_request
+from seal_nb.messages import parse_request
+from seal_nb.protocol import Answers, GenerateRequest, TTTRequest, build_reply, error_reply
 from seal_nb.service.counts import ENTRY, AnswerCounts
 from seal_nb.service.desk import Desk, QueueFull, ServerStopping, content_of
 from seal_nb.service.queue import JobQueue

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.stand_in import stand_in
 from seal_nb.errors import SealError
 from seal_nb.experiments.run_requests import served_model
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.service.client import TTTClient
 from seal_nb.service.launch import TTTServer
-from tests.judge_server import judge_service
 from tests.ttt.tiny import save_tiny_model
 
 QUESTIONS = [EvalQuestion(title="Zor", question=f"What is moon {n}?", answer="Zor") for n in range(4)]
@@ -24,8 +24,8 @@ def request(number: int) -> TTTRequest:
 
 def test_workers_of_a_server_have_their_answers_judged_and_pay_for_each_once(tmp_path: Path) -> None:
     model = str(save_tiny_model(tmp_path / "model"))
-    with judge_service(lambda prompt, _: "yes" if "moon 1" in prompt else "no") as service:
-        grader = service.grader(tmp_path / "judge")
+    with stand_in(lambda asked: "yes" if "moon 1" in asked.prompt else "no") as service:
+        grader = service.judge(tmp_path / "judge")
         own = {"model": model, "device": "cpu", "dtype": "float32", "n_workers": 2, "grader": grader}
         with TTTServer(run_dir=tmp_path / "run", **own) as server, TTTClient(server.endpoint) as client:
             assert "judge:stub" in served_model(client)
@@ -40,8 +40,8 @@ def test_workers_of_a_server_have_their_answers_judged_and_pay_for_each_once(tmp
             expected = ["CORRECT" if n == 1 and text else "INCORRECT" for n, text in enumerate(texts)]
             assert verdicts == expected
         assert reply.timings["grade_s"] >= 0
-    assert service.n_calls > 0
-    assert set(service.calls.values()) == {1}
+    assert service.asked
+    assert set(service.times.values()) == {1}
 
 
 def test_a_server_whose_judge_has_no_key_says_so_and_ends(

@@ -53,19 +53,22 @@ def _examples(tokenizer, job: TrainJob) -> list[dict]:  # type: ignore[no-untype
     return examples
 
 
-def train_alone(model: PreTrainedModel, tokenizer, job: TrainJob):  # type: ignore[no-untyped-def]
-    """Returns (PEFT model after training, initial adapter weights, final adapter weights), by PEFT's
-    names."""
-    torch.manual_seed(job.train.seed)
+def lora_config(job: TrainJob) -> LoraConfig:
     targets = job.lora.target_modules
-    config = LoraConfig(
+    return LoraConfig(
         r=job.lora.rank,
         lora_alpha=job.lora.alpha,
         lora_dropout=job.lora.dropout,
         target_modules=None if not targets else targets[0] if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, config)
+
+
+def train_alone(model: PreTrainedModel, tokenizer, job: TrainJob):  # type: ignore[no-untyped-def]
+    """Returns (PEFT model after training, initial adapter weights, final adapter weights), by PEFT's
+    names."""
+    torch.manual_seed(job.train.seed)
+    peft_model = get_peft_model(model, lora_config(job))
     before = {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

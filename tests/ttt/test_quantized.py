@@ -1,6 +1,5 @@
 """A base in 4 bits: refused where bitsandbytes is missing, else trained and asked as any base."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.quantized import dense_weight
 from seal_nb.ttt.scheduler import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
-
-needs_it = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed: pip install '.[4bit]'",
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +35,11 @@ def test_a_plain_linear_gives_its_own_weight() -> None:
     assert dense_weight(linear) is linear.weight
 
 
-@needs_it
-def test_gradients_and_outputs_use_the_same_dequantized_weight(folder: Path) -> None:
+@pytest.mark.parametrize("repacks", [False, True], ids=["as stored", "on a processor that repacks"])
+def test_gradients_and_outputs_use_the_same_dequantized_weight(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, repacks: bool
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: repacks)
     base = FrozenBase.load(folder, device="cpu", dtype="4bit")
     layer = next(m for m in base.model.modules() if isinstance(m, BranchedLinear))
     weight = dense_weight(layer.base)
@@ -55,7 +52,6 @@ def test_gradients_and_outputs_use_the_same_dequantized_weight(folder: Path) -> 
     assert 0 < error < 0.15, "rounded to 16 values a block"
 
 
-@needs_it
 def test_an_adapter_learns_on_a_base_in_four_bits_and_its_weights_stay(folder: Path) -> None:
     base = FrozenBase.load(folder, device="cpu", dtype="4bit")
     before = {name: value.clone() for name, value in base.model.named_parameters()}
@@ -71,7 +67,6 @@ def test_an_adapter_learns_on_a_base_in_four_bits_and_its_weights_stay(folder: P
         assert torch.isfinite(base.hidden([RowTokens.plain([1, 2, 3])], ())).all()
 
 
-@needs_it
 def test_a_model_in_four_bits_is_another_model(folder: Path, tmp_path: Path) -> None:
     ids = {
         dtype: load_inner_loop(

@@ -1,0 +1,46 @@
+"""How long a request waits for its verdicts when a model behind a network gives them.
+
+The published server asks its judge one answer after another and waits for each; here a request's answers are
+asked about at once, and meanwhile the inner loop trains others. The judge is a stand-in that takes a set
+time for a call, so what is compared is the waiting, not a model.
+"""
+
+import tempfile
+import time
+from typing import Any
+
+from benchmarks.grading import answers
+from benchmarks.stand_in import stand_in_process
+from seal_nb.engines.api_records import ApiSettings
+from seal_nb.grading.base import make_grader
+
+LATENCY_S = 0.5  # of a call; about what GPT-4.1 takes for one word
+
+
+def measure_grading(n_questions: int, *, latency_s: float = LATENCY_S) -> dict[str, Any]:
+    """Seconds of one request, its answers with and without the adapter all new to the judge."""
+    n, at_once = 2 * n_questions, ApiSettings().max_parallel
+    with stand_in_process("yes", service_time_s=latency_s, lanes=n) as url:
+        one_by_one_s, _ = _seconds(url, n, max_parallel=1)
+        at_once_s, cpu_s = _seconds(url, n, max_parallel=at_once)
+    return {
+        "latency_s": latency_s,
+        "answers": n,
+        "calls_at_a_time": at_once,
+        "one_by_one_s": one_by_one_s,
+        "at_once_s": at_once_s,
+        "factor": one_by_one_s / at_once_s,
+        "cpu_s": cpu_s,
+    }
+
+
+def _seconds(url: str, n: int, *, max_parallel: int) -> tuple[float, float]:
+    """Of the wall and of the processor, with an empty cache; the connections are made beforehand."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"base_url={url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
+        grader = make_grader(f"judge:stand-in?{options}")
+        both = answers(2 * n)
+        grader.grade(both[:n])
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        assert "UNGRADED" not in grader.grade(both[n:])
+        return time.perf_counter() - wall_s, time.process_time() - cpu_s
