@@ -1,9 +1,10 @@
 #!/bin/bash
 # accelerate launch on one of the nodes of a job; srun starts it on each: srun slurm/accelerate.sh -m MODULE …
-# The first node of the job is where the processes meet; without GPUs each node has one process.
+# The first node of the job is where the processes meet; without GPUs each node has one process. How GPUs share
+# the model: SEAL_SHARDING, fsdp or deepspeed (ZeRO-3; pip install -e '.[deepspeed]'), as slurm/site.sh sets it.
 
 n_here=$(tr , '\n' <<<"${CUDA_VISIBLE_DEVICES:-}" | grep -c .)
-config=fsdp
+config=${SEAL_SHARDING:-fsdp}
 if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" != True ]; then config=cpu n_here=1; fi
 exec accelerate launch \
     --config_file "slurm/accelerate_$config.yaml" \

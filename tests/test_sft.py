@@ -1,6 +1,8 @@
 """SFT of a round on a tiny model: completion-only loss, a merged folder, resume, one or two processes."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seal_nb.errors import DataError, EngineError, SettingsError
+from seal_nb.sft import launch
 from seal_nb.sft import train as sft
-from seal_nb.sft.launch import command, run_job, shipped_config, train_in_processes
+from seal_nb.sft.launch import command, launch_config, run_job, shipped_config, train_in_processes
 from seal_nb.sft.rows import IGNORED, collate, example, in_training_order, read_sft_rows
 from seal_nb.sft.settings import SftJob, SftSettings, parse_job
 from seal_nb.sft.train import train_sft
@@ -82,6 +85,7 @@ def test_loss_is_on_the_completion_and_its_end_only(tmp_path: Path) -> None:
         (["not an object"], "line 1"),
         ([ROWS[0], {"prompt": "p"}], "line 2.*completion"),
         ([{"prompt": 1, "completion": "c"}], "prompt"),
+        ([{"text": 1}], "line 1.*text"),
     ],
 )
 def test_a_file_that_is_not_one_is_refused_with_line_and_field(
@@ -89,6 +93,13 @@ def test_a_file_that_is_not_one_is_refused_with_line_and_field(
 ) -> None:
     with pytest.raises(DataError, match=said):
         read_sft_rows(sft_file(tmp_path, rows))
+
+
+def test_a_row_may_hold_characters_that_look_like_the_end_of_a_line(tmp_path: Path) -> None:
+    rows = [{"text": "one\u2028two\x85three"}, {"prompt": "p\u2029", "completion": "c\x0b"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert read_sft_rows(path) == rows
 
 
 FEW = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_steps=1)
@@ -108,7 +119,7 @@ def cut_short(base: Path, folder: Path, name: str, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(sft, "_save_merged", pulled_plug)
+        broken.setattr(sft, "_save_model", pulled_plug)
         with pytest.raises(KeyboardInterrupt):
             trained(base, folder, name, **what)
     assert not (folder / name).exists()
@@ -121,13 +132,14 @@ def are_equal(first: Path, second: Path) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_interrupted_training_resumes_to_the_model_of_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    base = save_tiny_model(tmp_path / "base")
-    whole = trained(base, tmp_path, "whole")
-    cut_short(base, tmp_path, "cut", monkeypatch)
-    assert are_equal(whole, trained(base, tmp_path, "cut"))
+    base, how = save_tiny_model(tmp_path / "base"), {"settings": replace(FEW, method=method)}
+    whole = trained(base, tmp_path, "whole", **how)
+    cut_short(base, tmp_path, "cut", monkeypatch, **how)
+    assert are_equal(whole, trained(base, tmp_path, "cut", **how))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +172,8 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="finetune_lr is 0"):
         SftSettings(learning_rate=0)
+    with pytest.raises(SettingsError, match="method is 'qlora'; known are lora, full"):
+        SftSettings(method="qlora")
 
 
 @given(
@@ -215,14 +229,16 @@ def test_two_processes_train_what_one_does_within_rounding(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.checkpoints*"))
 
 
-def test_a_model_sharded_over_processes_trains_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_sharded_over_processes_trains_the_same(tmp_path: Path, method: str) -> None:
     """The configuration for GPUs, FSDP 2, on two CPU processes."""
     base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path, MANY)
     on_cpu = tmp_path / "fsdp.yaml"
     said = shipped_config("fsdp").read_text()
     on_cpu.write_text(said.replace("mixed_precision: bf16", 'mixed_precision: "no"\nuse_cpu: true'))
+    settings = replace(SHARED, method=method)
     jobs = {
-        name: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / name, settings=SHARED)
+        name: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / name, settings=settings)
         for name in ("alone", "sharded")
     }
     alone = run_job(jobs["alone"])
@@ -256,10 +272,17 @@ def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
         model_dir=tmp_path / "next",
         settings=settings,
         n_threads=2,
+        parent_pid=7,
     )
     assert parse_job(job.options()) == job
     line = command(job, 4, shipped_config("fsdp"))
     assert line[line.index("-m", 3) + 1] == "seal_nb.sft.train" and "--num_processes=4" in line
+
+
+def test_one_process_is_started_without_accelerate_and_ends_with_who_started_it(tmp_path: Path) -> None:
+    job = SftJob(sft_file=tmp_path / "f.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
+    line = command(job, 1)
+    assert line[1:3] == ["-m", "seal_nb.sft.train"] and f"--parent-pid={os.getpid()}" in line
 
 
 @pytest.mark.parametrize("name", ["cpu", "fsdp"])
@@ -271,6 +294,47 @@ def test_a_shipped_configuration_is_one_that_accelerate_reads(name: str) -> None
     assert (said.fsdp_config or {}).get("fsdp_version") == (2 if name == "fsdp" else None)
 
 
+def test_the_deepspeed_configuration_is_zero_3_as_accelerate_reads_and_launches_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that accelerate does short of starting DeepSpeed, which is not installed here."""
+    from accelerate.commands import launch as accelerates
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    asked = [f"--config_file={shipped_config('deepspeed')}", "--num_processes=2", "--main_process_port=0"]
+    launched: list[Any] = []
+    monkeypatch.setattr(accelerates, "deepspeed_launcher", launched.append)
+    accelerates.launch_command(accelerates.launch_command_parser().parse_args([*asked, "train.py"]))
+    (arguments,) = launched
+    assert arguments.mixed_precision == "bf16" and not arguments.use_fsdp
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    said = {
+        name.removeprefix("ACCELERATE_"): value
+        for name, value in environment.items()
+        if name.startswith("ACCELERATE_")
+    }
+    assert said["USE_DEEPSPEED"] == "true" and said["DEEPSPEED_ZERO_STAGE"] == "3"
+    assert said["DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true", "or a saved model would have no weights"
+    assert said["GRADIENT_ACCUMULATION_STEPS"] == "auto", "the training says how many"
+
+
+def test_how_gpus_share_a_model_is_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="sharding is 'zero'; known are fsdp, deepspeed"):
+        launch_config("zero")
+    with monkeypatch.context() as without:
+        without.setattr(launch.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SettingsError, match=r"not installed; pip install 'seal-nb\[deepspeed\]'"):
+            launch_config("deepspeed")
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    assert launch_config("deepspeed").name == "accelerate_cpu.yaml", "on CPUs nothing is shared"
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    names = [launch_config(name).name for name in ("fsdp", "deepspeed")]
+    assert names == ["accelerate_fsdp.yaml", "accelerate_deepspeed.yaml"]
+    job = SftJob(sft_file=tmp_path / "f.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
+    line = command(job, 2, launch_config("deepspeed"))
+    assert f"--config_file={shipped_config('deepspeed')}" in line
+
+
 def test_a_model_that_this_training_made_is_taken_as_it_is_and_another_is_not(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     made = trained(base, tmp_path, "next")
@@ -278,3 +342,11 @@ def test_a_model_that_this_training_made_is_taken_as_it_is_and_another_is_not(tm
     assert (trained(base, tmp_path, "next") / "model.safetensors").stat().st_mtime_ns == written
     trained(base, tmp_path, "next", settings=replace(FEW, seed=1))
     assert (made / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_a_model_that_was_deleted_is_made_again(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    weights = trained(base, tmp_path, "next") / "model.safetensors"
+    first = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    assert (trained(base, tmp_path, "next") / "model.safetensors").read_bytes() == first

@@ -1,27 +1,31 @@
 """The same training in several processes: `accelerate launch` as a child, for a notebook.
 
-On GPUs the shipped configuration shards the model over them (FSDP); on CPUs the processes talk over gloo and
-each holds a whole model. A batch job runs the same command itself (slurm/accelerate_*.yaml)."""
+On GPUs the shipped configuration shards the model over them (FSDP, or DeepSpeed ZeRO-3); on CPUs the
+processes talk over gloo and each holds a whole model. A batch job runs the same command itself
+(slurm/accelerate_*.yaml). A single process of its own gives its memory back when it ends."""
 
+import importlib.util
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.lifeline import end_tree
-from seal_nb.sft.settings import SftJob, SftResult
+from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
 from seal_nb.sft.train import finished, train_sft, training_id
 
 MODULE = "seal_nb.sft.train"
 LOG_TAIL_LINES = 15
 
 
-def run_job(job: SftJob, *, n_processes: int = 1) -> SftResult:
+def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
     """Train here where one process is asked for, else in several of this machine."""
     if n_processes > 1:
-        return train_in_processes(job, n_processes=n_processes)
+        return train_in_processes(job, n_processes=n_processes, config=launch_config(sharding))
     return train_sft(
         job.sft_file, model=job.model, model_dir=job.model_dir, settings=job.settings, n_threads=job.n_threads
     )
@@ -30,9 +34,13 @@ def run_job(job: SftJob, *, n_processes: int = 1) -> SftResult:
 def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = None) -> SftResult:
     """Train in `n_processes` on this machine; what they say goes to `<model_dir>.log`.
 
-    Raises: SettingsError before the start, EngineError with the end of the log if a process failed.
+    A model folder that this very training made is taken as it is. Raises: SettingsError before the start,
+    EngineError with the end of the log if a process failed.
     """
     job.settings.accumulation_of(n_processes)
+    made_from = training_id(job.sft_file, job.model, job.settings)
+    if (done := finished(job.model_dir, made_from)) is not None:
+        return done
     job.model_dir.parent.mkdir(parents=True, exist_ok=True)
     log_path = job.model_dir.with_name(f"{job.model_dir.name}.log")
     with log_path.open("wb") as log:
@@ -44,20 +52,20 @@ def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = N
             end_tree(process.pid)
             process.wait()
             raise
-    result = finished(job.model_dir, training_id(job.sft_file, job.model, job.settings))
+    result = finished(job.model_dir, made_from)
     if code or result is None:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-        raise EngineError(
-            f"training in {n_processes} processes ended with code {code}; the end of {log_path}:\n{tail}"
-        )
+        where = "a process" if n_processes == 1 else f"{n_processes} processes"
+        raise EngineError(f"training in {where} ended with code {code}; the end of {log_path}:\n{tail}")
     return result
 
 
 def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[str]:
     """The command line; `config` is an accelerate configuration, by default the shipped one that fits."""
-    own = config or shipped_config("fsdp" if torch.cuda.is_available() else "cpu")
+    if n_processes == 1:
+        return [sys.executable, "-m", MODULE, *replace(job, parent_pid=os.getpid()).options()]
     options = {
-        "config_file": own,
+        "config_file": config or launch_config("fsdp"),
         "num_processes": n_processes,
         "num_cpu_threads_per_process": job.n_threads,
         "main_process_port": 0,  # a free one
@@ -65,6 +73,20 @@ def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[s
     given = [f"--{name}={value}" for name, value in options.items()]
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     return [*launch, *given, "-m", MODULE, *job.options()]
+
+
+def launch_config(sharding: str) -> Path:
+    """The shipped configuration for this machine: on GPUs that of `sharding`, on CPUs there is one.
+
+    Raises: SettingsError for an unknown one, and for DeepSpeed where it is not installed.
+    """
+    if sharding not in SHARDINGS:
+        raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
+    if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise SettingsError(
+            "sharding is 'deepspeed', which is not installed; pip install 'seal-nb[deepspeed]', or take fsdp"
+        )
+    return shipped_config(sharding if torch.cuda.is_available() else "cpu")
 
 
 def shipped_config(name: str) -> Path:

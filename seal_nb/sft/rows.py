@@ -1,4 +1,7 @@
-"""Training examples of a round: from lines of {prompt, completion} to token ids, and in which order.
+"""Training examples: from lines of {prompt, completion}, or of {text}, to token ids, and in which order.
+
+A completion ends with EOS and carries the loss alone; a text is a train sequence, as the inner loop takes it:
+no EOS, and loss on all of it.
 
 The order is fixed beforehand for all epochs and filled up so that every step has the same number of
 examples: what a step trains on then does not depend on how many processes share it. A filler carries no
@@ -20,14 +23,17 @@ Example = dict[str, list[int]]
 
 
 def read_sft_rows(path: Path) -> list[dict[str, str]]:
-    """Rows {prompt, completion} of an SFT file. Raises DataError with path, line and field."""
+    """Rows {prompt, completion} or {text} of a file. Raises DataError with path, line and field."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    text = path.read_text(encoding="utf-8")
+    # Not splitlines: a row may hold characters that only look like the end of a line, as U+2028 does.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"is not JSON ({error})", path=path, item=f"line {number}") from error
-        for field in ("prompt", "completion"):
+        is_text = isinstance(row, dict) and "text" in row
+        for field in ("text",) if is_text else ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise DataError("must be a text", path=path, item=f"line {number}", field=field)
         rows.append(row)
@@ -37,7 +43,15 @@ def read_sft_rows(path: Path) -> list[dict[str, str]]:
 
 
 def example(tokenizer: Any, row: dict[str, str], max_seq_length: int) -> Example:
-    """Token ids of prompt + completion + EOS; labels are -100 on the prompt."""
+    """Token ids of prompt + completion + EOS, labels -100 on the prompt; or of a text, all of it labels.
+
+    Raises: DataError for a text that is too short to carry a loss.
+    """
+    if "text" in row:
+        ids = tokenizer(row["text"])["input_ids"][:max_seq_length]
+        if len(ids) < 2:
+            raise DataError(f"{row['text']!r} has no token to predict", field="text", remedy="leave it out")
+        return {"input_ids": ids, "labels": list(ids)}
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [
         tokenizer.eos_token_id

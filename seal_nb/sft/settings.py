@@ -1,6 +1,7 @@
 """Settings and result of the supervised fine-tuning of a ReST-EM round, apart from torch.
 
-Defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Trains nothing.
+Defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours: CPT
+without an adapter (``experiments.cpt_full``). Trains nothing.
 """
 
 import argparse
@@ -13,11 +14,15 @@ from typing import Any
 
 from seal_nb.errors import SettingsError
 
+METHODS = ("lora", "full")
+SHARDINGS = ("fsdp", "deepspeed")  # how several GPUs share a model
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings:
     """Published settings; the small model takes smaller ones. A step is alike on any number of processes."""
 
+    method: str = "lora"  # published; "full": all weights, and the lora_… and target_modules play no part
     lora_rank: int = 64
     lora_alpha: int = 128
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -30,6 +35,8 @@ class SftSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.method not in METHODS:
+            raise SettingsError(f"method is {self.method!r}; known are {', '.join(METHODS)}")
         for name in ("lora_rank", "lora_alpha", "epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -53,12 +60,13 @@ class SftSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SftResult:
-    """model_dir: the merged model; losses: training loss by optimiser step, nats per completion token."""
+    """model_dir: the new model; losses: training loss by optimiser step, nats per token in the loss."""
 
     model_dir: Path
     losses: tuple[float, ...]
     n_steps: int
     n_examples: int
+    n_tokens: int  # trained on, all epochs together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +78,14 @@ class SftJob:
     model_dir: Path
     settings: SftSettings
     n_threads: int = 1  # of torch in one process, on a CPU
+    parent_pid: int = 0  # end with this process, which started the training; 0: with none
 
     def options(self) -> list[str]:
         """What ``parse_job`` reads as this job."""
         own = {"sft_file": self.sft_file, "model": self.model, "model_dir": self.model_dir}
         given = own | {f.name: getattr(self.settings, f.name) for f in fields(SftSettings)}
-        given |= {"n_threads": self.n_threads, "target_modules": ",".join(self.settings.target_modules)}
+        given |= {"n_threads": self.n_threads, "parent_pid": self.parent_pid}
+        given |= {"target_modules": ",".join(self.settings.target_modules)}
         return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 
@@ -83,7 +93,7 @@ def parse_job(argv: Sequence[str] | None = None) -> SftJob:
     """``--sft-file F --model M --model-dir D`` and one option for each setting."""
     parser = argparse.ArgumentParser(
         prog="seal_nb.sft.train",
-        description="Fine-tune a model on {prompt, completion} lines and write the merged model; "
+        description="Fine-tune a model on {prompt, completion} or {text} lines and write the new model; "
         "alone, or in several processes: accelerate launch --config_file C -m seal_nb.sft.train …",
     )
     for name in ("sft_file", "model", "model_dir"):
@@ -93,13 +103,15 @@ def parse_job(argv: Sequence[str] | None = None) -> SftJob:
             f"--{field.name.replace('_', '-')}", type=_reader(field.type), default=field.default
         )
     parser.add_argument("--n-threads", type=int, default=1)
+    parser.add_argument("--parent-pid", type=int, default=0)
     given: dict[str, Any] = vars(parser.parse_args(argv))
-    own = {name: given.pop(name) for name in ("sft_file", "model", "model_dir", "n_threads")}
+    own = {name: given.pop(name) for name in ("sft_file", "model", "model_dir", "n_threads", "parent_pid")}
     return SftJob(
         sft_file=Path(own["sft_file"]),
         model=own["model"],
         model_dir=Path(own["model_dir"]),
         n_threads=own["n_threads"],
+        parent_pid=own["parent_pid"],
         settings=SftSettings(**given),
     )
 

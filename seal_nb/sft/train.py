@@ -5,6 +5,10 @@ linear layers, 2 epochs, learning rate 3e-4. transformers' Trainer and PEFT do t
 with EOS, so that the model learns where a self-edit stops. The model folder appears whole or not at all; an
 interrupted training resumes from its last whole checkpoint, if rows, settings and model are the same.
 
+Method "full" trains all weights instead (ours, for CPT): float32 weights and moments, since bfloat16 ones
+would round small updates away, bfloat16 arithmetic where there is a GPU, activations computed again in the
+backward pass.
+
 In several processes (`accelerate launch -m seal_nb.sft.train`, or `launch.train_in_processes`) each takes
 its share of every step, and the result is that of one process, to rounding."""
 
@@ -22,11 +26,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from seal_nb.errors import SealError
+from seal_nb.lifeline import end_with_parent
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.runs import content_id, write_json
-from seal_nb.sft.rows import collate, example, in_training_order, read_sft_rows
+from seal_nb.sft.rows import IGNORED, Example, collate, example, in_training_order, read_sft_rows
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings, parse_job
-from seal_nb.ttt.merge import merge_stack
+from seal_nb.ttt.merge import merge_stack, stored_dtype, write_model_folder
 
 RESULT_FILE = "sft_result.json"  # in the model folder: what made it, and its losses
 
@@ -34,7 +39,7 @@ RESULT_FILE = "sft_result.json"  # in the model folder: what made it, and its lo
 def train_sft(
     sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1
 ) -> SftResult:
-    """Fine-tune `model` on the file's rows and write the merged model to `model_dir`.
+    """Fine-tune `model` on the file's rows and write the new model to `model_dir`.
 
     Every process of a launch calls this alike. A model folder that this very training made is taken as it is.
     """
@@ -49,13 +54,17 @@ def train_sft(
     checkpoints = _own_checkpoints(model_dir, content_id([made_from, processes.num_processes]), processes)
     trainer = _trainer(folder, rows, settings, checkpoints, accumulation)
     trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
-    trainer.save_model(str(checkpoints / "adapter"))  # together: each process may hold a part of it
+    trainer.save_model(str(checkpoints / "trained"))  # together: each process may hold a part of it
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     result = SftResult(
-        model_dir=model_dir, losses=tuple(losses), n_steps=trainer.state.global_step, n_examples=len(rows)
+        model_dir=model_dir,
+        losses=tuple(losses),
+        n_steps=trainer.state.global_step,
+        n_examples=len(rows),
+        n_tokens=_real_tokens(trainer.train_dataset),
     )
     if processes.is_main_process:
-        _save_merged(folder, checkpoints / "adapter", result, made_from)
+        _save_model(folder, checkpoints / "trained", result, made_from, settings.method)
         shutil.rmtree(checkpoints, ignore_errors=True)
     processes.wait_for_everyone()
     return result
@@ -91,17 +100,29 @@ def _trainer(
         examples, epochs=settings.epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
     )
     torch.manual_seed(settings.seed)
-    # Sharded weights are of one dtype, and the adapter's are float32; autocast computes in bfloat16.
-    alone_on_gpu = torch.cuda.is_available() and PartialState().num_processes == 1
-    dtype = torch.bfloat16 if alone_on_gpu else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=_weight_dtype(settings))
+    if settings.method == "lora":
+        model = get_peft_model(model, _lora(settings))
     steps_an_epoch = len(ordered) // settings.epochs // settings.examples_a_step
     return Trainer(
-        model=get_peft_model(base, _lora(settings)),
+        model=model,
         args=_arguments(settings, checkpoints, accumulation, steps_an_epoch),
         train_dataset=ordered,
         data_collator=collate,
     )
+
+
+def _weight_dtype(settings: SftSettings) -> torch.dtype:
+    """bfloat16 for weights that stay as they are, on one GPU. Sharded weights are of one dtype, and the
+    adapter's are float32; autocast computes in bfloat16.
+    """
+    alone_on_gpu = torch.cuda.is_available() and PartialState().num_processes == 1
+    return torch.bfloat16 if alone_on_gpu and settings.method == "lora" else torch.float32
+
+
+def _real_tokens(examples: Sequence[Example]) -> int:
+    """Of all examples but fillers, which carry no loss."""
+    return sum(len(one["input_ids"]) for one in examples if set(one["labels"]) != {IGNORED})
 
 
 def _own_checkpoints(model_dir: Path, training: str, processes: PartialState) -> Path:
@@ -154,6 +175,8 @@ def _arguments(
         lr_scheduler_type="linear",
         seed=settings.seed,
         bf16=torch.cuda.is_available(),
+        gradient_checkpointing=settings.method == "full",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not torch.cuda.is_available(),
         save_strategy="steps",
         save_steps=steps_an_epoch,
@@ -165,12 +188,17 @@ def _arguments(
     )
 
 
-def _save_merged(folder: str, adapter: Path, result: SftResult, made_from: str) -> None:
+def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, method: str) -> None:
+    """`trained`: the adapter, or the whole model; written in the dtype that the base is stored in."""
     said = asdict(result) | {"made_from": made_from}
     del said["model_dir"]
     partial = result.model_dir.with_name(f".{result.model_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    merge_stack(folder, [adapter], partial)
+    if method == "lora":
+        merge_stack(folder, [trained], partial)
+    else:
+        whole = AutoModelForCausalLM.from_pretrained(trained, dtype=stored_dtype(folder))
+        write_model_folder(whole, AutoTokenizer.from_pretrained(folder), partial)
     write_json(partial / RESULT_FILE, said)
     shutil.rmtree(result.model_dir, ignore_errors=True)
     partial.rename(result.model_dir)
@@ -179,6 +207,8 @@ def _save_merged(folder: str, adapter: Path, result: SftResult, made_from: str) 
 def main(argv: Sequence[str] | None = None) -> int:
     """One process of a launch, or the only one."""
     job: SftJob = parse_job(argv)
+    if job.parent_pid:
+        end_with_parent(job.parent_pid)
     try:
         train_sft(
             job.sft_file,
