@@ -53,12 +53,15 @@ class SftSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SftResult:
-    """model_dir: the merged model; losses: training loss by optimiser step, nats per completion token."""
+    """model_dir: the merged model; losses: training loss by optimiser step, nats per completion token;
+    n_processes: that met for it.
+    """
 
     model_dir: Path
     losses: tuple[float, ...]
     n_steps: int
     n_examples: int
+    n_processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,11 @@ def train_sft(
     trainer.save_model(str(checkpoints / "adapter"))  # together: each process may hold a part of it
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     result = SftResult(
-        model_dir=model_dir, losses=tuple(losses), n_steps=trainer.state.global_step, n_examples=len(rows)
+        model_dir=model_dir,
+        losses=tuple(losses),
+        n_steps=trainer.state.global_step,
+        n_examples=len(rows),
+        n_processes=processes.num_processes,
     )
     if processes.is_main_process:
         _save_merged(folder, checkpoints / "adapter", result, made_from)
