@@ -146,6 +146,11 @@ def _add_submit(commands: Any) -> None:
     )
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run folder of `submit`")
     status.set_defaults(command=_chain_status)
+    again = commands.add_parser(
+        "restart-server", help="start a chain's server again that ended for want of clients (SLURM)"
+    )
+    again.add_argument("folder", type=Path, metavar="RUN/SERVER", help="its folder in the run folder")
+    again.set_defaults(command=_restart_server)
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -158,6 +163,12 @@ def _chain_status(arguments: argparse.Namespace) -> int:
     from seal_nb.commands.submit import chain_status
 
     return chain_status(arguments.run_dir)
+
+
+def _restart_server(arguments: argparse.Namespace) -> None:
+    from seal_nb.commands.submit import restart_server
+
+    restart_server(arguments.folder)
 
 
 def _add_demo(commands: Any) -> None:

@@ -184,7 +184,15 @@ def run_notebook(
                 # Code and outputs travel over loopback TCP, which others on a shared node could read.
                 config=Config({"KernelManager": {"transport_encryption": "auto"}}),
                 stdout_file=_Sink(write),
+                on_cell_start=_unless(interruption),
             )
+        except _BetweenCells as error:
+            message = (
+                f"{notebook.stem}: SIGTERM came between two cells; what was done before is in {executed}"
+            )
+            raise StageInterrupted(
+                message, executed=executed, ename="KeyboardInterrupt", evalue=""
+            ) from error
         except papermill.PapermillExecutionError as error:
             kind = StageInterrupted if interruption.is_set() else StageFailed
             message = _short_failure(notebook, error, executed)
@@ -195,6 +203,18 @@ def run_notebook(
                 kind, why = StageInterrupted, "SIGTERM has ended it as well"
             message = f"{notebook.stem}: its kernel died ({why}); what was done before is in {executed}"
             raise kind(message, executed=executed, ename="DeadKernelError", evalue=str(error)) from error
+
+
+class _BetweenCells(Exception):
+    """A kernel that runs no cell ignores its interrupt, so the next cell is not begun."""
+
+
+def _unless(interruption: threading.Event) -> Callable[..., None]:
+    def begin(**_: object) -> None:
+        if interruption.is_set():
+            raise _BetweenCells
+
+    return begin
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@
 # its server, and the job is queued again under its number. What the journal holds is not done again. After a lost node
 # or a preemption SLURM queues the job again by itself (--requeue).
 
+early='' # a signal that comes before there is a command to end
+trap 'early=USR1' USR1
+
 cd "$SLURM_SUBMIT_DIR" || exit 2
 if [ ! -f slurm/site.sh ]; then
     echo "no slurm/site.sh in $PWD; submit from the project's folder, after: cp slurm/site.example.sh slurm/site.sh" >&2
@@ -50,13 +53,14 @@ log_to() {
 # until_signalled COMMAND...: run it; at USR1 end it and queue this job again, at TERM end it.
 until_signalled() {
     local child watch='' status signalled='' again='' alone=''
+    "$@" &
+    child=$!
     trap 'signalled=yes; again=yes; kill -TERM "$child"' USR1
     trap 'signalled=yes; alone=yes; kill -TERM "$child"' USR2
     trap 'signalled=yes; kill -TERM "$child"' TERM
-    "$@" &
-    child=$!
+    [ -z "$early" ] || kill -s "$early" $$
     if [ -n "${SEAL_SERVER_JOB:-}" ]; then
-        watch_server &
+        watch_server "$(dirname "$(parameter endpoint '' "$@")")" &
         watch=$!
     fi
     wait "$child"
@@ -72,20 +76,26 @@ until_signalled() {
     exit "$status"
 }
 
-# While the command runs, look after the job of the server that it asks (seal-nb submit names it): one that ended for
-# want of clients is queued again, since here is one; if it has failed or is gone, USR2 goes to this job's shell.
+# watch_server FOLDER: while the command runs, look after the job of the server that it asks (seal-nb submit names it).
+# One that ended for want of clients is started again, since here is one, also after SLURM has forgotten its job; if it
+# has failed or cannot be started, USR2 goes to this job's shell.
 watch_server() {
-    local refused=0
+    local server=$SEAL_SERVER_JOB started refused=0
     trap - USR1 USR2 TERM
     while sleep "${SEAL_WATCH_S:-60}"; do
-        case $(scontrol -o show job "$SEAL_SERVER_JOB" 2>&1) in
+        case $(scontrol -o show job "$server" 2>&1) in
         *JobState=PENDING* | *JobState=RUNNING* | *JobState=CONFIGURING* | *JobState=COMPLETING*) ;;
         *JobState=SUSPENDED* | *JobState=REQUEUE*) ;;
-        *JobState=COMPLETED*)
-            scontrol requeue "${SEAL_SERVER_JOB%_*}" || refused=$((refused + 1)) # another client may have been faster
-            [ "$refused" -lt 3 ] || { kill -USR2 $$ && return; }
+        *JobState=COMPLETED* | *'Invalid job id'*)
+            if started=$(seal-nb restart-server "$1"); then
+                echo "job $job: the server (job $server) had ended; it is started again as job $started"
+                server=$started refused=0
+            else
+                refused=$((refused + 1))
+                [ "$refused" -lt 3 ] || { kill -USR2 $$ && return; }
+            fi
             ;;
-        *JobState=* | *'Invalid job id'*) kill -USR2 $$ && return ;;
+        *JobState=*) kill -USR2 $$ && return ;;
         esac # else the controller cannot be asked now
     done
 }
@@ -95,7 +105,10 @@ queue_again() {
         echo "job $job: not queued again, it was $SLURM_RESTART_COUNT times (SEAL_MAX_RESTARTS in slurm/site.sh)"
         return
     fi
-    trap - USR1 TERM
+    trap - TERM
     echo "job $job: out of time, queued again"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this run meanwhile
+    for _ in 1 2 3 4 5 6; do # a busy controller may refuse
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this run meanwhile
+        sleep 10
+    done
 }

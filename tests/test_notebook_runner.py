@@ -10,6 +10,7 @@ from seal_nb.errors import SettingsError
 from seal_nb.notebook_runner import (
     Parameter,
     StageFailed,
+    StageInterrupted,
     declared_parameters,
     executed_path,
     find_notebook,
@@ -166,3 +167,17 @@ def test_failing_cell_is_reported_with_its_error_and_the_executed_notebook(tmp_p
     assert str(executed) in str(caught.value)
     assert "1 / n" in str(caught.value)
     assert "not reached" not in str(nbformat.read(executed, as_version=4).cells[-1].get("outputs"))
+
+
+def test_sigterm_that_reaches_no_running_cell_ends_the_stage_before_the_next_one(tmp_path: Path) -> None:
+    """Between cells a kernel ignores its interrupt; so does this cell."""
+    deaf = (
+        "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(0.5)\nprint('heard nothing')"
+    )
+    notebook = write_notebook(tmp_path, "deaf", "output_dir: str = ''", deaf, "print('went on')")
+    told: list[str] = []
+    with pytest.raises(StageInterrupted, match="between two cells"):
+        run_notebook(notebook, {}, tmp_path / "executed.ipynb", write=told.append, progress_bar=False)
+    assert "heard nothing" in (tmp_path / "executed.ipynb").read_text()
+    assert "went on" not in "".join(told)

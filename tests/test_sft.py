@@ -285,6 +285,19 @@ def test_one_process_is_started_without_accelerate_and_ends_with_who_started_it(
     assert line[1:3] == ["-m", "seal_nb.sft.train"] and f"--parent-pid={os.getpid()}" in line
 
 
+def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    job = SftJob(sft_file=tmp_path / "a.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
+    line = command(job, 4, shipped_config("fsdp"))
+    assert line[:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
+    assert "--num_processes=4" in line and not any("main_process_port" in word for word in line)
+    with pytest.raises(SettingsError, match="n_processes is 3, which this job's 2 nodes cannot share"):
+        command(job, 3)
+
+
 @pytest.mark.parametrize("name", ["cpu", "fsdp"])
 def test_a_shipped_configuration_is_one_that_accelerate_reads(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file

@@ -7,8 +7,10 @@ picture, without the settings that made the chain. Paths follow from names, so t
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from seal_nb.chain.table import Chain, is_finished, mark_finished
 from seal_nb.errors import DataError, SettingsError
@@ -19,7 +21,10 @@ RECORD_FILE = "chain.json"
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """One stage; ``job`` is SLURM's number (``12``, or ``12_43`` in an array), empty where it has none."""
+    """One stage; ``job`` is SLURM's number (``12``, or ``12_43`` in an array), empty where it has none.
+
+    command: of a server's job, without what it waited for; who needs it later submits it once more.
+    """
 
     name: str
     title: str
@@ -29,6 +34,7 @@ class StageRecord:
     produces: tuple[str, ...]
     background: bool
     job: str = ""
+    command: tuple[str, ...] = ()
 
     def is_done(self, run_dir: Path) -> bool:
         return is_finished(run_dir, self.name, self.identity, self.produces)
@@ -53,11 +59,26 @@ class ChainRecord:
         """Stage → job, of the stages that have one."""
         return {stage.name: stage.job for stage in self.stages if stage.job}
 
+    def commands(self) -> dict[str, tuple[str, ...]]:
+        """Stage → command, of the stages that have one."""
+        return {stage.name: stage.command for stage in self.stages if stage.command}
+
+    def with_job(self, name: str, job: str) -> "ChainRecord":
+        """The same, where stage ``name`` has another job."""
+        stages = (replace(stage, job=job) if stage.name == name else stage for stage in self.stages)
+        return replace(self, stages=tuple(stages))
+
     def write(self, run_dir: Path) -> None:
         write_json(run_dir / RECORD_FILE, asdict(self))
 
 
-def record_of(chain: Chain, *, executor: str, jobs: Mapping[str, str]) -> ChainRecord:
+def record_of(
+    chain: Chain,
+    *,
+    executor: str,
+    jobs: Mapping[str, str],
+    commands: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> ChainRecord:
     stages = tuple(
         StageRecord(
             name=stage.name,
@@ -68,6 +89,7 @@ def record_of(chain: Chain, *, executor: str, jobs: Mapping[str, str]) -> ChainR
             produces=stage.produces,
             background=stage.background,
             job=jobs.get(stage.name, ""),
+            command=commands.get(stage.name, ()),
         )
         for stage in chain
     )
@@ -83,15 +105,17 @@ def read_record(run_dir: Path) -> ChainRecord:
         )
     value = read_json(path)
     try:
-        stages = tuple(
-            StageRecord(**{**one, "needs": tuple(one["needs"]), "produces": tuple(one["produces"])})
-            for one in value["stages"]
-        )
+        stages = tuple(_stage(one) for one in value["stages"])
         return ChainRecord(chain=value["chain"], executor=value["executor"], stages=stages)
     except (TypeError, KeyError) as error:
         raise DataError(
             f"not a chain's record ({error})", path=path, remedy="submit the chain again"
         ) from error
+
+
+def _stage(fields: dict[str, Any]) -> StageRecord:
+    lists = {name: tuple(fields[name]) for name in ("needs", "produces")}
+    return StageRecord(**{**fields, **lists, "command": tuple(fields.get("command", ()))})
 
 
 def stage_in(run_dir: Path, output_dir: str) -> StageRecord:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import ARMS, Arm
+from seal_nb.inner_loop_settings import DTYPES
+
+ENGINES = ("local", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class ExperimentSettings:
     eval_times: int = 3  # adapters a self-edit when it is ranked
     n_rounds: int = 2
     arms: tuple[Arm, ...] = ("passage_only", "self_edits")  # of round 0, single passage and CPT
+    prompt_key: str = "implications"  # what the model is asked for; a key, a family, or a text file
+    engine: str = "local"  # writes the self-edits: local, or vllm (a server of each such stage's own)
     max_tokens: int = 8192  # of one self-edit
     max_new_tokens: int = 64  # of an answer
     seed: int = 42
@@ -37,6 +42,8 @@ class ExperimentSettings:
     finetune_lr: float = 1e-3
     padding_in_loss: bool = False  # published: padded to 2048 tokens and trained on that
     grader: str = "local"  # of the servers; published: GPT-4.1, judge:gpt-4.1
+    dtype: str = "auto"  # of the servers' base model
+    deterministic: bool = False  # servers do one text at a time: the same bits every time, and slower
 
     cpt_completions: int = 5  # self-edits a validation passage in the one adapter
     cpt_epochs: int = 3
@@ -50,7 +57,7 @@ class ExperimentSettings:
     sft_epochs: int = 2
     sft_lr: float = 3e-4
     sft_batch_size: int = 1
-    sft_accumulation: int = 10  # published: 5 on each of 2 GPUs
+    sft_accumulation: int = 10  # micro-batches a step, of all processes; published: 5 on each of 2 GPUs
 
     continual_arm: Arm = "self_edits"
     continual_seeds: tuple[int, ...] = tuple(range(42, 50))  # a run each; published: 8
@@ -61,6 +68,7 @@ class ExperimentSettings:
     n_workers: int
     n_threads: int
     n_slots: int = 0  # adapters in training at a time in one worker; 0: measured
+    sft_processes: int  # of a ReST-EM training, one GPU each; published: 2
 
     def __post_init__(self) -> None:
         if unknown := [arm for arm in (*self.arms, self.continual_arm) if arm not in ARMS]:
@@ -69,6 +77,18 @@ class ExperimentSettings:
             raise SettingsError(f"continual_seeds is {self.continual_seeds}; give at least one, each once")
         if not self.arms:
             raise SettingsError("arms is empty; name at least one of " + ", ".join(ARMS))
+        if self.engine not in ENGINES:
+            raise SettingsError(
+                f"engine is {self.engine!r}; in a chain the model itself writes, by {' or '.join(ENGINES)}; "
+                "for another's self-edits run 01_create_self_edits alone"
+            )
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.sft_processes < 1 or self.sft_accumulation % self.sft_processes:
+            raise SettingsError(
+                f"sft_accumulation is {self.sft_accumulation}, which {self.sft_processes} sft_processes "
+                "cannot share; it counts the micro-batches of all of them: give a multiple"
+            )
 
 
 # About 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone; two of the MLP
@@ -99,4 +119,5 @@ DEMO = ExperimentSettings(
     n_workers=2,
     n_threads=1,
     n_slots=8,
+    sft_processes=1,
 )

@@ -29,12 +29,18 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         jobs = plan(chain, run_dir, cluster, on_their_way=on_their_way)
         for stage in chain:
             (run_dir / stage.name).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for a log
-        known = {**_known_jobs(run_dir), **on_their_way}
+        before = read_record(run_dir) if (run_dir / RECORD_FILE).exists() else None
+        known = {**(before.jobs() if before else {}), **on_their_way}
+        commands = {**(before.commands() if before else {}), **_commands(jobs)}
         # Before there are numbers: a job that starts at once finds its stage in the record.
-        record_of(chain, executor="slurm", jobs=known).write(run_dir)
-        numbers = _submit_all(jobs, cluster, tell)
-        record_of(chain, executor="slurm", jobs={**known, **_by_stage(jobs, numbers)}).write(run_dir)
+        record_of(chain, executor="slurm", jobs=known, commands=commands).write(run_dir)
+        known |= _by_stage(jobs, numbers := _submit_all(jobs, cluster, tell))
+        record_of(chain, executor="slurm", jobs=known, commands=commands).write(run_dir)
     return list(numbers)
+
+
+def _commands(jobs: Iterable[Job]) -> dict[str, tuple[str, ...]]:
+    return {stage.name: job.later_command for job in jobs for stage in job.stages if stage.background}
 
 
 def _by_stage(jobs: Iterable[Job], numbers: Mapping[str, str]) -> dict[str, str]:
@@ -64,10 +70,6 @@ def jobs_on_their_way(chain: Chain, run_dir: Path) -> dict[str, str]:
             f"--run-dir, or end them: scancel {' '.join(stage.job for stage in other)}"
         )
     return found
-
-
-def _known_jobs(run_dir: Path) -> dict[str, str]:
-    return read_record(run_dir).jobs() if (run_dir / RECORD_FILE).exists() else {}
 
 
 def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from seal_nb.errors import SealError, SettingsError
 
 TIMEOUT_S = 60.0
+OF_A_JOB = re.compile("SLURM|SRUN_|SEAL_SERVER_JOB$|(CUDA|ROCR|ZE)_|GPU_DEVICE_ORDINAL$")
 # Everything else is an end. man squeue, JOB STATE CODES.
 LIVE = {
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING",
@@ -33,7 +34,7 @@ class JobState:
     reason: str  # why it waits or failed; "None" where there is no reason
     exit_code: int
     signal: int
-    node: str
+    node: str  # or nodes: node[1-2]
     restarts: int
 
     @property
@@ -46,6 +47,11 @@ def submit(command: Sequence[str], *, folder: Path, env: Mapping[str, str]) -> s
     return (
         _call(command, folder=folder, env=env).strip().split(";")[0]
     )  # NUMBER;CLUSTER where there are several
+
+
+def requeue(job: str) -> None:
+    """A job that runs or has ended, under its number; with ``_0`` the whole array."""
+    _call(["scontrol", "requeue", job.partition("_")[0]])
 
 
 def cancel(jobs: Iterable[str]) -> None:
@@ -68,7 +74,7 @@ def read_job(line: str) -> JobState:
     """One line of ``scontrol -o show job``."""
     fields = dict(re.findall(r"(\w+)=(\S*)", line))
     code, _, signal = fields.get("ExitCode", "0:0").partition(":")
-    node = fields.get("BatchHost", "") or fields.get("NodeList", "")
+    node = fields.get("NodeList", "")
     return JobState(
         state=fields["JobState"],
         reason=fields.get("Reason", "None"),
@@ -77,6 +83,15 @@ def read_job(line: str) -> JobState:
         node="" if node == "(null)" else node,
         restarts=int(fields.get("Restarts", 0)),
     )
+
+
+def outside_of_jobs(env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` without what SLURM told the job that we are in: a job submitted from here would inherit it."""
+    return {
+        name: value
+        for name, value in env.items()
+        if name in ("SLURM_CONF", "SLURM_CLUSTERS") or not OF_A_JOB.match(name)
+    }
 
 
 def read_site(path: Path) -> dict[str, str]:

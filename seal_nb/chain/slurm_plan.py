@@ -7,7 +7,7 @@ A stage starts when what it needs has ended well (``afterok``); one that can nev
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,27 +18,58 @@ from seal_nb.notebook_runner import format_value
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where jobs come from, and how much of a server there is."""
+    """Where jobs come from, and over how many nodes servers and trainings go."""
 
     project: Path  # the checkout; jobs start in it
     site_file: Path
     site: Mapping[str, str]  # what the site file exports
     server_nodes: int = 1
+    sft_nodes: int = 1  # of a ReST-EM training
     idle_timeout_s: float = 1800.0  # a server without a client ends itself
 
     def __post_init__(self) -> None:
-        if self.server_nodes < 1:
-            raise SettingsError(f"server_nodes is {self.server_nodes}; it must be at least 1")
+        for name in ("server_nodes", "sft_nodes"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
-    def workers_a_node(self) -> int:
-        """One for each GPU; on CPUs one."""
+    def gpus_a_node(self) -> int:
         gpus = self.site.get("SEAL_GPUS", "1").rpartition(":")[2]  # 2 or a100:2
         if not gpus.isdecimal():
             raise SettingsError(
                 f"SEAL_GPUS of {self.site_file} is {self.site['SEAL_GPUS']!r}; write 2 or a100:2"
             )
-        return max(1, int(gpus))
+        return int(gpus)
+
+    @property
+    def workers_a_node(self) -> int:
+        """One for each GPU; on CPUs one."""
+        return max(1, self.gpus_a_node)
+
+    def training_processes(self, accumulation: int) -> int:
+        """On all nodes together: as many GPUs of each as can share ``accumulation`` micro-batches evenly."""
+        for a_node in range(self.workers_a_node, 0, -1):
+            if accumulation % (a_node * self.sft_nodes) == 0:
+                return a_node * self.sft_nodes
+        raise SettingsError(
+            f"sft_accumulation is {accumulation}, which {self.sft_nodes} nodes cannot share; it counts the "
+            "micro-batches of all processes: give a multiple, or other --sft-nodes"
+        )
+
+    def training_place(self, n_processes: int) -> list[str]:
+        """The options of sbatch for a training: nodes, and on each a GPU for each of its processes."""
+        a_node, rest = divmod(n_processes, self.sft_nodes)
+        if rest or (self.gpus_a_node and a_node > self.gpus_a_node):
+            raise SettingsError(
+                f"sft_processes is {n_processes}, for {self.sft_nodes} nodes with {self.gpus_a_node} GPUs "
+                "each; give all nodes the same number, and each process a GPU"
+            )
+        nodes = [f"--nodes={self.sft_nodes}"] if self.sft_nodes > 1 else []
+        if "SEAL_GPUS" not in self.site:
+            return nodes
+        kind = self.site["SEAL_GPUS"].rpartition(":")[0]
+        gpus = f"{kind}:{a_node}" if kind else str(a_node)
+        return [*nodes, f"--gpus-per-node={gpus if self.gpus_a_node else 0}"]
 
     def script(self, stage: Stage) -> str:
         """``03_query_server`` is run by ``slurm/query_server.sbatch``."""
@@ -77,7 +108,14 @@ class Job:
 
     def command(self, numbers: Mapping[str, str]) -> list[str]:
         """``numbers``: of the jobs that were submitted before, by name."""
-        waits = [*self._dependency(numbers), *self._watch(numbers)]
+        return self._sbatch([*self._dependency(numbers), *self._watch(numbers)])
+
+    @property
+    def later_command(self) -> tuple[str, ...]:
+        """The same once more, when all that it waits for is there."""
+        return tuple(self._sbatch([]))
+
+    def _sbatch(self, waits: Sequence[str]) -> list[str]:
         return ["sbatch", "--parsable", *self.options, *waits, self.script, *self.arguments]
 
     def _dependency(self, numbers: Mapping[str, str]) -> list[str]:
@@ -168,10 +206,15 @@ class _Planned:
             options.append(f"--array={','.join(str(stage.parameters['seed']) for stage in self.stages)}")
         elif is_array:
             options.append(f"--array=0-{self.cluster.server_nodes - 1}")
+        return options + self._place(first, script)
+
+    def _place(self, first: Stage, script: str) -> list[str]:
+        if "n_processes" in first.parameters:
+            return self.cluster.training_place(int(str(first.parameters["n_processes"])))
         asked = self.cluster.asks_for(script)
         if any(option.startswith("--gpus-per-node") for option in asked) and "SEAL_GPUS" in self.cluster.site:
-            options.append(f"--gpus-per-node={self.cluster.site['SEAL_GPUS']}")
-        return options
+            return [f"--gpus-per-node={self.cluster.site['SEAL_GPUS']}"]
+        return []
 
     def _arguments(self, first: Stage) -> list[str]:
         values = first.values(Path(self.cluster.place(self.run_dir)))

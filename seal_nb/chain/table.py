@@ -18,8 +18,8 @@ from seal_nb.runs import content_id, write_json
 
 RUN = "{run}"  # stands for the run's folder in a parameter
 DONE_DIR = ".done"
-# Of a server: how it computes, not what; fewer slots after an OUT_OF_MEMORY undo nothing that is finished.
-MACHINE = frozenset({"n_workers", "n_threads", "n_slots", "endpoint_file", "idle_timeout_s"})
+# How a stage computes, not what: fewer slots after an OUT_OF_MEMORY undo nothing that is finished.
+MACHINE = frozenset({"n_workers", "n_threads", "n_slots", "n_processes", "endpoint_file", "idle_timeout_s"})
 
 
 def in_run(stage: str = "", file: str = "") -> str:
@@ -99,11 +99,7 @@ class Chain:
     def identity(self, stage: Stage) -> str:
         """Depends on what the stage computes and from what, not on where the run's folder lies."""
         made_from = [self.identity(self[name]) for name in stage.needs]
-        own = {
-            name: value
-            for name, value in stage.parameters.items()
-            if not (stage.background and name in MACHINE)
-        }
+        own = {name: value for name, value in stage.parameters.items() if name not in MACHINE}
         return content_id([stage.notebook, own, made_from])
 
 

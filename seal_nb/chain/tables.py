@@ -116,6 +116,8 @@ class _Round:
                 **asked,
                 "model": self.model,
                 "shuffle": self.settings.shuffle,
+                "prompt_key": self.settings.prompt_key,
+                "engine": self.settings.engine,
                 "max_tokens": self.settings.max_tokens,
                 "seed": self.settings.seed,
             },
@@ -136,6 +138,8 @@ class _Round:
                 "n_threads": self.settings.n_threads,
                 "n_slots": self.settings.n_slots,
                 "grader": self.settings.grader,
+                "dtype": self.settings.dtype,
+                "deterministic": self.settings.deterministic,
             },
             needs=self.made_by,
             produces=(ENDPOINT_FILE,),
@@ -196,10 +200,12 @@ class _Round:
 
     def train(self) -> Stage:
         s, rank = self.settings, f"{self.next_label}_rank"
+        together = f" in {s.sft_processes} processes" if s.sft_processes > 1 else ""
         return Stage(
             name=f"{self.next_label}_train",
             notebook="05_rest_em_round",
-            title=f"ReST-EM {self.next_label}: keep each passage's best self-edit, train on writing it",
+            title=f"ReST-EM {self.next_label}: keep each passage's best self-edit, "
+            f"train on writing it{together}",
             parameters={
                 "run_json": in_run(rank, run_file_name(rank, "self_edits")),
                 "model": self.model,
@@ -211,6 +217,7 @@ class _Round:
                 "finetune_lr": s.sft_lr,
                 "batch_size": s.sft_batch_size,
                 "gradient_accumulation_steps": s.sft_accumulation,
+                "n_processes": s.sft_processes,
                 "seed": s.seed,
             },
             needs=(rank, *self.made_by),
@@ -235,6 +242,7 @@ class _Round:
                 "n_sequences": s.n_sequences,
                 "n_datapoints": s.n_datapoints,
                 "arm": s.continual_arm,
+                "prompt_key": s.prompt_key,
                 "max_tokens": s.max_tokens,
                 **self._inner_loop(),
                 "max_new_tokens": s.continual_max_new_tokens,

@@ -1,4 +1,4 @@
-"""``seal-nb submit`` and ``seal-nb chain-status``: a table of stages, run on a cluster or on this machine.
+"""``seal-nb submit``, ``chain-status``, ``restart-server``: a table of stages, on a cluster or this machine.
 
 Prints; the work is in ``seal_nb.chain``.
 """
@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from seal_nb.chain import slurm_jobs
+from seal_nb.chain import slurm_again, slurm_jobs
 from seal_nb.chain.local import run_chain
 from seal_nb.chain.record import read_record, record_of
 from seal_nb.chain.settings import DEMO, ExperimentSettings
@@ -26,6 +26,7 @@ from seal_nb.chain.table import Chain, is_done
 from seal_nb.chain.tables import CHAINS
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import default_notebooks_dir, format_value
+from seal_nb.prompts import find_prompts, self_edit_prompt
 from seal_nb.service.settings import option_type
 
 SHIPPED = "shipped:"
@@ -36,16 +37,21 @@ def submit(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     run_dir: Path = arguments.run_dir
     if arguments.executor == "local":
-        chain = CHAINS[arguments.chain](_settings(arguments))
+        settings = _settings(arguments)
+        chain = CHAINS[arguments.chain](settings)
         if arguments.dry_run:
             return _show_commands(chain, run_dir)
+        _check_inputs(settings, chain, Path.cwd())
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
     cluster = _cluster(arguments)
     settings = _settings(arguments, n_workers=cluster.workers_a_node)
+    if arguments.sft_processes is None:
+        processes = cluster.training_processes(settings.sft_accumulation)
+        settings = replace(settings, sft_processes=processes)
     chain = CHAINS[arguments.chain](settings)
     if arguments.dry_run:
         return print(dry_run(chain, run_dir.resolve(), cluster))
-    _check_datasets(settings, cluster.project)
+    _check_inputs(settings, chain, cluster.project)
     if submit_chain(chain, run_dir.resolve(), cluster, tell=lambda line: print(line, flush=True)):
         print(f"what becomes of it: seal-nb chain-status {run_dir}")
     else:
@@ -59,6 +65,12 @@ def chain_status(run_dir: Path) -> int:
     for line in status_lines(record, statuses, run_dir):
         print(line)
     return int(any(status.is_bad for status in statuses))
+
+
+def restart_server(folder: Path) -> None:
+    """Print the number of its job and nothing else: a job's script reads it."""
+    project = Path.cwd()
+    print(slurm_again.restart_server(folder, project=project, tell=lambda line: print(line, file=sys.stderr)))
 
 
 def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
@@ -121,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where jobs start, with slurm/ and its site.sh in it (default: the checkout)",
     )
     parser.add_argument("--server-nodes", type=int, default=1, help="nodes of a TTT server (default: 1)")
+    parser.add_argument("--sft-nodes", type=int, default=1, help="nodes of a ReST-EM training (default: 1)")
     parser.add_argument(
         "--idle-timeout-s", type=float, default=1800.0, help="a server ends after so long without a client"
     )
@@ -158,12 +171,12 @@ def _settings(arguments: argparse.Namespace, **machine: int) -> ExperimentSettin
         for field in fields(ExperimentSettings)
         if (value := getattr(arguments, field.name)) is not None
     }
-    for name in ("model", "train_dataset", "val_dataset"):
+    for name in ("model", "train_dataset", "val_dataset", "prompt_key"):
         if name in given and arguments.executor == "slurm":
             given[name] = _seen_from(arguments.project.resolve(), given[name])
     if arguments.small:
         return replace(DEMO, **{**machine, **given})
-    given = {"n_workers": 1, "n_threads": 1, **machine, **given}
+    given = {"n_workers": 1, "n_threads": 1, "sft_processes": 1, **machine, **given}
     if arguments.chain != "rest_em" and "val_dataset" in given:
         given.setdefault("train_dataset", given["val_dataset"])  # nothing is trained on it
     required = [field.name for field in fields(ExperimentSettings) if field.default is MISSING]
@@ -188,12 +201,18 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
         site_file=site_file,
         site=slurm_jobs.read_site(site_file),
         server_nodes=arguments.server_nodes,
+        sft_nodes=arguments.sft_nodes,
         idle_timeout_s=arguments.idle_timeout_s,
     )
 
 
-def _check_datasets(settings: ExperimentSettings, project: Path) -> None:
+def _check_inputs(settings: ExperimentSettings, chain: Chain, project: Path) -> None:
     """Now, not after hours in a queue. Raises: SettingsError."""
+    in_file = project / settings.prompt_key
+    prompt_key = str(in_file) if in_file.is_file() else settings.prompt_key
+    find_prompts(prompt_key)
+    if settings.continual_arm == "self_edits" and any(stage.notebook.startswith("06") for stage in chain):
+        self_edit_prompt(prompt_key, title="", context="")  # one prompt for all edits: no family
     for name in ("train_dataset", "val_dataset"):
         value = getattr(settings, name)
         if not value.startswith(SHIPPED) and not (project / value).is_file():

@@ -1,8 +1,8 @@
 """The same training in several processes: `accelerate launch` as a child, for a notebook.
 
 On GPUs the shipped configuration shards the model over them (FSDP, or DeepSpeed ZeRO-3); on CPUs the
-processes talk over gloo and each holds a whole model. A batch job runs the same command itself
-(slurm/accelerate_*.yaml). A single process of its own gives its memory back when it ends."""
+processes talk over gloo and each holds a whole model. In a SLURM job over several nodes `srun` starts it on
+each of them. A single process of its own gives its memory back when it ends."""
 
 import importlib.util
 import os
@@ -32,7 +32,8 @@ def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> Sft
 
 
 def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = None) -> SftResult:
-    """Train in `n_processes` on this machine; what they say goes to `<model_dir>.log`.
+    """Train in `n_processes` on this machine, or on the nodes of this job; what they say goes to
+    `<model_dir>.log`.
 
     A model folder that this very training made is taken as it is. Raises: SettingsError before the start,
     EngineError with the end of the log if a process failed.
@@ -61,17 +62,20 @@ def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = N
 
 
 def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[str]:
-    """The command line; `config` is an accelerate configuration, by default the shipped one that fits."""
+    """The command line; `config` is an accelerate configuration, by default the shipped one that fits.
+
+    Raises: SettingsError where the nodes of this job cannot share the processes.
+    """
     if n_processes == 1:
         return [sys.executable, "-m", MODULE, *replace(job, parent_pid=os.getpid()).options()]
     options = {
         "config_file": config or launch_config("fsdp"),
         "num_processes": n_processes,
         "num_cpu_threads_per_process": job.n_threads,
-        "main_process_port": 0,  # a free one
     }
     given = [f"--{name}={value}" for name, value in options.items()]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    launch = _on_nodes(n_nodes, n_processes) if n_nodes > 1 else _here()
     return [*launch, *given, "-m", MODULE, *job.options()]
 
 
@@ -89,9 +93,29 @@ def launch_config(sharding: str) -> Path:
     return shipped_config(sharding if torch.cuda.is_available() else "cpu")
 
 
+def _here() -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]  # a free one
+
+
+def _on_nodes(n_nodes: int, n_processes: int) -> list[str]:
+    """One `accelerate launch` on each node; slurm/accelerate.sh tells it which one it is on."""
+    if n_processes % n_nodes:
+        raise SettingsError(
+            f"n_processes is {n_processes}, which this job's {n_nodes} nodes cannot share; give a multiple"
+        )
+    place = [f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun itself does not take it over
+        place.append(f"--cpus-per-task={cpus}")
+    return ["srun", *place, str(_shipped("accelerate.sh"))]
+
+
 def shipped_config(name: str) -> Path:
     """`slurm/accelerate_<name>.yaml` of the checkout. Raises: SettingsError where there is none."""
-    path = Path(__file__).resolve().parents[2] / "slurm" / f"accelerate_{name}.yaml"
+    return _shipped(f"accelerate_{name}.yaml")
+
+
+def _shipped(name: str) -> Path:
+    path = Path(__file__).resolve().parents[2] / "slurm" / name
     if not path.is_file():
         raise SettingsError(f"no {path.name} in {path.parent}; run from a checkout, or give a configuration")
     return path

@@ -60,13 +60,16 @@ class SftSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SftResult:
-    """model_dir: the new model; losses: training loss by optimiser step, nats per token in the loss."""
+    """model_dir: the new model; losses: training loss by optimiser step, nats per token in the loss;
+    n_tokens: trained on, all epochs together; n_processes: that met for it.
+    """
 
     model_dir: Path
     losses: tuple[float, ...]
     n_steps: int
     n_examples: int
-    n_tokens: int  # trained on, all epochs together
+    n_tokens: int
+    n_processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

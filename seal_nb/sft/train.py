@@ -62,6 +62,7 @@ def train_sft(
         n_steps=trainer.state.global_step,
         n_examples=len(rows),
         n_tokens=_real_tokens(trainer.train_dataset),
+        n_processes=processes.num_processes,
     )
     if processes.is_main_process:
         _save_model(folder, checkpoints / "trained", result, made_from, settings.method)

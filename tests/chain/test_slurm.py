@@ -15,6 +15,7 @@ from seal_nb.chain import slurm_jobs
 from seal_nb.chain.record import marked_when_done, read_record, record_of
 from seal_nb.chain.settings import DEMO
 from seal_nb.chain.slurm import submit_chain
+from seal_nb.chain.slurm_again import restart_server
 from seal_nb.chain.slurm_jobs import JobState, SlurmError
 from seal_nb.chain.slurm_plan import Cluster, Job, plan
 from seal_nb.chain.slurm_text import dry_run
@@ -24,6 +25,7 @@ from seal_nb.chain.tables import continual_chain, evaluation_chain, rest_em_chai
 from seal_nb.commands.submit import submit
 from seal_nb.errors import DataError, RunMismatch, SettingsError
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
+from seal_nb.service.link import WorkerSettings
 from tests.chain.test_tables import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,9 +94,56 @@ def test_server_on_several_nodes_is_an_array_whose_first_task_is_asked() -> None
     assert server.part == "_0"
 
 
+def training(n_processes: int, **place: object) -> Job:
+    """The job of round 1's training, in so many processes."""
+    chain = rest_em_chain(replace(SMALL, sft_accumulation=n_processes, sft_processes=n_processes))
+    jobs = plan(chain, Path("/x"), cluster(**place), on_their_way={})
+    return next(job for job in jobs if job.name == "round1_train")
+
+
+def test_training_is_one_job_over_its_nodes_with_a_gpu_for_each_process() -> None:
+    job = training(8, sft_nodes=4)
+    assert job.options[-2:] == ("--nodes=4", "--gpus-per-node=a100:2")
+    assert ("-p", "n_processes", "8") in zip(
+        job.arguments, job.arguments[1:], job.arguments[2:], strict=False
+    )
+
+
+def test_training_on_one_node_takes_as_many_of_its_gpus_as_it_has_processes() -> None:
+    assert training(1).options[-1] == "--gpus-per-node=a100:1"
+    assert not [option for option in training(2).options if option.startswith("--nodes")]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "accumulation", "expected"),
+    [("2", 1, 10, 2), ("4", 1, 10, 2), ("8", 1, 10, 5), ("h100:8", 2, 16, 16), ("8", 2, 10, 10),
+     ("0", 2, 10, 2)],
+)  # fmt: skip
+def test_training_takes_the_most_gpus_that_can_share_its_steps_evenly(
+    gpus: str, nodes: int, accumulation: int, expected: int
+) -> None:
+    place = cluster(site={"SEAL_GPUS": gpus}, sft_nodes=nodes)
+    assert place.training_processes(accumulation) == expected
+
+
+def test_training_that_nodes_or_processes_cannot_share_is_refused_before_the_queue() -> None:
+    with pytest.raises(SettingsError, match="sft_accumulation is 10, which 3 nodes cannot share"):
+        cluster(sft_nodes=3).training_processes(10)
+    with pytest.raises(SettingsError, match="sft_accumulation is 10, which 4 sft_processes cannot share"):
+        replace(SMALL, sft_accumulation=10, sft_processes=4)
+    with pytest.raises(SettingsError, match="sft_processes is 3, for 2 nodes with 2 GPUs each"):
+        training(3, sft_nodes=2)
+    with pytest.raises(SettingsError, match="sft_processes is 6, for 2 nodes with 2 GPUs each"):
+        training(6, sft_nodes=2)
+    with pytest.raises(SettingsError, match="sft_nodes is 0; it must be at least 1"):
+        cluster(sft_nodes=0)
+
+
 def test_only_jobs_whose_script_wants_gpus_get_those_of_the_site() -> None:
     with_gpus = {
-        name for name, job in jobs_of(rest_em_chain(SMALL)).items() if "--gpus-per-node=a100:2" in job.options
+        name
+        for name, job in jobs_of(rest_em_chain(SMALL)).items()
+        if any(option.startswith("--gpus-per-node=a100:") for option in job.options)
     }
     assert {re.sub(r"^(base|round1)_", "", name) for name in with_gpus} == {
         "self_edits", "self_edits_train", "server", "train",
@@ -154,15 +203,17 @@ def test_shipped_example_of_a_site_can_be_read() -> None:
     assert set(slurm_jobs.read_site(ROOT / "slurm/site.example.sh")) == {"SEAL_GPUS", "SEAL_MAX_RESTARTS"}
 
 
-# sbatch that numbers jobs and refuses a CPT; scontrol and scancel that note how they were called.
+# sbatch that numbers jobs, notes how it was called, refuses a CPT; scontrol that knows jobs that have a file.
 FAKES = {
     "sbatch": """
+echo "$* array=$SLURM_ARRAY_TASK_ID gpus=$CUDA_VISIBLE_DEVICES limit=$SBATCH_TIMELIMIT" >>submitted
 if [[ "$*" = *cpt.sbatch* ]]; then echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1; fi
 number=$(($(cat numbers 2>/dev/null || echo 100) + 1))
 echo $number >numbers
 echo $number""",
     "scancel": 'echo "$@" >cancelled',
     "scontrol": """
+if [ "$1" = requeue ]; then echo "$2" >>requeued; exit; fi
 cat "job$4" 2>/dev/null && exit
 echo "slurm_load_jobs error: Invalid job id specified" >&2
 exit 1""",
@@ -203,6 +254,84 @@ def test_jobs_with_other_settings_on_their_way_are_named(fakes: Path) -> None:
     assert "base_server" not in submit_chain(chain, fakes / "run", place, tell=print)
 
 
+def with_a_server(fakes: Path, nodes: int = 1) -> tuple[Path, str]:
+    """The folder of a submitted server, and its job, which the fake SLURM has forgotten already."""
+    (fakes / "slurm").unlink()
+    shutil.copytree(ROOT / "slurm", fakes / "slurm")
+    (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2 SBATCH_TIMELIMIT=60\n")
+    place = cluster(project=fakes, server_nodes=nodes)
+    submit_chain(continual_chain(SMALL), fakes / "run", place, tell=print)
+    return fakes / "run/base_server", read_record(fakes / "run").jobs()["base_server"]
+
+
+def again(folder: Path) -> str:
+    return restart_server(folder, project=Path.cwd(), tell=print)
+
+
+def test_forgotten_server_is_submitted_once_more_without_waiting_and_then_it_is_the_chain_s(
+    fakes: Path,
+) -> None:
+    folder, first = with_a_server(fakes)
+    earlier = (fakes / "submitted").read_text()
+    second = again(folder)
+    assert int(second) > int(first)
+    said = (fakes / "submitted").read_text().removeprefix(earlier)
+    assert "slurm/ttt_server.sbatch -p output_dir run/base_server" in said
+    assert "--dependency" not in said
+    assert read_record(fakes / "run").jobs()["base_server"] == second
+    (fakes / f"job{second}").write_text(f"JobId={second} JobState=PENDING Reason=Resources\n")
+    assert again(folder) == second  # another late client joins it
+    assert (fakes / "submitted").read_text() == earlier + said
+
+
+def test_server_submitted_from_a_job_inherits_the_site_and_nothing_of_that_job(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = with_a_server(fakes)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "43")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    again(folder)
+    assert (fakes / "submitted").read_text().endswith(" array= gpus= limit=60\n")
+
+
+def test_forgotten_server_over_several_nodes_is_an_array_again(fakes: Path) -> None:
+    folder, first = with_a_server(fakes, nodes=2)
+    second = again(folder)
+    assert first.endswith("_0") and second.endswith("_0") and first != second
+    assert "--array=0-1" in (fakes / "submitted").read_text().splitlines()[-1]
+
+
+def test_server_that_slurm_still_knows_is_queued_again_under_its_number(fakes: Path) -> None:
+    folder, job = with_a_server(fakes, nodes=2)
+    (fakes / f"job{job}").write_text("JobId=1 JobState=COMPLETED Reason=None\n")
+    assert again(folder) == job
+    assert (fakes / "requeued").read_text() == job.removesuffix("_0") + "\n"
+
+
+def test_server_that_failed_is_not_started_again(fakes: Path) -> None:
+    folder, job = with_a_server(fakes)
+    (fakes / f"job{job}").write_text("JobId=1 JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0\n")
+    with pytest.raises(SlurmError, match=f"job {job} is FAILED; look at .*02_ttt_server-{job}.log"):
+        again(folder)
+
+
+def test_folder_of_no_server_is_not_started_again(fakes: Path) -> None:
+    folder, _ = with_a_server(fakes)
+    with pytest.raises(SettingsError, match="not that of a submitted server"):
+        again(folder.parent / "results")
+    with pytest.raises(DataError, match="no chain was submitted here"):
+        again(fakes / "elsewhere/base_server")
+
+
+def test_command_of_a_server_is_kept_when_the_rest_is_submitted_again(fakes: Path) -> None:
+    _, job = with_a_server(fakes)
+    before = read_record(fakes / "run").commands()
+    (fakes / f"job{job}").write_text(f"JobId={job} JobState=RUNNING Reason=None\n")
+    submit_chain(continual_chain(SMALL), fakes / "run", cluster(project=fakes), tell=print)
+    assert read_record(fakes / "run").commands() == before
+    assert set(before) == {"base_server"}
+
+
 def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SlurmError, match="no scontrol here"):
@@ -218,6 +347,8 @@ def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
          {"state": "FAILED", "reason": "NonZeroExitCode", "exit_code": 3, "node": "node1"}),
         ("JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15 NodeList=n BatchHost=n",
          {"state": "TIMEOUT", "reason": "TimeLimit", "signal": 15, "node": "n"}),
+        ("JobId=7 JobState=RUNNING Reason=None ReqNodeList=n9 NodeList=node[1-2] BatchHost=node1",
+         {"state": "RUNNING", "node": "node[1-2]"}),
         ("JobId=7 JobState=PENDING Reason=Dependency ExitCode=0:0 NodeList=(null)",
          {"state": "PENDING", "reason": "Dependency", "node": ""}),
     ],
@@ -340,6 +471,19 @@ def test_dataset_that_is_no_file_is_refused_before_the_queue(fakes: Path) -> Non
         submit([*words, "--project", str(fakes)])
 
 
+def test_prompt_that_there_is_not_is_refused_before_the_queue(fakes: Path) -> None:
+    with_a_server(fakes)
+    words = ["evaluation", "--run-dir", "other", "--small", "--project", str(fakes)]
+    with pytest.raises(SettingsError, match="unknown prompt_key 'implicatons'"):
+        submit([*words, "--prompt-key", "implicatons"])
+    with pytest.raises(SettingsError, match="prompt_key 'spa' is a family of 7 prompts"):
+        submit(["continual", *words[1:], "--prompt-key", "spa"])
+    (fakes / "mine.txt").write_text("{title}\n{context}\nIn short:")
+    with pytest.raises(SlurmError, match="'base_cpt' was refused"):
+        submit([*words, "--prompt-key", "mine.txt"])
+    assert "-p prompt_key mine.txt" in (fakes / "submitted").read_text()
+
+
 def test_setting_without_a_default_is_asked_for(fakes: Path) -> None:
     with pytest.raises(SettingsError, match="--model, --train-dataset, --val-dataset not given"):
         submit(["rest_em", "--run-dir", "run", "--executor", "local"])
@@ -395,9 +539,6 @@ def test_shown_call_of_a_script_has_parameters_of_its_notebook(script: str, word
     assert (ROOT / f"slurm/{script}.sbatch").is_file()
     notebooks = [path for path in default_notebooks_dir().glob("*.ipynb") if path.stem[3:] == script]
     names = {words[at + 1]: "1" for at, word in enumerate(words) if word == "-p"}
-    if script == "sft":
-        assert not names
-        return
     (notebook,) = notebooks
     declared = declared_parameters(notebook)
     assert set(names) <= set(declared)
@@ -411,15 +552,14 @@ def test_defaults_that_scripts_pass_are_parameters_of_their_notebooks() -> None:
             passed = re.findall(r"-p (\w+) (\S+)", rest)
             assert {name for name, _ in passed} <= set(declared), path.name
     server = declared_parameters(default_notebooks_dir() / "02_ttt_server.ipynb")
-    assert {
-        "n_workers",
-        "idle_timeout_s",
-        "model",
-        "n_slots",
-        "n_threads",
-        "max_seq_length",
-        "grader",
-    } <= set(server)
+    passed_on = re.search(r"for name in (.*); do", (ROOT / "slurm/ttt_server.sbatch").read_text())[1].split()
+    assert {"n_workers", "idle_timeout_s", *passed_on} <= set(server)
+
+
+def test_workers_of_other_nodes_are_told_all_that_a_result_depends_on() -> None:
+    passed_on = re.search(r"for name in (.*); do", (ROOT / "slurm/ttt_server.sbatch").read_text())[1].split()
+    assert set(passed_on) >= {"model", "max_seq_length", "grader", "dtype", "deterministic"}
+    assert set(passed_on) <= set(WorkerSettings.__dataclass_fields__)
 
 
 def test_dry_run_here_shows_a_command_a_stage_and_starts_none(

@@ -32,6 +32,7 @@ PUBLISHED = rest_em_chain(
         shuffle=True,
         n_workers=2,
         n_threads=1,
+        sft_processes=2,
     )
 )
 BOTH = [*STAGES, *PUBLISHED]
@@ -104,6 +105,28 @@ def test_change_of_a_count_reruns_what_depends_on_it_and_nothing_else() -> None:
     assert changed == ["continual", "results"]
 
 
+def test_number_of_processes_of_a_training_reaches_it_and_undoes_nothing() -> None:
+    chain = rest_em_chain(replace(DEMO, sft_accumulation=4, sft_processes=2))
+    trainings = [stage for stage in chain if stage.notebook == "05_rest_em_round"]
+    assert [asked(stage)["n_processes"] for stage in trainings] == [2, 2]
+    assert all("in 2 processes" in stage.title for stage in trainings)
+    other = rest_em_chain(replace(DEMO, sft_accumulation=4, sft_processes=4))
+    assert [chain.identity(stage) for stage in chain] == [other.identity(stage) for stage in other]
+
+
+def test_prompt_and_engine_reach_every_stage_that_writes_self_edits() -> None:
+    chain = rest_em_chain(replace(DEMO, prompt_key="rewrite", engine="vllm"))
+    writers = [asked(stage) for stage in chain if stage.notebook == "01_create_self_edits"]
+    assert [(values["prompt_key"], values["engine"]) for values in writers] == [("rewrite", "vllm")] * 5
+    assert asked(chain["continual"])["prompt_key"] == "rewrite"
+
+
+def test_numbers_of_the_inner_loop_reach_every_server() -> None:
+    chain = rest_em_chain(replace(DEMO, dtype="float32", deterministic=True))
+    servers = [asked(stage) for stage in chain if stage.notebook == "02_ttt_server"]
+    assert [(values["dtype"], values["deterministic"]) for values in servers] == [("float32", True)] * 3
+
+
 def test_grader_reaches_every_server_and_padding_every_inner_loop() -> None:
     chain = rest_em_chain(replace(DEMO, grader="judge:gpt-4.1", padding_in_loss=True))
     servers = [asked(stage)["grader"] for stage in chain if stage.notebook == "02_ttt_server"]
@@ -135,7 +158,8 @@ def test_grader_reaches_every_server_and_padding_every_inner_loop() -> None:
         (
             "round2_train",
             {"lora_rank": 64, "lora_alpha": 128, "target_modules": ["all-linear"], "finetune_epochs": 2}
-            | {"finetune_lr": 3e-4, "batch_size": 1, "gradient_accumulation_steps": 10, "k_best": 1},
+            | {"finetune_lr": 3e-4, "batch_size": 1, "gradient_accumulation_steps": 10, "k_best": 1}
+            | {"n_processes": 2},
         ),
         (
             "continual_seed49",
@@ -179,3 +203,10 @@ def test_an_arm_that_does_not_exist_is_refused() -> None:
         replace(DEMO, arms=("self_edits", "handwritten"))
     with pytest.raises(SettingsError, match="arms is empty"):
         replace(DEMO, arms=())
+
+
+def test_setting_that_no_stage_takes_is_refused() -> None:
+    with pytest.raises(SettingsError, match="engine is 'openai'; in a chain the model itself writes"):
+        replace(DEMO, engine="openai")
+    with pytest.raises(SettingsError, match="dtype is 'fp16'; it must be one of auto, float32"):
+        replace(DEMO, dtype="fp16")

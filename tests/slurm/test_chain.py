@@ -15,11 +15,12 @@ RUN = "runs/round"
 COUNTS = {
     "n-rounds": 1, "n-train": 1, "n-val": 1, "k-completions": 2, "cpt-completions": 1, "eval-times": 1,
     "arms": "self_edits,hand_written", "max-tokens": 24, "max-new-tokens": 16, "finetune-epochs": 2,
-    "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "continual-seeds": "42,43", "n-sequences": 1,
-    "n-datapoints": 1, "continual-max-new-tokens": 8, "n-workers": 1,
+    "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "sft-accumulation": 2, "continual-seeds": "42,43",
+    "n-sequences": 1, "n-datapoints": 1, "continual-max-new-tokens": 8, "n-workers": 1,
+    "server-nodes": 2, "sft-nodes": 2, "idle-timeout-s": 10,
 }  # fmt: skip
 OPTIONS = [word for name, value in COUNTS.items() for word in (f"--{name}", str(value))]
-CHAIN = ("rest_em", "--run-dir", RUN, "--small", "--server-nodes", "2", "--idle-timeout-s", "20", *OPTIONS)
+CHAIN = ("rest_em", "--run-dir", RUN, "--small", *OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_numbers_of_all_jobs_and_what_they_wait_for_are_said(said: str, project:
 def test_every_script_of_a_stage_ran_as_shipped(said: str, project: Project, slurm: Cluster) -> None:
     ran = {Path(slurm.job(job)["Command"]).name for job in read_record(project.path(RUN)).jobs().values()}
     shipped = {path.name for path in project.path("slurm").glob("*.sbatch")}
-    assert ran == shipped - {"sft.sbatch"}
+    assert ran == shipped
 
 
 def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(
@@ -104,6 +105,16 @@ def test_the_model_of_the_round_is_what_the_next_stages_used(said: str, project:
     )
     assert before != after
     assert project.json(f"{RUN}/continual_seed42/summary_continual.json")["base_model"] == after
+
+
+def test_training_of_the_round_was_one_job_whose_two_nodes_met(
+    said: str, project: Project, slurm: Cluster
+) -> None:
+    job = slurm.job(read_record(project.path(RUN)).jobs()["round1_train"])
+    assert (job["NumNodes"], job["NodeList"]) == ("2", "node[1-2]")
+    trained = project.json(f"{RUN}/round1_train/model/sft_result.json")
+    assert trained["n_processes"] == 2
+    assert len(trained["losses"]) == trained["n_steps"] == 1  # one passage, its best self-edit
 
 
 def test_results_have_every_run_of_the_chain(said: str, project: Project) -> None:

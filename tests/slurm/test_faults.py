@@ -6,7 +6,9 @@ must end with the results of a run to which nothing happened.
 
 import contextlib
 import json
+import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,21 +65,31 @@ class Round:
 
     def wait_until_in_the_middle(self) -> None:
         eventually(lambda: lines_of(self.journal) >= 2, "no inner loop is answered")
-        assert lines_of(self.journal) < N_LOOPS, "the round is over before anything could happen to it"
+        self.must_not_be_over()
+
+    def must_not_be_over(self) -> None:
+        """By the server's own record: the client learns of a result later."""
+        n_done = lines_of(self.project.path(f"{self.folder}/server/results.journal.jsonl"))
+        assert n_done < N_LOOPS, "the round is over before anything could happen to it"
 
     @contextlib.contextmanager
-    def server_standing_still(self) -> Iterator[None]:
+    def standing_still_in_the_middle(self) -> Iterator[None]:
         """Meanwhile no inner loop goes on, but the server answers."""
-        workers = [p for p in self.slurm.processes() if "seal_nb.service.worker" in p.cmdline()]
-        assert workers
+        workers = eventually(self.workers, "no worker has started")  # before: looking for them takes a while
+        self.wait_until_in_the_middle()
         for worker in workers:
             worker.suspend()
         try:
+            time.sleep(1)  # what was on its way is written
+            self.must_not_be_over()
             yield
         finally:
             for worker in workers:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     worker.resume()
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in self.slurm.processes() if "seal_nb.service.worker" in p.cmdline()]
 
     def results(self) -> list[Any]:
         """All answers and verdicts of the client's run file."""
@@ -168,14 +180,14 @@ def test_client_and_server_out_of_time_are_queued_again_and_go_on(
 ) -> None:
     one = new_round("time_limit")
     server, client = one.start_server(), one.start_client()
-    one.wait_until_in_the_middle()
-    with one.server_standing_still():  # SLURM looks at time limits twice a minute
-        for job in (server, client):  # their scripts want a signal five minutes before, which is now
-            slurm.run("scontrol", "update", f"jobid={job}", "timelimit=4")
-        for job in (server, client):
-            eventually(lambda job=job: slurm.job(job)["Restarts"] == "1", f"job {job} is not queued again")
-    for job in (server, client):
-        slurm.run("scontrol", "update", f"jobid={job}", "timelimit=60")
+    with one.standing_still_in_the_middle():  # SLURM looks at time limits twice a minute
+        # Their scripts want a signal five minutes before, which is now. One call, so one look finds both.
+        slurm.run("scontrol", "update", f"jobid={client},{server}", "timelimit=4")
+        eventually(lambda: slurm.job(client)["Restarts"] == "1", "the client is not queued again")
+        # At once, since the next run would get its signal half a minute later.
+        slurm.run("scontrol", "update", f"jobid={client}", "timelimit=60")
+    eventually(lambda: slurm.job(server)["Restarts"] == "1", "the server is not queued again")
+    slurm.run("scontrol", "update", f"jobid={server}", "timelimit=60")
     slurm.wait(client, "COMPLETED")
     slurm.run("scancel", server)
     for log in one.project.path(one.folder).glob("*/0*.log"):
@@ -286,6 +298,42 @@ def test_server_that_cannot_start_ends_its_clients_and_what_needs_them(
     status = project.seal_nb("chain-status", "runs/no_server").stdout
     assert f"the server (job {jobs['base_server']}) has ended" in status
     assert "ServerFailed" in status
+
+
+@pytest.fixture
+def forgetful(slurm: Cluster) -> Iterator[Cluster]:
+    """A SLURM that forgets jobs soon after their end; on a busy cluster that takes some minutes."""
+    file = slurm.folder / "slurm.conf"
+    before = file.read_text()
+    file.write_text(re.sub("^MinJobAge=.*", "MinJobAge=2", before, flags=re.MULTILINE))
+    slurm.run("scontrol", "reconfigure")
+    yield slurm
+    file.write_text(before)
+    slurm.run("scontrol", "reconfigure")
+
+
+def test_clients_that_come_after_slurm_has_forgotten_their_idle_server_have_it_submitted_once_more(
+    project: Project, tiny_model: str, forgetful: Cluster
+) -> None:
+    run, slurm = project.path("runs/forgotten"), forgetful
+    done = chain_of(project, "forgotten", tiny_model, "--idle-timeout-s", "8")
+    assert done.returncode == 0, done.stderr
+    first = read_record(run).jobs()
+    clients = f"{first['base_evaluate']},{first['base_cpt']}"
+    slurm.run("scontrol", "hold", clients)  # as if the cluster were full
+    server = ("scontrol", "show", "job", first["base_server"])
+    eventually(lambda: "Invalid job id" in slurm.run(*server).stderr, "the idle server is not forgotten", 240)
+    slurm.run("scontrol", "release", clients)
+    eventually(lambda: not slurm.queue(), "the chain has not ended", 240)
+
+    status = project.seal_nb("chain-status", "runs/forgotten").stdout
+    assert status.startswith("chain evaluation: 4 of 4 stages done")
+    second = read_record(run).jobs()
+    assert {name for name in first if first[name] != second[name]} == {"base_server"}
+    logs = {path.name for path in (run / "base_server").glob("02_ttt_server-*.log")}
+    assert logs == {f"02_ttt_server-{job}.log" for job in (first["base_server"], second["base_server"])}
+    log = (run / f"base_evaluate/03_query_server-{first['base_evaluate']}.log").read_text()
+    assert f"it is started again as job {second['base_server']}" in log
 
 
 def test_wrong_partition_is_told_and_nothing_is_in_the_queue(project: Project, slurm: Cluster) -> None:
