@@ -69,6 +69,19 @@ class Choice:
         self.self_edit = next((row.index for row in edits if row.is_best), 0)
         self.against = (self.self_edit + 1) % max(len(edits), 1)
 
+    def glance(self) -> dict[str, str]:
+        """What is chosen, in a few numbers for the top of a notebook."""
+        edits = self.inspection.self_edits(self.passage)
+        answers = self.inspection.answers(self.passage, self.self_edit)
+        counted = [sum(row.flip == flip for row in answers) for flip in ("gained", "lost")]
+        disagree = sum(row.graders_disagree for row in answers)
+        return {
+            "passage": self.title,
+            "self-edit": f"{self.self_edit} (of {len(edits)}), {pages.accuracies(edits[self.self_edit])}",
+            "flips": "{} to right, {} to wrong, of {} answers".format(*counted, len(answers)),
+            "graders disagree": f"on {disagree} of {len(answers)}",
+        }
+
     def page(self, view: str) -> str:
         """The HTML of one view of what is chosen."""
         makers = {
