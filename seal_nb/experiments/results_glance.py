@@ -3,7 +3,7 @@
 Each comes from the records of ``comparison``; what is not there has no number. Computes nothing of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seal_nb.experiments.comparison import (
@@ -31,6 +31,16 @@ def glance_rows(sources: Mapping[str, Found], *, prompt_key: str = "") -> list[d
         {"at a glance": what} | {name: number(found, prompt_key) for name, found in sources.items()}
         for what, number in numbers.items()
     ]
+
+
+def best_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The best of a notebook's arms (rows of ``arms.arm_row`` or ``arms.cpt_row``), for its top."""
+    best = max(rows, key=lambda row: row["accuracy"] or 0.0)
+    return {
+        "best arm": "–" if best["accuracy"] is None else f"{best['arm']} {best['accuracy']:.1%}",
+        "its gain": best["gain"] or "–",
+        "ungraded answers": str(sum(row["ungraded"] for row in rows)),
+    }
 
 
 def _best_arm(found: Found, prompt_key: str) -> str | None:

@@ -105,13 +105,18 @@ class Choice:
         """All of what is chosen as tables: the twin of the widget in words."""
         inspection, passage, edit = self.inspection, self.passage, self.self_edit
         edits = inspection.self_edits(passage)
-        compared = [self.compared()] if len(edits) > 1 and self.against != edit else []
+        answers = pages.answers_table(inspection.answers(passage, edit))
+        sequences = pages.sequences_table(inspection.sequences(passage, edit))
+        named = {
+            "self-edits of this passage": pages.self_edits_table(edits, with_text=True),
+            "; ".join(filter(None, (f"answers with self-edit {edit}", answers.caption))): answers,
+            f"the train sequences that self-edit {edit} became": sequences,
+        }
+        if len(edits) > 1 and self.against != edit:
+            named[f"self-edit {edit} against self-edit {self.against}"] = self.compared()
         return [
             pages.passages_table(self.rows),
-            pages.self_edits_table(edits, with_text=True),
-            pages.answers_table(inspection.answers(passage, edit)),
-            pages.sequences_table(inspection.sequences(passage, edit)),
-            *compared,
+            *(replace(table, caption=caption) for caption, table in named.items()),
         ]
 
     def compared(self) -> Table:
