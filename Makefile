@@ -35,9 +35,9 @@ test: $(STAMP)
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests
 
-# lab/ holds the settings by which JupyterLab asks nobody for news, updates or extensions.
+# lab/ holds the settings by which JupyterLab opens at the tour and asks nobody for news, updates or extensions.
 lab: $(STAMP)
-	@JUPYTER_CONFIG_PATH="$(CURDIR)/lab" $(BIN)/jupyter lab $(LAB_FLAGS) notebooks/00_tour.ipynb
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/lab" $(BIN)/jupyter lab $(LAB_FLAGS) notebooks
 
 kernel: $(STAMP)
 	@$(BIN)/python -m ipykernel install --user --name seal-nb --display-name "Python (seal-nb)"
@@ -51,6 +51,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.service_load
 	@$(BIN)/python -m benchmarks.grading
 	@$(BIN)/python -m benchmarks.engines
+	@$(BIN)/python -m benchmarks.inspector
 
 # A vLLM for machines without a GPU, beside the default environment; tests/vllm starts its server from it.
 vllm-env:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.passage_files import SUFFIXES, read_passage_file
 from seal_nb.runs import read_json
 
@@ -68,6 +68,13 @@ def load_passages(source: str | Path) -> list[Passage]:
             f"holds {_kind(data)}, not a list of items", path=path, remedy="give an item or SQuAD v1.1 file"
         )
     return [_passage(_Item(path, index, value)) for index, value in enumerate(data)]
+
+
+def passage_at(passages: Sequence[Passage], index: int) -> Passage:
+    """The passage with this index. Raises: SettingsError where there is none."""
+    if not 0 <= index < len(passages):
+        raise SettingsError(f"passage is {index}; the dataset has {len(passages)}, counted from 0")
+    return passages[index]
 
 
 def published_order(passages: Sequence[Passage], seed: int = PUBLISHED_ORDER_SEED) -> list[Passage]:

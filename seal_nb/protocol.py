@@ -135,8 +135,9 @@ class GenerateRequest(_Received):
 class Command(_Received):
     """Everything that is not work. ``shutdown`` is the published one."""
 
-    cmd: Literal["shutdown", "status", "cancel", "ping"]
+    cmd: Literal["shutdown", "status", "cancel", "ping", "forget"]
     request_id: RequestId | None = Field(None, description="which request to cancel")
+    adapter_names: list[Name] = Field(default=[], description="kept adapters to delete")
 
 
 Work = TTTRequest | GenerateRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, grading, inner_loop, speed_table
+from benchmarks import gpu, grading, inner_loop, inspector, speed_table
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
 from tests.ttt.tiny import save_tiny_model
@@ -162,6 +162,28 @@ def test_grading_bench_asks_every_answer_once_and_then_reads_it_from_the_cache(t
     assert all(0 < row["answers_per_s"] <= row["possible_per_s"] for row in result["judge"])
     assert {row["grader"] for row in result["local"]} == {"local", "exact", "f1", "recall"}
     assert grading.markdown(result).count("\n| ") == 2 + 5
+
+
+def test_inspector_bench_times_every_step_of_a_person(tmp_path: Path) -> None:
+    out = tmp_path / "inspector.json"
+    inspector.main(["--quick", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"].values()
+    assert all(row[key] > 0 for key in inspector.MEANING)
+
+
+def test_inspector_bench_has_runs_of_the_published_sizes() -> None:
+    (round_run, evaluation) = (inspector.run_of_size(*size) for size in inspector.SIZES.values())
+    counts = [
+        (len(run["articles"]), sum(len(article["completions"]) for article in run["articles"]))
+        for run in (round_run, evaluation)
+    ]
+    assert counts == [(50, 250), (200, 200)]
+    assert {row["rep"] for row in round_run["articles"][0]["completions"][0]["questions"]} == {0, 1, 2}
+
+
+def test_inspector_table_in_the_docs_is_the_measured_one() -> None:
+    measured = json.loads((ROOT / "benchmarks/inspector.json").read_text())
+    assert inspector.markdown(measured) in (ROOT / "docs/lab.md").read_text()
 
 
 def test_continual_bench_edits_sequences_side_by_side_and_writes_what_it_cost(tmp_path: Path) -> None:

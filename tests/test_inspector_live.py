@@ -1,9 +1,12 @@
 """Live edits against a real server around the stub inner loop: trained, asked, kept, cancelled, refused."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from seal_nb.experiments.live_edit import (
     edit_request,
     evaluated_edit,
     keep_arm,
+    kept_request,
     question_requests,
     settings_of_run,
 )
@@ -23,7 +27,7 @@ from seal_nb.experiments.rerun import Item, stored_loop
 from seal_nb.experiments.run_files import EvaluatedPassage, read_run, run_from_json
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.summary import summarize
-from seal_nb.experiments.workbench import LiveResult, Step, Workbench
+from seal_nb.experiments.workbench import KEPT_EDITS, LiveResult, Step, Workbench
 from seal_nb.protocol import TTTReply
 from seal_nb.service.launch import TTTServer
 from tests.service.conftest import HASTE, STUB, eventually, trained
@@ -108,28 +112,101 @@ def test_a_failure_of_the_server_is_raised_with_its_remedy(bench: Workbench) -> 
 
 
 def test_a_question_of_one_s_own_goes_to_the_base_and_to_the_kept_adapter() -> None:
-    request = edit_request(CLOCK, Edit(text="one"), model_id="m")
+    request = kept_request(edit_request(CLOCK, Edit(text="one"), model_id="m"), "mine", model_id="m")
     base, adapted = question_requests(CLOCK, "Where?", "", request, model_id="m")
-    assert (base.adapter_stack, adapted.adapter_stack) == ([], [request.adapter_name])
+    assert (base.adapter_stack, adapted.adapter_stack) == ([], ["mine"])
     assert base.eval_questions == adapted.eval_questions
     assert base.eval_questions[0].question == "Topic: Clock\nWhere?" and not base.training_wanted
     assert base.request_id != adapted.request_id
 
 
-def test_other_settings_keep_another_adapter() -> None:
-    names = {
-        edit_request(CLOCK, edit, model_id=model).adapter_name
+def test_other_settings_and_another_model_are_other_requests() -> None:
+    ids = {
+        edit_request(CLOCK, edit, model_id=model).request_id
         for model in ("m", "n")
         for edit in (Edit(text="a"), Edit(text="b"), Edit(text="a", seed=1),
                      Edit(text="a", training=TrainingSettings(finetune_epochs=3)))
     }  # fmt: skip
-    assert len(names) == 8
+    assert len(ids) == 8
+
+
+def adapters(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "adapters").glob("*")}
+
+
+def test_the_last_few_edits_can_be_asked_and_older_ones_leave_nothing_on_the_disk(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    results = [bench.train(CLOCK, Edit(text=f"edit {n}")) for n in range(KEPT_EDITS + 2)]
+    kept = [result.request.adapter_name for result in results[-KEPT_EDITS:]]
+    assert adapters(tmp_path / "run") == set(kept)
+    assert bench.ask(results[2], "Where?").adapter_verdict == "INCORRECT"
+    with pytest.raises(RemoteError, match="no adapter"):
+        bench.ask(results[0], "Where?")
+
+
+def test_an_edit_whose_adapter_is_gone_is_trained_again(bench: Workbench, tmp_path: Path) -> None:
+    for n in (*range(KEPT_EDITS + 1), 0):
+        last = bench.train(CLOCK, Edit(text=f"edit {n}"))
+    assert len(trained(tmp_path)) == KEPT_EDITS + 2
+    assert bench.ask(last, "Where?").question == "Where?"
+
+
+def test_what_was_just_asked_for_again_is_not_the_oldest(bench: Workbench, tmp_path: Path) -> None:
+    first = bench.train(CLOCK, Edit(text="edit 0"))
+    for n in (*range(1, KEPT_EDITS), 0, KEPT_EDITS):
+        bench.train(CLOCK, Edit(text=f"edit {n}"))
+    assert first.request.adapter_name in adapters(tmp_path / "run")
+    assert len(trained(tmp_path)) == KEPT_EDITS + 1
+
+
+def test_another_session_trains_for_itself_and_each_deletes_its_own(bench: Workbench, tmp_path: Path) -> None:
+    mine = bench.train(CLOCK, Edit(text="same"))
+    with Workbench(bench.endpoint, run_dir=tmp_path, timeout_s=30) as other:
+        theirs = other.train(CLOCK, Edit(text="same"))
+        assert adapters(tmp_path / "run") == {mine.request.adapter_name, theirs.request.adapter_name}
+    assert adapters(tmp_path / "run") == {mine.request.adapter_name}
+
+
+def test_a_kernel_that_ends_without_closing_anything_leaves_no_adapter(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    code = (
+        "from tests.test_inspector_live import CLOCK, Edit, Workbench\n"
+        f"bench = Workbench({bench.endpoint!r}, run_dir={str(tmp_path)!r}, timeout_s=30)\n"
+        "print(bench.train(CLOCK, Edit(text='x')).request.adapter_name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("inspector-"), done.stderr
+    assert adapters(tmp_path / "run") == set()
+
+
+def test_a_server_of_one_s_own_begins_without_what_a_killed_kernel_left(tmp_path: Path) -> None:
+    left, other = (tmp_path / "server" / "adapters" / name for name in ("inspector-0-1", "edit-1"))
+    left.mkdir(parents=True)
+    other.mkdir()
+    settings = {"inner_loop": STUB, "n_workers": 1, **HASTE}
+    with Workbench(run_dir=tmp_path, timeout_s=30, **settings) as bench:
+        bench.train(CLOCK, Edit(text="x"))
+        assert not left.exists() and other.is_dir()
+    assert adapters(tmp_path / "server") == {"edit-1"}
+
+
+def test_a_server_that_cannot_delete_adapters_is_no_reason_to_fail(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RemoteError("ProtocolError: field 'cmd' is 'forget'")
+
+    monkeypatch.setattr("seal_nb.service.client.TTTClient.forget", refused)
+    for n in range(KEPT_EDITS + 1):
+        assert bench.train(CLOCK, Edit(text=f"edit {n}")).reply.adapter_accuracy == 1.0
 
 
 @pytest.fixture
 def result() -> LiveResult:
     edit = Edit(text="Ilse built it.\nIn 1893.", seed=7, training=TrainingSettings(lora_rank=4))
-    request = edit_request(CLOCK, edit, model_id="m")
+    request = kept_request(edit_request(CLOCK, edit, model_id="m"), "mine", model_id="m")
     reply = TTTReply(
         baseline_accuracy=0.0, adapter_accuracy=0.5, adapter_gain=0.5, baseline_texts=["no", "no"],
         adapter_texts=["Ilse", "never"], baseline_correct=[False, False], adapter_correct=[True, None],
@@ -151,6 +228,8 @@ def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result:
     (edit,) = run.passages[0].self_edits
     assert (edit.text, edit.made["origin"], edit.made["lora_params"]["rank"]) == (result.edit.text, ARM, 4)
     assert edit.made["repeats"][0]["seed"] == 7 and not {"lora_params", "training"} & set(run.settings)
+    assert edit.made["repeats"][0]["request_id"] == edit_request(CLOCK, result.edit, model_id="m").request_id
+    assert settings_of_run(edit.made) == replace(result.edit.training, soft_scores=True)
     with pytest.raises(DataError, match="not what made it"):
         stored_loop(path, Item.parse("0.0.0"))
     assert run.settings["n_ungraded"] == 1 and run.settings["arm"] == ARM
@@ -161,7 +240,8 @@ def test_edits_are_appended_passage_by_passage_and_the_same_one_once(
 ) -> None:
     path = kept(tmp_path / "run.json", result)
     before = path.read_bytes()
-    assert kept(path, result).read_bytes() == before
+    in_another_session = kept_request(result.request, "theirs", model_id="m")
+    assert kept(path, replace(result, request=in_another_session)).read_bytes() == before
     second = Edit(text="other")
     request = edit_request(OTHER, second, model_id="m")
     reply = result.reply.model_copy(update={"request_id": request.request_id})
@@ -198,6 +278,33 @@ def test_settings_come_from_the_file_under_the_published_names(golden: Path) -> 
     assert (found.max_new_tokens, found.soft_scores, tuple(found.target_modules)) == (12, True, ())
     ours = settings_of_run(open_run(EXAMPLE).settings)
     assert tuple(ours.target_modules) == ("all-linear",) and ours.finetune_epochs == 5
+
+
+HIDDEN = {"chat": True, "padding_in_loss": True, "pad_to": 96, "pad_samples": 4, "max_seq_length": 512,
+          "lora_dropout": 0.1, "end_mask_substring": "A:", "max_new_tokens": 9}  # fmt: skip
+
+
+def test_an_edit_is_trained_with_all_that_the_run_was_trained_with() -> None:
+    of_run = TrainingSettings(**HIDDEN, soft_scores=True)
+    stated = {"lora_params": of_run.lora_params(), "training": of_run.request_fields()}
+    assert settings_of_run(stated) == of_run
+    request = edit_request(CLOCK, Edit(text="x", training=settings_of_run(stated)), model_id="m")
+    assert {name: getattr(request, name) for name in HIDDEN} == HIDDEN
+
+
+def test_an_edit_kept_in_a_run_of_other_settings_has_its_own() -> None:
+    of_run, own = TrainingSettings(chat=True), TrainingSettings(lora_rank=2, pad_samples=3)
+    stated = {"lora_params": of_run.lora_params(), "training": of_run.request_fields()}
+    made = {"lora_params": own.lora_params(), "training": own.request_fields()}
+    assert settings_of_run({**stated, **made}) == replace(own, soft_scores=True)
+    of_an_earlier_version = {"lora_params": own.lora_params()}
+    found = settings_of_run({**stated, **of_an_earlier_version})
+    assert (found.lora_rank, found.chat) == (2, True)
+
+
+def test_settings_that_nobody_knows_and_empty_ones_are_left_out() -> None:
+    stated = {"training": {"of_another_version": 1, "pad_to": None, "chat": True}}
+    assert settings_of_run(stated) == TrainingSettings(chat=True, soft_scores=True)
 
 
 def test_a_file_with_impossible_settings_is_refused() -> None:

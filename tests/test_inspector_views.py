@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def run_of(path: str = "") -> SinglePassageRun:
         {
             "articles": articles,
             "lora_params": params,
+            "training": {"chat": True, "pad_to": 96, "pad_samples": 4, "max_new_tokens": 9},
             "split_newlines": False,
             "model": "m-float32-local-2048",
         },
@@ -132,6 +134,17 @@ def test_every_text_is_escaped_in_every_view(choice: Choice) -> None:
     twin = PassageInspector(choice)._repr_mimebundle_()["text/html"]
     assert all("<script" not in page for page in [*pages, twin])
     assert all("&lt;script&gt;" in page for page in pages)
+
+
+def test_a_glance_says_what_is_chosen_and_follows_it(choice: Choice) -> None:
+    assert choice.glance() == {
+        "passage": f"{EVIL}1",
+        "self-edit": "0 (of 2), accuracy 0% → 100%",
+        "flips": "1 to right, 0 to wrong, of 1 answers",
+        "graders disagree": "on 1 of 1",
+    }
+    choice.self_edit = 1
+    assert choice.glance()["self-edit"] == "1 (of 2), accuracy – → –"
 
 
 def test_an_unknown_view_is_refused(choice: Choice) -> None:
@@ -240,10 +253,25 @@ def test_controls_begin_with_the_self_edit_and_the_settings_of_the_run(edited: L
     assert training.finetune_lr == 0.002 and tuple(training.target_modules) == ("all-linear",)
     assert (training.batch_size, training.gradient_accumulation_steps, training.lora_dropout) == (3, 2, 0.1)
     assert (training.end_mask_substring, training.padding_in_loss) == ("gold", True)
+    assert (training.chat, training.pad_to, training.pad_samples, training.max_new_tokens) == (True, 96, 4, 9)
+    for unseen in ("lora_dropout 0.1", "chat True", "pad_to 96", "end_mask_substring gold"):
+        assert unseen in edited.unseen.value
+    assert "lora_rank" not in edited.unseen.value
     edited.rank.value = 2
     assert edited.edit().training.lora_rank == 2
     edited.inspector.passages.value = 2
     assert edited.text.value == f"first 2 {EVIL}"
+
+
+def test_layers_that_only_the_run_names_stay_chosen(tmp_path: Path) -> None:
+    run = run_of()
+    settings = {**run.settings, "lora_params": {"target_modules": ["q_proj", "up_proj"]}, "training": {}}
+    choice = choose(Inspection(replace(run, settings=settings)), -1, -1, -1, show="all", sort="file order")
+    with Workbench(run_dir=tmp_path) as bench:
+        edit = LiveEdit(PassageInspector(choice), bench, keep_path=tmp_path / "kept.json")
+        assert edit.inspector.box and edit.box
+        assert edit.edit().training.target_modules == ("q_proj", "up_proj")
+        assert edit.edit().training.max_new_tokens == 64 and edit.unseen.value == ""
 
 
 def test_training_shows_the_new_answers_beside_the_old_and_the_edit_in_the_list(edited: LiveEdit) -> None:

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.views import tables
-from seal_nb.views.live import NOT_YET, Glance, Teller
+from seal_nb.views.live import NOT_YET, Glance, Teller, right_of
 from seal_nb.views.tables import Table
 
 TABLE = Table(
@@ -67,7 +67,7 @@ def test_live_progress_is_one_display_that_changes(monkeypatch: pytest.MonkeyPat
     tell("inner loops: 1 of 2")
     tell("<done>")
     assert [how for how, _ in shown] == ["displayed", "updated"]
-    assert 'value="1" max="2"' in shown[0][1] and "&lt;done&gt;" in shown[1][1]
+    assert 'value="1" max="2"' in shown[0][1] and re.search(r"&lt;done&gt;, \d+ s<", shown[1][1])
 
 
 def test_a_glance_at_the_top_is_filled_in_by_a_later_cell_headless_too() -> None:
@@ -86,6 +86,10 @@ def test_a_glance_that_was_never_shown_can_be_filled() -> None:
     glance = Glance("gain")
     glance.fill({"gain": "1"})
     assert glance.values == {"gain": "1"}
+
+
+def test_ungraded_answers_are_neither_right_nor_counted() -> None:
+    assert (right_of([True, None, False]), right_of([None]), right_of([])) == ("1 of 2", "0 of 0", "0 of 0")
 
 
 def test_an_error_of_ours_is_its_message_and_the_way_to_it_without_a_wall() -> None:

@@ -111,6 +111,7 @@ def test_escaped_and_plain_unicode_are_the_same_text():
         (b'{"cmd": ["shutdown"]}', "cmd", "shutdown"),
         (b'{"cmd": "generate"}', "prompts", "missing"),
         (b'{"cmd": "generate", "prompts": ["a"], "top_p": 0}', "top_p", "0"),
+        (b'{"cmd": "forget", "adapter_names": ["../run"]}', "adapter_names.0", "run"),
         (b'{"train": []}', "train_sequences", "train"),
     ],
 )

@@ -20,6 +20,7 @@ from seal_nb.experiments.comparison import (
     seen_rows,
 )
 from seal_nb.experiments.results import ContinualResult, collect_results, results_in
+from seal_nb.experiments.results_glance import glance_rows
 from seal_nb.experiments.run_files import run_from_json
 from seal_nb.prompts import self_edit_prompt
 
@@ -233,3 +234,24 @@ def test_an_answer_nobody_could_grade_is_no_flip() -> None:
     """UNGRADED to right is nothing that the adapter put right: it stands behind the flips."""
     rows = answer_rows(run_from_json(run_file(("?01", "110"))), limit=9)
     assert [row["verdicts"] for row in rows] == ["wrong → right", "right → wrong", "ungraded → right"]
+
+
+def test_a_glance_at_the_published_results_has_the_published_numbers(golden: Path, tmp_path: Path) -> None:
+    sources = {"ours": collect_results(tmp_path), "published": collect_results(golden)}
+    rows = {row["at a glance"]: row for row in glance_rows(sources, prompt_key="implications")}
+    assert {row["ours"] for row in rows.values()} == {None}, "an empty folder has no numbers"
+    said = {what: row["published"] for what, row in rows.items()}
+    assert said["ReST-EM rounds"] == "39.7% (n = 200) → 47.0% (n = 200)"
+    assert said["after the last continual edit"] == "24.7%, never edited 30.7%"
+    assert (
+        said["best arm"].startswith("self-edits, round 2 47.0%") and "not adapted 32.3%" in said["best arm"]
+    )
+    pairs = comparison_rows(evaluations(sources["published"], prompt_key="implications"))
+    real = sum(row["difference"].endswith(": real") for row in pairs)
+    assert said["differences between arms"] == f"{real} of {len(pairs)} are real"
+
+
+def test_a_glance_without_a_graded_answer_has_no_arm(tmp_path: Path) -> None:
+    write(tmp_path, "run_base.json", run_file(("?", "?")))
+    (first, *_) = glance_rows({"ours": collect_results(tmp_path)})
+    assert first == {"at a glance": "best arm", "ours": None}

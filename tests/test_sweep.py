@@ -8,7 +8,7 @@ import pytest
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings
-from seal_nb.experiments.sweep import SweepPoint, sweep_loops, sweep_points, sweep_rows
+from seal_nb.experiments.sweep import SweepPoint, grid_of, sweep_loops, sweep_points, sweep_rows
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
 from seal_nb.views.sweep_plots import sweep_accuracy
@@ -34,6 +34,19 @@ def answered(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]
             after = Answers(texts=["y"], verdicts=[word], gold_logprobs=[-9.0 + training.lora_rank])
             replies[loop.request_id] = build_reply(baseline=before, adapter=after, request_id=loop.request_id)
     return replies
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"lora_rank": 8}', "lora_rank=8"])
+def test_a_grid_that_is_none_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"grid is .*such as \{\"lora_rank\": \[8, 32\]\}"):
+        grid_of(text)
+
+
+def test_a_grid_is_read_as_it_is_written() -> None:
+    assert grid_of('{"finetune_lr": [3e-4], "target_modules": [[], ["all-linear"]]}') == {
+        "finetune_lr": [3e-4],
+        "target_modules": [[], ["all-linear"]],
+    }
 
 
 def test_every_combination_is_a_point_and_alpha_follows_the_rank() -> None:

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.axes import Axes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.views.continual_plots import asked_cells, continual_curve, continual_matrix
 from seal_nb.views.plots import accuracy_across_rounds, accuracy_by_arm, gain_by_passage, gain_histogram
 from seal_nb.views.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
@@ -171,6 +171,11 @@ def test_drawing_leaves_the_global_style_alone_and_needs_no_pyplot() -> None:
 def test_equal_figures_are_equal_files(tmp_path: Path, ending: str) -> None:
     first = save_figure(accuracy_by_arm(ARMS), tmp_path / f"a{ending}").read_bytes()
     assert first == save_figure(accuracy_by_arm(ARMS), tmp_path / f"b{ending}").read_bytes()
+
+
+def test_an_unknown_figure_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="figure format is 'bmp'; known are svg, pdf, png"):
+        save_figure(accuracy_by_arm(ARMS), tmp_path / "a.bmp")
 
 
 def test_table_is_the_same_in_text_html_and_csv(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from seal_nb.experiments.continual_summary import seen_so_far
 from seal_nb.experiments.power import passage_differences, power_of
 from seal_nb.experiments.published_statistics import mean
 from seal_nb.experiments.results import ContinualResult, CptResult, Found, SinglePassageResult
-from seal_nb.metrics import Estimate, accuracy, paired_difference
+from seal_nb.metrics import Difference, Estimate, accuracy, paired_difference
 
 
 def evaluations(found: Found, *, prompt_key: str = "") -> dict[str, SinglePassageResult]:
@@ -99,14 +99,23 @@ def baseline_of(results: Iterable[SinglePassageResult | None]) -> Estimate | Non
 def comparison_rows(arms: dict[str, SinglePassageResult]) -> list[dict[str, Any]]:
     """Every pair of arms over the same passages: the paired difference and what it means, in a sentence."""
     rows = []
-    for second, first in combinations(arms.values(), 2):
-        if _comparable(first, second):
-            difference = paired_difference(first.adapter_P_Q, second.adapter_P_Q)
-            row = {"arm": first.arm, "against": second.arm, "difference": difference.sentence()}
-            differences = passage_differences(first.adapter_P_Q, second.adapter_P_Q)
-            power = power_of(differences) if len(differences) > 1 and not difference.is_real else None
-            rows.append({**row, "to settle it": power.sentence() if power else None})
+    for first, second, difference in comparable_pairs(arms):
+        row = {"arm": first.arm, "against": second.arm, "difference": difference.sentence()}
+        differences = passage_differences(first.adapter_P_Q, second.adapter_P_Q)
+        power = power_of(differences) if len(differences) > 1 and not difference.is_real else None
+        rows.append({**row, "to settle it": power.sentence() if power else None})
     return rows
+
+
+def comparable_pairs(
+    arms: dict[str, SinglePassageResult],
+) -> list[tuple[SinglePassageResult, SinglePassageResult, Difference]]:
+    """(an arm, an earlier one, how much higher the first is) for every two arms over the same passages."""
+    return [
+        (first, second, paired_difference(first.adapter_P_Q, second.adapter_P_Q))
+        for second, first in combinations(arms.values(), 2)
+        if _comparable(first, second)
+    ]
 
 
 def _comparable(first: SinglePassageResult, second: SinglePassageResult) -> bool:

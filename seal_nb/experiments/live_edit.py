@@ -1,12 +1,12 @@
 """One self-edit changed by hand: trained at once, asked at once, and kept as an arm if it is worth it.
 
-An edit becomes the same request that a run would send for it, plus token scores and an adapter that is kept,
-so that more questions can be put to it. What is kept is appended to a run file in the published form. Sends
-nothing itself (``workbench`` does) and shows nothing.
+An edit becomes the same request that a run would send for it, plus token scores; ``workbench`` sends it and
+has its adapter kept for a while, so that more questions can be put to it. What is worth it is appended to a
+run file in the published form. Sends nothing itself and shows nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from seal_nb.experiments.single_passage import (
 )
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.runs import content_id, read_json, write_json
+from seal_nb.runs import read_json, write_json
 
 ARM = "live_edit"
 
@@ -42,7 +42,12 @@ class Edit:
 
 
 def settings_of_run(settings: Mapping[str, Any], **otherwise: Any) -> TrainingSettings:
-    """The training settings that a run file states, under the published names; ``otherwise`` for the rest."""
+    """The training settings that a run file states; ``otherwise`` for what it does not.
+
+    Published files state some under ``lora_params``; ours all of them, under ``training`` too.
+    """
+    known = {field.name for field in fields(TrainingSettings)}
+    ours = {name: value for name, value in (settings.get("training") or {}).items() if name in known}
     told = settings.get("lora_params") or {}
     names = {
         "rank": "lora_rank",
@@ -56,12 +61,13 @@ def settings_of_run(settings: Mapping[str, Any], **otherwise: Any) -> TrainingSe
         "end_mask_substring": "end_mask_substring",
         "padding_in_loss": "padding_in_loss",
     }
-    stated = {ours: told[theirs] for theirs, ours in names.items() if told.get(theirs) is not None}
-    return TrainingSettings(**{**otherwise, **stated, "soft_scores": True})
+    published = {name: told.get(theirs) for theirs, name in names.items()}
+    stated = [{n: value for n, value in each.items() if value is not None} for each in (ours, published)]
+    return TrainingSettings(**{**otherwise, **stated[0], **stated[1], "soft_scores": True})
 
 
 def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> TTTRequest:
-    """The inner loop of an edit: scored token by token, its adapter kept under a name of its content.
+    """The inner loop of an edit, scored token by token, under the id of its content.
 
     Raises: SettingsError for a value that no server takes.
     """
@@ -77,8 +83,12 @@ def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> T
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
         raise SettingsError(f"{name} is {first['input']!r}: {first['msg']}; correct it") from None
-    name = f"inspector-{content_id([model_id, request.model_dump(mode='json')])}"
-    return identified(request.model_copy(update={"adapter_name": name}), model_id)
+    return identified(request, model_id)
+
+
+def kept_request(request: TTTRequest, adapter_name: str, *, model_id: str) -> TTTRequest:
+    """The same inner loop with its adapter kept; another id, so that nobody is answered without training."""
+    return identified(request.model_copy(update={"adapter_name": adapter_name}), model_id)
 
 
 def question_requests(
@@ -107,6 +117,7 @@ def completion_record(
         "origin": ARM,
         "split_newlines": edit.split_newlines,
         "lora_params": edit.training.lora_params(),
+        "training": edit.training.request_fields(),
         "epoch_losses": reply.epoch_losses,
         "token_logprobs": [scored.model_dump(mode="json") for scored in reply.token_logprobs],
     }
@@ -140,7 +151,7 @@ def keep_arm(
     run_from_json(run, path=target)  # refuses what is no run
     article = _article(run["articles"], evaluated)
     record = completion_record(evaluated, edit, request, reply)
-    kept = [one for one in article["completions"] if not _is_of(one, request)]
+    kept = [one for one in article["completions"] if not _is_same(one, record)]
     article["completions"] = [*kept, record]
     return write_json(target, _with_statistics(run))
 
@@ -148,7 +159,9 @@ def keep_arm(
 def _run_of_one(
     evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply
 ) -> dict[str, Any]:
-    loop = PlannedLoop(passage=0, self_edit=0, repeat=0, text=edit.text, request=request)
+    # Whose adapter is kept, and for how long, is no part of what was found out.
+    plain = identified(request.model_copy(update={"adapter_name": None}), reply.model_id)
+    loop = PlannedLoop(passage=0, self_edit=0, repeat=0, text=edit.text, request=plain)
     settings = SinglePassageSettings(
         k_completions=1, split_newlines=edit.split_newlines, seed=edit.seed, training=edit.training
     )
@@ -175,8 +188,9 @@ def _article(articles: list[dict[str, Any]], evaluated: EvaluatedPassage) -> dic
     return articles[-1]
 
 
-def _is_of(completion: Mapping[str, Any], request: TTTRequest) -> bool:
-    return any(repeat.get("request_id") == request.request_id for repeat in completion.get("repeats", []))
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    ids, others = ({loop.get("request_id") for loop in each.get("repeats", [])} for each in (one, other))
+    return bool(ids & others)
 
 
 def _with_statistics(run: dict[str, Any]) -> dict[str, Any]:

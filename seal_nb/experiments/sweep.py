@@ -5,6 +5,7 @@ settings alone. Points are requests and rows here; the figure is in ``views.swee
 many is partly luck: evaluate it on other passages before believing it.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -18,6 +19,7 @@ from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply
 
 MOST_POINTS = 200
+GRID_REMEDY = 'write settings with their values, such as {"lora_rank": [8, 32]}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,17 @@ def written_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "+".join(map(str, value)) or "default"
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def grid_of(text: str) -> dict[str, list[Any]]:
+    """The grid that a notebook's parameter says as JSON. Raises: SettingsError where it says none."""
+    try:
+        grid = json.loads(text)
+    except ValueError as error:
+        raise SettingsError(f"grid is no JSON ({error}): {text!r}; {GRID_REMEDY}") from None
+    if not isinstance(grid, dict) or not all(isinstance(values, list) for values in grid.values()):
+        raise SettingsError(f"grid is {text!r}; {GRID_REMEDY}")
+    return grid
 
 
 def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:

@@ -1,26 +1,34 @@
 """A TTT server at hand for live edits: started when first needed, watched while it trains.
 
 Calls may come from any thread, since a widget must not hold up its notebook; one request is under way at a
-time. What it tells meanwhile is a plain record, read off the server's status. Shows nothing.
+time. What it tells meanwhile is a plain record, read off the server's status. The adapters of the last few
+edits are kept for more questions, older ones are deleted: nothing piles up on the server's disk. Shows
+nothing.
 """
 
+import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from seal_nb.errors import ProtocolError
-from seal_nb.experiments.live_edit import Edit, edit_request, question_requests
+from seal_nb.errors import ProtocolError, SealError
+from seal_nb.experiments.live_edit import Edit, edit_request, kept_request, question_requests
 from seal_nb.experiments.run_files import EvaluatedPassage
 from seal_nb.experiments.run_requests import served_model, ttt_client
 from seal_nb.protocol import TTTReply, TTTRequest
-from seal_nb.service.client import TTTClient
+from seal_nb.service.client import DEFAULT_WAIT_S, TTTClient
+from seal_nb.service.forget import forget_adapters
 from seal_nb.service.watch import look
 
 LOOK_S = 0.5
+FORGET_S = 2.0  # the most that is waited for a server to delete adapters
+KEPT_EDITS = 4  # whose adapters can still be asked
+NAME = "inspector-"  # what the names of these adapters begin with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,29 +71,50 @@ Tell = Callable[[Step], object]
 class Workbench:
     """``endpoint``: a server that is up (address or endpoint file); empty: one of its own.
 
-    ``server``: what TTTServer takes, for one of its own. ``timeout_s``: the most one request may take.
+    ``server``: what TTTServer takes, for one of its own. ``timeout_s``: the most one request may take;
+    ``wait_s``: the most that the server at ``endpoint`` may be away.
     """
 
     def __init__(
-        self, endpoint: str = "", *, run_dir: str | Path, timeout_s: float = 3600.0, **server: Any
+        self,
+        endpoint: str = "",
+        *,
+        run_dir: str | Path,
+        timeout_s: float = 3600.0,
+        wait_s: float = DEFAULT_WAIT_S,
+        **server: Any,
     ) -> None:
-        self.endpoint, self.run_dir, self.timeout_s, self.server = endpoint, Path(run_dir), timeout_s, server
+        self.endpoint, self.run_dir, self.timeout_s = endpoint, Path(run_dir), timeout_s
+        self.server = {"wait_s": wait_s, **server}
         self._session = ExitStack()
         self._client: TTTClient | None = None
         self._model_id = ""
         self._running: str | None = None
         self._lock = threading.Lock()
+        self._trained: dict[str, LiveResult] = {}  # by the id of its content, the latest last
+        self._names: list[str] = []  # of the adapters that the server keeps for us
+        self._session_name, self._n_trained = secrets.token_hex(4), 0
 
     def train(self, passage: EvaluatedPassage, edit: Edit, *, tell: Tell = lambda _: None) -> LiveResult:
-        """Train the edit's adapter and ask the passage's questions. Raises: RemoteError, RoundTimeout."""
+        """Train the edit's adapter and ask the passage's questions; at once if that was done a moment ago.
+
+        Raises: RemoteError, RoundTimeout.
+        """
         with self._lock:
             client = self._connected(tell)
-            request = edit_request(passage, edit, model_id=self._model_id)
-            began_at = time.monotonic()
-            with self._watched(client, request, tell):
-                reply = client.evaluate(request, timeout_s=self.timeout_s)
+            plain = edit_request(passage, edit, model_id=self._model_id)
+            began_at, key = time.monotonic(), str(plain.request_id)
+            if key not in self._trained:
+                request = kept_request(plain, self._new_name(), model_id=self._model_id)
+                with self._watched(client, request, tell):
+                    reply = client.evaluate(request, timeout_s=self.timeout_s)
+                made = LiveResult(passage=passage, edit=edit, request=request, reply=reply)
+            else:
+                made = replace(self._trained.pop(key), passage=passage, edit=edit)
+            self._trained[key] = made
+            self._forget_oldest()
             tell(Step(state="done", elapsed_s=time.monotonic() - began_at))
-        return LiveResult(passage=passage, edit=edit, request=request, reply=reply)
+        return made
 
     def ask(self, trained: LiveResult, question: str, gold: str = "") -> OwnAnswer:
         """Put one more question to the base and to a trained adapter."""
@@ -106,9 +135,13 @@ class Workbench:
             return other.cancel(self._running)
 
     def close(self) -> None:
-        """End the server, if it is our own."""
+        """Have our adapters deleted, and end the server if it is our own."""
+        if self._client is not None:
+            _forget(self._client.where, self._names)
+        self._names.clear()
         self._session.close()
         self._client = None
+        self._trained.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -119,10 +152,30 @@ class Workbench:
     def _connected(self, tell: Tell) -> TTTClient:
         if self._client is None:
             tell(Step(state="starting", elapsed_s=0.0))
-            context = ttt_client(self.endpoint, run_dir=self.run_dir / "server", **self.server)
+            folder = self.run_dir / "server"
+            if not self.endpoint:  # a kernel that was killed could not tidy up
+                old = (folder / "adapters").glob(f"{NAME}*")
+                forget_adapters(folder / "adapters", [path.name for path in old])
+            context = ttt_client(self.endpoint, run_dir=folder, **self.server)
             self._client = self._session.enter_context(context)
             self._model_id = served_model(self._client)
+            if self.endpoint:  # a notebook ends without closing anything
+                weakref.finalize(self, _forget, self._client.where, self._names)
         return self._client
+
+    def _new_name(self) -> str:
+        """Never one that was used before: a worker may remember it, or somebody else have it."""
+        self._n_trained += 1
+        self._names.append(f"{NAME}{self._session_name}-{self._n_trained}")
+        return self._names[-1]
+
+    def _forget_oldest(self) -> None:
+        for key in list(self._trained)[:-KEPT_EDITS]:
+            del self._trained[key]
+        wanted = {result.request.adapter_name for result in self._trained.values()}
+        doomed = [name for name in self._names if name not in wanted]
+        if self._client is not None and _forget(self._client.where, doomed):
+            self._names[:] = [name for name in self._names if name in wanted]
 
     @contextmanager
     def _watched(self, client: TTTClient, request: TTTRequest, tell: Tell) -> Iterator[None]:
@@ -139,6 +192,16 @@ class Workbench:
             self._running = None
             over.set()
             watcher.join(timeout=5)
+
+
+def _forget(where: str, names: list[str]) -> bool:
+    """Whether that was done: a server that cannot delete adapters, or is gone, is no reason to fail."""
+    if not names:
+        return False
+    with suppress(SealError), TTTClient(where, wait_s=FORGET_S) as client:
+        client.forget(names, timeout_s=FORGET_S)
+        return True
+    return False
 
 
 def _watch(where: str, request_id: str, over: threading.Event, tell: Tell) -> None:

@@ -113,6 +113,12 @@ class TTTClient:
         """Whether there was something to cancel; whoever waits for it gets an error."""
         return self._command({"cmd": "cancel", "request_id": request_id}, timeout_s)["status"] == "cancelled"
 
+    def forget(self, adapter_names: Sequence[str], *, timeout_s: float = 10.0) -> list[str]:
+        """Delete kept adapters; the names of those that were there. A request that names one then fails."""
+        message = {"cmd": "forget", "adapter_names": list(adapter_names)}
+        forgotten: list[str] = self._command(message, timeout_s)["forgotten"]
+        return forgotten
+
     def shutdown(self, *, timeout_s: float = 10.0) -> None:
         """Ask the server to end in good order; running requests may finish."""
         self._command({"cmd": "shutdown"}, timeout_s)

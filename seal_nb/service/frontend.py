@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -21,6 +22,7 @@ from seal_nb.protocol import PROTOCOL_VERSION, Command
 from seal_nb.service import wire
 from seal_nb.service.crew import Crew
 from seal_nb.service.desk import Cancelled, Desk, Envelope, Outgoing, ServerStopping
+from seal_nb.service.forget import forget_adapters
 from seal_nb.service.keys import Gate
 from seal_nb.service.limits import check_size
 from seal_nb.service.queue import Job
@@ -53,12 +55,14 @@ class FrontEnd:
         idle_timeout_s: float = 0.0,
         drain_s: float = 20.0,
         workers_load: bool = False,
+        adapters_dir: Path = Path("adapters"),
     ) -> None:
         self.clients, self.gate, self.desk, self.watch = clients, gate, desk, watch
         self.queue, self.meter = desk.queue, desk.meter
         self.crew = Crew(workers, desk, self._send)
         self.idle_timeout_s, self.drain_s = idle_timeout_s, drain_s
         self.workers_load = workers_load  # workers of this machine, which may take long to be ready
+        self.adapters_dir = adapters_dir
         self.drain_until: float | None = None
         self._client_seen_at = time.monotonic()
         self._asked_to_stop = ""
@@ -157,6 +161,9 @@ class FrontEnd:
         self._client_seen_at = now
         if request.cmd == "ping":
             return self._said(status="alive")
+        if request.cmd == "forget":
+            forgotten = forget_adapters(self.adapters_dir, request.adapter_names)
+            return self._said(status="ok", forgotten=forgotten)
         if request.request_id is None:
             raise ProtocolError("field 'request_id' is missing; send the id to cancel", field="request_id")
         return self._said(status=self._cancel(request.request_id), request_id=request.request_id)

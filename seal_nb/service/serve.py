@@ -169,7 +169,7 @@ class Server:
         return FrontEnd(
             clients=self.clients, workers=self.workers, gate=self.gate, desk=desk,
             watch=self._watch, idle_timeout_s=s.idle_timeout_s, drain_s=s.drain_s,
-            workers_load=s.n_workers > 0,
+            workers_load=s.n_workers > 0, adapters_dir=s.adapters_dir,
         )  # fmt: skip
 
     def _watch(self, now: float) -> None:

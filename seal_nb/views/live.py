@@ -7,7 +7,8 @@ nbconvert shows the same content as static output, so that what is committed is 
 import html
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from seal_nb.views.tables import Table, somebody_looks_on
@@ -19,13 +20,14 @@ NOT_YET = "not run yet"
 class Teller:
     """Progress of a long cell: ``tell=Teller()``. One bar in place where somebody looks on, else a line each.
 
-    A text such as "inner loops: 3 of 10" moves the bar.
+    A text such as "inner loops: 3 of 10" moves the bar. Seconds are told where they are not saved.
     """
 
     def __init__(self, *, live: bool | None = None, stream: TextIO | None = None) -> None:
         self.live = somebody_looks_on() if live is None else live
         self.stream = stream or sys.stdout
         self._handle: Any = None
+        self._began_at = time.monotonic()
 
     def __call__(self, text: str) -> None:
         if not self.live:
@@ -34,7 +36,7 @@ class Teller:
             return
         from IPython.display import HTML, display
 
-        page = HTML(_bar(text))
+        page = HTML(_bar(text, time.monotonic() - self._began_at))
         if self._handle is None:
             self._handle = display(page, display_id=True)
         else:
@@ -70,10 +72,16 @@ class Glance:
         )
 
 
-def _bar(text: str) -> str:
+def right_of(correct: Sequence[bool | None]) -> str:
+    """Right answers of those that could be graded, for a glance: "3 of 5"."""
+    graded = [one for one in correct if one is not None]
+    return f"{sum(graded)} of {len(graded)}"
+
+
+def _bar(text: str, elapsed_s: float) -> str:
     counted = COUNTED.search(text)
     bar = ""
     if counted:
         done, total = counted.groups()
         bar = f'<progress value="{done}" max="{total}" aria-label="progress"></progress> '
-    return f'<div role="status">{bar}{html.escape(text)}</div>'
+    return f'<div role="status">{bar}{html.escape(text)}, {elapsed_s:.0f} s</div>'

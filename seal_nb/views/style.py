@@ -17,6 +17,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from seal_nb.errors import SettingsError
+
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 INK, GREY, LIGHT, PALE = "#222222", "#767676", "#B5B5B5", "#D9D9D9"
@@ -93,9 +95,15 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a figure in the format of the path's ending: .png, .svg or .pdf (the last two for papers)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a figure in the format of the path's ending: .png, .svg or .pdf (the last two for papers).
+
+    Raises: SettingsError for any other ending.
+    """
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
+    if path.suffix not in undated:
+        known = ", ".join(ending[1:] for ending in undated)
+        raise SettingsError(f"figure format is {path.suffix[1:]!r}; known are {known}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        figure.savefig(path, dpi=2 * DPI, facecolor="white", metadata=undated.get(path.suffix, {}))
+        figure.savefig(path, dpi=2 * DPI, facecolor="white", metadata=undated[path.suffix])
     return path

@@ -56,6 +56,25 @@ def check_that_a_heading_sorts(page: Page) -> None:
     expect(first).to_have_text("self-edits")
 
 
+def check_that_a_table_in_the_widget_sorts(page: Page) -> None:
+    heading = inspector(page).locator("th", has_text=re.compile("^question$")).first
+    column = heading.evaluate("th => th.cellIndex") + 1
+    questions = heading.locator("xpath=ancestor::table").locator(f"tbody tr td:nth-child({column})")
+    before = questions.all_inner_texts()
+    heading.click()
+    expect(heading).to_have_attribute("aria-sort", "ascending")
+    assert questions.all_inner_texts() == sorted(before, key=str.casefold) != before
+    heading.press("Enter")
+    assert questions.all_inner_texts() == sorted(before, key=str.casefold, reverse=True)
+
+
+def check_that_the_top_follows(page: Page, title: str, edit: str) -> None:
+    """The table at a glance, of the notebook's first cells, says what is chosen further down."""
+    top = page.locator("table", has_text="at a glance").first
+    expect(top).to_contain_text(title)
+    expect(top).to_contain_text(edit)
+
+
 def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Page) -> None:
     check_that_a_heading_sorts(page)
     inspector(page).scroll_into_view_if_needed()
@@ -85,6 +104,8 @@ def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Pag
     expect(inspector(page).get_by_text("Answers with self-edit 0")).to_be_visible()
     edits.select_option(index=2)
     expect(inspector(page).get_by_text("Answers with self-edit 2")).to_be_visible()
+    check_that_the_top_follows(page, chosen, "2 (of 3)")
+    check_that_a_table_in_the_widget_sorts(page)
     picture(page, "inspector_answers")
 
     for view, seen in (

@@ -22,3 +22,9 @@ def test_jupyterlab_asks_nobody_for_news_or_updates(page: Page, lab: Lab) -> Non
     OpenNotebook(page, lab, NOTEBOOKS[-1].name).close()
     assert asked and [url for url in asked if not url.startswith((lab.url, "data:", "blob:"))] == []
     assert [url for url in asked if "/lab/api/news" in url or "/lab/api/update" in url] == []
+
+
+def test_the_address_that_is_printed_opens_the_tour(page: Page, lab: Lab) -> None:
+    page.goto(f"{lab.url}/?token={lab.token}")
+    page.wait_for_url("**/lab/tree/00_tour.ipynb*", timeout=60_000)
+    page.get_by_role("heading", name="A tour: one passage goes into the weights").wait_for(timeout=60_000)

@@ -5,7 +5,7 @@ sequence.
 end that no other thread of the process gets a word in; ``fail`` is answered with an error; ``refuse`` raises
 in submit; ``crash`` raises in advance; ``die`` kills the process with signal 9; ``die-once PATH`` does so
 unless PATH exists, and makes it. Anything else is answered at once. Each training writes a line to the file
-that STUB_LOOP_LOG names, so that tests can count what was trained.
+that STUB_LOOP_LOG names, so that tests can count what was trained. A kept adapter is an empty folder.
 """
 
 import os
@@ -27,6 +27,7 @@ from seal_nb.protocol import (
     build_reply,
     error_reply,
 )
+from seal_nb.service.worker import adapters_dir
 
 
 class StubLoop:
@@ -34,6 +35,7 @@ class StubLoop:
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
+        self.worker: Any = None  # its settings
         self.jobs: dict[str, tuple[TTTRequest | GenerateRequest, float]] = {}
 
     def submit(self, request: TTTRequest | GenerateRequest) -> None:
@@ -53,7 +55,16 @@ class StubLoop:
         done = [key for key, (_, end) in self.jobs.items() if time.monotonic() >= end]
         if not done:
             select.select([], [], [], 0.01)  # time.sleep fails under libfaketime when its clock is moved
-        return [_reply(self.jobs.pop(key)[0]) for key in done]
+        return [self._answered(self.jobs.pop(key)[0]) for key in done]
+
+    def _answered(self, request: TTTRequest | GenerateRequest) -> TTTReply | GenerateReply | ErrorReply:
+        for name in request.adapter_stack:
+            if not (adapters_dir(self.worker) / name).is_dir():
+                return error_reply(EngineError(f"no adapter {name}"), request_id=request.request_id)
+        reply = _reply(request)
+        if isinstance(request, TTTRequest) and request.adapter_name and isinstance(reply, TTTReply):
+            (adapters_dir(self.worker) / request.adapter_name).mkdir(parents=True, exist_ok=True)
+        return reply
 
     @property
     def busy(self) -> bool:
@@ -78,6 +89,7 @@ def load(settings: Any) -> StubLoop:
     if settings.model == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     loop = StubLoop(settings.n_slots or 4)  # 0: measured, which a stub is not
+    loop.worker = settings
     loop.model_id = settings.model if settings.model.startswith("stub") else "stub"
     return loop
 

@@ -53,8 +53,10 @@ path_trick = st.builds(
     ).map("".join),
 )
 command = st.builds(
-    lambda cmd, value: as_json({"cmd": cmd, "request_id": value}),
-    st.sampled_from(["status", "cancel", "ping", "generate", "evaluate", "", "SHUTDOWN", "shutdown\0"]),
+    lambda cmd, value: as_json({"cmd": cmd, "request_id": value, "adapter_names": value}),
+    st.sampled_from(
+        ["status", "cancel", "ping", "forget", "generate", "evaluate", "", "SHUTDOWN", "shutdown\0"]
+    ),
     values,
 )
 cut = st.builds(lambda at: as_json(PUBLISHED)[: at % 300], st.integers(0, 299))

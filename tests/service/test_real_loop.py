@@ -189,5 +189,17 @@ def test_a_plain_req_client_still_gets_its_answer(status: ServerStatus, server: 
     assert reply["gains"] == [0] and reply["train_steps"] == 4 and len(reply["adapter_texts"]) == 1
 
 
+def test_a_forgotten_adapter_is_deleted_and_its_answers_stay(server: TTTServer) -> None:
+    with TTTClient(server.endpoint, timeout_s=60) as client:
+        trained = client.evaluate(training("doomed", adapter_name="doomed"))
+        folder = Path(trained.adapter_path or "")
+        client.evaluate(training("on-doomed", adapter_stack=["doomed"]))
+        assert client.forget(["doomed", "never"]) == ["doomed"] and client.forget(["doomed"]) == []
+        assert not folder.exists() and not list(folder.parent.glob(".doomed*"))
+        with pytest.raises(RemoteError, match="'doomed'.*train it first"):
+            client.evaluate(training("on-doomed-again", adapter_stack=["doomed"]))
+        assert client.evaluate(training("doomed", adapter_name="doomed")) == trained
+
+
 def _failed(replies: Replies, request: Work) -> bool:
     return isinstance(replies[str(request.request_id)], RemoteError)

@@ -69,6 +69,19 @@ class Choice:
         self.self_edit = next((row.index for row in edits if row.is_best), 0)
         self.against = (self.self_edit + 1) % max(len(edits), 1)
 
+    def glance(self) -> dict[str, str]:
+        """What is chosen, in a few numbers for the top of a notebook."""
+        edits = self.inspection.self_edits(self.passage)
+        answers = self.inspection.answers(self.passage, self.self_edit)
+        counted = [sum(row.flip == flip for row in answers) for flip in ("gained", "lost")]
+        disagree = sum(row.graders_disagree for row in answers)
+        return {
+            "passage": self.title,
+            "self-edit": f"{self.self_edit} (of {len(edits)}), {pages.accuracies(edits[self.self_edit])}",
+            "flips": "{} to right, {} to wrong, of {} answers".format(*counted, len(answers)),
+            "graders disagree": f"on {disagree} of {len(answers)}",
+        }
+
     def page(self, view: str) -> str:
         """The HTML of one view of what is chosen."""
         makers = {
@@ -92,13 +105,18 @@ class Choice:
         """All of what is chosen as tables: the twin of the widget in words."""
         inspection, passage, edit = self.inspection, self.passage, self.self_edit
         edits = inspection.self_edits(passage)
-        compared = [self.compared()] if len(edits) > 1 and self.against != edit else []
+        answers = pages.answers_table(inspection.answers(passage, edit))
+        sequences = pages.sequences_table(inspection.sequences(passage, edit))
+        named = {
+            "self-edits of this passage": pages.self_edits_table(edits, with_text=True),
+            "; ".join(filter(None, (f"answers with self-edit {edit}", answers.caption))): answers,
+            f"the train sequences that self-edit {edit} became": sequences,
+        }
+        if len(edits) > 1 and self.against != edit:
+            named[f"self-edit {edit} against self-edit {self.against}"] = self.compared()
         return [
             pages.passages_table(self.rows),
-            pages.self_edits_table(edits, with_text=True),
-            pages.answers_table(inspection.answers(passage, edit)),
-            pages.sequences_table(inspection.sequences(passage, edit)),
-            *compared,
+            *(replace(table, caption=caption) for caption, table in named.items()),
         ]
 
     def compared(self) -> Table:

@@ -3,6 +3,15 @@
 import html
 from typing import Any
 
+from seal_nb.views.tables import SORTER
+
+# A table inside a widget cannot bring a script: it learns to sort when somebody comes near it.
+TABLES_SORT = f"""<script>(function(){{if(window.sealNbTablesSort)return;window.sealNbTablesSort=true;
+const near=event=>{{const box=event.target.closest&&event.target.closest(".seal-nb-inspector,.seal-nb-live");
+if(box)box.querySelectorAll("table:not([data-sorts])").forEach(
+ table=>{{table.dataset.sorts="yes";({SORTER})(table);}});}};
+document.addEventListener("mouseover",near);document.addEventListener("focusin",near);}})()</script>"""
+
 # JupyterLab moves between cells by the arrow keys unless the element in focus says that keys are its own. No
 # widget can say that from Python. The view appears a little after its output, hence the repetition.
 KEYS_ARE_OURS = """<script>(function(){let n=0;const say=()=>{
@@ -53,9 +62,9 @@ def text_block(text: str) -> str:
 
 
 def show(bundle: dict[str, Any]) -> None:
-    """Display a widget with its twin; where it is a widget, the arrow keys are its own."""
+    """Display a widget with its twin; a widget has the arrow keys for itself, and tables that sort."""
     from IPython.display import display
 
     display(bundle, raw=True)
     if len(bundle) > 2:  # more than HTML and text
-        display({"text/html": KEYS_ARE_OURS, "text/plain": ""}, raw=True)
+        display({"text/html": KEYS_ARE_OURS + TABLES_SORT, "text/plain": ""}, raw=True)

@@ -7,7 +7,7 @@ which says the remedy. The work is done by ``seal_nb.experiments.workbench``, th
 import html
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from seal_nb.views.live import Teller
 from seal_nb.views.tables import Table, somebody_looks_on
 
 TARGETS = {"all linear layers": ("all-linear",), "PEFT's default (published)": ()}
+CONTROLLED = ("lora_rank", "lora_alpha", "target_modules", "finetune_epochs", "finetune_lr",
+              "max_new_tokens", "soft_scores")  # fmt: skip
 STATES = {
     "starting": "starting a server and loading the model",
     "waiting": "waiting for a slot",
@@ -51,12 +53,20 @@ def step_teller() -> Callable[[Step], None]:
 
     def tell(step: Step) -> None:
         if teller.live:
-            teller(f"{step_said(step)}, {step.elapsed_s:.0f} s")
+            teller(step_said(step))
         elif step.state in ("starting", "training") and step.state not in told:
             told.add(step.state)
             teller(STATES.get(step.state, step.state))
 
     return tell
+
+
+def unseen_settings(settings: TrainingSettings) -> str:
+    """What no control shows and is not as everywhere: trained with all the same."""
+    of_run, usual = asdict(settings), asdict(TrainingSettings())
+    return ", ".join(
+        f"{name} {value}" for name, value in of_run.items() if name not in CONTROLLED and value != usual[name]
+    )
 
 
 class LiveEdit:
@@ -75,7 +85,7 @@ class LiveEdit:
             self._settings,  # what no control shows stays as the run has it
             lora_rank=self.rank.value,
             lora_alpha=self.alpha.value,
-            target_modules=TARGETS[self.targets.value],
+            target_modules=self.targets.value,
             finetune_epochs=self.epochs.value,
             finetune_lr=self.rate.value,
             max_new_tokens=self.new_tokens.value,
@@ -95,7 +105,7 @@ class LiveEdit:
     def _settings_table(self) -> Table:
         """The twin: what the controls would begin with."""
         settings = settings_of_run(self.inspector.choice.settings)
-        told = settings.lora_params() | {"text": self.inspector.choice.text}
+        told = settings.request_fields() | {"text": self.inspector.choice.text}
         rows = [{"live edit": name, "begins with": str(value)} for name, value in told.items()]
         return Table(rows=rows, columns={"live edit": "", "begins with": ""})
 
@@ -112,15 +122,15 @@ class LiveEdit:
         self.epochs = w.BoundedIntText(min=1, max=1000, description="epochs", **small)
         self.rate = w.FloatText(description="lr", **small)
         self.seed = w.BoundedIntText(value=42, min=0, max=2**31 - 1, description="seed", **small)
-        self.new_tokens = w.BoundedIntText(value=32, min=1, max=1024, description="max tokens", **small)
-        self.targets = w.Dropdown(options=list(TARGETS), description="layers", style=style)
+        self.new_tokens = w.BoundedIntText(min=1, max=8192, description="max tokens", **small)
+        self.targets = w.Dropdown(description="layers", style=style)
         self.splits = w.Checkbox(description="one sequence a line", indent=False)
         self.train_button = w.Button(description="Train and ask", button_style="primary", icon="play")
         self.cancel_button = w.Button(description="Cancel", disabled=True)
         self.keep_button = w.Button(description="Keep as an arm", disabled=True, icon="save")
         self.reset_button = w.Button(description="Text of the run")
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="16em", display="none"))
-        self.status, self.outcome, self.answered = w.HTML(), w.HTML(), w.HTML()
+        self.unseen, self.status, self.outcome, self.answered = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         self.question = w.Text(placeholder="a question of your own", layout=w.Layout(width="28em"))
         self.gold = w.Text(placeholder="right answer (may be empty)", layout=w.Layout(width="16em"))
         self.ask_button = w.Button(description="Ask", disabled=True)
@@ -132,6 +142,7 @@ class LiveEdit:
                 self.text,
                 w.HBox([self.rank, self.alpha, self.epochs, self.rate], layout=row),
                 w.HBox([self.seed, self.new_tokens, self.targets, self.splits], layout=row),
+                self.unseen,
                 w.HBox(
                     [self.train_button, self.cancel_button, self.keep_button, self.reset_button], layout=row
                 ),
@@ -148,16 +159,19 @@ class LiveEdit:
     def fill(self) -> None:
         """Text and settings of what is chosen in the inspector."""
         choice = self.inspector.choice
-        settings = settings_of_run(choice.settings, max_new_tokens=self.new_tokens.value)
+        settings = settings_of_run(choice.settings)
         self._came_from, self._settings = (choice.passage, choice.self_edit), settings
         self.text.value = choice.text
         self.rank.value, self.alpha.value = settings.lora_rank, settings.lora_alpha
         self.epochs.value, self.rate.value = settings.finetune_epochs, settings.finetune_lr
-        self.targets.value = next(
-            (name for name, layers in TARGETS.items() if layers == tuple(settings.target_modules)),
-            next(iter(TARGETS)),
-        )
+        self.new_tokens.value = settings.max_new_tokens
+        layers = tuple(settings.target_modules)
+        own = {} if layers in TARGETS.values() else {f"as the run: {', '.join(layers)}": layers}
+        self.targets.options = list((TARGETS | own).items())
+        self.targets.value = layers
         self.splits.value = bool(choice.settings.get("split_newlines", True))
+        said = unseen_settings(settings)
+        self.unseen.value = page(note(f"and as the run has it: {said}")) if said else ""
 
     def _connect(self) -> None:
         self.train_button.on_click(lambda _: self._beside(self._train))

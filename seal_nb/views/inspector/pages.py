@@ -96,6 +96,11 @@ def self_edits_table(rows: Sequence[SelfEditRow], *, with_text: bool = False) ->
     return Table(rows=shown, columns=columns | ({"text": ""} if with_text else {}))
 
 
+def accuracies(row: SelfEditRow) -> str:
+    """Accuracy without and with the adapter of a self-edit."""
+    return f"accuracy {_percent(row.baseline)} → {_percent(row.adapter)}"
+
+
 def origin(row: SelfEditRow) -> str:
     """Who wrote it, where the file says so."""
     return str(row.made.get("origin") or "the run").replace("_", " ")

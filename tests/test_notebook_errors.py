@@ -1,0 +1,116 @@
+"""What goes wrong in a notebook is told in a sentence with its remedy, never as a wall of traceback.
+
+One kernel a notebook, as JupyterLab and papermill have it; each case runs the cells from the top until one
+fails. No server is there: what is wrong is found before one is needed, or is that it is not there.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from seal_nb.notebook_runner import default_notebooks_dir
+
+LONGEST = 20  # lines of an error
+NOWHERE = {"endpoint": "tcp://127.0.0.1:9", "wait_s": 0.3}
+NO_FILE = {"endpoint": "nowhere/endpoint.json", "wait_s": 0.3}
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("00_tour", {"dataset": "missing.json"}, "missing.json: no such file; check the path"),
+    ("00_tour", {"passage": 99}, "passage is 99; the dataset has 12, counted from 0"),
+    ("00_tour", {"lora_rank": 0}, "lora_rank=0: must be at least 1"),
+    ("00_tour", NOWHERE, "start it (seal-nb serve), or raise wait_s"),
+    ("01_create_self_edits", {"dataset": "missing.json"}, "check the path"),
+    ("01_create_self_edits", {"prompt_key": "poem"}, "known are"),
+    ("01_create_self_edits", {"temperature": -1.0}, "temperature"),
+    ("01_create_self_edits", {"engine": "steam"}, "steam"),
+    ("02_ttt_server", {"attach_to": "nowhere/endpoint.json", "wait_s": 0.3}, "start it (seal-nb serve)"),
+    ("02_ttt_server", {"n_workers": -1}, "n_workers"),
+    ("02_ttt_server", {"grader": "guess"}, "guess"),
+    ("03_query_server", {"dataset": "missing.json"}, "check the path"),
+    ("03_query_server", {"arms": "magic"}, "magic"),
+    ("03_query_server", {"finetune_epochs": 0}, "finetune_epochs=0: must be at least 1"),
+    ("03_query_server", NO_FILE, "start it (seal-nb serve)"),
+    ("04_cpt", {"dataset": "missing.json"}, "check the path"),
+    ("04_cpt", {"arms": "magic"}, "magic"),
+    ("04_cpt", NOWHERE, "start it (seal-nb serve)"),
+    ("05_rest_em_round", {"run_json": "missing.json"}, "check the path"),
+    ("05_rest_em_round", {"tie_break": "dice"}, "dice"),
+    ("05_rest_em_round", {"k_best": 0}, "k_best"),
+    ("06_continual_self_edits", {"dataset": "missing.json"}, "check the path"),
+    ("06_continual_self_edits", {"strategies": "magic"}, "magic"),
+    ("06_continual_self_edits", {"n_datapoints": 500}, "500"),
+    ("06_continual_self_edits", NOWHERE, "start it (seal-nb serve)"),
+    ("07_passage_inspector", {"run_json": "missing.json"}, "check the path"),
+    ("07_passage_inspector", {"show": "everything"}, "known are all, gains"),
+    ("07_passage_inspector", {"passage": 99}, "passage is 99; the run has 4, counted from 0"),
+    ("07_passage_inspector", {"graders": ["guess"]}, "guess"),
+    ("07_passage_inspector", NOWHERE, "start it (seal-nb serve)"),
+    ("08_results", {"runs_dir": "nowhere"}, "no such folder"),
+    ("08_results", {"grader_run": "missing.json", "runs_dir": "."}, "check the path"),
+    ("08_results", {"figure_formats": "bmp", "runs_dir": "."}, "bmp"),
+    ("09_sweep", {"dataset": "missing.json"}, "check the path"),
+    ("09_sweep", {"grid": '{"colour": [1]}'}, "colour"),
+    ("09_sweep", NO_FILE, "start it (seal-nb serve)"),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Kernels"]:
+    kernels = Kernels(tmp_path_factory.mktemp("errors"))
+    yield kernels
+    kernels.close()
+
+
+class Kernels:
+    """One at a time, since cases come notebook by notebook."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, ""
+        self._context: Any = None
+
+    def client(self, name: str) -> NotebookClient:
+        if name != self.name:
+            self.close()
+            notebook = nbformat.v4.new_notebook()
+            resources = {"metadata": {"path": str(self.folder)}}
+            self._client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources)
+            self._context = self._client.setup_kernel()
+            self._context.__enter__()
+            self.name = name
+        return self._client
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+
+    def first_error(self, name: str, values: dict[str, Any]) -> tuple[str, list[str]]:
+        """The kind of the first error, and the lines of what is shown of it."""
+        client = self.client(name)
+        notebook = load_notebook_node(str(default_notebooks_dir() / f"{name}.ipynb"))
+        client.nb = parameterize_notebook(notebook, values)
+        for at, cell in enumerate(client.nb.cells):
+            try:
+                client.execute_cell(cell, at)
+            except CellExecutionError as error:
+                shown = cell.outputs[-1]
+                return error.ename, "\n".join(shown["traceback"]).splitlines()
+        return "", []
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "remedy"), CASES, ids=[f"{name[:2]}-{next(iter(values))}" for name, values, _ in CASES]
+)
+def test_a_mistake_is_a_sentence_with_its_remedy(
+    kernels: Kernels, name: str, values: dict[str, Any], remedy: str
+) -> None:
+    kind, lines = kernels.first_error(name, values)
+    assert kind in ("DataError", "SettingsError", "GradingError", "RoundTimeout", "ServerFailed"), lines
+    assert lines[0].startswith(f"{kind}: ") and re.search(re.escape(remedy), lines[0]), lines[0]
+    assert len(lines) <= LONGEST, lines
