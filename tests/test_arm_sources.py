@@ -92,7 +92,7 @@ def test_answers_with_the_passage_are_graded_by_the_bare_question_kept_and_missi
         assert with_in_context(collected.replies, client, passages, loops[:1], journal, **how)
         assert client.status().counts["answered"] == answered, "what the journal holds is not asked again"
         other = how | {"model_id": "m-float32-local-2048"}
-        with pytest.raises(SettingsError, match="the server grades by local; give the same grader"):
+        with pytest.raises(SettingsError, match="the server at .* grades by 'local'; give grader 'local'"):
             with_in_context({}, client, passages, loops, journal, **other)
         for_none = other | {"grader": None}
         assert with_in_context(collected.replies, client, passages, [], journal, **for_none)

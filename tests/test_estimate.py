@@ -8,21 +8,27 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError
+from seal_nb.experiments.continual import ContinualSettings, edit_request
+from seal_nb.experiments.continual_plan import planned_requests
 from seal_nb.experiments.estimate import (
     CPU_CORE_FLOPS,
-    ModelShape,
     assumed_rate,
     estimate,
     estimate_on_server,
+    estimate_texts,
+    estimate_training,
+    in_one_line,
     server_rate,
     work_of,
 )
+from seal_nb.experiments.model_shape import KNOWN, ModelShape
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.passages import load_passages
 from seal_nb.protocol import EvalQuestion, TTTRequest
 from seal_nb.service.status import ServerStatus, WorkerStatus
+from seal_nb.sft.settings import SftSettings
 
-QWEN = ModelShape(
-    n_layers=28, hidden=3584, intermediate=18944, q_out=3584, kv_out=512, vocabulary=152064, tied=False
-)
+QWEN = KNOWN["Qwen/Qwen2.5-7B"]
 STATUS = ServerStatus(
     server_id="s", model_id="m", pid=1, uptime_s=1.0, draining=False, n_queued=0, n_running=0, n_slots=8,
     n_results=0, n_unsaved=0, queued_bytes=0, jobs_per_min=0.0, tokens_per_s=0.0, rss_bytes=0, counts={},
@@ -65,6 +71,7 @@ def test_sizes_are_those_of_the_small_model(small_model_dir: str) -> None:
     from safetensors import safe_open
 
     shape = ModelShape.of_folder(small_model_dir)
+    assert shape == KNOWN["embedded"], "known before it is fetched"
     with safe_open(Path(small_model_dir) / "model.safetensors", framework="pt") as weights:
         sizes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     real = sum(math.prod(size) for size in sizes)
@@ -120,7 +127,7 @@ def test_of_a_model_whose_sizes_are_unknown_only_the_work_is_told(
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)  # no model is no folder either, least of all the current one
-    for model in ("Qwen/Qwen2.5-7B", ""):
+    for model in ("someone/model-of-ours", ""):
         rows = estimate_on_server(STATUS, model, [request()])
         assert [row["quantity"] for row in rows] == [
             "adapters to train", "optimiser steps", "training tokens", "answers",
@@ -132,3 +139,71 @@ def test_a_folder_without_sizes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="holds no sizes of a decoder"):
         ModelShape.of_folder(tmp_path)
+
+
+def test_texts_cost_what_a_million_tokens_cost() -> None:
+    asked = {"k_completions": 5, "max_tokens": 100}
+    rows = estimate_texts(["x" * 420, "y" * 42], price_in=2.0, price_out=8.0, **asked)
+    said = {row["quantity"]: row["estimate"] for row in rows}
+    assert (said["texts"], said["prompt tokens"], said["new tokens"]) == ("10", "about 550", "at most 1,000")
+    assert said["cost"] == "at most 0.01"  # 550 × 2 + 1000 × 8 millionths
+    assert "cost" not in in_one_line(estimate_texts(["x"], **asked))
+    assert in_one_line(rows).startswith("texts: 10; prompt tokens: about 550; ")
+
+
+def told(model: str = "Qwen/Qwen2.5-7B", gpu: bool = True, n_processes: int = 1, **settings: object) -> dict:
+    sft = SftSettings(epochs=2, batch_size=2, gradient_accumulation_steps=2, **settings)  # type: ignore[arg-type]
+    texts = ["x" * 420] * 5
+    rows = estimate_training(texts, model, sft, gpu=gpu, n_processes=n_processes, price_per_hour=36000.0)
+    return {row["quantity"]: row["estimate"] for row in rows}
+
+
+def test_a_training_is_counted_in_steps_tokens_memory_and_cost() -> None:
+    lora, full = told(), told(method="full")
+    assert lora["optimiser steps"] == full["optimiser steps"] == "4"
+    assert lora["training tokens"] == "about 1,000"
+    assert full["memory of a process"] == "121.8 GB, without activations"  # 16 bytes of 7.6e9
+    assert told(method="full", n_processes=2)["memory of a process"].startswith("60.9 GB")
+    assert told(method="full", gpu=False, n_processes=2)["memory of a process"].startswith("121.8 GB")
+    assert (
+        lora["memory of a process"] == "17.8 GB, without activations"
+    )  # bfloat16, and rank 64 on all layers
+    assert float(full["cost"].removeprefix("about ")) == pytest.approx(
+        2 * float(lora["cost"].removeprefix("about ")), rel=0.1
+    ), "all weights take two backward products and a second forward"
+    assert set(told(model="someone/model-of-ours")) == {"optimiser steps", "training tokens"}
+    assert told(max_seq_length=10)["training tokens"] == "about 100"
+
+
+@pytest.mark.parametrize("strategy", ["stacked", "replay", "retrieval"])
+def test_planned_edits_are_those_that_will_be_made_where_texts_are_given(strategy: str) -> None:
+    training = TrainingSettings(finetune_epochs=2)
+    settings = ContinualSettings(
+        n_sequences=1,
+        n_datapoints=3,
+        arm="hand_written",
+        strategy=strategy,
+        training=training,  # type: ignore[arg-type]
+    )
+    sequence = load_passages("shipped:val")[:3]
+    planned = planned_requests([sequence], settings, model_id="m")
+    texts = [passage.hand_written for passage in sequence]
+    stack: list[str] = []
+    for step in range(1, 4):
+        made = edit_request(0, sequence, texts[:step], stack, settings, model_id="m")
+        stack.append(str(made.adapter_name))
+        assert (planned[step].request_id, planned[step].train_sequences) == (
+            made.request_id,
+            made.train_sequences,
+        )
+    questions = [len(passage.questions) for passage in sequence]
+    assert work_of(planned).n_answers == sum(questions) + sum(sum(questions[:step]) for step in (1, 2, 3))
+
+
+def test_self_edits_yet_to_be_written_count_as_the_published_ones_are_long() -> None:
+    training = TrainingSettings(finetune_epochs=1)
+    settings = ContinualSettings(n_sequences=1, n_datapoints=1, training=training)
+    planned = planned_requests([load_passages("shipped:val")[:1]], settings, model_id="m")
+    work = work_of(planned)
+    assert work.n_loops == 1 and work.n_steps == 9  # eight lines and the passage
+    assert 8 * 47 < work.train_tokens < 8 * 47 * 1.6

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from seal_nb.experiments.run_files import read_run
-from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir, run_notebook
+from seal_nb.notebook_runner import StageFailed, declared_parameters, default_notebooks_dir, run_notebook
 from seal_nb.passages import load_passages, to_item
+from seal_nb.service.client import TTTClient
 from seal_nb.service.launch import TTTServer
 from tests.service.conftest import HASTE, STUB
 
@@ -141,10 +142,36 @@ def test_repeats_are_added_until_the_ranking_is_reliable_and_earlier_ones_are_ke
 
 
 def test_an_arm_that_the_dataset_does_not_have_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    from seal_nb.notebook_runner import StageFailed
-
     with pytest.raises(StageFailed, match="run 01_create_self_edits"):
         run("03_query_server", tmp_path, arms="self_edits")
+
+
+@pytest.fixture(scope="module")
+def recall_endpoint(tmp_path_factory: pytest.TempPathFactory):
+    """A server that says, as ours do in the model's name, that it grades by `recall`."""
+    folder, model = tmp_path_factory.mktemp("recall"), "stub-float32-recall-2048"
+    with TTTServer(run_dir=folder, inner_loop=STUB, model=model, n_workers=1, **HASTE) as server:
+        yield server.endpoint
+
+
+@pytest.mark.parametrize(
+    ("stage", "values"),
+    [
+        ("03_query_server", {"grader": "local"}),
+        ("03_query_server", {"arms": "in_context"}),  # graded by the notebook, by `local` if nothing is said
+        ("04_cpt", {"grader": "local"}),
+        ("06_continual_self_edits", {"grader": "judge"}),
+        ("09_sweep", {"grader": "local"}),
+    ],
+)
+def test_a_grader_that_is_not_the_server_s_is_refused_before_anything_is_asked(
+    recall_endpoint: str, tmp_path: Path, stage: str, values: dict[str, Any]
+) -> None:
+    with pytest.raises(StageFailed, match="grades by 'recall'; give grader 'recall', or start a server"):
+        run(stage, tmp_path, endpoint=recall_endpoint, **values)
+    assert (tmp_path / "journal.jsonl").read_text() == ""
+    with TTTClient(recall_endpoint) as client:
+        assert client.status().counts.get("answered", 0) == 0
 
 
 def test_published_ranking_gives_the_published_training_set_byte_for_byte(

@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.errors import RemoteError, RoundTimeout
+from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
+from seal_nb.experiments.graded_forms import check_grader
 from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
 from seal_nb.experiments.single_passage import identified
 from seal_nb.protocol import EvalQuestion, TTTRequest
 from seal_nb.runs import Journal
 from seal_nb.service.client import TTTClient
-from tests.service.conftest import server  # noqa: F401  # the stub server, with its real processes
+from tests.service.conftest import (  # the stub server, with its real processes
+    HASTE,
+    STUB,
+    server,  # noqa: F401
+)
 
 
 def request(text: str) -> TTTRequest:
@@ -83,6 +88,35 @@ def test_a_server_that_is_not_there_is_waited_for_as_long_as_is_said(tmp_path: P
         pytest.raises(RoundTimeout, match="within 0.3 s"),
     ):
         served_model(client)
+
+
+@pytest.mark.parametrize(
+    ("stated", "served", "is_refused"),
+    [
+        ("", "local", False), ("local", "local", False), ("recall", "local", True), ("local", "recall", True),
+        ("judge", "judge:gpt-4.1", False), ("judge:gpt-4.1?base_url=http://x/v1", "judge:gpt-4.1", False),
+        ("judge:other", "judge:gpt-4.1", True), ("local", "judge:gpt-4.1", True), ("", "judge:o", False),
+    ],
+)  # fmt: skip
+def test_a_grader_that_is_stated_and_is_not_the_server_s_is_refused(
+    stated: str, served: str, is_refused: bool
+) -> None:
+    model_id = f"0123456789abcdef-float32-{served}-2048-deterministic"
+    if is_refused:
+        with pytest.raises(SettingsError, match=f"grader is '{stated}', .* at here grades by '{served}'"):
+            check_grader(stated, model_id, where="here")
+    else:
+        check_grader(stated, model_id, where="here")
+
+
+def test_a_model_id_that_names_no_grader_fits_any() -> None:
+    check_grader("local", "stub", where="here")
+
+
+def test_an_empty_grader_starts_a_server_with_the_default_one(tmp_path: Path) -> None:
+    own = {"inner_loop": STUB, "model": "stub-own", "grader": "", **HASTE}
+    with ttt_client("", run_dir=tmp_path, **own) as client:
+        assert served_model(client) == "stub-own"
 
 
 def test_a_request_without_an_id_is_a_mistake(client, tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ def _answer_row(title: str, one: AnsweredQuestion) -> dict[str, str]:
 
 def cpt_arm(run: Mapping[str, Any]) -> str:
     """The arm of a CPT run in words."""
-    return ARM_NAMES.get(str(run.get("arm")), str(run.get("arm")))
+    name = ARM_NAMES.get(str(run.get("arm")), str(run.get("arm")))
+    return f"{name}, all weights" if run.get("method") == "full" else name
 
 
 def cpt_estimate(run: Mapping[str, Any], which: str) -> Estimate:

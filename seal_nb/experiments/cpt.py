@@ -1,14 +1,15 @@
 """Multi-passage evaluation (CPT): one adapter for the self-edits of many passages, as a published run file.
 
-Pure, as ``single_passage``: passages become one request, the reply becomes a ``cpt_run_*.json``. The
-published ``per_article`` is keyed by title and loses passages of equal titles (200 become 47); here it keeps
-all questions of a title, and ``per_passage`` has one entry a passage.
+Or all weights in place of the adapter: method "full", ours, which ``cpt_full`` trains and asks. Pure, as
+``single_passage``: passages become one request, the reply becomes a ``cpt_run_*.json``. The published
+``per_article`` is keyed by title and loses passages of equal titles (200 become 47); here it keeps all
+questions of a title, and ``per_passage`` has one entry a passage.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, get_args
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
@@ -31,6 +32,9 @@ _OUR_REPLY = {
     "train_tokens",
 }
 
+Method = Literal["lora", "full"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
 
 def published_cpt_training() -> TrainingSettings:
     """CPT as published: 3 epochs, batch 4, accumulation 2."""
@@ -45,13 +49,38 @@ class CPTSettings:
     split_newlines: bool = False
     seed: int = 42
     arm: Arm = "self_edits"
+    method: Method = "lora"  # published; "full": all weights, with the schedule of `training` alone
     training: TrainingSettings = field(default_factory=published_cpt_training)
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise SettingsError(f"method={self.method!r}: known are {', '.join(METHODS)}")
+        if self.method == "full":
+            _refuse_what_only_adapters_have(self.training)
         if self.arm not in ARMS or self.k_completions < 0:
             raise SettingsError(
                 f"{self.arm=}, {self.k_completions=}: known arms are {', '.join(ARMS)}, k >= 0"
             )
+
+    def lora_params(self) -> dict[str, Any]:
+        """The published key of a run file; without an adapter its shape is null."""
+        said = self.training.lora_params()
+        shape = ("rank", "alpha", "dropout", "target_modules")
+        return said if self.method == "lora" else said | dict.fromkeys(shape)
+
+
+def _refuse_what_only_adapters_have(training: TrainingSettings) -> None:
+    for name, off in (("padding_in_loss", False), ("pad_samples", 0), ("end_mask_substring", "")):
+        if (value := getattr(training, name)) != off:
+            raise SettingsError(
+                f"{name}={value!r} is a setting of adapters, and method is 'full'; leave it {off!r}, or "
+                "choose method 'lora'"
+            )
+
+
+def cpt_file_name(settings: CPTSettings) -> str:
+    """`cpt_run_<arm>.json`; full fine-tuning adds its name."""
+    return f"cpt_run_{settings.arm}{'_full' * (settings.method == 'full')}.json"
 
 
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:
@@ -86,7 +115,12 @@ def _sequences(passage: Passage, index: int, settings: CPTSettings) -> list[str]
 def cpt_request(
     passages: Sequence[Passage], settings: CPTSettings, *, model_id: str, keep: bool = False
 ) -> TTTRequest:
-    """The one request of a run, with its seed and id; `keep`: the server keeps the adapter."""
+    """The one request of a run, with its seed and id; `keep`: the server keeps the adapter.
+
+    With method "full" it says what is trained on and asked, and no server is sent it.
+    """
+    if settings.method == "full":
+        model_id, keep = f"{model_id}-full", False
     sequences = cpt_train_sequences(passages, settings)
     request = TTTRequest(
         train_sequences=sequences,
@@ -123,7 +157,8 @@ def build_cpt_run(
         "n_articles": len(passages),
         "k_completions": settings.k_completions,
         "split_newlines": settings.split_newlines,
-        "lora_params": settings.training.lora_params(),
+        "lora_params": settings.lora_params(),
+        "method": settings.method,
         "arm": settings.arm,
         "seed": settings.seed,
         "request_seed": request.seed,

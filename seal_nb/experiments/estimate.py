@@ -1,89 +1,32 @@
-"""Time, memory and cost of a run before it starts: arithmetic on its requests, no model and no torch.
+"""Time, memory and cost of a run before it starts: arithmetic on its requests or texts, no model, no torch.
 
 Tokens are counted from characters unless a counter is given. Time is tokens over a rate: the one a server was
 seen to make, else what was measured on a CPU core here or assumed of a GPU, scaled by the model's size (4
 FLOP a parameter and trained token: a frozen base needs no weight gradients). The rate's source is part of the
-answer. Memory is weights and adapters; activations come on top.
+answer. Memory is weights, adapters and optimiser states; activations come on top.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_nb.errors import DataError
-from seal_nb.models import resolve_model
+from seal_nb.experiments.model_shape import ModelShape, shape_of
 from seal_nb.protocol import TTTRequest
 from seal_nb.service.status import ServerStatus
+from seal_nb.sft.settings import SftSettings
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
 TOKENS_AN_ANSWER = 20  # greedy answers of the published run ended after 19 on average
 FLOP_A_TRAINED_TOKEN = 4  # per parameter
+FLOP_A_FULLY_TRAINED_TOKEN = 8  # of all weights; activations are computed twice
 FLOP_A_GENERATED_TOKEN = 2
 # Training FLOP/s: one CPU core in float32 (115 tokens/s of 134.5 M parameters, packed; docs/inner_loop.md);
 # the GPU's is an assumption, 40 % of 989 TFLOP/s (H100 and H200 in bfloat16), and named as one.
 CPU_CORE_FLOPS = 62e9
 GPU_FLOPS = 0.4 * 989e12
 BYTES_AN_ADAPTER_PARAMETER = 18  # float32 weight, gradient and two moments, and a bfloat16 copy
-
+BYTES_A_TRAINED_PARAMETER = 16  # without that copy
 BYTES_A_WEIGHT = {"float64": 8, "float32": 4, "bfloat16": 2}
-
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's, of Llama and Qwen2
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """Sizes of a Llama-like decoder (Llama, Qwen2, Qwen3, Mistral), from its config.json."""
-
-    n_layers: int
-    hidden: int
-    intermediate: int
-    q_out: int  # heads × head size
-    kv_out: int
-    vocabulary: int
-    tied: bool
-
-    @classmethod
-    def of_folder(cls, folder: str | Path) -> "ModelShape":
-        """Raises: DataError where the folder has no such configuration."""
-        path = Path(folder) / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            heads = config["num_attention_heads"]
-            head_size = config.get("head_dim") or config["hidden_size"] // heads
-            return cls(
-                n_layers=config["num_hidden_layers"],
-                hidden=config["hidden_size"],
-                intermediate=config["intermediate_size"],
-                q_out=heads * head_size,
-                kv_out=config.get("num_key_value_heads", heads) * head_size,
-                vocabulary=config["vocab_size"],
-                tied=bool(config.get("tie_word_embeddings", False)),
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"holds no sizes of a decoder: {error}", path=path, remedy="give a model folder"
-            ) from error
-
-    def linear(self, name: str) -> tuple[int, int]:
-        """(in, out) of one layer's Linear."""
-        outs = {"q_proj": self.q_out, "k_proj": self.kv_out, "v_proj": self.kv_out}
-        if name == "o_proj":
-            return self.q_out, self.hidden
-        if name == "down_proj":
-            return self.intermediate, self.hidden
-        return self.hidden, outs.get(name, self.intermediate)
-
-    @property
-    def n_parameters(self) -> int:
-        """Weights of embeddings and Linears; norms and biases are too few to matter."""
-        in_layers = sum(n_in * n_out for n_in, n_out in map(self.linear, _LINEARS))
-        return self.n_layers * in_layers + self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    def adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
-        names = _LINEARS if "all-linear" in target_modules else (tuple(target_modules) or _DEFAULT_TARGETS)
-        return self.n_layers * rank * sum(sum(self.linear(name)) for name in names if name in _LINEARS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +171,9 @@ def estimate_on_server(
     ``model``: the one it serves; empty where that is known to the server alone, so that nothing is fetched.
     ``n_workers``: that it will have, where some are not ready yet; ``price_per_hour``: of the whole server.
     """
-    work, folder = work_of(requests), Path(resolve_model(model))
-    if not model or not (folder / "config.json").is_file():
+    work, shape = work_of(requests), shape_of(model)
+    if shape is None:
         return _rows(work.lines())
-    shape = ModelShape.of_folder(folder)
     stats = dict(status.workers[0].stats) if status.workers else {}
     n_workers = max(1, n_workers, len(status.workers))
     on_gpu = str(stats.get("device", "cpu")).startswith("cuda")
@@ -246,6 +188,74 @@ def estimate_on_server(
         bytes_a_weight=BYTES_A_WEIGHT.get(str(stats.get("dtype", "")), 4),
         price_per_hour=price_per_hour,
     ).rows()
+
+
+def estimate_training(
+    texts: Sequence[str],
+    model: str,
+    settings: SftSettings,
+    *,
+    gpu: bool,
+    n_processes: int = 1,
+    n_threads: int = 1,
+    price_per_hour: float = 0.0,
+) -> list[dict[str, str]]:
+    """What ``sft.train`` will take for these examples; only the work where the model's sizes are unknown.
+
+    On GPUs the processes share the model's states, on CPUs each has all of them; ``price_per_hour``: of all.
+    """
+    tokens = settings.epochs * sum(min(by_characters(text), settings.max_seq_length) for text in texts)
+    steps = settings.epochs * -(-len(texts) // settings.examples_a_step)
+    lines = {"optimiser steps": f"{steps:,}", "training tokens": f"about {tokens:,}"}
+    if (shape := shape_of(model)) is None:
+        return _rows(lines)
+    full = settings.method == "full"
+    rate = assumed_rate(n_processes, gpu=gpu, n_threads=n_threads)
+    flop = tokens * shape.n_parameters * (FLOP_A_FULLY_TRAINED_TOKEN if full else FLOP_A_TRAINED_TOKEN)
+    states = _states_bytes(shape, settings, alone_on_gpu=gpu and n_processes == 1)
+    lines["time"] = f"about {_duration(flop / rate.flops)} ({rate.source})"
+    lines["memory of a process"] = f"{states / (n_processes if gpu else 1) / 1e9:.1f} GB, without activations"
+    if price_per_hour:
+        lines["cost"] = f"about {price_per_hour * flop / rate.flops / 3600:.2f}"
+    return _rows(lines)
+
+
+def _states_bytes(shape: ModelShape, settings: SftSettings, *, alone_on_gpu: bool) -> int:
+    if settings.method == "full":
+        return BYTES_A_TRAINED_PARAMETER * shape.n_parameters
+    frozen = BYTES_A_WEIGHT["bfloat16" if alone_on_gpu else "float32"] * shape.n_parameters
+    adapter = shape.adapter_parameters(settings.lora_rank, settings.target_modules)
+    return frozen + BYTES_A_TRAINED_PARAMETER * adapter
+
+
+def estimate_texts(
+    prompts: Sequence[str],
+    *,
+    k_completions: int,
+    max_tokens: int,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+) -> list[dict[str, str]]:
+    """What writing ``k_completions`` texts for each prompt will take at most; prices of a million tokens."""
+    n_texts = k_completions * len(prompts)
+    n_in, n_out = k_completions * sum(map(by_characters, prompts)), n_texts * max_tokens
+    lines = {
+        "texts": f"{n_texts:,}",
+        "prompt tokens": f"about {n_in:,}",
+        "new tokens": f"at most {n_out:,}",
+    }
+    if price_in or price_out:
+        lines["cost"] = f"at most {(price_in * n_in + price_out * n_out) / 1e6:.2f}"
+    return _rows(lines)
+
+
+def in_one_line(rows: Iterable[dict[str, str]]) -> str:
+    return "; ".join(f"{row['quantity']}: {row['estimate']}" for row in rows)
+
+
+def gpu_is_here() -> bool:
+    """Whether this machine has a GPU, as its driver says; torch need not be there."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _rows(lines: dict[str, str]) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.continual_summary import continual_matrix, summarize_sequences
 from seal_nb.experiments.cpt import build_overall, by_title, per_passage_results, split_by_passage
 from seal_nb.experiments.published_statistics import published_statistics, repeat_stats
@@ -69,6 +69,23 @@ def grader_of(run: Mapping[str, Any]) -> str:
     """Whose verdicts a file has, as it says itself or its model's identity does; empty where neither does."""
     found = _GRADER_IN_MODEL.search(str(run.get("model") or run.get("base_model") or ""))
     return str(run.get("grader") or (found[1] if found else ""))
+
+
+def check_grader(grader: str, model_id: str, *, where: str) -> None:
+    """Verdicts of two graders cannot be compared. ``grader``: as stated, options and all; empty: any.
+
+    Raises: SettingsError where the server at ``where`` is known to grade by another.
+    """
+    stated, served = grader.partition("?")[0], grader_of({"model": model_id})
+    if stated == "judge":
+        from seal_nb.grading.judge import JudgeSettings  # takes a second to import
+
+        stated = f"judge:{JudgeSettings.model}"
+    if stated and served and stated != served:
+        raise SettingsError(
+            f"grader is {grader!r}, and the server at {where} grades by {served!r}; give grader {served!r}, "
+            f"or start a server with {grader!r}"
+        )
 
 
 def form_of(run: dict[str, Any], passages: Sequence[Passage] = (), *, path: str = "") -> Form:

@@ -9,7 +9,7 @@ answers.
 from collections.abc import Mapping, Sequence
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.graded_forms import grader_of
+from seal_nb.experiments.graded_forms import check_grader
 from seal_nb.experiments.single_passage import PlannedLoop
 from seal_nb.grading.base import Answered, Grader
 from seal_nb.passages import Passage
@@ -62,7 +62,9 @@ def with_in_context(
     """
     if not loops:
         return dict(replies)
-    grader = _same_grader(grader, model_id)
+    if grader is None:
+        raise SettingsError("the arm in_context is graded here; give the grader that the server has")
+    check_grader(grader.name, model_id, where=client.where)
     answered = [loop for loop in loops if loop.request_id in replies]
     requests = [in_context_request(passages[loop.passage], loop, model_id=model_id) for loop in answered]
     missing = [request for request in requests if str(request.request_id) not in journal]
@@ -78,16 +80,6 @@ def with_in_context(
             baseline = replies[loop.request_id]
             completed[loop.request_id] = _reply(baseline, generated, passages[loop.passage], grader)
     return completed
-
-
-def _same_grader(grader: Grader | None, model_id: str) -> Grader:
-    served = grader_of({"model": model_id})
-    if grader is None or served not in ("", grader.name):
-        raise SettingsError(
-            f"grader is {grader.name if grader else None!r}, for the arm in_context, and the server grades "
-            f"by {served or 'its own'}; give the same grader"
-        )
-    return grader
 
 
 def _reply(baseline: TTTReply, generated: GenerateReply, passage: Passage, grader: Grader) -> TTTReply:

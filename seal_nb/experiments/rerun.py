@@ -2,7 +2,8 @@
 
 The request is rebuilt from the file (texts, questions, settings, seed); its id, which covers all of that and
 the model, must come out as the file has it, so that what is compared is the same work. It is sent without
-the id: otherwise the server would answer from its journal and train nothing.
+the id: otherwise the server would answer from its journal and train nothing. Answers that differ are shown,
+not explained: how near their best tokens were to each other is not measured.
 """
 
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError, RunMismatch
+from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.experiments.run_requests import served_model, ttt_client
 from seal_nb.experiments.settings import IN_CONTEXT, TrainingSettings
 from seal_nb.experiments.single_passage import arm_sequences, identified
@@ -131,8 +133,12 @@ def rerun(client: TTTClient, stored: StoredLoop, *, model_id: str) -> list[Compa
 
 
 def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[Compared]:
-    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings)."""
+    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings).
+
+    That one grades as the run was graded.
+    """
     stored = stored_loop(path, item)
+    server = {"grader": grader_of({"model": stored.model_id}), **server}
     with (
         tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder,
         ttt_client(endpoint, run_dir=folder, **server) as client,
@@ -176,5 +182,6 @@ def rerun_lines(answers: list[Compared], item: Item) -> list[str]:
         lines += [f"  {one.which}: {one.question}", f"    then: {one.then!r}", f"    now:  {one.now!r}"]
     return [
         *lines,
-        "(without deterministic=True, answers whose best two tokens are all but equal may differ)",
+        "(without deterministic=True, an answer whose best two tokens are all but equal may differ; how near "
+        "they were is not measured: with it the same bits come back)",
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import RemoteError, RoundTimeout
+from seal_nb.experiments.graded_forms import check_grader
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.runs import Journal
 from seal_nb.service.client import DEFAULT_WAIT_S, TTTClient
@@ -49,20 +50,23 @@ def ttt_client(
     """A client of the server at `endpoint` (address or endpoint file), or of a server started for the block.
 
     `wait_s`: how long the server at `endpoint` is waited for, if it is not there yet or is away.
-    `server`: what `TTTServer` takes (model, n_workers, n_threads, …); unused where there is an endpoint.
+    `server`: what `TTTServer` takes (model, n_workers, n_threads, …); unused where there is an endpoint. An
+    empty grader is the server's default.
     """
     if endpoint:
         with TTTClient(endpoint, wait_s=wait_s) as client:
             yield client
         return
-    with TTTServer(run_dir=Path(run_dir), **server) as own, TTTClient(own.endpoint) as client:
+    given = {name: value for name, value in server.items() if name != "grader" or value}
+    with TTTServer(run_dir=Path(run_dir), **given) as own, TTTClient(own.endpoint) as client:
         yield client
 
 
-def served_model(client: TTTClient, *, timeout_s: float = 900.0) -> str:
+def served_model(client: TTTClient, *, grader: str = "", timeout_s: float = 900.0) -> str:
     """The id of the model that the server's workers hold, waited for until one is ready.
 
-    Raises: RoundTimeout.
+    `grader`: the one that the run states; empty: none, any will do. Raises: RoundTimeout, and SettingsError
+    where the server grades by another, before anything is sent.
     """
     deadline = time.monotonic() + timeout_s
     while not (model_id := client.status().model_id):
@@ -72,6 +76,7 @@ def served_model(client: TTTClient, *, timeout_s: float = 900.0) -> str:
                 "look at its log (server.log in its run folder), or raise timeout_s"
             )
         time.sleep(0.5)
+    check_grader(grader, model_id, where=client.where)
     return model_id
 
 
