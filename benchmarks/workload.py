@@ -2,8 +2,9 @@
 each.
 
 From the published validation items where they lie beside the checkout, else from the shipped passages with
-their hand-written implications. Passages of ordinary size are taken first, so that a few requests have the
-statistics of all. Does not import torch and runs nothing.
+their hand-written implications. Passages of ordinary size are taken first, and of a passage its ordinary
+self-edits, each once before any comes again: so two requests weigh about as much as sixteen, and ways of
+which fewer are timed can be compared. Does not import torch and runs nothing.
 """
 
 import statistics
@@ -17,8 +18,7 @@ from seal_nb.runs import content_id
 from seal_nb.self_edits import train_sequences
 
 PUBLISHED_ITEMS = Path(__file__).resolve().parents[2] / "shared/golden/eval/iter2_val.json.gz"
-EVAL_TIMES = 3  # published: a self-edit is tried three times when self-edits are ranked
-ASKED_PER_PASSAGE = 15  # 5 self-edits, EVAL_TIMES each
+ASKED_PER_PASSAGE = 15  # published: five self-edits, each tried three times when they are ranked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,11 @@ def load_workload(items: Path = PUBLISHED_ITEMS) -> Workload:
 
 
 def _self_edits(passage: Passage) -> Sequence[str]:
-    return passage.completions[:5] or (passage.hand_written,)
+    """Those nearest to the passage's mean number of characters first."""
+    edits = passage.completions[:5] or (passage.hand_written,)
+    sizes = {edit: sum(map(len, _sequences(passage, edit))) for edit in edits}
+    mean = statistics.mean(sizes.values())
+    return sorted(edits, key=lambda edit: abs(sizes[edit] - mean))
 
 
 def _sequences(passage: Passage, self_edit: str) -> list[str]:
@@ -63,7 +67,7 @@ def _round_requests(passage: Passage) -> Iterator[TTTRequest]:
         yield TTTRequest(
             request_id=content_id([passage.title, passage.context, number]),
             seed=number,
-            train_sequences=_sequences(passage, edits[number // EVAL_TIMES % len(edits)]),
+            train_sequences=_sequences(passage, edits[number % len(edits)]),
             eval_questions=questions,
         )
 

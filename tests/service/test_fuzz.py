@@ -14,7 +14,7 @@ from tests.service.conftest import plain_req
 from tests.service.test_server import PUBLISHED, ask
 
 N_DIFFERENT = 20_000
-N_DRAWN, N_DAMAGED = 2_400, 9  # drawing a message takes far longer than damaging it; some come out alike
+N_DRAWN, N_DAMAGED = 3_500, 9  # drawing a message takes far longer than damaging it; some come out alike
 
 numbers = st.one_of(
     st.integers(), st.floats(), st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0])
