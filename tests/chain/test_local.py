@@ -208,11 +208,8 @@ def all_gone(processes: list[psutil.Process]) -> bool:
     return not [process for process in processes if process.is_running() and process.status() != "zombie"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_chain_that_is_ended_leaves_no_process_and_goes_on_when_started_again(
-    tmp_path: Path, notebooks: Path, number: signal.Signals
-) -> None:
-    run_dir = tmp_path / "run"
+def end_in_the_middle(run_dir: Path, notebooks: Path, number: signal.Signals) -> list[psutil.Process]:
+    """Send a signal to a chain whose server is up and whose second stage runs; what was below it."""
     chain = start_chain(run_dir, notebooks)
     wait_for(lambda: (run_dir / "slow/pid").exists() or chain.poll() is not None)
     tree = psutil.Process(chain.pid).children(recursive=True)
@@ -220,6 +217,22 @@ def test_chain_that_is_ended_leaves_no_process_and_goes_on_when_started_again(
     assert set(kernels) <= {process.pid for process in tree}
     os.kill(chain.pid, number)
     chain.wait(30)
+    return tree
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_chain_that_is_told_to_end_leaves_no_process(
+    tmp_path: Path, notebooks: Path, number: signal.Signals
+) -> None:
+    tree = end_in_the_middle(tmp_path / "run", notebooks, number)
+    wait_for(lambda: all_gone(tree), 20)
+
+
+def test_chain_that_is_killed_leaves_no_process_and_goes_on_when_started_again(
+    tmp_path: Path, notebooks: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    tree = end_in_the_middle(run_dir, notebooks, signal.SIGKILL)
     wait_for(lambda: all_gone(tree), 20)
     # The same experiment with a shorter wait: the first stage is kept.
     output, _ = (again := start_chain(run_dir, notebooks, seconds=0.0)).communicate(timeout=240)

@@ -75,7 +75,9 @@ class Round:
     @contextlib.contextmanager
     def standing_still_in_the_middle(self) -> Iterator[None]:
         """Meanwhile no inner loop goes on, but the server answers."""
-        workers = eventually(self.workers, "no worker has started")  # before: looking for them takes a while
+        eventually(lambda: lines_of(self.journal), "no inner loop is answered")
+        workers = self.workers()  # before it is urgent: looking for them takes a while
+        assert workers
         self.wait_until_in_the_middle()
         for worker in workers:
             worker.suspend()
