@@ -26,6 +26,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
         SlurmError: the server has failed or was cancelled, or SLURM refuses.
     """
     run_dir = folder.parent
+    read_record(run_dir)  # before the lock, which would make the folder
     with sole_use(run_dir, tell):
         server = stage_in(run_dir, str(folder))
         if not server.command:

@@ -321,6 +321,7 @@ def test_folder_of_no_server_is_not_started_again(fakes: Path) -> None:
         again(folder.parent / "results")
     with pytest.raises(DataError, match="no chain was submitted here"):
         again(fakes / "elsewhere/base_server")
+    assert not (fakes / "elsewhere").exists()
 
 
 def test_command_of_a_server_is_kept_when_the_rest_is_submitted_again(fakes: Path) -> None:

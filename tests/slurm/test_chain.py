@@ -1,4 +1,4 @@
-"""A ReST-EM round of the small model, submitted to two nodes: every script as shipped, results looked at."""
+"""A ReST-EM round of a tiny model, submitted to two nodes: every script as shipped, results looked at."""
 
 import json
 import re
@@ -20,13 +20,17 @@ COUNTS = {
     "server-nodes": 2, "sft-nodes": 2, "idle-timeout-s": 10,
 }  # fmt: skip
 OPTIONS = [word for name, value in COUNTS.items() for word in (f"--{name}", str(value))]
-CHAIN = ("rest_em", "--run-dir", RUN, "--small", *OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def said(project: Project, small_model_dir: str) -> str:
+def chain(tiny_model: str) -> tuple[str, ...]:
+    return ("rest_em", "--run-dir", RUN, "--small", "--model", tiny_model, *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def said(project: Project, chain: tuple[str, ...]) -> str:
     """What `seal-nb submit` says; all its jobs have ended."""
-    done = project.submit(*CHAIN)
+    done = project.submit(*chain)
     assert done.returncode == 0, done.stderr
     for job in read_record(project.path(RUN)).jobs().values():
         project.slurm.wait(job, "COMPLETED", timeout_s=900)
@@ -136,8 +140,10 @@ def test_status_says_that_all_is_done(said: str, project: Project) -> None:
     assert status.stdout.splitlines()[0] == "chain rest_em: 11 of 11 stages done"
 
 
-def test_submitted_again_a_finished_chain_submits_nothing(said: str, project: Project) -> None:
-    again = project.submit(*CHAIN)
+def test_submitted_again_a_finished_chain_submits_nothing(
+    said: str, project: Project, chain: tuple[str, ...]
+) -> None:
+    again = project.submit(*chain)
     assert again.stdout.startswith("nothing to submit: all stages in runs/round are done")
     assert project.slurm.queue() == []
 
