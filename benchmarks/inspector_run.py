@@ -30,13 +30,13 @@ from seal_nb.service.client import TTTClient
 TARGET = Path(__file__).resolve().parent.parent / "seal_nb" / "data" / "inspector_run.json.gz"
 N_PASSAGES, N_OWN, N_REPEATS = 4, 2, 2
 DECIMALS = 3  # of a token's log-probability
+TRAINING = TrainingSettings(
+    target_modules=("all-linear",), finetune_epochs=5, max_new_tokens=32, soft_scores=True
+)
 
 
 def main() -> None:
-    training = TrainingSettings(
-        target_modules=("all-linear",), finetune_epochs=5, max_new_tokens=32, soft_scores=True
-    )
-    settings = SinglePassageSettings(k_completions=N_OWN + 1, eval_times=N_REPEATS, training=training)
+    settings = SinglePassageSettings(k_completions=N_OWN + 1, eval_times=N_REPEATS, training=TRAINING)
     with (
         tempfile.TemporaryDirectory() as folder,
         ttt_client("", run_dir=Path(folder) / "server", n_workers=2) as client,

@@ -28,11 +28,12 @@ nb_mime_priority_overrides = [("html", "image/png", 5), ("html", "text/html", 3)
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
+# A page a package, not a module: every page carries the whole navigation, whose length each page multiplies.
 apidoc_modules = [
     {
         "path": "../seal_nb",
         "destination": "api",
-        "separate_modules": True,
+        "separate_modules": False,
         "module_first": True,
         "include_private": False,
         "implicit_namespaces": False,

@@ -254,6 +254,7 @@ def test_the_run_that_ships_is_whole_and_says_what_its_verdicts_say() -> None:
     run = open_run(EXAMPLE)
     said = summarize(run.path)
     assert (said["disagreements"], said["notes"]) == ([], [])
+    assert run.settings["training"]["max_new_tokens"] == 32, "an edit is asked as the run was"
     assert [len(one.self_edits) for one in run.passages] == [3, 3, 3, 3]
     for passage in run.passages:
         for edit in passage.self_edits:
