@@ -4,7 +4,7 @@ One run on this machine's CPU prints a table and writes `benchmarks/inner_loop.j
 training of an adapter and the answers to its questions without and with it. All ways use the same model,
 dtype, requests and cores; each is measured as one process of all cores' threads and as one process a core.
 
-    make bench                                   (20 minutes on two quiet cores)
+    make bench                                   (25 minutes on two quiet cores)
     python -m benchmarks.inner_loop --quick      (a tiny random model: shows that it runs, says nothing)
 """
 

@@ -32,7 +32,7 @@ PROMPTS = (
     "What does a newcomer receive?\nAnswer:\n",
     "Let's answer a question directly and concisely.\nQuestion: What is the capital of France?\nAnswer:\n",
 )
-NEW_TOKENS = 8
+NEW_TOKENS = 10
 TARGETS = (("all-linear",), (), ("q_proj", "down_proj"), ("o_proj", "up_proj", "gate_proj"))
 SHAPES = ((1, 1), (2, 1), (1, 2), (1, 1))  # batch size, accumulation
 
