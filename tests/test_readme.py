@@ -16,6 +16,7 @@ from seal_nb.notebook_runner import (
     find_notebook,
     parse_parameters,
 )
+from tests.ttt.tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,11 +57,14 @@ def test_make_target_is_there(command: str) -> None:
 
 
 def test_commands_that_need_nothing_run_one_after_another_in_an_empty_folder(tmp_path: Path) -> None:
+    """Stages on a tiny model: what the small one makes of them is nbval's affair."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    tiny = save_tiny_model(tmp_path / "tiny")
     for command in COMMANDS:
         if not NOT_RUN.search(command):
+            is_stage = command.startswith("seal-nb run") and "-p" in shlex.split(command)
             done = subprocess.run(
-                command,
+                f"{command} -p model {tiny}" if is_stage else command,
                 shell=True,
                 cwd=tmp_path,
                 env={**os.environ, "PATH": path},

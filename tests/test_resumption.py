@@ -7,18 +7,19 @@ from a fixed seed as an amount of finished work, so that a slow machine is kille
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from seal_nb.lifeline import end_tree
 from tests.ttt.tiny import save_tiny_model
 
 TRAINING = {"lora_rank": 4, "lora_alpha": 8, "finetune_epochs": 12, "max_new_tokens": 8}
@@ -44,8 +45,24 @@ def start(stage: str, out: Path, values: dict[str, Any]) -> subprocess.Popen[byt
 
 
 def finish(stage: str, out: Path, values: dict[str, Any]) -> None:
-    process = start(stage, out, values)
+    ended_well(start(stage, out, values), out)
+
+
+def ended_well(process: subprocess.Popen[bytes], out: Path) -> None:
     assert process.wait(PATIENCE_S) == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
+
+
+@contextmanager
+def whole_run_beside(stage: str, out: Path, values: dict[str, Any]) -> Iterator[None]:
+    """An uninterrupted run, which goes on while the block kills another one."""
+    process = start(stage, out, values)
+    try:
+        yield
+        ended_well(process, out)
+    finally:
+        if process.poll() is None:
+            end_tree(process.pid)
+            process.wait()
 
 
 def kill_when(stage: str, out: Path, values: dict[str, Any], reached: Callable[[], bool]) -> bool:
@@ -88,8 +105,8 @@ def test_a_query_run_killed_twice_has_the_items_seeds_and_numbers_of_a_whole_one
 ) -> None:
     values = {"model": str(model), "n_articles": 3, "eval_times": 2, "arms": "passage_only,hand_written"}
     values |= TRAINING | SERVER
-    finish("03", tmp_path / "whole", values)
-    interrupted("03", tmp_path / "cut", values, n_units=12, seed=3)
+    with whole_run_beside("03", tmp_path / "whole", values):
+        interrupted("03", tmp_path / "cut", values, n_units=12, seed=3)
     for name in ("run_base_passage_only.json", "run_base_hand_written.json"):
         whole, cut = (json.loads((tmp_path / which / name).read_text()) for which in ("whole", "cut"))
         assert whole.pop("timestamp") and cut.pop("timestamp")
@@ -101,8 +118,8 @@ def test_continual_edits_killed_twice_give_the_matrix_and_texts_of_a_whole_run(
 ) -> None:
     values = {"model": str(model), "n_sequences": 2, "n_datapoints": 3, "arm": "self_edits", "max_tokens": 12}
     values |= TRAINING | SERVER
-    finish("06", tmp_path / "whole", values)
-    interrupted("06", tmp_path / "cut", values, n_units=2 + 2 * 3 + 2 * 3, seed=6)
+    with whole_run_beside("06", tmp_path / "whole", values):
+        interrupted("06", tmp_path / "cut", values, n_units=2 + 2 * 3 + 2 * 3, seed=6)
     whole, cut = (
         json.loads((tmp_path / which / "summary_continual.json").read_text()) for which in ("whole", "cut")
     )
@@ -112,15 +129,12 @@ def test_continual_edits_killed_twice_give_the_matrix_and_texts_of_a_whole_run(
 def test_a_rest_em_training_killed_in_the_middle_writes_the_same_weights(model: Path, tmp_path: Path) -> None:
     values = {"model": str(model), "train": True, "lora_rank": 4, "lora_alpha": 8, "finetune_epochs": 4}
     values |= {"exp_name": "round1"}
-    finish("05", tmp_path / "whole", values)
     out = tmp_path / "cut"
-    killed = kill_when(
-        "05", out, values, lambda: any(out.glob("model.checkpoints-*/checkpoint-*/trainer_state.json"))
-    )
-    assert killed and not (out / "model").exists()
-    finish("05", out, values)
+    with whole_run_beside("05", tmp_path / "whole", values):
+        killed = kill_when(
+            "05", out, values, lambda: any(out.glob("model.checkpoints-*/checkpoint-*/trainer_state.json"))
+        )
+        assert killed and not (out / "model").exists()
+        finish("05", out, values)
     for name in ("sft_best1of2_round1.jsonl", "model/model.safetensors", "model/sft_result.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    shutil.rmtree(out / "model")
-    finish("05", out, values)
-    assert (out / "model/model.safetensors").exists()
