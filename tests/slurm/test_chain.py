@@ -17,7 +17,7 @@ COUNTS = {
     "arms": "self_edits,hand_written", "max-tokens": 24, "max-new-tokens": 16, "finetune-epochs": 2,
     "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "sft-accumulation": 2, "continual-seeds": "42,43",
     "n-sequences": 1, "n-datapoints": 1, "continual-max-new-tokens": 8, "n-workers": 1,
-    "server-nodes": 2, "sft-nodes": 2, "idle-timeout-s": 10,
+    "server-nodes": 2, "sft-nodes": 2, "idle-timeout-s": 20,
 }  # fmt: skip
 OPTIONS = [word for name, value in COUNTS.items() for word in (f"--{name}", str(value))]
 
