@@ -40,6 +40,8 @@ apidoc_modules = [
         "max_depth": 2,
     }
 ]
+toc_object_entries = False  # every function in every page's navigation costs a third of the writing
+autodoc_use_type_comments = False  # there are none
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {
