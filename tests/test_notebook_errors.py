@@ -58,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("09_sweep", {"dataset": "missing.json"}, "check the path"),
     ("09_sweep", {"grid": '{"colour": [1]}'}, "colour"),
     ("09_sweep", NO_FILE, "start it (seal-nb serve)"),
+    ("09_sweep", {"grid": "{"}, "grid is no JSON"),
 ]
 
 

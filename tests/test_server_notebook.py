@@ -28,7 +28,9 @@ class SomebodyLooksOn(NotebookClient):
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         if msg["msg_type"] == "update_display_data":
-            self.updates.append(msg["content"]["data"]["text/html"])
+            page = msg["content"]["data"]["text/html"]
+            if "at a glance" not in page:
+                self.updates.append(page)
         return super().process_message(msg, cell, cell_index)
 
 

@@ -113,11 +113,11 @@ class TTTServer:
             assert self.process is not None
             if not self.is_up():
                 raise ServerFailed(
-                    f"the server ended at its start (exit code {self.process.returncode}); {self._tail()}"
+                    f"the server ended at its start (exit code {self.process.returncode}){self._tail()}"
                 )
             if time.monotonic() > deadline:
                 raise ServerFailed(
-                    f"the server was not ready within {self.start_timeout_s:g} s; {self._tail()}"
+                    f"the server was not ready within {self.start_timeout_s:g} s{self._tail()}"
                 )
             time.sleep(0.05)
 
@@ -130,8 +130,11 @@ class TTTServer:
         return status is not None and (bool(status["workers"]) or not self.wait_for_worker)
 
     def _tail(self) -> str:
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "the end of its log:\n" + "\n".join(lines)
+        """The last error of the log, then its end."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+        why = f": {errors[-1]}" if errors else ""
+        return f"{why}; the end of its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
 
 
 def command(settings: ServeSettings) -> list[str]:
