@@ -65,7 +65,8 @@ notebooks: $(STAMP)
 	@for notebook in build/notebooks/*.ipynb; do \
 		echo "$$(basename $$notebook)"; \
 		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN \
-			--ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
+			--ExecutePreprocessor.record_timing=False \
+			--ExecutePreprocessor.coalesce_streams=True $$notebook || exit 1; \
 	done
 	@cp build/notebooks/*.ipynb notebooks/
 	@git --no-pager diff --stat -- notebooks
