@@ -36,7 +36,7 @@ class Passage:
 
     ``completions`` are self-edits and ``prompt`` is what they complete, as in the published item files. Where
     they complete different prompts (a family), ``prompts`` and ``prompt_keys`` have an entry for each.
-    ``hand_written`` holds implications written by a person, one a line (shipped passages only).
+    ``hand_written`` holds implications written by a person, one a line.
     """
 
     title: str

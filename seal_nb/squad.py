@@ -48,7 +48,7 @@ def _rows(split: str) -> list[dict[str, Any]]:
     except ImportError as error:
         raise DataError(
             "SQuAD's files on the hub are parquet, and pyarrow is not installed",
-            remedy="pip install 'seal-nb[data]'",
+            remedy="pip install -e '.[data]'",
         ) from error
     rows: list[dict[str, Any]] = parquet.read_table(_downloaded(FILES[split])).to_pylist()
     return rows

@@ -30,6 +30,14 @@ from seal_nb.prompts import find_prompts, self_edit_prompt
 from seal_nb.service.settings import option_type
 
 SHIPPED = "shipped:"
+# Of settings whose default is another value than the published one.
+NOT_AS_PUBLISHED = {
+    "grader": "; published: GPT-4.1, judge:gpt-4.1",
+    "padding_in_loss": "; published: true",
+    "shuffle": "; true: the published order of plain SQuAD",
+    "cpt_lr": "; published for passage_only: 1e-4",
+    "engine": "; published: vLLM",
+}
 
 
 def submit(argv: Sequence[str]) -> None:
@@ -143,9 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     settings = parser.add_argument_group("settings of the experiment")
     hints = typing.get_type_hints(ExperimentSettings)
     for field in fields(ExperimentSettings):
-        published = "" if field.default is MISSING else f"published: {_text(field.default) or 'empty'}"
+        default = "" if field.default is MISSING else f"default: {_text(field.default) or 'empty'}"
         settings.add_argument(
-            f"--{field.name.replace('_', '-')}", type=_reader(hints[field.name]), help=published
+            f"--{field.name.replace('_', '-')}",
+            type=_reader(hints[field.name]),
+            help=default + NOT_AS_PUBLISHED.get(field.name, ""),
         )
     return parser
 

@@ -201,6 +201,7 @@ def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) 
             f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
         )
     if needed <= summary.n_repeats:
-        return f"{has}: enough for {reliability:.2f}"
+        few = f", but {n} are too few to tell (at least {MIN_PASSAGES})"
+        return f"{has}: enough for {reliability:.2f}{few if summary.n_ranked < MIN_PASSAGES else ''}"
     more = f"{reliability:.2f} would take {needed} repeats"
     return f"{has}; {more} (eval_times {needed} in 03: earlier ones are kept)"

@@ -48,8 +48,9 @@ def _best_arm(found: Found, prompt_key: str) -> str | None:
     measured = {arm: estimate for arm, result in arms.items() if (estimate := result.adapter())}
     if not measured:
         return None
-    best = max(measured, key=lambda arm: measured[arm].mean)
-    return f"{best} {_percent(measured[best])}, not adapted {_percent(baseline_of(arms.values()))}"
+    most = max(estimate.n for estimate in measured.values())  # one passage tried by hand is no evaluation
+    best = max((arm for arm in measured if measured[arm].n == most), key=lambda arm: measured[arm].mean)
+    return f"{best} {_percent(measured[best])}, not adapted {_percent(baseline_of([arms[best]]))}"
 
 
 def _real_differences(found: Found, prompt_key: str) -> str | None:

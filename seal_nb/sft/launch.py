@@ -88,7 +88,7 @@ def launch_config(sharding: str) -> Path:
         raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
     if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise SettingsError(
-            "sharding is 'deepspeed', which is not installed; pip install 'seal-nb[deepspeed]', or take fsdp"
+            "sharding is 'deepspeed', which is not installed; pip install -e '.[deepspeed]', or take fsdp"
         )
     return shipped_config(sharding if torch.cuda.is_available() else "cpu")
 
