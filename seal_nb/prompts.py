@@ -264,6 +264,11 @@ def recorded_key(prompt: str, keys: Sequence[str] = (), *, title: str, context: 
     return prompt and (key_of_prompt(prompt, title=title, context=context) or OTHER_PROMPT)
 
 
+def result_key(prompt_key: str) -> str:
+    """What results call the self-edits of a ``prompt_key`` parameter: a file's by its stem."""
+    return Path(prompt_key).stem if Path(prompt_key).is_file() else prompt_key.split("/")[0]
+
+
 def topic_question(title: str, question: str) -> str:
     """The question under its topic line, as published clients send it; never two such lines."""
     topic = f"Topic: {title}\n"

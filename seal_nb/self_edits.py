@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from seal_nb.engines.base import Completion, Engine, Incomplete, Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage
-from seal_nb.prompts import SelfEditPrompt
+from seal_nb.prompts import SELF_EDIT_PROMPTS, SelfEditPrompt
 from seal_nb.runs import Journal, content_id, derived_seed
 
 TOLD_TIMES = 10  # lines of progress at most, so that an executed notebook stays short
@@ -153,10 +153,11 @@ def _with_texts(engine: Engine, wanted: Sequence[_Wanted], texts: Sequence[str])
     """The passage with its self-edits, stripped, and their prompts as the model saw them."""
     prompts = {one.prompt.key: engine.text_of(one.asked) for one in wanted}
     keys = [one.prompt.key for one in wanted]
+    is_told_by_text = len(prompts) == 1 and keys[0] in SELF_EDIT_PROMPTS and "/" not in keys[0]
     return replace(
         wanted[0].passage,
         completions=tuple(text.strip() for text in texts),
         prompt=prompts[keys[0]],
         prompts=tuple(prompts[key] for key in keys) if len(prompts) > 1 else (),
-        prompt_keys=tuple(keys) if len(prompts) > 1 else (),
+        prompt_keys=() if is_told_by_text else tuple(keys),
     )

@@ -15,7 +15,7 @@ from seal_nb.errors import DataError, EngineError, SettingsError
 from seal_nb.experiments.rest_em import select_best, sft_rows
 from seal_nb.experiments.run_files import run_from_json
 from seal_nb.passages import Passage, Question, load_passages, to_item
-from seal_nb.prompts import find_prompts
+from seal_nb.prompts import SelfEditPrompt, find_prompts
 from seal_nb.runs import Journal, write_json
 from seal_nb.self_edits import create_self_edits, passage_only_sequences, train_sequences
 
@@ -177,6 +177,14 @@ def test_a_family_takes_turns_and_each_self_edit_knows_its_prompt() -> None:
     assert list(made.prompt_keys) == [*keys, *keys[:2]]
     assert made.prompts[0] == made.prompts[7] == made.prompt != made.prompts[1]
     assert len(set(made.completions)) == 9, "the same prompt, another number, another seed"
+
+
+def test_one_self_edit_of_a_family_or_a_file_says_whose_it_is_too() -> None:
+    (made,) = written(RecordingEngine(), PASSAGES[:1], prompts=find_prompts("spa"), k_completions=1)
+    assert made.prompt_keys == ("spa/key-concepts",) == (find_prompts("spa")[0].key,)
+    mine = SelfEditPrompt(key="mine", template="About {title}: {context}", source="me")
+    (made,) = written(RecordingEngine(), PASSAGES[:1], prompts=[mine], k_completions=2)
+    assert made.prompt_keys == ("mine", "mine")
 
 
 def test_the_prompt_of_a_chat_is_what_the_model_sees() -> None:

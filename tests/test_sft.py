@@ -336,7 +336,7 @@ def test_how_gpus_share_a_model_is_chosen_by_name(tmp_path: Path, monkeypatch: p
         launch_config("zero")
     with monkeypatch.context() as without:
         without.setattr(launch.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(SettingsError, match=r"not installed; pip install 'seal-nb\[deepspeed\]'"):
+        with pytest.raises(SettingsError, match=r"not installed; pip install -e '.\[deepspeed\]'"):
             launch_config("deepspeed")
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
     assert launch_config("deepspeed").name == "accelerate_cpu.yaml", "on CPUs nothing is shared"

@@ -29,7 +29,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
     read_record(run_dir)  # before the lock, which would make the folder
     with sole_use(run_dir, tell):
         server = stage_in(run_dir, str(folder))
-        if not server.command:
+        if not server.background:
             raise SettingsError(f"{folder} is not that of a submitted server; give RUN/…_server")
         state = slurm_jobs.look_up(server.job) if server.job else None
         if state is not None and state.is_live:
@@ -41,6 +41,8 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
         if state is not None:
             slurm_jobs.requeue(server.job)
             return server.job
+        if not server.command:
+            raise SettingsError(f"{folder} was submitted by an older version; submit the chain again")
         job = _submit(server, project)
         read_record(run_dir).with_job(server.name, job).write(run_dir)
         return job

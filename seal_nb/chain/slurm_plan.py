@@ -65,6 +65,8 @@ class Cluster:
                 "each; give all nodes the same number, and each process a GPU"
             )
         nodes = [f"--nodes={self.sft_nodes}"] if self.sft_nodes > 1 else []
+        if a_node > 1:
+            nodes.append("--mem=0")  # all of a node's: each process loads the whole model first
         if "SEAL_GPUS" not in self.site:
             return nodes
         kind = self.site["SEAL_GPUS"].rpartition(":")[0]

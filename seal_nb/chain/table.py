@@ -6,9 +6,11 @@ table serves any folder and any executor. What identifies a stage is its content
 what it is made from; a finished stage with the same identity need not run again.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ RUN = "{run}"  # stands for the run's folder in a parameter
 DONE_DIR = ".done"
 # How a stage computes, not what: fewer slots after an OUT_OF_MEMORY undo nothing that is finished.
 MACHINE = frozenset({"n_workers", "n_threads", "n_slots", "n_processes", "endpoint_file", "idle_timeout_s"})
+INPUT_FILES = frozenset({"dataset", "prompt_key"})  # parameters that may name a file of the user's
 
 
 def in_run(stage: str = "", file: str = "") -> str:
@@ -99,7 +102,11 @@ class Chain:
     def identity(self, stage: Stage) -> str:
         """Depends on what the stage computes and from what, not on where the run's folder lies."""
         made_from = [self.identity(self[name]) for name in stage.needs]
-        own = {name: value for name, value in stage.parameters.items() if name not in MACHINE}
+        own = {
+            name: _content(value) if name in INPUT_FILES else value
+            for name, value in stage.parameters.items()
+            if name not in MACHINE
+        }
         return content_id([stage.notebook, own, made_from])
 
 
@@ -131,3 +138,17 @@ def read_marker(run_dir: Path, name: str) -> dict[str, Any]:
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return marker if isinstance(marker, dict) else {}
+
+
+def _content(value: Value) -> Value:
+    """A file's content for its name: edited, it is another experiment."""
+    path = Path(str(value))
+    if not path.is_file():
+        return value
+    about = path.stat()
+    return _digest(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, _mtime_ns: int, _size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,7 @@ from seal_nb.chain.settings import ExperimentSettings
 from seal_nb.chain.table import Chain, Stage, in_run
 from seal_nb.experiments.arms import run_file_name
 from seal_nb.notebook_runner import Value
+from seal_nb.prompts import result_key
 
 ENDPOINT_FILE = "endpoint.json"
 SELF_EDITS_FILE = "self_edits.json"
@@ -23,20 +24,20 @@ MODEL_FOLDER = "model"
 def rest_em_chain(settings: ExperimentSettings) -> Chain:
     """All stages in an order in which one server is up at a time."""
     rounds = [_Round(settings, number) for number in range(settings.n_rounds + 1)]
-    return _with_results("rest_em", [stage for one in rounds for stage in one.stages()])
+    return _with_results("rest_em", settings, [stage for one in rounds for stage in one.stages()])
 
 
 def evaluation_chain(settings: ExperimentSettings) -> Chain:
     """The model as it is, on the validation passages: single passage and CPT."""
     base = _Round(settings, 0)
     stages = [base.validation_self_edits(), base.server(), base.evaluate(), base.cpt()]
-    return _with_results("evaluation", stages)
+    return _with_results("evaluation", settings, stages)
 
 
 def continual_chain(settings: ExperimentSettings) -> Chain:
     """The model as it is, edited continually."""
     base = _Round(settings, 0)
-    return _with_results("continual", [base.server(), *base.continual()])
+    return _with_results("continual", settings, [base.server(), *base.continual()])
 
 
 CHAINS: dict[str, Callable[[ExperimentSettings], Chain]] = {
@@ -277,13 +278,13 @@ class _Round:
         return f"the model of round {self.number}" if self.number else "the base model"
 
 
-def _with_results(name: str, stages: Iterable[Stage]) -> Chain:
+def _with_results(name: str, settings: ExperimentSettings, stages: Iterable[Stage]) -> Chain:
     made = tuple(stages)
     results = Stage(
         name="results",
         notebook="08_results",
         title="all results side by side",
-        parameters={"runs_dir": in_run()},
+        parameters={"runs_dir": in_run(), "prompt_key": result_key(settings.prompt_key)},
         needs=tuple(stage.name for stage in made if not stage.background),
     )
     return Chain(name=name, stages=(*made, results))

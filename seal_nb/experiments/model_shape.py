@@ -80,4 +80,9 @@ def shape_of(model: str) -> ModelShape | None:
     """Of a model folder, or of a name that is known; None where nothing is known of it without fetching."""
     if model in KNOWN:
         return KNOWN[model]
-    return ModelShape.of_folder(model) if model and (Path(model) / "config.json").is_file() else None
+    if not model or not (Path(model) / "config.json").is_file():
+        return None
+    try:
+        return ModelShape.of_folder(model)
+    except DataError:  # a config of another kind: an estimate must not stop what can run
+        return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from seal_nb.errors import ProtocolError, SealError
+from seal_nb.errors import ProtocolError, RoundTimeout, SealError
 from seal_nb.experiments.live_edit import Edit, edit_request, kept_request, question_requests
 from seal_nb.experiments.run_files import EvaluatedPassage
 from seal_nb.experiments.run_requests import served_model, ttt_client
@@ -107,7 +107,7 @@ class Workbench:
             if key not in self._trained:
                 request = kept_request(plain, self._new_name(), model_id=self._model_id)
                 with self._watched(client, request, tell):
-                    reply = client.evaluate(request, timeout_s=self.timeout_s)
+                    reply = self._answered(client, request)
                 made = LiveResult(passage=passage, edit=edit, request=request, reply=reply)
             else:
                 made = replace(self._trained.pop(key), passage=passage, edit=edit)
@@ -115,6 +115,15 @@ class Workbench:
             self._forget_oldest()
             tell(Step(state="done", elapsed_s=time.monotonic() - began_at))
         return made
+
+    def _answered(self, client: TTTClient, request: TTTRequest) -> TTTReply:
+        """The reply; a request that nobody waits for any longer is given up, and leaves no adapter behind."""
+        try:
+            return client.evaluate(request, timeout_s=self.timeout_s)
+        except RoundTimeout:
+            with suppress(SealError):
+                client.cancel(str(request.request_id))
+            raise
 
     def ask(self, trained: LiveResult, question: str, gold: str = "") -> OwnAnswer:
         """Put one more question to the base and to a trained adapter."""

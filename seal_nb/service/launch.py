@@ -46,6 +46,7 @@ class TTTServer:
         self.start_timeout_s, self.log_level = start_timeout_s, log_level
         self.wait_for_worker = wait_for_worker and self.settings.n_workers > 0
         self.process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0  # of this start, in a log that others may have begun
 
     @property
     def endpoint(self) -> str:
@@ -77,6 +78,7 @@ class TTTServer:
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
             self.process = subprocess.Popen(
                 command(self.settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
                 start_new_session=True,  # a Ctrl-C in the notebook is not the server's
@@ -130,8 +132,8 @@ class TTTServer:
         return status is not None and (bool(status["workers"]) or not self.wait_for_worker)
 
     def _tail(self) -> str:
-        """The last error of the log, then its end."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        """The last error of this start's part of the log, then its end."""
+        lines = self.log_path.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
         errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
         why = f": {errors[-1]}" if errors else ""
         return f"{why}; the end of its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:])

@@ -24,8 +24,9 @@ LOG_TAIL_LINES = 15
 
 def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
     """Train here where one process is asked for, else in several of this machine."""
+    config = launch_config(sharding)
     if n_processes > 1:
-        return train_in_processes(job, n_processes=n_processes, config=launch_config(sharding))
+        return train_in_processes(job, n_processes=n_processes, config=config)
     return train_sft(
         job.sft_file, model=job.model, model_dir=job.model_dir, settings=job.settings, n_threads=job.n_threads
     )

@@ -51,7 +51,7 @@ def train_sft(
     if (done := finished(model_dir, made_from)) is not None:
         return done
     rows = read_sft_rows(sft_file)
-    checkpoints = _own_checkpoints(model_dir, content_id([made_from, processes.num_processes]), processes)
+    checkpoints = _own_checkpoints(model_dir, content_id([made_from, *_layout(processes)]), processes)
     trainer = _trainer(folder, rows, settings, checkpoints, accumulation)
     trainer.train(resume_from_checkpoint=_last_whole(checkpoints))
     trainer.save_model(str(checkpoints / "trained"))  # together: each process may hold a part of it
@@ -69,6 +69,11 @@ def train_sft(
         shutil.rmtree(checkpoints, ignore_errors=True)
     processes.wait_for_everyone()
     return result
+
+
+def _layout(processes: PartialState) -> tuple[int, str]:
+    """What a checkpoint can be read by: processes, and how they share the model."""
+    return processes.num_processes, str(processes.distributed_type)
 
 
 def training_id(sft_file: Path, model: str, settings: SftSettings) -> str:
@@ -166,7 +171,7 @@ def _lora(settings: SftSettings) -> LoraConfig:
 def _arguments(
     settings: SftSettings, checkpoints: Path, accumulation: int, steps_an_epoch: int
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=1,  # the rows are those of all epochs, in their order
         train_sampling_strategy="sequential",
@@ -187,6 +192,9 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    if arguments.n_gpu > 1:  # the Trainer would spread each batch over all GPUs that this process sees
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, method: str) -> None:

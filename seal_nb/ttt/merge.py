@@ -4,14 +4,19 @@ A stack of frozen adapters beside the base gives the same outputs without any co
 for whoever wants one file to load anywhere. W + Σ scale · B A (LoRA, arXiv 2106.09685, section 4.1), added in
 float32 and rounded once, to the dtype that the base is stored in."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from seal_nb.models import resolve_model
 from seal_nb.ttt.lora import load_adapter
@@ -37,10 +42,8 @@ def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
 
 
 def stored_dtype(folder: str) -> torch.dtype:
-    """The dtype of the weights on disk; float32 where the folder does not say."""
-    config = Path(folder) / "config.json"
-    named = json.loads(config.read_text()).get("dtype") if config.is_file() else None
-    return getattr(torch, named) if named else torch.float32
+    """The dtype of the weights on disk, of a folder or a hub name; float32 where its config does not say."""
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32
 
 
 def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

@@ -101,9 +101,9 @@ def training(n_processes: int, **place: object) -> Job:
     return next(job for job in jobs if job.name == "round1_train")
 
 
-def test_training_is_one_job_over_its_nodes_with_a_gpu_for_each_process() -> None:
+def test_training_is_one_job_over_its_nodes_with_a_gpu_for_each_process_and_their_memory() -> None:
     job = training(8, sft_nodes=4)
-    assert job.options[-2:] == ("--nodes=4", "--gpus-per-node=a100:2")
+    assert job.options[-3:] == ("--nodes=4", "--mem=0", "--gpus-per-node=a100:2")
     assert ("-p", "n_processes", "8") in zip(
         job.arguments, job.arguments[1:], job.arguments[2:], strict=False
     )
@@ -111,6 +111,7 @@ def test_training_is_one_job_over_its_nodes_with_a_gpu_for_each_process() -> Non
 
 def test_training_on_one_node_takes_as_many_of_its_gpus_as_it_has_processes() -> None:
     assert training(1).options[-1] == "--gpus-per-node=a100:1"
+    assert "--mem=0" not in training(1).options
     assert not [option for option in training(2).options if option.startswith("--nodes")]
 
 
@@ -306,6 +307,21 @@ def test_server_that_slurm_still_knows_is_queued_again_under_its_number(fakes: P
     (fakes / f"job{job}").write_text("JobId=1 JobState=COMPLETED Reason=None\n")
     assert again(folder) == job
     assert (fakes / "requeued").read_text() == job.removesuffix("_0") + "\n"
+
+
+def test_server_whose_record_is_of_an_older_version_is_queued_again_as_long_as_slurm_knows_it(
+    fakes: Path,
+) -> None:
+    folder, job = with_a_server(fakes)
+    record = json.loads((fakes / "run/chain.json").read_text())
+    for stage in record["stages"]:
+        stage.pop("command", None)
+    (fakes / "run/chain.json").write_text(json.dumps(record))
+    (fakes / f"job{job}").write_text("JobId=1 JobState=COMPLETED Reason=None\n")
+    assert again(folder) == job
+    (fakes / f"job{job}").unlink()
+    with pytest.raises(SettingsError, match="submitted by an older version; submit the chain again"):
+        again(folder)
 
 
 def test_server_that_failed_is_not_started_again(fakes: Path) -> None:

@@ -118,7 +118,20 @@ def test_prompt_and_engine_reach_every_stage_that_writes_self_edits() -> None:
     chain = rest_em_chain(replace(DEMO, prompt_key="rewrite", engine="vllm"))
     writers = [asked(stage) for stage in chain if stage.notebook == "01_create_self_edits"]
     assert [(values["prompt_key"], values["engine"]) for values in writers] == [("rewrite", "vllm")] * 5
-    assert asked(chain["continual"])["prompt_key"] == "rewrite"
+    assert asked(chain["continual"])["prompt_key"] == asked(chain["results"])["prompt_key"] == "rewrite"
+
+
+def test_edited_file_is_another_experiment_under_its_old_name(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.txt").write_text("About {title}: {context}")
+    chain = rest_em_chain(replace(DEMO, prompt_key=str(file)))
+    assert asked(chain["results"])["prompt_key"] == "mine", "as results call its self-edits"
+    first = chain["base_self_edits"]
+    before = chain.identity(first)
+    file.rename(tmp_path / "renamed.txt")
+    moved = rest_em_chain(replace(DEMO, prompt_key=str(tmp_path / "renamed.txt")))
+    assert moved.identity(moved["base_self_edits"]) == before
+    file.write_text("Everything about {title}: {context}")
+    assert chain.identity(first) != before
 
 
 def test_numbers_of_the_inner_loop_reach_every_server() -> None:

@@ -29,6 +29,16 @@ def test_a_second_server_on_a_live_ones_endpoint_file_is_refused(start_server, t
     assert first.process.poll() is None
 
 
+def test_a_start_that_fails_says_its_own_last_error_and_not_one_of_an_earlier_start(start_server, tmp_path):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "server.log").write_text("2026-01-01 server ERROR of yesterday\n")
+    with pytest.raises(ServerFailed) as failed:
+        start_server(n_workers=1, inner_loop="tests.service.stub_loop:no_such_thing")
+    first_line = str(failed.value).splitlines()[0]
+    assert "exit code 1" in first_line and "no_such_thing" in first_line
+    assert "yesterday" not in str(failed.value)
+
+
 def test_of_servers_that_start_on_one_endpoint_file_at_the_same_time_one_stays(tmp_path):
     """None of them is there yet when the others look; who wrote the file last has it."""
     shared = {"endpoint_file": tmp_path / "endpoint.json", "n_workers": 0, "drain_s": 1.0}
