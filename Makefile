@@ -51,6 +51,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.service_load
 	@$(BIN)/python -m benchmarks.grading
 	@$(BIN)/python -m benchmarks.engines
+	@$(BIN)/python -m benchmarks.continual
 	@$(BIN)/python -m benchmarks.inspector
 
 # A vLLM for machines without a GPU, beside the default environment; tests/vllm starts its server from it.
