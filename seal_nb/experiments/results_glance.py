@@ -49,8 +49,10 @@ def _best_arm(found: Found, prompt_key: str) -> str | None:
     if not measured:
         return None
     most = max(estimate.n for estimate in measured.values())  # one passage tried by hand is no evaluation
-    best = max((arm for arm in measured if measured[arm].n == most), key=lambda arm: measured[arm].mean)
-    return f"{best} {_percent(measured[best])}, not adapted {_percent(baseline_of([arms[best]]))}"
+    whole = [arm for arm in measured if measured[arm].n == most]
+    best = max(whole, key=lambda arm: measured[arm].mean)
+    unedited = baseline_of(arms[arm] for arm in whole)
+    return f"{best} {_percent(measured[best])}, not adapted {_percent(unedited)}"
 
 
 def _real_differences(found: Found, prompt_key: str) -> str | None:
