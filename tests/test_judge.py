@@ -311,7 +311,6 @@ def test_interrupted_grading_asks_nothing_more(service: StandIn, tmp_path: Path)
 import os, signal, threading
 from seal_nb.grading.base import make_grader
 from tests.test_judge import answers
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     make_grader({name!r}).grade(answers(500))

@@ -181,12 +181,10 @@ def test_server_that_ends_early_ends_the_stage_that_needs_it(tmp_path: Path, not
 
 
 CHAIN_PROCESS = """
-import signal
 import sys
 from pathlib import Path
 from seal_nb.chain.table import Chain, Stage
 from seal_nb.chain.local import run_chain
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 server = Stage(name="server", notebook="serve", title="", produces=("endpoint.json",), background=True)
 first = Stage(name="first", notebook="count", title="", produces=("runs.txt",))
 wait = {"seconds": float(sys.argv[3])}
