@@ -1,0 +1,42 @@
+"""What tests of chains on SLURM share: a small experiment, a cluster, the jobs of a chain."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from seal_nb.chain.record import read_record
+from seal_nb.chain.settings import DEMO
+from seal_nb.chain.slurm import submit_chain
+from seal_nb.chain.slurm_plan import Cluster, Job, plan
+from seal_nb.chain.table import Chain, mark_done
+from seal_nb.chain.tables import continual_chain
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = replace(DEMO, n_rounds=1, continual_seeds=(42, 43))
+
+
+def cluster(**other: object) -> Cluster:
+    values = {"project": ROOT, "site_file": ROOT / "slurm/site.sh", "site": {"SEAL_GPUS": "a100:2"}}
+    return Cluster(**{**values, **other})
+
+
+def jobs_of(chain: Chain, run_dir: Path = Path("/nowhere"), **on_their_way: str) -> dict[str, Job]:
+    return {job.name: job for job in plan(chain, run_dir, cluster(), on_their_way=on_their_way)}
+
+
+def finish(chain: Chain, run_dir: Path, *names: str) -> None:
+    for name in names:
+        for file in chain[name].produces:
+            (run_dir / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (run_dir / name / file).touch()
+        mark_done(chain, chain[name], run_dir, seconds=1)
+
+
+def with_a_server(fakes: Path, nodes: int = 1) -> tuple[Path, str]:
+    """The folder of a submitted server, and its job, which the fake SLURM has forgotten already."""
+    (fakes / "slurm").unlink()
+    shutil.copytree(ROOT / "slurm", fakes / "slurm")
+    (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2 SBATCH_TIMELIMIT=60\n")
+    place = cluster(project=fakes, server_nodes=nodes)
+    submit_chain(continual_chain(SMALL), fakes / "run", place, tell=print)
+    return fakes / "run/base_server", read_record(fakes / "run").jobs()["base_server"]

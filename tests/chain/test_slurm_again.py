@@ -1,0 +1,98 @@
+"""A server that ended for want of clients is started once more for one that comes late."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seal_nb.chain.record import read_record
+from seal_nb.chain.slurm import submit_chain
+from seal_nb.chain.slurm_again import restart_server
+from seal_nb.chain.slurm_jobs import SlurmError
+from seal_nb.chain.tables import continual_chain
+from seal_nb.errors import DataError, SettingsError
+from tests.chain.planning import SMALL, cluster, with_a_server
+
+
+def again(folder: Path) -> str:
+    return restart_server(folder, project=Path.cwd(), tell=print)
+
+
+def test_forgotten_server_is_submitted_once_more_without_waiting_and_then_it_is_the_chain_s(
+    fakes: Path,
+) -> None:
+    folder, first = with_a_server(fakes)
+    earlier = (fakes / "submitted").read_text()
+    second = again(folder)
+    assert int(second) > int(first)
+    said = (fakes / "submitted").read_text().removeprefix(earlier)
+    assert "slurm/ttt_server.sbatch -p output_dir run/base_server" in said
+    assert "--dependency" not in said
+    assert read_record(fakes / "run").jobs()["base_server"] == second
+    (fakes / f"job{second}").write_text(f"JobId={second} JobState=PENDING Reason=Resources\n")
+    assert again(folder) == second  # another late client joins it
+    assert (fakes / "submitted").read_text() == earlier + said
+
+
+def test_server_submitted_from_a_job_inherits_the_site_and_nothing_of_that_job(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = with_a_server(fakes)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "43")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    again(folder)
+    assert (fakes / "submitted").read_text().endswith(" array= gpus= limit=60\n")
+
+
+def test_forgotten_server_over_several_nodes_is_an_array_again(fakes: Path) -> None:
+    folder, first = with_a_server(fakes, nodes=2)
+    second = again(folder)
+    assert first.endswith("_0") and second.endswith("_0") and first != second
+    assert "--array=0-1" in (fakes / "submitted").read_text().splitlines()[-1]
+
+
+def test_server_that_slurm_still_knows_is_queued_again_under_its_number(fakes: Path) -> None:
+    folder, job = with_a_server(fakes, nodes=2)
+    (fakes / f"job{job}").write_text("JobId=1 JobState=COMPLETED Reason=None\n")
+    assert again(folder) == job
+    assert (fakes / "requeued").read_text() == job.removesuffix("_0") + "\n"
+
+
+def test_server_whose_record_is_of_an_older_version_is_queued_again_as_long_as_slurm_knows_it(
+    fakes: Path,
+) -> None:
+    folder, job = with_a_server(fakes)
+    record = json.loads((fakes / "run/chain.json").read_text())
+    for stage in record["stages"]:
+        stage.pop("command", None)
+    (fakes / "run/chain.json").write_text(json.dumps(record))
+    (fakes / f"job{job}").write_text("JobId=1 JobState=COMPLETED Reason=None\n")
+    assert again(folder) == job
+    (fakes / f"job{job}").unlink()
+    with pytest.raises(SettingsError, match="submitted by an older version; submit the chain again"):
+        again(folder)
+
+
+def test_server_that_failed_is_not_started_again(fakes: Path) -> None:
+    folder, job = with_a_server(fakes)
+    (fakes / f"job{job}").write_text("JobId=1 JobState=FAILED Reason=NonZeroExitCode ExitCode=1:0\n")
+    with pytest.raises(SlurmError, match=f"job {job} is FAILED; look at .*02_ttt_server-{job}.log"):
+        again(folder)
+
+
+def test_folder_of_no_server_is_not_started_again(fakes: Path) -> None:
+    folder, _ = with_a_server(fakes)
+    with pytest.raises(SettingsError, match="not that of a submitted server"):
+        again(folder.parent / "results")
+    with pytest.raises(DataError, match="no chain was submitted here"):
+        again(fakes / "elsewhere/base_server")
+    assert not (fakes / "elsewhere").exists()
+
+
+def test_command_of_a_server_is_kept_when_the_rest_is_submitted_again(fakes: Path) -> None:
+    _, job = with_a_server(fakes)
+    before = read_record(fakes / "run").commands()
+    (fakes / f"job{job}").write_text(f"JobId={job} JobState=RUNNING Reason=None\n")
+    submit_chain(continual_chain(SMALL), fakes / "run", cluster(project=fakes), tell=print)
+    assert read_record(fakes / "run").commands() == before
+    assert set(before) == {"base_server"}

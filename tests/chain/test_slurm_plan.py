@@ -1,0 +1,166 @@
+"""Which jobs a chain becomes, where they run and what they wait for."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from seal_nb.chain import slurm_jobs
+from seal_nb.chain.slurm_plan import Job, plan
+from seal_nb.chain.tables import continual_chain, evaluation_chain, rest_em_chain
+from seal_nb.errors import SettingsError
+from tests.chain.planning import ROOT, SMALL, cluster, finish, jobs_of
+
+
+def test_stage_waits_for_what_it_needs_and_for_the_start_of_its_server() -> None:
+    jobs = jobs_of(rest_em_chain(SMALL))
+    assert jobs["base_self_edits"].afterok == ()
+    assert jobs["base_evaluate"].afterok == ("base_self_edits",)
+    assert jobs["base_evaluate"].after == ("base_server",)
+    assert jobs["round1_train"].afterok == ("round1_rank",)
+
+
+def test_server_starts_when_all_who_ask_it_could() -> None:
+    assert jobs_of(rest_em_chain(SMALL))["base_server"].afterok == (
+        "base_self_edits",
+        "round1_self_edits_train",
+    )
+
+
+def test_client_does_not_outlive_the_making_of_its_server_s_model() -> None:
+    # `after` alone holds for a server that was cancelled because the training before it failed.
+    assert jobs_of(rest_em_chain(SMALL))["continual"].afterok == ("round1_train",)
+
+
+def test_clients_look_after_the_job_of_their_server() -> None:
+    command = jobs_of(rest_em_chain(SMALL))["base_evaluate"].command(
+        {"base_server": "17_0", "base_self_edits": "5"}
+    )
+    assert "--dependency=afterok:5,after:17_0" in command
+    assert "--export=ALL,SEAL_SERVER_JOB=17_0" in command
+
+
+def test_seeds_are_one_array_whose_numbers_are_the_seeds() -> None:
+    job = jobs_of(rest_em_chain(SMALL))["continual"]
+    assert "--array=42,43" in job.options
+    assert [stage.name for stage in job.stages] == ["continual_seed42", "continual_seed43"]
+    assert "seed" not in job.arguments
+    assert job.arguments[:3] == ("-p", "output_dir", "/nowhere/continual")  # the script adds _seed42
+
+
+def test_server_on_several_nodes_is_an_array_whose_first_task_is_asked() -> None:
+    jobs = plan(rest_em_chain(SMALL), Path("/x"), cluster(server_nodes=4), on_their_way={})
+    (server,) = [job for job in jobs if job.name == "base_server"]
+    assert "--array=0-3" in server.options
+    assert server.part == "_0"
+
+
+def training(n_processes: int, **place: object) -> Job:
+    """The job of round 1's training, in so many processes."""
+    chain = rest_em_chain(replace(SMALL, sft_accumulation=n_processes, sft_processes=n_processes))
+    jobs = plan(chain, Path("/x"), cluster(**place), on_their_way={})
+    return next(job for job in jobs if job.name == "round1_train")
+
+
+def test_training_is_one_job_over_its_nodes_with_a_gpu_for_each_process_and_their_memory() -> None:
+    job = training(8, sft_nodes=4)
+    assert job.options[-3:] == ("--nodes=4", "--mem=0", "--gpus-per-node=a100:2")
+    assert ("-p", "n_processes", "8") in zip(
+        job.arguments, job.arguments[1:], job.arguments[2:], strict=False
+    )
+
+
+def test_training_on_one_node_takes_as_many_of_its_gpus_as_it_has_processes() -> None:
+    assert training(1).options[-1] == "--gpus-per-node=a100:1"
+    assert "--mem=0" not in training(1).options
+    assert not [option for option in training(2).options if option.startswith("--nodes")]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "accumulation", "expected"),
+    [("2", 1, 10, 2), ("4", 1, 10, 2), ("8", 1, 10, 5), ("h100:8", 2, 16, 16), ("8", 2, 10, 10),
+     ("0", 2, 10, 2)],
+)  # fmt: skip
+def test_training_takes_the_most_gpus_that_can_share_its_steps_evenly(
+    gpus: str, nodes: int, accumulation: int, expected: int
+) -> None:
+    place = cluster(site={"SEAL_GPUS": gpus}, sft_nodes=nodes)
+    assert place.training_processes(accumulation) == expected
+
+
+def test_training_that_nodes_or_processes_cannot_share_is_refused_before_the_queue() -> None:
+    with pytest.raises(SettingsError, match="sft_accumulation is 10, which 3 nodes cannot share"):
+        cluster(sft_nodes=3).training_processes(10)
+    with pytest.raises(SettingsError, match="sft_accumulation is 10, which 4 sft_processes cannot share"):
+        replace(SMALL, sft_accumulation=10, sft_processes=4)
+    with pytest.raises(SettingsError, match="sft_processes is 3, for 2 nodes with 2 GPUs each"):
+        training(3, sft_nodes=2)
+    with pytest.raises(SettingsError, match="sft_processes is 6, for 2 nodes with 2 GPUs each"):
+        training(6, sft_nodes=2)
+    with pytest.raises(SettingsError, match="sft_nodes is 0; it must be at least 1"):
+        cluster(sft_nodes=0)
+
+
+def test_only_jobs_whose_script_wants_gpus_get_those_of_the_site() -> None:
+    with_gpus = {
+        name
+        for name, job in jobs_of(rest_em_chain(SMALL)).items()
+        if any(option.startswith("--gpus-per-node=a100:") for option in job.options)
+    }
+    assert {re.sub(r"^(base|round1)_", "", name) for name in with_gpus} == {
+        "self_edits", "self_edits_train", "server", "train",
+    }  # fmt: skip
+
+
+def test_finished_stages_are_not_submitted_again_and_nobody_waits_for_them(tmp_path: Path) -> None:
+    chain = rest_em_chain(SMALL)
+    finish(chain, tmp_path, "base_self_edits", "round1_self_edits_train", "base_evaluate", "base_cpt")
+    jobs = jobs_of(chain, tmp_path)
+    assert {"base_self_edits", "base_evaluate"} & set(jobs) == set()
+    assert jobs["base_server"].afterok == ()
+    assert jobs["round1_rank"].after == ("base_server",)
+
+
+def test_server_whose_clients_are_done_is_not_started(tmp_path: Path) -> None:
+    chain = rest_em_chain(SMALL)
+    names = ["base_self_edits", "round1_self_edits_train", "base_evaluate", "base_cpt", "round1_rank"]
+    finish(chain, tmp_path, *names)
+    assert "base_server" not in jobs_of(chain, tmp_path)
+
+
+def test_array_is_continued_with_the_seeds_that_are_missing(tmp_path: Path) -> None:
+    chain = continual_chain(replace(SMALL, continual_seeds=(42, 43, 44)))
+    finish(chain, tmp_path, "continual_seed43")
+    assert "--array=42,44" in jobs_of(chain, tmp_path)["continual"].options
+
+
+def test_jobs_on_their_way_are_waited_for_by_their_number() -> None:
+    jobs = jobs_of(evaluation_chain(SMALL), base_self_edits="31", base_server="32")
+    assert {"base_self_edits", "base_server"} & set(jobs) == set()
+    assert (jobs["base_cpt"].afterok, jobs["base_cpt"].after) == (("31",), ("32",))
+
+
+@pytest.mark.parametrize("gpus", ["two", "a100:", ""])
+def test_number_of_gpus_that_is_none_is_refused(gpus: str) -> None:
+    with pytest.raises(SettingsError, match="write 2 or a100:2"):
+        _ = cluster(site={"SEAL_GPUS": gpus}).workers_a_node
+
+
+def test_site_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"site\.example\.sh"):
+        slurm_jobs.read_site(tmp_path / "site.sh")
+    (tmp_path / "site.sh").write_text("export SBATCH_PARTITION=gpu\nfalse")
+    with pytest.raises(SettingsError, match="ends with code 1"):
+        slurm_jobs.read_site(tmp_path / "site.sh")
+
+
+def test_site_file_tells_what_it_exports_for_sbatch_and_scripts(tmp_path: Path) -> None:
+    (tmp_path / "site.sh").write_text(
+        "export SBATCH_PARTITION=gpu SEAL_GPUS=2 OTHER=1\nSEAL_PLAIN=3\necho hello"
+    )
+    assert slurm_jobs.read_site(tmp_path / "site.sh") == {"SBATCH_PARTITION": "gpu", "SEAL_GPUS": "2"}
+
+
+def test_shipped_example_of_a_site_can_be_read() -> None:
+    assert set(slurm_jobs.read_site(ROOT / "slurm/site.example.sh")) == {"SEAL_GPUS", "SEAL_MAX_RESTARTS"}

@@ -1,0 +1,148 @@
+"""What SLURM says of a job, how a stage marks itself as done, and what is said of a chain."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from seal_nb.chain import slurm_jobs
+from seal_nb.chain.record import marked_when_done, read_record, record_of
+from seal_nb.chain.slurm_jobs import JobState, SlurmError
+from seal_nb.chain.status import chain_status, status_lines
+from seal_nb.chain.table import is_done
+from seal_nb.chain.tables import evaluation_chain
+from seal_nb.errors import DataError, SettingsError
+from tests.chain.planning import SMALL, finish
+
+DONE = {"state": "COMPLETED", "reason": "None", "exit_code": 0, "signal": 0, "node": "node1", "restarts": 0}
+
+
+def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match="no scontrol here"):
+        slurm_jobs.look_up("1")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("JobId=7 JobState=RUNNING Reason=None Restarts=2 ExitCode=0:0 NodeList=node2 BatchHost=node2",
+         {"state": "RUNNING", "node": "node2", "restarts": 2}),
+        ("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 NodeList=node1 BatchHost=node1",
+         {"state": "FAILED", "reason": "NonZeroExitCode", "exit_code": 3, "node": "node1"}),
+        ("JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15 NodeList=n BatchHost=n",
+         {"state": "TIMEOUT", "reason": "TimeLimit", "signal": 15, "node": "n"}),
+        ("JobId=7 JobState=RUNNING Reason=None ReqNodeList=n9 NodeList=node[1-2] BatchHost=node1",
+         {"state": "RUNNING", "node": "node[1-2]"}),
+        ("JobId=7 JobState=PENDING Reason=Dependency ExitCode=0:0 NodeList=(null)",
+         {"state": "PENDING", "reason": "Dependency", "node": ""}),
+    ],
+)  # fmt: skip
+def test_what_slurm_says_of_a_job_is_read(line: str, expected: dict[str, object]) -> None:
+    assert slurm_jobs.read_job(line) == JobState(**{**DONE, "node": "", **expected})
+
+
+def test_stage_marks_itself_as_done_under_the_identity_of_its_chain(tmp_path: Path) -> None:
+    chain = evaluation_chain(SMALL)
+    record_of(chain, executor="slurm", jobs={}).write(tmp_path)
+    with marked_when_done(tmp_path, str(tmp_path / "results")):
+        assert not is_done(chain, chain["results"], tmp_path)
+    assert is_done(chain, chain["results"], tmp_path)
+
+
+def test_stage_that_raises_or_writes_nothing_is_not_done(tmp_path: Path) -> None:
+    chain = evaluation_chain(SMALL)
+    record_of(chain, executor="slurm", jobs={}).write(tmp_path)
+    with pytest.raises(ValueError, match="cell"), marked_when_done(tmp_path, str(tmp_path / "results")):
+        raise ValueError("a cell")
+    with (
+        pytest.raises(DataError, match=r"did not write self_edits\.json"),
+        marked_when_done(tmp_path, str(tmp_path / "base_self_edits")),
+    ):
+        pass
+    assert not (tmp_path / ".done").exists()
+
+
+def test_folder_of_no_stage_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    record_of(evaluation_chain(SMALL), executor="slurm", jobs={}).write(tmp_path)
+    with pytest.raises(SettingsError, match="folder of no stage"), marked_when_done(tmp_path, "elsewhere"):
+        raise AssertionError("ran")
+
+
+def status_of(run_dir: Path, states: dict[str, JobState | None]) -> list[str]:
+    """Lines about an evaluation whose jobs are numbered by their stage's name."""
+    chain = evaluation_chain(SMALL)
+    record = record_of(chain, executor="slurm", jobs={name: f"7{name}" for name in states})
+    statuses = chain_status(record, run_dir, look_up=lambda job: states[job.removeprefix("7")])
+    return list(status_lines(record, statuses, run_dir))
+
+
+def test_status_tells_done_from_running_waiting_failed_cancelled_lost_and_not_started(tmp_path: Path) -> None:
+    finish(evaluation_chain(SMALL), tmp_path, "base_self_edits")
+    lines = status_of(
+        tmp_path,
+        {
+            "base_self_edits": None,
+            "base_server": JobState(**DONE | {"state": "RUNNING", "restarts": 1}),
+            "base_evaluate": JobState(**DONE | {"state": "TIMEOUT", "reason": "TimeLimit"}),
+            "base_cpt": None,
+        },
+    )
+    assert lines[0] == "chain evaluation: 1 of 4 stages done, 1 failed, 1 lost, 1 not started"
+    found = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:6]}
+    assert found["base_self_edits"] == "done in 1 s"
+    assert found["base_server"] == "running job 7base_server on node1, run 2"
+    assert found["base_evaluate"].endswith("on node1: TIMEOUT, exit code 0 (TimeLimit)")
+    assert found["base_cpt"] == "lost job 7base_cpt, which SLURM has forgotten"
+    assert found["results"] == "not started"
+
+
+def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
+    folder = tmp_path / "base_cpt"
+    folder.mkdir()
+    (folder / "04_cpt-7base_cpt.log").write_text("\n".join(f"line {n}" for n in range(9)) + "\n")
+    traceback = [
+        "Cell In[3], line 2\n\x1b[32m      1\x1b[39m x = 1\n\x1b[32m----> 2\x1b[39m load(dataset)\n",
+        "File passages.py:9, in load(path)\n\x1b[32m----> 9\x1b[39m raise DataError(path)",
+    ]
+    error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=traceback)
+    cell = nbformat.v4.new_code_cell("x = 1\nload(dataset)", outputs=[error], execution_count=3)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "04_cpt-7base_cpt.ipynb")
+    failed = JobState(**DONE | {"state": "FAILED", "reason": "NonZeroExitCode", "exit_code": 1})
+    lines = status_of(tmp_path, {"base_cpt": failed})
+    about = lines[lines.index("base_cpt: job 7base_cpt on node1: FAILED, exit code 1") :]
+    assert "  cell [3] raised DataError: no such file" in about
+    assert "  at: load(dataset)" in about
+    assert [line.strip() for line in about if line.startswith("      line")] == [
+        f"line {n}" for n in range(4, 9)
+    ]
+    assert about[-1] == f"  executed notebook: {folder / '04_cpt-7base_cpt.ipynb'}"
+
+
+def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
+    chain = evaluation_chain(SMALL)
+    finish(chain, tmp_path, "base_self_edits")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/base_cpt.log").write_text("half way\n")
+    error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=[])
+    (tmp_path / "base_evaluate").mkdir()
+    executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("load()", outputs=[error])])
+    nbformat.write(executed, tmp_path / "base_evaluate/03_query_server.ipynb")
+
+    def nobody(job: str) -> None:
+        raise AssertionError(f"SLURM was asked for {job}")
+
+    statuses = chain_status(record_of(chain, executor="local", jobs={}), tmp_path, look_up=nobody)
+    states = {status.stage.name: status.state for status in statuses if not status.stage.background}
+    assert states == {
+        "base_self_edits": "done", "base_evaluate": "failed", "base_cpt": "running", "results": "not started",
+    }  # fmt: skip
+
+
+def test_status_of_a_folder_without_a_chain_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no chain was submitted here"):
+        read_record(tmp_path)
+    (tmp_path / "chain.json").write_text(json.dumps({"stages": [{}]}))
+    with pytest.raises(DataError, match="not a chain's record"):
+        read_record(tmp_path)
