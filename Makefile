@@ -18,7 +18,7 @@ help:
 	@echo "make lab        JupyterLab at the tour (LAB_FLAGS=... for jupyter lab)"
 	@echo "make kernel     this environment as a kernel for a JupyterLab that lives elsewhere"
 	@echo "make docs       the documentation site, in build/docs"
-	@echo "make bench      speed of the inner loop on this machine"
+	@echo "make bench      speed on this machine: inner loop (25 minutes), server, graders, engines, continual edits, inspector"
 	@echo "make vllm-env   vLLM for a machine without a GPU, in $(VLLM_VENV) (for tests/vllm and engine=vllm)"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make notebooks  run the committed notebooks again and show what changed"

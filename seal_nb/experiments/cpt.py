@@ -9,7 +9,7 @@ questions of a title, and ``per_passage`` has one entry a passage.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
@@ -19,6 +19,7 @@ from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.runs import derived_seed
 from seal_nb.self_edits import passage_only_sequences, train_sequences
+from seal_nb.sft.settings import METHODS
 
 _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
@@ -31,9 +32,6 @@ _OUR_REPLY = {
     "train_steps",
     "train_tokens",
 }
-
-Method = Literal["lora", "full"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def published_cpt_training() -> TrainingSettings:
@@ -49,7 +47,7 @@ class CPTSettings:
     split_newlines: bool = False
     seed: int = 42
     arm: Arm = "self_edits"
-    method: Method = "lora"  # published; "full": all weights, with the schedule of `training` alone
+    method: str = "lora"  # published; "full": all weights, with the schedule of `training` alone
     training: TrainingSettings = field(default_factory=published_cpt_training)
 
     def __post_init__(self) -> None:

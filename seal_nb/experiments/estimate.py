@@ -20,8 +20,9 @@ TOKENS_AN_ANSWER = 20  # greedy answers of the published run ended after 19 on a
 FLOP_A_TRAINED_TOKEN = 4  # per parameter
 FLOP_A_FULLY_TRAINED_TOKEN = 8  # of all weights; activations are computed twice
 FLOP_A_GENERATED_TOKEN = 2
-# Training FLOP/s: one CPU core in float32 (115 tokens/s of 134.5 M parameters, packed; docs/inner_loop.md);
-# the GPU's is an assumption, 40 % of 989 TFLOP/s (H100 and H200 in bfloat16), and named as one.
+# Training FLOP/s: one CPU core in float32 (115 tokens/s of 134.5 M parameters; 98 to 125 by the length of
+# sequences in benchmarks/inner_loop.json); the GPU's is an assumption, 40 % of 989 TFLOP/s (H100 and H200 in
+# bfloat16), and named as one.
 CPU_CORE_FLOPS = 62e9
 GPU_FLOPS = 0.4 * 989e12
 BYTES_AN_ADAPTER_PARAMETER = 18  # float32 weight, gradient and two moments, and a bfloat16 copy

@@ -23,7 +23,7 @@ LOG_TAIL_LINES = 15
 
 
 def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
-    """Train here where one process is asked for, else in several of this machine."""
+    """Train here where one process is asked for, else as `train_in_processes` does."""
     config = launch_config(sharding)
     if n_processes > 1:
         return train_in_processes(job, n_processes=n_processes, config=config)
