@@ -70,11 +70,6 @@ class ExperimentSettings:
     n_slots: int = 0  # adapters in training at a time in one worker; 0: measured
     sft_processes: int  # of a ReST-EM training, one GPU each; published: 2
 
-    @property
-    def threads_alone(self) -> int:
-        """CPU threads of a stage beside which no worker computes."""
-        return self.n_workers * self.n_threads
-
     def __post_init__(self) -> None:
         if unknown := [arm for arm in (*self.arms, self.continual_arm) if arm not in ARMS]:
             raise SettingsError(f"arms: {', '.join(unknown)} not known; known are {', '.join(ARMS)}")
