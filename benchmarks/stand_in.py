@@ -163,7 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
-        raw = self.rfile.read(int(self.headers.get("content-length", 0)))
+        n_bytes = int(self.headers.get("content-length", 0))
+        raw = self.rfile.read(n_bytes)
+        if len(raw) < n_bytes:  # who asked was killed in the middle of it: nothing was asked
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         answer = self.service.answer(self.path, raw, headers)
         self.close_connection = answer is SILENCE or answer.cut is not None

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
@@ -193,6 +195,15 @@ def test_processes_that_grade_the_same_answers_pay_once(service: StandIn, tmp_pa
     assert said[0] == said[1] == said[2]
     assert said[0].count("CORRECT") == 11 and said[0].count("INCORRECT") == 49
     assert set(service.times.values()) == {1} and len(service.asked) == 60
+
+
+def test_a_request_that_broke_off_counts_as_none(service: StandIn) -> None:
+    port = urlsplit(service.url).port
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: 9\r\n\r\n{}")
+        line.shutdown(socket.SHUT_WR)
+        assert line.recv(1) == b""
+    assert service.asked == []
 
 
 def test_killed_in_the_middle_and_started_again_pays_only_for_what_was_under_way(
