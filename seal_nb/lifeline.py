@@ -6,6 +6,8 @@ own, so that neither a terminal's Ctrl-C nor the death of the root reaches the l
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -44,6 +46,11 @@ def end_with_parent(parent_pid: int) -> threading.Thread:
     return watch
 
 
+def ending_with_me(command: list[str]) -> list[str]:
+    """The command line of a program that knows nothing of this, which then ends with this process too."""
+    return [sys.executable, "-m", "seal_nb.lifeline", str(os.getpid()), *command]
+
+
 def _watch(parent_pid: int) -> None:
     while os.getppid() == parent_pid:
         time.sleep(POLL_S)
@@ -51,3 +58,8 @@ def _watch(parent_pid: int) -> None:
     _kill(psutil.Process().children(recursive=True))
     # Not sys.exit, which would end this thread alone.
     os._exit(143)
+
+
+if __name__ == "__main__":
+    end_with_parent(int(sys.argv[1]))
+    raise SystemExit(subprocess.call(sys.argv[2:]))

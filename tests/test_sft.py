@@ -1,12 +1,14 @@
 """SFT of a round on a tiny model: completion-only loss, a merged folder, resume, one or two processes."""
 
 import json
-import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from seal_nb.sft.launch import command, launch_config, run_job, shipped_config, 
 from seal_nb.sft.rows import IGNORED, collate, example, in_training_order, read_sft_rows
 from seal_nb.sft.settings import SftJob, SftSettings, parse_job
 from seal_nb.sft.train import train_sft
+from tests.service.conftest import eventually
 from tests.ttt.tiny import save_tiny_model
 
 ROWS = [
@@ -272,17 +275,35 @@ def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
         model_dir=tmp_path / "next",
         settings=settings,
         n_threads=2,
-        parent_pid=7,
     )
     assert parse_job(job.options()) == job
     line = command(job, 4, shipped_config("fsdp"))
-    assert line[line.index("-m", 3) + 1] == "seal_nb.sft.train" and "--num_processes=4" in line
+    assert line[line.index("seal_nb.sft.train") - 1] == "-m" and "--num_processes=4" in line
 
 
-def test_one_process_is_started_without_accelerate_and_ends_with_who_started_it(tmp_path: Path) -> None:
-    job = SftJob(sft_file=tmp_path / "f.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
-    line = command(job, 1)
-    assert line[1:3] == ["-m", "seal_nb.sft.train"] and f"--parent-pid={os.getpid()}" in line
+@pytest.mark.parametrize(("n_processes", "by_accelerate"), [(1, False), (2, True)])
+def test_a_killed_notebook_leaves_no_training_behind(
+    tmp_path: Path, n_processes: int, by_accelerate: bool
+) -> None:
+    base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path)
+    endless = replace(SHARED, epochs=100_000)
+    job = SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "next", settings=endless)
+    assert any("accelerate" in word for word in command(job, n_processes)) is by_accelerate
+    code = (
+        "from seal_nb.sft.launch import train_in_processes; from seal_nb.sft.settings import parse_job\n"
+        f"train_in_processes(parse_job({job.options()!r}), n_processes={n_processes})"
+    )
+    notebook = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        eventually(lambda: list(tmp_path.glob("next.checkpoints*/*")), 180)
+        tree = psutil.Process(notebook.pid).children(recursive=True)
+        assert sum("seal_nb.sft.train" in one.cmdline() for one in tree) >= n_processes + 1
+        notebook.kill()
+        _, alive = psutil.wait_procs(tree, timeout=30)
+        assert not alive
+    finally:
+        notebook.kill()
+        notebook.wait()
 
 
 def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
@@ -292,7 +313,9 @@ def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     job = SftJob(sft_file=tmp_path / "a.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
     line = command(job, 4, shipped_config("fsdp"))
-    assert line[:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
+    assert (
+        line[line.index("srun") :][:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
+    )
     assert "--num_processes=4" in line and not any("main_process_port" in word for word in line)
     with pytest.raises(SettingsError, match="n_processes is 3, which this job's 2 nodes cannot share"):
         command(job, 3)

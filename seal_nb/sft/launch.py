@@ -8,13 +8,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from seal_nb.errors import EngineError, SettingsError
-from seal_nb.lifeline import end_tree
+from seal_nb.lifeline import end_tree, ending_with_me
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
 from seal_nb.sft.train import finished, train_sft, training_id
 
@@ -68,7 +67,7 @@ def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[s
     Raises: SettingsError where the nodes of this job cannot share the processes.
     """
     if n_processes == 1:
-        return [sys.executable, "-m", MODULE, *replace(job, parent_pid=os.getpid()).options()]
+        return ending_with_me([sys.executable, "-m", MODULE, *job.options()])
     options = {
         "config_file": config or launch_config("fsdp"),
         "num_processes": n_processes,
@@ -77,7 +76,7 @@ def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[s
     given = [f"--{name}={value}" for name, value in options.items()]
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     launch = _on_nodes(n_nodes, n_processes) if n_nodes > 1 else _here()
-    return [*launch, *given, "-m", MODULE, *job.options()]
+    return ending_with_me([*launch, *given, "-m", MODULE, *job.options()])
 
 
 def launch_config(sharding: str) -> Path:

@@ -81,14 +81,12 @@ class SftJob:
     model_dir: Path
     settings: SftSettings
     n_threads: int = 1  # of torch in one process, on a CPU
-    parent_pid: int = 0  # end with this process, which started the training; 0: with none
 
     def options(self) -> list[str]:
         """What ``parse_job`` reads as this job."""
         own = {"sft_file": self.sft_file, "model": self.model, "model_dir": self.model_dir}
         given = own | {f.name: getattr(self.settings, f.name) for f in fields(SftSettings)}
-        given |= {"n_threads": self.n_threads, "parent_pid": self.parent_pid}
-        given |= {"target_modules": ",".join(self.settings.target_modules)}
+        given |= {"n_threads": self.n_threads, "target_modules": ",".join(self.settings.target_modules)}
         return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 
@@ -106,15 +104,13 @@ def parse_job(argv: Sequence[str] | None = None) -> SftJob:
             f"--{field.name.replace('_', '-')}", type=_reader(field.type), default=field.default
         )
     parser.add_argument("--n-threads", type=int, default=1)
-    parser.add_argument("--parent-pid", type=int, default=0)
     given: dict[str, Any] = vars(parser.parse_args(argv))
-    own = {name: given.pop(name) for name in ("sft_file", "model", "model_dir", "n_threads", "parent_pid")}
+    own = {name: given.pop(name) for name in ("sft_file", "model", "model_dir", "n_threads")}
     return SftJob(
         sft_file=Path(own["sft_file"]),
         model=own["model"],
         model_dir=Path(own["model_dir"]),
         n_threads=own["n_threads"],
-        parent_pid=own["parent_pid"],
         settings=SftSettings(**given),
     )
 

@@ -26,7 +26,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from seal_nb.errors import SealError
-from seal_nb.lifeline import end_with_parent
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.runs import content_id, write_json
 from seal_nb.sft.rows import IGNORED, Example, collate, example, in_training_order, read_sft_rows
@@ -216,8 +215,6 @@ def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, m
 def main(argv: Sequence[str] | None = None) -> int:
     """One process of a launch, or the only one."""
     job: SftJob = parse_job(argv)
-    if job.parent_pid:
-        end_with_parent(job.parent_pid)
     try:
         train_sft(
             job.sft_file,
