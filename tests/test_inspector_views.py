@@ -118,7 +118,7 @@ def test_headless_there_is_no_widget_and_the_twin_has_every_view(choice: Choice)
     bundle = inspector._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"} and "box" not in vars(inspector)
     shown = bundle["text/html"].replace("\u00a0", " ")
-    for text in ("▲ gained", "first 1", "second 1", "difference", "train sequence", "3 passages"):
+    for text in ("▲ gained", "first 1", "second 1", "second − first", "train sequence", "3 passages"):
         assert text in shown and text in bundle["text/plain"]
 
 

@@ -133,7 +133,7 @@ def cpt_row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def self_edit_rows(passages: Sequence[Passage]) -> list[dict[str, Any]]:
-    """One line a self-edit: its length, what it becomes, how much of it the passage does not say."""
+    """One line a self-edit, numbered as in run files: its length, what it becomes, its new words."""
     return [
         {
             "passage": passage.title,
@@ -145,7 +145,7 @@ def self_edit_rows(passages: Sequence[Passage]) -> list[dict[str, Any]]:
             "new words": _share_of_new_words(text, passage.context),
         }
         for passage in passages
-        for number, text in enumerate(passage.completions, start=1)
+        for number, text in enumerate(passage.completions)
     ]
 
 

@@ -144,7 +144,7 @@ def cpt_rows(results: Iterable[CptResult]) -> list[dict[str, Any]]:
     """One line for each multi-passage adapter."""
     return [
         {
-            "run": result.name,
+            "arm": result.arm,
             "passages": result.n_passages,
             "questions": result.n_questions,
             "accuracy": result.adapter_accuracy,

@@ -78,6 +78,7 @@ class CptResult:
 
     name: str
     file: str
+    arm: str
     n_passages: int
     n_questions: int
     baseline_accuracy: float | None
@@ -242,9 +243,11 @@ def _overall_numbers(value: Mapping[str, Any], file: str) -> list[Result]:
 def _cpt(value: Mapping[str, Any], file: str, n_questions: int | None = None) -> CptResult:
     reply, stored = value["server_reply"], value.get("overall") or {}
     before, after = reply.get("baseline_correct") or [], reply.get("adapter_correct") or []
+    name, full = _stem(file), value.get("method") == "full"
     return CptResult(
-        name=_stem(file),
+        name=name,
         file=file,
+        arm=_arm(str(value.get("arm") or ""), name) + (", all weights" if full else ""),
         n_passages=int(value.get("n_articles") or 0),
         n_questions=n_questions or len(after),
         baseline_accuracy=accuracy(before) if before else stored.get("baseline_accuracy"),

@@ -69,7 +69,7 @@ def _first_and_last_round(found: Found, prompt_key: str) -> str | None:
 def _best_cpt(found: Found, _: str) -> str | None:
     known = [row for row in cpt_rows(found.cpt) if row["accuracy"] is not None]
     best = max(known, key=lambda row: row["accuracy"], default=None)
-    return f"{best['run']} {best['accuracy']:.1%}, {best['passages']} passages" if best else None
+    return f"{best['arm']} {best['accuracy']:.1%}, {best['passages']} passages" if best else None
 
 
 def _last_edit(found: Found, _: str) -> str | None:

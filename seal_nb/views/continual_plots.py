@@ -80,7 +80,7 @@ def continual_curve(
     axes.grid(axis="y", color=PALE)
     legend_outside(chart, columns=2)
     chart.alt = "Accuracy on the passages edited in so far: " + "; ".join(
-        f"after {t} edits {e.mean:.1%}, never edited {before:.1%}"
+        f"after {t} edit{'s' if t != 1 else ''} {e.mean:.1%}, never edited {before:.1%}"
         for t, (e, before) in enumerate(zip(seen, never_edited, strict=True), 1)
     )
     return chart

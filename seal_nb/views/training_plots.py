@@ -80,13 +80,14 @@ def training_loss(curves: Mapping[str, Sequence[float]], *, step: str = "epoch")
         shared = min(len(losses) for losses in curves.values())
         mean = [sum(losses[epoch] for losses in curves.values()) / len(curves) for epoch in range(shared)]
         axes.plot(range(1, shared + 1), mean, "-o", color=BLUE, markersize=4, label="mean")
-    axes.set_xlabel(f"{step} (n = {len(curves)} adapter{'s' if len(curves) != 1 else ''})")
+    n_adapters = f"{len(curves)} adapter{'s' if len(curves) != 1 else ''}"
+    axes.set_xlabel(f"{step} (n = {n_adapters})")
     axes.set_ylabel("training loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     legend_outside(chart, "outside right center", 1)
-    chart.alt = f"Training loss of {len(curves)} adapters by {step}. " + " ".join(
+    chart.alt = f"Training loss of {n_adapters} by {step}. " + " ".join(
         f"{name}: {losses[0]:.2f} to {losses[-1]:.2f}."
         for name, losses in list(curves.items())[:MOST_LOSS_CURVES]
         if losses

@@ -153,12 +153,12 @@ def compared_table(rows: Sequence[ComparedRow], first: str, second: str) -> Tabl
             "without adapter": row.baseline_answer,
             first: _answers(row.first_answers, row.first_correct),
             second: _answers(row.second_answers, row.second_correct),
-            "difference": row.difference,
+            "right answers, second − first": row.difference,
         }
         for row in sorted(rows, key=_by_difference)
     ]
     columns = dict.fromkeys(["question", "gold", "without adapter", first, second], "")
-    return Table(rows=shown, columns=columns | {"difference": "+d"})
+    return Table(rows=shown, columns=columns | {"right answers, second − first": "+d"})
 
 
 def _by_difference(row: ComparedRow) -> int:
