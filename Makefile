@@ -65,10 +65,10 @@ notebooks: $(STAMP)
 	@$(FRESH_NOTEBOOKS)
 	@for notebook in build/notebooks/*.ipynb; do \
 		echo "$$(basename $$notebook)"; \
-		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN \
-			--ExecutePreprocessor.record_timing=False \
-			--ExecutePreprocessor.coalesce_streams=True $$notebook || exit 1; \
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=ERROR \
+			--ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
 	done
+	@$(BIN)/jupyter nbconvert --coalesce-streams --log-level=ERROR build/notebooks/*.ipynb
 	@cp build/notebooks/*.ipynb notebooks/
 	@git --no-pager diff --stat -- notebooks
 

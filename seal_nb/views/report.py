@@ -22,6 +22,7 @@ import nbformat
 
 from seal_nb.errors import DataError
 from seal_nb.runs import write_text
+from seal_nb.wording import counted
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".venv", ".git"}
 
@@ -231,7 +232,7 @@ def _at_a_glance(found: Sequence[Executed]) -> str:
         for number, one in enumerate(found)
         if one.failure
     ]
-    ran = f"{len(found)} notebook{'s' * (len(found) != 1)} ran"
+    ran = f"{counted(len(found), 'notebooks')} ran"
     said = (
         f'<span class="failure">{ran}; failed: {", ".join(failed)}</span>' if failed else f"{ran} to the end."
     )

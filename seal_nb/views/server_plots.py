@@ -17,6 +17,7 @@ from seal_nb.service.watch import History, Sample
 from seal_nb.views.plots import legend_outside
 from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, png_bytes, styled
 from seal_nb.views.tables import Table, somebody_looks_on
+from seal_nb.wording import counted
 
 REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
 FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0
@@ -63,7 +64,8 @@ def status_line(sample: Sample) -> str:
     return (
         f"{sample.at_s:.0f} s: {sample.queued} waiting, {sample.slots_in_use}/{sample.slots} slots, "
         f"{sample.jobs_per_min:g} jobs/min, {sample.tokens_per_s:g} tokens/s, "
-        f"{sample.memory_bytes / 2**20:.0f} MiB{on_gpu}, {sample.failed} failed, {sample.workers} workers"
+        f"{sample.memory_bytes / 2**20:.0f} MiB{on_gpu}, {sample.failed} failed, "
+        + counted(sample.workers, "workers")
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_KNOWN = "–"
-LONGEST_CELL = 80  # characters, in the text form
+LONGEST_CELL = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,14 @@ class Table:
     """Rows of records and how each column is written.
 
     `columns`: record key → format, such as `{"arm": "", "accuracy": ".1%"}`; the key is the heading.
-    A value of None is written as a dash: not known is not zero.
+    A value of None is written as a dash: not known is not zero. The text form cuts what is longer than
+    `longest_cell` characters, so that a line stays one.
     """
 
     rows: Sequence[Mapping[str, Any]]
     columns: Mapping[str, str]
     caption: str = ""
+    longest_cell: int = LONGEST_CELL
 
     def cells(self) -> list[list[str]]:
         return [[_written(row.get(key), form) for key, form in self.columns.items()] for row in self.rows]
@@ -60,7 +62,10 @@ class Table:
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
-        grid = [list(self.columns), *([_one_line(text) for text in cells] for cells in self.cells())]
+        grid = [
+            list(self.columns),
+            *([_one_line(text, self.longest_cell) for text in cells] for cells in self.cells()),
+        ]
         widths = [max(len(line[i]) for line in grid) for i in range(len(self.columns))]
         lines = [self._aligned(line, widths) for line in grid]
         return "\n".join(([self.caption] if self.caption else []) + lines)
@@ -115,10 +120,10 @@ box.querySelectorAll("thead th").forEach((head,column)=>{
 });}"""
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, longest: int) -> str:
     """A long text in one line of a terminal; the HTML has all of it."""
     flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST_CELL else f"{flat[: LONGEST_CELL - 1]}…"
+    return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
 
 
 def _written(value: Any, form: str) -> str:

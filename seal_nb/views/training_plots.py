@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from seal_nb.views.plots import accuracy_axis, legend_outside, short
 from seal_nb.views.style import BLUE, CYCLE, GREY, INK, LIGHT, PALE, RED, Chart, new_chart, styled
+from seal_nb.wording import counted
 
 MOST_LOSS_CURVES = 6  # as many as there are colours
 
@@ -80,7 +81,7 @@ def training_loss(curves: Mapping[str, Sequence[float]], *, step: str = "epoch")
         shared = min(len(losses) for losses in curves.values())
         mean = [sum(losses[epoch] for losses in curves.values()) / len(curves) for epoch in range(shared)]
         axes.plot(range(1, shared + 1), mean, "-o", color=BLUE, markersize=4, label="mean")
-    n_adapters = f"{len(curves)} adapter{'s' if len(curves) != 1 else ''}"
+    n_adapters = counted(len(curves), "adapters")
     axes.set_xlabel(f"{step} (n = {n_adapters})")
     axes.set_ylabel("training loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -18,6 +18,7 @@ from seal_nb.protocol import ScoredText
 from seal_nb.views.inspector.fragments import heading, text_block
 from seal_nb.views.inspector.tokens import total_change
 from seal_nb.views.tables import Table
+from seal_nb.wording import counted
 
 VERDICTS = {True: "right", False: "wrong", None: "ungraded"}
 FLIP_SIGNS = {"gained": "▲\u00a0gained", "lost": "▼\u00a0lost", "ungraded": "?\u00a0ungraded"}
@@ -68,8 +69,7 @@ def passages_table(rows: Sequence[PassageRow], *, most: int = 15) -> Table:
         "mean gain": "+.1%",
     }
     columns |= dict.fromkeys(["gained", "lost", "ungraded", "tied"], "")
-    counted = f"{len(rows)} passage{'s' * (len(rows) != 1)}"
-    said = counted + (f", the first {most} shown" if len(rows) > most else "")
+    said = counted(len(rows), "passages") + (f", the first {most} shown" if len(rows) > most else "")
     return Table(rows=shown, columns=columns, caption=said)
 
 
