@@ -17,7 +17,7 @@ from seal_nb.experiments.estimate import (
     estimate_on_server,
     estimate_texts,
     estimate_training,
-    in_one_line,
+    in_words,
     server_rate,
     work_of,
 )
@@ -147,8 +147,8 @@ def test_texts_cost_what_a_million_tokens_cost() -> None:
     said = {row["quantity"]: row["estimate"] for row in rows}
     assert (said["texts"], said["prompt tokens"], said["new tokens"]) == ("10", "about 550", "at most 1,000")
     assert said["cost"] == "at most 0.01"  # 550 × 2 + 1000 × 8 millionths
-    assert "cost" not in in_one_line(estimate_texts(["x"], **asked))
-    assert in_one_line(rows).startswith("texts: 10; prompt tokens: about 550; ")
+    assert "cost" not in in_words(estimate_texts(["x"], **asked))
+    assert in_words(rows).startswith("texts: 10; prompt tokens: about 550; ")
 
 
 def told(model: str = "Qwen/Qwen2.5-7B", gpu: bool = True, n_processes: int = 1, **settings: object) -> dict:

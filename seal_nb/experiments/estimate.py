@@ -9,6 +9,7 @@ answer. Memory is weights, adapters and optimiser states; activations come on to
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 from seal_nb.experiments.model_shape import ModelShape, shape_of
 from seal_nb.protocol import TTTRequest
@@ -20,13 +21,14 @@ TOKENS_AN_ANSWER = 20  # greedy answers of the published run ended after 19 on a
 FLOP_A_TRAINED_TOKEN = 4  # per parameter
 FLOP_A_FULLY_TRAINED_TOKEN = 8  # of all weights; activations are computed twice
 FLOP_A_GENERATED_TOKEN = 2
-# Training FLOP/s: one CPU core in float32 (115 tokens/s of 134.5 M parameters; 98 to 125 by the length of
+# Training FLOP/s: one CPU core in float32 (115 tokens/s of 134.5 M parameters; 113 to 128 by the length of
 # sequences in benchmarks/inner_loop.json); the GPU's is an assumption, 40 % of 989 TFLOP/s (H100 and H200 in
 # bfloat16), and named as one.
 CPU_CORE_FLOPS = 62e9
 GPU_FLOPS = 0.4 * 989e12
 BYTES_AN_ADAPTER_PARAMETER = 18  # float32 weight, gradient and two moments, and a bfloat16 copy
 BYTES_A_TRAINED_PARAMETER = 16  # without that copy
+LINE = 100  # characters
 BYTES_A_WEIGHT = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -250,8 +252,9 @@ def estimate_texts(
     return _rows(lines)
 
 
-def in_one_line(rows: Iterable[dict[str, str]]) -> str:
-    return "; ".join(f"{row['quantity']}: {row['estimate']}" for row in rows)
+def in_words(rows: Iterable[dict[str, str]]) -> str:
+    """One text, in lines that fit a notebook: JupyterLab breaks longer ones in the middle of a word."""
+    return fill("; ".join(f"{row['quantity']}: {row['estimate']}" for row in rows), LINE)
 
 
 def gpu_is_here() -> bool:
