@@ -1,5 +1,6 @@
 """The client of OpenAI-compatible services against one that misbehaves: nothing wrong is ever a text."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,13 +12,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
-from seal_nb.engines.api import ApiClient
+from seal_nb.engines.api import ApiClient, _Round
 from seal_nb.engines.api_records import (
     ApiSettings,
     Ask,
@@ -326,6 +328,27 @@ def test_ctrl_c_hands_over_what_is_under_way_and_starts_nothing_new() -> None:
             came.extend(outcome for _, outcome in outcomes)
     assert len(came) == 30 and {type(outcome) for outcome in came} == {Reply, NotAsked}
     assert sum(isinstance(outcome, Reply) for outcome in came) == len(service.asked)
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_ctrl_c_just_after_an_answer_was_taken_up_does_not_lose_it(
+    monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    first, calls = _Round.first, itertools.count()
+
+    def interrupted(calls_together: _Round) -> Any:
+        taken = first(calls_together)
+        if next(calls) == nth:
+            raise KeyboardInterrupt
+        return taken
+
+    monkeypatch.setattr(_Round, "first", interrupted)
+    came: list[int] = []
+    with stand_in() as service, pytest.raises(KeyboardInterrupt):
+        came.extend(
+            index for index, _ in client_of(service, max_parallel=2).each([ask(f"p{i}") for i in range(4)])
+        )
+    assert sorted(came) == [0, 1, 2, 3]
 
 
 def test_whoever_runs_the_server_is_asked_before_each_attempt() -> None:

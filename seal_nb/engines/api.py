@@ -15,7 +15,7 @@ text::
 What this module does not do: know prompts or verdicts, write files, import torch.
 """
 
-import queue
+import itertools
 import random
 import re
 import threading
@@ -56,11 +56,33 @@ LONGEST_MESSAGE = 400  # characters of what a service says in an error
 
 
 class _Round:
-    """Calls under way together: what has come, how many are open, whether the rest is still wanted."""
+    """``n`` calls that belong together: what came, how much of it was handed on, whether the rest is wanted.
 
-    def __init__(self) -> None:
-        self.n_open, self.stop = 0, threading.Event()
-        self.came: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
+    An interrupt may come between any two steps of who hands them on, so what came stays in a list: a queue
+    would have given away what its reader then lost.
+    """
+
+    def __init__(self, n: int = 1) -> None:
+        self.n, self.n_handed_on, self.stop = n, 0, threading.Event()
+        self._came: list[tuple[int, Reply | BaseException]] = []
+        self._news, self._indices = threading.Event(), itertools.count()
+
+    def turns(self) -> Iterator[int]:
+        """Indices for whoever has time, each of them to one."""
+        while (index := next(self._indices)) < self.n:
+            yield index
+
+    def deliver(self, index: int, outcome: Reply | BaseException) -> None:
+        self._came.append((index, outcome))
+        self._news.set()
+
+    def first(self) -> tuple[int, Reply | BaseException]:
+        """The first that was not handed on yet; waits for it."""
+        while True:
+            self._news.clear()
+            if self.n_handed_on < len(self._came):
+                return self._came[self.n_handed_on]
+            self._news.wait()
 
     def wait(self, seconds: float) -> None:
         """Raises NotAsked as soon as the round is stopped."""
@@ -134,15 +156,15 @@ class ApiClient:
         does the same, hands over what is under way and may be paid for, and is then raised; a second one ends
         at once.
         """
-        calls = _Round()
+        calls = _Round(len(asks))
         pool = ThreadPoolExecutor(max_workers=self.settings.max_parallel, thread_name_prefix="ask")
         try:
-            for index, ask in enumerate(asks):
-                pool.submit(self._deliver, index, ask, calls)
-                calls.n_open += 1
+            for _ in range(min(self.settings.max_parallel, len(asks))):
+                pool.submit(self._work, asks, calls)
             yield from self._outcomes(calls)
         except KeyboardInterrupt:
             calls.stop.set()
+            self._work(asks, calls)  # what nobody has begun, nobody will: NotAsked
             yield from self._outcomes(calls)
             raise
         finally:
@@ -151,9 +173,8 @@ class ApiClient:
 
     def _outcomes(self, calls: _Round) -> Iterator[tuple[int, Reply | EngineError]]:
         n_in_a_row, most = 0, max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel)
-        while calls.n_open:
-            index, outcome = calls.came.get()
-            calls.n_open -= 1
+        while calls.n_handed_on < calls.n:
+            index, outcome = calls.first()
             if not isinstance(outcome, Reply | EngineError):
                 raise outcome
             # Who refuses a prompt is alive; the next prompt may be to its liking.
@@ -162,13 +183,16 @@ class ApiClient:
             for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
             if for_all or n_in_a_row > most:
                 calls.stop.set()
+            calls.n_handed_on += 1  # Python takes an interrupt at calls and jumps, so not before the yield
             yield index, outcome
 
-    def _deliver(self, index: int, ask: Ask, calls: _Round) -> None:
-        try:
-            calls.came.put((index, self._answered(ask, calls)))
-        except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
-            calls.came.put((index, error))
+    def _work(self, asks: Sequence[Ask], calls: _Round) -> None:
+        """One call after another, until none is left to begin."""
+        for index in calls.turns():
+            try:
+                calls.deliver(index, self._answered(asks[index], calls))
+            except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
+                calls.deliver(index, error)
 
     def _answered(self, ask: Ask, calls: _Round) -> Reply:
         """The attempts of one call. Errors are not chained: what a service says may show the key."""
