@@ -37,7 +37,7 @@ test: $(STAMP)
 
 # lab/ holds the settings by which JupyterLab opens at the tour and asks nobody for news, updates or extensions.
 lab: $(STAMP)
-	@JUPYTER_CONFIG_PATH="$(CURDIR)/lab" $(BIN)/jupyter lab $(LAB_FLAGS) notebooks
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/lab" $(BIN)/jupyter lab $(LAB_FLAGS)
 
 kernel: $(STAMP)
 	@$(BIN)/python -m ipykernel install --user --name seal-nb --display-name "Python (seal-nb)"

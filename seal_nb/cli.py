@@ -92,6 +92,8 @@ def _run(arguments: argparse.Namespace) -> None:
     write, progress_bar = for_stream(sys.stdout)
     with marked_when_done(arguments.chain, str(values.get("output_dir", ""))):
         runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
+    if glance := runner.glance_of(executed):
+        print(glance)
     print(f"executed notebook: {executed}")
 
 

@@ -244,6 +244,17 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
+def glance_of(executed: Path) -> str:
+    """The table at the top of an executed notebook that says what came out; empty where it has none."""
+    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    texts = (
+        "".join(output.get("data", {}).get("text/plain", ""))
+        for cell in cells
+        for output in cell.get("outputs", [])
+    )
+    return next((text for text in texts if text.startswith("at a glance")), "")
+
+
 def _short_failure(notebook: Path, error: Any, executed: Path) -> str:
     cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
     return (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.arm_sources import ArmSource, parse_arms, passages_of_arm
+from seal_nb.experiments.arm_sources import ArmSource, parse_arms, passages_of_arm, unused_self_edits
 from seal_nb.experiments.in_context import in_context_prompts, in_context_request, with_in_context
 from seal_nb.experiments.run_requests import run_requests
 from seal_nb.experiments.settings import TrainingSettings
@@ -23,6 +23,16 @@ ORLE = Passage(
     title="Orle", context="Orle lies on a hill. ", questions=(Question(question="Where?", answer="text"),)
 )
 IN_CONTEXT = SinglePassageSettings(arm="in_context", eval_times=3)
+
+
+def test_self_edits_that_will_not_train_are_named() -> None:
+    sources = parse_arms("self_edits,hand_written,gpt4_1:x.json")
+    two, one = replace(ORLE, completions=("a", "b")), replace(ORLE, completions=("a",))
+    texts = {"self_edits": [one, two], "hand_written": [two], "gpt4_1": [one]}
+    assert unused_self_edits(sources, texts, 2) == []
+    assert unused_self_edits(sources, texts, 1) == [
+        "self_edits: the file holds 2 self-edits of a passage; k_completions = 1 takes the first"
+    ]
 
 
 def test_arms_are_names_or_a_name_with_a_file() -> None:

@@ -53,6 +53,17 @@ def test_run_puts_the_executed_notebook_into_the_run_folder_and_says_so(
     assert (tmp_path / "runs/count/01_count.ipynb").exists()
 
 
+def test_a_run_ends_with_what_the_notebook_shows_at_its_top(tmp_path: Path) -> None:
+    first = "from seal_nb.views.live import Glance\nglance = Glance('best arm')\nglance"
+    last = "glance.fill({'best arm': 'hand-written 50 %'})"
+    write_notebook(tmp_path / "notebooks", "01_look", 'output_dir: str = "runs/look"', first, last)
+    done = seal_nb("run", "01", "--notebooks", tmp_path / "notebooks", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    top, row, where = done.stdout.splitlines()[-3:]
+    assert top == "at a glance" and row.split() == ["best", "arm", "hand-written", "50", "%"]
+    assert where == "executed notebook: runs/look/01_look.ipynb"
+
+
 def test_output_option_decides_where_the_executed_notebook_goes(notebooks: Path, tmp_path: Path) -> None:
     done = seal_nb("run", "01", "--notebooks", notebooks, "--output", "x/job7.ipynb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

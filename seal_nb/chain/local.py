@@ -76,6 +76,18 @@ def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
         yield file.fileno()
 
 
+def in_use(run_dir: Path) -> bool:
+    """Whether a chain, or what a killed one left behind, runs in this folder."""
+    try:
+        with (run_dir / ".chain.lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _wait_for_lock(descriptor: int, path: Path, tell: Tell) -> None:
     deadline = time.monotonic() + TAKEOVER_TIMEOUT_S
     told = False

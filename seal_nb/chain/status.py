@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from seal_nb.chain.local import in_use
 from seal_nb.chain.record import ChainRecord, StageRecord
 from seal_nb.chain.slurm_jobs import JobState
 from seal_nb.chain.table import read_marker
@@ -24,7 +25,8 @@ LookUp = Callable[[str], JobState | None]
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """``state``: done, running, waiting, ended (a server), failed, cancelled, lost, not started."""
+    """``state``: done, running, waiting, ended (a server), interrupted (here), failed, cancelled, lost,
+    not started."""
 
     stage: StageRecord
     state: str
@@ -51,7 +53,11 @@ def _status(stage: StageRecord, run_dir: Path, look_up: LookUp) -> StageStatus:
 def _without_job(stage: StageRecord, run_dir: Path) -> tuple[str, str]:
     if failing_cell(stage.executed(run_dir)) is not None:
         return "failed", "a cell raised"
-    return ("running", "or interrupted") if stage.log(run_dir).exists() else ("not started", "")
+    if not stage.log(run_dir).exists():
+        return "not started", ""
+    if in_use(run_dir):
+        return "running", "or ended" if stage.background else ""
+    return ("ended", "") if stage.background else ("interrupted", "the same command goes on with it")
 
 
 def _of_job(stage: StageRecord, job: JobState | None) -> tuple[str, str]:

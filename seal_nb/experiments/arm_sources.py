@@ -6,7 +6,7 @@ So another model's texts and another prompt key stand beside the model's own. Tr
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +52,19 @@ def _parse(entry: str) -> ArmSource:
         f"arms has {entry!r}: known are {', '.join(known)}, or a name of your own with an item file: "
         "gpt4_1:gpt4_1_val.json"
     )
+
+
+def unused_self_edits(
+    sources: Sequence[ArmSource], texts: Mapping[str, Sequence[Passage]], k_completions: int
+) -> list[str]:
+    """A line for each arm whose file holds more self-edits of a passage than are asked for."""
+    arms = [source.name for source in sources if source.arm == "self_edits"]
+    most = {arm: max((len(one.completions) for one in texts[arm]), default=0) for arm in arms}
+    return [
+        f"{arm}: the file holds {n} self-edits of a passage; k_completions = {k_completions} takes the first"
+        for arm, n in most.items()
+        if n > k_completions
+    ]
 
 
 def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Passage]:

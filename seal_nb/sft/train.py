@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from seal_nb.errors import SealError
 from seal_nb.models import model_identity, resolve_model
@@ -109,12 +109,14 @@ def _trainer(
     if settings.method == "lora":
         model = get_peft_model(model, _lora(settings))
     steps_an_epoch = len(ordered) // settings.epochs // settings.examples_a_step
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=_arguments(settings, checkpoints, accumulation, steps_an_epoch),
         train_dataset=ordered,
         data_collator=collate,
     )
+    trainer.remove_callback(PrinterCallback)  # prints a dict a step; the losses are in the result
+    return trainer
 
 
 def _weight_dtype(settings: SftSettings) -> torch.dtype:

@@ -10,10 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from seal_nb.views.plots import INTERVAL, Estimated, legend_outside
-from seal_nb.views.style import BLUE, GREY, HEAT_MAP, INK, ORANGE, PALE, RED, Chart, new_chart, styled
+from seal_nb.views.style import (
+    BLUE,
+    GREY,
+    HEAT_MAP,
+    INK,
+    ORANGE,
+    PALE,
+    RED,
+    Chart,
+    new_chart,
+    percent_ticks,
+    styled,
+)
 from seal_nb.wording import counted
 
 
@@ -33,7 +45,7 @@ def continual_matrix(matrix: Sequence[Sequence[float | None]], *, n_sequences: i
     axes.set_xlabel("passage, in order of editing\n(outlined: just edited; blank: not asked)")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    bar = chart.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0))
+    bar = chart.colorbar(image, ax=axes, format=percent_ticks())
     bar.set_label(f"QA accuracy\n(mean, n = {n_sequences} sequences)")
     last = asked[k].mean() if k else 0.0
     chart.alt = (
@@ -76,7 +88,7 @@ def continual_curve(
     axes.set_xlabel("number of edits")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"QA accuracy\n(n = {seen[0].n if seen else 0} sequences, {INTERVAL})")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(percent_ticks())
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=PALE)
     legend_outside(chart, columns=2)

@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import PercentFormatter
-
-from seal_nb.views.style import BLUE, GREY, PALE, Chart, new_chart, styled
+from seal_nb.views.style import BLUE, GREY, PALE, Chart, new_chart, percent_ticks, styled
 
 
 @styled
@@ -28,7 +26,7 @@ def accuracy_by_grader(rows: Sequence[Mapping[str, Any]]) -> Chart:
         )  # fmt: skip
     axes.set_yticks(range(len(shown)), [row["grader"] for row in reversed(shown)])
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(percent_ticks())
     axes.margins(x=0.12)
     axes.set_xlabel(
         f"answers called correct (n = {max((row['n'] for row in shown), default=0)}); number: gain in points"

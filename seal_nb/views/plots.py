@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from seal_nb.views.style import (
     BLUE,
@@ -22,6 +22,7 @@ from seal_nb.views.style import (
     SKY,
     Chart,
     new_chart,
+    percent_ticks,
     styled,
 )
 
@@ -177,7 +178,7 @@ def gain_histogram(gains: Sequence[float]) -> Chart:
     widest = max([abs(gain) for gain in gains] + [0.25]) + 0.1
     axes.set_xlim(-widest, widest)
     axes.set_xlabel(f"gain = adapter − baseline accuracy of a passage (n = {len(gains)} passages)")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(percent_ticks())
     axes.set_ylabel("passages")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     legend_outside(chart)
@@ -216,7 +217,7 @@ def _baseline_line(axes: Axes, baseline: Estimated | None, *, vertical: bool = T
 def accuracy_axis(axes: Axes, which: str, label: str) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_label_text(label)
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_formatter(percent_ticks())
     axis.set_major_locator(MaxNLocator(6))
     axis.grid(True)
 

@@ -16,6 +16,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from seal_nb.errors import SettingsError
 
@@ -107,3 +108,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     with mpl.rc_context(STYLE):
         figure.savefig(path, dpi=2 * DPI, facecolor="white", metadata=undated[path.suffix])
     return path
+
+
+def percent_ticks() -> FuncFormatter:
+    """Fractions as percentages, with as many digits as the tick has: rounded ones would stand twice."""
+    return FuncFormatter(lambda share, _: f"{100 * share:.4g}%")

@@ -60,11 +60,11 @@ def ttt_server(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> It
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory, ttt_server: TTTServer) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
-    notebooks = folder / "notebooks"
-    notebooks.mkdir()
+    notebooks = folder / "checkout" / "notebooks"
+    notebooks.mkdir(parents=True)
     for notebook in NOTEBOOKS:
         nbformat.write(_small(notebook, ttt_server), notebooks / notebook.name)
-    with jupyter_lab(folder / "jupyter", notebooks) as lab:
+    with jupyter_lab(folder / "jupyter", notebooks.parent) as lab:
         yield lab
 
 

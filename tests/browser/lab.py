@@ -36,16 +36,16 @@ class Lab:
     token: str
 
     def address(self, notebook: str) -> str:
-        return f"{self.url}/lab/tree/{notebook}?token={self.token}&reset"
+        return f"{self.url}/lab/tree/notebooks/{notebook}?token={self.token}&reset"
 
 
 @contextmanager
-def jupyter_lab(folder: Path, notebooks: Path) -> Iterator[Lab]:
-    """JupyterLab over the folder ``notebooks``; everything it writes about itself goes under ``folder``."""
+def jupyter_lab(folder: Path, checkout: Path) -> Iterator[Lab]:
+    """JupyterLab over ``checkout``, which has notebooks/; what it keeps for itself goes under ``folder``."""
     port, token = _free_port(), secrets.token_hex(16)
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}",
-        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebooks}",
+        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={checkout}",
         "--ServerApp.port_retries=0", "--LabApp.expose_app_in_browser=True",
     ]  # fmt: skip
     places = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR",
@@ -54,7 +54,7 @@ def jupyter_lab(folder: Path, notebooks: Path) -> Iterator[Lab]:
     environment = {**os.environ, **own, "JUPYTER_CONFIG_PATH": str(ROOT / "lab"), "PYTHONPATH": str(ROOT)}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lab.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=notebooks)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=checkout)
     try:
         lab = Lab(url=f"http://127.0.0.1:{port}", token=token)
         _wait_for(lab, process, folder / "lab.log")

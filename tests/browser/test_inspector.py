@@ -109,7 +109,7 @@ def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Pag
     picture(page, "inspector_answers")
 
     for view, seen in (
-        ("self-edit", "The train sequences it became"), ("compare", "difference"), ("tokens", "nats")
+        ("self-edit", "The train sequences it became"), ("compare", "second − first"), ("tokens", "nats")
     ):  # fmt: skip
         inspector(page).get_by_role("button", name=view, exact=True).click()
         expect(inspector(page).get_by_text(seen).first).to_be_visible()

@@ -26,5 +26,5 @@ def test_jupyterlab_asks_nobody_for_news_or_updates(page: Page, lab: Lab) -> Non
 
 def test_the_address_that_is_printed_opens_the_tour(page: Page, lab: Lab) -> None:
     page.goto(f"{lab.url}/?token={lab.token}")
-    page.wait_for_url("**/lab/tree/00_tour.ipynb*", timeout=60_000)
+    page.wait_for_url("**/lab/tree/notebooks/00_tour.ipynb*", timeout=60_000)
     page.get_by_role("heading", name="A tour: one passage goes into the weights").wait_for(timeout=60_000)

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from seal_nb.chain import slurm_jobs
+from seal_nb.chain.local import sole_use
 from seal_nb.chain.record import marked_when_done, read_record, record_of
 from seal_nb.chain.slurm_jobs import JobState, SlurmError
 from seal_nb.chain.status import chain_status, status_lines
@@ -133,11 +134,16 @@ def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
     def nobody(job: str) -> None:
         raise AssertionError(f"SLURM was asked for {job}")
 
-    statuses = chain_status(record_of(chain, executor="local", jobs={}), tmp_path, look_up=nobody)
-    states = {status.stage.name: status.state for status in statuses if not status.stage.background}
-    assert states == {
-        "base_self_edits": "done", "base_evaluate": "failed", "base_cpt": "running", "results": "not started",
-    }  # fmt: skip
+    (tmp_path / "logs/base_server.log").write_text("ready\n")
+
+    def states() -> dict[str, str]:
+        statuses = chain_status(record_of(chain, executor="local", jobs={}), tmp_path, look_up=nobody)
+        return {status.stage.name: status.state for status in statuses}
+
+    told = {"base_self_edits": "done", "base_evaluate": "failed", "results": "not started"}
+    with sole_use(tmp_path, print):
+        assert states() == told | {"base_cpt": "running", "base_server": "running"}
+    assert states() == told | {"base_cpt": "interrupted", "base_server": "ended"}
 
 
 def test_status_of_a_folder_without_a_chain_says_so(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ class LiveEdit:
                 w.HBox([self.question, self.gold, self.ask_button], layout=row),
                 self.answered,
             ],
-            layout=w.Layout(width="100%"),
+            layout=w.Layout(width="100%", overflow="hidden"),
         )
         box.add_class("seal-nb-live")
         return box

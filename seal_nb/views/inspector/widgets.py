@@ -91,7 +91,8 @@ class PassageInspector:
             [chosen, self.view, self.page],
             layout=w.Layout(flex="1 1 0px", min_width="0", margin="0 0 0 1em", overflow="visible"),
         )
-        box = w.HBox([left, right], layout=w.Layout(width="100%"))
+        # Margins of a few pixels would give the whole widget a scroll bar; the page inside has its own.
+        box = w.HBox([left, right], layout=w.Layout(width="100%", overflow="hidden"))
         box.add_class("seal-nb-inspector")
         return box
 
