@@ -59,11 +59,12 @@ class PowerSummary:
                 f"{100 * self.difference:+.1f} ± {100 * self.spread:.1f} points: it cannot say how many "
                 "would settle it"
             )
-        needed = f"{self.passages_needed} passages" if self.passages_needed else "no number of passages"
-        said = (
-            f"to settle {100 * self.difference:+.1f} points would take {needed} "
-            f"({100 * self.power:.0f} % power); {self.n_passages} find {100 * self.smallest_found:.1f} points"
-        )
+        power = f"({100 * self.power:.0f} % power)"
+        found = f"{self.n_passages} find {100 * self.smallest_found:.1f} points"
+        if not self.passages_needed:
+            return f"no difference to settle; {found} {power}"
+        wanted = f"to settle {100 * self.difference:+.1f} points would take {self.passages_needed} passages"
+        said = f"{wanted} {power}; {found}"
         if self.spread_of_repeats is None:
             return said
         if self.repeats_needed is None:

@@ -121,4 +121,4 @@ def _keep_earlier(places: Sequence[Place], named: str) -> None:
 
 
 def _percent(share: float | None) -> str:
-    return "none graded" if share is None else f"{share:.1%} correct"
+    return "none graded" if share is None else f"{share:.1%} of answers correct"

@@ -127,7 +127,7 @@ def rerun(client: TTTClient, stored: StoredLoop, *, model_id: str) -> list[Compa
     if model_id != stored.model_id:
         raise RunMismatch(
             f"the run was made by model {stored.model_id}, the server has {model_id}; start it with that "
-            "model, dtype and grader"
+            "model, dtype and grader (seal-nb rerun --model FOLDER, of a round: its round1_train/model)"
         )
     return compared(stored, client.evaluate(stored.request))
 
