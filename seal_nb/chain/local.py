@@ -30,6 +30,7 @@ STOP_TIMEOUT_S = 30.0
 TAKEOVER_TIMEOUT_S = 20.0  # what children of a killed chain may need to end
 Tell = Callable[[str], None]
 StopServer = Callable[[Path], None]
+AtWork = Callable[[Path], str]
 
 
 class ChainFailed(SealError, RuntimeError):
@@ -47,10 +48,11 @@ def run_chain(
     notebooks: Path,
     tell: Tell,
     stop_server: StopServer,
+    at_work: AtWork = lambda _: "",
     prepare: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run what is not done yet. ``stop_server`` gets a server's ready file and asks that server to end;
-    ``prepare`` is called once the folder is ours.
+    """Run what is not done yet. ``stop_server`` gets a server's ready file and asks that server to end,
+    ``at_work`` gets it and says what the server does; ``prepare`` is called once the folder is ours.
 
     Raises:
         ChainFailed: a stage failed; those after it were not started.
@@ -59,8 +61,9 @@ def run_chain(
     with sole_use(run_dir, tell) as lock, _terminate_raises():
         prepare()
         _LocalRun(
-            chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock
-        ).run()
+            chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server,
+            at_work=at_work, lock=lock,
+        ).run()  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -150,6 +153,7 @@ class _LocalRun:
     notebooks: Path
     tell: Tell
     stop_server: StopServer
+    at_work: AtWork
     lock: int
     servers: dict[str, _Child] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -219,10 +223,16 @@ class _LocalRun:
                 self.tell(f"    {line.rstrip()}")
                 last_told = time.monotonic()
             elif time.monotonic() - last_told > QUIET_S:
-                self.tell(f"    {stage.name}: still running after {clock(child.seconds())}")
+                self.tell(self.still_running(child, stage))
                 last_told = time.monotonic()
             for server in self.chain.servers_of(stage):
                 self.check_server(server)
+
+    def still_running(self, child: _Child, stage: Stage) -> str:
+        """With what the servers do for it, where they say."""
+        said = [self.at_work(self.ready_file(server)) for server in self.chain.servers_of(stage)]
+        text = f"    {stage.name}: still running after {clock(child.seconds())}"
+        return ", ".join([text, *filter(None, said)])
 
     def start_server(self, stage: Stage) -> None:
         """Start a background stage and wait until it says that it is ready."""

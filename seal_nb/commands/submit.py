@@ -97,6 +97,7 @@ def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
             notebooks=default_notebooks_dir(),
             tell=lambda line: print(line, flush=True),
             stop_server=_shut_down,
+            at_work=_at_work,
         )
     except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command again continues: nothing finished is lost", file=sys.stderr)
@@ -120,6 +121,14 @@ def _shut_down(endpoint_file: Path) -> None:
 
     with TTTClient(str(endpoint_file), wait_s=10) as client:
         client.shutdown()
+
+
+def _at_work(endpoint_file: Path) -> str:
+    from seal_nb.service.status import at_work
+    from seal_nb.service.watch import look
+
+    status = look(str(endpoint_file))
+    return at_work(status) if status else ""
 
 
 def _parser() -> argparse.ArgumentParser:

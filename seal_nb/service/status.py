@@ -12,6 +12,8 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
+from seal_nb.wording import counted
+
 WINDOW_S = 60.0
 
 
@@ -109,6 +111,13 @@ def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
     ]  # fmt: skip
     rows += [(f"worker {worker.worker_id}", _worker_line(worker)) for worker in status.workers]
     return [*rows, ("trouble", status.trouble)] if status.trouble else rows
+
+
+def at_work(status: ServerStatus) -> str:
+    """What is in training at this moment, in a line; empty where nothing is."""
+    jobs = [job for worker in status.workers for job in worker.stats.get("training", {}).values()]
+    step, n_steps = (sum(job[name] for job in jobs) for name in ("step", "n_steps"))
+    return f"{counted(len(jobs), 'adapters')} in training, step {step:,} of {n_steps:,}" if jobs else ""
 
 
 def rss_bytes() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from seal_nb.chain import local
 from seal_nb.chain.local import ChainBusy, ChainFailed, run_chain
 from seal_nb.chain.table import Chain, Stage, in_run, is_done, mark_done
 from seal_nb.errors import SettingsError
@@ -171,6 +172,27 @@ def test_server_is_up_for_those_who_need_it_and_ends_in_order_after_the_last(
     (run_dir / "server/served.txt").unlink()
     run(chain_of(serve(), ask("ask"), ask("again"), count("later")), run_dir, notebooks)
     assert not (run_dir / "server/served.txt").exists(), "a server was started for finished stages"
+
+
+def test_a_silent_stage_is_told_of_with_what_its_server_does(
+    tmp_path: Path, notebooks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "QUIET_S", 0.2)
+    slow = Stage(
+        name="slow",
+        notebook="sleep",
+        title="",
+        needs=("server",),
+        produces=("pid",),
+        parameters={"seconds": 3.0},
+    )
+    told: list[str] = []
+    run_chain(
+        chain_of(serve(), slow), tmp_path / "run", notebooks=notebooks, tell=told.append,
+        stop_server=stop_by_file, at_work=lambda ready: f"busy: {ready.parent.name}",
+    )  # fmt: skip
+    silent = [line for line in told if "slow: still running after" in line]
+    assert silent and all(line.endswith(", busy: server") for line in silent)
 
 
 def test_server_that_ends_early_ends_the_stage_that_needs_it(tmp_path: Path, notebooks: Path) -> None:

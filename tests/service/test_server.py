@@ -21,7 +21,7 @@ from seal_nb.service.endpoint import read_endpoint
 from seal_nb.service.launch import ServerFailed, command
 from seal_nb.service.serve import parse
 from seal_nb.service.settings import Limits, ServeSettings
-from seal_nb.service.status import ServerStatus, WorkerStatus, status_rows
+from seal_nb.service.status import ServerStatus, WorkerStatus, at_work, status_rows
 from seal_nb.service.worker import gpu_memory
 from tests.service.conftest import HASTE, STUB, eventually, is_running, plain_req
 
@@ -335,6 +335,13 @@ def test_memory_on_gpus_is_shown_where_workers_tell_of_it():
     assert shown["memory"] == "front end 100 MiB, workers 4 MiB, on GPUs 5 MiB"
     assert "GPU 5 MiB (at most 9 MiB)" in shown["worker w0"] and "GPU" not in shown["worker w1"]
     assert dict(status_rows(status_of({})))["memory"] == "front end 100 MiB, workers 0 MiB"
+
+
+def test_what_is_in_training_is_said_with_its_steps():
+    one, two = ({"training": {f"job{i}": {"step": i, "n_steps": 1000}}} for i in (7, 20))
+    assert at_work(status_of(one, two, {})) == "2 adapters in training, step 27 of 2,000"
+    assert at_work(status_of(one)) == "1 adapter in training, step 7 of 1,000"
+    assert at_work(status_of({})) == ""
 
 
 def status_of(*stats):
