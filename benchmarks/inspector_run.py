@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from seal_nb.experiments.graded_forms import grader_of
 from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import (
@@ -48,6 +49,7 @@ def main() -> None:
         collected = run_requests(client, [loop.request for loop in loops], journal, tell=print)
     made = {"model": "embedded", "dataset": "shipped:val", "timestamp": ""}
     run = build_run(passages, loops, collected.replies, settings, failures=collected.failures, **made)
+    run["grader"] = grader_of({"model": model_id})
     for loop in loops:
         if loop.repeat == 0:
             completion = run["articles"][loop.passage]["completions"][loop.self_edit]

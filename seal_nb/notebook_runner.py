@@ -60,7 +60,7 @@ def find_notebook(stage: str, folder: Path) -> Path:
         raise SettingsError(f"no notebooks in {folder}; run from a checkout, or give --notebooks FOLDER")
     if stage in names:
         return folder / f"{stage}.ipynb"
-    matches = [name for name in names if stage and name.startswith(stage)]
+    matches = [name for name in names if stage and name.startswith((stage, f"0{stage}"))]  # 3 is 03
     if len(matches) == 1:
         return folder / f"{matches[0]}.ipynb"
     problem = f"{len(matches)} stages begin with {stage!r}" if matches else f"no stage {stage!r}"
