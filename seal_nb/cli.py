@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run a stage's notebook headless (papermill)")
     run.add_argument(
-        "stage", metavar="STAGE", help="a notebook's name or its beginning: 03_query_server, or 03"
+        "stage",
+        metavar="STAGE",
+        help="a notebook's name, its beginning or number: 03_query_server, 03, 3",
     )
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
                      help="set a parameter; may be repeated")  # fmt: skip

@@ -47,7 +47,11 @@ def end_with_parent(parent_pid: int) -> threading.Thread:
 
 
 def ending_with_me(command: list[str]) -> list[str]:
-    """The command line of a program that knows nothing of this, which then ends with this process too."""
+    """The command line of a program that knows nothing of this, which then ends with this process too.
+
+    It ends in order (SIGTERM, then ten seconds), so that `srun` can take its nodes' processes with it. Killed
+    by a signal its exit code is 128 and the signal, as a shell has it.
+    """
     return [sys.executable, "-m", "seal_nb.lifeline", str(os.getpid()), *command]
 
 
@@ -60,6 +64,17 @@ def _watch(parent_pid: int) -> None:
     os._exit(143)
 
 
+def _run(parent_pid: int, command: list[str]) -> int:
+    child = subprocess.Popen(command)
+    while True:
+        try:
+            code = child.wait(POLL_S)
+            return code if code >= 0 else 128 - code
+        except subprocess.TimeoutExpired:
+            if os.getppid() != parent_pid:
+                end_tree(child.pid)
+                return 143
+
+
 if __name__ == "__main__":
-    end_with_parent(int(sys.argv[1]))
-    raise SystemExit(subprocess.call(sys.argv[2:]))
+    raise SystemExit(_run(int(sys.argv[1]), sys.argv[2:]))

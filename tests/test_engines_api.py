@@ -1,6 +1,5 @@
 """The client of OpenAI-compatible services against one that misbehaves: nothing wrong is ever a text."""
 
-import itertools
 import json
 import os
 import signal
@@ -12,14 +11,13 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
-from seal_nb.engines.api import ApiClient, _Round
+from seal_nb.engines.api import ApiClient
 from seal_nb.engines.api_records import (
     ApiSettings,
     Ask,
@@ -331,24 +329,38 @@ def test_ctrl_c_hands_over_what_is_under_way_and_starts_nothing_new() -> None:
 
 
 @pytest.mark.parametrize("nth", range(4))
-def test_ctrl_c_just_after_an_answer_was_taken_up_does_not_lose_it(
-    monkeypatch: pytest.MonkeyPatch, nth: int
-) -> None:
-    first, calls = _Round.first, itertools.count()
+def test_ctrl_c_while_an_answer_is_dealt_with_loses_none(nth: int) -> None:
+    """All four are under way or done when it comes; a second Ctrl-C would end at once."""
+    together, came = threading.Barrier(4), list[int]()
 
-    def interrupted(calls_together: _Round) -> Any:
-        taken = first(calls_together)
-        if next(calls) == nth:
-            raise KeyboardInterrupt
-        return taken
+    def reply(asked: Asked) -> str:
+        together.wait(20)
+        return echo(asked)
 
-    monkeypatch.setattr(_Round, "first", interrupted)
-    came: list[int] = []
-    with stand_in() as service, pytest.raises(KeyboardInterrupt):
-        came.extend(
-            index for index, _ in client_of(service, max_parallel=2).each([ask(f"p{i}") for i in range(4)])
-        )
+    with stand_in(reply) as service:
+        outcomes = client_of(service, max_parallel=4, timeout_s=30.0).each([ask(f"p{i}") for i in range(4)])
+        with pytest.raises(KeyboardInterrupt), closing(outcomes):
+            for index, outcome in outcomes:
+                if len(came) == nth:
+                    signal.raise_signal(signal.SIGINT)
+                assert isinstance(outcome, Reply)
+                came.append(index)
     assert sorted(came) == [0, 1, 2, 3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once_and_one_before_the_reader_s_own_error_is_not_lost() -> None:
+    with stand_in() as service:
+        for raised in (KeyboardInterrupt, ValueError):
+            outcomes = client_of(service).each([ask(f"p{i}") for i in range(4)])
+            with pytest.raises(KeyboardInterrupt), closing(outcomes):
+                next(outcomes)
+                signal.raise_signal(signal.SIGINT)
+                if raised is ValueError:
+                    raise ValueError
+                signal.raise_signal(signal.SIGINT)
+                pytest.fail("the second one was swallowed")
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_whoever_runs_the_server_is_asked_before_each_attempt() -> None:

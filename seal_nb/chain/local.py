@@ -79,16 +79,20 @@ def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
         yield file.fileno()
 
 
-def in_use(run_dir: Path) -> bool:
-    """Whether a chain, or what a killed one left behind, runs in this folder."""
+def in_use_since(run_dir: Path) -> float | None:
+    """When the chain that runs in this folder began (seconds, as files have it); None where none does.
+
+    What a killed chain left behind counts, and so does a lock that cannot be looked at.
+    """
+    path = run_dir / ".chain.lock"
     try:
-        with (run_dir / ".chain.lock").open() as file:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+        return None
+    except OSError:
+        return path.stat().st_mtime
+    return None
 
 
 def _wait_for_lock(descriptor: int, path: Path, tell: Tell) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_nb.chain.local import in_use
+from seal_nb.chain.local import in_use_since
 from seal_nb.chain.record import ChainRecord, StageRecord
 from seal_nb.chain.slurm_jobs import JobState
 from seal_nb.chain.table import read_marker
@@ -39,24 +39,27 @@ class StageStatus:
 
 def chain_status(record: ChainRecord, run_dir: Path, *, look_up: LookUp) -> list[StageStatus]:
     """One entry a stage, in the chain's order. Raises what ``look_up`` raises."""
-    return [_status(stage, run_dir, look_up) for stage in record.stages]
+    since = in_use_since(run_dir)
+    return [_status(stage, run_dir, look_up, since) for stage in record.stages]
 
 
-def _status(stage: StageRecord, run_dir: Path, look_up: LookUp) -> StageStatus:
+def _status(stage: StageRecord, run_dir: Path, look_up: LookUp, since: float | None) -> StageStatus:
     if not stage.background and stage.is_done(run_dir):
         seconds = read_marker(run_dir, stage.name).get("seconds", 0)
         return StageStatus(stage=stage, state="done", note=f"in {seconds:.0f} s")
-    state, note = _of_job(stage, look_up(stage.job)) if stage.job else _without_job(stage, run_dir)
+    state, note = _of_job(stage, look_up(stage.job)) if stage.job else _without_job(stage, run_dir, since)
     return StageStatus(stage=stage, state=state, note=note)
 
 
-def _without_job(stage: StageRecord, run_dir: Path) -> tuple[str, str]:
+def _without_job(stage: StageRecord, run_dir: Path, since: float | None) -> tuple[str, str]:
+    """``since``: when the chain began that runs here; it has not come to stages whose log is older."""
     if failing_cell(stage.executed(run_dir)) is not None:
         return "failed", "a cell raised"
-    if not stage.log(run_dir).exists():
+    if not (log := stage.log(run_dir)).exists():
         return "not started", ""
-    if in_use(run_dir):
-        return "running", "or ended" if stage.background else ""
+    if since is not None:
+        begun = log.stat().st_mtime >= since
+        return ("running", "or ended" if stage.background else "") if begun else ("waiting", "")
     return ("ended", "") if stage.background else ("interrupted", "the same command goes on with it")
 
 

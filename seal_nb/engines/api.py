@@ -15,7 +15,6 @@ text::
 What this module does not do: know prompts or verdicts, write files, import torch.
 """
 
-import itertools
 import random
 import re
 import threading
@@ -42,7 +41,7 @@ from seal_nb.engines.api_records import (
     api_key,
     retry_after_s,
 )
-from seal_nb.engines.base import NotAsked
+from seal_nb.engines.api_round import Round
 from seal_nb.errors import EngineError
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -53,41 +52,6 @@ OUT_OF_MONEY = "insufficient_quota"  # OpenAI says it with status 429, and waiti
 MOST_FAILURES_IN_A_ROW = 16  # or as many as are under way at a time, if that is more
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_MESSAGE = 400  # characters of what a service says in an error
-
-
-class _Round:
-    """``n`` calls that belong together: what came, how much of it was handed on, whether the rest is wanted.
-
-    An interrupt may come between any two steps of who hands them on, so what came stays in a list: a queue
-    would have given away what its reader then lost.
-    """
-
-    def __init__(self, n: int = 1) -> None:
-        self.n, self.n_handed_on, self.stop = n, 0, threading.Event()
-        self._came: list[tuple[int, Reply | BaseException]] = []
-        self._news, self._indices = threading.Event(), itertools.count()
-
-    def turns(self) -> Iterator[int]:
-        """Indices for whoever has time, each of them to one."""
-        while (index := next(self._indices)) < self.n:
-            yield index
-
-    def deliver(self, index: int, outcome: Reply | BaseException) -> None:
-        self._came.append((index, outcome))
-        self._news.set()
-
-    def first(self) -> tuple[int, Reply | BaseException]:
-        """The first that was not handed on yet; waits for it."""
-        while True:
-            self._news.clear()
-            if self.n_handed_on < len(self._came):
-                return self._came[self.n_handed_on]
-            self._news.wait()
-
-    def wait(self, seconds: float) -> None:
-        """Raises NotAsked as soon as the round is stopped."""
-        if self.stop.wait(max(0.0, seconds)):
-            raise NotAsked("not asked: others failed before it, or the run was interrupted")
 
 
 class _Tries:
@@ -132,7 +96,7 @@ class ApiClient:
 
     def one(self, ask: Ask) -> Reply:
         """Raises: Refused, Unavailable, UnusableReply."""
-        return self._answered(ask, _Round())
+        return self._answered(ask, Round())
 
     def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
         """What the server says at ``path`` (from its root): GET, or POST with a body. Asked once.
@@ -156,25 +120,29 @@ class ApiClient:
         does the same, hands over what is under way and may be paid for, and is then raised; a second one ends
         at once.
         """
-        calls = _Round(len(asks))
+        calls: Round[Reply | BaseException] = Round(len(asks))
         pool = ThreadPoolExecutor(max_workers=self.settings.max_parallel, thread_name_prefix="ask")
-        try:
-            for _ in range(min(self.settings.max_parallel, len(asks))):
-                pool.submit(self._work, asks, calls)
-            yield from self._outcomes(calls)
-        except KeyboardInterrupt:
-            calls.stop.set()
-            self._work(asks, calls)  # what nobody has begun, nobody will: NotAsked
-            yield from self._outcomes(calls)
-            raise
-        finally:
-            calls.stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        with calls.interrupt_at_the_end():
+            try:
+                for _ in range(min(self.settings.max_parallel, len(asks))):
+                    pool.submit(self._work, asks, calls)
+                yield from self._outcomes(calls)
+            finally:
+                calls.stopped = True
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _outcomes(self, calls: _Round) -> Iterator[tuple[int, Reply | EngineError]]:
+    def _work(self, asks: Sequence[Ask], calls: Round[Reply | BaseException]) -> None:
+        """One call after another, until none is left to begin."""
+        for index in calls.turns():
+            try:
+                calls.came.put((index, self._answered(asks[index], calls)))
+            except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
+                calls.came.put((index, error))
+
+    def _outcomes(self, calls: Round[Reply | BaseException]) -> Iterator[tuple[int, Reply | EngineError]]:
         n_in_a_row, most = 0, max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel)
-        while calls.n_handed_on < calls.n:
-            index, outcome = calls.first()
+        for _ in range(calls.n):
+            index, outcome = calls.came.get()
             if not isinstance(outcome, Reply | EngineError):
                 raise outcome
             # Who refuses a prompt is alive; the next prompt may be to its liking.
@@ -182,19 +150,10 @@ class ApiClient:
             n_in_a_row = 0 if answered else n_in_a_row + 1
             for_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
             if for_all or n_in_a_row > most:
-                calls.stop.set()
-            calls.n_handed_on += 1  # Python takes an interrupt at calls and jumps, so not before the yield
+                calls.stopped = True
             yield index, outcome
 
-    def _work(self, asks: Sequence[Ask], calls: _Round) -> None:
-        """One call after another, until none is left to begin."""
-        for index in calls.turns():
-            try:
-                calls.deliver(index, self._answered(asks[index], calls))
-            except BaseException as error:  # noqa: BLE001 - raised by whoever waits for it
-                calls.deliver(index, error)
-
-    def _answered(self, ask: Ask, calls: _Round) -> Reply:
+    def _answered(self, ask: Ask, calls: Round[Any]) -> Reply:
         """The attempts of one call. Errors are not chained: what a service says may show the key."""
         tries = _Tries()
         while True:

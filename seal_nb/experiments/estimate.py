@@ -126,7 +126,7 @@ class Estimated:
     def rows(self) -> list[dict[str, str]]:
         """As lines of a table."""
         lines = self.work.lines() | {
-            "time": f"at least {_duration(self.seconds)} ({self.rate.source})",
+            "time": f"about {_duration(self.seconds)} without starting up ({self.rate.source})",
             "memory of a worker": f"{self.base_bytes / 1e9:.1f} GB base + {self.adapters_bytes / 1e9:.1f} GB "
             "adapters, without activations",
         }
@@ -217,7 +217,7 @@ def estimate_training(
     rate = assumed_rate(n_processes, gpu=gpu, n_threads=n_threads)
     flop = tokens * shape.n_parameters * (FLOP_A_FULLY_TRAINED_TOKEN if full else FLOP_A_TRAINED_TOKEN)
     states = _states_bytes(shape, settings, alone_on_gpu=gpu and n_processes == 1)
-    lines["time"] = f"at least {_duration(flop / rate.flops)} ({rate.source})"
+    lines["time"] = f"about {_duration(flop / rate.flops)} without starting up ({rate.source})"
     lines["memory of a process"] = f"{states / (n_processes if gpu else 1) / 1e9:.1f} GB, without activations"
     if price_per_hour:
         lines["cost"] = f"about {price_per_hour * flop / rate.flops / 3600:.2f}"

@@ -4,8 +4,10 @@ On GPUs the shipped configuration shards the model over them (FSDP, or DeepSpeed
 processes talk over gloo and each holds a whole model. In a SLURM job over several nodes `srun` starts it on
 each of them. A single process of its own gives its memory back when it ends."""
 
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,9 @@ def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = N
             process.wait()
             raise
     result = finished(job.model_dir, made_from)
+    if code:  # who watches over the processes may have been killed alone
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
     if code or result is None:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         where = "a process" if n_processes == 1 else f"{n_processes} processes"

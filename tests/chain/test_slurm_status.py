@@ -1,6 +1,7 @@
 """What SLURM says of a job, how a stage marks itself as done, and what is said of a chain."""
 
 import json
+import os
 from pathlib import Path
 
 import nbformat
@@ -142,7 +143,10 @@ def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
 
     told = {"base_self_edits": "done", "base_evaluate": "failed", "results": "not started"}
     with sole_use(tmp_path, print):
-        assert states() == told | {"base_cpt": "running", "base_server": "running"}
+        began = (tmp_path / ".chain.lock").stat().st_mtime
+        os.utime(tmp_path / "logs/base_cpt.log", (began + 1, began + 1))
+        os.utime(tmp_path / "logs/base_server.log", (began - 1, began - 1))
+        assert states() == told | {"base_cpt": "running", "base_server": "waiting"}
     assert states() == told | {"base_cpt": "interrupted", "base_server": "ended"}
 
 
