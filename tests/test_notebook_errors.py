@@ -81,7 +81,7 @@ class Kernels:
             self.close()
             notebook = nbformat.v4.new_notebook()
             resources = {"metadata": {"path": str(self.folder)}}
-            self._client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources)
+            self._client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
             self._context = self._client.setup_kernel()
             self._context.__enter__()
             self.name = name
