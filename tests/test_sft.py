@@ -289,7 +289,8 @@ def test_a_killed_notebook_leaves_no_training_behind(
     endless = replace(SHARED, epochs=100_000)
     job = SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "next", settings=endless)
     assert any("accelerate" in word for word in command(job, n_processes)) is by_accelerate
-    code = (
+    code = (  # it ends with the test, too, whatever becomes of that
+        "import os; from seal_nb.lifeline import end_with_parent; end_with_parent(os.getppid())\n"
         "from seal_nb.sft.launch import train_in_processes; from seal_nb.sft.settings import parse_job\n"
         f"train_in_processes(parse_job({job.options()!r}), n_processes={n_processes})"
     )

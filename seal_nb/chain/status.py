@@ -57,9 +57,10 @@ def _without_job(stage: StageRecord, run_dir: Path, since: float | None) -> tupl
         return "failed", "a cell raised"
     if not (log := stage.log(run_dir)).exists():
         return "not started", ""
+    if since is not None and log.stat().st_mtime < since:
+        return "waiting", ""
     if since is not None:
-        begun = log.stat().st_mtime >= since
-        return ("running", "or ended" if stage.background else "") if begun else ("waiting", "")
+        return "running", "or ended" if stage.background else ""
     return ("ended", "") if stage.background else ("interrupted", "the same command goes on with it")
 
 
