@@ -26,15 +26,15 @@ from seal_nb.models import model_identity, resolve_model
 from seal_nb.protocol import GenerateRequest, Reply, ScoredText, TTTRequest, Work, error_reply
 from seal_nb.soft_scores import SoftScores
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.capacity import slots_for
 from seal_nb.ttt.decode import Decoded, GroupedDecoder
 from seal_nb.ttt.kept import KeptAdapters
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.progress import Progress
-from seal_nb.ttt.scheduler import SlotTrainer, Trained
+from seal_nb.ttt.scheduler import SlotTrainer, Trained, usual_slots
 
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
 ANSWER_STEPS_A_PASS = 64
+USUAL_DECODE_ROWS = {"cpu": 64, "cuda": 320}
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # with nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
@@ -44,6 +44,11 @@ class InnerLoop:
     """Drives one base on one device for many requests at a time."""
 
     def __init__(self, base: FrozenBase, grader: Grader, settings: InnerLoopSettings, *, model_id: str):
+        settings = replace(
+            settings,
+            n_slots=settings.n_slots or usual_slots(base.device),
+            decode_rows=settings.decode_rows or USUAL_DECODE_ROWS[base.device.type],
+        )
         self.base, self.grader, self.settings, self.model_id = base, grader, settings, model_id
         self.trainer = SlotTrainer(base, n_slots=settings.n_slots, token_budget=settings.token_budget)
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
@@ -280,9 +285,6 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
     grader = make_grader(settings.grader)
-    if not settings.n_slots:
-        measured = slots_for(base, model_id=model_identity(folder))
-        settings = replace(settings, n_slots=measured.n_slots)
     return InnerLoop(base, grader, settings, model_id=served_identity(base, grader, settings, folder))
 
 

@@ -16,21 +16,22 @@ class InnerLoopSettings:
     model: str = "embedded"  # folder, hub name, or "embedded": the small model
     device: str = "auto"  # "auto": CUDA where there is one
     dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 where it is native
-    n_slots: int = 0  # adapters in training at a time; 0: as many as pay on this device, measured once
+    n_slots: int = 0  # adapters in training at a time; 0: 8 on a CPU, 88 on a GPU
     n_threads: int = 1  # of torch on a CPU
     grader: str = "local"
     adapters_dir: Path = Path("adapters")  # adapters kept by name, PEFT's format
     max_seq_length: int = 2048  # tokens; the upper bound of any request's
     token_budget: int = 4096  # tokens of one training pass
-    decode_rows: int = 64  # texts generated at a time
+    decode_rows: int = 0  # texts generated at a time; 0: 64 on a CPU, 320 on a GPU
     deterministic: bool = False  # one adapter and one text at a time: passes are always composed alike
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        if self.n_slots < 0:
-            raise SettingsError(f"n_slots is {self.n_slots}; it must be at least 1, or 0 to have it measured")
-        for name in ("n_threads", "max_seq_length", "token_budget", "decode_rows"):
+        for name in ("n_slots", "decode_rows"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be 0 (usual) or more")
+        for name in ("n_threads", "max_seq_length", "token_budget"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.deterministic:

@@ -54,13 +54,11 @@ def run(
     return replies
 
 
-def test_without_a_number_of_slots_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SEAL_NB_CACHE", str(tmp_path / "cache"))
+def test_unset_numbers_of_slots_and_texts_are_those_of_the_device(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
-    measured = load_inner_loop(InnerLoopSettings(model=str(folder), device="cpu", dtype="float32"))
-    (record,) = (tmp_path / "cache").glob("capacity/*.json")
-    assert measured.stats()["slots"] == json.loads(record.read_text())["n_slots"] >= 1
-    assert isinstance(run(measured, request("a"))["a"], TTTReply)
+    usual = load_inner_loop(InnerLoopSettings(model=str(folder), device="cpu", dtype="float32"))
+    assert usual.stats()["slots"] == 8 and usual.decoder.max_rows == 64
+    assert isinstance(run(usual, request("a"))["a"], TTTReply)
 
 
 def test_reply_has_the_published_fields_and_one_entry_a_question(loop: InnerLoop) -> None:

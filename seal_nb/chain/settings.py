@@ -67,7 +67,7 @@ class ExperimentSettings:
 
     n_workers: int
     n_threads: int
-    n_slots: int = 0  # adapters in training at a time in one worker; 0: measured
+    n_slots: int = 0  # adapters in training at a time in one worker; 0: usual for the device
     sft_processes: int  # of a ReST-EM training, one GPU each; published: 2
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class WorkerSettings:
     endpoint_file: str = ""
     key_file: str = ""  # empty: keys/worker.key_secret in the server's run folder
     model: str = "embedded"
-    n_slots: int = 0  # measured
+    n_slots: int = 0  # usual for the device
     n_threads: int = 1
     device: str = "auto"
     dtype: str = "auto"

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from seal_nb.errors import SettingsError
 from seal_nb.inner_loop_settings import FOUR_BIT
 from seal_nb.ttt.bank import Bank
-from seal_nb.ttt.branches import BranchedLinear, Current, Plan, Segment
-from seal_nb.ttt.grouping import Stacks, make_plan
+from seal_nb.ttt.branches import BranchedLinear, Current, Plan, Segment, make_plan
+from seal_nb.ttt.device import sent
+from seal_nb.ttt.fused import make_regions
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
 from seal_nb.ttt.packing import ATTENTION, Attend, make_rows
@@ -47,8 +48,10 @@ class FrozenBase:
         probe = torch.arange(8, device=self.device)[None] % model.config.vocab_size
         with torch.no_grad():
             expected = model(input_ids=probe, use_cache=False).logits
-        self.current, self.stacks = Current(), Stacks()
+        self.current = Current()
         self.linears = _branch_out(model, self.current)
+        if self.device.type == "cuda":
+            make_regions(model)
         model.config._attn_implementation = ATTENTION
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self._check(probe[0], expected[0])
@@ -99,6 +102,11 @@ class FrozenBase:
         """Room for n adapters of one layout in training."""
         return Bank(layout, n, device=self.device, dtype=self.adapter_dtype, compute_dtype=self.dtype)
 
+    def bank_row_bytes(self, layout: Layout) -> int:
+        """Memory of one adapter in training: weights, gradient, two moments, and the passes' copy."""
+        own = 4 * self.adapter_dtype.itemsize
+        return layout.size * (own + self.dtype.itemsize * (self.dtype != self.adapter_dtype))
+
     def load_adapter(self, folder: Path) -> Adapter:
         return load_adapter(
             folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device
@@ -115,19 +123,17 @@ class FrozenBase:
         which tokens.
 
         `attend` replaces attention within rows (decoding attends to a cache)."""
-        ids = torch.cat([r.token_ids for r in rows]).to(self.device, non_blocking=True)
-        positions = torch.cat([r.positions for r in rows]).to(self.device, non_blocking=True)
+        ids = sent(torch.cat([r.token_ids for r in rows]), self.device)
+        positions = sent(torch.cat([r.positions for r in rows]), self.device)
         if attend is None:
             attend = make_rows(
                 [len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]
             ).attend
-        return self.run(ids, positions, segments, attend)
+        return self.run(ids, positions, make_plan(segments), attend)
 
-    def run(
-        self, ids: torch.Tensor, positions: torch.Tensor, segments: Sequence[Segment], attend: Attend
-    ) -> torch.Tensor:
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, plan: Plan, attend: Attend) -> torch.Tensor:
         """As `hidden`, from token ids and positions (T,) that are on the device already."""
-        self.current.plan = make_plan(segments, self.stacks)
+        self.current.plan = plan
         try:
             return self.decoder(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend

@@ -1,19 +1,24 @@
-"""Each row its own low-rank branch: the frozen base's Linear layers, extended.
+"""Each row its own low-rank branch: the Linear layers of the frozen base, extended.
 
-`y = x Wᵀ + Σ scale (x Aᵀ) Bᵀ`. The tokens of a pass lie segment by segment in one (T, d) matrix, and each
-segment has its own adapters. The frozen product runs once over all tokens. The branches of neighbouring
-segments with adapters of one shape form a group: their tokens are padded to (n, longest, d), so that one
-batched product serves all of them. Gradients of A and B go straight into the slots' flat gradients:
-adapters are no autograd leaves and cost no graph. Knows nothing of rows, loss or optimiser."""
+`y = x Wᵀ + scale (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685). The tokens of a pass lie end to end in one (T, d)
+matrix, segment by segment, and each segment has its own adapters. The frozen product runs once over all
+tokens. Adapters of one layout on neighbouring segments form a group, whose products are segmented: member i
+multiplies its own tokens with its own weights, without padding. On CUDA one call of
+`torch.nn.functional.grouped_mm` does all members; elsewhere a loop does. Gradients of A and B go straight
+into the slots' flat gradients, so adapters are no autograd leaves. Knows nothing of rows, loss or optimiser.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from seal_nb.ttt.bank import BankRow
+from seal_nb.ttt.bank import Bank, BankRow
+from seal_nb.ttt.device import tensor_on
 from seal_nb.ttt.lora import Adapter, Layout, Target
 from seal_nb.ttt.quantized import dense_weight
 
@@ -28,71 +33,150 @@ class Segment:
     trained: BankRow | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Group:
-    """Branches of one shape over neighbouring segments: n members.
+    """n adapters of one layout, and the tokens that each acts on: end to end from `start`.
 
-    weights: (n, layout.size), compute dtype; scaling: (n, 1, 1); member i has lengths[i] tokens, end to end
-    from `start`
-    gradient: (n, layout.size) or None for frozen members; overwrite: the gradient's old content is void"""
+    weights: (n, layout.size), compute dtype; scales: (tokens, 1), at least float32: the factor of each token
+    ends: (n,) int32: where each member's tokens end, counted from `start`
+    gradient: (n, layout.size) for members in training, else None; keep: None where every old gradient is
+    void, else (n,), 1 where the new gradient is added to the old one"""
 
     layout: Layout
     weights: torch.Tensor
-    scaling: torch.Tensor
+    scales: torch.Tensor
     start: int
-    lengths: tuple[int, ...]
+    ends: torch.Tensor
     gradient: torch.Tensor | None = None
-    overwrite: bool = True
-    dropouts: tuple[tuple[int, BankRow], ...] = ()
+    keep: torch.Tensor | None = None
+    dropouts: tuple[tuple[slice, BankRow], ...] = ()
+
+    @cached_property
+    def grouped(self) -> bool:
+        return can_group(self.layout, self.weights)
 
     @cached_property
     def tokens(self) -> slice:
-        return slice(self.start, self.start + sum(self.lengths))
+        return slice(self.start, self.start + len(self.scales))
 
     @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
+    def members(self) -> list[tuple[int, slice]]:
+        """Members with tokens, and where their tokens lie in the group; waits for the device."""
+        ends = [0, *self.ends.tolist()]
+        return [(i, slice(a, b)) for i, (a, b) in enumerate(pairwise(ends)) if a < b]
 
     @cached_property
-    def places(self) -> torch.Tensor | None:
-        """Where each token lies in the padded (n * longest) rows; None where all members are equally long."""
-        if len(set(self.lengths)) == 1:
-            return None
-        places = [torch.arange(n) + i * self.longest for i, n in enumerate(self.lengths)]
-        return torch.cat(places).to(self.weights.device, non_blocking=True)
+    def kept(self) -> list[bool]:
+        return [False] * len(self.ends) if self.keep is None else self.keep.bool().tolist()
 
-    def padded(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, d) → (n, longest, d), zeros where a member is shorter."""
-        own, shape = x[self.tokens], (len(self.lengths), self.longest, x.shape[-1])
-        if self.places is None:
-            return own.reshape(shape)
-        return own.new_zeros(shape[0] * shape[1], shape[2]).index_copy_(0, self.places, own).view(shape)
+    def times(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x (tokens, k) times each member's own matrix of weights (n, k, m): (tokens, m)."""
+        if self.grouped:
+            return F.grouped_mm(x, weights, offs=self.ends)
+        return torch.cat([x[own] @ weights[i] for i, own in self.members])
 
-    def add_to(self, y: torch.Tensor, padded: torch.Tensor) -> None:
-        """y (T, d) += padded (n, longest, d), in place."""
-        flat = padded.flatten(0, 1)
-        y[self.tokens] += flat if self.places is None else flat.index_select(0, self.places)
+    def collect(self, view: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Write xᵀ y of each member's tokens to its matrix in `view` (n, k, m), or add it (see `keep`).
+
+        x: (tokens, k); y: (tokens, m)"""
+        if self.grouped:
+            new = F.grouped_mm(x.t(), y, offs=self.ends)
+            _ = view.copy_(new) if self.keep is None else view.mul_(self.keep[:, None, None]).add_(new)
+            return
+        for i, own in self.members:
+            new = x[own].t() @ y[own]
+            _ = view[i].add_(new) if self.kept[i] else view[i].copy_(new)
+
+
+def can_group(layout: Layout, weights: torch.Tensor) -> bool:
+    """Whether torch's grouped product takes these operands: bfloat16 on CUDA, rows of whole 16 bytes."""
+    sizes = {layout.rank, layout.size, *(n for t in layout.targets for n in (t.in_features, t.out_features))}
+    return weights.is_cuda and weights.dtype == torch.bfloat16 and all(n % 8 == 0 for n in sizes)
 
 
 class Plan:
-    """The groups of one pass. Padded inputs are kept for the next layer that reads the same ones (q, k,
-    v)."""
+    """The groups of one pass."""
 
     def __init__(self, groups: Sequence[Group] = ()):
         self.groups = tuple(groups)
         self.names = frozenset(t.name for layout in {g.layout for g in groups} for t in layout.targets)
         self.trains = any(g.gradient is not None for g in groups)
         self.anchor = torch.zeros((), requires_grad=True)
-        self._last: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
-    def padded(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """x (1, T, d) padded for each group."""
-        if self._last is None or self._last[0].data_ptr() != x.data_ptr() or self._last[0].shape != x.shape:
-            self._last = (x, [g.padded(x[0]) for g in self.groups])
-        return self._last[1]
+    def active(self, name: str) -> Iterator[tuple[Group, Target]]:
+        """Groups with an adapter on the Linear of this name."""
+        return ((g, g.layout.by_name[name]) for g in self.groups if name in g.layout.by_name)
 
-    def active(self, name: str) -> list[tuple[int, Group, Target]]:
-        return [(i, g, t) for i, g in enumerate(self.groups) if (t := g.layout.by_name.get(name))]
+
+def make_plan(segments: Sequence[Segment]) -> Plan:
+    """Groups of all adapters. Slots of one bank must lie in the order of their rows."""
+    depth = max((len(s.adapters) for s in segments), default=0)
+    frozen = [_frozen_group(run, k) for k in range(depth) for run in _runs(segments, _layout_at(k))]
+    trained = [_trained_group(run) for run in _runs(segments, lambda s: s.trained and id(s.trained.bank))]
+    return Plan(frozen + trained)
+
+
+def _layout_at(depth: int) -> Callable[[Segment], Layout | None]:
+    return lambda s: s.adapters[depth].layout if len(s.adapters) > depth else None
+
+
+def _runs(segments: Sequence[Segment], key: Callable[[Segment], object]) -> Iterator[list[Segment]]:
+    """Runs of neighbouring segments (no token between them) of one key; None is left out."""
+    gaps, last, numbered = 0, None, []
+    for s in segments:
+        gaps += last is not None and s.start != last
+        last = s.stop
+        numbered.append((gaps, s))
+    for (_, value), members in groupby(numbered, key=lambda pair: (pair[0], key(pair[1]))):
+        if value is not None:
+            yield [s for _, s in members]
+
+
+def _frozen_group(run: Sequence[Segment], depth: int) -> Group:
+    adapters = [s.adapters[depth] for s in run]
+    compute = [a.compute for a in adapters]
+    weights = compute[0][None] if len(compute) == 1 else torch.stack(compute)
+    lengths = [s.stop - s.start for s in run]
+    return Group(
+        layout=adapters[0].layout,
+        weights=weights,
+        scales=token_scales([a.scaling for a in adapters], lengths, weights),
+        start=run[0].start,
+        ends=tensor_on(weights.device, list(accumulate(lengths)), torch.int32),
+    )
+
+
+def _trained_group(run: Sequence[Segment]) -> Group:
+    """All rows of a bank as one operand; rows that are not in this pass are members without tokens."""
+    pairs = trained_segments(run)
+    bank: Bank = pairs[0][1].bank
+    lengths, factors = [0] * bank.n, [0.0] * bank.n
+    for s, row in pairs:
+        lengths[row.index], factors[row.index] = s.stop - s.start, row.settings.scaling
+    start, device = run[0].start, bank.compute.device
+    return Group(
+        layout=bank.layout,
+        weights=bank.compute,
+        scales=token_scales(factors, lengths, bank.compute),
+        start=start,
+        ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
+        gradient=bank.gradient,
+        keep=None if bank.all_void else tensor_on(device, bank.kept_gradients, bank.gradient.dtype),
+        dropouts=tuple(
+            (slice(s.start - start, s.stop - start), row) for s, row in pairs if row.settings.dropout
+        ),
+    )
+
+
+def trained_segments(segments: Sequence[Segment]) -> list[tuple[Segment, BankRow]]:
+    return [(s, s.trained) for s in segments if s.trained is not None]
+
+
+def token_scales(factors: Sequence[float], lengths: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+    """The factor of each token, (tokens, 1), at least float32."""
+    values = [f for f, n in zip(factors, lengths, strict=True) for _ in range(n)]
+    dtype = torch.promote_types(torch.float32, weights.dtype)
+    return tensor_on(weights.device, values, dtype)[:, None]
 
 
 class Current:
@@ -117,13 +201,13 @@ class BranchedLinear(nn.Module):
         if plan.trains and torch.is_grad_enabled():
             return _Branches.apply(x, plan.anchor, self, plan)
         y = self.base(x)
-        _add_branches(y[0], x, self.name, plan)
+        _add_branches(y[0], x[0], self.name, plan)
         return y
 
 
 @dataclass
 class _Kept:
-    """What the backward pass of one group needs: scaled h (n, longest, rank) and the dropout mask, if any."""
+    """What the backward pass of one group needs: scaled h (tokens, rank) and the dropout mask, if any."""
 
     h: torch.Tensor
     mask: torch.Tensor | None = None
@@ -132,26 +216,25 @@ class _Kept:
 def _add_branches(
     y: torch.Tensor, x: torch.Tensor, name: str, plan: Plan, *, training: bool = False
 ) -> list[_Kept]:
-    """y (T, out) += branches of x (1, T, in), in place."""
-    kept, padded = [], plan.padded(x)
-    for i, group, target in plan.active(name):
-        xg = padded[i]
-        mask = _dropout_mask(group, xg) if training and group.dropouts else None
+    """y (T, out) += branches of x (T, in), in place."""
+    kept = []
+    for group, target in plan.active(name):
+        own = x[group.tokens]
+        mask = _dropout_mask(group, own) if training and group.dropouts else None
         if mask is not None:
-            xg = xg * mask
-        h = torch.bmm(xg, group.layout.a(group.weights, target).transpose(1, 2)).mul_(group.scaling)
-        group.add_to(y, torch.bmm(h, group.layout.b(group.weights, target).transpose(1, 2)))
+            own = own * mask
+        h = group.times(own, group.layout.a(group.weights, target).transpose(1, 2)).mul_(group.scales)
+        y[group.tokens] += group.times(h, group.layout.b(group.weights, target).transpose(1, 2))
         kept.append(_Kept(h, mask))
     return kept
 
 
-def _dropout_mask(group: Group, xg: torch.Tensor) -> torch.Tensor:
+def _dropout_mask(group: Group, x: torch.Tensor) -> torch.Tensor:
     """Ones, or 0 and 1 / (1 - p) where a member has dropout p, drawn from the member's own stream."""
-    mask = torch.ones_like(xg)
-    for i, row in group.dropouts:
-        share = 1 - row.dropout
-        own = mask[i, : group.lengths[i]]
-        own.bernoulli_(share, generator=row.draws).div_(share)
+    mask = torch.ones_like(x)
+    for tokens, row in group.dropouts:
+        share = 1 - row.settings.dropout
+        mask[tokens].bernoulli_(share, generator=row.draws).div_(share)
     return mask
 
 
@@ -162,7 +245,7 @@ class _Branches(torch.autograd.Function):
     def forward(ctx, x, anchor, layer, plan):  # type: ignore[no-untyped-def]  # torch's signature
         y = layer.base(x)
         ctx.layer, ctx.plan = layer, plan
-        ctx.kept = _add_branches(y[0], x, layer.name, plan, training=True)
+        ctx.kept = _add_branches(y[0], x[0], layer.name, plan, training=True)
         ctx.save_for_backward(x)
         return y
 
@@ -171,7 +254,7 @@ class _Branches(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         g = grad_y[0]
         grad_x = g @ dense_weight(ctx.layer.base) if ctx.needs_input_grad[0] else None  # (T, in)
-        _branch_gradients(g, x, grad_x, ctx.layer.name, ctx.plan, ctx.kept)
+        _branch_gradients(g, x[0], grad_x, ctx.layer.name, ctx.plan, ctx.kept)
         return (grad_x[None] if grad_x is not None else None), None, None, None
 
 
@@ -180,22 +263,14 @@ def _branch_gradients(
 ) -> None:
     """Write dA and dB of trained members; add the branches' share to grad_x (T, in), in place, where it is
     wanted."""
-    padded = plan.padded(x)
-    for (i, group, target), own in zip(plan.active(name), kept, strict=True):
-        gg = group.padded(g)
-        a, b = group.layout.a(group.weights, target), group.layout.b(group.weights, target)
-        grad_h = torch.bmm(gg, b).mul_(group.scaling)  # (n, longest, rank)
+    for (group, target), own in zip(plan.active(name), kept, strict=True):
+        layout, gg = group.layout, g[group.tokens]
+        a, b = layout.a(group.weights, target), layout.b(group.weights, target)
+        grad_h = group.times(gg, b).mul_(group.scales)  # (tokens, rank)
         if group.gradient is not None:
-            xg = padded[i] if own.mask is None else padded[i] * own.mask
-            _write(group, group.layout.a(group.gradient, target), torch.bmm(grad_h.transpose(1, 2), xg))
-            _write(group, group.layout.b(group.gradient, target), torch.bmm(gg.transpose(1, 2), own.h))
+            xg = x[group.tokens] if own.mask is None else x[group.tokens] * own.mask
+            group.collect(layout.a(group.gradient, target), grad_h, xg)
+            group.collect(layout.b(group.gradient, target), gg, own.h)
         if grad_x is not None:
-            share = torch.bmm(grad_h, a)
-            group.add_to(grad_x, share if own.mask is None else share.mul_(own.mask))
-
-
-def _write(group: Group, view: torch.Tensor, grad: torch.Tensor) -> None:
-    if group.overwrite:
-        view.copy_(grad)
-    else:
-        view.add_(grad)
+            share = group.times(grad_h, a)
+            grad_x[group.tokens] += share if own.mask is None else share.mul_(own.mask)

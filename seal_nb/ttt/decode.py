@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
-from seal_nb.ttt.branches import Segment
+from seal_nb.ttt.branches import Segment, make_plan
 from seal_nb.ttt.kv_cache import Cache, Prefill
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.packing import make_rows
@@ -175,7 +175,8 @@ class GroupedDecoder:
         ids = torch.tensor([(lane.new_ids or [0])[-1] for lane in self.live], device=self.base.device)
         room = max(len(lane.row.token_ids) + lane.row.max_new_tokens for lane in self.live)
         attend = self.cache.opened(room)
-        hidden = self.base.run(ids, self.cache.lengths, _segments(self.live, [1] * len(self.live)), attend)
+        plan = make_plan(_segments(self.live, [1] * len(self.live)))
+        hidden = self.base.run(ids, self.cache.lengths, plan, attend)
         self.cache.lengths += going
         self._append(self.live, hidden)
 

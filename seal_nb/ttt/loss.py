@@ -7,13 +7,22 @@ to the hidden states is computed in the forward pass, chunk by chunk, since the 
 import torch
 from torch.nn import functional as F
 
+from seal_nb.ttt.fused import region
+
 CHUNK = 1024  # labels a chunk
 
 
-def _logits(hidden: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
-    """At least float32, as transformers computes its loss."""
-    logits = F.linear(hidden, head.weight, head.bias)
-    return logits.to(torch.promote_types(torch.float32, logits.dtype))
+@region
+def _nll_and_pull(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nll (labels,) and its gradient by the logits (labels, vocabulary), weighted; in the logits' dtype."""
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    norm = wide.logsumexp(-1, keepdim=True)
+    nll = norm[:, 0] - wide.gather(1, targets[:, None])[:, 0]
+    hit = torch.arange(wide.shape[1], device=wide.device)[None] == targets[:, None]
+    pull = wide.sub_(norm).exp_().sub_(hit.to(wide.dtype)).mul_(weights[:, None].to(wide.dtype))
+    return nll, pull.to(logits.dtype)
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -22,13 +31,10 @@ class _WeightedNll(torch.autograd.Function):
         parts, grad = [], torch.empty_like(hidden)
         for i in range(0, len(targets), CHUNK):
             part = slice(i, i + CHUNK)
-            logits = _logits(hidden[part], head)
-            norm = logits.logsumexp(-1, keepdim=True)
-            parts.append(norm[:, 0] - logits.gather(1, targets[part, None])[:, 0])
-            p = logits.sub_(norm).exp_()  # (labels, vocabulary), from here on d nll / d logits
-            p.scatter_add_(1, targets[part, None], p.new_full((len(p), 1), -1.0))
-            p.mul_(weights[part, None].to(p.dtype))
-            grad[part] = p.to(hidden.dtype) @ head.weight
+            logits = F.linear(hidden[part], head.weight, head.bias)
+            nll, pull = _nll_and_pull(logits, targets[part], weights[part])
+            grad[part] = pull @ head.weight
+            parts.append(nll)
         ctx.save_for_backward(grad)
         nll = torch.cat(parts) if parts else weights.new_zeros(0)
         ctx.mark_non_differentiable(nll)

@@ -5,20 +5,35 @@ many as the token budget allows), runs the base once over all rows, and steps th
 whose accumulation window closes. A job that is done leaves its slot; the next enters at the very next step.
 A job's result does not depend on its neighbours, up to rounding. No sockets, no text generation."""
 
+import math
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.bank import Bank, BankRow
-from seal_nb.ttt.base import FrozenBase, RowTokens
+from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Segment
+from seal_nb.ttt.device import Readback, free_cached_memory
 from seal_nb.ttt.jobs import MicroBatch, TrainJob, TrainRow, learning_rate_at
 from seal_nb.ttt.lora import Adapter, Layout, initial_weights
-from seal_nb.ttt.loss import weighted_nll
 from seal_nb.ttt.optimizer import adamw_step
+from seal_nb.ttt.passes import Pass, Replays
+
+STEPS_AHEAD = 2  # passes that the host may be ahead of the device
+DRAWN_AHEAD = 16  # waiting jobs whose initial weights are drawn in threads
+FULL_PASS = {"cpu": 376, "cuda": 4096}  # tokens; more in a pass hardly train faster
+TYPICAL_ROW = 47  # tokens of a train sequence; published self-edits after round 2, mean
+BANK_SHARE = 0.4  # of a GPU's free memory that one bank may take
+
+
+def usual_slots(device: torch.device) -> int:
+    """As many slots as fill a pass with ordinary train sequences, one each."""
+    return -(-FULL_PASS[device.type] // TYPICAL_ROW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +51,19 @@ class Trained:
     n_tokens: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
+class Waiting:
+    """A job that waits for a slot; `initial`: its weights, drawn beside the training."""
+
+    job: TrainJob
+    stack: tuple[Adapter, ...]
+    initial: Future[torch.Tensor] | None = None
+
+
+@dataclass(eq=False)
 class Slot:
     """One job in training. `losses` holds (epoch, Σ nll, labels) of each pass; sums stay on the device
-    until the end."""
+    until the end, when `outcome` brings them to the host."""
 
     job: TrainJob
     stack: tuple[Adapter, ...]
@@ -54,11 +78,14 @@ class Slot:
     losses: list[tuple[int, torch.Tensor, float]] = field(default_factory=list)
     norms: list[torch.Tensor] = field(default_factory=list)
     lone_failures: int = 0
+    adapter: Adapter | None = None
+    outcome: Readback | None = None
 
     def rewind_window(self) -> None:
         """Forget the passes of the open accumulation window."""
         self.losses = self.losses[: len(self.losses) - self.done_in_window]
         self.done_in_window = 0
+        self.row.opens_window = True
 
     @property
     def micro_batch(self) -> MicroBatch:
@@ -85,26 +112,31 @@ class SlotTrainer:
                 f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1"
             )
         self.base, self.n_slots, self.token_budget = base, n_slots, token_budget
-        self.waiting: deque[tuple[TrainJob, tuple[Adapter, ...]]] = deque()
+        self.waiting: deque[Waiting] = deque()
         self.slots: list[Slot] = []
+        self.leaving: list[Slot] = []
         self.banks: list[Bank] = []
         self.failed: list[Trained] = []
         self.n_tokens = 0
+        self.replays = Replays(base)
+        self.threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        self.ahead: deque[torch.cuda.Event] = deque()
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.slots or self.failed)
+        return bool(self.waiting or self.slots or self.leaving or self.failed)
 
     def submit(self, job: TrainJob, stack: Sequence[Adapter] = ()) -> None:
         """Queue a job; `stack`: frozen adapters under the new one."""
-        self.waiting.append((job, tuple(stack)))
+        self.waiting.append(Waiting(job, tuple(stack)))
 
     def cancel(self, name: str) -> bool:
         """Forget the job of this name, wherever it is. False where there is none."""
-        before = len(self.slots) + len(self.waiting)
+        before = len(self.slots) + len(self.leaving) + len(self.waiting)
         self._release([s for s in self.slots if s.job.name == name])
-        self.waiting = deque(w for w in self.waiting if w[0].name != name)
-        return len(self.slots) + len(self.waiting) < before
+        self.leaving = [s for s in self.leaving if s.job.name != name]
+        self.waiting = deque(w for w in self.waiting if w.job.name != name)
+        return len(self.slots) + len(self.leaving) + len(self.waiting) < before
 
     def step(self) -> list[Trained]:
         """One pass: fill free slots, train, return the jobs that are done."""
@@ -112,9 +144,10 @@ class SlotTrainer:
         chosen = self._choose()
         if chosen:
             self._guarded_pass(chosen)
-        done = [s for s in self.slots if not s.window]
-        finished = self.failed + [_result(s) for s in done]
-        self._release(done)
+        self._let_go([s for s in self.slots if not s.window])
+        here = [s for s in self.leaving if s.outcome is not None and (s.outcome.ready or not self.slots)]
+        self.leaving = [s for s in self.leaving if s not in here]
+        finished = self.failed + [_result(s) for s in here]
         self.failed = []
         return finished
 
@@ -127,49 +160,86 @@ class SlotTrainer:
 
     def _fill(self) -> None:
         while self.waiting and len(self.slots) < self.n_slots:
-            job, stack = self.waiting.popleft()
+            self._draw_ahead()
+            waiting = self.waiting.popleft()
             try:
-                self.slots.append(self._open(job, stack))
+                slot = self._open(waiting)
             except SettingsError as e:
-                self.failed.append(Trained(job=job, error=str(e)))
+                self.failed.append(Trained(job=waiting.job, error=str(e)))
+                continue
             except torch.OutOfMemoryError:
                 if not self.slots:
                     error = "out of memory for a single adapter; lower lora_rank or name fewer target_modules"
-                    self.failed.append(Trained(job=job, error=error))
+                    self.failed.append(Trained(job=waiting.job, error=error))
                     continue
-                self.waiting.appendleft((job, stack))
-                self.n_slots = len(self.slots)
+                slot, self.n_slots = None, len(self.slots)
+            if slot is None:  # no room until another job leaves
+                self.waiting.appendleft(waiting)
+                return
+            self.slots.append(slot)
 
-    def _open(self, job: TrainJob, stack: tuple[Adapter, ...]) -> Slot:
+    def _draw_ahead(self) -> None:
+        """Initial weights take 0.1 s a job at 7B, on one core: they are drawn while others train."""
+        for waiting in list(self.waiting)[:DRAWN_AHEAD]:
+            if waiting.initial is None:
+                waiting.initial = self.threads.submit(self._initial, waiting.job)
+
+    def _initial(self, job: TrainJob) -> torch.Tensor:
+        drawn = initial_weights(self.base.layout(job.lora), job.train.seed)
+        return drawn.pin_memory() if self.base.device.type == "cuda" else drawn
+
+    def _open(self, waiting: Waiting) -> Slot | None:
+        """The job's slot; None where its bank has no free row."""
+        job = waiting.job
         rows = job.rows(self.base.tokenizer, 0)
         n_items_R = [row.n_items for row in rows]
         if not sum(n_items_R):
             raise SettingsError(
                 f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences"
             )
-        layout = self.base.layout(job.lora)
-        initial = initial_weights(layout, job.train.seed)
-        row = self._bank(layout).enter(job.lora, initial, dropout_seed=job.train.seed)
+        assert waiting.initial is not None
+        initial = waiting.initial.result()
+        bank = self._bank(self.base.layout(job.lora))
+        if bank.full:
+            return None
+        row = bank.enter(job.lora, initial, dropout_seed=job.train.seed)
         upcoming = _windows(job.micro_batches(n_items_R))
-        return Slot(job=job, stack=stack, row=row, rows=rows, window=next(upcoming), upcoming=upcoming)
+        return Slot(
+            job=job, stack=waiting.stack, row=row, rows=rows, window=next(upcoming), upcoming=upcoming
+        )
 
     def _bank(self, layout: Layout) -> Bank:
-        """A bank of this layout with a free row: room for the jobs of its kind that are waiting, made when
-        needed."""
-        for bank in self.banks:
-            if bank.layout == layout and bank.free:
-                return bank
-        alike = 1 + sum(self.base.layout(job.lora) == layout for job, _ in self.waiting)
-        self.banks = [b for b in self.banks if len(b.free) < b.n]  # rooms that stand empty
-        room = self.n_slots - len(self.slots)
-        full = any(b.layout == layout for b in self.banks)  # more of its kind come one by one: no small banks
-        self.banks.append(self.base.new_bank(layout, room if full else min(alike, room)))
-        return self.banks[-1]
+        """The bank of this layout, made when needed; banks that stand empty make room for it."""
+        found = next((bank for bank in self.banks if bank.layout == layout), None)
+        if found is None:
+            self.banks = [bank for bank in self.banks if bank.rows]
+            if self.replays.bank not in self.banks:
+                self.replays.forget()
+            found = self.base.new_bank(layout, self._affordable(layout))
+            self.banks.append(found)
+        return found
+
+    def _affordable(self, layout: Layout) -> int:
+        """Rows of a new bank: one a slot, as far as a GPU's memory goes."""
+        if self.base.device.type != "cuda":
+            return self.n_slots
+        free_cached_memory(self.base.device)
+        free_bytes, _ = torch.cuda.mem_get_info(self.base.device)
+        return max(1, min(self.n_slots, int(BANK_SHARE * free_bytes / self.base.bank_row_bytes(layout))))
 
     def _release(self, slots: list[Slot]) -> None:
         for slot in slots:
             slot.row.leave()
         self.slots = [s for s in self.slots if s not in slots]
+
+    def _let_go(self, done: list[Slot]) -> None:
+        """Free the slots of jobs that are done; their losses and norms go to the host without a wait."""
+        for slot in done:
+            losses = torch.stack([loss for _, loss, _ in slot.losses])
+            slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
+            slot.adapter = slot.row.adapter()
+        self._release(done)
+        self.leaving += done
 
     def _choose(self) -> list[Slot]:
         """Slots of the next pass: furthest behind first, so that none starves; laid out bank by bank, row
@@ -203,8 +273,8 @@ class SlotTrainer:
     def _retreat(self, chosen: list[Slot], n_tokens: int) -> None:
         for slot in chosen:
             slot.rewind_window()
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.replays.forget()
+        free_cached_memory(self.base.device)
         self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
         if chosen[0].lone_failures > 1:
             self._fail(
@@ -216,34 +286,26 @@ class SlotTrainer:
         self.failed.append(Trained(job=slot.job, error=error, n_steps=slot.step, n_tokens=slot.n_tokens))
 
     def _pass(self, chosen: list[Slot]) -> None:
-        device, rows, segments, sources, targets, weights, sizes = self.base.device, [], [], [], [], [], []
-        start = 0
+        pass_, start = Pass(), 0
         for slot in chosen:
-            slot.row.opens_window = slot.micro_batch.opens_window
-            stop, n = start, 0
-            for row in slot.micro_rows:
-                rows.append(RowTokens(token_ids=row.token_ids, positions=row.positions, n_real=row.n_real))
-                sources.append(row.sources + stop)
-                targets.append(row.targets)
-                weights.append(row.weights / max(slot.micro_batch.n_items, 1))
-                stop, n = stop + len(row), n + len(row.sources)
-            segments.append(Segment(start=start, stop=stop, adapters=slot.stack, trained=slot.row))
-            sizes.append(n)
+            stop = start + slot.waiting_tokens
+            segment = Segment(start=start, stop=stop, adapters=slot.stack, trained=slot.row)
+            pass_.add(segment, slot.micro_rows, slot.micro_batch.n_items)
             start = stop
-        hidden = self.base.hidden(rows, segments)
-        labels = torch.cat(sources).to(device, non_blocking=True)
-        w = torch.cat(weights).to(device, non_blocking=True)
-        total, nll = weighted_nll(
-            hidden.index_select(0, labels),
-            self.base.head,
-            torch.cat(targets).to(device, non_blocking=True),
-            w,
-        )
-        total.backward()
+        losses = self.replays.run(pass_)
         self.n_tokens += start
-        shares = (nll * w.to(nll.dtype)).split(sizes)
-        for slot, share in zip(chosen, shares, strict=True):
-            self._account(slot, share.sum())
+        for slot, loss in zip(chosen, losses, strict=False):
+            self._account(slot, loss)
+        self._keep_pace()
+
+    def _keep_pace(self) -> None:
+        """Let the host be a few passes ahead of the device, so that neither waits, and no more."""
+        if self.base.device.type != "cuda":
+            return
+        self.ahead.append(torch.cuda.Event())
+        self.ahead[-1].record()
+        if len(self.ahead) > STEPS_AHEAD:
+            self.ahead.popleft().synchronize()
 
     def _account(self, slot: Slot, loss: torch.Tensor) -> None:
         """Note the pass; step the optimiser where its window closes; go to the next window."""
@@ -251,6 +313,7 @@ class SlotTrainer:
         slot.losses.append((batch.epoch, loss, batch.n_items))
         slot.n_tokens += slot.waiting_tokens
         slot.done_in_window += 1
+        slot.row.opens_window = batch.closes_window
         if not batch.closes_window:
             return
         rate = learning_rate_at(settings, slot.step, slot.job.n_steps)
@@ -272,25 +335,22 @@ def _windows(batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
 
 
 def _result(slot: Slot) -> Trained:
-    """Read the losses off the device, once a job."""
-    losses = torch.stack([loss for _, loss, _ in slot.losses]).tolist()
-    norms = torch.stack(slot.norms)
-    bad = (~torch.isfinite(norms)).nonzero()
-    error = (
-        f"the gradient was not finite at step {int(bad[0])} of {slot.step}; lower finetune_lr"
-        if len(bad)
-        else ""
-    )
-    sums, items = [0.0] * slot.job.train.epochs, [0.0] * slot.job.train.epochs
+    assert slot.outcome is not None
+    values = slot.outcome.values()
+    losses, norms = values[: len(slot.losses)], values[len(slot.losses) :]
+    bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
+    error = ""
+    if bad is not None:
+        error = f"the gradient was not finite at step {bad} of {slot.step}; lower finetune_lr"
+    sums = [0.0] * slot.job.train.epochs
     for (epoch, _, n_items), loss in zip(slot.losses, losses, strict=True):
         sums[epoch] += loss * n_items
-    for epoch in range(slot.job.train.epochs):
-        items[epoch] = float(sum(row.n_items for row in slot.rows))
+    items = max(float(sum(row.n_items for row in slot.rows)), 1.0)
     return Trained(
         job=slot.job,
-        adapter=None if error else slot.row.adapter(),
+        adapter=None if error else slot.adapter,
         error=error,
-        epoch_losses=tuple(s / max(n, 1.0) for s, n in zip(sums, items, strict=True)),
+        epoch_losses=tuple(s / items for s in sums),
         n_steps=slot.step,
         n_tokens=slot.n_tokens,
     )

@@ -87,16 +87,16 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.M
     slots = SlotTrainer(BASE, n_slots=2)
     for job in jobs:
         slots.submit(job)
-    hidden, calls = BASE.hidden, []
+    run_base, calls = BASE.run, []
 
-    def short_of_memory(rows, segments, **k):  # type: ignore[no-untyped-def]
-        calls.append(len(segments))
-        out = hidden(rows, segments, **k)
+    def short_of_memory(ids, *rest):  # type: ignore[no-untyped-def]
+        calls.append(len(ids))
+        out = run_base(ids, *rest)
         if len(calls) in (2, 5):  # mid-window, after the forward pass
             raise torch.OutOfMemoryError("out of memory")
         return out
 
-    monkeypatch.setattr(BASE, "hidden", short_of_memory)
+    monkeypatch.setattr(BASE, "run", short_of_memory)
     done = {t.job.name: t for t in slots.run()}
     assert slots.token_budget < 100
     assert all(len(t.epoch_losses) == 2 for t in done.values())
@@ -105,14 +105,14 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.M
 
 
 def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = BASE.hidden
+    run_base = BASE.run
 
-    def small_device(rows, segments, **k):  # type: ignore[no-untyped-def]
-        if sum(len(r.token_ids) for r in rows) > 60:
+    def small_device(ids, *rest):  # type: ignore[no-untyped-def]
+        if len(ids) > 60:
             raise torch.OutOfMemoryError("out of memory")
-        return hidden(rows, segments, **k)
+        return run_base(ids, *rest)
 
-    monkeypatch.setattr(BASE, "hidden", small_device)
+    monkeypatch.setattr(BASE, "run", small_device)
     big = TrainJob(name="big", texts=("x" * 100,), train=TrainSettings(epochs=1))
     done = run([a_job("small", epochs=1), big], n_slots=2)
     assert done["big"].adapter is None and "out of memory" in done["big"].error

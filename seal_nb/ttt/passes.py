@@ -1,0 +1,258 @@
+"""One training pass: forward and backward over the micro-batches of many slots.
+
+On the host a pass is a `Pass`: tokens, rows, labels. It runs in one of two ways, which compute the same:
+
+- *Eager*: kernel by kernel. Works for every pass on every device.
+- *Replayed*: a CUDA graph of a pass of static shape, captured once, then launched as a whole. At 7B a pass
+  has about 4,500 kernels, and launching them one by one costs the host 120 ms, however few tokens there are.
+  A pass is filled up to the next of a few shapes with tokens that have no label: no other token sees them,
+  and they add exactly nothing to any gradient.
+
+Does not step optimisers and does not choose who is in a pass; `scheduler` does."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from seal_nb.ttt.bank import Bank
+from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.branches import Group, Plan, Segment, can_group, make_plan, trained_segments
+from seal_nb.ttt.device import has_varlen, pinned, sent
+from seal_nb.ttt.fused import fused
+from seal_nb.ttt.jobs import TrainRow
+from seal_nb.ttt.loss import weighted_nll
+from seal_nb.ttt.packing import Attend, Rows, make_rows
+
+log = logging.getLogger(__name__)
+MOST_GRAPHS = 32
+TOKEN_STEP, ROW_STEP, SHORTEST = 128, 64, 512
+
+
+@dataclass
+class Pass:
+    """Rows of a pass on the host; slot i has the segment i."""
+
+    segments: list[Segment] = field(default_factory=list)
+    rows: list[TrainRow] = field(default_factory=list)
+    slot_of_row: list[int] = field(default_factory=list)
+    divisors: list[int] = field(default_factory=list)
+
+    def add(self, segment: Segment, rows: list[TrainRow], divisor: int) -> None:
+        """The next slot's micro-batch; `divisor`: labels of its accumulation window."""
+        self.slot_of_row += [len(self.segments)] * len(rows)
+        self.divisors += [divisor] * len(rows)
+        self.segments.append(segment)
+        self.rows += rows
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [len(row) for row in self.rows]
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """(2, T): token ids, positions."""
+        return torch.stack(
+            [torch.cat([row.token_ids for row in self.rows]), torch.cat([row.positions for row in self.rows])]
+        )
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """(3, labels): place of the token that predicts it, the label's token id, its slot."""
+        starts = accumulate(self.lengths, initial=0)
+        sources = [row.sources + start for row, start in zip(self.rows, starts, strict=False)]
+        slots = [torch.full_like(s, slot) for s, slot in zip(sources, self.slot_of_row, strict=True)]
+        targets = [row.targets for row in self.rows]
+        return torch.stack([torch.cat(part) for part in (sources, targets, slots)])
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """(labels,) float64: what each label's loss counts."""
+        return torch.cat([row.weights / max(n, 1) for row, n in zip(self.rows, self.divisors, strict=True)])
+
+
+def run_eager(base: FrozenBase, pass_: Pass) -> torch.Tensor:
+    """Loss of each slot, (slots,); gradients go to the slots' rows."""
+    rows = make_rows(pass_.lengths, base.device, n_real=[row.n_real for row in pass_.rows])
+    tokens, labels = sent(pass_.tokens, base.device), sent(pass_.labels, base.device)
+    weights = sent(pass_.weights.to(base.adapter_dtype), base.device)
+    return _run(base, tokens, labels, weights, make_plan(pass_.segments), rows.attend, len(pass_.segments))
+
+
+def _run(
+    base: FrozenBase,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    plan: Plan,
+    attend: Attend,
+    n_slots: int,
+) -> torch.Tensor:
+    hidden = base.run(tokens[0], tokens[1], plan, attend)
+    total, nll = weighted_nll(hidden.index_select(0, labels[0]), base.head, labels[1], weights)
+    total.backward()
+    losses = torch.zeros(n_slots, dtype=torch.float64, device=weights.device)
+    return losses.index_add_(0, labels[2], (nll * weights).double())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Static sizes of a pass: all tokens, all rows, the longest row; whether old gradients are added to."""
+
+    n_tokens: int
+    n_rows: int
+    longest: int
+    keeps: bool
+
+
+class Replays:
+    """The captured passes of one base."""
+
+    def __init__(self, base: FrozenBase):
+        self.base = base
+        self.works = base.dtype == torch.bfloat16 and has_varlen(base.device, base.dtype, _head_size(base))
+        self.seen: Counter[Shape] = Counter()
+        self.bank: Bank | None = None
+        self.graphs: dict[Shape, _Static] = {}
+        self.pool: Any = None
+
+    def run(self, pass_: Pass) -> torch.Tensor:
+        """As `run_eager`. A shape is captured the second time it comes; the first time warms it up."""
+        bank = self._only_bank(pass_)
+        if bank is None:
+            return run_eager(self.base, pass_)
+        if bank is not self.bank:
+            self.forget()
+            self.bank = bank
+        shape = _shape(pass_, bank)
+        if shape not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS:
+                return run_eager(self.base, pass_)
+            self.graphs[shape] = _Static(self.base, bank, shape)
+        static = self.graphs[shape]
+        static.fill(pass_)
+        self.seen[shape] += 1
+        if self.seen[shape] == 1:
+            return static.run()
+        if static.graph is None and not self._captured(static):
+            return run_eager(self.base, pass_)
+        return static.replay()
+
+    def forget(self) -> None:
+        """Drop all captured passes and the memory that they hold."""
+        self.graphs.clear()
+        self.seen.clear()
+        self.bank, self.pool = None, None
+
+    def _only_bank(self, pass_: Pass) -> Bank | None:
+        """The bank of all slots, where the pass is one that can be captured."""
+        rows = [row for _, row in trained_segments(pass_.segments)]
+        bank = rows[0].bank
+        other = any(row.bank is not bank or row.settings.dropout for row in rows)
+        stacked = any(s.adapters for s in pass_.segments)
+        padded = any(row.n_real < len(row) for row in pass_.rows)
+        static = self.works and not (other or stacked or padded)
+        return bank if static and can_group(bank.layout, bank.compute) else None
+
+    def _captured(self, static: "_Static") -> bool:
+        """Capture; where the model does something that cannot be captured, no pass is from now on."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            static.capture(self.pool)
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise
+        except RuntimeError as error:
+            log.warning("passes are launched kernel by kernel: this model cannot be captured: %s", error)
+            self.works = False
+            self.forget()
+        return self.works
+
+
+def _head_size(base: FrozenBase) -> int:
+    config = base.model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _shape(pass_: Pass, bank: Bank) -> Shape:
+    """The smallest static shape that holds the pass, with room for one row of the tokens that fill it up."""
+    n = sum(pass_.lengths)
+    step = TOKEN_STEP if n <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
+    longest = SHORTEST
+    while longest < max(pass_.lengths):
+        longest *= 2
+    return Shape(_up(n, step), _up(len(pass_.rows) + 1, ROW_STEP), longest, not bank.all_void)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+class _Static:
+    """Inputs of one shape at fixed places, and the graph that reads them."""
+
+    def __init__(self, base: FrozenBase, bank: Bank, shape: Shape):
+        self.base, self.bank, self.shape = base, bank, shape
+        device = base.device
+        self.tokens = torch.zeros(2, shape.n_tokens, dtype=torch.long, device=device)
+        self.labels = torch.zeros(3, shape.n_tokens, dtype=torch.long, device=device)
+        self.floats = torch.zeros(2, shape.n_tokens, dtype=base.adapter_dtype, device=device)
+        self.row_ends = torch.zeros(shape.n_rows + 1, dtype=torch.int32, device=device)
+        self.member_ends = torch.zeros(bank.n, dtype=torch.int32, device=device)
+        self.keep = torch.zeros(bank.n, dtype=base.adapter_dtype, device=device)
+        self.losses = torch.empty(0)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        group = Group(
+            layout=bank.layout,
+            weights=bank.compute,
+            scales=self.floats[1][:, None],
+            start=0,
+            ends=self.member_ends,
+            gradient=bank.gradient,
+            keep=self.keep if shape.keeps else None,
+        )
+        rows = Rows(ends=self.row_ends, longest=shape.longest)
+        self.plan, self.attend = Plan([group]), rows.attend
+
+    def fill(self, pass_: Pass) -> None:
+        """Copy a pass in. The tokens that fill it up are a row of their own, of the last slot's member."""
+        n, n_tokens, n_rows = self.shape.n_tokens, sum(pass_.lengths), len(pass_.rows)
+        lengths, factors = [0] * self.bank.n, torch.zeros(n, dtype=self.floats.dtype)
+        for s, row in trained_segments(pass_.segments):
+            lengths[row.index] = s.stop - s.start
+            factors[s.start : s.stop] = row.settings.scaling
+        lengths[row.index] += n - n_tokens
+        ends = [0, *accumulate(pass_.lengths)] + [n] * (self.shape.n_rows - n_rows)
+        weights = F.pad(pass_.weights.to(factors), (0, n - len(pass_.weights)))
+        for static, host in (
+            (self.tokens, F.pad(pass_.tokens, (0, n - n_tokens))),
+            (self.labels, F.pad(pass_.labels, (0, n - pass_.labels.shape[1]))),
+            (self.floats, torch.stack([weights, factors])),
+            (self.row_ends, torch.tensor(ends, dtype=torch.int32)),
+            (self.member_ends, torch.tensor(lengths).cumsum(0).int()),
+            (self.keep, torch.tensor(self.bank.kept_gradients).to(self.keep.dtype)),
+        ):
+            static.copy_(pinned(host, static.device), non_blocking=True)
+
+    def run(self) -> torch.Tensor:
+        """Kernel by kernel; compiles what has to be compiled."""
+        with fused():
+            return _run(
+                self.base, self.tokens, self.labels, self.floats[0], self.plan, self.attend, self.bank.n
+            )
+
+    def capture(self, pool: Any) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self.losses = self.run()
+        self.graph = graph
+
+    def replay(self) -> torch.Tensor:
+        assert self.graph is not None
+        self.graph.replay()
+        return self.losses.clone()  # the next replay of any graph may write here
