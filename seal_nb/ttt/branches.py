@@ -2,20 +2,20 @@
 
 `y = x Wᵀ + scale (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685). The tokens of a pass lie end to end in one (T, d)
 matrix, segment by segment, and each segment has its own adapters. The frozen product runs once over all
-tokens. Adapters of one layout on neighbouring segments form a group, whose products are segmented: member i
-multiplies its own tokens with its own weights, without padding. On CUDA one call of
-`torch.nn.functional.grouped_mm` does all members; elsewhere a loop does. Gradients of A and B go straight
-into the slots' flat gradients, so adapters are no autograd leaves. Knows nothing of rows, loss or optimiser.
-"""
+tokens. Adapters of one layout on neighbouring segments form a group, whose products are segmented: each
+member multiplies its own tokens with its own weights, without padding. On CUDA one kernel does all members
+(`kernels`); elsewhere a loop does. Gradients of A and B go straight into the slots' flat gradients, so
+adapters are no autograd leaves. Knows nothing of rows, loss or optimiser."""
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
+from types import ModuleType
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from seal_nb.ttt.bank import Bank, BankRow
 from seal_nb.ttt.device import tensor_on
@@ -38,7 +38,7 @@ class Group:
     """n adapters of one layout, and the tokens that each acts on: end to end from `start`.
 
     weights: (n, layout.size), compute dtype; scales: (tokens, 1), at least float32: the factor of each token
-    ends: (n,) int32: where each member's tokens end, counted from `start`
+    ends: (n,) int32: where each member's tokens end, counted from `start`; tiles: the same for the kernels
     gradient: (n, layout.size) for members in training, else None; keep: None where every old gradient is
     void, else (n,), 1 where the new gradient is added to the old one"""
 
@@ -47,13 +47,10 @@ class Group:
     scales: torch.Tensor
     start: int
     ends: torch.Tensor
+    tiles: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     dropouts: tuple[tuple[slice, BankRow], ...] = ()
-
-    @cached_property
-    def grouped(self) -> bool:
-        return can_group(self.layout, self.weights)
 
     @cached_property
     def tokens(self) -> slice:
@@ -69,29 +66,47 @@ class Group:
     def kept(self) -> list[bool]:
         return [False] * len(self.ends) if self.keep is None else self.keep.bool().tolist()
 
-    def times(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x (tokens, k) times each member's own matrix of weights (n, k, m): (tokens, m)."""
-        if self.grouped:
-            return F.grouped_mm(x, weights, offs=self.ends)
-        return torch.cat([x[own] @ weights[i] for i, own in self.members])
+    def narrow(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """scale · x Wᵀ of each member: x (tokens, wide), weights (n, rank, wide) → (tokens, rank)."""
+        if self.tiles is not None:
+            return kernels().narrow(x, weights, self.scales, self.tiles)
+        parts = [x[own] @ weights[i].t() for i, own in self.members]
+        return torch.cat(parts).mul_(self.scales)
 
-    def collect(self, view: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Write xᵀ y of each member's tokens to its matrix in `view` (n, k, m), or add it (see `keep`).
-
-        x: (tokens, k); y: (tokens, m)"""
-        if self.grouped:
-            new = F.grouped_mm(x.t(), y, offs=self.ends)
-            _ = view.copy_(new) if self.keep is None else view.mul_(self.keep[:, None, None]).add_(new)
+    def widen(self, h: torch.Tensor, weights: torch.Tensor, y: torch.Tensor) -> None:
+        """y (tokens, wide) += h W of each member, in place: h (tokens, rank), weights (n, rank, wide)."""
+        if self.tiles is not None:
+            kernels().widen(h, weights, y, self.tiles)
             return
         for i, own in self.members:
-            new = x[own].t() @ y[own]
-            _ = view[i].add_(new) if self.kept[i] else view[i].copy_(new)
+            y[own].addmm_(h[own], weights[i])
+
+    def outer(self, h: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Write hᵀ x of each member to its place in gradient (n, rank, wide), or add it (see `keep`).
+
+        Members without tokens: nothing is written."""
+        if self.tiles is not None:
+            kernels().outer(h, x, gradient, self.ends, self.keep)
+            return
+        for i, own in self.members:
+            new = h[own].t() @ x[own]
+            _ = gradient[i].add_(new) if self.kept[i] else gradient[i].copy_(new)
 
 
-def can_group(layout: Layout, weights: torch.Tensor) -> bool:
-    """Whether torch's grouped product takes these operands: bfloat16 on CUDA, rows of whole 16 bytes."""
-    sizes = {layout.rank, layout.size, *(n for t in layout.targets for n in (t.in_features, t.out_features))}
-    return weights.is_cuda and weights.dtype == torch.bfloat16 and all(n % 8 == 0 for n in sizes)
+def has_kernels(weights: torch.Tensor) -> bool:
+    """Whether the kernels take these weights. Triton is part of torch's CUDA packages."""
+    return weights.is_cuda and weights.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernels() -> ModuleType:
+    return importlib.import_module("seal_nb.ttt.kernels")  # needs Triton, which a CPU machine may lack
+
+
+def tiles_for(lengths: Sequence[int], weights: torch.Tensor) -> torch.Tensor | None:
+    if not has_kernels(weights):
+        return None
+    tiles = kernels().tiles_of(lengths)
+    return tensor_on(weights.device, tiles, torch.int32)
 
 
 class Plan:
@@ -143,6 +158,7 @@ def _frozen_group(run: Sequence[Segment], depth: int) -> Group:
         scales=token_scales([a.scaling for a in adapters], lengths, weights),
         start=run[0].start,
         ends=tensor_on(weights.device, list(accumulate(lengths)), torch.int32),
+        tiles=tiles_for(lengths, weights),
     )
 
 
@@ -160,6 +176,7 @@ def _trained_group(run: Sequence[Segment]) -> Group:
         scales=token_scales(factors, lengths, bank.compute),
         start=start,
         ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
+        tiles=tiles_for(lengths, bank.compute),
         gradient=bank.gradient,
         keep=None if bank.all_void else tensor_on(device, bank.kept_gradients, bank.gradient.dtype),
         dropouts=tuple(
@@ -223,8 +240,9 @@ def _add_branches(
         mask = _dropout_mask(group, own) if training and group.dropouts else None
         if mask is not None:
             own = own * mask
-        h = group.times(own, group.layout.a(group.weights, target).transpose(1, 2)).mul_(group.scales)
-        y[group.tokens] += group.times(h, group.layout.b(group.weights, target).transpose(1, 2))
+        layout = group.layout
+        h = group.narrow(own, layout.a(group.weights, target))
+        group.widen(h, layout.b(group.weights, target).transpose(1, 2), y[group.tokens])
         kept.append(_Kept(h, mask))
     return kept
 
@@ -252,7 +270,7 @@ class _Branches(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        g = grad_y[0]
+        g = grad_y[0].contiguous()
         grad_x = g @ dense_weight(ctx.layer.base) if ctx.needs_input_grad[0] else None  # (T, in)
         _branch_gradients(g, x[0], grad_x, ctx.layer.name, ctx.plan, ctx.kept)
         return (grad_x[None] if grad_x is not None else None), None, None, None
@@ -265,12 +283,15 @@ def _branch_gradients(
     wanted."""
     for (group, target), own in zip(plan.active(name), kept, strict=True):
         layout, gg = group.layout, g[group.tokens]
-        a, b = layout.a(group.weights, target), layout.b(group.weights, target)
-        grad_h = group.times(gg, b).mul_(group.scales)  # (tokens, rank)
+        a, b_t = layout.a(group.weights, target), layout.b(group.weights, target).transpose(1, 2)
+        grad_h = group.narrow(gg, b_t)  # (tokens, rank)
         if group.gradient is not None:
             xg = x[group.tokens] if own.mask is None else x[group.tokens] * own.mask
-            group.collect(layout.a(group.gradient, target), grad_h, xg)
-            group.collect(layout.b(group.gradient, target), gg, own.h)
-        if grad_x is not None:
-            share = group.times(grad_h, a)
-            grad_x[group.tokens] += share if own.mask is None else share.mul_(own.mask)
+            group.outer(grad_h, xg, layout.a(group.gradient, target))
+            group.outer(own.h, gg, layout.b(group.gradient, target).transpose(1, 2))
+        if grad_x is not None and own.mask is None:
+            group.widen(grad_h, a, grad_x[group.tokens])
+        elif grad_x is not None and own.mask is not None:
+            share = torch.zeros_like(grad_x[group.tokens])
+            group.widen(grad_h, a, share)
+            grad_x[group.tokens] += share.mul_(own.mask)

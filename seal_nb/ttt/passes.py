@@ -12,6 +12,7 @@ Does not step optimisers and does not choose who is in a pass; `scheduler` does.
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Group, Plan, Segment, can_group, make_plan, trained_segments
+from seal_nb.ttt.branches import Group, Plan, Segment, has_kernels, kernels, make_plan, trained_segments
 from seal_nb.ttt.device import has_varlen, pinned, sent
 from seal_nb.ttt.fused import fused
 from seal_nb.ttt.jobs import TrainRow
@@ -157,7 +158,7 @@ class Replays:
         stacked = any(s.adapters for s in pass_.segments)
         padded = any(row.n_real < len(row) for row in pass_.rows)
         static = self.works and not (other or stacked or padded)
-        return bank if static and can_group(bank.layout, bank.compute) else None
+        return bank if static and has_kernels(bank.compute) else None
 
     def _captured(self, static: "_Static") -> bool:
         """Capture; where the model does something that cannot be captured, no pass is from now on."""
@@ -204,6 +205,7 @@ class _Static:
         self.floats = torch.zeros(2, shape.n_tokens, dtype=base.adapter_dtype, device=device)
         self.row_ends = torch.zeros(shape.n_rows + 1, dtype=torch.int32, device=device)
         self.member_ends = torch.zeros(bank.n, dtype=torch.int32, device=device)
+        self.tiles = self._tiles([]).to(device) if has_kernels(bank.compute) else None
         self.keep = torch.zeros(bank.n, dtype=base.adapter_dtype, device=device)
         self.losses = torch.empty(0)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -213,6 +215,7 @@ class _Static:
             scales=self.floats[1][:, None],
             start=0,
             ends=self.member_ends,
+            tiles=self.tiles,
             gradient=bank.gradient,
             keep=self.keep if shape.keeps else None,
         )
@@ -238,6 +241,13 @@ class _Static:
             (self.keep, torch.tensor(self.bank.kept_gradients).to(self.keep.dtype)),
         ):
             static.copy_(pinned(host, static.device), non_blocking=True)
+        if self.tiles is not None:
+            self.tiles.copy_(pinned(self._tiles(lengths), self.tiles.device), non_blocking=True)
+
+    def _tiles(self, lengths: Sequence[int]) -> torch.Tensor:
+        """Tiles of members with so many tokens, filled up to as many as this shape can have; on the host."""
+        most = -(-self.shape.n_tokens // kernels().TOKENS) + self.bank.n
+        return torch.tensor(kernels().tiles_of(lengths, most), dtype=torch.int32)
 
     def run(self) -> torch.Tensor:
         """Kernel by kernel; compiles what has to be compiled."""
