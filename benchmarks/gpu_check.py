@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.one_adapter import OneAdapter, twin
-from benchmarks.random_models import CONFIGS, JobMaker, NumberTokenizer, random_model
+from benchmarks.random_models import CONFIGS, JobMaker, number_tokenizer, random_model
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import TrainJob
 from seal_nb.ttt.lora import initial_weights
@@ -22,7 +22,7 @@ def check_float32(device: str) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     model = random_model("small", device=device, dtype=torch.float32)
     alone = twin(model)
-    base = FrozenBase(model, NumberTokenizer(CONFIGS["small"]["eos_token_id"]), name="small")
+    base = FrozenBase(model, number_tokenizer("small"), name="small")
     return check(base, alone, JobMaker(vocab_size=CONFIGS["small"]["vocab_size"]))
 
 
@@ -67,7 +67,7 @@ def _alone(
 ) -> tuple[torch.Tensor, list[float]]:
     """Weights after training, and the losses of its epochs."""
     adapter = OneAdapter(model, base.layout(job.lora), job, base.encode, pad_to=pad_to)
-    adapter.train(job.n_steps)
+    adapter.train()
     adapter.remove()
     return adapter.flat(), adapter.epoch_losses()
 

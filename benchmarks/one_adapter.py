@@ -5,7 +5,7 @@ transformers only, and shares no code with the slots but the initial values and 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -78,18 +78,20 @@ class OneAdapter:
         parts = [p for branch in self.branches.values() for p in (branch.a, branch.b)]
         return torch.cat([p.detach().flatten() for p in parts])
 
-    def train(self, n_steps: int, after_step: Callable[[], None] = lambda: None) -> None:
-        """The job's first n_steps optimiser steps."""
+    def steps(self) -> Iterator[None]:
+        """The job's optimiser steps, each when it is asked for."""
         step = 0
         for batch in self.job.micro_batches(self.n_items_R):
             rows = [self.rows[i] for i in batch.row_indices]
             self.losses.append((batch.epoch, self._pass(rows, batch.n_items)))
             if batch.closes_window:
                 self._step(learning_rate_at(self.job.train, step, self.job.n_steps))
-                after_step()
                 step += 1
-                if step == n_steps:
-                    break
+                yield
+
+    def train(self) -> None:
+        for _ in self.steps():
+            pass
 
     def epoch_losses(self) -> list[float]:
         """Mean loss of a label in each epoch, in nats; after all steps."""

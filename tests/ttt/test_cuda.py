@@ -86,7 +86,7 @@ class Pair:
             pad_to=job.train.pad_to if padded else pad_to,
             padding_in_loss=padded,
         )
-        one.train(job.n_steps)
+        one.train()
         one.remove()
         return one.flat(), one.epoch_losses()
 
@@ -161,7 +161,7 @@ def mixed_jobs(**train: object) -> list[TrainJob]:
 
 
 def padded_jobs(pad_to: int, **train: object) -> list[TrainJob]:
-    """With the padding in the loss, in full or by as many samples as there is padding; a plain one between."""
+    """Padding in the loss, in full or by as many samples as there is padding; a plain one between."""
     padded = {"padding_in_loss": True, "pad_to": pad_to, **train}
     samples = {"pad_samples": pad_to, "pad_to": pad_to, **train}
     return [
