@@ -97,8 +97,8 @@ class Pair:
         return float((found.adapter.flat.to(expected) - expected).norm() / (expected - initial).norm())
 
     def merged(self, adapters: Sequence[Adapter]) -> PreTrainedModel:
-        """The plain model with the adapters' products added to its weights."""
-        model = copy.deepcopy(self.plain)
+        """The plain model in float32 with the adapters' products added to its weights."""
+        model = copy.deepcopy(self.plain).float()
         for adapter in adapters:
             for target in adapter.layout.targets:
                 weight = model.get_submodule(target.name).weight
@@ -292,11 +292,10 @@ def test_in_bfloat16_each_decoded_token_is_as_likely_as_the_likeliest(half: Pair
     adapters = some_adapters(half, learning_rate=WIDE_RATE)
     rows = decode_rows(half, adapters, n=20, new_tokens=16)
     found = decoded(half, rows, max_rows=9)
-    exact = Pair(base=half.base, plain=copy.deepcopy(half.plain).float())
     for row in rows:
         new = list(found[row.key].token_ids)
         with torch.no_grad():
-            logits = exact.merged(row.adapters)(torch.tensor([[*row.token_ids, *new]], device=DEVICE)).logits
+            logits = half.merged(row.adapters)(torch.tensor([[*row.token_ids, *new]], device=DEVICE)).logits
         own = logits[0, len(row.token_ids) - 1 : -1]
         short = own.amax(-1) - own[range(len(new)), new]
         assert len(new) and float((short / (own.amax(-1) - own.mean(-1))).max()) < 0.05, row.key
@@ -312,7 +311,7 @@ def test_soft_scores_are_the_log_probabilities_of_the_model_itself(
     other = ScoreRow(prompt_ids=pair.base.encode("a longer prompt, by far, than the other"), target_ids=gold)
     for stack in ((), (adapters[0],), tuple(adapters[:2])):
         row = ScoreRow(prompt_ids=prompt, target_ids=gold, adapters=stack)
-        model = pair.merged(stack).float()
+        model = pair.merged(stack)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + gold], device=DEVICE)).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[range(len(gold)), gold]
