@@ -67,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = replace(settings, n_slots=tuple(map(int, arguments.slots.split(","))))
     machine = Machine(name=arguments.config, device=torch.device(arguments.device), settings=settings)
     out = arguments.out or (OUT if full and not arguments.only else None)
-    result = _head(machine)
+    options = {name: value for name, value in vars(arguments).items() if value and name != "out"}
+    command = " ".join(
+        ["python -m benchmarks.gpu", *(f"--{name} {value}" for name, value in options.items())]
+    )
+    result = {"command": command, **_head(machine)}
     if arguments.only and out and out.is_file():
         result = _parts_of(read_json(out), result) | result
     measure(machine, names, result, out)
@@ -107,7 +111,6 @@ def _head(machine: Machine) -> dict[str, Any]:
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "config": machine.name,
         "dtype": "bfloat16",
-        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
         "settings": asdict(machine.settings),
     }
 

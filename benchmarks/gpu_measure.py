@@ -242,7 +242,7 @@ def kernels(machine: Machine, work: Callable[[], object]) -> list[tuple[str, flo
 
 # By what is in a kernel's name; the first that fits. A padded product of the branches counts as a product.
 GROUPS = (
-    ("attention", r"flash|fmha|attention|attn"),
+    ("attention", r"flash|fmha|attention|attn|sdpa"),
     ("branches", r"groupproblemshape|grouped|segment|branch|lora"),
     ("loss", r"softmax|logsumexp|nll|cross_entropy|loss"),
     ("optimiser", r"adam|multi_tensor|foreach|normtwo|lerp|addcmul|addcdiv|(?<!r)sqrt"),
