@@ -1,23 +1,48 @@
 """The inner loop on one GPU: Qwen2.5-7B's size with random weights in bfloat16, published job statistics.
 
-First it checks the slots against the one-adapter path on this device, then it measures training at 1 to 64
-slots, the published way, and whole jobs with their answers, from which a ReST-EM round of 750 runs is
-projected. Needs torch and transformers, and downloads nothing; ends inside 10 minutes; the table comes
-last. Writes `benchmarks/gpu.json` only where it ran this model on CUDA.
+First it checks the slots against one adapter alone on this device. Then it measures training, kernels and
+decoding, the published way and a careful user's way with PEFT and the Trainer, and part of a ReST-EM round
+through the real inner loop. Needs the project's torch, transformers, peft and accelerate, and downloads
+nothing; on an H100 it takes about three minutes. Writes what it has after each result.
 
     python -m benchmarks.gpu
+    python -m benchmarks.gpu --only check,training --slots 8,128 --out some.json
     python -m benchmarks.gpu --config tiny --device cpu      (shows that it runs; the numbers say nothing)
 """
 
 import argparse
-import importlib
-import importlib.util
+import gc
+import json
+import subprocess
 import sys
-import types
+import time
+import traceback
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from benchmarks.gpu_measure import FULL, LITTLE, Machine, checks, decoding, products, profiles, training
+from benchmarks.gpu_table import markdown
+from benchmarks.gpu_ways import alone, compared, round_in_slots
+from benchmarks.speed_table import rounded
+from seal_nb.runs import read_json, write_json
 
 OUT = Path(__file__).with_name("gpu.json")
+DRIVER = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+PARTS = {
+    "matmul": products,
+    "check": checks,
+    "training": training,
+    "profile": profiles,
+    "decoding": decoding,
+    "alone": alone,
+    "round": round_in_slots,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,51 +51,92 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", choices=("qwen2.5-7b", "small", "tiny"), default="qwen2.5-7b")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--profile", action="store_true", help="also print where a step of 32 slots spends")
-    parser.add_argument("--out", type=Path, help=f"default: benchmarks/{OUT.name}, on CUDA at full size only")
+    parser.add_argument("--only", metavar="PART,…", help=f"some of {','.join(PARTS)}; needs --out to be kept")
+    parser.add_argument("--slots", metavar="N,…", help="numbers of slots to train with, as 1,8,32,64,128")
+    parser.add_argument(
+        "--out", type=Path, help=f"default: benchmarks/{OUT.name}, all parts at full size only"
+    )
     arguments = parser.parse_args(argv)
-    _without_peft()
-    from benchmarks.gpu_machine import FULL, LITTLE
-    from benchmarks.gpu_measure import run
-    from benchmarks.gpu_table import table
-
-    full = arguments.config == "qwen2.5-7b" and arguments.device.startswith("cuda")
+    names = arguments.only.split(",") if arguments.only else list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"--only has {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     _check_device(arguments.device)
-    result = run(arguments.config, arguments.device, FULL if full else LITTLE, profile=arguments.profile)
-    out = arguments.out or (OUT if full else None)
-    if out:
-        from seal_nb.runs import write_json
+    full = arguments.config == "qwen2.5-7b" and arguments.device.startswith("cuda")
+    settings = FULL if full else LITTLE
+    if arguments.slots:
+        settings = replace(settings, n_slots=tuple(map(int, arguments.slots.split(","))))
+    machine = Machine(name=arguments.config, device=torch.device(arguments.device), settings=settings)
+    out = arguments.out or (OUT if full and not arguments.only else None)
+    options = {name: value for name, value in vars(arguments).items() if value and name != "out"}
+    command = " ".join(
+        ["python -m benchmarks.gpu", *(f"--{name} {value}" for name, value in options.items())]
+    )
+    result = {"command": command, **_head(machine)}
+    if arguments.only and out and out.is_file():
+        result = _parts_of(read_json(out), result) | result
+    measure(machine, names, result, out)
+    print(markdown(result))
+    if "errors" in result or not result.get("correct", True):
+        sys.exit(f"not all is well: {result.get('errors') or 'the slots differ from one adapter alone'}")
 
+
+def measure(machine: Machine, names: Sequence[str], result: dict[str, Any], out: Path | None) -> None:
+    """Fill in the parts, one after the other; one that fails is noted, and the next one begins."""
+    for name in (name for name in PARTS if name in names):
+        started_s = time.monotonic()
+        result[name] = {}
+        try:
+            for piece in PARTS[name](machine):
+                result[name] |= rounded(piece)
+                print(f"{name}: {json.dumps(rounded(piece))}", flush=True)
+                if out:
+                    write_json(out, result)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are worth having
+            traceback.print_exc()
+            result.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:500]
+        gc.collect()
+        if machine.is_cuda:
+            torch.cuda.empty_cache()
+        result.setdefault("seconds", {})[name] = rounded(time.monotonic() - started_s)
+        print(f"{name}: {result['seconds'][name]} s", flush=True)
+        result |= _summary(result)
+    if out:
         write_json(out, result)
-    print(table(result))
-    if not result["correct"]:
-        sys.exit(
-            "the slots differ from the one-adapter path on this device: see the first lines of the table"
-        )
+
+
+def _head(machine: Machine) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(machine.device) if machine.is_cuda else "CPU",
+        "driver": subprocess.getoutput(DRIVER) if machine.is_cuda else None,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "config": machine.name,
+        "dtype": "bfloat16",
+        "settings": asdict(machine.settings),
+    }
+
+
+def _parts_of(earlier: dict[str, Any], head: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of the same model on the same card with the same versions, to be completed."""
+    if any(earlier.get(key) != head[key] for key in ("device", "versions", "config")):
+        return {}
+    return {key: value for key, value in earlier.items() if key in PARTS or key == "seconds"}
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that are quoted, where their parts are there."""
+    found: dict[str, Any] = {}
+    if result.get("check"):
+        found["correct"] = all(c["passed"] for c in result["check"].values())
+    if rows := result.get("training"):
+        found["matmul_share"] = max(rows.values(), key=lambda row: row["tokens_per_s"])["matmul_share"]
+    if result.get("round") and "baseline_s" in result.get("alone", {}):
+        found |= rounded(compared(result["round"], result["alone"]))
+    return found
 
 
 def _check_device(device: str) -> None:
-    import torch
-
     if device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"device is {device!r} and there is no CUDA device here; try --config tiny --device cpu")
-
-
-def _without_peft() -> None:
-    """Where PEFT is not installed, import the slots with its table of default targets in its place: nothing
-    else of it is used here."""
-    if importlib.util.find_spec("peft"):
-        return
-    importlib.import_module("transformers")  # looks for PEFT itself, and must not find this
-    peft, utils, constants = (types.ModuleType(n) for n in ("peft", "peft.utils", "peft.utils.constants"))
-    peft.LoraConfig = None  # type: ignore[attr-defined]
-    defaults = {"qwen2": ["q_proj", "v_proj"]}
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = defaults  # type: ignore[attr-defined]
-    stand_ins = {m.__name__: m for m in (peft, utils, constants)}
-    sys.modules |= stand_ins
-    importlib.import_module("seal_nb.ttt.lora")
-    for name in stand_ins:
-        del sys.modules[name]
 
 
 if __name__ == "__main__":

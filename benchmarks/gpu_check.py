@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.one_adapter import OneAdapter, twin
-from benchmarks.random_models import CONFIGS, JobMaker, NumberTokenizer, random_model
+from benchmarks.random_models import CONFIGS, JobMaker, number_tokenizer, random_model
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import TrainJob
 from seal_nb.ttt.lora import initial_weights
@@ -22,7 +22,7 @@ def check_float32(device: str) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     model = random_model("small", device=device, dtype=torch.float32)
     alone = twin(model)
-    base = FrozenBase(model, NumberTokenizer(CONFIGS["small"]["eos_token_id"]), name="small")
+    base = FrozenBase(model, number_tokenizer("small"), name="small")
     return check(base, alone, JobMaker(vocab_size=CONFIGS["small"]["vocab_size"]))
 
 
@@ -42,8 +42,7 @@ def check(base: FrozenBase, alone: PreTrainedModel, maker: JobMaker) -> dict[str
         if found.adapter is None:
             raise RuntimeError(f"job {job.name} failed in its slot: {found.error}")
         updates.append(_distance(base, job, found.adapter.flat, flat))
-        mean = sum(found.epoch_losses) / len(found.epoch_losses)
-        losses.append(abs(mean / loss - 1))
+        losses += [abs(own / other - 1) for own, other in zip(found.epoch_losses, loss, strict=True)]
     spread = _spread(base, alone, jobs[0])
     exact = base.dtype in (torch.float32, torch.float64)
     limit = FLOAT32_LIMIT if exact else min(HALF_MOST, max(HALF_LIMIT, 3 * spread))
@@ -65,13 +64,12 @@ def _short(maker: JobMaker, seed: int, *, rank: int, batch_size: int) -> TrainJo
 
 def _alone(
     base: FrozenBase, model: PreTrainedModel, job: TrainJob, pad_to: int = 0
-) -> tuple[torch.Tensor, float]:
-    """Weights after training, and the mean loss of a label."""
+) -> tuple[torch.Tensor, list[float]]:
+    """Weights after training, and the losses of its epochs."""
     adapter = OneAdapter(model, base.layout(job.lora), job, base.encode, pad_to=pad_to)
-    passes = adapter.train(job.n_steps)
+    adapter.train()
     adapter.remove()
-    n_labels = sum(n for _, n in passes)
-    return adapter.flat(), sum(loss * n for loss, n in passes) / n_labels
+    return adapter.flat(), adapter.epoch_losses()
 
 
 def _distance(base: FrozenBase, job: TrainJob, found: torch.Tensor, expected: torch.Tensor) -> float:

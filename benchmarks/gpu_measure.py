@@ -1,120 +1,223 @@
-"""What `benchmarks.gpu` measures, on any device: speed of slots, of the published way, of whole jobs."""
+"""What `benchmarks.gpu` measures of the slots, on any device: products, training, kernels, decoding.
 
-import math
+Each part yields its results piece by piece, so that what has been measured is not lost with what fails.
+"""
+
+import gc
+import re
+import statistics
 import time
 import warnings
-from dataclasses import asdict
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import torch
-import transformers
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from benchmarks.gpu_check import check, check_float32
-from benchmarks.gpu_machine import Machine, Settings, make_machine
-from benchmarks.one_adapter import OneAdapter
-from benchmarks.random_models import QUESTIONS, flop_per_token
-from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
-from seal_nb.ttt.lora import Adapter, initial_weights
+from benchmarks.one_adapter import twin
+from benchmarks.random_models import (
+    CONFIGS,
+    QUESTIONS,
+    JobMaker,
+    flop_per_token,
+    number_tokenizer,
+    random_model,
+)
+from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
+from seal_nb.ttt.jobs import LoraSettings, TrainJob
+from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.scheduler import SlotTrainer
 
-RUNS_OF_A_ROUND = 750  # 50 passages, 5 self-edits, 3 times
-RUNS_OF_A_PASSAGE = 15
-TOKEN_BUDGET = 16384
+Piece = dict[str, Any]
+WARM_STEPS = 4  # not counted: whatever is compiled or measured first
 
 
-def run(config: str, device: str, settings: Settings, *, profile: bool = False) -> dict[str, Any]:
-    """All of it, in order; prints where it is."""
-    started_s = time.monotonic()
-    dtype = torch.bfloat16
-    peak = matmul_peak(device, dtype, settings.matmul_size)
-    _say(f"matmul peak {peak / 1e12:.3g} TFLOP/s")
-    checks = [check_float32(device)]
-    machine = make_machine(config, device, dtype, settings)
-    checks.append(check(machine.base, machine.alone, machine.maker))
-    _say("checks: " + ", ".join("passed" if c["passed"] else "FAILED" for c in checks))
-    sweep = [slot_speed(machine, n, peak) for n in settings.n_slots]
-    if profile:
-        print(_profile(machine, min(32, settings.n_slots[-1])))
-    best = max(sweep, key=lambda row: row["tokens_per_s"])
-    published = published_speed(machine)
-    whole = whole_jobs(machine, best)
-    return {
-        "device": _device_name(device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "config": config,
-        "dtype": str(dtype).removeprefix("torch."),
-        "settings": asdict(settings),
-        "correct": all(c["passed"] for c in checks),
-        "checks": checks,
-        "matmul_tflops": peak / 1e12,
-        "matmul_share": best["matmul_share"],
-        "round_minutes": whole["round_minutes"],
-        "slots": sweep,
-        "published": published,
-        "whole_jobs": whole,
-        "minutes": (time.monotonic() - started_s) / 60,
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured."""
+
+    n_slots: tuple[int, ...] = (1, 8, 32, 64)
+    profile_at: tuple[int, ...] = (32, 64)  # slots
+    matmul_size: int = 8192
+    seconds_each: float = 4.0  # of training at each number of slots
+    epochs: int = 10  # published
+    pad_to: int = 2048  # tokens; published
+    new_tokens: int = 64  # of an answer; published. Random weights hardly ever end one
+    n_adapters: int = 64  # that answer at a time
+    rows: tuple[int, ...] = (64, 128, 320)  # of a decoding step
+    careful_steps: int = 10
+    round_seconds: float = 65.0
+    # The inner loop of the round; its own defaults are those of a CPU.
+    round_slots: int = 64
+    token_budget: int = 16384
+    decode_rows: int = 320
+
+
+FULL = Settings()
+LITTLE = Settings(
+    n_slots=(1, 4),
+    profile_at=(4,),
+    matmul_size=256,
+    seconds_each=0.1,
+    epochs=3,
+    pad_to=128,
+    new_tokens=8,
+    n_adapters=3,
+    rows=(5, 10),
+    careful_steps=2,
+    round_seconds=0.2,
+    round_slots=15,
+    token_budget=2048,
+    decode_rows=16,
+)
+
+
+@dataclass(kw_only=True)
+class Machine:
+    """A device, a base on it with a plain model of the same weights, jobs, and how much to measure."""
+
+    name: str
+    device: torch.device
+    settings: Settings
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        return random_model(self.name, device=str(self.device), dtype=torch.bfloat16)
+
+    @cached_property
+    def base(self) -> FrozenBase:
+        return FrozenBase(twin(self.plain), number_tokenizer(self.name), name=self.name)
+
+    @cached_property
+    def maker(self) -> JobMaker:
+        return JobMaker(vocab_size=CONFIGS[self.name]["vocab_size"], epochs=self.settings.epochs)
+
+    @cached_property
+    def product_seconds(self) -> list[float]:
+        """Of an n × n product in bfloat16: twenty times the mean of five in a row."""
+        n = self.settings.matmul_size
+        a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        return [self.seconds(lambda: [torch.mm(a, b) for _ in range(5)]) / 5 for _ in range(24)][4:]
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of the best of these products."""
+        return 2.0 * self.settings.matmul_size**3 / min(self.product_seconds)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Of work and everything it has put on the device."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def forget_peak(self) -> None:
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_gib(self) -> float | None:
+        """Of memory since `forget_peak`; None where the device does not say."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.is_cuda else None
+
+
+def products(machine: Machine) -> Iterator[Piece]:
+    n, seconds = machine.settings.matmul_size, machine.product_seconds
+    yield {
+        "size": n,
+        "best_tflops": machine.peak / 1e12,
+        "median_tflops": 2e-12 * n**3 / statistics.median(seconds),
     }
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
+def checks(machine: Machine) -> Iterator[Piece]:
+    yield {"float32": check_float32(str(machine.device))}
+    yield {"bfloat16": check(machine.base, machine.plain, machine.maker)}
 
 
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+def training(machine: Machine) -> Iterator[Piece]:
+    for n in machine.settings.n_slots:
+        yield {str(n): slot_speed(machine, n)}
 
 
-def matmul_peak(device: str, dtype: torch.dtype, n: int) -> float:
-    """FLOP/s of the best of ten n × n products."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(12):
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        start = time.monotonic()
-        torch.mm(a, b)
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.monotonic() - start)
-    return 2.0 * n**3 / best
+def slot_speed(machine: Machine, n: int) -> Piece:
+    """Training at n slots in full swing: all open, none leaving."""
+    machine.forget_peak()
+    trainer, jobs = in_swing(machine, n)
+    estimate_s = machine.seconds(trainer.step)
+    n_steps = max(3, min(40, int(machine.settings.seconds_each / estimate_s)))
+    n_steps = min(n_steps, min(job.n_steps for job in jobs) - WARM_STEPS - 7)
+    before = trainer.n_tokens
+    seconds = machine.seconds(partial(many_steps, trainer, n_steps))
+    tokens = trainer.n_tokens - before
+    of_token, of_label = flop_per_token(machine.name)
+    flop = tokens * of_token + _labels(machine, jobs, WARM_STEPS + 1, n_steps) * of_label
+    return {
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_step": tokens / n_steps,
+        "ms_per_step": 1e3 * seconds / n_steps,
+        "issue_ms": statistics.median(_issue_ms(machine, trainer) for _ in range(3)),
+        "matmul_share": flop / seconds / machine.peak,
+        "kernels_per_step": sum(not k.startswith("Mem") for k, _ in kernels(machine, trainer.step)),
+        "synchronisations_per_step": _synchronisations(machine, trainer),
+        "token_budget": trainer.token_budget,
+        "peak_memory_gib": machine.peak_gib(),
+    }
 
 
-def slot_speed(machine: Machine, n: int, peak: float) -> dict[str, Any]:
-    """Training at n slots in full swing."""
-    trainer = SlotTrainer(machine.base, n_slots=n, token_budget=TOKEN_BUDGET)
+def in_swing(machine: Machine, n: int) -> tuple[SlotTrainer, list[TrainJob]]:
+    """n jobs in as many slots after the first steps."""
+    trainer = SlotTrainer(machine.base, n_slots=n, token_budget=machine.settings.token_budget)
     jobs = [machine.maker.job(seed) for seed in range(n)]
     for job in jobs:
         trainer.submit(job)
-    with machine.peak_memory() as memory:
-        open_s = machine.seconds(trainer.step)
-        estimate_s = machine.seconds(trainer.step)
-        n_steps = max(3, min(40, int(machine.settings.seconds_each / estimate_s)))
-        n_steps = min(n_steps, min(job.n_steps for job in jobs) - 4)
-        before = trainer.n_tokens
-        seconds = machine.seconds(lambda: [trainer.step() for _ in range(n_steps)])
-    tokens = trainer.n_tokens - before
-    of_token, of_label = flop_per_token(machine.name)
-    flop = tokens * of_token + (tokens - n * n_steps) * of_label  # a row's last token has no label
-    steps_of_a_job = sum(job.n_steps for job in jobs) / n
-    row = {
-        "slots": n,
-        "tokens_per_s": tokens / seconds,
-        "jobs_per_minute": 60 * n * n_steps / seconds / steps_of_a_job,
-        "step_s": seconds / n_steps,
-        "matmul_share": flop / seconds / peak,
-        "open_s_per_job": max(0.0, open_s - estimate_s) / n,
-        "synchronisations_a_step": _synchronisations(machine, trainer),
-        "token_budget": trainer.token_budget,
-        **memory,
-    }
-    _say(f"N = {n:2}: {row['tokens_per_s']:.0f} tokens/s, {row['matmul_share']:.1%} of the peak")
-    return row
+    many_steps(trainer, WARM_STEPS)
+    return trainer, jobs
+
+
+def many_steps(worker: SlotTrainer | GroupedDecoder, n: int) -> None:
+    for _ in range(n):
+        worker.step()
+
+
+def _labels(machine: Machine, jobs: list[TrainJob], first: int, n_steps: int) -> int:
+    """Labels of all jobs in these steps."""
+    total = 0
+    for job in jobs:
+        n_items_R = [len(machine.base.encode(text)) - 1 for text in job.texts]
+        total += sum(b.n_items for b in islice(job.micro_batches(n_items_R), first, first + n_steps))
+    return total
+
+
+def _issue_ms(machine: Machine, trainer: SlotTrainer) -> float:
+    """Time of the host for one step, which goes on while the device works."""
+    machine.wait()
+    start = time.perf_counter()
+    trainer.step()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _synchronisations(machine: Machine, trainer: SlotTrainer) -> int | None:
     """Host waits for the device in one step, as torch counts them."""
-    if machine.device.type != "cuda":
+    if not machine.is_cuda:
         return None
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -126,120 +229,102 @@ def _synchronisations(machine: Machine, trainer: SlotTrainer) -> int | None:
     return sum("synchroniz" in str(w.message) for w in seen)
 
 
-def published_speed(machine: Machine) -> dict[str, Any]:
-    """One adapter at a time: padded steps with the padding in the loss, and steps without; a round's time is
-    extrapolated."""
-    job = machine.maker.job(0)
-    padded_s = _alone_step_s(machine, job, n=3, pad_to=machine.settings.pad_to, padding_in_loss=True)
-    unpadded_s = _alone_step_s(machine, job, n=8)
-    answers_s = _alone_answers_s(machine)
-    steps = sum(machine.maker.job(seed).n_steps for seed in range(200)) / 200
-    rounds = [RUNS_OF_A_ROUND * (steps * step_s + 2 * answers_s) / 60 for step_s in (padded_s, unpadded_s)]
-    _say(f"published way: {padded_s:.3g} s a step")
+def kernels(machine: Machine, work: Callable[[], object]) -> list[tuple[str, float]]:
+    """Name and milliseconds of each kernel (on a CPU: of each operation) that work runs."""
+    activity = ProfilerActivity.CUDA if machine.is_cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as found:
+        machine.seconds(work)
+    events = found.events() or []
+    if machine.is_cuda:
+        return [(e.name, e.time_range.elapsed_us() / 1e3) for e in events if e.device_type == DeviceType.CUDA]
+    return [(e.name, e.self_cpu_time_total / 1e3) for e in events]
+
+
+# By what is in a kernel's name; the first that fits. A padded product of the branches counts as a product.
+GROUPS = (
+    ("attention", r"flash|fmha|attention|attn|sdpa"),
+    ("branches", r"groupproblemshape|grouped|segment|branch|lora"),
+    ("loss", r"softmax|logsumexp|nll|cross_entropy|loss"),
+    ("optimiser", r"adam|multi_tensor|foreach|normtwo|lerp|addcmul|addcdiv|(?<!r)sqrt"),
+    ("elementwise", r"^triton"),
+    ("copies", r"^mem|copy|catarray|index|gather|scatter|fill|embedding"),
+    ("products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|::mm|bmm|addmm|linear"),
+    ("elementwise", r"elementwise|reduce|norm|aten::"),
+)
+
+
+def group_of(kernel: str) -> str:
+    return next((name for name, words in GROUPS if re.search(words, kernel.lower())), "other")
+
+
+def profiles(machine: Machine) -> Iterator[Piece]:
+    """Where a step spends: the device's milliseconds by kernel, and how long it is idle."""
+    for n in machine.settings.profile_at:
+        trainer, _ = in_swing(machine, n)
+        start = trainer.n_tokens
+        seconds = machine.seconds(partial(many_steps, trainer, 4))
+        middle = trainer.n_tokens
+        found = kernels(machine, trainer.step)
+        size = (trainer.n_tokens - middle) / (middle - start)  # of the profiled step, in all four
+        yield {str(n): {"wall_ms": 1e3 * seconds * size, **_by_kernel(found)}}
+
+
+def _by_kernel(found: list[tuple[str, float]]) -> Piece:
+    busy_ms = sum(ms for _, ms in found)
+    calls = Counter(name for name, _ in found)
+    by_name: dict[str, float] = defaultdict(float)
+    by_group: dict[str, float] = defaultdict(float)
+    for name, ms in found:
+        by_name[name] += ms
+        by_group[group_of(name)] += ms
+    ranked = sorted(by_name.items(), key=lambda pair: -pair[1])
     return {
-        "padded_step_s": padded_s,
-        "unpadded_step_s": unpadded_s,
-        "answers_s": answers_s,
-        "steps_timed": 3,
-        "round_minutes": rounds[0],
-        "round_minutes_unpadded": rounds[1],
+        "busy_ms": busy_ms,
+        "groups_ms": dict(sorted(by_group.items(), key=lambda pair: -pair[1])),
+        "kernels": [
+            {"name": name[:110], "ms": ms, "calls": calls[name], "share": ms / busy_ms}
+            for name, ms in ranked[:10]
+        ],
     }
 
 
-def _alone_step_s(machine: Machine, job: Any, *, n: int, **padding: Any) -> float:
-    """Mean of n steps after one that is not counted."""
-    layout = machine.base.layout(job.lora)
-    adapter = OneAdapter(machine.alone, layout, job, machine.base.encode, **padding)
-    ends: list[float] = []
-
-    def stamp() -> None:
-        machine.wait()
-        ends.append(time.monotonic())
-
-    adapter.train(n + 1, stamp)
-    adapter.remove()
-    return (ends[-1] - ends[0]) / (len(ends) - 1)
+def decoding(machine: Machine) -> Iterator[Piece]:
+    """Answers of many adapters in one batch, five questions each."""
+    adapters = [_random_adapter(machine) for _ in range(machine.settings.n_adapters)]
+    for n in machine.settings.rows:
+        yield {f"ms_per_step_{n}_rows": 1e3 * _decode_step_s(machine, adapters, n)}
+    decoder = _decoder(machine, adapters, QUESTIONS * len(adapters), machine.settings.decode_rows)
+    texts: list[Decoded] = []
+    seconds = machine.seconds(lambda: texts.extend(decoder.run()))
+    tokens = sum(len(text.token_ids) for text in texts)
+    yield {"adapters": len(adapters), "rows": len(texts), "tokens_per_s": tokens / seconds}
 
 
-@torch.no_grad()
-def _alone_answers_s(machine: Machine) -> float:
-    """One request's questions in one batch through transformers' generate."""
-    ids = torch.tensor([machine.maker.prompt(i) for i in range(QUESTIONS)], device=machine.device)
+def _random_adapter(machine: Machine) -> Adapter:
+    lora = LoraSettings()
+    layout = machine.base.layout(lora)
+    flat = torch.randn(layout.size, device=machine.device).mul_(0.01)
+    return Adapter(layout, lora, flat, machine.base.dtype)
 
-    def generate(n: int) -> None:
-        machine.alone.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=n,
-            min_new_tokens=n,
-            do_sample=False,
-            pad_token_id=int(machine.alone.config.eos_token_id),
+
+def _decoder(machine: Machine, adapters: list[Adapter], n_rows: int, max_rows: int) -> GroupedDecoder:
+    decoder = GroupedDecoder(machine.base, max_rows=max_rows)
+    for i in range(n_rows):
+        row = DecodeRow(
+            key=i,
+            token_ids=machine.maker.prompt(i),
+            adapters=(adapters[i // QUESTIONS % len(adapters)],),
+            max_new_tokens=machine.settings.new_tokens,
         )
-
-    generate(2)
-    return machine.seconds(lambda: generate(machine.settings.new_tokens))
-
-
-def whole_jobs(machine: Machine, best: dict[str, Any]) -> dict[str, Any]:
-    """As many whole jobs as fit the time, trained and answered at the best number of slots; the round is
-    that, scaled to 750 runs."""
-    n_slots = best["slots"]
-    fit = best["jobs_per_minute"] / 60 * machine.settings.round_seconds
-    n = n_slots * max(1, min(6, int(fit / n_slots)))
-    adapters: list[Adapter] = []
-    train_s = machine.seconds(lambda: adapters.extend(_train(machine, n, n_slots)))
-    decoder = GroupedDecoder(machine.base, max_rows=machine.settings.decode_rows)
-    answer_s = machine.seconds(lambda: _answer(machine, decoder, adapters))
-    layout = machine.base.layout(machine.maker.job(0).lora)
-    start = time.monotonic()
-    initial_weights(layout, 0)
-    return {
-        "jobs": n,
-        "slots": n_slots,
-        "train_s": train_s,
-        "answer_s": answer_s,
-        "decode_tokens_per_s": decoder.n_tokens / answer_s,
-        "initial_weights_s": time.monotonic() - start,
-        "round_train_minutes": RUNS_OF_A_ROUND / n * train_s / 60,
-        "round_answer_minutes": RUNS_OF_A_ROUND / n * answer_s / 60,
-        "round_minutes": RUNS_OF_A_ROUND / n * (train_s + answer_s) / 60,
-    }
+        decoder.submit(row)
+    return decoder
 
 
-def _train(machine: Machine, n: int, n_slots: int) -> list[Adapter]:
-    trainer = SlotTrainer(machine.base, n_slots=n_slots, token_budget=TOKEN_BUDGET)
-    for seed in range(n):
-        trainer.submit(machine.maker.job(seed))
-    return [trained.adapter for trained in trainer.run() if trained.adapter is not None]
-
-
-def _answer(machine: Machine, decoder: GroupedDecoder, adapters: list[Adapter]) -> None:
-    """Five questions an adapter, and the base once for each fifteen adapters."""
-    n_passages = -(-len(adapters) // RUNS_OF_A_PASSAGE)
-    under: list[tuple[Adapter, ...]] = [()] * n_passages + [(a,) for a in adapters]
-    for i, stack in enumerate(under):
-        for q in range(QUESTIONS):
-            row = DecodeRow(
-                key=(i, q),
-                token_ids=machine.maker.prompt(q),
-                adapters=stack,
-                max_new_tokens=machine.settings.new_tokens,
-            )
-            decoder.submit(row)
-    decoder.run()
-
-
-def _profile(machine: Machine, n: int) -> str:
-    from torch.profiler import ProfilerActivity, profile
-
-    trainer = SlotTrainer(machine.base, n_slots=n, token_budget=TOKEN_BUDGET)
-    for seed in range(n):
-        trainer.submit(machine.maker.job(seed))
-    for _ in range(3):
-        trainer.step()
-    cuda = machine.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as found:
-        machine.seconds(trainer.step)
-    key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return str(found.key_averages().table(sort_by=key, row_limit=30))
+def _decode_step_s(machine: Machine, adapters: list[Adapter], n_rows: int) -> float:
+    """Of a step in which every row is live."""
+    decoder = _decoder(machine, adapters, n_rows, n_rows)
+    while decoder.waiting:
+        decoder.step()
+    decoder.step()
+    n_steps = min(20, machine.settings.new_tokens - 4)
+    return machine.seconds(partial(many_steps, decoder, n_steps)) / n_steps

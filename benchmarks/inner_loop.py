@@ -22,7 +22,7 @@ from benchmarks.parallel_grading import LATENCY_S, measure_grading
 from benchmarks.peft_alone import measure_alone
 from benchmarks.processes import run_together
 from benchmarks.slots import measure_growth, measure_slots
-from benchmarks.speed_table import by_source, table
+from benchmarks.speed_table import by_source, rounded, table
 from benchmarks.workload import Workload, load_workload
 from seal_nb.models import resolve_model
 from seal_nb.protocol import TTTRequest
@@ -253,14 +253,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= {"quick": arguments.quick, "minutes": (time.monotonic() - started_s) / 60}
     out = arguments.out or (None if arguments.quick else OUT)
     if out:
-        write_json(out, _rounded(result))
+        write_json(out, rounded(result))
     print(table(result))
 
 
 def _grading_again(out: Path) -> None:
     result = read_json(out)
     (request,) = load_workload().requests(0, 1, 1)
-    result["parallel_grading"] = _rounded(measure_grading(len(request.eval_questions)))
+    result["parallel_grading"] = rounded(measure_grading(len(request.eval_questions)))
     write_json(out, result)
     print(table(result))
 
@@ -269,15 +269,6 @@ def _tiny(folder: Path) -> str:
     from tests.ttt.tiny import save_tiny_model
 
     return str(save_tiny_model(folder))
-
-
-def _rounded(value: Any) -> Any:
-    """Four significant digits are more than the measurement has."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ transformers only, and shares no code with the slots but the initial values and 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -54,6 +54,8 @@ class OneAdapter:
         self.model, self.layout, self.job = model, layout, job
         self.rows = [encode(text)[: job.train.max_seq_length] for text in job.texts]
         self.pad_to, self.padding_in_loss = pad_to, padding_in_loss
+        self.n_items_R = [(pad_to if padding_in_loss else len(row)) - 1 for row in self.rows]
+        self.losses: list[tuple[int, torch.Tensor]] = []
         dtype = torch.promote_types(torch.float32, model.dtype)
         flat = initial_weights(layout, job.train.seed).to(model.device, dtype)
         self.branches = {t.name: self._put(flat, t) for t in layout.targets}
@@ -76,29 +78,35 @@ class OneAdapter:
         parts = [p for branch in self.branches.values() for p in (branch.a, branch.b)]
         return torch.cat([p.detach().flatten() for p in parts])
 
-    def train(self, n_steps: int, after_step: Callable[[], None] = lambda: None) -> list[tuple[float, int]]:
-        """The job's first n_steps optimiser steps; loss and number of labels of each pass."""
-        losses: list[tuple[torch.Tensor, int]] = []
+    def steps(self) -> Iterator[None]:
+        """The job's optimiser steps, each when it is asked for."""
         step = 0
-        for batch in self.job.micro_batches([len(row) - 1 for row in self.rows]):
+        for batch in self.job.micro_batches(self.n_items_R):
             rows = [self.rows[i] for i in batch.row_indices]
-            losses.append((self._pass(rows, batch.n_items), batch.n_items))
+            self.losses.append((batch.epoch, self._pass(rows, batch.n_items)))
             if batch.closes_window:
                 self._step(learning_rate_at(self.job.train, step, self.job.n_steps))
-                after_step()
                 step += 1
-                if step == n_steps:
-                    break
-        return [(float(loss), n) for loss, n in losses]
+                yield
+
+    def train(self) -> None:
+        for _ in self.steps():
+            pass
+
+    def epoch_losses(self) -> list[float]:
+        """Mean loss of a label in each epoch, in nats; after all steps."""
+        sums = [0.0] * self.job.train.epochs
+        for epoch, loss in self.losses:
+            sums[epoch] += float(loss)
+        return [total / sum(self.n_items_R) for total in sums]
 
     def _pass(self, rows: list[list[int]], n_items: int) -> torch.Tensor:
+        """Σ loss over the labels; its gradient is that of the sum divided by n_items."""
         ids, attention, labels = self._padded(rows)
         logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
-        if self.padding_in_loss:
-            n_items = labels[:, 1:].numel()
         logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).flatten(0, 1)
-        loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / n_items
-        loss.backward()
+        loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        (loss / n_items).backward()
         return loss.detach()
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

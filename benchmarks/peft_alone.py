@@ -2,7 +2,8 @@
 
 The careful way does not pad in training; the published way pads each sequence to 2048 tokens with the
 padding in the loss. Answers are batched over a request's questions in both. Nothing of seal_nb.ttt is used,
-except that verdicts come from the same grader.
+except that verdicts come from the same grader. Runs where the model is: on a CPU for `benchmarks.inner_loop`,
+on a GPU for `benchmarks.gpu`.
 """
 
 import statistics
@@ -21,6 +22,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.utils import logging
@@ -41,19 +43,18 @@ def measure_alone(
     logging.disable_progress_bar()
     model, tokenizer = _load(model_folder, dtype)
     grader = make_grader("local")
-    _steps(model, tokenizer, requests[0], _collate_unpadded(tokenizer), 1)  # the Trainer's first is slow
+    step_s(model, tokenizer, requests[0], n=1, n_warm=1)  # the Trainer's first is slow
     started_s = wait_for_all()
     parts = [_careful_request(model, tokenizer, request, grader) for request in requests]
     ended_s = time.monotonic()
     wait_for_all()
-    published = _collate_published(tokenizer, pad_to)
-    padded_s = _steps(model, tokenizer, requests[0], published, n_padded_steps + 1)[1:]
+    padded_s = step_s(model, tokenizer, requests[0], n=n_padded_steps, n_warm=1, pad_to=pad_to)
     means = {name: statistics.mean(part[name] for part in parts) for name in parts[0]}
     return means | {
         "requests": len(requests),
         "seconds": ended_s - started_s,
-        "padded_step_s": statistics.mean(padded_s),
-        "padded_steps_timed": len(padded_s),
+        "padded_step_s": padded_s,
+        "padded_steps_timed": n_padded_steps,
     }
 
 
@@ -70,14 +71,14 @@ def _careful_request(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: TTTRequest, grader: Grader
 ) -> dict[str, float]:
     start = time.monotonic()
-    adapted = _with_new_adapter(model, request)
+    adapted = with_new_adapter(model, request)
     trainer = _trainer(adapted, _examples(tokenizer, request), _collate_unpadded(tokenizer), request)
     steps = trainer.train().global_step
     trained = time.monotonic()
     with adapted.disable_adapter():
-        _answer(adapted, tokenizer, request)
+        answer(adapted, tokenizer, request)
     baseline = time.monotonic()
-    verdicts = _grade(grader, request, _answer(adapted, tokenizer, request))
+    verdicts = _grade(grader, request, answer(adapted, tokenizer, request))
     ended = time.monotonic()
     adapted.unload()
     return {
@@ -89,37 +90,41 @@ def _careful_request(
     }
 
 
-def _steps(
+def step_s(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     request: TTTRequest,
-    collate: Collate,
+    *,
     n: int,
-) -> list[float]:
-    """Seconds of the first n training steps of a request."""
-    adapted, clock = _with_new_adapter(model, request), _StepClock()
-    trainer = _trainer(adapted, _examples(tokenizer, request), collate, request, max_steps=n)
+    n_warm: int,
+    pad_to: int = 0,
+) -> float:
+    """Seconds of a training step of a request: the mean of n after n_warm. pad_to: 0 is the careful way."""
+    adapted, clock = with_new_adapter(model, request), _StepClock(model.device, n_warm, n_warm + n)
+    collate = _collate_published(tokenizer, pad_to) if pad_to else _collate_unpadded(tokenizer)
+    trainer = _trainer(adapted, _examples(tokenizer, request), collate, request, max_steps=n_warm + n)
     trainer.add_callback(clock)
     trainer.train()
     adapted.unload()
-    return clock.seconds
+    return (clock.stops[1] - clock.stops[0]) / n
 
 
 class _StepClock(TrainerCallback):
-    """Seconds of each optimiser step."""
+    """When the steps of these numbers (from 1) had ended. Waits for the device at these only, as the Trainer
+    itself does not."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.start = 0.0
+    def __init__(self, device: torch.device, *steps: int) -> None:
+        self.device, self.steps = device, steps
+        self.stops: list[float] = []
 
-    def on_step_begin(self, *_: object, **__: object) -> None:
-        self.start = time.monotonic()
+    def on_step_end(self, _arguments: object, state: TrainerState, *_: object, **__: object) -> None:
+        if state.global_step in self.steps:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.stops.append(time.monotonic())
 
-    def on_step_end(self, *_: object, **__: object) -> None:
-        self.seconds.append(time.monotonic() - self.start)
 
-
-def _with_new_adapter(model: PreTrainedModel, request: TTTRequest) -> PeftModel:
+def with_new_adapter(model: PreTrainedModel, request: TTTRequest) -> PeftModel:
     torch.manual_seed(int(request.seed or 0))
     config = LoraConfig(
         r=request.lora_rank,
@@ -144,7 +149,7 @@ def _trainer(
         lr_scheduler_type="linear",
         seed=int(request.seed or 0),
         bf16=next(model.get_base_model().parameters()).dtype == torch.bfloat16,
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
@@ -186,10 +191,10 @@ def _collated(
 
 
 @torch.no_grad()
-def _answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, request: TTTRequest) -> list[str]:
+def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, request: TTTRequest) -> list[str]:
     model.eval()
     prompts = [answer_prompt(q.title, q.question) for q in request.eval_questions]
-    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    batch = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
     out = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],

@@ -1,6 +1,6 @@
 """Random models and published job statistics, without a download: Qwen2.5-7B's configuration and small ones.
 
-Texts are token ids written as numbers, so that no tokenizer is needed. Sizes are those of
+Texts are token ids written as numbers, for which a tokenizer is made here. Sizes are those of
 https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json.
 """
 
@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.workload import ASKED_PER_PASSAGE
+from seal_nb.prompts import answer_prompt
+from seal_nb.protocol import EvalQuestion, TTTRequest
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 
 QWEN25_7B: dict[str, Any] = {
@@ -46,20 +50,25 @@ IMPLICATIONS = (5, 5, 6, 6, 7, 7, 7, 8, 8, 10)
 IMPLICATION_TOKENS = (16, 20, 23, 25, 28, 30, 32, 35, 40, 50)
 PASSAGE_TOKENS = (95, 118, 130, 140, 150, 163, 177, 196, 224, 300)
 PROMPT_TOKENS = 40  # of a question, with its template
-QUESTIONS = 5  # 974 questions, 200 passages
+QUESTIONS = 5  # of a passage: 974 questions, 200 passages
 
 
-class NumberTokenizer:
-    """Token ids as words: "17 4 2" is three tokens."""
-
-    def __init__(self, eos_token_id: int):
-        self.eos_token_id = self.pad_token_id = eos_token_id
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(str(i) for i in ids if not (skip_special_tokens and i == self.eos_token_id))
+def number_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """For the model of this name. Token ids as words: "17 4 2" is three tokens; any other word is one unknown
+    token."""
+    c = CONFIGS[name]
+    words = [str(i) for i in range(c["vocab_size"])]
+    words[c["eos_token_id"]], words[-1] = "<eos>", "<unk>"
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
 
 
 def random_model(name: str, *, device: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -106,3 +115,18 @@ class JobMaker:
     def prompt(self, seed: int) -> list[int]:
         draw = random.Random(seed)
         return [draw.randrange(1, self.vocab_size - 1) for _ in range(PROMPT_TOKENS)]
+
+    def request(self, number: int, *, max_new_tokens: int = 64) -> TTTRequest:
+        """One of a round: fifteen in a row ask the same five questions."""
+        job, draw = self.job(number), random.Random(f"passage {number // ASKED_PER_PASSAGE}")
+        n_words = PROMPT_TOKENS - len(answer_prompt("", "").split())
+        return TTTRequest(
+            request_id=job.name,
+            seed=number,
+            train_sequences=list(job.texts),
+            eval_questions=[
+                EvalQuestion(question=self.text(draw, n_words), answer="1") for _ in range(QUESTIONS)
+            ],
+            finetune_epochs=self.epochs,
+            max_new_tokens=max_new_tokens,
+        )

@@ -4,7 +4,7 @@ jobs."""
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def measure_slots(
     with tempfile.TemporaryDirectory() as folder:
         loop = load_inner_loop(_settings(model_folder, dtype, n_slots, Path(folder)))
         started_s = wait_for_all()
-        replies, seconds = _drive(loop, requests)
+        replies, seconds = drive(loop, requests)
         n = len(requests)
     return {
         "requests": n,
@@ -54,20 +54,45 @@ def _settings(model: str, dtype: str, n_slots: int, folder: Path) -> InnerLoopSe
     )
 
 
-def _drive(loop: InnerLoop, requests: Sequence[TTTRequest]) -> tuple[list[TTTReply], dict[str, float]]:
+def drive(loop: InnerLoop, requests: Sequence[TTTRequest]) -> tuple[list[TTTReply], dict[str, float]]:
+    """All replies, and the seconds of training and of answering, which add up to the whole."""
     waiting, replies = list(reversed(requests)), []
-    seconds = {"train": 0.0, "answer": 0.0}
+    watch = _Watch(loop.base.device)
+    loop.trainer.step = watch.around("train", loop.trainer.step)  # type: ignore[method-assign]
+    loop.decoder.step = watch.around("answer", loop.decoder.step)  # type: ignore[method-assign]
     while waiting or loop.busy:
         while waiting and loop.free_slots:
             loop.submit(waiting.pop())
-        start = time.monotonic()
-        found = loop.advance()
-        seconds["answer" if loop.answering else "train"] += time.monotonic() - start
-        for reply in found:
+        for reply in loop.advance():
             if not isinstance(reply, TTTReply):
                 raise RuntimeError(f"a benchmark request failed: {reply}")
             replies.append(reply)
-    return replies, seconds
+    watch.turn_to("end")
+    return replies, watch.seconds
+
+
+class _Watch:
+    """Seconds of what is under way. Waits for the device only where one thing follows another."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {"train": 0.0, "answer": 0.0}
+        self.at, self.since = "train", time.monotonic()
+
+    def turn_to(self, what: str) -> None:
+        if what == self.at:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.monotonic()
+        self.seconds[self.at] += now - self.since
+        self.at, self.since = what, now
+
+    def around(self, what: str, step: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+        def timed() -> list[Any]:
+            self.turn_to(what)
+            return step()
+
+        return timed
 
 
 def measure_growth(

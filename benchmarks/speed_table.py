@@ -96,12 +96,12 @@ def markdown(result: dict[str, Any]) -> str:
     asked = f"{judge['answers']} answers to a judge, {judge['latency_s']:g} s a call"
     return "\n\n".join(
         [
-            _grid(
+            grid(
                 ["whole requests", "processes x threads", "a minute", "training, s", "answers, s"],
                 [_way(row) for row in result["ways"]],
             ),
-            _grid(["where the gain comes from", "s a request", "factor"], sources),
-            _grid([asked, "s a request", "factor"], verdicts),
+            grid(["where the gain comes from", "s a request", "factor"], sources),
+            grid([asked, "s a request", "factor"], verdicts),
         ]
     )
 
@@ -117,5 +117,15 @@ def _way(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _grid(head: list[str], rows: list[list[str]]) -> str:
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits are more than the measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value

@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu, grading, inner_loop, inspector, speed_table
+from benchmarks.gpu_table import DOCS, MARKS, in_docs
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
 from tests.ttt.tiny import save_tiny_model
@@ -93,40 +95,67 @@ def test_published_workload_has_the_published_size(golden: Path) -> None:
     assert 4 <= len(requests[0].eval_questions) <= 6
 
 
-def test_gpu_benchmark_checks_itself_and_measures_on_any_device(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the GPU benchmark writes of a tiny model on a CPU, except the round."""
+    out = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    parts = "matmul,check,training,profile,decoding,alone"
+    gpu.main(["--config", "tiny", "--device", "cpu", "--only", parts, "--out", str(out)])
+    return out
+
+
+def test_gpu_benchmark_checks_itself_and_measures_on_any_device(on_cpu: Path) -> None:
+    result = json.loads(on_cpu.read_text())
+    assert result["device"] == "CPU" and result["config"] == "tiny" and result["correct"]
+    assert result["check"]["float32"]["update_distance"] < 1e-3
+    assert result["check"]["bfloat16"]["passed"]
+    assert set(result["training"]) == {"1", "4"} and result["matmul_share"] > 0
+    profile = result["profile"]["4"]
+    assert sum(profile["groups_ms"].values()) == pytest.approx(profile["busy_ms"], rel=0.01)
+    assert len(profile["kernels"]) == 10 and profile["kernels"][0]["share"] > 0.05
+    assert result["decoding"]["ms_per_step_10_rows"] > 0 and result["decoding"]["rows"] == 15
+    assert result["alone"]["published_steps_timed"] == 3
+
+
+def test_gpu_benchmark_completes_what_it_has_and_compares_rounds(
+    on_cpu: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu.main(["--config", "tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
-    result = json.loads((tmp_path / "gpu.json").read_text())
-    assert result["device"] == "CPU" and result["config"] == "tiny"
-    float32, own = result["checks"]
-    assert float32["passed"] and float32["update_distance"] < 1e-3
-    assert own["dtype"] == "bfloat16" and own["passed"]
-    assert result["round_minutes"] > 0 and result["matmul_share"] > 0
-    assert [row["slots"] for row in result["slots"]] == [1, 4]
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("slots, N = ")
-
-
-def test_gpu_benchmark_needs_no_peft() -> None:
-    """With PEFT (and what else only the rest of the project needs) out of reach."""
-    program = """
-import importlib.util, sys
-GONE = ("peft", "pydantic", "accelerate", "gguf", "zmq", "psutil")
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] in GONE else find(name, *a)
-class Gone:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in GONE:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Gone())
-from benchmarks.gpu import main
-main(["--config", "tiny", "--device", "cpu"])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
+    gpu.main(["--config", "tiny", "--device", "cpu", "--only", "round", "--out", str(on_cpu)])
+    result = json.loads(on_cpu.read_text())
+    ours, alone = result["round"], result["alone"]
+    assert ours["requests"] == 15 and ours["train_s"] > 0 and ours["answer_s"] > 0
+    assert result["round_minutes"] == pytest.approx(
+        750 / 15 / 60 * (ours["train_s"] + ours["answer_s"]), rel=0.01
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "a round in" in done.stdout
+    careful_s = ours["steps_per_request"] * min(alone["careful_step_s"], alone["plain_loop_step_s"])
+    assert result["ratio_careful_training"] == pytest.approx(15 * careful_s / ours["train_s"], rel=0.01)
+    assert result["ratio_published"] > 0
+    printed = capsys.readouterr().out
+    assert "a round of 750 requests" in printed and "4 slots" in printed
+    assert in_docs(f"a{MARKS[0]}old{MARKS[1]}b", "new\n") == f"a{MARKS[0]}new\n{MARKS[1]}b"
+
+
+def test_a_part_of_the_gpu_benchmark_that_fails_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"tokens_per_s": 2.0, "matmul_share": 0.5}
+    row |= dict.fromkeys(("ms_per_step", "issue_ms", "kernels_per_step", "synchronisations_per_step"))
+    row |= {"peak_memory_gib": None}
+
+    def fails(machine: gpu.Machine) -> Iterator[dict]:
+        yield {"1": row}
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setitem(gpu.PARTS, "training", fails)
+    out = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match="no memory left"):
+        only = ["--only", "training,decoding", "--slots", "2"]
+        gpu.main(["--config", "tiny", "--device", "cpu", *only, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["training"] == {"1": row} and result["matmul_share"] == 0.5
+    assert result["decoding"]["tokens_per_s"] > 0 and result["errors"] == {
+        "training": "RuntimeError: no memory left"
+    }
 
 
 def test_gpu_benchmark_says_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +171,21 @@ def test_numbers_in_git_come_from_a_full_run() -> None:
     if card.is_file():
         result = json.loads(card.read_text())
         assert result["config"] == "qwen2.5-7b" and result["device"] != "CPU" and result["correct"]
+        assert set(gpu.PARTS) <= result.keys() and "errors" not in result
 
 
 def test_speed_tables_in_the_docs_are_the_measured_ones() -> None:
     measured = json.loads(inner_loop.OUT.read_text())
     assert speed_table.markdown(measured) in (ROOT / "docs/inner_loop.md").read_text()
+
+
+def test_gpu_tables_in_the_docs_are_the_measured_ones() -> None:
+    docs = DOCS.read_text()
+    if gpu.OUT.is_file():
+        measured = json.loads(gpu.OUT.read_text())
+        assert in_docs(docs, gpu.markdown(measured)) == docs
+    else:
+        assert all(docs.count(mark) == 1 for mark in MARKS)
 
 
 def test_padding_table_in_the_docs_is_the_measured_one() -> None:
