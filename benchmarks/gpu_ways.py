@@ -23,6 +23,7 @@ from seal_nb.grading.base import make_grader
 from seal_nb.inner_loop import InnerLoop
 from seal_nb.inner_loop_settings import InnerLoopSettings
 from seal_nb.protocol import TTTRequest
+from seal_nb.ttt.scheduler import usual_slots
 
 ROUND = 750  # requests: 50 passages, 5 self-edits, 3 times
 PADDED_STEPS = 3
@@ -64,7 +65,7 @@ def round_in_slots(machine: Machine) -> Iterator[Piece]:
     machine.forget_peak()
     with tempfile.TemporaryDirectory() as folder:
         settings = InnerLoopSettings(
-            n_slots=s.round_slots,
+            n_slots=s.round_slots,  # 0: as the inner loop has it for this device
             token_budget=s.token_budget,
             decode_rows=s.decode_rows,
             adapters_dir=Path(folder),
@@ -73,7 +74,7 @@ def round_in_slots(machine: Machine) -> Iterator[Piece]:
         replies, seconds = drive(loop, requests)
     yield {
         "requests": n,
-        "slots": s.round_slots,
+        "slots": loop.settings.n_slots,
         "token_budget": loop.trainer.token_budget,
         "decode_rows": loop.decoder.max_rows,
         "train_s": seconds["train"],
@@ -87,7 +88,7 @@ def round_in_slots(machine: Machine) -> Iterator[Piece]:
 def _n_requests(machine: Machine) -> int:
     """Of whole passages, from the speed of five steps; a fifth of the time is left for answers."""
     s = machine.settings
-    trainer, jobs = in_swing(machine, s.round_slots)
+    trainer, jobs = in_swing(machine, s.round_slots or usual_slots(machine.device))
     step_s = machine.seconds(partial(many_steps, trainer, 5)) / 5
     n = 0.8 * s.round_seconds / step_s * len(jobs) / statistics.mean(job.n_steps for job in jobs)
     return ASKED_PER_PASSAGE * max(1, min(ROUND // ASKED_PER_PASSAGE, round(n / ASKED_PER_PASSAGE)))

@@ -89,9 +89,10 @@ class Tokenizer(Protocol):
 class TrainRow:
     """One tokenised train sequence.
 
-    token_ids: (n,) int64, the real tokens followed by the padding positions that are computed, if any
+    token_ids: (n,) int64, the real tokens that are passed, then the computed padding positions, if any
     positions:  (n,) int64
     n_real: tokens before the padding; padding attends to these only
+    n_text: tokens of the sequence; the last one is not passed where it predicts nothing
     sources: (m,) int64, places in the row whose next token carries loss; targets: (m,) that token's id;
     weights: (m,) float64
     n_items: labels of the row, by which the Trainer divides (all padding counts, drawn or not)"""
@@ -99,6 +100,7 @@ class TrainRow:
     token_ids: torch.Tensor
     positions: torch.Tensor
     n_real: int
+    n_text: int
     sources: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
@@ -136,12 +138,14 @@ def make_row(
 
 
 def _plain_row(ids: list[int], start: int) -> TrainRow:
-    token_ids = torch.tensor(ids)
+    """The last token has no label and no other token sees it, so leaving it out changes nothing."""
+    token_ids, n = torch.tensor(ids), max(len(ids) - 1, 1)
     sources = torch.arange(start - 1, len(ids) - 1)
     return TrainRow(
-        token_ids=token_ids,
-        positions=torch.arange(len(ids)),
-        n_real=len(ids),
+        token_ids=token_ids[:n],
+        positions=torch.arange(n),
+        n_real=n,
+        n_text=len(ids),
         sources=sources,
         targets=token_ids[sources + 1],
         weights=torch.ones(len(sources), dtype=torch.float64),
@@ -179,6 +183,7 @@ def _padded_row(
         token_ids=torch.cat([real, torch.full((len(padding),), eos)]),
         positions=torch.cat([torch.arange(n_real), places]),
         n_real=n_real,
+        n_text=n_real,
         sources=torch.cat([own, borders, padding]),
         targets=targets,
         weights=weights,

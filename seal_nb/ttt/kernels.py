@@ -16,8 +16,8 @@ TOKENS = 32  # of a tile
 SMALLEST_DOT = 16
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _narrow(x, w, scales, h, tiles, n_wide, rank, x_row, w_member, w_rank, w_wide, h_row,
+@triton.jit
+def _narrow(x, w, scales, h, tiles, n_wide, rank, x_row, w_member, w_rank, w_wide, h_row,  # type: ignore[no-untyped-def]
             TILE: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     tile = tiles + 3 * tl.program_id(0)
     member, start, stop = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
@@ -39,8 +39,8 @@ def _narrow(x, w, scales, h, tiles, n_wide, rank, x_row, w_member, w_rank, w_wid
     tl.store(out, (total * scale[:, None]).to(h.dtype.element_ty), mask=here[:, None] & (r < rank)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _widen(h, w, y, tiles, n_wide, rank, h_row, w_member, w_rank, w_wide, y_row,
+@triton.jit
+def _widen(h, w, y, tiles, n_wide, rank, h_row, w_member, w_rank, w_wide, y_row,  # type: ignore[no-untyped-def]
            TILE: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     tile = tiles + 3 * tl.program_id(0)
     member, start, stop = tl.load(tile).to(tl.int64), tl.load(tile + 1), tl.load(tile + 2)
@@ -58,8 +58,8 @@ def _widen(h, w, y, tiles, n_wide, rank, h_row, w_member, w_rank, w_wide, y_row,
     tl.store(out, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _outer(h, x, out, ends, keep, n_wide, rank, h_row, x_row, out_member, out_rank, out_wide,
+@triton.jit
+def _outer(h, x, out, ends, keep, n_wide, rank, h_row, x_row, out_member, out_rank, out_wide,  # type: ignore[no-untyped-def]
            KEEP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     member = tl.program_id(0)
     start = tl.load(ends + member - 1, mask=member > 0, other=0)

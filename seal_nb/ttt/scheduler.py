@@ -40,8 +40,8 @@ def usual_slots(device: torch.device) -> int:
 class Trained:
     """A job that is done: its adapter, or why there is none.
 
-    epoch_losses: mean loss per label of each epoch, in nats; n_tokens: tokens passed through the base, all
-    epochs"""
+    epoch_losses: mean loss per label of each epoch, in nats; n_tokens: tokens of the train sequences and of
+    computed padding, all epochs"""
 
     job: TrainJob
     adapter: Adapter | None = None
@@ -311,7 +311,7 @@ class SlotTrainer:
         """Note the pass; step the optimiser where its window closes; go to the next window."""
         settings, batch = slot.job.train, slot.micro_batch
         slot.losses.append((batch.epoch, loss, batch.n_items))
-        slot.n_tokens += slot.waiting_tokens
+        slot.n_tokens += sum(row.n_text + len(row) - row.n_real for row in slot.micro_rows)
         slot.done_in_window += 1
         slot.row.opens_window = batch.closes_window
         if not batch.closes_window:

@@ -90,7 +90,7 @@ def _train(base: FrozenBase, job: TrainJob | None) -> list[Wanted]:
     wanted = []
     for at, text in enumerate(job.texts):
         row, (ids, tokens) = make_row(base.tokenizer, text, plain), pieces(base.tokenizer, text)
-        n, with_loss = row.n_real, {int(place) + 1 for place in row.sources}
+        n, with_loss = row.n_text, {int(place) + 1 for place in row.sources}
         scored = [place in with_loss for place in range(n)]
         wanted.append(
             Wanted(kind="train", index=at, prompt_ids=[], token_ids=ids[:n], tokens=tokens[:n], scored=scored)

@@ -38,9 +38,9 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
             make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings())
             for i, n in enumerate(lengths)
         ]
-        segment = Segment(start=start, stop=start + sum(lengths), trained=row)
-        pass_.add(segment, rows, 7)
-        start += sum(lengths)
+        stop = start + sum(map(len, rows))
+        pass_.add(Segment(start=start, stop=stop, trained=row), rows, 7)
+        start = stop
     return bank, pass_
 
 
@@ -56,7 +56,7 @@ def test_filling_a_pass_up_changes_no_loss_and_no_gradient(
     gradient = bank.gradient.clone()
     losses = run_eager(BASE, pass_)
     expected = bank.gradient.clone()
-    n_tokens, n_rows = sum(map(sum, lengths)) + more_tokens, sum(map(len, lengths)) + more_rows
+    n_tokens, n_rows = sum(pass_.lengths) + more_tokens, sum(map(len, lengths)) + more_rows
     bank.gradient.copy_(gradient)
     static = _Static(BASE, bank, Shape(n_tokens, n_rows, 64, not bank.all_void))
     static.fill(pass_)
