@@ -23,6 +23,8 @@ from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
 from seal_nb.ttt.packing import ATTENTION, Attend, make_rows
 from seal_nb.ttt.quantized import keep_as_stored, quantized
 
+PROBES = ((0, 8), (5, 21))  # first token and length of the rows that check a model when it is loaded
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowTokens:
@@ -45,16 +47,16 @@ class FrozenBase:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
         _refuse_unsupported(model)
-        probe = torch.arange(8, device=self.device)[None] % model.config.vocab_size
+        probes = [torch.arange(i, i + n, device=self.device) % model.config.vocab_size for i, n in PROBES]
         with torch.no_grad():
-            expected = model(input_ids=probe, use_cache=False).logits
+            expected = [model(input_ids=probe[None], use_cache=False).logits[0] for probe in probes]
         self.current = Current()
         self.linears = _branch_out(model, self.current)
         if self.device.type == "cuda":
             make_regions(model)
         model.config._attn_implementation = ATTENTION
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        self._check(probe[0], expected[0])
+        self._check(probes, torch.cat(expected))
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
@@ -141,14 +143,19 @@ class FrozenBase:
         finally:
             self.current.plan = Plan()
 
-    def _check(self, ids: torch.Tensor, expected: torch.Tensor) -> None:
-        with torch.no_grad():
-            found = self.head(self.hidden([RowTokens.plain(ids.tolist())], ()))
+    def _check(self, probes: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
+        """Compare the logits of two packed rows with those that the model gave to each alone."""
+        name = self.name or self.model_type
+        try:
+            with torch.no_grad():
+                found = self.head(self.hidden([RowTokens.plain(probe.tolist()) for probe in probes], ()))
+        except RuntimeError as reason:
+            raise SettingsError(f"model {name!r} cannot run packed rows: {reason}") from reason
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
         if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.2):
             raise SettingsError(
-                f"model {self.name or self.model_type!r}: packed logits differ from its own by {error:.2g} of"
-                " their size; this architecture does something between hidden states and logits that slots"
+                f"model {name!r}: packed logits differ from its own by {error:.2g} of their size; this"
+                " architecture does something between rows, or between hidden states and logits, that slots"
                 " do not know"
             )
 

@@ -165,7 +165,8 @@ def _attention(  # type: ignore[no-untyped-def]  # transformers' attention inter
     """transformers' attention interface; `attend` is handed through the model's forward."""
     if attend is None:
         raise RuntimeError(
-            "a base prepared for slots runs through FrozenBase.hidden, not through the model's own forward"
+            "its layers do not hand `attend` on to their attention, or its own forward was called in place of"
+            " FrozenBase.run"
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return attend(module, query, key, value, scale), None
