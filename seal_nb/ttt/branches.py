@@ -33,17 +33,21 @@ class Segment:
     trained: BankRow | None = None
 
 
+Weights = torch.Tensor | list[torch.Tensor]  # (n, rank, wide), or n matrices (rank, wide)
+
+
 @dataclass(kw_only=True)
 class Group:
     """n adapters of one layout, and the tokens that each acts on: end to end from `start`.
 
-    weights: (n, layout.size), compute dtype; scales: (tokens, 1), at least float32: the factor of each token
+    weights: (n, layout.size), compute dtype, or n vectors where there are no kernels
+    scales: (tokens, 1), at least float32: the factor of each token
     ends: (n,) int32: where each member's tokens end, counted from `start`; tiles: the same for the kernels
     gradient: (n, layout.size) for members in training, else None; keep: None where every old gradient is
     void, else (n,), 1 where the new gradient is added to the old one"""
 
     layout: Layout
-    weights: torch.Tensor
+    weights: torch.Tensor | list[torch.Tensor]
     scales: torch.Tensor
     start: int
     ends: torch.Tensor
@@ -66,14 +70,26 @@ class Group:
     def kept(self) -> list[bool]:
         return [False] * len(self.ends) if self.keep is None else self.keep.bool().tolist()
 
-    def narrow(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def a(self, target: Target) -> Weights:
+        """Each member's A, (rank, in)."""
+        if isinstance(self.weights, list):
+            return [self.layout.a(w, target) for w in self.weights]
+        return self.layout.a(self.weights, target)
+
+    def b(self, target: Target) -> Weights:
+        """Each member's B, transposed: (rank, out)."""
+        if isinstance(self.weights, list):
+            return [self.layout.b(w, target).t() for w in self.weights]
+        return self.layout.b(self.weights, target).transpose(1, 2)
+
+    def narrow(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
         """scale · x Wᵀ of each member: x (tokens, wide), weights (n, rank, wide) → (tokens, rank)."""
         if self.tiles is not None:
             return kernels().narrow(x, weights, self.scales, self.tiles)
         parts = [x[own] @ weights[i].t() for i, own in self.members]
         return torch.cat(parts).mul_(self.scales)
 
-    def widen(self, h: torch.Tensor, weights: torch.Tensor, y: torch.Tensor) -> None:
+    def widen(self, h: torch.Tensor, weights: Weights, y: torch.Tensor) -> None:
         """y (tokens, wide) += h W of each member, in place: h (tokens, rank), weights (n, rank, wide)."""
         if self.tiles is not None:
             kernels().widen(h, weights, y, self.tiles)
@@ -150,15 +166,15 @@ def _runs(segments: Sequence[Segment], key: Callable[[Segment], object]) -> Iter
 def _frozen_group(run: Sequence[Segment], depth: int) -> Group:
     adapters = [s.adapters[depth] for s in run]
     compute = [a.compute for a in adapters]
-    weights = compute[0][None] if len(compute) == 1 else torch.stack(compute)
     lengths = [s.stop - s.start for s in run]
+    tiles = tiles_for(lengths, compute[0])
     return Group(
         layout=adapters[0].layout,
-        weights=weights,
-        scales=token_scales([a.scaling for a in adapters], lengths, weights),
+        weights=compute if tiles is None else torch.stack(compute),
+        scales=token_scales([a.scaling for a in adapters], lengths, compute[0]),
         start=run[0].start,
-        ends=tensor_on(weights.device, list(accumulate(lengths)), torch.int32),
-        tiles=tiles_for(lengths, weights),
+        ends=tensor_on(compute[0].device, list(accumulate(lengths)), torch.int32),
+        tiles=tiles,
     )
 
 
@@ -240,9 +256,8 @@ def _add_branches(
         mask = _dropout_mask(group, own) if training and group.dropouts else None
         if mask is not None:
             own = own * mask
-        layout = group.layout
-        h = group.narrow(own, layout.a(group.weights, target))
-        group.widen(h, layout.b(group.weights, target).transpose(1, 2), y[group.tokens])
+        h = group.narrow(own, group.a(target))
+        group.widen(h, group.b(target), y[group.tokens])
         kept.append(_Kept(h, mask))
     return kept
 
@@ -282,9 +297,8 @@ def _branch_gradients(
     """Write dA and dB of trained members; add the branches' share to grad_x (T, in), in place, where it is
     wanted."""
     for (group, target), own in zip(plan.active(name), kept, strict=True):
-        layout, gg = group.layout, g[group.tokens]
-        a, b_t = layout.a(group.weights, target), layout.b(group.weights, target).transpose(1, 2)
-        grad_h = group.narrow(gg, b_t)  # (tokens, rank)
+        layout, gg, a = group.layout, g[group.tokens], group.a(target)
+        grad_h = group.narrow(gg, group.b(target))  # (tokens, rank)
         if group.gradient is not None:
             xg = x[group.tokens] if own.mask is None else x[group.tokens] * own.mask
             group.outer(grad_h, xg, layout.a(group.gradient, target))

@@ -2,22 +2,29 @@
 
 Each step gives every live row its next token in one pass of the frozen base; rows lie group by group (a
 group: rows with the same adapters), so each group's low-rank branch is one small product. Finished rows
-leave, waiting rows enter. Greedy answers equal `transformers.generate` with the PEFT adapter; sampling
-draws from a stream of each row's own, so a text does not depend on its neighbours."""
+leave, waiting rows enter; until they do, a step only launches work, and on CUDA its tokens are read while the
+next step runs. Greedy answers equal `transformers.generate` with the PEFT adapter; sampling draws from a
+stream of each row's own, so a text does not depend on its neighbours."""
 
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment, make_plan
-from seal_nb.ttt.kv_cache import Cache, Prefill
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.device import Readback, free_cached_memory
+from seal_nb.ttt.kv_cache import KERNELS, Cache
+from seal_nb.ttt.lora import Adapter, Layout
 from seal_nb.ttt.packing import make_rows
+from seal_nb.ttt.replay import Replay, cuda_graph
+
+BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,20 +50,29 @@ class Decoded:
     """A generated text. finish_reason: "stop" (EOS or a stop text), "length", or "failed" with an `error`."""
 
     key: Hashable
-    text: str
-    token_ids: tuple[int, ...]
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
     finish_reason: str
     error: str = ""
 
 
 @dataclass(eq=False)
 class _Live:
-    """A row in the batch: its new tokens so far, and its own uniform draws if it samples."""
+    """A row in the batch: its new tokens so far, and its own uniform draws if it samples.
+
+    place: its row of the cache, None before its first pass; rank: sorts the batch"""
 
     row: DecodeRow
     draws: torch.Tensor
     new_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    place: int | None = None
+    rank: tuple[bool, list[int], int] = (False, [], 0)
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens with keys and values: all but the newest one."""
+        return len(self.row.token_ids) + max(0, len(self.new_ids) - 1)
 
 
 class GroupedDecoder:
@@ -65,11 +81,23 @@ class GroupedDecoder:
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
+        self.most = (max_rows, prefill_tokens)
         self.waiting: deque[DecodeRow] = deque()
         self.live: list[_Live] = []
-        self.cache = Cache.empty()
-        self.n_tokens = 0
-        self.ranks: dict[tuple[int, ...], int] = {}
+        self.layouts: dict[Layout, int] = {}
+        self.groups = count()
+        self.n_tokens = self.n_since_short = 0
+        self.reads_late = base.device.type == "cuda"
+        self.replay = Replay(self._pass, cuda_graph if self.reads_late else None)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Let go of all that a batch holds on the device."""
+        self.cache = Cache(self.base.device, self.base.dtype)
+        self.plan, self.ids = make_plan(()), torch.empty(0)
+        self.unread: Readback | None = None
+        self.steps_left = 0
+        self.replay.clear()
 
     @property
     def busy(self) -> bool:
@@ -77,8 +105,7 @@ class GroupedDecoder:
 
     def submit(self, row: DecodeRow) -> None:
         if not self.busy:
-            self.ranks.clear()
-        self.ranks.setdefault(row.group, len(self.ranks))
+            self.layouts.clear()
         self.waiting.append(row)
 
     def cancel(self, keys: set[Hashable]) -> None:
@@ -88,52 +115,71 @@ class GroupedDecoder:
             if lane.row.key in keys:
                 lane.finish_reason = "cancelled"
 
-    @torch.no_grad()
-    def step(self) -> list[Decoded]:
-        """Let waiting rows in where enough lanes are free, else one token for every live row.
-
-        Out of memory: all rows wait again, at most half as many at a time; each gives the text it would have
-        given. A row that does not fit alone comes back with `error`.
-        """
-        finished = self._leave()
-        entering = self._next_rows() if len(self.live) <= self.max_rows * 3 // 4 else []
-        try:
-            if entering:
-                self._enter(entering)
-            elif self.live:
-                self._advance()
-        except torch.OutOfMemoryError:
-            short = True
-        else:
-            short = False
-        return finished + (self._retreat(entering) if short else self._leave())
-
-    def _retreat(self, entering: list[_Live]) -> list[Decoded]:
-        lanes = self.live + [lane for lane in entering if lane not in self.live]
-        done = [self._decoded(lane) for lane in lanes if lane.finish_reason in ("stop", "length")]
-        rows = [lane.row for lane in lanes if not lane.finish_reason]
-        self.live, self.cache = [], Cache.empty()
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(rows) == 1:
-            error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
-            return [
-                *done,
-                Decoded(key=rows[0].key, text="", token_ids=(), finish_reason="failed", error=error),
-            ]
-        self.waiting.extendleft(reversed(rows))
-        self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
-        self.prefill_tokens = max(1, self.prefill_tokens // 2)
-        return done
-
     def run(self) -> list[Decoded]:
         done: list[Decoded] = []
         while self.busy:
             done += self.step()
         return done
 
+    @torch.no_grad()
+    def step(self) -> list[Decoded]:
+        """Let waiting rows in where lanes are free and the layout is due, else one token for every live row.
+
+        Out of memory: all rows wait again, at most half as many at a time; each gives the text it would have
+        given. A row that does not fit alone comes back with `error`.
+        """
+        finished: list[Decoded] = []
+        try:
+            if self._layout_is_due():
+                self._read()
+                finished = self._leave()
+                if entering := self._next_rows():
+                    self._enter(entering)
+                else:
+                    self._lay_out()
+            if self.steps_left:
+                self._advance()
+        except torch.OutOfMemoryError:
+            short = True
+        else:
+            short = False
+        return finished + (self._retreat() if short else [])
+
+    def _layout_is_due(self) -> bool:
+        """No step is left; or an eighth of the rows has finished, or a quarter of the lanes is free for
+        waiting ones (a new layout costs a copy of the cache)."""
+        going = sum(not lane.finish_reason for lane in self.live)
+        ended = len(self.live) - going
+        wanted = bool(self.waiting) and going <= self.max_rows * 3 // 4
+        return not self.steps_left or wanted or ended >= max(1, len(self.live) / 8)
+
+    def _leave(self) -> list[Decoded]:
+        """Take finished lanes out; after enough of them, try more rows at a time again."""
+        ended = [lane for lane in self.live if lane.finish_reason]
+        self.live = [lane for lane in self.live if not lane.finish_reason]
+        self.n_since_short += len(ended)
+        if self.n_since_short >= BATCHES_TO_RECOVER * self.max_rows:
+            self.n_since_short = 0
+            self.max_rows = min(2 * self.max_rows, self.most[0])
+            self.prefill_tokens = min(2 * self.prefill_tokens, self.most[1])
+        return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
+
+    def _retreat(self) -> list[Decoded]:
+        done = [self._decoded(lane) for lane in self.live if lane.finish_reason in ("stop", "length")]
+        rows = [lane.row for lane in self.live if not lane.finish_reason]
+        self.live, self.n_since_short = [], 0
+        self._clear()
+        free_cached_memory(self.base.device)
+        if len(rows) == 1:
+            error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
+            return [*done, Decoded(key=rows[0].key, finish_reason="failed", error=error)]
+        self.waiting.extendleft(reversed(rows))
+        self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
+        self.prefill_tokens = max(1, self.prefill_tokens // 2)
+        return done
+
     def _next_rows(self) -> list[_Live]:
-        """Waiting rows for which there are lanes and prompt tokens, group by group."""
+        """Waiting rows for which there are lanes and prompt tokens."""
         new: list[_Live] = []
         tokens = 0
         while self.waiting and len(self.live) + len(new) < self.max_rows:
@@ -141,53 +187,94 @@ class GroupedDecoder:
                 break
             tokens += len(self.waiting[0].token_ids)
             new.append(_Live(self.waiting[0], _draws(self.waiting.popleft())))
-        return sorted(new, key=self._rank)
-
-    def _rank(self, lane: _Live) -> int:
-        """Groups in the order in which they came, so that a batch is laid out alike in every process."""
-        return self.ranks[lane.row.group]
+        return new
 
     def _enter(self, new: list[_Live]) -> None:
-        """Prefill, packed; each row gets its first token and a place in the cache."""
-        lengths = [len(lane.row.token_ids) for lane in new]
-        prefill = Prefill(make_rows(lengths, self.base.device), lengths)
+        """Prefill, packed; each new row gets its place among the others and its first token."""
+        self.steps_left, self.plan = 0, make_plan(())  # no room for two plans
+        self._rank(new)
+        self.live = sorted([*self.live, *new], key=lambda lane: lane.rank)
+        new = [lane for lane in self.live if lane.place is None]
+        self._move_cache()
+        lengths = [lane.n_cached for lane in new]
+        rows = make_rows(lengths, self.base.device)
         hidden = self.base.hidden(
             [RowTokens.plain(lane.row.token_ids) for lane in new],
             _segments(new, lengths),
-            attend=prefill.attend,
+            attend=self.cache.prefill(rows, lengths, [lane.place for lane in new if lane.place is not None]),
         )
-        last = torch.tensor(lengths, device=self.base.device).cumsum(0) - 1
-        self._append(new, hidden[last])
+        last = torch.tensor(lengths).cumsum(0) - 1
+        logits = self._logits(hidden.index_select(0, last.to(self.base.device, non_blocking=True)))
         self.n_tokens += sum(lengths)
-        self.cache = self.cache.joined(prefill.cache(self.base.device))
-        self._reorder(self.live + new)
+        self._note(new, _Chooser(new, self.base.device)(logits).tolist())
 
-    def _reorder(self, lanes: list[_Live]) -> None:
-        """Lanes group by group; the cache follows."""
-        order = sorted(range(len(lanes)), key=lambda i: self._rank(lanes[i]))
-        self.live = [lanes[i] for i in order]
-        if order != list(range(len(order))):
-            self.cache = self.cache.selected(order)
+    def _rank(self, new: Sequence[_Live]) -> None:
+        """Rows with adapters before those of the base alone, layout by layout, then group by group in the
+        order in which they came, so that a batch is laid out alike in every process."""
+        known = {lane.row.group: lane.rank for lane in self.live}
+        for lane in new:
+            group, adapters = lane.row.group, lane.row.adapters
+            if group not in known:
+                layouts = [self.layouts.setdefault(a.layout, len(self.layouts)) for a in adapters]
+                known[group] = (not adapters, layouts, next(self.groups))
+            lane.rank = known[group]
+
+    def _move_cache(self) -> int:
+        """The cache follows the lanes. Returns for how many steps it has room."""
+        room = self.cache.arrange([lane.place for lane in self.live], [lane.n_cached for lane in self.live])
+        for i, lane in enumerate(self.live):
+            lane.place = i
+        return room
+
+    def _lay_out(self) -> None:
+        """All that stays the same in the next steps goes to the device."""
+        if not self.live:
+            return self._clear()
+        self.plan = make_plan(())
+        room = self._move_cache()
+        self.plan = make_plan(_segments(self.live, [1] * len(self.live)))
+        newest = torch.tensor([lane.new_ids[-1] for lane in self.live])
+        self.ids = newest.to(self.base.device, non_blocking=True)
+        self.chooser = _Chooser(self.live, self.base.device)
+        self.replay.renew()
+        self.steps_left = min(room, max(lane.row.max_new_tokens - len(lane.new_ids) for lane in self.live))
 
     def _advance(self) -> None:
-        """One token for every lane; finished ones that have not left yet run along, their cache unchanged."""
-        going = torch.tensor([not lane.finish_reason for lane in self.live], device=self.base.device)
-        ids = torch.tensor([(lane.new_ids or [0])[-1] for lane in self.live], device=self.base.device)
-        room = max(len(lane.row.token_ids) + lane.row.max_new_tokens for lane in self.live)
-        attend = self.cache.opened(room)
-        plan = make_plan(_segments(self.live, [1] * len(self.live)))
-        hidden = self.base.run(ids, self.cache.lengths, plan, attend)
-        self.cache.lengths += going
-        self._append(self.live, hidden)
+        """One token for every lane. Finished ones that have not left yet run along; what they give is
+        dropped."""
+        tokens = self.chooser(self.replay())
+        self.ids.copy_(tokens)
+        self.steps_left -= 1
+        before, self.unread = self.unread, Readback(tokens)
+        if before is not None:
+            self._note(self.live, before.tolist())
+        if not self.reads_late:
+            self._read()
 
-    def _append(self, lanes: list[_Live], hidden: torch.Tensor) -> None:
-        """Choose each lane's next token from hidden (lanes, d) and note which lanes are done."""
-        logits = F.linear(hidden, self.base.head.weight, self.base.head.bias).float()
-        self.n_tokens += len(lanes)
-        for lane, token in zip(lanes, _choose(logits, lanes).tolist(), strict=True):
+    def _pass(self) -> torch.Tensor:
+        """Logits (lanes, vocabulary) of each lane's next token; works on the same tensors each time."""
+        self.cache.advance()
+        with sdpa_kernel(KERNELS):
+            hidden = self.base.run(self.ids, self.cache.positions, self.plan, self.cache.attend)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.base.head.weight, self.base.head.bias)
+
+    def _read(self) -> None:
+        """Note the tokens of the last pass, if that has not been done."""
+        if self.unread is not None:
+            self._note(self.live, self.unread.tolist())
+        self.unread = None
+
+    def _note(self, lanes: Sequence[_Live], tokens: Sequence[int]) -> None:
+        """Give each lane its new token and note which lanes are done."""
+        eos_ids = self.base.eos_ids
+        for lane, token in zip(lanes, tokens, strict=True):
             if lane.finish_reason:
                 continue
-            if token in self.base.eos_ids:
+            self.n_tokens += 1
+            if token in eos_ids:
                 lane.finish_reason = "stop"
                 continue
             lane.new_ids.append(token)
@@ -195,17 +282,6 @@ class GroupedDecoder:
                 lane.finish_reason = "length"
             if lane.row.stop and any(s in self._text(lane) for s in lane.row.stop):
                 lane.finish_reason = "stop"
-
-    def _leave(self) -> list[Decoded]:
-        """Take finished lanes out, once an eighth of the batch is finished (each time costs a copy of the
-        cache)."""
-        ended = [lane for lane in self.live if lane.finish_reason]
-        if not ended or len(ended) < len(self.live) / 8:
-            return []
-        kept = [i for i, lane in enumerate(self.live) if not lane.finish_reason]
-        self.live = [self.live[i] for i in kept]
-        self.cache = self.cache.selected(kept)
-        return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
 
     def _text(self, lane: _Live) -> str:
         return self.base.tokenizer.decode(lane.new_ids, skip_special_tokens=True)
@@ -238,21 +314,30 @@ def _segments(lanes: Sequence[_Live], lengths: Sequence[int]) -> list[Segment]:
     return segments
 
 
-def _choose(logits: torch.Tensor, lanes: Sequence[_Live]) -> torch.Tensor:
-    """Next token (lanes,): the likeliest, or by each lane's own draw within its top-p nucleus (arXiv
-    1904.09751)."""
-    tokens = logits.argmax(-1)
-    sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
-    if not sampled:
-        return tokens
-    where = torch.tensor(sampled, device=logits.device)
-    rows = [lanes[i].row for i in sampled]
-    draws = torch.stack([lanes[i].draws[len(lanes[i].new_ids)] for i in sampled]).to(logits.device)
-    temperature = torch.tensor([r.temperature for r in rows], device=logits.device)
-    top_p = torch.tensor([r.top_p for r in rows], device=logits.device)
-    p, order = (logits[where] / temperature[:, None]).softmax(-1).sort(dim=-1, descending=True)
-    below = p.cumsum(-1) - p  # probability of everything likelier
-    mass = torch.where(below < top_p[:, None], p, 0).cumsum(-1)
-    place = (mass <= (draws * mass[:, -1])[:, None]).sum(-1).clamp(max=p.shape[-1] - 1)
-    tokens[where] = order.gather(1, place[:, None])[:, 0]
-    return tokens
+class _Chooser:
+    """Next tokens of the same lanes, step by step: the likeliest, or by each lane's own draw within its top-p
+    nucleus (arXiv 1904.09751)."""
+
+    def __init__(self, lanes: Sequence[_Live], device: torch.device):
+        sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
+        rows = [lanes[i].row for i in sampled]
+        draws = [lanes[i].draws[len(lanes[i].new_ids) :] for i in sampled]
+        self.step = 0
+        self.draws = (pad_sequence(draws) if draws else torch.empty(0, 0)).to(device)  # (steps, sampled)
+        self.where = torch.tensor(sampled, dtype=torch.long).to(device)
+        self.temperature = torch.tensor([r.temperature for r in rows]).to(device)[:, None]
+        self.top_p = torch.tensor([r.top_p for r in rows]).to(device)[:, None]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (lanes, vocabulary) → (lanes,)"""
+        tokens = logits.argmax(-1)
+        if self.step == len(self.draws):
+            return tokens
+        draws = self.draws[self.step][:, None]
+        self.step += 1
+        chances = (logits.index_select(0, self.where).float() / self.temperature).softmax(-1)
+        p, order = chances.sort(dim=-1, descending=True)
+        below = p.cumsum(-1) - p  # probability of everything likelier
+        mass = torch.where(below < self.top_p, p, 0).cumsum(-1)
+        place = (mass <= draws * mass[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+        return tokens.index_copy_(0, self.where, order.gather(1, place[:, None])[:, 0])

@@ -1,6 +1,7 @@
 """What differs between devices: copies that do not wait, memory that ran out, kernels that exist."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,25 +35,21 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
 
 
 class Readback:
-    """A small tensor on its way to the host; `ready` and `values` do not make the device wait.
-
-    On a CPU it is there at once."""
+    """A small tensor on its way to the host. Its copy is queued behind what made it, so that reading it does not
+    wait for what is queued later."""
 
     def __init__(self, t: torch.Tensor):
-        self.event: torch.cuda.Event | None = None
-        if t.is_cuda:
-            self.host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
-            self.host.copy_(t, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host = t
+        self.host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        self.host.copy_(t, non_blocking=True)
+        self.copied = torch.cuda.Event() if t.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
 
     @property
     def ready(self) -> bool:
-        return self.event is None or self.event.query()
+        return self.copied is None or self.copied.query()
 
-    def values(self) -> list[float]:
-        if self.event is not None:
-            self.event.synchronize()
+    def tolist(self) -> list[Any]:
+        if self.copied is not None:
+            self.copied.synchronize()
         return self.host.tolist()

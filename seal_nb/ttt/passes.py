@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from seal_nb.ttt.fused import fused
 from seal_nb.ttt.jobs import TrainRow
 from seal_nb.ttt.loss import weighted_nll
 from seal_nb.ttt.packing import Attend, Rows, make_rows
+from seal_nb.ttt.replay import cuda_graph
 
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 32
@@ -120,7 +120,6 @@ class Replays:
         self.seen: Counter[Shape] = Counter()
         self.bank: Bank | None = None
         self.graphs: dict[Shape, _Static] = {}
-        self.pool: Any = None
 
     def run(self, pass_: Pass) -> torch.Tensor:
         """As `run_eager`. A shape is captured the second time it comes; the first time warms it up."""
@@ -148,7 +147,7 @@ class Replays:
         """Drop all captured passes and the memory that they hold."""
         self.graphs.clear()
         self.seen.clear()
-        self.bank, self.pool = None, None
+        self.bank = None
 
     def _only_bank(self, pass_: Pass) -> Bank | None:
         """The bank of all slots, where the pass is one that can be captured."""
@@ -162,9 +161,9 @@ class Replays:
 
     def _captured(self, static: "_Static") -> bool:
         """Capture; where the model does something that cannot be captured, no pass is from now on."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        before = next((s.graph for s in self.graphs.values() if s.graph is not None), None)
         try:
-            static.capture(self.pool)
+            static.graph, static.losses = cuda_graph(static.run, before)  # graphs share one pool of memory
         except torch.OutOfMemoryError:
             self.forget()
             raise
@@ -255,12 +254,6 @@ class _Static:
             return _run(
                 self.base, self.tokens, self.labels, self.floats[0], self.plan, self.attend, self.bank.n
             )
-
-    def capture(self, pool: Any) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.losses = self.run()
-        self.graph = graph
 
     def replay(self) -> torch.Tensor:
         assert self.graph is not None

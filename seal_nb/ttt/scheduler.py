@@ -336,7 +336,7 @@ def _windows(batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
 
 def _result(slot: Slot) -> Trained:
     assert slot.outcome is not None
-    values = slot.outcome.values()
+    values = slot.outcome.tolist()
     losses, norms = values[: len(slot.losses)], values[len(slot.losses) :]
     bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
     error = ""
