@@ -121,13 +121,14 @@ class FrozenBase:
             attend = make_rows(
                 [len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]
             ).attend
-        return self.run(ids, positions, segments, attend)
+        return self.run(ids, positions, self.make_plan(segments), attend)
 
-    def run(
-        self, ids: torch.Tensor, positions: torch.Tensor, segments: Sequence[Segment], attend: Attend
-    ) -> torch.Tensor:
+    def make_plan(self, segments: Sequence[Segment]) -> Plan:
+        return make_plan(segments, self.stacks)
+
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, plan: Plan, attend: Attend) -> torch.Tensor:
         """As `hidden`, from token ids and positions (T,) that are on the device already."""
-        self.current.plan = make_plan(segments, self.stacks)
+        self.current.plan = plan
         try:
             return self.decoder(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend

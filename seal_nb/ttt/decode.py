@@ -2,22 +2,28 @@
 
 Each step gives every live row its next token in one pass of the frozen base; rows lie group by group (a
 group: rows with the same adapters), so each group's low-rank branch is one small product. Finished rows
-leave, waiting rows enter. Greedy answers equal `transformers.generate` with the PEFT adapter; sampling
-draws from a stream of each row's own, so a text does not depend on its neighbours."""
+leave, waiting rows enter; until they do, a step only launches work, and on CUDA its tokens are read while the
+next step runs. Greedy answers equal `transformers.generate` with the PEFT adapter; sampling draws from a
+stream of each row's own, so a text does not depend on its neighbours."""
 
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
-from seal_nb.ttt.branches import Segment
-from seal_nb.ttt.kv_cache import Cache, Prefill
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.branches import Plan, Segment
+from seal_nb.ttt.kv_cache import KERNELS, Cache, Prefill
+from seal_nb.ttt.lora import Adapter, Layout
 from seal_nb.ttt.packing import make_rows
+from seal_nb.ttt.replay import Replay, cuda_graph
+
+BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,12 +57,21 @@ class Decoded:
 
 @dataclass(eq=False)
 class _Live:
-    """A row in the batch: its new tokens so far, and its own uniform draws if it samples."""
+    """A row in the batch: its new tokens so far, and its own uniform draws if it samples.
+
+    place: its row of the cache, None before its first pass; rank: sorts the batch"""
 
     row: DecodeRow
     draws: torch.Tensor
     new_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    place: int | None = None
+    rank: tuple[bool, list[int], int] = (False, [], 0)
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens with keys and values: all but the newest one."""
+        return len(self.row.token_ids) + max(0, len(self.new_ids) - 1)
 
 
 class GroupedDecoder:
@@ -65,11 +80,25 @@ class GroupedDecoder:
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
+        self.most = (max_rows, prefill_tokens)
+        self.n_since_short = 0
         self.waiting: deque[DecodeRow] = deque()
         self.live: list[_Live] = []
-        self.cache = Cache.empty()
         self.n_tokens = 0
-        self.ranks: dict[tuple[int, ...], int] = {}
+        self.layouts: dict[Layout, int] = {}
+        self.groups = count()
+        on_cuda = base.device.type == "cuda"
+        self.reads_late = on_cuda
+        self.replay = Replay(self._pass, cuda_graph if on_cuda else None)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Let go of all that a batch holds on the device."""
+        self.cache = Cache(self.base.device, self.base.dtype)
+        self.unread: _Unread | None = None
+        self.plan, self.ids = Plan(), torch.empty(0)
+        self.steps_left = 0
+        self.replay.renew()
 
     @property
     def busy(self) -> bool:
@@ -77,8 +106,7 @@ class GroupedDecoder:
 
     def submit(self, row: DecodeRow) -> None:
         if not self.busy:
-            self.ranks.clear()
-        self.ranks.setdefault(row.group, len(self.ranks))
+            self.layouts.clear()
         self.waiting.append(row)
 
     def cancel(self, keys: set[Hashable]) -> None:
@@ -90,29 +118,38 @@ class GroupedDecoder:
 
     @torch.no_grad()
     def step(self) -> list[Decoded]:
-        """Let waiting rows in where enough lanes are free, else one token for every live row.
+        """Lay the batch out anew if that is due, and give every live row one token.
 
         Out of memory: all rows wait again, at most half as many at a time; each gives the text it would have
         given. A row that does not fit alone comes back with `error`.
         """
-        finished = self._leave()
-        entering = self._next_rows() if len(self.live) <= self.max_rows * 3 // 4 else []
+        finished: list[Decoded] = []
         try:
-            if entering:
-                self._enter(entering)
-            elif self.live:
+            if self._layout_is_due():
+                self._read()
+                finished = self._leave()
+                self._arrange(self._next_rows())
+            if self.steps_left:
                 self._advance()
         except torch.OutOfMemoryError:
             short = True
         else:
             short = False
-        return finished + (self._retreat(entering) if short else self._leave())
+        return finished + (self._retreat() if short else [])
 
-    def _retreat(self, entering: list[_Live]) -> list[Decoded]:
-        lanes = self.live + [lane for lane in entering if lane not in self.live]
-        done = [self._decoded(lane) for lane in lanes if lane.finish_reason in ("stop", "length")]
-        rows = [lane.row for lane in lanes if not lane.finish_reason]
-        self.live, self.cache = [], Cache.empty()
+    def _layout_is_due(self) -> bool:
+        """No step is left; or an eighth of the rows has finished, or a quarter of the lanes is free for
+        waiting ones (a new layout costs a copy of the cache)."""
+        going = sum(not lane.finish_reason for lane in self.live)
+        ended = len(self.live) - going
+        entering = bool(self.waiting) and going <= self.max_rows * 3 // 4
+        return not self.steps_left or entering or ended >= max(1, len(self.live) / 8)
+
+    def _retreat(self) -> list[Decoded]:
+        done = [self._decoded(lane) for lane in self.live if lane.finish_reason in ("stop", "length")]
+        rows = [lane.row for lane in self.live if not lane.finish_reason]
+        self.live, self.n_since_short = [], 0
+        self._clear()
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(rows) == 1:
@@ -126,6 +163,17 @@ class GroupedDecoder:
         self.prefill_tokens = max(1, self.prefill_tokens // 2)
         return done
 
+    def _leave(self) -> list[Decoded]:
+        """Take finished lanes out; after enough of them, try more rows at a time again."""
+        ended = [lane for lane in self.live if lane.finish_reason]
+        self.live = [lane for lane in self.live if not lane.finish_reason]
+        self.n_since_short += len(ended)
+        if self.n_since_short >= BATCHES_TO_RECOVER * self.max_rows:
+            self.n_since_short = 0
+            self.max_rows = min(2 * self.max_rows, self.most[0])
+            self.prefill_tokens = min(2 * self.prefill_tokens, self.most[1])
+        return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
+
     def run(self) -> list[Decoded]:
         done: list[Decoded] = []
         while self.busy:
@@ -133,60 +181,98 @@ class GroupedDecoder:
         return done
 
     def _next_rows(self) -> list[_Live]:
-        """Waiting rows for which there are lanes and prompt tokens, group by group."""
+        """Waiting rows for which there are lanes and prompt tokens."""
         new: list[_Live] = []
         tokens = 0
+        if len(self.live) > self.max_rows * 3 // 4:
+            return new
         while self.waiting and len(self.live) + len(new) < self.max_rows:
             if new and tokens + len(self.waiting[0].token_ids) > self.prefill_tokens:
                 break
             tokens += len(self.waiting[0].token_ids)
             new.append(_Live(self.waiting[0], _draws(self.waiting.popleft())))
-        return sorted(new, key=self._rank)
+        return new
 
-    def _rank(self, lane: _Live) -> int:
-        """Groups in the order in which they came, so that a batch is laid out alike in every process."""
-        return self.ranks[lane.row.group]
+    def _arrange(self, entering: Sequence[_Live]) -> None:
+        """Lay the lanes out and prefill new ones. All that the next steps need goes to the device now."""
+        self._rank(entering)
+        self.live = sorted([*self.live, *entering], key=lambda lane: lane.rank)
+        if not self.live:
+            return self._clear()
+        self.replay.renew()
+        room = self.cache.arrange([lane.place for lane in self.live], [lane.n_cached for lane in self.live])
+        if entering:
+            self._prefill([i for i, lane in enumerate(self.live) if lane.place is None])
+        for i, lane in enumerate(self.live):
+            lane.place = i
+        self.plan = self.base.make_plan(_segments(self.live, [1] * len(self.live)))
+        newest = torch.tensor([(lane.new_ids or [0])[-1] for lane in self.live])
+        self.ids = newest.to(self.base.device, non_blocking=True)
+        self.chooser = _Chooser(self.live, self.base.device)
+        wanted = [lane.row.max_new_tokens - len(lane.new_ids) for lane in self.live if not lane.finish_reason]
+        self.steps_left = min(room, max(wanted, default=0))
 
-    def _enter(self, new: list[_Live]) -> None:
-        """Prefill, packed; each row gets its first token and a place in the cache."""
+    def _rank(self, entering: Sequence[_Live]) -> None:
+        """Rows with adapters before those of the base alone, layout by layout, then group by group in the
+        order in which they came, so that a batch is laid out alike in every process."""
+        known = {lane.row.group: lane.rank for lane in self.live}
+        for lane in entering:
+            group, adapters = lane.row.group, lane.row.adapters
+            if group not in known:
+                layouts = [self.layouts.setdefault(a.layout, len(self.layouts)) for a in adapters]
+                known[group] = (not adapters, layouts, next(self.groups))
+            lane.rank = known[group]
+
+    def _prefill(self, at: Sequence[int]) -> None:
+        """First pass of the lanes `at`, packed: fills their rows of the cache, gives their first tokens."""
+        new = [self.live[i] for i in at]
         lengths = [len(lane.row.token_ids) for lane in new]
-        prefill = Prefill(make_rows(lengths, self.base.device), lengths)
+        prefill = Prefill(self.cache, make_rows(lengths, self.base.device), at)
         hidden = self.base.hidden(
             [RowTokens.plain(lane.row.token_ids) for lane in new],
             _segments(new, lengths),
             attend=prefill.attend,
         )
-        last = torch.tensor(lengths, device=self.base.device).cumsum(0) - 1
-        self._append(new, hidden[last])
+        last = torch.tensor(lengths).cumsum(0) - 1
+        logits = self._logits(hidden.index_select(0, last.to(self.base.device, non_blocking=True)))
         self.n_tokens += sum(lengths)
-        self.cache = self.cache.joined(prefill.cache(self.base.device))
-        self._reorder(self.live + new)
-
-    def _reorder(self, lanes: list[_Live]) -> None:
-        """Lanes group by group; the cache follows."""
-        order = sorted(range(len(lanes)), key=lambda i: self._rank(lanes[i]))
-        self.live = [lanes[i] for i in order]
-        if order != list(range(len(order))):
-            self.cache = self.cache.selected(order)
+        self._note(new, _Chooser(new, self.base.device)(logits).tolist())
 
     def _advance(self) -> None:
-        """One token for every lane; finished ones that have not left yet run along, their cache unchanged."""
-        going = torch.tensor([not lane.finish_reason for lane in self.live], device=self.base.device)
-        ids = torch.tensor([(lane.new_ids or [0])[-1] for lane in self.live], device=self.base.device)
-        room = max(len(lane.row.token_ids) + lane.row.max_new_tokens for lane in self.live)
-        attend = self.cache.opened(room)
-        hidden = self.base.run(ids, self.cache.lengths, _segments(self.live, [1] * len(self.live)), attend)
-        self.cache.lengths += going
-        self._append(self.live, hidden)
+        """One token for every lane. Finished ones that have not left yet run along; what they give is
+        dropped."""
+        tokens = self.chooser(self.replay())
+        self.ids.copy_(tokens)
+        self.steps_left -= 1
+        before, self.unread = self.unread, _Unread(tokens)
+        if before is not None:
+            self._note(self.live, before.tolist())
+        if not self.reads_late:
+            self._read()
 
-    def _append(self, lanes: list[_Live], hidden: torch.Tensor) -> None:
-        """Choose each lane's next token from hidden (lanes, d) and note which lanes are done."""
-        logits = F.linear(hidden, self.base.head.weight, self.base.head.bias).float()
-        self.n_tokens += len(lanes)
-        for lane, token in zip(lanes, _choose(logits, lanes).tolist(), strict=True):
+    def _pass(self) -> torch.Tensor:
+        """Logits (lanes, vocabulary) of each lane's next token; works on the same tensors each time."""
+        self.cache.advance()
+        with sdpa_kernel(KERNELS):
+            return self._logits(self.base.run(self.ids, self.cache.positions, self.plan, self.cache.attend))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.base.head.weight, self.base.head.bias)
+
+    def _read(self) -> None:
+        """Note the tokens of the last pass, if that has not been done."""
+        unread, self.unread = self.unread, None
+        if unread is not None:
+            self._note(self.live, unread.tolist())
+
+    def _note(self, lanes: Sequence[_Live], tokens: Sequence[int]) -> None:
+        """Give each lane its new token and note which lanes are done."""
+        eos_ids = self.base.eos_ids
+        for lane, token in zip(lanes, tokens, strict=True):
             if lane.finish_reason:
                 continue
-            if token in self.base.eos_ids:
+            self.n_tokens += 1
+            if token in eos_ids:
                 lane.finish_reason = "stop"
                 continue
             lane.new_ids.append(token)
@@ -194,17 +280,6 @@ class GroupedDecoder:
                 lane.finish_reason = "length"
             if lane.row.stop and any(s in self._text(lane) for s in lane.row.stop):
                 lane.finish_reason = "stop"
-
-    def _leave(self) -> list[Decoded]:
-        """Take finished lanes out, once an eighth of the batch is finished (each time costs a copy of the
-        cache)."""
-        ended = [lane for lane in self.live if lane.finish_reason]
-        if not ended or len(ended) < len(self.live) / 8:
-            return []
-        kept = [i for i, lane in enumerate(self.live) if not lane.finish_reason]
-        self.live = [self.live[i] for i in kept]
-        self.cache = self.cache.selected(kept)
-        return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
 
     def _text(self, lane: _Live) -> str:
         return self.base.tokenizer.decode(lane.new_ids, skip_special_tokens=True)
@@ -237,21 +312,47 @@ def _segments(lanes: Sequence[_Live], lengths: Sequence[int]) -> list[Segment]:
     return segments
 
 
-def _choose(logits: torch.Tensor, lanes: Sequence[_Live]) -> torch.Tensor:
-    """Next token (lanes,): the likeliest, or by each lane's own draw within its top-p nucleus (arXiv
-    1904.09751)."""
-    tokens = logits.argmax(-1)
-    sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
-    if not sampled:
-        return tokens
-    where = torch.tensor(sampled, device=logits.device)
-    rows = [lanes[i].row for i in sampled]
-    draws = torch.stack([lanes[i].draws[len(lanes[i].new_ids)] for i in sampled]).to(logits.device)
-    temperature = torch.tensor([r.temperature for r in rows], device=logits.device)
-    top_p = torch.tensor([r.top_p for r in rows], device=logits.device)
-    p, order = (logits[where] / temperature[:, None]).softmax(-1).sort(dim=-1, descending=True)
-    below = p.cumsum(-1) - p  # probability of everything likelier
-    mass = torch.where(below < top_p[:, None], p, 0).cumsum(-1)
-    place = (mass <= (draws * mass[:, -1])[:, None]).sum(-1).clamp(max=p.shape[-1] - 1)
-    tokens[where] = order.gather(1, place[:, None])[:, 0]
-    return tokens
+class _Unread:
+    """Tokens on their way to the host. The copy is queued right behind the pass that gave them, so that
+    reading them does not wait for passes that are queued later."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self.host.copy_(tokens, non_blocking=True)
+        self.copied = torch.cuda.Event() if tokens.is_cuda else None
+        if self.copied is not None:
+            self.copied.record()
+
+    def tolist(self) -> list[int]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host.tolist()
+
+
+class _Chooser:
+    """Next tokens of the same lanes, step by step: the likeliest, or by each lane's own draw within its top-p
+    nucleus (arXiv 1904.09751)."""
+
+    def __init__(self, lanes: Sequence[_Live], device: torch.device):
+        sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
+        rows = [lanes[i].row for i in sampled]
+        draws = [lanes[i].draws[len(lanes[i].new_ids) :] for i in sampled]
+        self.step = 0
+        self.draws = (pad_sequence(draws) if draws else torch.empty(0, 0)).to(device)  # (steps, sampled)
+        self.where = torch.tensor(sampled, dtype=torch.long).to(device)
+        self.temperature = torch.tensor([r.temperature for r in rows]).to(device)[:, None]
+        self.top_p = torch.tensor([r.top_p for r in rows]).to(device)[:, None]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (lanes, vocabulary) → (lanes,)"""
+        tokens = logits.argmax(-1)
+        if self.step == len(self.draws):
+            return tokens
+        draws = self.draws[self.step][:, None]
+        self.step += 1
+        chances = (logits.index_select(0, self.where).float() / self.temperature).softmax(-1)
+        p, order = chances.sort(dim=-1, descending=True)
+        below = p.cumsum(-1) - p  # probability of everything likelier
+        mass = torch.where(below < self.top_p, p, 0).cumsum(-1)
+        place = (mass <= draws * mass[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+        return tokens.index_copy_(0, self.where, order.gather(1, place[:, None])[:, 0])

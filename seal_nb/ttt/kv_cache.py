@@ -1,94 +1,102 @@
-"""Keys and values of the texts being decoded: filled by a packed first pass, then a token at a time.
+"""Keys and values of the texts being decoded: written by a packed first pass, then a token at a time.
 
-Rows join and leave; a row's place in the cache is its place in the batch. Knows nothing of adapters or of
-what is generated."""
+A row's place in the cache is its place in the batch. Between two calls of `arrange` a step works in place on
+the same tensors, and no length is read from the device, so a step can be recorded and replayed. Knows nothing
+of adapters or of what is generated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
-from seal_nb.ttt.packing import Attend, Rows
+from seal_nb.ttt.packing import Rows
+
+BLOCK = 32  # tokens: the room of all rows grows by this; a multiple of 16, as CUDA's kernels want the mask
+# Without cuDNN's, which torch prefers on Hopper: it makes a plan, about 30 ms, for each new shape of a batch.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-@dataclass
 class Cache:
-    """Keys and values of live rows: a (rows, kv_heads, room, d) tensor a layer, tokens at the left; lengths
-    (rows,)."""
+    """Keys and values of live rows: a (rows, room, kv_heads, d) tensor a layer, tokens at the left.
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    lengths: torch.Tensor
+    positions (rows,): of each row's newest token; places (rows,): where it lies among all (rows * room)
+    mask (rows, 1, 1, room): 0 where a row has a token, else -inf
+    """
 
-    @classmethod
-    def empty(cls) -> "Cache":
-        return cls([], [], torch.zeros(0, dtype=torch.long))
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.device, self.dtype = device, dtype
+        self.room = 0
 
-    def joined(self, other: "Cache") -> "Cache":
-        if not len(self.lengths):
-            return other
-        room = max(self.keys[0].shape[2], other.keys[0].shape[2])
-        pairs = [
-            [torch.cat([_widened(a, room), _widened(b, room)]) for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in ((self.keys, other.keys), (self.values, other.values))
-        ]
-        return Cache(pairs[0], pairs[1], torch.cat([self.lengths, other.lengths]))
+    def arrange(self, old_rows: Sequence[int | None], lengths: Sequence[int]) -> int:
+        """Row i becomes what row old_rows[i] was (None: empty), with lengths[i] tokens, those of its first
+        pass included. Returns for how many steps there is room."""
+        self.room = (max(lengths) // BLOCK + 1) * BLOCK
+        chosen = self._index([row or 0 for row in old_rows])
+        empty = self._index([i for i, row in enumerate(old_rows) if row is None])
+        for side in (self.keys, self.values):
+            for layer in side:
+                kept = side[layer][:, : self.room].index_select(0, chosen).index_fill_(0, empty, 0)
+                missing = self.room - kept.shape[1]
+                side[layer] = F.pad(kept, (0, 0, 0, 0, 0, missing)) if missing else kept
+        self.positions = self._index(lengths) - 1
+        self.places = self.positions + torch.arange(len(lengths), device=self.device) * self.room
+        seen = torch.arange(self.room, device=self.device) <= self.positions[:, None]
+        self.mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype)
+        self.mask = self.mask.masked_fill_(~seen, float("-inf"))[:, None, None]
+        return self.room - max(lengths)
 
-    def selected(self, rows: Sequence[int]) -> "Cache":
-        index = torch.tensor(rows, device=self.lengths.device, dtype=torch.long)
-        longest = int(self.lengths[index].max()) if len(rows) else 0
-        kept = [[t[index, :, :longest] for t in side] for side in (self.keys, self.values)]
-        return Cache(kept[0], kept[1], self.lengths[index])
-
-    def opened(self, room: int) -> Attend:
-        """The attention of one step: each row's new token is written after its last one and sees the row's
-        tokens."""
-        if self.keys[0].shape[2] < room:
-            self.keys = [_widened(t, room) for t in self.keys]
-            self.values = [_widened(t, room) for t in self.values]
-        seen = int(self.lengths.max()) + 1
-        mask = (torch.arange(seen, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)
-
-        def attend(
-            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-        ) -> torch.Tensor:
-            keys, values = self.keys[layer.layer_idx], self.values[layer.layer_idx]  # type: ignore[index]
-            keys[rows, :, self.lengths] = k[0].transpose(0, 1)
-            values[rows, :, self.lengths] = v[0].transpose(0, 1)
-            out = F.scaled_dot_product_attention(
-                q[0].transpose(0, 1)[:, :, None],  # (rows, heads, 1, d)
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                attn_mask=mask,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            return out[:, :, 0][None]
-
-        return attend
-
-
-def _widened(t: torch.Tensor, room: int) -> torch.Tensor:
-    return F.pad(t, (0, 0, 0, room - t.shape[2])) if t.shape[2] < room else t
-
-
-class Prefill:
-    """Attention of the first pass, which keeps each layer's keys and values."""
-
-    def __init__(self, rows: Rows, lengths: Sequence[int]):
-        self.rows, self.lengths = rows, lengths
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+    def advance(self) -> None:
+        """Make each row one token longer; the pass that follows fills in its keys and values."""
+        self.positions += 1
+        self.places += 1
+        self.mask.view(-1).index_fill_(0, self.places, 0)
 
     def attend(
         self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        self.keys.append(self.rows.padded(k[0].transpose(0, 1)))
-        self.values.append(self.rows.padded(v[0].transpose(0, 1)))
-        return self.rows.attend(layer, q, k, v, scaling)
+        """Attention of a step: each row's new token sees the row's tokens. Query heads that share a key head
+        are queries of one head, so that no key is repeated."""
+        keys, values = self.write(layer, k, v, self.places)
+        out = F.scaled_dot_product_attention(
+            q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1)),  # (rows, kv_heads, heads / kv_heads, d)
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=self.mask,
+            scale=scaling,
+        )
+        return out.flatten(1, 2)[None]
 
-    def cache(self, device: torch.device) -> Cache:
-        return Cache(self.keys, self.values, torch.tensor(self.lengths, device=device))
+    def write(
+        self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Tokens k, v (1, kv_heads, T, d) to their places; a layer's tensors are made at its first call."""
+        index: int = layer.layer_idx  # type: ignore[assignment]
+        shape = (len(self.mask), self.room)
+        for side, new in ((self.keys, k), (self.values, v)):
+            tokens = new[0].transpose(0, 1)
+            if index not in side:
+                side[index] = tokens.new_zeros(*shape, *tokens.shape[1:])
+            side[index].view(-1, *tokens.shape[1:]).index_copy_(0, places, tokens)
+        return [self.keys[index], self.values[index]]
+
+    def _index(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+class Prefill:
+    """Attention of the first pass, which writes the tokens of `rows` to rows `at` of the cache."""
+
+    def __init__(self, cache: Cache, rows: Rows, at: Sequence[int]):
+        self.cache, self.rows = cache, rows
+        places = [torch.arange(n) + i * cache.room for i, n in zip(at, rows.lengths, strict=True)]
+        self.places = torch.cat(places).to(cache.device, non_blocking=True)
+
+    def attend(
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        self.cache.write(layer, k, v, self.places)
+        return self.rows.attend(layer, q, k, v, scaling)

@@ -102,10 +102,10 @@ def test_out_of_memory_halves_the_batch_and_every_text_still_comes(monkeypatch: 
     texts = {one.key: alone(one) for one in rows}
     run = BASE.run
 
-    def small_device(ids, positions, segments, attend):  # type: ignore[no-untyped-def]
+    def small_device(ids, positions, plan, attend):  # type: ignore[no-untyped-def]
         if len(ids) > 40:
             raise torch.OutOfMemoryError("out of memory")
-        return run(ids, positions, segments, attend)
+        return run(ids, positions, plan, attend)
 
     monkeypatch.setattr(BASE, "run", small_device)
     decoder = GroupedDecoder(BASE)
