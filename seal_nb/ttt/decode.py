@@ -17,8 +17,8 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
-from seal_nb.ttt.branches import Plan, Segment
-from seal_nb.ttt.kv_cache import KERNELS, Cache, Prefill
+from seal_nb.ttt.branches import Segment
+from seal_nb.ttt.kv_cache import KERNELS, Cache
 from seal_nb.ttt.lora import Adapter, Layout
 from seal_nb.ttt.packing import make_rows
 from seal_nb.ttt.replay import Replay, cuda_graph
@@ -49,8 +49,8 @@ class Decoded:
     """A generated text. finish_reason: "stop" (EOS or a stop text), "length", or "failed" with an `error`."""
 
     key: Hashable
-    text: str
-    token_ids: tuple[int, ...]
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
     finish_reason: str
     error: str = ""
 
@@ -81,24 +81,22 @@ class GroupedDecoder:
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
         self.most = (max_rows, prefill_tokens)
-        self.n_since_short = 0
         self.waiting: deque[DecodeRow] = deque()
         self.live: list[_Live] = []
-        self.n_tokens = 0
         self.layouts: dict[Layout, int] = {}
         self.groups = count()
-        on_cuda = base.device.type == "cuda"
-        self.reads_late = on_cuda
-        self.replay = Replay(self._pass, cuda_graph if on_cuda else None)
+        self.n_tokens = self.n_since_short = 0
+        self.reads_late = base.device.type == "cuda"
+        self.replay = Replay(self._pass, cuda_graph if self.reads_late else None)
         self._clear()
 
     def _clear(self) -> None:
         """Let go of all that a batch holds on the device."""
         self.cache = Cache(self.base.device, self.base.dtype)
+        self.plan, self.ids = self.base.make_plan(()), torch.empty(0)
         self.unread: _Unread | None = None
-        self.plan, self.ids = Plan(), torch.empty(0)
         self.steps_left = 0
-        self.replay.renew()
+        self.replay.clear()
 
     @property
     def busy(self) -> bool:
@@ -116,9 +114,15 @@ class GroupedDecoder:
             if lane.row.key in keys:
                 lane.finish_reason = "cancelled"
 
+    def run(self) -> list[Decoded]:
+        done: list[Decoded] = []
+        while self.busy:
+            done += self.step()
+        return done
+
     @torch.no_grad()
     def step(self) -> list[Decoded]:
-        """Lay the batch out anew if that is due, and give every live row one token.
+        """Let waiting rows in where lanes are free and the layout is due, else one token for every live row.
 
         Out of memory: all rows wait again, at most half as many at a time; each gives the text it would have
         given. A row that does not fit alone comes back with `error`.
@@ -128,7 +132,10 @@ class GroupedDecoder:
             if self._layout_is_due():
                 self._read()
                 finished = self._leave()
-                self._arrange(self._next_rows())
+                if entering := self._next_rows():
+                    self._enter(entering)
+                else:
+                    self._lay_out()
             if self.steps_left:
                 self._advance()
         except torch.OutOfMemoryError:
@@ -142,26 +149,8 @@ class GroupedDecoder:
         waiting ones (a new layout costs a copy of the cache)."""
         going = sum(not lane.finish_reason for lane in self.live)
         ended = len(self.live) - going
-        entering = bool(self.waiting) and going <= self.max_rows * 3 // 4
-        return not self.steps_left or entering or ended >= max(1, len(self.live) / 8)
-
-    def _retreat(self) -> list[Decoded]:
-        done = [self._decoded(lane) for lane in self.live if lane.finish_reason in ("stop", "length")]
-        rows = [lane.row for lane in self.live if not lane.finish_reason]
-        self.live, self.n_since_short = [], 0
-        self._clear()
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(rows) == 1:
-            error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
-            return [
-                *done,
-                Decoded(key=rows[0].key, text="", token_ids=(), finish_reason="failed", error=error),
-            ]
-        self.waiting.extendleft(reversed(rows))
-        self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
-        self.prefill_tokens = max(1, self.prefill_tokens // 2)
-        return done
+        wanted = bool(self.waiting) and going <= self.max_rows * 3 // 4
+        return not self.steps_left or wanted or ended >= max(1, len(self.live) / 8)
 
     def _leave(self) -> list[Decoded]:
         """Take finished lanes out; after enough of them, try more rows at a time again."""
@@ -174,18 +163,25 @@ class GroupedDecoder:
             self.prefill_tokens = min(2 * self.prefill_tokens, self.most[1])
         return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
 
-    def run(self) -> list[Decoded]:
-        done: list[Decoded] = []
-        while self.busy:
-            done += self.step()
+    def _retreat(self) -> list[Decoded]:
+        done = [self._decoded(lane) for lane in self.live if lane.finish_reason in ("stop", "length")]
+        rows = [lane.row for lane in self.live if not lane.finish_reason]
+        self.live, self.n_since_short = [], 0
+        self._clear()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(rows) == 1:
+            error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
+            return [*done, Decoded(key=rows[0].key, finish_reason="failed", error=error)]
+        self.waiting.extendleft(reversed(rows))
+        self.max_rows = max(1, min(self.max_rows, len(rows)) // 2)
+        self.prefill_tokens = max(1, self.prefill_tokens // 2)
         return done
 
     def _next_rows(self) -> list[_Live]:
         """Waiting rows for which there are lanes and prompt tokens."""
         new: list[_Live] = []
         tokens = 0
-        if len(self.live) > self.max_rows * 3 // 4:
-            return new
         while self.waiting and len(self.live) + len(new) < self.max_rows:
             if new and tokens + len(self.waiting[0].token_ids) > self.prefill_tokens:
                 break
@@ -193,50 +189,55 @@ class GroupedDecoder:
             new.append(_Live(self.waiting[0], _draws(self.waiting.popleft())))
         return new
 
-    def _arrange(self, entering: Sequence[_Live]) -> None:
-        """Lay the lanes out and prefill new ones. All that the next steps need goes to the device now."""
-        self._rank(entering)
-        self.live = sorted([*self.live, *entering], key=lambda lane: lane.rank)
-        if not self.live:
-            return self._clear()
-        self.replay.renew()
-        room = self.cache.arrange([lane.place for lane in self.live], [lane.n_cached for lane in self.live])
-        if entering:
-            self._prefill([i for i, lane in enumerate(self.live) if lane.place is None])
-        for i, lane in enumerate(self.live):
-            lane.place = i
-        self.plan = self.base.make_plan(_segments(self.live, [1] * len(self.live)))
-        newest = torch.tensor([(lane.new_ids or [0])[-1] for lane in self.live])
-        self.ids = newest.to(self.base.device, non_blocking=True)
-        self.chooser = _Chooser(self.live, self.base.device)
-        wanted = [lane.row.max_new_tokens - len(lane.new_ids) for lane in self.live if not lane.finish_reason]
-        self.steps_left = min(room, max(wanted, default=0))
+    def _enter(self, new: list[_Live]) -> None:
+        """Prefill, packed; each new row gets its place among the others and its first token."""
+        self.steps_left, self.plan = 0, self.base.make_plan(())  # no room for two plans
+        self._rank(new)
+        self.live = sorted([*self.live, *new], key=lambda lane: lane.rank)
+        new = [lane for lane in self.live if lane.place is None]
+        self._move_cache()
+        lengths = [lane.n_cached for lane in new]
+        rows = make_rows(lengths, self.base.device)
+        hidden = self.base.hidden(
+            [RowTokens.plain(lane.row.token_ids) for lane in new],
+            _segments(new, lengths),
+            attend=self.cache.prefill(rows, [lane.place for lane in new if lane.place is not None]),
+        )
+        last = torch.tensor(lengths).cumsum(0) - 1
+        logits = self._logits(hidden.index_select(0, last.to(self.base.device, non_blocking=True)))
+        self.n_tokens += sum(lengths)
+        self._note(new, _Chooser(new, self.base.device)(logits).tolist())
 
-    def _rank(self, entering: Sequence[_Live]) -> None:
+    def _rank(self, new: Sequence[_Live]) -> None:
         """Rows with adapters before those of the base alone, layout by layout, then group by group in the
         order in which they came, so that a batch is laid out alike in every process."""
         known = {lane.row.group: lane.rank for lane in self.live}
-        for lane in entering:
+        for lane in new:
             group, adapters = lane.row.group, lane.row.adapters
             if group not in known:
                 layouts = [self.layouts.setdefault(a.layout, len(self.layouts)) for a in adapters]
                 known[group] = (not adapters, layouts, next(self.groups))
             lane.rank = known[group]
 
-    def _prefill(self, at: Sequence[int]) -> None:
-        """First pass of the lanes `at`, packed: fills their rows of the cache, gives their first tokens."""
-        new = [self.live[i] for i in at]
-        lengths = [len(lane.row.token_ids) for lane in new]
-        prefill = Prefill(self.cache, make_rows(lengths, self.base.device), at)
-        hidden = self.base.hidden(
-            [RowTokens.plain(lane.row.token_ids) for lane in new],
-            _segments(new, lengths),
-            attend=prefill.attend,
-        )
-        last = torch.tensor(lengths).cumsum(0) - 1
-        logits = self._logits(hidden.index_select(0, last.to(self.base.device, non_blocking=True)))
-        self.n_tokens += sum(lengths)
-        self._note(new, _Chooser(new, self.base.device)(logits).tolist())
+    def _move_cache(self) -> int:
+        """The cache follows the lanes. Returns for how many steps it has room."""
+        room = self.cache.arrange([lane.place for lane in self.live], [lane.n_cached for lane in self.live])
+        for i, lane in enumerate(self.live):
+            lane.place = i
+        return room
+
+    def _lay_out(self) -> None:
+        """All that stays the same in the next steps goes to the device."""
+        if not self.live:
+            return self._clear()
+        self.plan = self.base.make_plan(())
+        room = self._move_cache()
+        self.plan = self.base.make_plan(_segments(self.live, [1] * len(self.live)))
+        newest = torch.tensor([lane.new_ids[-1] for lane in self.live])
+        self.ids = newest.to(self.base.device, non_blocking=True)
+        self.chooser = _Chooser(self.live, self.base.device)
+        self.replay.renew()
+        self.steps_left = min(room, max(lane.row.max_new_tokens - len(lane.new_ids) for lane in self.live))
 
     def _advance(self) -> None:
         """One token for every lane. Finished ones that have not left yet run along; what they give is
@@ -254,16 +255,17 @@ class GroupedDecoder:
         """Logits (lanes, vocabulary) of each lane's next token; works on the same tensors each time."""
         self.cache.advance()
         with sdpa_kernel(KERNELS):
-            return self._logits(self.base.run(self.ids, self.cache.positions, self.plan, self.cache.attend))
+            hidden = self.base.run(self.ids, self.cache.positions, self.plan, self.cache.attend)
+        return self._logits(hidden)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.base.head.weight, self.base.head.bias)
 
     def _read(self) -> None:
         """Note the tokens of the last pass, if that has not been done."""
-        unread, self.unread = self.unread, None
-        if unread is not None:
-            self._note(self.live, unread.tolist())
+        if self.unread is not None:
+            self._note(self.live, self.unread.tolist())
+        self.unread = None
 
     def _note(self, lanes: Sequence[_Live], tokens: Sequence[int]) -> None:
         """Give each lane its new token and note which lanes are done."""

@@ -25,7 +25,11 @@ class Replay:
 
     def __init__(self, function: Callable[[], torch.Tensor], record: Record | None):
         self.function, self.record, self.failures_left = function, record, FAILURES_LEFT
-        self.graph: Any = None  # may be of before `renew`: the next one takes over its memory
+        self.clear()
+
+    def clear(self) -> None:
+        """As `renew`, and let go of the recording's memory, which the next one would take over."""
+        self.graph: Any = None
         self.renew()
 
     def renew(self) -> None:

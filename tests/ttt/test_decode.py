@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.kv_cache import BLOCK
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.scheduler import SlotTrainer
 from tests.ttt.tiny import AsciiTokenizer, tiny_model
@@ -56,10 +59,14 @@ def row(key: int, length: int, new: int, stack: int, sampled: bool) -> DecodeRow
     )
 
 
+def submitted(decoder: GroupedDecoder, rows: list[DecodeRow]) -> GroupedDecoder:
+    for one in rows:
+        decoder.submit(one)
+    return decoder
+
+
 def alone(one: DecodeRow) -> Decoded:
-    decoder = GroupedDecoder(BASE)
-    decoder.submit(one)
-    return decoder.run()[0]
+    return submitted(GroupedDecoder(BASE), [one]).run()[0]
 
 
 ROWS = st.lists(
@@ -69,15 +76,51 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=16, deadline=None)
-@given(ROWS, st.integers(1, 24), st.integers(8, 200), st.sets(st.integers(0, 23), max_size=5))
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: the operations of one call done again on the same tensors, without
+    Python. The call itself is the first replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list = []
+        self.done = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.operations if self.done else []:
+            again = func(*args, **kwargs)
+            for old, new in zip(
+                *(x if isinstance(x, tuple | list) else [x] for x in (out, again)), strict=True
+            ):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        self.done = True
+
+
+def record(function, before):  # type: ignore[no-untyped-def]
+    with Recorded() as recorded:
+        return recorded, function()
+
+
+def as_on_cuda(decoder: GroupedDecoder) -> GroupedDecoder:
+    """Tokens are read a step late, and steps recorded and replayed."""
+    decoder.reads_late, decoder.replay.record = True, record
+    return decoder
+
+
+@settings(max_examples=24, deadline=None)
+@given(ROWS, st.integers(1, 24), st.integers(8, 200), st.sets(st.integers(0, 23), max_size=5), st.booleans())
 def test_every_row_gives_what_it_gives_alone(
-    shapes: list, max_rows: int, prefill_tokens: int, cancelled: set[int]
+    shapes: list, max_rows: int, prefill_tokens: int, cancelled: set[int], on_cuda: bool
 ) -> None:
     rows = [row(key, *shape) for key, shape in enumerate(shapes)]
-    decoder = GroupedDecoder(BASE, max_rows=max_rows, prefill_tokens=prefill_tokens)
-    for one in rows:
-        decoder.submit(one)
+    decoder = submitted(GroupedDecoder(BASE, max_rows=max_rows, prefill_tokens=prefill_tokens), rows)
+    if on_cuda:
+        as_on_cuda(decoder)
     found = {d.key: d for _ in range(3) for d in decoder.step()}
     decoder.cancel(set(cancelled))
     found |= {d.key: d for d in decoder.run()}
@@ -91,10 +134,18 @@ def test_rows_that_end_with_their_first_token_stay_harmless_among_many() -> None
     rows = [row(key, 5 + key % 3, 12, 0, False) for key in range(24)]
     texts = {one.key: alone(one) for one in rows}
     assert 0 < sum(not d.token_ids for d in texts.values()) < 24, "some end at once, some do not"
-    decoder = GroupedDecoder(BASE)
-    for one in rows:
-        decoder.submit(one)
+    decoder = submitted(GroupedDecoder(BASE), rows)
     assert {d.key: d for d in decoder.run()} == texts
+
+
+def test_an_adapter_that_has_become_nan_spoils_only_its_own_rows() -> None:
+    good = ADAPTERS[1]
+    spoilt = Adapter(good.layout, good.settings, torch.full_like(good.flat, float("nan")), torch.float64)
+    rows = [row(key, 5 + key % 3, 12, key % 5, True) for key in range(12)]
+    bad = [DecodeRow(key=99 + i, token_ids=[3] * 30, adapters=(spoilt,), max_new_tokens=5) for i in (0, 1)]
+    decoder = submitted(GroupedDecoder(BASE, max_rows=3), [bad[0], *rows[:6], bad[1], *rows[6:]])
+    found = {d.key: d for d in decoder.run()}
+    assert [found[one.key] for one in rows] == [alone(one) for one in rows]
 
 
 def test_out_of_memory_halves_the_batch_and_every_text_still_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +159,7 @@ def test_out_of_memory_halves_the_batch_and_every_text_still_comes(monkeypatch: 
         return run(ids, positions, plan, attend)
 
     monkeypatch.setattr(BASE, "run", small_device)
-    decoder = GroupedDecoder(BASE)
-    for one in [*rows, row(99, 60, 5, 0, False)]:
-        decoder.submit(one)
+    decoder = submitted(GroupedDecoder(BASE), [*rows, row(99, 60, 5, 0, False)])
     found = {d.key: d for d in decoder.run()}
     too_long = found.pop(99)
     assert found == texts
@@ -126,3 +175,105 @@ def test_a_stop_text_ends_a_row_and_is_not_part_of_it() -> None:
     )  # fmt: skip
     assert alone(one).text == free.text.split(stop)[0]
     assert alone(one).finish_reason == "stop"
+
+
+def test_after_running_out_of_memory_the_batch_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, left = BASE.run, [2]
+
+    def full_twice(ids, positions, plan, attend):  # type: ignore[no-untyped-def]
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(ids, positions, plan, attend)
+
+    monkeypatch.setattr(BASE, "run", full_twice)
+    decoder = submitted(GroupedDecoder(BASE, max_rows=8), [row(key, 4, 3, 0, True) for key in range(60)])
+    decoder.step()
+    decoder.step()
+    assert (decoder.max_rows, decoder.prefill_tokens) == (2, 1024)
+    assert len(decoder.run()) == 60
+    assert (decoder.max_rows, decoder.prefill_tokens) == (8, 4096)
+
+
+def test_rows_lie_layout_by_layout_and_those_of_the_base_last() -> None:
+    decoder = submitted(
+        GroupedDecoder(BASE), [row(key, 5, 9, (0, 1, 2, 4, 3)[key % 5], True) for key in range(15)]
+    )
+    decoder.step()
+    ranks = [tuple(a.layout.rank for a in lane.row.adapters) for lane in decoder.live]
+    assert ranks == [(2,)] * 3 + [(2, 4)] * 3 + [(4,)] * 6 + [()] * 3
+    assert [lane.row.key for lane in decoder.live[6:12]] == [2, 7, 12, 4, 9, 14]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_cache_is_as_large_as_its_tokens_and_is_given_back(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BASE.model.generation_config, "eos_token_id", [])
+    rows = [row(key, 4 + key, 200 if key == 3 else 8, 0, True) for key in range(16)]
+    decoder = submitted(GroupedDecoder(BASE), rows)
+    decoder.reads_late = late
+    most = 0
+    while decoder.step() or decoder.live:
+        tensors = [*decoder.cache.keys.values(), *decoder.cache.values.values()]
+        longest = max((lane.n_cached for lane in decoder.live), default=0)
+        assert all(t.shape[:2] == (len(decoder.live), decoder.cache.room) for t in tensors)
+        assert decoder.cache.room <= longest + 1 + BLOCK
+        most = max(most, decoder.cache.room)
+    assert most > 200 and not decoder.cache.keys and not decoder.cache.values
+
+
+class FromHost(TorchFunctionMode):
+    """Counts tensors read back to the host as lists."""
+
+    n_lists = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.n_lists += func is torch.Tensor.tolist
+        return func(*args, **(kwargs or {}))
+
+
+class Waiting(TorchDispatchMode):
+    """Lists operations for which a GPU would wait: those whose output or its shape depends on data (`item`,
+    `int`, `nonzero`, boolean masks), and tensors made from host data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if waits or func is torch.ops.aten.lift_fresh.default:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_reads_one_list_of_tokens_and_waits_for_nothing_else(late: bool) -> None:
+    rows = [row(key, 5, 40, key % 5, key % 2 == 0) for key in range(20)]
+    decoder = submitted(GroupedDecoder(BASE), rows)
+    decoder.reads_late = late
+    counted = []
+    while decoder.busy:
+        due = decoder._layout_is_due()
+        with FromHost() as lists, Waiting() as waiting:
+            decoder.step()
+        counted.append((due, lists.n_lists, waiting.found))
+    quiet = [(n_lists, found) for due, n_lists, found in counted if not due]
+    assert quiet == [(1, [])] * len(quiet) and len(quiet) > 10
+    assert "aten.lift_fresh.default" in counted[0][2], "a new layout is made from host data"
+
+
+def test_steps_that_cannot_be_recorded_run_as_they_are() -> None:
+    rows = [row(key, 5 + key % 3, 30, key % 5, False) for key in range(24)]
+    n_tries = 0
+
+    def fails(function, before):  # type: ignore[no-untyped-def]
+        nonlocal n_tries
+        n_tries += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    decoder = as_on_cuda(submitted(GroupedDecoder(BASE), rows))
+    decoder.replay.record = fails
+    assert {d.key: d for d in decoder.run()} == {one.key: alone(one) for one in rows}
+    assert n_tries == 3
