@@ -53,7 +53,7 @@ class Settings:
     n_adapters: int = 64  # that answer at a time
     rows: tuple[int, ...] = (64, 128, 320)  # of a decoding step
     careful_steps: int = 10
-    round_seconds: float = 45.0
+    round_seconds: float = 30.0
     token_budget: int = 4096  # of a pass
     # Of the inner loop of the round; 0: its own numbers for the device.
     round_slots: int = 0
