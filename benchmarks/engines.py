@@ -30,7 +30,7 @@ from seal_nb.passages import load_passages
 from seal_nb.prompts import find_prompts
 from seal_nb.runs import Journal, write_json
 from seal_nb.self_edits import create_self_edits
-from seal_nb.views.engine_plots import engine_throughput
+from benchmarks.engine_plots import engine_throughput
 from seal_nb.views.style import save_figure
 
 OUT = Path(__file__).with_name("engines.json")

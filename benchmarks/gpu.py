@@ -3,7 +3,7 @@
 First it checks the slots against one adapter alone on this device. Then it measures training, kernels and
 decoding, the published way and a careful user's way with PEFT and the Trainer, and part of a ReST-EM round
 through the real inner loop. Needs the project's torch, transformers, peft and accelerate, and downloads
-nothing; on an H100 it takes about three minutes. Writes what it has after each result.
+nothing; on an H200 it takes about four minutes. Writes what it has after each result.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --only check,training --slots 8,128 --out some.json
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = " ".join(
         ["python -m benchmarks.gpu", *(f"--{name} {value}" for name, value in options.items())]
     )
-    result = {"command": command, **_head(machine)}
+    result = {"commands": [command], **_head(machine)}
     if arguments.only and out and out.is_file():
-        result = _parts_of(read_json(out), result) | result
+        result = _completed(read_json(out), result)
     measure(machine, names, result, out)
     print(markdown(result))
     if "errors" in result or not result.get("correct", True):
@@ -115,11 +115,12 @@ def _head(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _parts_of(earlier: dict[str, Any], head: dict[str, Any]) -> dict[str, Any]:
-    """What was measured of the same model on the same card with the same versions, to be completed."""
-    if any(earlier.get(key) != head[key] for key in ("device", "versions", "config")):
-        return {}
-    return {key: value for key, value in earlier.items() if key in PARTS or key == "seconds"}
+def _completed(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """With what was measured before, of the same model on the same card with the same versions."""
+    if any(earlier.get(key) != result[key] for key in ("device", "versions", "config")):
+        return result
+    parts = {key: value for key, value in earlier.items() if key in PARTS or key == "seconds"}
+    return parts | result | {"commands": earlier["commands"] + result["commands"]}
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _head(result: dict[str, Any]) -> str:
             f" (limit {c['update_distance_limit']:.2g}), losses by {c['loss_difference']:.2g}:"
             f" {'passed' if c['passed'] else 'FAILED'}."
         )
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _training(found: dict[str, Any]) -> str:

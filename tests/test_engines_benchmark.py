@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import engines
-from seal_nb.views.engine_plots import engine_throughput
+from benchmarks.engine_plots import engine_throughput
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -204,7 +204,7 @@ class _Static:
         self.floats = torch.zeros(2, shape.n_tokens, dtype=base.adapter_dtype, device=device)
         self.row_ends = torch.zeros(shape.n_rows + 1, dtype=torch.int32, device=device)
         self.member_ends = torch.zeros(bank.n, dtype=torch.int32, device=device)
-        self.tiles = self._tiles([]).to(device) if has_kernels(bank.compute) else None
+        self.tiles = sent(self._tiles([]), device) if has_kernels(bank.compute) else None
         self.keep = torch.zeros(bank.n, dtype=base.adapter_dtype, device=device)
         self.losses = torch.empty(0)
         self.graph: torch.cuda.CUDAGraph | None = None
