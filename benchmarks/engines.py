@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_plots import engine_throughput
 from benchmarks.stand_in import stand_in_process
 from seal_nb.engines.api_records import ApiSettings
 from seal_nb.engines.base import Engine, Sampling
@@ -30,7 +31,6 @@ from seal_nb.passages import load_passages
 from seal_nb.prompts import find_prompts
 from seal_nb.runs import Journal, write_json
 from seal_nb.self_edits import create_self_edits
-from benchmarks.engine_plots import engine_throughput
 from seal_nb.views.style import save_figure
 
 OUT = Path(__file__).with_name("engines.json")

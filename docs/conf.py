@@ -41,6 +41,7 @@ apidoc_modules = [
     }
 ]
 toc_object_entries = False  # every function in every page's navigation costs a third of the writing
+autodoc_mock_imports = ["triton"]  # a part of the CUDA packages of torch
 autodoc_use_type_comments = False  # there are none
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -35,8 +35,8 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool
 
 
 class Readback:
-    """A small tensor on its way to the host. The copy is queued behind what made the tensor, so reading it does
-    not wait for what is queued later."""
+    """A small tensor on its way to the host. The copy is queued behind what made the tensor, so reading it
+    does not wait for what is queued later."""
 
     def __init__(self, t: torch.Tensor):
         self.host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
