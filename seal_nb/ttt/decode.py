@@ -164,8 +164,8 @@ class GroupedDecoder:
         return [self._decoded(lane) for lane in ended if lane.finish_reason != "cancelled"]
 
     def _retreat(self) -> list[Decoded]:
-        done = [self._decoded(lane) for lane in self.live if lane.finish_reason in ("stop", "length")]
-        rows = [lane.row for lane in self.live if not lane.finish_reason]
+        done = self._leave()
+        rows = [lane.row for lane in self.live]
         self.live, self.n_since_short = [], 0
         self._clear()
         if self.base.device.type == "cuda":
@@ -336,7 +336,7 @@ class _Chooser:
     nucleus (arXiv 1904.09751)."""
 
     def __init__(self, lanes: Sequence[_Live], device: torch.device):
-        sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0 and not lane.finish_reason]
+        sampled = [i for i, lane in enumerate(lanes) if lane.row.temperature > 0]
         rows = [lanes[i].row for i in sampled]
         draws = [lanes[i].draws[len(lanes[i].new_ids) :] for i in sampled]
         self.step = 0
