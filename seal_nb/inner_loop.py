@@ -34,7 +34,7 @@ from seal_nb.ttt.scheduler import SlotTrainer, Trained, usual_slots
 
 Key = tuple[str, "int | Question"]  # of a text being generated: request and place, or a baseline's question
 ANSWER_STEPS_A_PASS = 64
-USUAL_DECODE_ROWS = {"cpu": 64, "cuda": 320}
+USUAL_DECODE_ROWS = {"cuda": 320}  # else 64
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # with nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
@@ -47,11 +47,13 @@ class InnerLoop:
         settings = replace(
             settings,
             n_slots=settings.n_slots or usual_slots(base.device),
-            decode_rows=settings.decode_rows or USUAL_DECODE_ROWS[base.device.type],
+            decode_rows=settings.decode_rows or USUAL_DECODE_ROWS.get(base.device.type, 64),
         )
         self.base, self.grader, self.settings, self.model_id = base, grader, settings, model_id
         self.trainer = SlotTrainer(base, n_slots=settings.n_slots, token_budget=settings.token_budget)
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
+        if settings.deterministic:  # which passes are captured depends on what came before
+            self.trainer.captured.works, self.decoder.replay.record = False, None
         self.evaluations: dict[str, Evaluation] = {}
         self.generations: dict[str, Generation] = {}
         self.baselines = Baselines()

@@ -7,6 +7,8 @@ Mistral, …); this is checked numerically when the model is loaded, not assumed
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from seal_nb.errors import SettingsError
 from seal_nb.inner_loop_settings import FOUR_BIT
 from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.branches import BranchedLinear, Current, Plan, Segment, make_plan
-from seal_nb.ttt.device import sent
+from seal_nb.ttt.device import free_cached_memory, sent
 from seal_nb.ttt.fused import make_regions
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
@@ -40,6 +42,12 @@ class RowTokens:
         return cls(token_ids=ids, positions=torch.arange(start, start + len(ids)), n_real=len(ids))
 
 
+class HoldsMemory(Protocol):
+    """Something that keeps memory for later, and can do without."""
+
+    def drop_idle(self) -> None: ...
+
+
 class FrozenBase:
     """A model folder loaded once, run in passes over many rows, each with its own adapters."""
 
@@ -51,8 +59,10 @@ class FrozenBase:
         with torch.no_grad():
             expected = [model(input_ids=probe[None], use_cache=False).logits[0] for probe in probes]
         self.current = Current()
+        self.trainers: WeakSet[HoldsMemory] = WeakSet()
         self.linears = _branch_out(model, self.current)
         if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # events and streams are made on the current device
             make_regions(model)
         model.config._attn_implementation = ATTENTION
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
@@ -103,6 +113,12 @@ class FrozenBase:
     def new_bank(self, layout: Layout, n: int) -> Bank:
         """Room for n adapters of one layout in training."""
         return Bank(layout, n, device=self.device, dtype=self.adapter_dtype, compute_dtype=self.dtype)
+
+    def make_room(self) -> None:
+        """After running out of memory: let trainers of this base drop what they hold and do not need now."""
+        for trainer in list(self.trainers):
+            trainer.drop_idle()
+        free_cached_memory(self.device)
 
     def bank_row_bytes(self, layout: Layout) -> int:
         """Memory of one adapter in training: weights, gradient, two moments, and the passes' copy."""

@@ -47,7 +47,7 @@ class Group:
     void, else (n,), 1 where the new gradient is added to the old one"""
 
     layout: Layout
-    weights: torch.Tensor | list[torch.Tensor]
+    weights: Weights
     scales: torch.Tensor
     start: int
     ends: torch.Tensor
@@ -109,20 +109,24 @@ class Group:
             _ = gradient[i].add_(new) if self.kept[i] else gradient[i].copy_(new)
 
 
-def has_kernels(weights: torch.Tensor) -> bool:
-    """Whether the kernels take these weights. Triton is part of torch's CUDA packages."""
-    return weights.is_cuda and weights.dtype in (torch.bfloat16, torch.float16, torch.float32)
+def has_kernels(layout: Layout, weights: torch.Tensor) -> bool:
+    """Whether the kernels take these weights. Triton is a part of torch's CUDA packages."""
+    if not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    return kernels().fits(layout.rank, weights.itemsize) and kernels().works(weights.dtype)
 
 
 def kernels() -> ModuleType:
     return importlib.import_module("seal_nb.ttt.kernels")  # needs Triton, which a CPU machine may lack
 
 
-def tiles_for(lengths: Sequence[int], weights: torch.Tensor) -> torch.Tensor | None:
-    if not has_kernels(weights):
+def tiles_for(
+    lengths: Sequence[int], layout: Layout, weights: torch.Tensor, most: int = 0
+) -> torch.Tensor | None:
+    """Tiles for the kernels, filled up to `most`, on the device; None where there are no kernels."""
+    if not has_kernels(layout, weights):
         return None
-    tiles = kernels().tiles_of(lengths)
-    return tensor_on(weights.device, tiles, torch.int32)
+    return tensor_on(weights.device, kernels().tiles_of(lengths, most), torch.int32)
 
 
 class Plan:
@@ -164,10 +168,14 @@ def _runs(segments: Sequence[Segment], key: Callable[[Segment], object]) -> Iter
 
 
 def _frozen_group(run: Sequence[Segment], depth: int) -> Group:
-    adapters = [s.adapters[depth] for s in run]
+    """Neighbours with the same adapter are one member, so that its weights are there once."""
+    adapters, lengths = [], []
+    for _, members in groupby(run, key=lambda s: id(s.adapters[depth])):
+        alike = list(members)
+        adapters.append(alike[0].adapters[depth])
+        lengths.append(alike[-1].stop - alike[0].start)
     compute = [a.compute for a in adapters]
-    lengths = [s.stop - s.start for s in run]
-    tiles = tiles_for(lengths, compute[0])
+    tiles = tiles_for(lengths, adapters[0].layout, compute[0])
     return Group(
         layout=adapters[0].layout,
         weights=compute if tiles is None else torch.stack(compute),
@@ -192,7 +200,7 @@ def _trained_group(run: Sequence[Segment]) -> Group:
         scales=token_scales(factors, lengths, bank.compute),
         start=start,
         ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
-        tiles=tiles_for(lengths, bank.compute),
+        tiles=tiles_for(lengths, bank.layout, bank.compute),
         gradient=bank.gradient,
         keep=None if bank.all_void else tensor_on(device, bank.kept_gradients, bank.gradient.dtype),
         dropouts=tuple(
@@ -234,7 +242,7 @@ class BranchedLinear(nn.Module):
         if plan.trains and torch.is_grad_enabled():
             return _Branches.apply(x, plan.anchor, self, plan)
         y = self.base(x)
-        _add_branches(y[0], x[0], self.name, plan)
+        _add_branches(y[0], x[0].contiguous(), self.name, plan)
         return y
 
 
@@ -276,6 +284,7 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, anchor, layer, plan):  # type: ignore[no-untyped-def]  # torch's signature
+        x = x.contiguous()  # the kernels read rows
         y = layer.base(x)
         ctx.layer, ctx.plan = layer, plan
         ctx.kept = _add_branches(y[0], x[0], layer.name, plan, training=True)

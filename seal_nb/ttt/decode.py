@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment, make_plan
-from seal_nb.ttt.device import Readback, free_cached_memory
+from seal_nb.ttt.device import Readback, sent, tensor_on
 from seal_nb.ttt.kv_cache import KERNELS, Cache
 from seal_nb.ttt.lora import Adapter, Layout
 from seal_nb.ttt.packing import make_rows
@@ -169,8 +169,8 @@ class GroupedDecoder:
         rows = [lane.row for lane in self.live]
         self.live, self.n_since_short = [], 0
         self._clear()
-        free_cached_memory(self.base.device)
-        if len(rows) == 1:
+        self.base.make_room()
+        if len(rows) == 1 and self.max_rows == 1:
             error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
             return [*done, Decoded(key=rows[0].key, finish_reason="failed", error=error)]
         self.waiting.extendleft(reversed(rows))
@@ -204,7 +204,7 @@ class GroupedDecoder:
             attend=self.cache.prefill(rows, lengths, [lane.place for lane in new if lane.place is not None]),
         )
         last = torch.tensor(lengths).cumsum(0) - 1
-        logits = self._logits(hidden.index_select(0, last.to(self.base.device, non_blocking=True)))
+        logits = self._logits(hidden.index_select(0, sent(last, self.base.device)))
         self.n_tokens += sum(lengths)
         self._note(new, _Chooser(new, self.base.device)(logits).tolist())
 
@@ -234,7 +234,7 @@ class GroupedDecoder:
         room = self._move_cache()
         self.plan = make_plan(_segments(self.live, [1] * len(self.live)))
         newest = torch.tensor([lane.new_ids[-1] for lane in self.live])
-        self.ids = newest.to(self.base.device, non_blocking=True)
+        self.ids = sent(newest, self.base.device)
         self.chooser = _Chooser(self.live, self.base.device)
         self.replay.renew()
         self.steps_left = min(room, max(lane.row.max_new_tokens - len(lane.new_ids) for lane in self.live))
@@ -323,10 +323,10 @@ class _Chooser:
         rows = [lanes[i].row for i in sampled]
         draws = [lanes[i].draws[len(lanes[i].new_ids) :] for i in sampled]
         self.step = 0
-        self.draws = (pad_sequence(draws) if draws else torch.empty(0, 0)).to(device)  # (steps, sampled)
-        self.where = torch.tensor(sampled, dtype=torch.long).to(device)
-        self.temperature = torch.tensor([r.temperature for r in rows]).to(device)[:, None]
-        self.top_p = torch.tensor([r.top_p for r in rows]).to(device)[:, None]
+        self.draws = sent(pad_sequence(draws) if draws else torch.empty(0, 0), device)  # (steps, sampled)
+        self.where = tensor_on(device, sampled, torch.long)
+        self.temperature = tensor_on(device, [r.temperature for r in rows], torch.float32)[:, None]
+        self.top_p = tensor_on(device, [r.top_p for r in rows], torch.float32)[:, None]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """logits (lanes, vocabulary) → (lanes,)"""

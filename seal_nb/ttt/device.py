@@ -1,9 +1,12 @@
 """What differs between devices: copies that do not wait, memory that ran out, kernels that exist."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+TILE = 32  # tokens that a kernel of the branches takes at a time
 
 
 def pinned(t: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -23,7 +26,8 @@ def tensor_on(device: torch.device, values: Sequence[float], dtype: torch.dtype)
 
 def free_cached_memory(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # torch 2.11 refuses after a capture that failed
+            torch.cuda.empty_cache()
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,27 +19,31 @@ from torch import nn
 log = logging.getLogger(__name__)
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROTARY = "apply_rotary_pos_emb"
-_active = False
+_active = ContextVar("_active", default=False)
 
 
 @contextmanager
 def fused() -> Iterator[None]:
     """Use the compiled regions, where the device has a compiler for them."""
-    global _active
-    before, _active = _active, _compiles()
+    token = _active.set(_compiles())
     try:
         yield
     finally:
-        _active = before
+        _active.reset(token)
 
 
 def region(plain: Callable[..., Any]) -> Callable[..., Any]:
     """`plain`, compiled while `fused()` is on."""
-    compiled = torch.compile(plain, dynamic=True)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(
+            plain, dynamic=True
+        )  # importing the compiler takes seconds: not where it is not used
 
     @functools.wraps(plain)
     def switched(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if _active else plain)(*args, **kwargs)
+        return (compiled() if _active.get() else plain)(*args, **kwargs)
 
     switched.is_region = True  # type: ignore[attr-defined]
     return switched

@@ -71,6 +71,10 @@ class TrainSettings:
         _require(self.pad_samples >= 0, "pad_samples", self.pad_samples, "0 (none) or more")
         _require(self.pad_to >= 2, "pad_to", self.pad_to, "at least 2 tokens")
 
+    @property
+    def padded(self) -> bool:
+        return self.padding_in_loss or self.pad_samples > 0
+
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
     if not condition:
@@ -123,7 +127,7 @@ def make_row(
 ) -> TrainRow:
     """Tokenise, truncate, mask and (where asked) pad one train sequence. `draws` gives the sampled padding
     positions."""
-    padded = settings.padding_in_loss or settings.pad_samples > 0
+    padded = settings.padded
     longest = min(settings.max_seq_length, settings.pad_to) if padded else settings.max_seq_length
     ids = list(tokenizer(text)["input_ids"])[:longest]
     if not ids:

@@ -6,14 +6,21 @@ gradients of A and B. Sums are in float32. The idea is that of segmented gather 
 same with other launches between its products, and takes bfloat16 and ranks in steps of 8 only;
 benchmarks/gpu_log.md has the times of both."""
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-TOKENS = 32  # of a tile
+from seal_nb.ttt.device import TILE
+
 SMALLEST_DOT = 16
+SHARED_BYTES = (
+    90_000  # of a multiprocessor's shared memory; cards of compute capability 8.6 and 8.9 have 99 KiB
+)
+log = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -84,13 +91,32 @@ def _outer(h, x, out, ends, keep, n_wide, rank, h_row, x_row, out_member, out_ra
     tl.store(place, total, mask=inside)
 
 
+@functools.cache
+def works(dtype: torch.dtype) -> bool:
+    """Whether Triton can compile and run a kernel for this type here: it needs a C compiler, too."""
+    try:
+        one = torch.ones(1, SMALLEST_DOT, device="cuda", dtype=dtype)
+        tiles = torch.tensor([[0, 0, 1]], device="cuda", dtype=torch.int32)
+        return bool(narrow(one, one[None], torch.ones(1, 1, device="cuda"), tiles).item() == SMALLEST_DOT)
+    except Exception as error:  # noqa: BLE001  # whatever is missing, a loop does the same
+        log.warning("Triton does not work here, so adapters are computed one after the other: %s", error)
+        return False
+
+
+def fits(rank: int, itemsize: int) -> bool:
+    """Whether tiles of this rank find room in a multiprocessor."""
+    return (TILE + SMALLEST_DOT) * _padded(rank) * itemsize <= SHARED_BYTES
+
+
 def narrow(x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     """scales · x Wᵀ of each member: x (tokens, wide), weights (n, rank, wide) → (tokens, rank)."""
     rank, wide = weights.shape[1:]
     h = x.new_empty(len(x), rank)
+    column = (TILE + _padded(rank)) * x.itemsize
+    block = _block(128, 0, 2 * column)
     _narrow[(len(tiles),)](
         x, weights, scales, h, tiles, wide, rank, x.stride(0), *weights.stride(), h.stride(0),
-        TILE=TOKENS, BLOCK=128, RANK=_padded(rank), num_stages=4,
+        TILE=TILE, BLOCK=block, RANK=_padded(rank), num_stages=min(4, SHARED_BYTES // (block * column)),
     )  # fmt: skip
     return h
 
@@ -98,10 +124,11 @@ def narrow(x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, tiles: 
 def widen(h: torch.Tensor, weights: torch.Tensor, y: torch.Tensor, tiles: torch.Tensor) -> None:
     """y (tokens, wide) += h W of each member, in place: h (tokens, rank), weights (n, rank, wide)."""
     rank, wide = weights.shape[1:]
-    block = 256
+    column = _padded(rank) * y.itemsize
+    block = _block(256, TILE * column, column)
     _widen[(len(tiles), triton.cdiv(wide, block))](
         h, weights, y, tiles, wide, rank, h.stride(0), *weights.stride(), y.stride(0),
-        TILE=TOKENS, BLOCK=block, RANK=_padded(rank),
+        TILE=TILE, BLOCK=block, RANK=_padded(rank),
     )  # fmt: skip
 
 
@@ -110,11 +137,19 @@ def outer(
 ) -> None:
     """out (n, rank, wide) = hᵀ x of each member, plus keep · out where `keep` (n,) is given."""
     n, rank, wide = out.shape
-    block = 128
+    block, stage = 128, (_padded(rank) + 128) * TILE * x.itemsize
     _outer[(n, triton.cdiv(wide, block))](
         h, x, out, ends, ends if keep is None else keep, wide, rank, h.stride(0), x.stride(0), *out.stride(),
-        KEEP=keep is not None, TILE=TOKENS, BLOCK=block, RANK=_padded(rank),
+        KEEP=keep is not None, TILE=TILE, BLOCK=block, RANK=_padded(rank),
+        num_stages=max(1, min(3, SHARED_BYTES // stage)),
     )  # fmt: skip
+
+
+def _block(most: int, fixed_bytes: int, column_bytes: int) -> int:
+    """The most columns, a power of two, with which a tile finds room."""
+    while most > SMALLEST_DOT and fixed_bytes + most * column_bytes > SHARED_BYTES:
+        most //= 2
+    return most
 
 
 def _padded(rank: int) -> int:
@@ -122,9 +157,9 @@ def _padded(rank: int) -> int:
 
 
 def tiles_of(lengths: Sequence[int], most: int = 0) -> list[tuple[int, int, int]]:
-    """(member, start, stop) of tiles of at most TOKENS tokens, none across members; then empty ones."""
+    """(member, start, stop) of tiles of at most TILE tokens, none across members; then empty ones."""
     tiles, start = [], 0
     for member, n in enumerate(lengths):
-        tiles += [(member, start + i, min(start + n, start + i + TOKENS)) for i in range(0, n, TOKENS)]
+        tiles += [(member, start + i, min(start + n, start + i + TILE)) for i in range(0, n, TILE)]
         start += n
     return tiles + [(0, 0, 0)] * (most - len(tiles))

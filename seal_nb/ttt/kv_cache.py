@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from seal_nb.ttt.device import sent, tensor_on
 from seal_nb.ttt.packing import Attend, Rows
 
 BLOCK = 32  # tokens: the room of all rows grows by this; a multiple of 16, as CUDA's kernels want the mask
@@ -78,7 +79,7 @@ class Cache:
     def prefill(self, rows: Rows, lengths: Sequence[int], at: Sequence[int]) -> Attend:
         """Attention of the first pass of `rows`; their keys and values go to rows `at` of the cache."""
         places = torch.cat([torch.arange(n) + i * self.room for i, n in zip(at, lengths, strict=True)])
-        places = places.to(self.device, non_blocking=True)
+        places = sent(places, self.device)
 
         def attend(
             layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
@@ -101,4 +102,4 @@ class Cache:
         return [self.keys[index], self.values[index]]
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+        return tensor_on(self.device, values, torch.long)

@@ -70,7 +70,8 @@ class Rows:
     def _row_by_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         qs, ks, vs = (t[0].split(self.lengths, dim=1) for t in (q, k, v))
         parts = zip(qs, ks, vs, self.biases, strict=True)
-        return torch.cat([_row_attention(a, b, c, bias.to(q), scaling) for a, b, c, bias in parts])[None]
+        causal = self.padding is None
+        return torch.cat([_row_attention(a, b, c, bias, scaling, causal) for a, b, c, bias in parts])[None]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -84,7 +85,7 @@ class Rows:
         shapes = list(zip(self.lengths, n_real, strict=True))
         by_shape = {}
         for n, real in set(shapes):
-            by_shape[n, real] = torch.full((n, n), float("-inf")).triu(1)
+            by_shape[n, real] = torch.full((n, n), float("-inf"), device=self.ends.device).triu(1)
             by_shape[n, real][:, real:] = float("-inf")
         return [by_shape[shape] for shape in shapes]
 
@@ -106,9 +107,10 @@ def _varlen(
 
 
 def _row_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scaling: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scaling: float, causal: bool
 ) -> torch.Tensor:
     """One row in two batched products: q (heads, n, d), k, v (kv_heads, n, d), bias (n, n) → (n, heads, d).
+    causal: bias is a causal mask and nothing else.
 
     On a CPU, torch's flash kernel spends most of a short row in its tiles. Heads that share a key head are
     stacked as rows of one product.
@@ -117,11 +119,17 @@ def _row_attention(
     kv = len(k)
     if n > SHORT:
         out = F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=bias, scale=scaling, enable_gqa=heads != kv
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=None if causal else bias.to(q.dtype),
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=heads != kv,
         )
         return out[0].transpose(0, 1)
     shared = heads // kv * n
-    stacked = bias.expand(heads // kv, n, n).reshape(1, shared, n)
+    stacked = bias.to(q.dtype).expand(heads // kv, n, n).reshape(1, shared, n)
     scores = torch.baddbmm(stacked, q.reshape(kv, shared, d), k.transpose(1, 2), alpha=scaling)
     p = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
     return (p @ v).view(heads, n, d).transpose(0, 1)

@@ -11,7 +11,6 @@ On the host a pass is a `Pass`: tokens, rows, labels. It runs in one of two ways
 Does not step optimisers and does not choose who is in a pass; `scheduler` does."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +21,8 @@ from torch.nn import functional as F
 
 from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Group, Plan, Segment, has_kernels, kernels, make_plan, trained_segments
-from seal_nb.ttt.device import has_varlen, pinned, sent
+from seal_nb.ttt.branches import Group, Plan, Segment, has_kernels, make_plan, tiles_for, trained_segments
+from seal_nb.ttt.device import TILE, has_varlen, pinned, sent
 from seal_nb.ttt.fused import fused
 from seal_nb.ttt.jobs import TrainRow
 from seal_nb.ttt.loss import weighted_nll
@@ -111,43 +110,35 @@ class Shape:
     keeps: bool
 
 
-class Replays:
-    """The captured passes of one base."""
+class CapturedPasses:
+    """The passes of one base that were captured, the last few shapes of them."""
 
     def __init__(self, base: FrozenBase):
         self.base = base
         self.works = base.dtype == torch.bfloat16 and has_varlen(base.device, base.dtype, _head_size(base))
-        self.seen: Counter[Shape] = Counter()
-        self.bank: Bank | None = None
-        self.graphs: dict[Shape, _Static] = {}
+        self.statics: dict[tuple[int, Shape], _Static] = {}
 
     def run(self, pass_: Pass) -> torch.Tensor:
-        """As `run_eager`. A shape is captured the second time it comes; the first time warms it up."""
+        """As `run_eager`. A shape is warmed up the first time it comes, captured the second time."""
         bank = self._only_bank(pass_)
         if bank is None:
             return run_eager(self.base, pass_)
-        if bank is not self.bank:
-            self.forget()
-            self.bank = bank
         shape = _shape(pass_, bank)
-        if shape not in self.graphs:
-            if len(self.graphs) >= MOST_GRAPHS:
-                return run_eager(self.base, pass_)
-            self.graphs[shape] = _Static(self.base, bank, shape)
-        static = self.graphs[shape]
+        static = self.statics.pop((id(bank), shape), None) or _Static(self.base, bank, shape)
+        self.statics[id(bank), shape] = static  # the one used last is the last
+        while len(self.statics) > MOST_GRAPHS:
+            self.statics.pop(next(iter(self.statics)))
         static.fill(pass_)
-        self.seen[shape] += 1
-        if self.seen[shape] == 1:
-            return static.run()
-        if static.graph is None and not self._captured(static):
-            return run_eager(self.base, pass_)
-        return static.replay()
+        static.n_runs += 1
+        if static.n_runs == 1:
+            return static.warm_up()
+        if static.graph is None:
+            self._capture(static)
+        return static.replay() if static.graph is not None else run_eager(self.base, pass_)
 
     def forget(self) -> None:
         """Drop all captured passes and the memory that they hold."""
-        self.graphs.clear()
-        self.seen.clear()
-        self.bank = None
+        self.statics.clear()
 
     def _only_bank(self, pass_: Pass) -> Bank | None:
         """The bank of all slots, where the pass is one that can be captured."""
@@ -157,21 +148,19 @@ class Replays:
         stacked = any(s.adapters for s in pass_.segments)
         padded = any(row.n_real < len(row) for row in pass_.rows)
         static = self.works and not (other or stacked or padded)
-        return bank if static and has_kernels(bank.compute) else None
+        return bank if static and has_kernels(bank.layout, bank.compute) else None
 
-    def _captured(self, static: "_Static") -> bool:
-        """Capture; where the model does something that cannot be captured, no pass is from now on."""
-        before = next((s.graph for s in self.graphs.values() if s.graph is not None), None)
+    def _capture(self, static: "_Static") -> None:
+        """Where the model does something that cannot be captured, no pass is from now on."""
+        before = next((s.graph for s in self.statics.values() if s.graph is not None), None)
         try:
-            static.graph, static.losses = cuda_graph(static.run, before)  # graphs share one pool of memory
+            static.graph, static.losses = cuda_graph(static.warm_up, before)  # all share one pool of memory
         except torch.OutOfMemoryError:
-            self.forget()
             raise
         except RuntimeError as error:
             log.warning("passes are launched kernel by kernel: this model cannot be captured: %s", error)
             self.works = False
             self.forget()
-        return self.works
 
 
 def _head_size(base: FrozenBase) -> int:
@@ -204,10 +193,11 @@ class _Static:
         self.floats = torch.zeros(2, shape.n_tokens, dtype=base.adapter_dtype, device=device)
         self.row_ends = torch.zeros(shape.n_rows + 1, dtype=torch.int32, device=device)
         self.member_ends = torch.zeros(bank.n, dtype=torch.int32, device=device)
-        self.tiles = sent(self._tiles([]), device) if has_kernels(bank.compute) else None
+        self.tiles = self._tiles([])
         self.keep = torch.zeros(bank.n, dtype=base.adapter_dtype, device=device)
         self.losses = torch.empty(0)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.n_runs = 0
         group = Group(
             layout=bank.layout,
             weights=bank.compute,
@@ -240,16 +230,16 @@ class _Static:
             (self.keep, torch.tensor(self.bank.kept_gradients).to(self.keep.dtype)),
         ):
             static.copy_(pinned(host, static.device), non_blocking=True)
-        if self.tiles is not None:
-            self.tiles.copy_(pinned(self._tiles(lengths), self.tiles.device), non_blocking=True)
+        if self.tiles is not None and (tiles := self._tiles(lengths)) is not None:
+            self.tiles.copy_(tiles)
 
-    def _tiles(self, lengths: Sequence[int]) -> torch.Tensor:
-        """Tiles of members with so many tokens, filled up to as many as this shape can have; on the host."""
-        most = -(-self.shape.n_tokens // kernels().TOKENS) + self.bank.n
-        return torch.tensor(kernels().tiles_of(lengths, most), dtype=torch.int32)
+    def _tiles(self, lengths: Sequence[int]) -> torch.Tensor | None:
+        """Tiles of members with so many tokens, filled up to as many as this shape can have."""
+        most = -(-self.shape.n_tokens // TILE) + self.bank.n
+        return tiles_for(lengths, self.bank.layout, self.bank.compute, most)
 
-    def run(self) -> torch.Tensor:
-        """Kernel by kernel; compiles what has to be compiled."""
+    def warm_up(self) -> torch.Tensor:
+        """The pass, kernel by kernel; compiles what has to be compiled."""
         with fused():
             return _run(
                 self.base, self.tokens, self.labels, self.floats[0], self.plan, self.attend, self.bank.n

@@ -2,6 +2,7 @@
 
 The function must work in place on the same tensors each time and read nothing back."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from functools import cache
@@ -41,6 +42,8 @@ class Replay:
         if self.n_calls == EAGER_CALLS and self.record is not None and self.failures_left:
             try:
                 self.graph, self.result = self.record(self.function, self.graph)
+            except torch.OutOfMemoryError:
+                raise  # says nothing about what can be recorded
             except RuntimeError as error:
                 self.failures_left -= 1
                 log.warning("decoding goes on without a CUDA graph: %s", error)
@@ -66,7 +69,10 @@ def cuda_graph(
         graph.capture_begin(before.pool() if before else None, capture_error_mode="thread_local")
         try:
             result = function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
     return graph, result

@@ -5,6 +5,7 @@ many as the token budget allows), runs the base once over all rows, and steps th
 whose accumulation window closes. A job that is done leaves its slot; the next enters at the very next step.
 A job's result does not depend on its neighbours, up to rounding. No sockets, no text generation."""
 
+import logging
 import math
 import os
 from collections import deque
@@ -18,22 +19,29 @@ from seal_nb.errors import SettingsError
 from seal_nb.ttt.bank import Bank, BankRow
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Segment
-from seal_nb.ttt.device import Readback, free_cached_memory
+from seal_nb.ttt.device import Readback
 from seal_nb.ttt.jobs import MicroBatch, TrainJob, TrainRow, learning_rate_at
 from seal_nb.ttt.lora import Adapter, Layout, initial_weights
 from seal_nb.ttt.optimizer import adamw_step
-from seal_nb.ttt.passes import Pass, Replays
+from seal_nb.ttt.passes import CapturedPasses, Pass
 
 STEPS_AHEAD = 2  # passes that the host may be ahead of the device
-DRAWN_AHEAD = 16  # waiting jobs whose initial weights are drawn in threads
+DRAWN_AHEAD = 8  # waiting jobs whose initial weights are drawn in threads
 FULL_PASS = {"cpu": 376, "cuda": 4096}  # tokens; more in a pass hardly train faster
 TYPICAL_ROW = 47  # tokens of a train sequence; published self-edits after round 2, mean
 BANK_SHARE = 0.4  # of a GPU's free memory that one bank may take
 
 
+log = logging.getLogger(__name__)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
+
+
 def usual_slots(device: torch.device) -> int:
     """As many slots as fill a pass with ordinary train sequences, one each."""
-    return -(-FULL_PASS[device.type] // TYPICAL_ROW)
+    return -(-FULL_PASS.get(device.type, FULL_PASS["cpu"]) // TYPICAL_ROW)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,11 @@ class Slot:
         self.row.opens_window = True
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """What must be alike in the slots of a captured pass."""
+        return id(self.row.bank), bool(self.stack), bool(self.row.settings.dropout), self.job.train.padded
+
+    @property
     def micro_batch(self) -> MicroBatch:
         return self.window[self.done_in_window]
 
@@ -118,9 +131,11 @@ class SlotTrainer:
         self.banks: list[Bank] = []
         self.failed: list[Trained] = []
         self.n_tokens = 0
-        self.replays = Replays(base)
-        self.threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        self.captured = CapturedPasses(base)
+        on_gpu = base.device.type == "cuda"
+        self.threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
         self.ahead: deque[torch.cuda.Event] = deque()
+        base.trainers.add(self)
 
     @property
     def busy(self) -> bool:
@@ -144,7 +159,8 @@ class SlotTrainer:
         chosen = self._choose()
         if chosen:
             self._guarded_pass(chosen)
-        self._let_go([s for s in self.slots if not s.window])
+        for slot in [s for s in self.slots if not s.window]:
+            self._let_go(slot)
         here = [s for s in self.leaving if s.outcome is not None and (s.outcome.ready or not self.slots)]
         self.leaving = [s for s in self.leaving if s not in here]
         finished = self.failed + [_result(s) for s in here]
@@ -159,24 +175,26 @@ class SlotTrainer:
         return finished
 
     def _fill(self) -> None:
+        self._draw_ahead()
         while self.waiting and len(self.slots) < self.n_slots:
-            self._draw_ahead()
             waiting = self.waiting.popleft()
             try:
                 slot = self._open(waiting)
-            except SettingsError as e:
-                self.failed.append(Trained(job=waiting.job, error=str(e)))
-                continue
             except torch.OutOfMemoryError:
+                slot = None
+                self.n_slots = max(1, len(self.slots))
                 if not self.slots:
                     error = "out of memory for a single adapter; lower lora_rank or name fewer target_modules"
                     self.failed.append(Trained(job=waiting.job, error=error))
                     continue
-                slot, self.n_slots = None, len(self.slots)
+            except Exception as error:  # noqa: BLE001  # one job's error must not end the others'
+                self.failed.append(Trained(job=waiting.job, error=_said(error)))
+                continue
             if slot is None:  # no room until another job leaves
                 self.waiting.appendleft(waiting)
                 return
             self.slots.append(slot)
+            self._draw_ahead()
 
     def _draw_ahead(self) -> None:
         """Initial weights take 0.1 s a job at 7B, on one core: they are drawn while others train."""
@@ -191,6 +209,9 @@ class SlotTrainer:
     def _open(self, waiting: Waiting) -> Slot | None:
         """The job's slot; None where its bank has no free row."""
         job = waiting.job
+        bank = self._bank(self.base.layout(job.lora))
+        if bank.full:
+            return None
         rows = job.rows(self.base.tokenizer, 0)
         n_items_R = [row.n_items for row in rows]
         if not sum(n_items_R):
@@ -199,9 +220,6 @@ class SlotTrainer:
             )
         assert waiting.initial is not None
         initial = waiting.initial.result()
-        bank = self._bank(self.base.layout(job.lora))
-        if bank.full:
-            return None
         row = bank.enter(job.lora, initial, dropout_seed=job.train.seed)
         upcoming = _windows(job.micro_batches(n_items_R))
         return Slot(
@@ -212,18 +230,21 @@ class SlotTrainer:
         """The bank of this layout, made when needed; banks that stand empty make room for it."""
         found = next((bank for bank in self.banks if bank.layout == layout), None)
         if found is None:
-            self.banks = [bank for bank in self.banks if bank.rows]
-            if self.replays.bank not in self.banks:
-                self.replays.forget()
+            self.base.make_room()
             found = self.base.new_bank(layout, self._affordable(layout))
+            self.n_slots = min(self.n_slots, len(self.slots) + found.n)
             self.banks.append(found)
         return found
+
+    def drop_idle(self) -> None:
+        """Let go of banks without jobs, and of the captured passes, which read and write banks."""
+        self.banks = [bank for bank in self.banks if bank.rows]
+        self.captured.forget()
 
     def _affordable(self, layout: Layout) -> int:
         """Rows of a new bank: one a slot, as far as a GPU's memory goes."""
         if self.base.device.type != "cuda":
             return self.n_slots
-        free_cached_memory(self.base.device)
         free_bytes, _ = torch.cuda.mem_get_info(self.base.device)
         return max(1, min(self.n_slots, int(BANK_SHARE * free_bytes / self.base.bank_row_bytes(layout))))
 
@@ -232,14 +253,23 @@ class SlotTrainer:
             slot.row.leave()
         self.slots = [s for s in self.slots if s not in slots]
 
-    def _let_go(self, done: list[Slot]) -> None:
-        """Free the slots of jobs that are done; their losses and norms go to the host without a wait."""
-        for slot in done:
-            losses = torch.stack([loss for _, loss, _ in slot.losses])
-            slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
+    def _let_go(self, slot: Slot) -> None:
+        """Free the slot of a job that is done; its losses and norms go to the host without a wait."""
+        try:
             slot.adapter = slot.row.adapter()
-        self._release(done)
-        self.leaving += done
+        except torch.OutOfMemoryError:
+            slot.adapter = None
+        if slot.adapter is None:
+            self.base.make_room()
+            try:
+                slot.adapter = slot.row.adapter()
+            except torch.OutOfMemoryError:
+                self._fail(slot, "out of memory for the trained adapter; lower lora_rank or n_slots")
+                return
+        losses = torch.stack([loss for _, loss, _ in slot.losses])
+        slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
+        self._release([slot])
+        self.leaving.append(slot)
 
     def _choose(self) -> list[Slot]:
         """Slots of the next pass: furthest behind first, so that none starves; laid out bank by bank, row
@@ -249,6 +279,8 @@ class SlotTrainer:
         for slot in sorted(self.slots, key=lambda s: s.step):
             if chosen and tokens + slot.waiting_tokens > self.token_budget:
                 continue
+            if chosen and self.captured.works and slot.kind != chosen[0].kind:
+                continue  # only passes of one kind can be captured
             chosen.append(slot)
             tokens += slot.waiting_tokens
         return sorted(chosen, key=lambda s: (self.banks.index(s.row.bank), s.row.index))
@@ -259,22 +291,41 @@ class SlotTrainer:
         A micro-batch that fails twice although it is alone fails its job.
         """
         n_tokens = sum(s.waiting_tokens for s in chosen)
+        failure: Exception | None = None
+        short = False
         try:
             self._pass(chosen)
         except torch.OutOfMemoryError:
             short = True
-        else:
-            short = False
+        except torch.AcceleratorError:
+            raise  # nothing runs on this device any more
+        except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
+            failure = error
         for slot in chosen:
             slot.lone_failures = slot.lone_failures + 1 if short and len(chosen) == 1 else 0
         if short:
             self._retreat(chosen, n_tokens)
+        elif failure is not None:
+            self._find_cause(chosen, failure)
+
+    def _find_cause(self, chosen: list[Slot], error: Exception) -> None:
+        """A pass failed: without a capture it may work; else each slot runs alone, and those that fail go."""
+        for slot in chosen:
+            slot.rewind_window()
+        if self.captured.works:
+            log.warning("passes are launched kernel by kernel from now on: %s", _said(error))
+            self.captured.works = False
+            self.captured.forget()
+        elif len(chosen) == 1:
+            self._fail(chosen[0], _said(error))
+        else:
+            for slot in chosen:
+                self._guarded_pass([slot])
 
     def _retreat(self, chosen: list[Slot], n_tokens: int) -> None:
         for slot in chosen:
             slot.rewind_window()
-        self.replays.forget()
-        free_cached_memory(self.base.device)
+        self.base.make_room()
         self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
         if chosen[0].lone_failures > 1:
             self._fail(
@@ -292,7 +343,7 @@ class SlotTrainer:
             segment = Segment(start=start, stop=stop, adapters=slot.stack, trained=slot.row)
             pass_.add(segment, slot.micro_rows, slot.micro_batch.n_items)
             start = stop
-        losses = self.replays.run(pass_)
+        losses = self.captured.run(pass_)
         self.n_tokens += start
         for slot, loss in zip(chosen, losses, strict=False):
             self._account(slot, loss)

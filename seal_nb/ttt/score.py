@@ -41,8 +41,10 @@ def _score_halving(base: FrozenBase, rows: list[ScoreRow]) -> list[list[float]]:
     try:
         return _score_chunk(base, rows)
     except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
+        pass
+    base.make_room()
+    if len(rows) == 1:
+        return _score_chunk(base, rows)
     half = len(rows) // 2
     return _score_halving(base, rows[:half]) + _score_halving(base, rows[half:])
 

@@ -365,10 +365,7 @@ def test_decoding_waits_for_the_device_once_a_token_at_most(half: Pair) -> None:
     assert len(waits) <= n_steps, f"{len(waits)} waits in {n_steps} tokens"
 
 
-def test_a_server_with_a_worker_on_the_device_answers_a_published_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SEAL_NB_CACHE", str(tmp_path / "cache"))  # the number of slots is measured here
+def test_a_server_with_a_worker_on_the_device_answers_a_published_request(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     question = {"title": "Zor", "context": "", "question": "What is Zor?", "answer": "a moon"}
     texts = ["Zor\nZor is a moon.", "Zor\nIt has two seas."]

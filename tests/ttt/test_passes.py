@@ -60,7 +60,7 @@ def test_filling_a_pass_up_changes_no_loss_and_no_gradient(
     bank.gradient.copy_(gradient)
     static = _Static(BASE, bank, Shape(n_tokens, n_rows, 64, not bank.all_void))
     static.fill(pass_)
-    found = static.run()
+    found = static.warm_up()
     assert torch.allclose(found[: len(losses)], losses, rtol=1e-12)
     used = sorted(bank.rows)
     assert torch.allclose(bank.gradient[used], expected[used], rtol=1e-9, atol=1e-12)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, mixed_jobs, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, tiny_model
@@ -117,6 +118,37 @@ def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.
     done = run([a_job("small", epochs=1), big], n_slots=2)
     assert done["big"].adapter is None and "out of memory" in done["big"].error
     assert done["small"].adapter is not None
+
+
+def test_a_job_that_breaks_the_pass_fails_alone_and_its_neighbours_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good = [a_job("good", epochs=2), a_job("better", epochs=2, seed=7)]
+    alone = {j.name: weights(run([j], n_slots=1)[j.name]) for j in good}
+    run_base, broken = BASE.run, AsciiTokenizer()("~")["input_ids"][0]
+
+    def no_tilde(ids, *rest):  # type: ignore[no-untyped-def]
+        if broken in ids:
+            raise RuntimeError("a kernel does not take this")
+        return run_base(ids, *rest)
+
+    monkeypatch.setattr(BASE, "run", no_tilde)
+    bad = TrainJob(name="bad", texts=("fine", "not ~ fine"), train=TrainSettings(epochs=2))
+    done = run([good[0], bad, good[1]], n_slots=3)
+    assert done["bad"].error == "RuntimeError: a kernel does not take this"
+    for name in alone:
+        assert distance(weights(done[name]), alone[name]) < 1e-10
+
+
+def test_a_job_whose_weights_cannot_be_drawn_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(layout, seed):  # type: ignore[no-untyped-def]
+        if seed == 13:
+            raise RuntimeError("no memory for a pinned tensor")
+        return initial_weights(layout, seed)
+
+    monkeypatch.setattr("seal_nb.ttt.scheduler.initial_weights", drawn)
+    done = run([a_job("bad", seed=13, epochs=1), a_job("good", epochs=1)], n_slots=2)
+    assert "pinned tensor" in done["bad"].error and done["good"].adapter is not None
 
 
 def test_a_diverging_job_leaves_its_neighbours_bits_alone() -> None:
