@@ -11,7 +11,7 @@ TILE = 32  # tokens that a kernel of the branches takes at a time
 
 def pinned(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor as a copy to the device wants it: in pinned memory, so that the copy does not wait."""
-    return t.pin_memory() if device.type == "cuda" else t
+    return t.pin_memory() if device.type == "cuda" and t.numel() else t
 
 
 def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -30,8 +30,6 @@ DRAWN_AHEAD = 8  # waiting jobs whose initial weights are drawn in threads
 FULL_PASS = {"cpu": 376, "cuda": 4096}  # tokens; more in a pass hardly train faster
 TYPICAL_ROW = 47  # tokens of a train sequence; published self-edits after round 2, mean
 BANK_SHARE = 0.4  # of a GPU's free memory that one bank may take
-
-
 log = logging.getLogger(__name__)
 
 

@@ -1,16 +1,21 @@
 """A pass that is filled up to a static shape, as a CUDA graph needs it, is the same pass."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_nb.ttt import passes
 from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Segment
-from seal_nb.ttt.jobs import LoraSettings, TrainSettings, make_row
+from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.passes import Pass, Shape, _shape, _Static, run_eager
+from seal_nb.ttt.scheduler import SlotTrainer, Trained
+from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, tiny_model
 
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]
@@ -79,3 +84,84 @@ def test_shapes_are_few_and_waste_little(n_tokens: int) -> None:
     pass_.__dict__["lengths"] = [n_tokens // 4, n_tokens - n_tokens // 4]
     shape = _shape(pass_, BASE.new_bank(BASE.layout(LORA), 1))
     assert 0 <= shape.n_tokens - n_tokens < 256 and shape.longest >= max(pass_.lengths)
+
+
+class Recording:
+    """In the place of a CUDA graph: runs the pass again on the same static inputs, whatever they hold now."""
+
+    def __init__(self, function: Callable[[], torch.Tensor]):
+        self.static: _Static = function.__self__  # type: ignore[attr-defined]
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for holder in (self.static.plan.groups[0], self.static.attend.__self__):  # type: ignore[attr-defined]
+            for on_the_host in ("members", "kept", "lengths", "biases"):
+                holder.__dict__.pop(on_the_host, None)
+        self.static.losses.copy_(self.static.warm_up())
+
+
+def trained(jobs: list[TrainJob], *, capturing: bool) -> tuple[dict[str, Trained], SlotTrainer]:
+    trainer = SlotTrainer(BASE, n_slots=3, token_budget=100)
+    trainer.captured.works = capturing
+    for job in jobs:
+        trainer.submit(job)
+    return {t.job.name: t for t in trainer.run()}, trainer
+
+
+def jobs_of_one_layout() -> list[TrainJob]:
+    jobs = []
+    for i in range(7):
+        texts = tuple((LETTERS * 2)[i + k : 2 * i + 15 + 9 * k] for k in range(1 + i % 4))
+        train = TrainSettings(
+            epochs=2 + i % 3,
+            seed=i,
+            learning_rate=3e-3,
+            batch_size=1 + i % 2,
+            gradient_accumulation_steps=1 + i // 4,
+        )
+        jobs.append(TrainJob(name=str(i), texts=texts, lora=LORA, train=train))
+    return jobs
+
+
+@pytest.mark.parametrize("most_graphs", [1, 32])
+def test_jobs_whose_passes_are_captured_and_replayed_get_the_same_adapters(
+    monkeypatch: pytest.MonkeyPatch, most_graphs: int
+) -> None:
+    recordings: list[Recording] = []
+
+    def record(function, before):  # type: ignore[no-untyped-def]
+        recordings.append(Recording(function))
+        return recordings[-1], torch.zeros(3, dtype=torch.float64)
+
+    monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
+    monkeypatch.setattr(passes, "cuda_graph", record)
+    monkeypatch.setattr(passes, "MOST_GRAPHS", most_graphs)
+    plain, _ = trained(jobs_of_one_layout(), capturing=False)
+    found, trainer = trained(jobs_of_one_layout(), capturing=True)
+    assert sum(r.replays for r in recordings) > 5 and len(trainer.captured.statics) <= most_graphs
+    for name, one in plain.items():
+        assert distance(peft_weights(found[name].adapter), peft_weights(one.adapter)) < 1e-10
+        assert found[name].epoch_losses == pytest.approx(one.epoch_losses, rel=1e-10)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("short")])
+def test_a_capture_that_fails_costs_no_job_anything(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    failures = []
+
+    def fails(function, before):  # type: ignore[no-untyped-def]
+        failures.append(function)
+        if len(failures) > 1:
+            return Recording(function), torch.zeros(3, dtype=torch.float64)
+        raise error
+
+    monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
+    monkeypatch.setattr(passes, "cuda_graph", fails)
+    plain, _ = trained(jobs_of_one_layout(), capturing=False)
+    found, trainer = trained(jobs_of_one_layout(), capturing=True)
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    assert trainer.captured.works == out_of_memory, "memory says nothing about what can be captured"
+    for name, one in plain.items():
+        assert distance(peft_weights(found[name].adapter), peft_weights(one.adapter)) < 1e-10
