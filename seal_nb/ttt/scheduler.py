@@ -173,8 +173,8 @@ class SlotTrainer:
         return finished
 
     def _fill(self) -> None:
-        self._draw_ahead()
         while self.waiting and len(self.slots) < self.n_slots:
+            self._draw_ahead()
             waiting = self.waiting.popleft()
             try:
                 slot = self._open(waiting)
@@ -192,7 +192,7 @@ class SlotTrainer:
                 self.waiting.appendleft(waiting)
                 return
             self.slots.append(slot)
-            self._draw_ahead()
+        self._draw_ahead()
 
     def _draw_ahead(self) -> None:
         """Initial weights take 0.1 s a job at 7B, on one core: they are drawn while others train."""
@@ -307,18 +307,21 @@ class SlotTrainer:
             self._find_cause(chosen, failure)
 
     def _find_cause(self, chosen: list[Slot], error: Exception) -> None:
-        """A pass failed: without a capture it may work; else each slot runs alone, and those that fail go."""
+        """A pass failed: each slot runs alone and without a capture; the job of one that fails is the cause.
+        Where none fails, the capture is the cause, and nothing is captured from now on."""
         for slot in chosen:
             slot.rewind_window()
-        if self.captured.works:
-            log.warning("passes are launched kernel by kernel from now on: %s", _said(error))
-            self.captured.works = False
-            self.captured.forget()
-        elif len(chosen) == 1:
+        captured, self.captured.works = self.captured.works, False
+        if len(chosen) == 1 and not captured:
             self._fail(chosen[0], _said(error))
-        else:
-            for slot in chosen:
-                self._guarded_pass([slot])
+            return
+        self.captured.forget()
+        n_failed = len(self.failed)
+        for slot in chosen:
+            self._guarded_pass([slot])
+        self.captured.works = captured and len(self.failed) > n_failed
+        if captured and not self.captured.works:
+            log.warning("passes are launched kernel by kernel from now on: %s", _said(error))
 
     def _retreat(self, chosen: list[Slot], n_tokens: int) -> None:
         for slot in chosen:

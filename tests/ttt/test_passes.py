@@ -145,6 +145,39 @@ def test_jobs_whose_passes_are_captured_and_replayed_get_the_same_adapters(
         assert found[name].epoch_losses == pytest.approx(one.epoch_losses, rel=1e-10)
 
 
+def test_a_pass_that_fails_only_when_captured_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
+    monkeypatch.setattr(_Static, "warm_up", lambda self: 1 / 0)
+    plain, _ = trained(jobs_of_one_layout(), capturing=False)
+    found, trainer = trained(jobs_of_one_layout(), capturing=True)
+    assert not trainer.captured.works
+    for name, one in plain.items():
+        assert distance(peft_weights(found[name].adapter), peft_weights(one.adapter)) < 1e-10
+
+
+def test_a_job_that_breaks_a_captured_pass_is_found_and_the_others_are_captured_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
+    run_base, broken = BASE.run, AsciiTokenizer()("~")["input_ids"][0]
+
+    def no_tilde(ids, *rest):  # type: ignore[no-untyped-def]
+        if broken in ids:
+            raise RuntimeError("a kernel does not take this")
+        return run_base(ids, *rest)
+
+    monkeypatch.setattr(BASE, "run", no_tilde)
+    monkeypatch.setattr(
+        passes, "cuda_graph", lambda function, before: (Recording(function), torch.zeros(3).double())
+    )
+    plain, _ = trained(jobs_of_one_layout(), capturing=False)
+    bad = TrainJob(name="bad", texts=("fine", "not ~ fine"), lora=LORA, train=TrainSettings(epochs=2))
+    found, trainer = trained([*jobs_of_one_layout(), bad], capturing=True)
+    assert "does not take this" in found["bad"].error and trainer.captured.works
+    for name, one in plain.items():
+        assert distance(peft_weights(found[name].adapter), peft_weights(one.adapter)) < 1e-10
+
+
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("short")])
 def test_a_capture_that_fails_costs_no_job_anything(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError
