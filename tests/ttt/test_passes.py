@@ -16,7 +16,7 @@ from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.passes import Pass, Shape, _shape, _Static, run_eager
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights
-from tests.ttt.tiny import AsciiTokenizer, tiny_model
+from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
 
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]
 LORA = LoraSettings(rank=4, alpha=6, target_modules=("all-linear",))
@@ -159,14 +159,7 @@ def test_a_job_that_breaks_a_captured_pass_is_found_and_the_others_are_captured_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
-    run_base, broken = BASE.run, AsciiTokenizer()("~")["input_ids"][0]
-
-    def no_tilde(ids, *rest):  # type: ignore[no-untyped-def]
-        if broken in ids:
-            raise RuntimeError("a kernel does not take this")
-        return run_base(ids, *rest)
-
-    monkeypatch.setattr(BASE, "run", no_tilde)
+    refuse_tildes(BASE, monkeypatch)
     monkeypatch.setattr(
         passes, "cuda_graph", lambda function, before: (Recording(function), torch.zeros(3).double())
     )

@@ -10,7 +10,7 @@ from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, mixed_jobs, peft_weights
-from tests.ttt.tiny import AsciiTokenizer, tiny_model
+from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
 
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]
 
@@ -125,14 +125,7 @@ def test_a_job_that_breaks_the_pass_fails_alone_and_its_neighbours_go_on(
 ) -> None:
     good = [a_job("good", epochs=2), a_job("better", epochs=2, seed=7)]
     alone = {j.name: weights(run([j], n_slots=1)[j.name]) for j in good}
-    run_base, broken = BASE.run, AsciiTokenizer()("~")["input_ids"][0]
-
-    def no_tilde(ids, *rest):  # type: ignore[no-untyped-def]
-        if broken in ids:
-            raise RuntimeError("a kernel does not take this")
-        return run_base(ids, *rest)
-
-    monkeypatch.setattr(BASE, "run", no_tilde)
+    refuse_tildes(BASE, monkeypatch)
     bad = TrainJob(name="bad", texts=("fine", "not ~ fine"), train=TrainSettings(epochs=2))
     done = run([good[0], bad, good[1]], n_slots=3)
     assert done["bad"].error == "RuntimeError: a kernel does not take this"
