@@ -284,9 +284,9 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     torch.set_num_threads(settings.n_threads)
     if settings.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
+    grader = make_grader(settings.grader)  # first: a mistake in its name needs no model
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
-    grader = make_grader(settings.grader)
     return InnerLoop(base, grader, settings, model_id=served_identity(base, grader, settings, folder))
 
 
