@@ -64,7 +64,7 @@ def test_every_page_and_every_notebook_is_there(site: Path) -> None:
 def test_the_api_has_every_module(pages: dict[Path, Links]) -> None:
     files = [path for path in (ROOT / "seal_nb").rglob("*.py") if (path.parent / "__init__.py").is_file()]
     named = [path.relative_to(ROOT).with_suffix("") for path in files if path.name != "__init__.py"]
-    modules = {".".join(path.parts) for path in named} - {"seal_nb.ttt.kernels"}  # needs Triton to be imported
+    modules = {".".join(path.parts) for path in named} - {"seal_nb.ttt.kernels"}  # its import needs Triton
     anchors = {anchor for path, page in pages.items() if path.parent.name == "api" for anchor in page.anchors}
     assert len(modules) > 150 and {f"module-{name}" for name in modules} - anchors == set()
 
