@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import accumulate, groupby, pairwise
 from types import ModuleType
 
@@ -33,6 +34,7 @@ class Segment:
     trained: BankRow | None = None
 
 
+TRITON = find_spec("triton") is not None
 Weights = torch.Tensor | list[torch.Tensor]  # (n, rank, wide), or n matrices (rank, wide)
 
 
@@ -110,8 +112,12 @@ class Group:
 
 
 def has_kernels(layout: Layout, weights: torch.Tensor) -> bool:
-    """Whether the kernels take these weights. Triton is a part of torch's CUDA packages."""
-    if not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    """Whether the kernels take these weights. Triton is a part of torch's CUDA packages on Linux."""
+    if (
+        not TRITON
+        or not weights.is_cuda
+        or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+    ):
         return False
     return kernels().fits(layout.rank, weights.itemsize) and kernels().works(weights.dtype)
 

@@ -37,9 +37,8 @@ def region(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return torch.compile(
-            plain, dynamic=True
-        )  # importing the compiler takes seconds: not where it is not used
+        # At the first call: importing the compiler takes seconds, and a CPU never needs it.
+        return torch.compile(plain, dynamic=True)
 
     @functools.wraps(plain)
     def switched(*args: Any, **kwargs: Any) -> Any:

@@ -17,9 +17,7 @@ import triton.language as tl
 from seal_nb.ttt.device import TILE
 
 SMALLEST_DOT = 16
-SHARED_BYTES = (
-    90_000  # of a multiprocessor's shared memory; cards of compute capability 8.6 and 8.9 have 99 KiB
-)
+SHARED_BYTES = 90_000  # shared memory that a tile may take; cards of capability 8.6 and 8.9 have 99 KiB
 log = logging.getLogger(__name__)
 
 
