@@ -180,6 +180,7 @@ def slot_speed(machine: Machine, n: int) -> Piece:
         "synchronisations_per_step": _synchronisations(machine, trainer),
         "token_budget": trainer.token_budget,
         "peak_memory_gib": machine.peak_gib(),
+        "reserved_gib": torch.cuda.max_memory_reserved(machine.device) / 2**30 if machine.is_cuda else None,
     }
 
 
@@ -288,7 +289,8 @@ def decoding(machine: Machine) -> Iterator[Piece]:
     adapters = [_random_adapter(machine) for _ in range(machine.settings.n_adapters)]
     for n in machine.settings.rows:
         yield {f"ms_per_step_{n}_rows": 1e3 * _decode_step_s(machine, adapters, n)}
-    decoder = _decoder(machine, adapters, QUESTIONS * len(adapters), machine.settings.decode_rows)
+    max_rows = max(machine.settings.rows)
+    decoder = _decoder(machine, adapters, QUESTIONS * len(adapters), max_rows)
     texts: list[Decoded] = []
     seconds = machine.seconds(lambda: texts.extend(decoder.run()))
     tokens = sum(len(text.token_ids) for text in texts)

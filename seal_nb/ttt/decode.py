@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
+from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment, make_plan
 from seal_nb.ttt.device import Readback, sent, tensor_on
@@ -80,6 +81,10 @@ class GroupedDecoder:
     of one pass."""
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
+        if max_rows < 1 or prefill_tokens < 1:
+            raise SettingsError(
+                f"max_rows is {max_rows} and prefill_tokens {prefill_tokens}; both must be at least 1"
+            )
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
         self.most = (max_rows, prefill_tokens)
         self.waiting: deque[DecodeRow] = deque()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Group, Plan, Segment, has_kernels, make_plan, tiles_for, trained_segments
-from seal_nb.ttt.device import TILE, has_varlen, pinned, sent
+from seal_nb.ttt.device import TILE, free_cached_memory, has_varlen, pinned, sent
 from seal_nb.ttt.fused import fused
 from seal_nb.ttt.jobs import TrainRow
 from seal_nb.ttt.loss import weighted_nll
@@ -31,6 +31,7 @@ from seal_nb.ttt.replay import cuda_graph
 
 log = logging.getLogger(__name__)
 MOST_GRAPHS = 32
+PASSES_WITHOUT = 50  # after running out of memory in a capture
 TOKEN_STEP, ROW_STEP, SHORTEST = 128, 64, 512
 
 
@@ -117,11 +118,13 @@ class CapturedPasses:
         self.base = base
         self.works = base.dtype == torch.bfloat16 and has_varlen(base.device, base.dtype, _head_size(base))
         self.statics: dict[tuple[int, Shape], _Static] = {}
+        self.n_without = 0
 
     def run(self, pass_: Pass) -> torch.Tensor:
         """As `run_eager`. A shape is warmed up the first time it comes, captured the second time."""
         bank = self._only_bank(pass_)
-        if bank is None:
+        if bank is None or self.n_without:
+            self.n_without = max(0, self.n_without - 1)
             return run_eager(self.base, pass_)
         shape = _shape(pass_, bank)
         static = self.statics.pop((id(bank), shape), None) or _Static(self.base, bank, shape)
@@ -151,16 +154,31 @@ class CapturedPasses:
         return bank if static and has_kernels(bank.layout, bank.compute) else None
 
     def _capture(self, static: "_Static") -> None:
-        """Where the model does something that cannot be captured, no pass is from now on."""
-        before = next((s.graph for s in self.statics.values() if s.graph is not None), None)
+        """Where the model does something that cannot be captured, no pass is from now on. Out of memory: the
+        pass fits, since it has run kernel by kernel, so only the captures go."""
+        before = self._graph_to_share_memory_with(static)
         try:
-            static.graph, static.losses = cuda_graph(static.warm_up, before)  # all share one pool of memory
+            static.graph, static.losses = cuda_graph(static.warm_up, before)
         except torch.OutOfMemoryError:
-            raise
+            self.n_without = PASSES_WITHOUT
         except RuntimeError as error:
             log.warning("passes are launched kernel by kernel: this model cannot be captured: %s", error)
             self.works = False
+        if static.graph is None:
             self.forget()
+            free_cached_memory(self.base.device)
+
+    def _graph_to_share_memory_with(self, static: "_Static") -> "torch.cuda.CUDAGraph | None":
+        """Any, since all share one pool; none where this pass is the largest so far. Its tensors would not
+        fit where those of smaller passes were, so each larger shape would add memory of its own: 12 GiB at
+        7B. The smaller ones are captured again when they come."""
+        captured = [s for s in self.statics.values() if s.graph is not None]
+        if all(s.shape.n_tokens < static.shape.n_tokens for s in captured):
+            for smaller in captured:
+                smaller.graph, smaller.losses = None, torch.empty(0)
+            captured.clear()
+            free_cached_memory(self.base.device)  # a capture cannot take it
+        return captured[0].graph if captured else None
 
 
 def _head_size(base: FrozenBase) -> int:

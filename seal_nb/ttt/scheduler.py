@@ -25,6 +25,7 @@ from seal_nb.ttt.lora import Adapter, Layout, initial_weights
 from seal_nb.ttt.optimizer import adamw_step
 from seal_nb.ttt.passes import CapturedPasses, Pass
 
+PASSES_TO_RECOVER = 500  # after running out of memory until twice as much is tried
 STEPS_AHEAD = 2  # passes that the host may be ahead of the device
 DRAWN_AHEAD = 8  # waiting jobs whose initial weights are drawn in threads
 FULL_PASS = {"cpu": 376, "cuda": 4096}  # tokens; more in a pass hardly train faster
@@ -123,6 +124,8 @@ class SlotTrainer:
                 f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1"
             )
         self.base, self.n_slots, self.token_budget = base, n_slots, token_budget
+        self.most = (n_slots, token_budget)
+        self.n_since_short = 0
         self.waiting: deque[Waiting] = deque()
         self.slots: list[Slot] = []
         self.leaving: list[Slot] = []
@@ -157,6 +160,7 @@ class SlotTrainer:
         chosen = self._choose()
         if chosen:
             self._guarded_pass(chosen)
+            self._recover()
         for slot in [s for s in self.slots if not s.window]:
             self._let_go(slot)
         here = [s for s in self.leaving if s.outcome is not None and (s.outcome.ready or not self.slots)]
@@ -323,7 +327,15 @@ class SlotTrainer:
         if captured and not self.captured.works:
             log.warning("passes are launched kernel by kernel from now on: %s", _said(error))
 
+    def _recover(self) -> None:
+        self.n_since_short += 1
+        if self.n_since_short >= PASSES_TO_RECOVER:
+            self.n_since_short = 0
+            self.n_slots = min(2 * self.n_slots, self.most[0])
+            self.token_budget = min(2 * self.token_budget, self.most[1])
+
     def _retreat(self, chosen: list[Slot], n_tokens: int) -> None:
+        self.n_since_short = 0
         for slot in chosen:
             slot.rewind_window()
         self.base.make_room()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.one_adapter import OneAdapter, twin
 from seal_nb.service.launch import TTTServer
+from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
@@ -363,6 +364,30 @@ def test_decoding_waits_for_the_device_once_a_token_at_most(half: Pair) -> None:
     waits = [str(w.message) for w in seen if "synchroniz" in str(w.message)]
     assert len(decoder.live) == 16, "nobody has left meanwhile"
     assert len(waits) <= n_steps, f"{len(waits)} waits in {n_steps} tokens"
+
+
+@cuda_only
+def test_running_out_of_memory_in_a_capture_costs_no_job_anything(
+    half: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = mixed_jobs(learning_rate=WIDE_RATE)[:3]
+    expected = half.train(jobs)
+    record, recorded = passes.cuda_graph, []
+
+    def short_at_first(function: Callable[[], torch.Tensor], before: torch.cuda.CUDAGraph | None) -> object:
+        def greedy() -> torch.Tensor:
+            return torch.empty(2**44, device=DEVICE) + function()
+
+        recorded.append(function)
+        return record(function if len(recorded) > 1 else greedy, before)
+
+    monkeypatch.setattr(passes, "cuda_graph", short_at_first)
+    monkeypatch.setattr(passes, "PASSES_WITHOUT", 1)
+    found = half.train(jobs)
+    assert len(recorded) > 1
+    for name, one in expected.items():
+        assert found[name].epoch_losses == pytest.approx(one.epoch_losses, rel=0.02), name
+    torch.cuda.empty_cache()  # which torch refuses while it believes in a capture
 
 
 def test_a_server_with_a_worker_on_the_device_answers_a_published_request(tmp_path: Path) -> None:

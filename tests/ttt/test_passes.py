@@ -13,7 +13,7 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Segment
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
-from seal_nb.ttt.passes import Pass, Shape, _shape, _Static, run_eager
+from seal_nb.ttt.passes import CapturedPasses, Pass, Shape, _shape, _Static, run_eager
 from seal_nb.ttt.scheduler import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
@@ -185,9 +185,34 @@ def test_a_capture_that_fails_costs_no_job_anything(
 
     monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
     monkeypatch.setattr(passes, "cuda_graph", fails)
+    monkeypatch.setattr(passes, "PASSES_WITHOUT", 5)
     plain, _ = trained(jobs_of_one_layout(), capturing=False)
     found, trainer = trained(jobs_of_one_layout(), capturing=True)
     out_of_memory = isinstance(error, torch.OutOfMemoryError)
     assert trainer.captured.works == out_of_memory, "memory says nothing about what can be captured"
+    assert (len(failures) > 1) == out_of_memory and trainer.token_budget == 100, "the passes themselves fit"
     for name, one in plain.items():
         assert distance(peft_weights(found[name].adapter), peft_weights(one.adapter)) < 1e-10
+
+
+def test_a_capture_shares_memory_unless_it_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, bool]] = []  # tokens of a captured pass; whether it brings its own memory
+
+    def record(function, before):  # type: ignore[no-untyped-def]
+        taken.append((function.__self__.shape.n_tokens, before is None))
+        return Recording(function), torch.zeros(8, dtype=torch.float64)
+
+    monkeypatch.setattr(passes, "TOKEN_STEP", 8)
+    monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
+    monkeypatch.setattr(passes, "cuda_graph", record)
+    captured = CapturedPasses(BASE)
+    captured.works = True
+    bank, _ = bank_and_pass([[8]], 8, [True])
+    for n in (24, 16, 8, 40, 16, 40, 24):
+        row = make_row(AsciiTokenizer(), (LETTERS * 3)[:n], TrainSettings())
+        pass_ = Pass()
+        pass_.add(Segment(start=0, stop=len(row), trained=bank.rows[0]), [row], 7)
+        for _ in range(2):
+            captured.run(pass_)
+    assert taken == [(24, True), (16, False), (8, False), (40, True), (16, False), (24, False)]
+    assert sum(static.graph is not None for static in captured.statics.values()) == 3

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_nb.ttt import scheduler
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import initial_weights
@@ -103,6 +104,28 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.M
     assert all(len(t.epoch_losses) == 2 for t in done.values())
     for name in alone:
         assert distance(weights(done[name]), alone[name]) < 1e-10
+
+
+def test_after_running_out_of_memory_passes_grow_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "PASSES_TO_RECOVER", 3)
+    run_base, left = BASE.run, [2]
+
+    def full_twice(*arguments):  # type: ignore[no-untyped-def]
+        left[0] -= 1
+        if left[0] >= 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return run_base(*arguments)
+
+    monkeypatch.setattr(BASE, "run", full_twice)
+    slots = SlotTrainer(BASE, n_slots=2)
+    slots.n_slots = 1  # as when a third adapter found no room
+    for name in ("a", "b"):
+        slots.submit(a_job(name, epochs=8))
+    slots.step()
+    slots.step()
+    assert slots.token_budget < 100
+    assert all(t.adapter is not None for t in slots.run())
+    assert slots.n_slots == 2 and slots.token_budget > 1000
 
 
 def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
