@@ -27,11 +27,13 @@ help:
 demo: $(STAMP)
 	@$(BIN)/seal-nb demo --run-dir $(RUNS)/demo
 
-# One pytest for everything, last, so that its closing line counts everything and closes the output.
+# One pytest for everything, last, so that its closing line counts everything and closes the output. Two processes:
+# one has the tests that mostly wait (tests/conftest.py).
 test: $(STAMP)
 	@$(LINT); lint=$$?; \
 	$(FRESH_NOTEBOOKS); \
-	$(BIN)/python -m pytest tests build/notebooks --nbval-lax --nbval-cell-timeout=900; tests=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests build/notebooks \
+		--nbval-lax --nbval-cell-timeout=900; tests=$$?; \
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests
 

@@ -18,6 +18,25 @@ settings.register_profile("shared machine", deadline=None, max_examples=60)
 settings.load_profile("shared machine")
 
 
+ROOT = Path(__file__).resolve().parent.parent
+WAITING = {"browser", "chain", "service", "slurm"}  # folders whose tests start processes and wait for them
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What pytest-xdist keeps in one process (`--dist loadgroup`): tests that mostly wait, whose processes
+    would be in each other's way; those of vLLM, which share its server; all notebooks; else a file's."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+
+
+def group_of(path: Path) -> str:
+    if path.suffix == ".ipynb":
+        return "notebooks"
+    folder = path.parent.name
+    return "waiting" if folder in WAITING else folder if folder == "vllm" else path.stem
+
+
 def find_golden(shared: Path) -> Path:
     """The published reference data in the folder `shared`; skips where it is not there.
 
@@ -36,7 +55,7 @@ def find_golden(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of published reference data, beside the checkout."""
-    return find_golden(Path(__file__).resolve().parent.parent.parent / "shared")
+    return find_golden(ROOT.parent / "shared")
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory, ttt_server: TTTServer) -> Iter
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
+    yield from new_page(browser)
+
+
+def new_page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1360, "height": 900})
     page = context.new_page()
     yield page

@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
+from tests.browser.conftest import new_page
 from tests.browser.lab import Lab, OpenNotebook
 
 NAME = "07_passage_inspector.ipynb"
@@ -14,8 +16,14 @@ SCREENSHOTS = os.environ.get("SEAL_NB_SCREENSHOTS", "")  # a folder: keep pictur
 TRAIN_MS = 300_000  # a machine that others use too
 
 
-@pytest.fixture
-def notebook(page: Page, lab: Lab) -> OpenNotebook:
+@pytest.fixture(scope="module")
+def page(browser: Browser) -> Iterator[Page]:
+    """One for all tests: what they ask of the inspector does not depend on what others left in it."""
+    yield from new_page(browser)
+
+
+@pytest.fixture(scope="module")
+def notebook(page: Page, lab: Lab) -> Iterator[OpenNotebook]:
     notebook = OpenNotebook(page, lab, NAME)
     notebook.run_all()
     assert notebook.errors() == []
