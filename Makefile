@@ -32,7 +32,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(LINT); lint=$$?; \
 	$(FRESH_NOTEBOOKS); \
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests build/notebooks \
+	$(BIN)/python -m pytest -n 2 tests build/notebooks \
 		--nbval-lax --nbval-cell-timeout=900; tests=$$?; \
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests

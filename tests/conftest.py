@@ -2,10 +2,12 @@
 
 import os
 import signal
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported here or in a child: many small processes with many threads each are far slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,22 +21,25 @@ settings.load_profile("shared machine")
 
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = {"browser", "chain", "service", "slurm"}  # folders whose tests start processes and wait for them
+WAITING = ("browser", "chain", "service", "slurm")  # folders whose tests start processes and wait for them
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What pytest-xdist keeps in one process (`--dist loadgroup`): tests that mostly wait, whose processes
-    would be in each other's way; those of vLLM, which share its server; all notebooks; else a file's."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Groups of tests that `pytest -n` keeps in one process."""
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = group_of  # type: ignore[method-assign]
+    return scheduling
 
 
-def group_of(path: Path) -> str:
+def group_of(node_id: str) -> str:
+    """Tests that mostly wait, whose processes would be in each other's way; those of vLLM, which share its
+    server; all notebooks, which share a folder; else a file."""
+    path = PurePosixPath(node_id.split("::")[0])
     if path.suffix == ".ipynb":
         return "notebooks"
     folder = path.parent.name
-    return "waiting" if folder in WAITING else folder if folder == "vllm" else path.stem
+    return "waiting" if folder in WAITING else folder if folder == "vllm" else str(path)
 
 
 def find_golden(shared: Path) -> Path:
