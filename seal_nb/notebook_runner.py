@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import psutil
 from seal_nb.errors import SealError, SettingsError
 
 START_TIMEOUT_S = 180  # a kernel on a busy cluster node with a cold file system
+STARTS = 3  # of a kernel
+NOT_STARTED = "Kernel died before replying"  # jupyter_client's words
 Value = int | float | bool | str | list[Any]
 
 
@@ -168,23 +171,26 @@ def run_notebook(
         StageInterrupted: after a SIGTERM.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     with interrupted_by_sigterm() as interruption:
         try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(executed),
-                parameters=dict(values),
-                kernel_name="python3",
-                progress_bar=progress_bar,
-                start_timeout=START_TIMEOUT_S,
-                # Code and outputs travel over loopback TCP, which others on a shared node could read.
-                config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-                stdout_file=_Sink(write),
-                on_cell_start=_unless(interruption),
+            _with_a_kernel_that_starts(
+                partial(
+                    papermill.execute_notebook,
+                    str(notebook),
+                    str(executed),
+                    parameters=dict(values),
+                    kernel_name="python3",
+                    progress_bar=progress_bar,
+                    start_timeout=START_TIMEOUT_S,
+                    # Code and outputs travel over loopback TCP, which others on a shared node could read.
+                    config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+                    stdout_file=_Sink(write),
+                    on_cell_start=_unless(interruption),
+                ),
+                interruption,
             )
         except _BetweenCells as error:
             message = (
@@ -197,12 +203,26 @@ def run_notebook(
             kind = StageInterrupted if interruption.is_set() else StageFailed
             message = _short_failure(notebook, error, executed)
             raise kind(message, executed=executed, ename=error.ename, evalue=error.evalue) from error
-        except DeadKernelError as error:
+        except RuntimeError as error:  # nbclient's DeadKernelError is one
+            if not str(error).startswith("Kernel died"):
+                raise
             kind, why = StageFailed, "most often the system ends one for want of memory"
             if interruption.is_set():
                 kind, why = StageInterrupted, "SIGTERM has ended it as well"
             message = f"{notebook.stem}: its kernel died ({why}); what was done before is in {executed}"
             raise kind(message, executed=executed, ename="DeadKernelError", evalue=str(error)) from error
+
+
+def _with_a_kernel_that_starts(execute: Callable[[], object], interruption: threading.Event) -> None:
+    """A kernel takes ports that were free a moment before; on a busy machine another process can be quicker.
+    No cell has run by then, so another kernel is started."""
+    for starts_left in reversed(range(STARTS)):
+        try:
+            execute()
+            return
+        except RuntimeError as error:
+            if interruption.is_set() or not starts_left or NOT_STARTED not in str(error):
+                raise
 
 
 class _BetweenCells(Exception):

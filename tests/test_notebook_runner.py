@@ -181,3 +181,30 @@ def test_sigterm_that_reaches_no_running_cell_ends_the_stage_before_the_next_one
         run_notebook(notebook, {}, tmp_path / "executed.ipynb", write=told.append, progress_bar=False)
     assert "heard nothing" in (tmp_path / "executed.ipynb").read_text()
     assert "went on" not in "".join(told)
+
+
+@pytest.mark.parametrize(("deaths", "starts"), [(1, 2), (9, 3)])
+def test_a_kernel_that_dies_before_its_first_cell_is_started_again(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, starts: int
+) -> None:
+    """As when another process has taken one of its ports meanwhile."""
+    log = tmp_path / "starts"
+    dies = f"""
+import sys
+if "ipykernel_launcher" in sys.orig_argv:
+    with open({str(log)!r}, "a+") as log:
+        log.write("x")
+        log.seek(0)
+        if len(log.read()) <= {deaths}:
+            sys.exit("Address already in use")
+"""
+    (tmp_path / "sitecustomize.py").write_text(dies)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    executed = tmp_path / "runs" / "executed.ipynb"
+    if deaths < starts:
+        assert "6 ['a', 'b'] True" in run(tiny, executed)
+    else:
+        with pytest.raises(StageFailed, match="its kernel died") as failure:
+            run(tiny, executed)
+        assert "before replying" in failure.value.evalue
+    assert len(log.read_text()) == starts

@@ -112,13 +112,16 @@ class Shape:
 
 
 class CapturedPasses:
-    """The passes of one base that were captured, the last few shapes of them."""
+    """The passes of one base that were captured, the last few shapes of them.
+
+    n_without: passes until the next capture may be tried; largest: tokens for which the memory is that all
+    captures share"""
 
     def __init__(self, base: FrozenBase):
         self.base = base
         self.works = base.dtype == torch.bfloat16 and has_varlen(base.device, base.dtype, _head_size(base))
         self.statics: dict[tuple[int, Shape], _Static] = {}
-        self.n_without = 0
+        self.n_without = self.largest = 0
 
     def run(self, pass_: Pass) -> torch.Tensor:
         """As `run_eager`. A shape is warmed up the first time it comes, captured the second time."""
@@ -173,12 +176,13 @@ class CapturedPasses:
         fit where those of smaller passes were, so each larger shape would add memory of its own: 12 GiB at
         7B. The smaller ones are captured again when they come."""
         captured = [s for s in self.statics.values() if s.graph is not None]
-        if all(s.shape.n_tokens < static.shape.n_tokens for s in captured):
-            for smaller in captured:
-                smaller.graph, smaller.losses = None, torch.empty(0)
-            captured.clear()
-            free_cached_memory(self.base.device)  # a capture cannot take it
-        return captured[0].graph if captured else None
+        if captured and static.shape.n_tokens <= self.largest:
+            return captured[0].graph
+        for smaller in captured:
+            smaller.graph, smaller.losses = None, torch.empty(0)
+        free_cached_memory(self.base.device)  # a capture cannot take it
+        self.largest = static.shape.n_tokens
+        return None
 
 
 def _head_size(base: FrozenBase) -> int:
