@@ -1,4 +1,4 @@
-"""On the small real model: sixteen mixed jobs in float32 slots equal PEFT + Trainer alone, and their answers
+"""On the small real model: eight mixed jobs in float32 slots equal PEFT + Trainer alone, and their answers
 equal transformers.generate.
 
 PEFT and the Trainer train in float64 here. In float32 their own rounding moves an update by up to 4e-3 of its
@@ -42,7 +42,7 @@ Weights = dict[str, torch.Tensor]
 def a_job(i: int) -> TrainJob:
     """Nine to fourteen optimiser steps; each job another mix of rank, alpha, targets, texts, batch and
     rate."""
-    rank, n_texts = (4, 8, 16, 32)[(i + i // 4) % 4], 1 + (i + i // 8) % 4
+    rank, n_texts = (4, 8, 16, 32)[(i + i // 4) % 4], 1 + i % 4
     batch_size, accumulation = SHAPES[(i // 2) % 4]
     steps_per_epoch = math.ceil(math.ceil(n_texts / batch_size) / accumulation)
     train = TrainSettings(
@@ -56,7 +56,7 @@ def a_job(i: int) -> TrainJob:
     return TrainJob(name=f"job{i}", texts=(TEXTS * 2)[i % 4 : i % 4 + n_texts], lora=lora, train=train)
 
 
-JOBS = [a_job(i) for i in range(16)]
+JOBS = [a_job(i) for i in range(8)]  # every rank, all targets, every shape of a batch
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def base(small_model_dir: str) -> FrozenBase:
 
 @pytest.fixture(scope="module")
 def trained(base: FrozenBase) -> dict[str, Trained]:
-    """All jobs in six slots: whoever is done leaves, the next enters."""
+    """All jobs in five slots: whoever is done leaves, the next enters."""
     weights = {n: p.clone() for n, p in base.model.named_parameters()}
-    trainer = SlotTrainer(base, n_slots=6)
+    trainer = SlotTrainer(base, n_slots=5)
     for job in JOBS:
         trainer.submit(job)
     done = {t.job.name: t for t in trainer.run()}
@@ -127,7 +127,7 @@ def generated(model: PreTrainedModel, base: FrozenBase) -> list[tuple[int, ...]]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_each_of_sixteen_updates_equals_peft_and_trainer_alone_within_a_thousandth(
+def test_each_update_equals_peft_and_trainer_alone_within_a_thousandth(
     job: TrainJob, alone: dict[str, tuple[Weights, Weights]], trained: dict[str, Trained]
 ) -> None:
     """Relative L2 of the update over all weights of the adapter; float32 against float64."""
