@@ -49,7 +49,7 @@ def a_job(i: int) -> TrainJob:
         epochs=(10 + i % 5) // steps_per_epoch,
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=(1e-3, 2e-3, 5e-4)[i % 3],
+        learning_rate=(1e-3, 4e-3, 2e-3)[i % 3],
         seed=7 + i,
     )
     lora = LoraSettings(rank=rank, alpha=(1, 2, 4)[i % 3] * rank, target_modules=TARGETS[i % 4])
@@ -150,7 +150,7 @@ def test_each_adapter_answers_as_the_one_that_peft_and_trainer_made_does_in_gene
         assert theirs.load_state_dict(alone[job.name][1], strict=False).unexpected_keys == []
         assert answers[job.name] == generated(theirs.eval(), base), job.name
         theirs.unload()
-    assert len({tuple(texts) for texts in answers.values()}) >= 3, "some adapters change the answers"
+    assert len({tuple(texts) for texts in answers.values()}) >= 4, "some adapters change the answers"
 
 
 def test_a_saved_adapter_answers_the_same_in_peft(
