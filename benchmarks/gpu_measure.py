@@ -289,8 +289,7 @@ def decoding(machine: Machine) -> Iterator[Piece]:
     adapters = [_random_adapter(machine) for _ in range(machine.settings.n_adapters)]
     for n in machine.settings.rows:
         yield {f"ms_per_step_{n}_rows": 1e3 * _decode_step_s(machine, adapters, n)}
-    max_rows = max(machine.settings.rows)
-    decoder = _decoder(machine, adapters, QUESTIONS * len(adapters), max_rows)
+    decoder = _decoder(machine, adapters, QUESTIONS * len(adapters), max(machine.settings.rows))
     texts: list[Decoded] = []
     seconds = machine.seconds(lambda: texts.extend(decoder.run()))
     tokens = sum(len(text.token_ids) for text in texts)

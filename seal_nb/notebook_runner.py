@@ -207,6 +207,8 @@ def run_notebook(
             if not str(error).startswith("Kernel died"):
                 raise
             kind, why = StageFailed, "most often the system ends one for want of memory"
+            if NOT_STARTED in str(error):
+                why = f"{STARTS} times before its first cell; its own words are in the output above"
             if interruption.is_set():
                 kind, why = StageInterrupted, "SIGTERM has ended it as well"
             message = f"{notebook.stem}: its kernel died ({why}); what was done before is in {executed}"

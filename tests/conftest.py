@@ -33,13 +33,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 def group_of(node_id: str) -> str:
-    """Tests that mostly wait, whose processes would be in each other's way; those of vLLM, which share its
-    server; all notebooks, which share a folder; else a file."""
+    """One group are the tests that mostly wait, whose processes would be in each other's way. Those of vLLM
+    share its server, and notebooks share a folder. Else a group is a file."""
     path = PurePosixPath(node_id.split("::")[0])
     if path.suffix == ".ipynb":
         return "notebooks"
-    folder = path.parent.name
-    return "waiting" if folder in WAITING else folder if folder == "vllm" else str(path)
+    if path.parent.name in WAITING:
+        return "waiting"
+    return "vllm" if path.parent.name == "vllm" else str(path)
 
 
 def find_golden(shared: Path) -> Path:

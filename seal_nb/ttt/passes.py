@@ -114,7 +114,7 @@ class Shape:
 class CapturedPasses:
     """The passes of one base that were captured, the last few shapes of them.
 
-    n_without: passes until the next capture may be tried; largest: tokens for which the memory is that all
+    n_without: passes until the next capture may be tried; largest: tokens of the pass whose memory all
     captures share"""
 
     def __init__(self, base: FrozenBase):
@@ -172,9 +172,9 @@ class CapturedPasses:
             free_cached_memory(self.base.device)
 
     def _graph_to_share_memory_with(self, static: "_Static") -> "torch.cuda.CUDAGraph | None":
-        """Any, since all share one pool; none where this pass is the largest so far. Its tensors would not
-        fit where those of smaller passes were, so each larger shape would add memory of its own: 12 GiB at
-        7B. The smaller ones are captured again when they come."""
+        """Any, since all share one pool; none where this pass is the largest so far. Its tensors do not fit
+        where those of smaller passes were, so it would add memory of its own. The smaller ones are captured
+        again when they come."""
         captured = [s for s in self.statics.values() if s.graph is not None]
         if captured and static.shape.n_tokens <= self.largest:
             return captured[0].graph

@@ -328,6 +328,7 @@ class SlotTrainer:
             log.warning("passes are launched kernel by kernel from now on: %s", _said(error))
 
     def _recover(self) -> None:
+        """After enough passes without running out of memory, try more slots and larger passes again."""
         self.n_since_short += 1
         if self.n_since_short >= PASSES_TO_RECOVER:
             self.n_since_short = 0

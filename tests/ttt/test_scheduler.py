@@ -118,7 +118,7 @@ def test_after_running_out_of_memory_passes_grow_again(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(BASE, "run", full_twice)
     slots = SlotTrainer(BASE, n_slots=2)
-    slots.n_slots = 1  # as when a third adapter found no room
+    slots.n_slots = 1  # as when a second adapter found no room
     for name in ("a", "b"):
         slots.submit(a_job(name, epochs=8))
     slots.step()
