@@ -17,8 +17,8 @@ from typing import Any
 from seal_nb.experiments.continual import ContinualRun, ContinualSettings, draw_sequences, edit_request
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import SinglePassageSettings, self_edit_texts
-from seal_nb.inner_loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.passages import load_passages
 from seal_nb.protocol import TTTReply, TTTRequest
 

@@ -20,17 +20,14 @@ from typing import Any
 
 from benchmarks.engine_plots import engine_throughput
 from benchmarks.stand_in import stand_in_process
-from seal_nb.engines.api_records import ApiSettings
+from seal_nb.engines.api import ApiSettings, OpenAIEngine
 from seal_nb.engines.base import Engine, Sampling
-from seal_nb.engines.openai import OpenAIEngine
-from seal_nb.engines.vllm import VllmEngine
-from seal_nb.engines.vllm_options import VllmOptions, vllm_python
-from seal_nb.engines.vllm_server import VllmServer
+from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 from seal_nb.passages import load_passages
 from seal_nb.prompts import find_prompts
-from seal_nb.runs import Journal, write_json
 from seal_nb.self_edits import create_self_edits
+from seal_nb.storage import Journal, write_json
 from seal_nb.views.style import save_figure
 
 OUT = Path(__file__).with_name("engines.json")

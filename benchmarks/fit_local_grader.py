@@ -32,7 +32,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from seal_nb.grading.features import features, read_answer, read_question
+from seal_nb.grading.local import features, read_answer, read_question
 
 N_FOLDS = 5
 SIDES = ("baseline", "adapter")
@@ -238,7 +238,7 @@ def gain_bias(answers: Answers, verdicts: np.ndarray) -> dict[str, Any]:
 def stored(model: tuple[float, np.ndarray], names: list[str], measured: dict[str, Any]) -> dict[str, Any]:
     intercept, weights = model
     return {
-        "about": "Weights of the local grader: logistic regression on seal_nb/grading/features.py",
+        "about": "Weights of the local grader: logistic regression on seal_nb/grading/local.py",
         "provenance": "Fitted by benchmarks/fit_local_grader.py to 23,659 verdicts of GPT-4.1 on answers to "
         "834 SQuAD questions, published with SEAL (arXiv 2506.10943, MIT licence); no text of them is here.",
         "measured": measured,

@@ -30,7 +30,7 @@ from benchmarks.gpu_measure import FULL, LITTLE, Machine, checks, decoding, prod
 from benchmarks.gpu_table import markdown
 from benchmarks.gpu_ways import alone, compared, round_in_slots
 from benchmarks.speed_table import rounded
-from seal_nb.runs import read_json, write_json
+from seal_nb.storage import read_json, write_json
 
 OUT = Path(__file__).with_name("gpu.json")
 DRIVER = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"

@@ -10,7 +10,7 @@ from benchmarks.random_models import CONFIGS, JobMaker, number_tokenizer, random
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import TrainJob
 from seal_nb.ttt.lora import initial_weights
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 
 FLOAT32_LIMIT = 1e-3  # relative L2 of the update
 HALF_LIMIT, HALF_MOST = 0.25, 0.7  # the same in half precision; unrelated updates are 1.4 apart

@@ -33,7 +33,7 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob
 from seal_nb.ttt.lora import Adapter
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 
 Piece = dict[str, Any]
 

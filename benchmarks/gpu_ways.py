@@ -18,12 +18,12 @@ from benchmarks.one_adapter import OneAdapter
 from benchmarks.peft_alone import answer, step_s, with_new_adapter
 from benchmarks.slots import drive
 from benchmarks.workload import ASKED_PER_PASSAGE
-from seal_nb.evaluation import train_job
-from seal_nb.grading.base import make_grader
-from seal_nb.inner_loop import InnerLoop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.grading.choose import make_grader
+from seal_nb.inner_loop.evaluation import train_job
+from seal_nb.inner_loop.loop import InnerLoop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import TTTRequest
-from seal_nb.ttt.scheduler import usual_slots
+from seal_nb.ttt.trainer import usual_slots
 
 ROUND = 750  # requests: 50 passages, 5 self-edits, 3 times
 PADDED_STEPS = 3

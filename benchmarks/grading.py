@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stand_in import stand_in_process
-from seal_nb.grading.base import GRADERS, Answered, make_grader
+from seal_nb.grading.base import Answered
+from seal_nb.grading.choose import GRADERS, make_grader
 from seal_nb.passages import load_passages
-from seal_nb.runs import write_json
+from seal_nb.storage import write_json
 
 OUT = Path(__file__).resolve().with_name("grading.json")
 PARALLEL = (1, 4, 16, 64)

@@ -26,7 +26,7 @@ from benchmarks.speed_table import by_source, rounded, table
 from benchmarks.workload import Workload, load_workload
 from seal_nb.models import resolve_model
 from seal_nb.protocol import TTTRequest
-from seal_nb.runs import package_versions, read_json, write_json
+from seal_nb.storage import package_versions, read_json, write_json
 
 OUT = Path(__file__).with_name("inner_loop.json")
 MOST_PROCESSES = 4  # a padded step alone holds gigabytes

@@ -18,11 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.inspection import Inspection, open_run
 from seal_nb.passages import Passage, load_passages
-from seal_nb.runs import write_json
-from seal_nb.views.inspector.choice import VIEWS, choose
-from seal_nb.views.inspector.widgets import PassageInspector
+from seal_nb.results.inspection import Inspection, open_run
+from seal_nb.storage import write_json
+from seal_nb.views.inspector.widgets import VIEWS, PassageInspector, choose
 
 OUT = Path(__file__).resolve().with_name("inspector.json")
 SIZES = {"ReST-EM round, 50 × 5 × 3": (50, 5, 3), "evaluation, 200 × 1 × 1": (200, 1, 1)}

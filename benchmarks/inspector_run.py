@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.graded_forms import grader_of
-from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
+from seal_nb.experiments.session import run_requests, served_model, ttt_client
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import (
     PlannedLoop,
@@ -22,11 +21,12 @@ from seal_nb.experiments.single_passage import (
     identified,
     requests_for_run,
 )
+from seal_nb.grading.choose import grader_of
 from seal_nb.passages import Passage, load_passages
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import GenerateRequest, TTTReply
-from seal_nb.runs import Journal
-from seal_nb.service.client import TTTClient
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import Journal
 
 TARGET = Path(__file__).resolve().parent.parent / "seal_nb" / "data" / "inspector_run.json.gz"
 N_PASSAGES, N_OWN, N_REPEATS = 4, 2, 2

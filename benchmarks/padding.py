@@ -19,12 +19,12 @@ import torch
 
 from seal_nb.models import resolve_model
 from seal_nb.passages import load_passages
-from seal_nb.runs import write_json
 from seal_nb.self_edits import train_sequences
+from seal_nb.storage import write_json
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 
 OUT = Path(__file__).with_name("padding.json")
 PUBLISHED = "`padding_in_loss=True`"

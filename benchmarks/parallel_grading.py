@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.grading import answers
 from benchmarks.stand_in import stand_in_process
-from seal_nb.engines.api_records import ApiSettings
-from seal_nb.grading.base import make_grader
+from seal_nb.engines.api import ApiSettings
+from seal_nb.grading.choose import make_grader
 
 LATENCY_S = 0.5  # of a call; about what GPT-4.1 takes for one word
 

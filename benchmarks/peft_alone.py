@@ -28,7 +28,8 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.processes import wait_for_all
-from seal_nb.grading.base import Answered, Grader, Verdict, make_grader
+from seal_nb.grading.base import Answered, Grader, Verdict
+from seal_nb.grading.choose import make_grader
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import TTTRequest
 

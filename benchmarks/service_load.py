@@ -27,9 +27,9 @@ from typing import Any
 import zmq
 
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
-from seal_nb.runs import write_json
-from seal_nb.service.client import TTTClient
-from seal_nb.service.launch import TTTServer
+from seal_nb.server.client import TTTClient
+from seal_nb.server.launch import TTTServer
+from seal_nb.storage import write_json
 from seal_nb.views.tables import Table
 
 OUT = Path(__file__).with_name("service_load.json")

@@ -1,4 +1,4 @@
-"""Our way: whole requests through `seal_nb.inner_loop`, and training alone at chosen lengths and numbers of
+"""Our way: whole requests through the inner loop, and training alone at chosen lengths and numbers of
 jobs."""
 
 import statistics
@@ -12,12 +12,12 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.processes import wait_for_all
-from seal_nb.inner_loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import TrainJob, TrainSettings
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 
 
 def measure_slots(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from seal_nb.passages import Passage, load_passages
 from seal_nb.protocol import EvalQuestion, TTTRequest
-from seal_nb.runs import content_id
 from seal_nb.self_edits import train_sequences
+from seal_nb.storage import content_id
 
 PUBLISHED_ITEMS = Path(__file__).resolve().parents[2] / "shared/golden/eval/iter2_val.json.gz"
 ASKED_PER_PASSAGE = 15  # published: five self-edits, each tried three times when they are ranked

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from seal_nb.commands import files
+from seal_nb.commands import results as files
 from seal_nb.errors import SealError
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -78,8 +78,8 @@ def _add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from seal_nb import notebook_runner as runner
     from seal_nb.chain.record import marked_when_done
-    from seal_nb.lifeline import end_with_parent
-    from seal_nb.progress import for_stream
+    from seal_nb.notebook_runner import for_stream
+    from seal_nb.processes import end_with_parent
 
     if arguments.parent_pid is not None:
         end_with_parent(arguments.parent_pid)
@@ -114,7 +114,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from seal_nb.service.serve import main as serve
+    from seal_nb.server.main import main as serve
 
     return serve(["--endpoint", DEFAULT_ENDPOINT, *arguments.rest])
 
@@ -128,8 +128,8 @@ def _add_status(commands: Any) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from seal_nb.service.client import TTTClient
-    from seal_nb.service.status import status_rows
+    from seal_nb.server.client import TTTClient
+    from seal_nb.server.status import status_rows
 
     with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
         status = client.status()
@@ -182,8 +182,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from seal_nb.chain.settings import DEMO
-    from seal_nb.chain.tables import rest_em_chain
+    from seal_nb.chain.stages import DEMO, rest_em_chain
     from seal_nb.commands.submit import run_here
 
     run_here(rest_em_chain(DEMO), arguments.run_dir, title="Demo: self-edits on a small model")

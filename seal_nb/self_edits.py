@@ -13,7 +13,7 @@ from seal_nb.engines.base import Completion, Engine, Incomplete, Prompt, Samplin
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage
 from seal_nb.prompts import SELF_EDIT_PROMPTS, SelfEditPrompt
-from seal_nb.runs import Journal, content_id, derived_seed
+from seal_nb.storage import Journal, content_id, derived_seed
 
 TOLD_TIMES = 10  # lines of progress at most, so that an executed notebook stays short
 

@@ -7,17 +7,28 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.arm_sources import ArmSource, parse_arms, passages_of_arm, unused_self_edits
-from seal_nb.experiments.in_context import in_context_prompts, in_context_request, with_in_context
-from seal_nb.experiments.run_requests import run_requests
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
-from seal_nb.grading.base import make_grader
+from seal_nb.experiments.session import run_requests
+from seal_nb.experiments.settings import (
+    ArmSource,
+    TrainingSettings,
+    parse_arms,
+    passages_of_arm,
+    unused_self_edits,
+)
+from seal_nb.experiments.single_passage import (
+    SinglePassageSettings,
+    build_run,
+    in_context_prompts,
+    in_context_request,
+    requests_for_run,
+    with_in_context,
+)
+from seal_nb.grading.choose import make_grader
 from seal_nb.passages import Passage, Question, load_passages, to_item
 from seal_nb.prompts import answer_prompt, key_of_prompt
-from seal_nb.runs import Journal
-from seal_nb.service.client import TTTClient
-from tests.service.conftest import server  # noqa: F401  # the stub server, with its real processes
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import Journal
+from tests.server.conftest import server  # noqa: F401  # the stub server, with its real processes
 
 ORLE = Passage(
     title="Orle", context="Orle lies on a hill. ", questions=(Question(question="Where?", answer="text"),)

@@ -159,7 +159,7 @@ def test_grading_with_an_unknown_grader_writes_nothing(tmp_path: Path) -> None:
 
 def test_server_is_started_asked_for_its_status_and_ended(tmp_path: Path) -> None:
     ready = tmp_path / "endpoint.json"
-    stub = ["--inner-loop", "tests.service.stub_loop:load"]
+    stub = ["--inner-loop", "tests.server.stub_loop:load"]
     words = ["serve", "--endpoint", "tcp://127.0.0.1:0", "--run-dir", str(tmp_path), *stub]
     server = subprocess.Popen([sys.executable, "-m", "seal_nb.cli", *words], cwd=ROOT, stderr=subprocess.PIPE)
     try:

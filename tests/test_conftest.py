@@ -33,7 +33,7 @@ def test_golden_data_that_is_there_is_taken(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_tests_that_wait_for_processes_run_one_after_another_beside_those_that_compute() -> None:
-    waiting = ("tests/slurm/test_chain.py::test_a", "tests/service/test_keys.py::test_b[x::y]")
+    waiting = ("tests/slurm/test_chain.py::test_a", "tests/server/test_keys.py::test_b[x::y]")
     assert {group_of(node_id) for node_id in waiting} == {"waiting"}
     assert group_of("build/notebooks/00_tour.ipynb::Cell 0") == group_of("notebooks/09_sweep.ipynb::Cell 3")
     assert group_of("tests/ttt/test_decode.py::test_a") != group_of("tests/ttt/test_passes.py::test_a")

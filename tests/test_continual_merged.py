@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from seal_nb.errors import RunMismatch
 from seal_nb.experiments.continual import ContinualSettings, draw_sequences, edit_request
-from seal_nb.experiments.continual_merged import _content, edit_and_merge
-from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
+from seal_nb.experiments.continual_strategies import _content, edit_and_merge
+from seal_nb.experiments.session import run_requests, served_model, ttt_client
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.passages import Passage, Question
-from seal_nb.runs import Journal
-from seal_nb.ttt.merge import merge_stack
+from seal_nb.storage import Journal
+from seal_nb.ttt.adapters import merge_stack
 from tests.ttt.tiny import save_tiny_model
 
 PASSAGES = [

@@ -15,13 +15,12 @@ from seal_nb.experiments.continual import (
     self_edit_request,
     summary_file_name,
 )
-from seal_nb.experiments.continual_retrieval import retrieval_accuracy, route
-from seal_nb.experiments.continual_summary import strategy_rows
+from seal_nb.experiments.continual_strategies import Bm25, retrieval_accuracy, route
 from seal_nb.experiments.control import control_request, control_rows, general_questions
-from seal_nb.experiments.retrieval import Bm25
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTReply, build_reply
+from seal_nb.results.continual import strategy_rows
 
 SHIPPED = load_passages("shipped:val")
 SEQUENCE = SHIPPED[:4]

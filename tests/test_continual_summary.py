@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError
-from seal_nb.experiments.continual_summary import (
+from seal_nb.results.continual import (
     Matrix,
     aggregate_summaries,
     continual_estimates,

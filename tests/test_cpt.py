@@ -7,17 +7,12 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.cpt import (
-    CPTSettings,
-    build_cpt_run,
-    cpt_request,
-    cpt_train_sequences,
-    per_passage_results,
-)
-from seal_nb.experiments.summary import summarize
+from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request, cpt_train_sequences
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, build_reply
-from seal_nb.runs import read_json, write_json
+from seal_nb.results.cpt import per_passage_results
+from seal_nb.results.summary import summarize
+from seal_nb.storage import read_json, write_json
 
 PASSAGES = [
     Passage(

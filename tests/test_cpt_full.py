@@ -11,17 +11,24 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.arms import cpt_row
-from seal_nb.experiments.cpt import CPTSettings, cpt_file_name, cpt_request
-from seal_nb.experiments.cpt_full import FullTraining, epoch_means, sft_settings, train_and_ask
+from seal_nb.experiments.cpt import (
+    CPTSettings,
+    FullTraining,
+    cpt_file_name,
+    cpt_request,
+    epoch_means,
+    sft_settings,
+    train_and_ask,
+)
 from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.summary import summarize
 from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import EvalQuestion
-from seal_nb.runs import Journal
+from seal_nb.results.summary import summarize
+from seal_nb.results.tables import cpt_row
 from seal_nb.sft.settings import SftSettings
 from seal_nb.sft.train import train_sft
+from seal_nb.storage import Journal
 from tests.test_notebooks import run, shown
 from tests.ttt.tiny import save_tiny_model
 

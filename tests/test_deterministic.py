@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seal_nb.inner_loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import GenerateRequest, TTTReply, TTTRequest
 from tests.ttt.tiny import save_tiny_model
 

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
-from seal_nb.engines.api import ApiClient
-from seal_nb.engines.api_records import (
+from seal_nb.engines.api import (
+    ApiClient,
     ApiSettings,
     Ask,
     Refused,

@@ -8,13 +8,13 @@ import torch
 from seal_nb.engines.base import Sampling
 from seal_nb.engines.local import LocalEngine
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.kept_adapters import closed_book_answers
+from seal_nb.experiments.continual_strategies import closed_book_answers
 from seal_nb.passages import Passage, Question
 from seal_nb.prompts import answer_prompt
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import save_adapter
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
 
 SAMPLING = Sampling(max_tokens=8, temperature=0.7)

@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.stand_in import Answer, Asked, StandIn, as_json, echo, error, stand_in, text
-from seal_nb.engines.api_records import ApiSettings, Refused, UnusableReply
+from seal_nb.engines.api import ApiSettings, OpenAIEngine, Prices, Refused, UnusableReply
 from seal_nb.engines.base import Incomplete, Sampling
 from seal_nb.engines.choose import chosen_engine
-from seal_nb.engines.openai import OpenAIEngine, Prices
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage, load_passages
 from seal_nb.prompts import find_prompts
-from seal_nb.runs import Journal
 from seal_nb.self_edits import create_self_edits
+from seal_nb.storage import Journal
 
 SAMPLING = Sampling(max_tokens=5)
 

@@ -10,9 +10,7 @@ import psutil
 import pytest
 
 from seal_nb.engines.base import Completion, Incomplete, NotAsked, Sampling
-from seal_nb.engines.vllm import VllmEngine
-from seal_nb.engines.vllm_options import PLUGIN, VllmOptions, vllm_python
-from seal_nb.engines.vllm_server import VllmFailed, VllmServer
+from seal_nb.engines.vllm import PLUGIN, VllmEngine, VllmFailed, VllmOptions, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 
 FAKE = Path(__file__).with_name("fake_vllm.py")

@@ -9,23 +9,24 @@ import pytest
 
 from seal_nb.errors import DataError
 from seal_nb.experiments.continual import ContinualSettings, edit_request
-from seal_nb.experiments.continual_plan import planned_requests
 from seal_nb.experiments.estimate import (
     CPU_CORE_FLOPS,
+    KNOWN,
+    ModelShape,
     assumed_rate,
     estimate,
     estimate_on_server,
     estimate_texts,
     estimate_training,
     in_words,
+    planned_requests,
     server_rate,
     work_of,
 )
-from seal_nb.experiments.model_shape import KNOWN, ModelShape
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.passages import load_passages
 from seal_nb.protocol import EvalQuestion, TTTRequest
-from seal_nb.service.status import ServerStatus, WorkerStatus
+from seal_nb.server.status import ServerStatus, WorkerStatus
 from seal_nb.sft.settings import SftSettings
 
 QWEN = KNOWN["Qwen/Qwen2.5-7B"]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.grader_comparison import comparison, reference_of, verdicts_by_grader
-from seal_nb.experiments.regrade import regrade
-from seal_nb.grading.base import GRADERS
+from seal_nb.grading.choose import GRADERS
 from seal_nb.passages import load_passages
-from seal_nb.views.grader_plots import accuracy_by_grader
+from seal_nb.results.graders import comparison, reference_of, verdicts_by_grader
+from seal_nb.results.regrade import regrade
+from seal_nb.views.plots import accuracy_by_grader
 from tests.test_regrade import Says
 
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.grading.base import GRADERS, Answered, Verdict, make_grader
-from seal_nb.grading.exact import exact_match, token_f1
-from seal_nb.grading.grade_file import grade_file
+from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.choose import GRADERS, make_grader
+from seal_nb.grading.rules import exact_match, token_f1
 from seal_nb.passages import load_passages
+from seal_nb.results.regrade import grade_file
 
 WHO = "Who built the Oskavel tide clock?"
 CAMS = "How many cams has the Oskavel tide clock?"

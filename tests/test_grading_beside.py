@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.stand_in import stand_in
 from seal_nb.errors import GradingError
-from seal_nb.experiments.graded_forms import grader_of
-from seal_nb.grading.threads import GradingThreads
-from seal_nb.grading.verdicts import Answered, Verdict
-from seal_nb.inner_loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.choose import grader_of
+from seal_nb.grading.judge import GradingThreads
+from seal_nb.inner_loop.loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import ErrorReply, TTTReply, TTTRequest
 from tests.ttt.tiny import save_tiny_model
 

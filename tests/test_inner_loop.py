@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from seal_nb.errors import SettingsError
-from seal_nb.inner_loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, TTTReply, TTTRequest
 from tests.ttt.tiny import save_tiny_model
 
@@ -81,8 +81,8 @@ def test_baseline_only_repeats_the_baseline_and_gains_nothing(loop: InnerLoop, f
 def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_reply(
     loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seal_nb.baselines.BASELINES_KEPT", 3)
-    monkeypatch.setattr("seal_nb.soft_scores.GOLD_SCORES_KEPT", 3)
+    monkeypatch.setattr("seal_nb.inner_loop.evaluation.BASELINES_KEPT", 3)
+    monkeypatch.setattr("seal_nb.inner_loop.scores.GOLD_SCORES_KEPT", 3)
     asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
     replies = run(
         loop,
@@ -154,7 +154,7 @@ def test_a_full_disk_fails_the_request_and_not_the_process(
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seal_nb.ttt.kept.save_adapter", no_space)
+    monkeypatch.setattr("seal_nb.ttt.adapters.save_adapter", no_space)
     replies = run(loop, request("a", adapter_name="kept"), request("b"))
     assert isinstance(replies["a"], ErrorReply) and "No space left" in replies["a"].error
     assert isinstance(replies["b"], TTTReply)

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError, RemoteError, SettingsError
-from seal_nb.experiments.inspection import EXAMPLE, Inspection, open_run
 from seal_nb.experiments.live_edit import (
     ARM,
+    KEPT_EDITS,
     Edit,
+    LiveResult,
+    Step,
+    Workbench,
     edit_request,
     evaluated_edit,
     keep_arm,
@@ -24,13 +27,13 @@ from seal_nb.experiments.live_edit import (
     settings_of_run,
 )
 from seal_nb.experiments.rerun import Item, stored_loop
-from seal_nb.experiments.run_files import EvaluatedPassage, read_run, run_from_json
 from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.summary import summarize
-from seal_nb.experiments.workbench import KEPT_EDITS, LiveResult, Step, Workbench
 from seal_nb.protocol import TTTReply
-from seal_nb.service.launch import TTTServer
-from tests.service.conftest import HASTE, STUB, eventually, trained
+from seal_nb.results.inspection import EXAMPLE, Inspection, open_run
+from seal_nb.results.single_passage import EvaluatedPassage, read_run, run_from_json
+from seal_nb.results.summary import summarize
+from seal_nb.server.launch import TTTServer
+from tests.server.conftest import HASTE, STUB, eventually, trained
 
 QUESTIONS = [
     {"rep": rep, "question": question, "answer": gold, "baseline_answer": "no", "adapter_answer": "no",
@@ -198,7 +201,7 @@ def test_a_server_that_cannot_delete_adapters_is_no_reason_to_fail(
     def refused(*_: object, **__: object) -> None:
         raise RemoteError("ProtocolError: field 'cmd' is 'forget'")
 
-    monkeypatch.setattr("seal_nb.service.client.TTTClient.forget", refused)
+    monkeypatch.setattr("seal_nb.server.client.TTTClient.forget", refused)
     for n in range(KEPT_EDITS + 1):
         assert bench.train(CLOCK, Edit(text=f"edit {n}")).reply.adapter_accuracy == 1.0
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from nbconvert import HTMLExporter
 
-from seal_nb.experiments.run_files import read_run
 from seal_nb.notebook_runner import StageFailed, default_notebooks_dir, run_notebook
-from seal_nb.service.launch import TTTServer
-from tests.service.conftest import HASTE, STUB
+from seal_nb.results.single_passage import read_run
+from seal_nb.server.launch import TTTServer
+from tests.server.conftest import HASTE, STUB
 from tests.test_notebooks import shown
 
 NAME = "07_passage_inspector"

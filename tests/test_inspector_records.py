@@ -8,12 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.explanations import explanation, flip_of, says
-from seal_nb.experiments.inspection import EXAMPLE, SHOWN, SORTED, Inspection, open_run
-from seal_nb.experiments.inspection_rows import sequence_rows
-from seal_nb.experiments.run_files import AnsweredQuestion, read_run, run_from_json
-from seal_nb.experiments.summary import summarize
 from seal_nb.grading.base import Answered, Verdict
+from seal_nb.results.inspection import (
+    EXAMPLE,
+    SHOWN,
+    SORTED,
+    Inspection,
+    explanation,
+    flip_of,
+    open_run,
+    says,
+    sequence_rows,
+)
+from seal_nb.results.single_passage import AnsweredQuestion, read_run, run_from_json
+from seal_nb.results.summary import summarize
 from seal_nb.views.inspector.pages import compared_table
 
 

@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.inspection import Inspection
-from seal_nb.experiments.run_files import SinglePassageRun, run_from_json
-from seal_nb.experiments.workbench import Workbench
-from seal_nb.service.launch import TTTServer
-from seal_nb.views.inspector import choice as choices
+from seal_nb.experiments.live_edit import Workbench
+from seal_nb.results.inspection import Inspection
+from seal_nb.results.single_passage import SinglePassageRun, run_from_json
+from seal_nb.server.launch import TTTServer
+from seal_nb.views.inspector import html as record
 from seal_nb.views.inspector import live as live_views
-from seal_nb.views.inspector import record, tokens, widgets
-from seal_nb.views.inspector.choice import VIEWS, Choice, choose
+from seal_nb.views.inspector import tokens, widgets
+from seal_nb.views.inspector import widgets as choices
+from seal_nb.views.inspector.html import RunLinks, sparkline
 from seal_nb.views.inspector.live import LiveEdit
-from seal_nb.views.inspector.record import RunLinks
-from seal_nb.views.inspector.sparkline import sparkline
 from seal_nb.views.inspector.tokens import NO_VALUES, TokenTexts
-from seal_nb.views.inspector.widgets import PassageInspector
-from tests.service.conftest import HASTE, STUB, eventually
+from seal_nb.views.inspector.widgets import VIEWS, Choice, PassageInspector, choose
+from tests.server.conftest import HASTE, STUB, eventually
 
 EVIL = "<script>alert(1)</script>"
 

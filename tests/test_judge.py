@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, Behaviour, StandIn, error, stand_in, text
 from seal_nb.errors import GradingError, SettingsError
-from seal_nb.grading.base import Answered, Verdict, make_grader
+from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.choose import make_grader
 from seal_nb.grading.judge import judge_settings, read_verdict
 
 WHO = "Who built the Oskavel tide clock?"
@@ -181,7 +182,7 @@ def test_as_many_calls_at_a_time_as_allowed_and_no_more(service: StandIn, tmp_pa
 
 def grading_process(name: str, n: int) -> "subprocess.Popen[str]":
     code = (
-        "from seal_nb.grading.base import make_grader\n"
+        "from seal_nb.grading.choose import make_grader\n"
         "from tests.test_judge import answers\n"
         f"print(*make_grader({name!r}).grade(answers({n})))\n"
     )
@@ -320,7 +321,7 @@ def test_interrupted_grading_asks_nothing_more(service: StandIn, tmp_path: Path)
     name = service.judge(tmp_path, max_parallel=2)
     code = f"""
 import os, signal, threading
-from seal_nb.grading.base import make_grader
+from seal_nb.grading.choose import make_grader
 from tests.test_judge import answers
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from seal_nb.experiments.run_files import read_run
 from seal_nb.notebook_runner import StageFailed, declared_parameters, default_notebooks_dir, run_notebook
 from seal_nb.passages import load_passages, to_item
-from seal_nb.service.client import TTTClient
-from seal_nb.service.launch import TTTServer
-from tests.service.conftest import HASTE, STUB
+from seal_nb.results.single_passage import read_run
+from seal_nb.server.client import TTTClient
+from seal_nb.server.launch import TTTServer
+from tests.server.conftest import HASTE, STUB
 
 NOTEBOOKS = sorted(default_notebooks_dir().glob("*.ipynb"))
 LONGEST_CELL = 12  # lines

@@ -10,9 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.grader_noise import GraderErrors, difference_with_grader_noise, grader_errors
-from seal_nb.experiments.power import passage_differences, power_of, power_with_repeats, settled_sentence
-from seal_nb.metrics import MIN_PASSAGES, paired_difference
+from seal_nb.metrics import (
+    MIN_PASSAGES,
+    paired_difference,
+    passage_differences,
+    power_of,
+    power_with_repeats,
+    settled_sentence,
+)
+from seal_nb.results.graders import GraderErrors, difference_with_grader_noise, grader_errors
 
 
 def published(golden: Path, run: str) -> list[list[bool]]:

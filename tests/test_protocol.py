@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import ProtocolError
-from seal_nb.messages import parse_request, read_reply
 from seal_nb.protocol import (
     PROTOCOL_VERSION,
     Answers,
@@ -20,11 +19,13 @@ from seal_nb.protocol import (
     TTTRequest,
     build_reply,
     error_reply,
+    parse_request,
+    read_reply,
 )
-from seal_nb.service.client import DEFAULT_WAIT_S
-from seal_nb.service.endpoint import Endpoint
-from seal_nb.service.settings import Limits, ServeSettings
-from seal_nb.service.status import ServerStatus, WorkerStatus
+from seal_nb.server.client import DEFAULT_WAIT_S
+from seal_nb.server.endpoint import Endpoint
+from seal_nb.server.settings import Limits, ServeSettings
+from seal_nb.server.status import ServerStatus, WorkerStatus
 
 PAGE_PATH = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 PAGE = PAGE_PATH.read_text()

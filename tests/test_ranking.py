@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.ranking import (
+from seal_nb.experiments.rest_em import (
     eval_times_wanted,
     ranking_summary,
     repeats_needed,
     repeats_sentence,
     winner_agreement,
 )
-from seal_nb.experiments.run_files import SinglePassageRun, read_run, run_from_json
+from seal_nb.results.single_passage import SinglePassageRun, read_run, run_from_json
 
 
 def run_of(rewards_P_E_R: list[list[list[float]]], n_questions: int = 10) -> SinglePassageRun:

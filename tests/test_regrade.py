@@ -13,16 +13,16 @@ from benchmarks.stand_in import Answer, Asked, error, stand_in
 from seal_nb.cli import main
 from seal_nb.errors import DataError
 from seal_nb.experiments.continual import sequence_record
-from seal_nb.experiments.continual_summary import summarize_sequences
 from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request
-from seal_nb.experiments.graded_forms import grader_of
-from seal_nb.experiments.regrade import is_run_file, regrade, regrade_file
 from seal_nb.experiments.rest_em import select_best
-from seal_nb.experiments.run_files import run_from_json
-from seal_nb.experiments.summary import summarize
-from seal_nb.grading.verdicts import AS_BOOLEAN, IN_WORDS, Answered, Verdict
+from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Verdict
+from seal_nb.grading.choose import grader_of
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTRequest, build_reply
+from seal_nb.results.continual import summarize_sequences
+from seal_nb.results.regrade import is_run_file, regrade, regrade_file
+from seal_nb.results.single_passage import run_from_json
+from seal_nb.results.summary import summarize
 
 PASSAGES = [
     Passage(
@@ -215,7 +215,7 @@ def test_cpt_run_with_other_passages_is_refused_with_the_remedy() -> None:
 
 def own_summary(step_verdicts: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
     from seal_nb.experiments.continual import verdict_row
-    from seal_nb.experiments.continual_summary import continual_matrix
+    from seal_nb.results.continual import continual_matrix
 
     sequence = PASSAGES[:2]
     replies = [

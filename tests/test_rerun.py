@@ -10,12 +10,12 @@ import pytest
 from seal_nb.cli import main
 from seal_nb.errors import DataError, RunMismatch
 from seal_nb.experiments.rerun import Item, compared, rerun, rerun_lines, stored_loop
-from seal_nb.experiments.run_requests import run_requests
+from seal_nb.experiments.session import run_requests
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.passages import Passage, Question
-from seal_nb.runs import Journal, write_json
-from seal_nb.service.client import TTTClient
-from tests.service.conftest import server  # noqa: F401  # the stub server, with its real processes
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import Journal, write_json
+from tests.server.conftest import server  # noqa: F401  # the stub server, with its real processes
 
 PASSAGES = [
     Passage(

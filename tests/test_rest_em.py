@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.ranking import ranking_summary
-from seal_nb.experiments.rest_em import (
-    select_best,
-    sft_file_name,
-    sft_rows,
-    write_sft_file,
-)
-from seal_nb.experiments.run_files import SinglePassageRun, read_run, run_from_json
-from seal_nb.runs import read_json
+from seal_nb.experiments.rest_em import ranking_summary, select_best, sft_file_name, sft_rows, write_sft_file
+from seal_nb.results.single_passage import SinglePassageRun, read_run, run_from_json
+from seal_nb.storage import read_json
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError
-from seal_nb.experiments.arms import answer_rows
-from seal_nb.experiments.comparison import (
+from seal_nb.prompts import self_edit_prompt
+from seal_nb.results.collect import ContinualResult, collect_results, results_in
+from seal_nb.results.compare import (
     comparison_rows,
     evaluations,
+    glance_rows,
     left_out,
     passage_accuracies,
     prompt_keys,
@@ -19,10 +21,8 @@ from seal_nb.experiments.comparison import (
     seen_estimates,
     seen_rows,
 )
-from seal_nb.experiments.results import ContinualResult, collect_results, results_in
-from seal_nb.experiments.results_glance import glance_rows
-from seal_nb.experiments.run_files import run_from_json
-from seal_nb.prompts import self_edit_prompt
+from seal_nb.results.single_passage import run_from_json
+from seal_nb.results.tables import answer_rows
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
 
@@ -213,7 +213,7 @@ def test_published_cpt_keeps_all_questions(golden: Path) -> None:
 
 
 def test_our_continual_summary_has_intervals(tmp_path: Path) -> None:
-    from seal_nb.experiments.continual_summary import summarize_sequences
+    from seal_nb.results.continual import summarize_sequences
 
     matrices = [[[0.0], [1.0]], [[0.5], [0.5]]]
     write(tmp_path, "summary_continual.json", summarize_sequences(matrices, dataset="d", base_model="m"))

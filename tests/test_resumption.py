@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from seal_nb.lifeline import end_tree
+from seal_nb.processes import end_tree
 from tests.ttt.tiny import save_tiny_model
 
 TRAINING = {"lora_rank": 4, "lora_alpha": 8, "finetune_epochs": 12, "max_new_tokens": 8}

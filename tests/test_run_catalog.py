@@ -8,9 +8,9 @@ import pytest
 
 from seal_nb.cli import main
 from seal_nb.errors import DataError
-from seal_nb.experiments.continual_summary import summarize_sequences
-from seal_nb.experiments.run_catalog import catalog_rows, compare_runs, settings_difference
-from seal_nb.runs import RunRecord, write_json, write_record
+from seal_nb.results.compare import catalog_rows, compare_runs, settings_difference
+from seal_nb.results.continual import summarize_sequences
+from seal_nb.storage import RunRecord, write_json, write_record
 
 
 def run_file(path: Path, right_P: list[bool], **fields: Any) -> Path:

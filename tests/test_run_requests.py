@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
-from seal_nb.experiments.graded_forms import check_grader
-from seal_nb.experiments.run_requests import run_requests, served_model, ttt_client
+from seal_nb.experiments.session import run_requests, served_model, ttt_client
 from seal_nb.experiments.single_passage import identified
+from seal_nb.grading.choose import check_grader
 from seal_nb.protocol import EvalQuestion, TTTRequest
-from seal_nb.runs import Journal
-from seal_nb.service.client import TTTClient
-from tests.service.conftest import (  # the stub server, with its real processes
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import Journal
+from tests.server.conftest import (  # the stub server, with its real processes
     HASTE,
     STUB,
     server,  # noqa: F401

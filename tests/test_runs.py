@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, RunMismatch
-from seal_nb.runs import (
+from seal_nb.storage import (
     Journal,
     RunRecord,
     content_id,
@@ -59,7 +59,7 @@ def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> N
 def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = write_json(tmp_path / "run.json", {"old": True})
     code = (
-        "import resource, sys; from seal_nb.runs import write_json\n"
+        "import resource, sys; from seal_nb.storage import write_json\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "write_json(sys.argv[1], ['x' * 10000])"
     )
@@ -140,7 +140,7 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
 def test_kill_9_loses_no_record_that_append_returned_for_and_frees_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     code = (
-        "import sys; from seal_nb.runs import Journal\n"
+        "import sys; from seal_nb.storage import Journal\n"
         "journal = Journal(sys.argv[1])\n"
         "for n in range(10**6): journal.append(str(n), 'x' * 300); print(n, flush=True)"
     )
@@ -158,7 +158,7 @@ def test_kill_9_loses_no_record_that_append_returned_for_and_frees_the_lock(tmp_
 def test_a_full_disk_leaves_the_journal_sound_and_usable(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     code = (
-        "import resource, sys; from seal_nb.runs import Journal\n"
+        "import resource, sys; from seal_nb.storage import Journal\n"
         "journal = Journal(sys.argv[1]); journal.append('a', 'x' * 1000)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))\n"
         "try: journal.append('b', 'x' * 10000)\n"
@@ -213,7 +213,7 @@ def test_a_record_lies_beside_its_result_and_names_no_place(tmp_path: Path) -> N
 
 def test_versions_are_read_without_importing_torch() -> None:
     code = (
-        "import sys; from seal_nb.runs import package_versions; versions = package_versions()\n"
+        "import sys; from seal_nb.storage import package_versions; versions = package_versions()\n"
         "assert 'torch' in versions and 'torch' not in sys.modules, sorted(sys.modules)"
     )
     err = python(code).communicate(timeout=60)[1]

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from seal_nb.engines.base import Completion, Incomplete, OnText, Prompt, Sampling, contents
 from seal_nb.errors import DataError, EngineError, SettingsError
 from seal_nb.experiments.rest_em import select_best, sft_rows
-from seal_nb.experiments.run_files import run_from_json
 from seal_nb.passages import Passage, Question, load_passages, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
-from seal_nb.runs import Journal, write_json
+from seal_nb.results.single_passage import run_from_json
 from seal_nb.self_edits import create_self_edits, passage_only_sequences, train_sequences
+from seal_nb.storage import Journal, write_json
 
 IMPLICATIONS = find_prompts("implications")
 PASSAGES = [

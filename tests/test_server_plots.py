@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from seal_nb.service.watch import History
+from seal_nb.server.status import History
 from seal_nb.views import server_plots
 from seal_nb.views.server_plots import ServerView, server_activity, server_table
 from seal_nb.views.style import Chart
 from seal_nb.views.tables import Table
-from tests.service.test_watch import sample
+from tests.server.test_watch import sample
 
 Shown = tuple[str, Any]  # how, and what
 SAMPLES = [

@@ -19,10 +19,9 @@ from seal_nb.errors import DataError, EngineError, SettingsError
 from seal_nb.sft import launch
 from seal_nb.sft import train as sft
 from seal_nb.sft.launch import command, launch_config, run_job, shipped_config, train_in_processes
-from seal_nb.sft.rows import IGNORED, collate, example, in_training_order, read_sft_rows
 from seal_nb.sft.settings import SftJob, SftSettings, parse_job
-from seal_nb.sft.train import train_sft
-from tests.service.conftest import eventually, is_running
+from seal_nb.sft.train import IGNORED, collate, example, in_training_order, read_sft_rows, train_sft
+from tests.server.conftest import eventually, is_running
 from tests.ttt.tiny import save_tiny_model
 
 ROWS = [
@@ -290,7 +289,7 @@ def test_a_killed_notebook_leaves_no_training_behind(
     job = SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "next", settings=endless)
     assert any("accelerate" in word for word in command(job, n_processes)) is by_accelerate
     code = (  # it ends with the test, too, whatever becomes of that
-        "import os; from seal_nb.lifeline import end_with_parent; end_with_parent(os.getppid())\n"
+        "import os; from seal_nb.processes import end_with_parent; end_with_parent(os.getppid())\n"
         "from seal_nb.sft.launch import train_in_processes; from seal_nb.sft.settings import parse_job\n"
         f"train_in_processes(parse_job({job.options()!r}), n_processes={n_processes})"
     )

@@ -10,18 +10,13 @@ from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import select_best
-from seal_nb.experiments.run_files import read_run, run_from_json
 from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import (
-    PlannedLoop,
-    SinglePassageSettings,
-    build_run,
-    requests_for_run,
-)
-from seal_nb.experiments.summary import summarize
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
-from seal_nb.runs import read_json, write_json
+from seal_nb.results.single_passage import read_run, run_from_json
+from seal_nb.results.summary import summarize
+from seal_nb.storage import read_json, write_json
 
 PASSAGES = [
     Passage(

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from seal_nb.passages import Passage, Question, load_passages
-from seal_nb.squad import FILES, REPOSITORY, passages_from_rows
+from seal_nb.passages import FILES, REPOSITORY, Passage, Question, load_passages, passages_from_rows
 
 
 def row(context: str, question: str, *answers: str) -> dict:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError
-from seal_nb.experiments.summary import summarize
-from seal_nb.runs import read_json, write_json
+from seal_nb.results.summary import summarize
+from seal_nb.storage import read_json, write_json
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSetting
 from seal_nb.experiments.sweep import SweepPoint, grid_of, sweep_loops, sweep_points, sweep_rows
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
-from seal_nb.views.sweep_plots import sweep_accuracy
+from seal_nb.views.plots import sweep_accuracy
 
 PASSAGES = [
     Passage(title=f"T{n}", context="C", questions=(Question(question="q", answer="a"),), hand_written="x")

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from seal_nb.errors import DataError, SettingsError
+from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.continual_plots import asked_cells, continual_curve, continual_matrix
 from seal_nb.views.plots import accuracy_across_rounds, accuracy_by_arm, gain_by_passage, gain_histogram
-from seal_nb.views.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.report import write_index
 from seal_nb.views.style import STYLE, Chart, png_bytes, save_figure
 from seal_nb.views.tables import Table

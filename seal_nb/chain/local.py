@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from seal_nb.chain.table import Chain, Stage, is_done, mark_done
+from seal_nb.chain.stages import Chain, Stage, is_done, mark_done
 from seal_nb.errors import SealError
-from seal_nb.lifeline import end_tree
 from seal_nb.notebook_runner import format_value
+from seal_nb.processes import end_tree
 
 QUIET_S = 30.0  # silence after which a line says that a stage is still running
 READY_TIMEOUT_S = 600.0  # a server that loads a 7B model from a network disk

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from seal_nb.chain.table import Chain, is_finished, mark_finished
+from seal_nb.chain.stages import Chain, is_finished, mark_finished
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.runs import read_json, write_json
+from seal_nb.storage import read_json, write_json
 
 RECORD_FILE = "chain.json"
 

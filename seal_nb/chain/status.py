@@ -13,8 +13,8 @@ from pathlib import Path
 
 from seal_nb.chain.local import in_use_since
 from seal_nb.chain.record import ChainRecord, StageRecord
-from seal_nb.chain.slurm_jobs import JobState
-from seal_nb.chain.table import read_marker
+from seal_nb.chain.slurm import JobState
+from seal_nb.chain.stages import read_marker
 
 LOG_LINES = 5
 MESSAGE_LINES = 4

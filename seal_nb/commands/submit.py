@@ -13,21 +13,18 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from seal_nb.chain import slurm_again, slurm_jobs
+from seal_nb.chain import slurm as slurm_again
+from seal_nb.chain import slurm as slurm_jobs
 from seal_nb.chain.local import run_chain
 from seal_nb.chain.record import read_record, record_of
-from seal_nb.chain.settings import DEMO, ExperimentSettings
-from seal_nb.chain.slurm import jobs_on_their_way, submit_chain
-from seal_nb.chain.slurm_plan import Cluster
-from seal_nb.chain.slurm_text import dry_run
+from seal_nb.chain.slurm import Cluster, dry_run, jobs_on_their_way, submit_chain
+from seal_nb.chain.stages import CHAINS, DEMO, Chain, ExperimentSettings, is_done
 from seal_nb.chain.status import chain_status as statuses_of
 from seal_nb.chain.status import status_lines
-from seal_nb.chain.table import Chain, is_done
-from seal_nb.chain.tables import CHAINS
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import default_notebooks_dir, format_value
 from seal_nb.prompts import find_prompts, self_edit_prompt
-from seal_nb.service.settings import option_type
+from seal_nb.server.settings import option_type
 
 SHIPPED = "shipped:"
 # Of settings whose default is another value than the published one.
@@ -117,15 +114,14 @@ def _show_commands(chain: Chain, run_dir: Path) -> None:
 
 
 def _shut_down(endpoint_file: Path) -> None:
-    from seal_nb.service.client import TTTClient
+    from seal_nb.server.client import TTTClient
 
     with TTTClient(str(endpoint_file), wait_s=10) as client:
         client.shutdown()
 
 
 def _at_work(endpoint_file: Path) -> str:
-    from seal_nb.service.status import at_work
-    from seal_nb.service.watch import look
+    from seal_nb.server.status import at_work, look
 
     status = look(str(endpoint_file))
     return at_work(status) if status else ""

@@ -13,36 +13,232 @@ text::
             ...
 
 What this module does not do: know prompts or verdicts, write files, import torch.
+
+What is asked of an OpenAI-compatible service, what comes back, what may go wrong. Connects to nothing.
+
+Calls to a service that belong together, and what Ctrl-C does to them.
+
+An exception in the middle of handing over would lose an answer that is paid for, and one inside a lock would
+leave it locked for ever. So while a round lasts Ctrl-C is only noted: what nobody has begun is not asked,
+what is under way is handed over, and then the interrupt is raised. Knows nothing about services and replies.
+
+The engine for any OpenAI-compatible service: OpenAI itself, a vLLM elsewhere, a gateway.
+
+Many requests at a time (`engines.api`), counted and, where prices are given, in money. Such a service offers
+models by name and has none of our adapters; a vLLM server that loads adapters is `engines.vllm`.
 """
 
+import itertools
+import os
+import queue
 import random
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import openai
-from pydantic import ValidationError
+from dotenv import dotenv_values, find_dotenv
+from pydantic import BaseModel, ValidationError
 
-from seal_nb.engines.api_records import (
-    ApiSettings,
-    Ask,
-    Refused,
-    Reply,
-    ReplyBody,
-    TokenCounts,
-    Unavailable,
-    UnusableReply,
-    Usage,
-    api_key,
-    retry_after_s,
+from seal_nb.engines.base import (
+    Completion,
+    NotAsked,
+    OnText,
+    Prompt,
+    Sampling,
+    adapter_of_each,
+    contents,
+    in_order,
 )
-from seal_nb.engines.api_round import Round
-from seal_nb.errors import EngineError
+from seal_nb.errors import EngineError, SettingsError
+
+
+class Refused(EngineError):
+    """The service will not do this (4xx); asking again changes nothing. ``status`` is HTTP's."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class Unavailable(EngineError):
+    """Every attempt met a transient failure; asking again later may help."""
+
+
+class UnusableReply(EngineError):
+    """The service replied, but not with a finished text: junk, no choice, cut off by a filter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiSettings:
+    """Where the service is and how hard it may be pressed. The key itself is never a setting."""
+
+    base_url: str = "https://api.openai.com/v1"
+    api_key_env: str = "OPENAI_API_KEY"  # a variable of the environment or of .env; "" where no key is needed
+    max_parallel: int = 16  # calls at a time
+    timeout_s: float = 600.0  # of one attempt; 8192 tokens take minutes
+    max_attempts: int = 6  # of one call; being told to slow down (429) is not counted
+    first_wait_s: float = 1.0  # before the second attempt; doubled each time
+    longest_wait_s: float = 60.0
+    patience_s: float = 900.0  # a call that is told to slow down for longer is given up
+    token_limit: str = "max_tokens"  # what the service calls it; OpenAI's newer models: max_completion_tokens
+
+    def __post_init__(self) -> None:
+        url = urlsplit(self.base_url)
+        if url.username or url.password:
+            raise SettingsError(
+                "base_url holds a user or a password; put the key into the environment instead"
+            )
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
+        for name in ("max_parallel", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.timeout_s <= 0:
+            raise SettingsError(f"timeout_s={self.timeout_s}: must lie above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One text to ask for: ``prompt`` is a text to be continued, or chat messages to be answered."""
+
+    model: str
+    prompt: Prompt
+    sampling: Sampling
+    seed: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of the request's body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A finished text. Token counts are 0 where the service does not say them."""
+
+    text: str
+    finish_reason: str  # "stop" or "length"
+    n_tokens: int
+    n_prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a client has used so far. Replies that were unusable count: they are paid for all the same."""
+
+    n_replies: int = 0
+    n_retries: int = 0
+    n_prompt_tokens: int = 0
+    n_tokens: int = 0
+
+    def cost(self, *, per_million_prompt: float, per_million: float) -> float:
+        """In the currency of the two prices, each for a million tokens."""
+        return (self.n_prompt_tokens * per_million_prompt + self.n_tokens * per_million) / 1e6
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    text: str | None = None
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class TokenCounts(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class ReplyBody(BaseModel):
+    """What is read of a reply; other fields may be there."""
+
+    choices: list[_Choice]
+    usage: TokenCounts | None = None
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that ``retry-after`` asks for, as a number or a date (RFC 9110, 10.2.3), or in milliseconds."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name, "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value) / per_second
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def api_key(variable: str) -> str:
+    """The key in a variable of the environment, else of a ``.env`` here or above. Raises: SettingsError."""
+    key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable) or ""
+    if not key.strip():
+        raise SettingsError(
+            f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name "
+            'another variable, or "" where no key is needed'
+        )
+    return key.strip()
+
+
+POLL_S = 0.1  # of those who wait before they ask (again); stopping takes no lock that could wake them
+T = TypeVar("T")
+
+
+class Round(Generic[T]):
+    """``n`` calls, whose outcomes come with their index. ``stopped``: the rest is not wanted (any more)."""
+
+    def __init__(self, n: int = 1) -> None:
+        self.n = n
+        self.stopped = False  # plain: a signal handler must not wait for a lock that its own thread holds
+        self.came: queue.SimpleQueue[tuple[int, T]] = queue.SimpleQueue()
+        self._indices = itertools.count()
+
+    def turns(self) -> Iterator[int]:
+        """Indices for whoever has time, each of them to one."""
+        while (index := next(self._indices)) < self.n:
+            yield index
+
+    def wait(self, seconds: float) -> None:
+        """Raises NotAsked as soon as the round is stopped."""
+        until = time.monotonic() + seconds
+        while not self.stopped:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return
+            time.sleep(min(left_s, POLL_S))
+        raise NotAsked("not asked: others failed before it, or the run was interrupted")
+
+    @contextmanager
+    def interrupt_at_the_end(self) -> Iterator[None]:
+        """The first Ctrl-C stops the round and is raised when the block is left, a second one at once."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield  # no interrupts come here, or somebody else deals with them
+            return
+        interrupted = False
+
+        def note(number: int, frame: FrameType | None) -> None:
+            nonlocal interrupted
+            if interrupted:
+                signal.default_int_handler(number, frame)
+            interrupted = self.stopped = True
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if interrupted:
+                raise KeyboardInterrupt
+
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 FINISHED = ("stop", "length")
@@ -261,3 +457,82 @@ def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:
         max_retries=0,
         http_client=transport,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """Of a million tokens, in one currency."""
+
+    prompt: float
+    completion: float
+
+
+class OpenAIEngine:
+    """Completes prompts through a service, and counts what that takes.
+
+    chat_only: send a plain prompt as the one message of a chat, as the published texts of GPT-4.1 were made;
+    for services that have no other endpoint. Two services under one model name share a ``model_id``.
+    """
+
+    def __init__(
+        self, settings: ApiSettings, *, model: str, chat_only: bool = False, prices: Prices | None = None
+    ) -> None:
+        self.client = ApiClient(settings)
+        self.model, self.chat_only, self.prices = model, chat_only, prices
+
+    @property
+    def model_id(self) -> str:
+        return f"openai-{self.model}"
+
+    @property
+    def cost(self) -> float | None:
+        """Of everything so far; None without prices."""
+        if self.prices is None:
+            return None
+        return self.client.usage.cost(
+            per_million_prompt=self.prices.prompt, per_million=self.prices.completion
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        adapters: Sequence[Path | None] = (),
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """See Engine. Raises: Incomplete, SettingsError for an adapter."""
+        if any(adapter_of_each(prompts, adapters)):
+            raise SettingsError(f"{self.model_id} cannot load adapters; use the engine local or vllm")
+        asks = [
+            Ask(model=self.model, prompt=self._sent(prompt), sampling=sampling, seed=seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return completed(self.client, asks, on_text)
+
+    def text_of(self, prompt: Prompt) -> str:
+        """What is sent; the service's own template is not known here."""
+        return contents(prompt)
+
+    def _sent(self, prompt: Prompt) -> Prompt:
+        if self.chat_only and isinstance(prompt, str):
+            return ({"role": "user", "content": prompt},)
+        return prompt
+
+
+def completed(client: ApiClient, asks: Sequence[Ask], on_text: OnText | None) -> list[Completion]:
+    """One completion for each, ``on_text`` told as they come. Raises: Incomplete with those that came."""
+    came: dict[int, Completion] = {}
+    failures: dict[int, EngineError] = {}
+    with closing(client.each(asks)) as outcomes:
+        for index, outcome in outcomes:
+            if not isinstance(outcome, Reply):
+                failures[index] = outcome
+                continue
+            came[index] = Completion(
+                text=outcome.text, n_tokens=outcome.n_tokens, finish_reason=outcome.finish_reason
+            )
+            if on_text is not None:
+                on_text(index, came[index])
+    return in_order(came, failures)

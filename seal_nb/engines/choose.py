@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from seal_nb.engines.api_records import ApiSettings
+from seal_nb.engines.api import ApiSettings
 from seal_nb.engines.base import Engine
 from seal_nb.errors import SettingsError
 
@@ -41,13 +41,11 @@ def chosen_engine(
         return
     settings = ApiSettings(base_url=url or OPENAI_URL, api_key_env=api_key_env, max_parallel=max_parallel)
     if name == "openai":
-        from seal_nb.engines.openai import OpenAIEngine
+        from seal_nb.engines.api import OpenAIEngine
 
         yield OpenAIEngine(settings, model=model, chat_only=chat)
         return
-    from seal_nb.engines.vllm import VllmEngine
-    from seal_nb.engines.vllm_options import VllmOptions
-    from seal_nb.engines.vllm_server import VllmServer
+    from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer
 
     if url:
         yield VllmEngine.at(settings, model=model)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from seal_nb.errors import RemoteError, SettingsError
-from seal_nb.experiments.cpt import split_by_passage
 from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
 from seal_nb.experiments.single_passage import (
     SinglePassageSettings,
@@ -26,9 +25,10 @@ from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import GenerateReply, GenerateRequest, TTTReply, TTTRequest
-from seal_nb.runs import Journal, content_id, derived_seed
+from seal_nb.results.cpt import split_by_passage
 from seal_nb.self_edits import train_sequences
-from seal_nb.service.client import TTTClient
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import Journal, content_id, derived_seed
 
 Strategy = Literal["stacked", "merged", "replay", "retrieval"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

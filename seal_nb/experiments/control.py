@@ -9,13 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.run_requests import Tell, run_requests
+from seal_nb.experiments.session import Tell, run_requests
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import identified
 from seal_nb.metrics import Verdicts, accuracy, paired_difference
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.runs import Journal, read_json
-from seal_nb.service.client import TTTClient
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import Journal, read_json
 
 
 def general_questions() -> list[EvalQuestion]:

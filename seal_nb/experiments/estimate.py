@@ -5,17 +5,109 @@ seen to make, else what was measured on a CPU core here or assumed of a GPU, sca
 FLOP a parameter and trained token: a frozen base needs no weight gradients). The rate's source is part of the
 answer; starting up and slots that are not full come on top. Memory is weights, adapters and optimiser states;
 activations come on top.
+
+Sizes of a decoder, for arithmetic on what a run takes: from its config.json, no weights and no torch.
+
+The requests of continual edits before any is made, for an estimate of what they will take.
+
+Self-edits that the model has yet to write are stood in for by texts as long as the published ones are on
+average. Nothing of this is sent.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from seal_nb.experiments.model_shape import ModelShape, shape_of
+from seal_nb.errors import DataError
+from seal_nb.experiments.continual import ContinualSettings, edit_request, unedited_request
+from seal_nb.experiments.single_passage import SinglePassageSettings, eval_questions, self_edit_texts
+from seal_nb.passages import Passage
 from seal_nb.protocol import TTTRequest
-from seal_nb.service.status import ServerStatus
+from seal_nb.server.status import ServerStatus
 from seal_nb.sft.settings import SftSettings
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's, of Llama and Qwen2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a Llama-like decoder (Llama, Qwen2, Qwen3, Mistral), from its config.json."""
+
+    n_layers: int
+    hidden: int
+    intermediate: int
+    q_out: int  # heads × head size
+    kv_out: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "ModelShape":
+        """Raises: DataError where the folder has no such configuration."""
+        path = Path(folder) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            heads = config["num_attention_heads"]
+            head_size = config.get("head_dim") or config["hidden_size"] // heads
+            return cls(
+                n_layers=config["num_hidden_layers"],
+                hidden=config["hidden_size"],
+                intermediate=config["intermediate_size"],
+                q_out=heads * head_size,
+                kv_out=config.get("num_key_value_heads", heads) * head_size,
+                vocabulary=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"holds no sizes of a decoder: {error}", path=path, remedy="give a model folder"
+            ) from error
+
+    def linear(self, name: str) -> tuple[int, int]:
+        """(in, out) of one layer's Linear."""
+        outs = {"q_proj": self.q_out, "k_proj": self.kv_out, "v_proj": self.kv_out}
+        if name == "o_proj":
+            return self.q_out, self.hidden
+        if name == "down_proj":
+            return self.intermediate, self.hidden
+        return self.hidden, outs.get(name, self.intermediate)
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of embeddings and Linears; norms and biases are too few to matter."""
+        in_layers = sum(n_in * n_out for n_in, n_out in map(self.linear, _LINEARS))
+        return self.n_layers * in_layers + self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def adapter_parameters(self, rank: int, target_modules: Sequence[str]) -> int:
+        names = _LINEARS if "all-linear" in target_modules else (tuple(target_modules) or _DEFAULT_TARGETS)
+        return self.n_layers * rank * sum(sum(self.linear(name)) for name in names if name in _LINEARS)
+
+
+# Known before they are fetched: the small model, and the published one.
+KNOWN = {
+    "embedded": ModelShape(
+        n_layers=30, hidden=576, intermediate=1536, q_out=576, kv_out=192, vocabulary=49152, tied=True
+    ),
+    "Qwen/Qwen2.5-7B": ModelShape(
+        n_layers=28, hidden=3584, intermediate=18944, q_out=3584, kv_out=512, vocabulary=152064, tied=False
+    ),
+}
+
+
+def shape_of(model: str) -> ModelShape | None:
+    """Of a model folder, or of a name that is known; None where nothing is known of it without fetching."""
+    if model in KNOWN:
+        return KNOWN[model]
+    if not model or not (Path(model) / "config.json").is_file():
+        return None
+    try:
+        return ModelShape.of_folder(model)
+    except DataError:  # a config of another kind: an estimate must not stop what can run
+        return None
+
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
 TOKENS_AN_ANSWER = 20  # greedy answers of the published run ended after 19 on average
@@ -271,3 +363,33 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+PUBLISHED_LINES, PUBLISHED_LINE_TOKENS = 8, 47  # of a self-edit, on average
+
+
+def planned_requests(
+    sequences: Sequence[Sequence[Passage]], settings: ContinualSettings, *, model_id: str
+) -> list[TTTRequest]:
+    """Row 0 and every edit of every sequence; where the texts are given, the very requests of the run."""
+    requests = [unedited_request(sequence, settings, model_id=model_id) for sequence in sequences]
+    for number, sequence in enumerate(sequences):
+        texts: list[str] = []
+        stack: list[str] = []
+        for step, passage in enumerate(sequence, start=1):
+            texts.append(_text(passage, settings))
+            request = edit_request(number, sequence, texts, stack, settings, model_id=model_id)
+            if settings.strategy == "retrieval":  # asked apart, of the adapter that is found
+                seen = [question for one in sequence[:step] for question in eval_questions(one)]
+                request = request.model_copy(update={"eval_questions": seen})
+            stack.append(str(request.adapter_name))
+            requests.append(request)
+    return requests
+
+
+def _text(passage: Passage, settings: ContinualSettings) -> str:
+    if settings.arm != "self_edits":
+        return self_edit_texts(passage, 0, SinglePassageSettings(arm=settings.arm))[0]
+    n_tokens = min(settings.max_tokens, PUBLISHED_LINES * PUBLISHED_LINE_TOKENS)
+    n_lines = max(1, n_tokens // PUBLISHED_LINE_TOKENS)
+    return "\n".join(["x" * round(n_tokens / n_lines * CHARACTERS_A_TOKEN)] * n_lines)

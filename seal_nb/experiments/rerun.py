@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError, RunMismatch
-from seal_nb.experiments.graded_forms import grader_of
-from seal_nb.experiments.run_requests import served_model, ttt_client
+from seal_nb.experiments.session import served_model, ttt_client
 from seal_nb.experiments.settings import IN_CONTEXT, TrainingSettings
 from seal_nb.experiments.single_passage import arm_sequences, identified
+from seal_nb.grading.choose import grader_of
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.runs import read_json
-from seal_nb.service.client import TTTClient
+from seal_nb.server.client import TTTClient
+from seal_nb.storage import read_json
 
 OURS = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
 

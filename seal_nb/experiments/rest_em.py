@@ -4,18 +4,37 @@ As published (SEAL, arXiv 2506.10943, ``build_SFT_dataset.py``): the best self-e
 adapter accuracy, the first in the file among equal means, in a file of {prompt, completion} lines. Options
 of ours drop passages that gain nothing and break ties by the soft score. How much such a ranking knows is
 in ``ranking``. Does not train.
+
+How much a ranking of self-edits knows, before anything is trained on it.
+
+A ReST-EM round (SEAL, arXiv 2506.10943) keeps the self-edit whose adapters answered best. Where repeats of
+one self-edit differ as much as two self-edits do, that choice is a coin toss and training on it teaches
+noise. Said here: ties, variance components, whether two repeats agree on the winner, and how many repeats
+would make the choice reliable. Selects nothing.
 """
 
 import json
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.run_files import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run
+from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, counted, mean_interval
+from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
-from seal_nb.runs import write_text
+from seal_nb.protocol import TTTReply
+from seal_nb.results.single_passage import (
+    EvaluatedPassage,
+    EvaluatedSelfEdit,
+    SinglePassageRun,
+    run_from_json,
+)
+from seal_nb.storage import write_text
 
 TieBreak = Literal["order", "soft"]
 
@@ -193,3 +212,190 @@ def sft_file_name(run: SinglePassageRun, *, k_best: int, exp_name: str = "") -> 
 def write_sft_file(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:
     """One JSON object a line, real characters, whole or not at all: the published file byte for byte."""
     return write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingSummary:
+    """Ties, empty gains, and variances of adapter accuracy within a passage.
+
+    Variances are between self-edits (the repeats' share taken out) and between repeats of one self-edit.
+    ``share_between`` is the first over both, the share of one measurement that belongs to the self-edit;
+    ``reliability`` is that of the mean over the repeats. None where a run has a single repeat, a single
+    self-edit, or no verdicts.
+    """
+
+    n_passages: int
+    n_ranked: int
+    n_tied_best: int
+    n_best_without_gain: int
+    n_unrankable_self_edits: int
+    n_repeats: float
+    variance_between_self_edits: float | None
+    variance_between_repeats: float | None
+    share_between: float | None
+    reliability: float | None
+
+
+def ranking_summary(run: SinglePassageRun) -> RankingSummary:
+    """Ties, empty gains and variance components of a run."""
+    ranked_P = [ranked(passage) for passage in run.passages]
+    bests = [best_first for best_first in ranked_P if best_first]
+    n_self_edits = sum(len(passage.self_edits) for passage in run.passages)
+    between, within, n_repeats = _variances(run)
+    known = between is not None and within is not None
+    return RankingSummary(
+        n_passages=len(run.passages),
+        n_ranked=len(bests),
+        n_tied_best=sum(len(r) > 1 and mean_reward(r[0]) == mean_reward(r[1]) for r in bests),
+        n_best_without_gain=sum(gains_nothing(best_first[0]) for best_first in bests),
+        n_unrankable_self_edits=n_self_edits - sum(map(len, ranked_P)),
+        n_repeats=n_repeats,
+        variance_between_self_edits=between,
+        variance_between_repeats=within,
+        share_between=_share(between, within) if known else None,  # type: ignore[arg-type]
+        reliability=_share(between, within / n_repeats) if known else None,  # type: ignore[arg-type, operator]
+    )
+
+
+def _share(between: float, noise: float) -> float | None:
+    return between / (between + noise) if between + noise else None
+
+
+def _variances(run: SinglePassageRun) -> tuple[float | None, float | None, float]:
+    """Variance between self-edits, between repeats, and repeats a self-edit (mean), pooled over passages."""
+    of_means, of_repeats, n_repeats = [], [], []
+    for passage in run.passages:
+        repeats_E = _rewards(passage)
+        of_repeats += [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
+        n_repeats += [len(repeats) for repeats in repeats_E]
+        if len(repeats_E) > 1:
+            of_means.append(statistics.variance([statistics.mean(repeats) for repeats in repeats_E]))
+    per_mean = statistics.mean(n_repeats) if n_repeats else 1.0
+    if not of_means or not of_repeats:
+        return None, None, per_mean
+    within = statistics.mean(of_repeats)
+    return max(0.0, statistics.mean(of_means) - within / per_mean), within, per_mean
+
+
+def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
+    """For each self-edit whose answers are all graded its accuracy in each repeat."""
+    rewards_E = [
+        [reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None]
+        for edit in passage.self_edits
+        if edit.is_graded and not is_partly_graded(edit)
+    ]
+    return [rewards for rewards in rewards_E if rewards]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinnerAgreement:
+    """Whether a second ranking would pick the same self-edit.
+
+    ``observed``: how often two repeats, each taken alone, pick the same winner, ties broken by lot; its
+    interval is over passages. ``chance``: the same for repeats that know nothing, one in k.
+    """
+
+    observed: Estimate
+    chance: float
+
+    def sentence(self) -> str:
+        """Such as "two repeats pick the same winner in 34.2 % [26, 43] of 50 passages; chance 20.0 %: …"."""
+        low, high = 100 * self.observed.low, 100 * self.observed.high
+        verdict = "more than chance" if self.observed.low > self.chance else "not distinguishable from chance"
+        if self.observed.n < MIN_PASSAGES:
+            verdict = f"too few to tell (at least {MIN_PASSAGES})"
+        return (
+            f"two repeats pick the same winner in {100 * self.observed.mean:.1f} % [{low:.1f}, {high:.1f}] "
+            f"of {self.observed.n} passages; chance {100 * self.chance:.1f} %: {verdict}"
+        )
+
+
+def winner_agreement(run: SinglePassageRun) -> WinnerAgreement | None:
+    """None where no passage has two self-edits with two repeats each."""
+    agreements_P, chances = [], []
+    for passage in run.passages:
+        rewards_E = _rewards(passage)
+        n_repeats = min(map(len, rewards_E), default=0)
+        if len(rewards_E) < 2 or n_repeats < 2:
+            continue
+        shares_R = [_winning_shares([rewards[rep] for rewards in rewards_E]) for rep in range(n_repeats)]
+        agreements_P.append([_dot(a, b) for a, b in combinations(shares_R, 2)])
+        chances.append(1 / len(rewards_E))
+    if not agreements_P:
+        return None
+    return WinnerAgreement(observed=mean_interval(agreements_P), chance=statistics.mean(chances))
+
+
+def _dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(first, second, strict=True))
+
+
+def _winning_shares(rewards: Sequence[float]) -> list[float]:
+    """How likely each self-edit is drawn among the best of one repeat."""
+    best = [reward == max(rewards) for reward in rewards]
+    return [is_best / sum(best) for is_best in best]
+
+
+def repeats_needed(summary: RankingSummary, *, reliability: float = RELIABLE) -> int | None:
+    """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown).
+
+    None where the run cannot say (one repeat only), or self-edits do not differ beyond noise: then no number
+    of repeats is known to help.
+    """
+    if not 0 < reliability < 1:
+        raise SettingsError(f"reliability is {reliability}; it is between 0 and 1")
+    between, within = summary.variance_between_self_edits, summary.variance_between_repeats
+    if between is None or within is None or between <= 0:
+        return None
+    return max(1, math.ceil(round(reliability / (1 - reliability) * within / between, 9)))
+
+
+def eval_times_wanted(run: SinglePassageRun, *, reliability: float, most: int) -> int:
+    """Repeats that a run should have: those it has if they suffice, else more, at most ``most``.
+
+    A run that cannot say gets a second repeat; one whose self-edits do not differ stays as it is.
+    """
+    summary = ranking_summary(run)
+    has = math.ceil(summary.n_repeats)
+    if summary.variance_between_repeats is None:
+        wanted = max(2, has)
+    else:
+        wanted = repeats_needed(summary, reliability=reliability) or has
+    return min(max(wanted, has), max(most, has))
+
+
+def wanted_repeats(
+    passages: Sequence[Passage],
+    loops: Sequence[PlannedLoop],
+    replies: Mapping[str, TTTReply],
+    settings: SinglePassageSettings,
+    *,
+    reliability: float,
+    most: int,
+) -> int:
+    """``eval_times_wanted`` of a run that is under way: no file of it is written yet."""
+    run = build_run(passages, loops, replies, settings, model="", dataset="", timestamp="")
+    return eval_times_wanted(run_from_json(run), reliability=reliability, most=most)
+
+
+def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) -> str:
+    """What the ranking knows and what it would take, in words."""
+    if summary.reliability is None:
+        return (
+            "how much the ranking knows cannot be told: it takes two self-edits and two repeats (eval_times)"
+        )
+    n = counted(summary.n_ranked, "passages")
+    has = f"{summary.n_repeats:g} repeats on {n} give a reliability of {summary.reliability:.2f}"
+    needed = repeats_needed(summary, reliability=reliability)
+    if needed is None:
+        return (
+            f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
+        )
+    if needed <= summary.n_repeats:
+        few = f", but {n} are too few to tell (at least {MIN_PASSAGES})"
+        return f"{has}: enough for {reliability:.2f}{few if summary.n_ranked < MIN_PASSAGES else ''}"
+    more = f"{reliability:.2f} would take {needed} repeats"
+    return f"{has}; {more} (eval_times {needed} in 03: earlier ones are kept)"

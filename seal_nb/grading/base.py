@@ -1,33 +1,48 @@
-"""The door to the graders: their records, and each by its name."""
+"""What a grader is: question, gold answer and given answer in; a verdict out.
 
-from seal_nb.errors import SettingsError
-from seal_nb.grading.exact import ExactGrader, F1Grader
-from seal_nb.grading.local import LocalGrader
-from seal_nb.grading.recall_rule import RecallGrader
-from seal_nb.grading.verdicts import Answered, Grader, Verdict
+UNGRADED is a state of its own. Which grader to take, and how far to trust it, is not decided here.
+"""
 
-__all__ = ["GRADERS", "Answered", "Grader", "Verdict", "make_grader"]
-
-GRADERS = ("local", "exact", "f1", "recall")
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
 
 
-def make_grader(name: str) -> Grader:
-    """The grader of this name: one of GRADERS, or a judge (``grading.judge.judge_settings``).
+class Verdict(StrEnum):
+    """UNGRADED: nothing could be found out (an outage, an unreadable reply); never "wrong", never reward."""
 
-    Raises SettingsError for an unknown one, and for a judge whose key is not there.
-    """
-    if name == "judge" or name.startswith(("judge:", "judge?")):
-        # The client of such services takes a second to import, and the other graders need none.
-        from seal_nb.grading.judge import JudgeGrader, judge_settings
+    CORRECT = "CORRECT"
+    INCORRECT = "INCORRECT"
+    UNGRADED = "UNGRADED"
 
-        return JudgeGrader(judge_settings(name))
-    match name:
-        case "local":
-            return LocalGrader()
-        case "exact":
-            return ExactGrader()
-        case "f1":
-            return F1Grader()
-        case "recall":
-            return RecallGrader()
-    raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}, judge:MODEL")
+
+# How result files write a verdict, and back.
+AS_BOOLEAN = {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNGRADED: None}
+IN_WORDS = {boolean: verdict for verdict, boolean in AS_BOOLEAN.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """One answer to be graded."""
+
+    question: str
+    gold: str
+    answer: str
+    title: str = ""
+
+
+class Grader(Protocol):
+    """Grades answers one by one; the order of verdicts is that of the answers."""
+
+    name: str
+
+    def grade(self, answered: Sequence[Answered]) -> list[Verdict]: ...
+
+
+def asked_about(one: Answered) -> tuple[str, str]:
+    """Title and bare question: the ``Topic: ...`` line of published questions is a title, not asked."""
+    topic, line_end, rest = one.question.partition("\n")
+    if not (topic.startswith("Topic: ") and line_end and rest.strip()):
+        return one.title, one.question
+    return one.title or topic.removeprefix("Topic: "), rest

@@ -7,32 +7,142 @@ failed call is not kept: grading again asks again.
 
     make_grader("judge:gpt-4.1")
     make_grader("judge:qwen2.5-7b-instruct?base_url=http://127.0.0.1:8000/v1&api_key_env=")
+
+Threads that grade beside the caller and end with the process, whatever they are waiting for.
+
+A ``ThreadPoolExecutor`` keeps the interpreter alive until every call that was handed in is done; a worker
+that is told to stop cannot wait for a thousand calls to a slow judge.
+
+Replies that were paid for, on disk by what was asked: one small file each, which is its own lock.
+
+Whoever wants a reply opens its file and locks it. If the file holds a reply, it was asked before; if not, the
+holder of the lock asks, writes, and lets go, and whoever waited meanwhile (another thread, process or node)
+finds the reply there. The lock goes with its holder, so nobody waits for the dead. An empty or torn file is
+a reply that never came. Knows nothing of models, prompts or verdicts.
 """
 
+import fcntl
+import json
 import logging
+import os
+import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from seal_nb.engines.api import CONCERNS_ALL, ApiClient
-from seal_nb.engines.api_records import ApiSettings, Ask, Refused
+from seal_nb.engines.api import CONCERNS_ALL, ApiClient, ApiSettings, Ask, Refused
 from seal_nb.engines.base import Sampling
-from seal_nb.errors import EngineError, SettingsError
-from seal_nb.grading.reply_cache import Record, ReplyCache
-from seal_nb.grading.threads import GradingThreads
-from seal_nb.grading.verdicts import Answered, Verdict
+from seal_nb.errors import EngineError, GradingError, SettingsError
+from seal_nb.grading.base import Answered, Verdict
 from seal_nb.models import cache_dir
 from seal_nb.prompts import grading_prompt
-from seal_nb.runs import content_id
+from seal_nb.storage import content_id
+
+T = TypeVar("T")
+
+
+class GradingThreads:
+    """At most ``n_threads`` daemon threads, started as calls come. A call not yet begun can be cancelled."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._n_started = 0
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        with self._starting:
+            if self._n_started < self.n_threads:
+                threading.Thread(target=self._run, name="grading", daemon=True).start()
+                self._n_started += 1
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
 
 log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class ReplyCache:
+    """A folder of records by key, safe between threads, processes and nodes; keys are hexadecimal digits."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def get_or_make(self, key: str, make: Callable[[], Record]) -> Record:
+        """The record of this key; where there is none, exactly one of all who ask calls ``make``.
+
+        What ``make`` raises is raised here, and nothing is kept. Raises: GradingError where the folder cannot
+        be used.
+        """
+        path = self.folder / key[:2] / f"{key}.json"
+        handle = self._locked(path)
+        try:
+            record = _read(handle)
+            if record is None:
+                record = make()
+                self._keep(handle, record)
+            return record
+        finally:
+            os.close(handle)
+
+    def _locked(self, path: Path) -> int:
+        handle = -1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except BaseException as error:
+            if handle >= 0:
+                os.close(handle)
+            if not isinstance(error, OSError):
+                raise
+            raise GradingError(
+                f"the cache of graded answers at {self.folder} cannot be used: {error}; "
+                "give a folder that can be written and locked as cache_dir"
+            ) from error
+        return handle
+
+    def _keep(self, handle: int, record: Record) -> None:
+        """Write to the disk. On a full disk the reply is still good; only asking again will cost again."""
+        raw = json.dumps(record).encode()
+        try:
+            os.ftruncate(handle, 0)
+            written = 0
+            while written < len(raw):
+                written += os.pwrite(handle, raw[written:], written)
+            os.fsync(handle)
+        except OSError as error:
+            log.warning("a graded answer could not be kept in %s: %s", self.folder.name, error)
+
+
+def _read(handle: int) -> Record | None:
+    """What stands in the file. A torn record is none: its closing brace is missing."""
+    try:
+        record = json.loads(os.pread(handle, os.fstat(handle).st_size, 0))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
 
 TOLD_FAILURES = 10  # kinds of failures that are logged; an outage says the same again and again
 _YES_OR_NO = re.compile(r"\b(yes|no)\b")

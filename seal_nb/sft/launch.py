@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from seal_nb.errors import EngineError, SettingsError
-from seal_nb.lifeline import end_tree, ending_with_me
+from seal_nb.processes import end_tree, ending_with_me
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
 from seal_nb.sft.train import finished, train_sft, training_id
 

@@ -15,14 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
-from seal_nb.inner_loop_settings import FOUR_BIT
-from seal_nb.ttt.bank import Bank
-from seal_nb.ttt.branches import BranchedLinear, Current, Plan, Segment, make_plan
+from seal_nb.models import FOUR_BIT
+from seal_nb.ttt.attention import ATTENTION, Attend, make_rows
+from seal_nb.ttt.branches import Bank, BranchedLinear, Current, Plan, Segment, make_plan
 from seal_nb.ttt.device import free_cached_memory, sent
 from seal_nb.ttt.fused import make_regions
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
-from seal_nb.ttt.packing import ATTENTION, Attend, make_rows
 from seal_nb.ttt.quantized import keep_as_stored, quantized
 
 PROBES = ((0, 8), (5, 21))  # first token and length of the rows that check a model when it is loaded

@@ -17,12 +17,11 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.errors import SettingsError
+from seal_nb.ttt.attention import KERNELS, Cache, make_rows
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import Segment, make_plan
 from seal_nb.ttt.device import Readback, sent, tensor_on
-from seal_nb.ttt.kv_cache import KERNELS, Cache
 from seal_nb.ttt.lora import Adapter, Layout
-from seal_nb.ttt.packing import make_rows
 from seal_nb.ttt.replay import Replay, cuda_graph
 
 BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried

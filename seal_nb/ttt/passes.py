@@ -19,14 +19,22 @@ from itertools import accumulate
 import torch
 from torch.nn import functional as F
 
-from seal_nb.ttt.bank import Bank
+from seal_nb.ttt.attention import Attend, Rows, make_rows
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Group, Plan, Segment, has_kernels, make_plan, tiles_for, trained_segments
+from seal_nb.ttt.branches import (
+    Bank,
+    Group,
+    Plan,
+    Segment,
+    has_kernels,
+    make_plan,
+    tiles_for,
+    trained_segments,
+)
 from seal_nb.ttt.device import TILE, free_cached_memory, has_varlen, pinned, sent
 from seal_nb.ttt.fused import fused
 from seal_nb.ttt.jobs import TrainRow
 from seal_nb.ttt.loss import weighted_nll
-from seal_nb.ttt.packing import Attend, Rows, make_rows
 from seal_nb.ttt.replay import cuda_graph
 
 log = logging.getLogger(__name__)

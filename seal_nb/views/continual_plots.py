@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from seal_nb.metrics import counted
 from seal_nb.views.plots import INTERVAL, Estimated, legend_outside
 from seal_nb.views.style import (
     BLUE,
@@ -26,7 +27,6 @@ from seal_nb.views.style import (
     percent_ticks,
     styled,
 )
-from seal_nb.wording import counted
 
 
 @styled

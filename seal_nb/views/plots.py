@@ -3,14 +3,22 @@
 Every axis names its unit and n, every figure draws the baseline it is compared with, every bar says what its
 interval is, and every figure carries its content in words (`Chart.alt`). Accuracies are fractions; per cent
 is formatting. Does not read files, compute intervals or show anything.
+
+What each grader makes of the same answers, as a figure. Takes plain rows; grades nothing.
+
+The figure of a sweep over inner-loop settings: accuracy of each point with its interval.
+
+Plain rows in, a matplotlib figure out. The x axis is the first swept setting, on a logarithmic scale where it
+spans a factor of ten; every other combination is a line. Computes nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from seal_nb.experiments.sweep import written_value
 from seal_nb.views.style import (
     BLUE,
     CYCLE,
@@ -18,6 +26,7 @@ from seal_nb.views.style import (
     INK,
     LIGHT,
     ORANGE,
+    PALE,
     RED,
     SKY,
     Chart,
@@ -248,3 +257,94 @@ def _arms_in_words(arms: Mapping[str, Estimated], baseline: Estimated | None) ->
     parts = [f"{name} {e.mean:.1%} ({e.low:.1%} to {e.high:.1%})" for name, e in arms.items()]
     against = f" Not adapted: {baseline.mean:.1%}." if baseline else ""
     return "QA accuracy with 95 % interval: " + "; ".join(parts) + "." + against
+
+
+@styled
+def accuracy_by_grader(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """A line a grader from the accuracy without adapter to that with it: its length is the gain.
+
+    Rows with ``grader``, ``baseline``, ``adapter`` and ``n``, as of ``grader_comparison``; those without
+    accuracies are left out.
+    """
+    shown = [row for row in rows if row.get("baseline") is not None and row.get("adapter") is not None]
+    chart, axes = new_chart(1.1 + 0.32 * max(len(shown), 1))
+    for place, row in enumerate(reversed(shown)):
+        before, after = row["baseline"], row["adapter"]
+        axes.plot([before, after], [place, place], color=PALE, linewidth=4, zorder=1)
+        axes.scatter([before], [place], color=GREY, zorder=2, label="not adapted" if not place else None)
+        axes.scatter([after], [place], color=BLUE, zorder=3, label="with adapter" if not place else None)
+        axes.annotate(
+            f"{100 * (after - before):+.1f}", (max(before, after), place), xytext=(8, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [row["grader"] for row in reversed(shown)])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.xaxis.set_major_formatter(percent_ticks())
+    axes.margins(x=0.12)
+    axes.set_xlabel(
+        f"answers called correct (n = {max((row['n'] for row in shown), default=0)}); number: gain in points"
+    )
+    axes.grid(axis="x")
+    if shown:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    chart.alt = (
+        "; ".join(f"{row['grader']}: {row['baseline']:.1%} to {row['adapter']:.1%}" for row in shown)
+        or "No grader has judged both arms."
+    )
+    return chart
+
+
+@styled
+def sweep_accuracy(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, unit: str = "passages"
+) -> Chart:
+    """QA accuracy with interval against the first of ``names``, a line for each combination of the others.
+
+    ``rows``: as ``sweep_rows`` gives them, with ``estimate`` and a value for each name; rows without an
+    estimate are left out. Values that are not numbers stand side by side in order of appearance.
+    """
+    chart, axes = new_chart(3.4)
+    known = [row for row in rows if row["estimate"] is not None]
+    values = list(dict.fromkeys(_key(row[names[0]]) for row in known))
+    numeric = all(isinstance(value, (int, float)) for value in values)
+    place = {value: float(value) if numeric else float(at) for at, value in enumerate(values)}
+    if numeric and values and min(values) > 0 and max(values) >= 10 * min(values):
+        axes.set_xscale("log")
+    for number, (label, own) in enumerate(_lines(known, names[1:]).items()):
+        own = sorted(own, key=lambda row: place[_key(row[names[0]])])
+        _line(
+            axes, [place[_key(row[names[0]])] for row in own], [row["estimate"] for row in own], label, number
+        )
+    axes.set_xticks([place[value] for value in values], [written_value(value) for value in values])
+    axes.minorticks_off()
+    axes.set_xlabel(names[0])
+    n = known[0]["estimate"].n if known else 0
+    accuracy_axis(axes, "y", f"QA accuracy\n(n = {n} {unit}, {INTERVAL})")
+    axes.set_ylim(bottom=0)
+    if len(names) > 1:
+        legend_outside(chart, "outside right center", 1)
+    chart.alt = "QA accuracy by setting: " + "; ".join(
+        f"{row['label']}: {row['estimate'].mean:.1%}" for row in known
+    )
+    return chart
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(", ".join(f"{name} {written_value(row[name])}" for name in names), []).append(row)
+    return lines
+
+
+def _line(axes: Any, xs: Sequence[float], estimates: Sequence[Estimated], label: str, number: int) -> None:
+    colour = CYCLE[number % len(CYCLE)] if label else BLUE
+    means = [one.mean for one in estimates]
+    reach = [
+        [max(one.mean - one.low, 0.0) for one in estimates],
+        [max(one.high - one.mean, 0.0) for one in estimates],
+    ]
+    axes.errorbar(xs, means, yerr=reach, fmt="-o", color=colour, capsize=3, label=label or None)
+
+
+def _key(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -21,8 +21,8 @@ from urllib.parse import quote
 import nbformat
 
 from seal_nb.errors import DataError
-from seal_nb.runs import write_text
-from seal_nb.wording import counted
+from seal_nb.metrics import counted
+from seal_nb.storage import write_text
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".venv", ".git"}
 

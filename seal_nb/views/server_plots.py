@@ -2,7 +2,7 @@
 
 Where somebody looks on (JupyterLab) one display is updated in place. Headless (papermill, a batch job) there
 are plain lines, more and more seldom, since a server may be up for days; a log cannot be redrawn. Samples
-nothing itself: records of ``seal_nb.service.watch`` come in.
+nothing itself: records of ``seal_nb.server.status`` come in.
 """
 
 import sys
@@ -13,11 +13,11 @@ from typing import Any, TextIO
 
 from matplotlib.ticker import MaxNLocator
 
-from seal_nb.service.watch import History, Sample
+from seal_nb.metrics import counted
+from seal_nb.server.status import History, Sample
 from seal_nb.views.plots import legend_outside
 from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, png_bytes, styled
 from seal_nb.views.tables import Table, somebody_looks_on
-from seal_nb.wording import counted
 
 REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
 FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0

@@ -8,9 +8,9 @@ from textwrap import fill
 
 from matplotlib.ticker import MaxNLocator
 
+from seal_nb.metrics import counted
 from seal_nb.views.plots import accuracy_axis, legend_outside, short
 from seal_nb.views.style import BLUE, CYCLE, GREY, INK, LIGHT, PALE, RED, Chart, new_chart, styled
-from seal_nb.wording import counted
 
 MOST_LOSS_CURVES = 6  # as many as there are colours
 

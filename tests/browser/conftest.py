@@ -16,7 +16,7 @@ from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from seal_nb.notebook_runner import declared_parameters
-from seal_nb.service.launch import TTTServer
+from seal_nb.server.launch import TTTServer
 from tests.browser.lab import ROOT, Lab, jupyter_lab
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -5,11 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from seal_nb.chain.record import read_record
-from seal_nb.chain.settings import DEMO
-from seal_nb.chain.slurm import submit_chain
-from seal_nb.chain.slurm_plan import Cluster, Job, plan
-from seal_nb.chain.table import Chain, mark_done
-from seal_nb.chain.tables import continual_chain
+from seal_nb.chain.slurm import Cluster, Job, plan, submit_chain
+from seal_nb.chain.stages import DEMO, Chain, continual_chain, mark_done
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = replace(DEMO, n_rounds=1, continual_seeds=(42, 43))

@@ -14,7 +14,7 @@ import pytest
 
 from seal_nb.chain import local
 from seal_nb.chain.local import ChainBusy, ChainFailed, run_chain
-from seal_nb.chain.table import Chain, Stage, in_run, is_done, mark_done
+from seal_nb.chain.stages import Chain, Stage, in_run, is_done, mark_done
 from seal_nb.errors import SettingsError
 from tests.tiny_notebooks import write_notebook
 
@@ -205,7 +205,7 @@ def test_server_that_ends_early_ends_the_stage_that_needs_it(tmp_path: Path, not
 CHAIN_PROCESS = """
 import sys
 from pathlib import Path
-from seal_nb.chain.table import Chain, Stage
+from seal_nb.chain.stages import Chain, Stage
 from seal_nb.chain.local import run_chain
 server = Stage(name="server", notebook="serve", title="", produces=("endpoint.json",), background=True)
 first = Stage(name="first", notebook="count", title="", produces=("runs.txt",))

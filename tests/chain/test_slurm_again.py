@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from seal_nb.chain.record import read_record
-from seal_nb.chain.slurm import submit_chain
-from seal_nb.chain.slurm_again import restart_server
-from seal_nb.chain.slurm_jobs import SlurmError
-from seal_nb.chain.tables import continual_chain
+from seal_nb.chain.slurm import SlurmError, restart_server, submit_chain
+from seal_nb.chain.stages import continual_chain
 from seal_nb.errors import DataError, SettingsError
 from tests.chain.planning import SMALL, cluster, with_a_server
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.chain import slurm_jobs
-from seal_nb.chain.slurm_plan import Job, plan
-from seal_nb.chain.tables import continual_chain, evaluation_chain, rest_em_chain
+from seal_nb.chain import slurm as slurm_jobs
+from seal_nb.chain.slurm import Job, plan
+from seal_nb.chain.stages import continual_chain, evaluation_chain, rest_em_chain
 from seal_nb.errors import SettingsError
 from tests.chain.planning import ROOT, SMALL, cluster, finish, jobs_of
 

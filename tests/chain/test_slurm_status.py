@@ -7,13 +7,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from seal_nb.chain import slurm_jobs
+from seal_nb.chain import slurm as slurm_jobs
 from seal_nb.chain.local import sole_use
 from seal_nb.chain.record import marked_when_done, read_record, record_of
-from seal_nb.chain.slurm_jobs import JobState, SlurmError
+from seal_nb.chain.slurm import JobState, SlurmError
+from seal_nb.chain.stages import evaluation_chain, is_done
 from seal_nb.chain.status import chain_status, status_lines
-from seal_nb.chain.table import is_done
-from seal_nb.chain.tables import evaluation_chain
 from seal_nb.errors import DataError, SettingsError
 from tests.chain.planning import SMALL, finish
 

@@ -9,15 +9,12 @@ from pathlib import Path
 import pytest
 
 from seal_nb.chain.record import read_record
-from seal_nb.chain.settings import DEMO
-from seal_nb.chain.slurm import submit_chain
-from seal_nb.chain.slurm_jobs import SlurmError
-from seal_nb.chain.slurm_text import dry_run
-from seal_nb.chain.tables import continual_chain, evaluation_chain, rest_em_chain
+from seal_nb.chain.slurm import SlurmError, dry_run, submit_chain
+from seal_nb.chain.stages import DEMO, continual_chain, evaluation_chain, rest_em_chain
 from seal_nb.commands.submit import submit
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
-from seal_nb.service.link import WorkerSettings
+from seal_nb.server.worker import WorkerSettings
 from tests.chain.planning import ROOT, SMALL, cluster, with_a_server
 from tests.chain.test_tables import PUBLISHED
 

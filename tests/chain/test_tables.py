@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from seal_nb.chain.settings import DEMO, ExperimentSettings
-from seal_nb.chain.table import RUN, Stage
-from seal_nb.chain.tables import rest_em_chain
+from seal_nb.chain.stages import DEMO, RUN, ExperimentSettings, Stage, rest_em_chain
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.single_passage import SinglePassageSettings, self_edit_texts
 from seal_nb.notebook_runner import (

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from seal_nb.chain.slurm_jobs import LIVE
+from seal_nb.chain.slurm import LIVE
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "unshare", "setpriv")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -91,7 +91,7 @@ class Round:
                     worker.resume()
 
     def workers(self) -> list[psutil.Process]:
-        return [p for p in self.slurm.processes() if "seal_nb.service.worker" in p.cmdline()]
+        return [p for p in self.slurm.processes() if "seal_nb.server.worker" in p.cmdline()]
 
     def results(self) -> list[Any]:
         """All answers and verdicts of the client's run file."""

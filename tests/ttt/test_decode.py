@@ -8,12 +8,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seal_nb.errors import SettingsError
+from seal_nb.ttt.attention import BLOCK
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.kv_cache import BLOCK
 from seal_nb.ttt.lora import Adapter
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import AsciiTokenizer, tiny_model
 
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import torch
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import PEFT_PREFIX, Adapter
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.reference import train_alone
 from tests.ttt.tiny import AsciiTokenizer, tiny_model
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row, masked_prefix
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.reference import train_alone
 from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, tiny_model

@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_nb.ttt import passes
-from seal_nb.ttt.bank import Bank
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Segment
+from seal_nb.ttt.branches import Bank, Segment
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.passes import CapturedPasses, Pass, Shape, _shape, _Static, run_eager
-from seal_nb.ttt.scheduler import SlotTrainer, Trained
+from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from seal_nb.errors import SettingsError
-from seal_nb.inner_loop import load_inner_loop
-from seal_nb.inner_loop_settings import InnerLoopSettings
+from seal_nb.inner_loop.loop import load_inner_loop
+from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.ttt import quantized
 from seal_nb.ttt.base import FrozenBase, RowTokens
 from seal_nb.ttt.branches import BranchedLinear
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.quantized import dense_weight
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
 
 

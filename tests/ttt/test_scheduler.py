@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_nb.ttt import scheduler
+from seal_nb.ttt import trainer as scheduler
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import initial_weights
-from seal_nb.ttt.scheduler import SlotTrainer, Trained
+from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, mixed_jobs, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
 
@@ -162,7 +162,7 @@ def test_a_job_whose_weights_cannot_be_drawn_fails_alone(monkeypatch: pytest.Mon
             raise RuntimeError("no memory for a pinned tensor")
         return initial_weights(layout, seed)
 
-    monkeypatch.setattr("seal_nb.ttt.scheduler.initial_weights", drawn)
+    monkeypatch.setattr("seal_nb.ttt.trainer.initial_weights", drawn)
     done = run([a_job("bad", seed=13, epochs=1), a_job("good", epochs=1)], n_slots=2)
     assert "pinned tensor" in done["bad"].error and done["good"].adapter is not None
 

@@ -16,8 +16,8 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import save_adapter
-from seal_nb.ttt.scheduler import SlotTrainer, Trained
-from seal_nb.ttt.score import ScoreRow, score
+from seal_nb.ttt.loss import ScoreRow, score
+from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.reference import lora_config, train_alone
 from tests.ttt.test_equality import distance, peft_weights
 

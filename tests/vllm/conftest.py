@@ -12,13 +12,11 @@ import pytest
 import torch
 
 from seal_nb.engines.local import LocalEngine, load_local_engine
-from seal_nb.engines.vllm import VllmEngine
-from seal_nb.engines.vllm_options import VllmOptions, vllm_python
-from seal_nb.engines.vllm_server import VllmServer
+from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import save_adapter
-from seal_nb.ttt.scheduler import SlotTrainer
+from seal_nb.ttt.trainer import SlotTrainer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Facts that nobody knows before; rank, learned modules and length differ on purpose.

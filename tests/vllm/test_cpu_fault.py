@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from seal_nb.engines.vllm_options import PLUGIN, vllm_python
+from seal_nb.engines.vllm import PLUGIN, vllm_python
 
 CODE = """
 import json, torch

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.engines.vllm_options import SERVED_NAME
-from seal_nb.engines.vllm_server import VllmServer
-from seal_nb.grading.base import Answered, Verdict, make_grader
+from seal_nb.engines.vllm import SERVED_NAME, VllmServer
+from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.choose import make_grader
 from seal_nb.grading.judge import JudgeGrader, read_verdict
 from seal_nb.passages import load_passages
 

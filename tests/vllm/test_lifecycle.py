@@ -11,8 +11,7 @@ import pytest
 
 from seal_nb.engines.base import Completion, Incomplete, Sampling
 from seal_nb.engines.local import load_local_engine
-from seal_nb.engines.vllm import VllmEngine
-from seal_nb.engines.vllm_server import VllmFailed, VllmServer
+from seal_nb.engines.vllm import VllmEngine, VllmFailed, VllmServer
 from tests.ttt.tiny import save_tiny_model
 from tests.vllm.conftest import on_cpu
 
@@ -21,7 +20,7 @@ PROMPTS = ["Zor is", "a", "The bells of Pellanmoor"]
 OWNER = """
 import sys, time
 from pathlib import Path
-from seal_nb.engines.vllm_server import VllmServer
+from seal_nb.engines.vllm import VllmServer
 from tests.vllm.conftest import on_cpu
 with VllmServer(on_cpu(sys.argv[1]), run_dir=Path(sys.argv[2])) as server:
     print(server.process.pid, flush=True)

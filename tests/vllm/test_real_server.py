@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.engines.api import ApiClient
-from seal_nb.engines.api_records import ApiSettings, Refused
+from seal_nb.engines.api import ApiClient, ApiSettings, Refused
 from seal_nb.engines.base import Completion, Incomplete, Sampling
 from seal_nb.engines.local import LocalEngine
-from seal_nb.engines.vllm import VllmEngine
-from seal_nb.engines.vllm_server import VllmServer
+from seal_nb.engines.vllm import VllmEngine, VllmServer
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.kept_adapters import closed_book_answers
+from seal_nb.experiments.continual_strategies import closed_book_answers
 from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt, find_prompts
-from seal_nb.runs import Journal
 from seal_nb.self_edits import create_self_edits
+from seal_nb.storage import Journal
 
 GREEDY = Sampling(max_tokens=16, temperature=0.0, top_p=1.0)
 QUESTIONS = [

@@ -1,7 +1,7 @@
 """The live edit as a widget: change the text or a setting, train, read the new answers beside the old.
 
 Training runs in a thread beside the notebook; what it tells is shown as it comes. Errors show their message,
-which says the remedy. The work is done by ``seal_nb.experiments.workbench``, this only shows it.
+which says the remedy. The work is done by ``seal_nb.experiments.live_edit``, this only shows it.
 """
 
 import html
@@ -13,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import SealError
-from seal_nb.experiments.graded_forms import grader_of
-from seal_nb.experiments.live_edit import Edit, evaluated_edit, keep_arm, settings_of_run
+from seal_nb.experiments.live_edit import (
+    Edit,
+    LiveResult,
+    OwnAnswer,
+    Step,
+    Workbench,
+    evaluated_edit,
+    keep_arm,
+    settings_of_run,
+)
 from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.workbench import LiveResult, OwnAnswer, Step, Workbench
+from seal_nb.grading.choose import grader_of
 from seal_nb.views.inspector import pages
-from seal_nb.views.inspector.choice import Twin
-from seal_nb.views.inspector.fragments import failure, note, page, show
-from seal_nb.views.inspector.sparkline import sparkline
+from seal_nb.views.inspector.html import failure, note, page, show, sparkline
 from seal_nb.views.inspector.tokens import tokens_page
-from seal_nb.views.inspector.widgets import PassageInspector
+from seal_nb.views.inspector.widgets import PassageInspector, Twin
 from seal_nb.views.live import Teller
 from seal_nb.views.tables import Table, somebody_looks_on
 

@@ -6,19 +6,13 @@ Every text is escaped. Looks nothing up and computes nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seal_nb.experiments.inspection_rows import (
-    AnswerRow,
-    ComparedRow,
-    PassageRow,
-    SelfEditRow,
-    SequenceRow,
-)
-from seal_nb.experiments.workbench import LiveResult, OwnAnswer
+from seal_nb.experiments.live_edit import LiveResult, OwnAnswer
+from seal_nb.metrics import counted
 from seal_nb.protocol import ScoredText
-from seal_nb.views.inspector.fragments import heading, text_block
+from seal_nb.results.inspection import AnswerRow, ComparedRow, PassageRow, SelfEditRow, SequenceRow
+from seal_nb.views.inspector.html import heading, text_block
 from seal_nb.views.inspector.tokens import total_change
 from seal_nb.views.tables import Table
-from seal_nb.wording import counted
 
 VERDICTS = {True: "right", False: "wrong", None: "ungraded"}
 FLIP_SIGNS = {"gained": "▲\u00a0gained", "lost": "▼\u00a0lost", "ungraded": "?\u00a0ungraded"}

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.patches import Rectangle
 
 from seal_nb.protocol import ScoredText
-from seal_nb.views.inspector.fragments import heading, note, page
+from seal_nb.views.inspector.html import heading, note, page
 from seal_nb.views.style import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
 from seal_nb.views.tables import somebody_looks_on
 

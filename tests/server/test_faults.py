@@ -1,0 +1,238 @@
+"""Faults with real processes. No result of a request with an id is lost, counted twice, or wrong."""
+
+import json
+import os
+import signal
+import subprocess
+from collections import Counter
+
+import pytest
+import zmq
+
+from seal_nb.errors import RemoteError
+from seal_nb.protocol import TTTRequest
+from seal_nb.server.client import TTTClient
+from seal_nb.server.requests import content_of
+from seal_nb.storage import derived_seed, read_journal
+from tests.server.conftest import (
+    eventually,
+    in_background,
+    is_running,
+    kill,
+    plain_req,
+    remote_worker,
+    restart,
+    run_round,
+    trained,
+    worker_pids,
+)
+from tests.server.test_server import BASELINE_ONLY, ask, sequence
+
+
+def test_a_worker_killed_mid_training_loses_nothing_and_is_replaced(start_server, tmp_path):
+    server = start_server(n_workers=2, n_slots=2)
+    requests = [sequence(f"sleep 0.6{i}", request_id=f"r{i}") for i in range(8)]
+    with TTTClient(server.endpoint) as client:
+        before = worker_pids(client)
+        replies = in_background(lambda: run_round(server.endpoint, requests))
+        eventually(lambda: client.status().n_running == 4)
+        os.kill(before[0], signal.SIGKILL)
+        assert sorted(replies()) == [f"r{i}" for i in range(8)]
+        assert client.status().counts["requeued"] == 2
+        eventually(lambda: len(worker_pids(client)) == 2 and before[0] not in worker_pids(client))
+    assert Counter(trained(tmp_path)) == Counter(request.request_id for request in requests)
+
+
+def test_a_plain_req_client_gets_its_answer_when_its_worker_dies(start_server, tmp_path):
+    server = start_server()
+    with plain_req(server.info.endpoint) as req:
+        order = f"die-once {tmp_path / 'died'}"
+        assert ask(req, {"train_sequences": [order], "eval_questions": []})["adapter_gain"] == 0.0
+    assert (tmp_path / "died").exists()
+
+
+def test_a_request_that_kills_workers_gets_an_error_and_its_neighbours_their_answers(start_server):
+    server = start_server(n_workers=2, n_slots=3)
+    requests = [sequence("die", request_id="poison")]
+    requests += [sequence(f"sleep 0.{i}", request_id=f"r{i}") for i in range(5)]
+    with TTTClient(server.endpoint, timeout_s=40) as client:
+        replies = dict(client.run_indexed(requests))
+        assert isinstance(replies[0], RemoteError) and replies[0].ename == "WorkerLost"
+        assert "3 times" in str(replies[0]) and "signal 9" in str(replies[0])
+        assert all(replies[i].adapter_gain == 1.0 for i in range(1, 6))
+        assert client.status().counts["workers_lost"] == 3
+
+
+def test_an_inner_loop_that_raises_ends_its_worker_and_the_cause_reaches_the_client(start_server):
+    server = start_server(max_tries=1)
+    with TTTClient(server.endpoint) as client:
+        with pytest.raises(RemoteError, match="RuntimeError: the device is broken") as caught:
+            client.evaluate(sequence("crash"))
+        assert caught.value.ename == "WorkerLost"
+        assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+
+
+def test_a_worker_that_was_cut_off_and_returns_does_not_answer_twice(start_server, tmp_path):
+    server = start_server(n_slots=1, lease_s=1.0)
+    named = sequence("sleep 0.8", request_id="once")
+    with TTTClient(server.endpoint) as client:
+        reply = in_background(lambda: run_round(server.endpoint, [named]))
+        (frozen,) = eventually(lambda: client.status().n_running and worker_pids(client))
+        os.kill(frozen, signal.SIGSTOP)  # as a node that is cut off
+        eventually(lambda: client.status().counts.get("workers_lost"))
+        worker = subprocess.Popen(remote_worker(server))
+        try:
+            answered = reply()["once"]
+            os.kill(frozen, signal.SIGCONT)
+            eventually(lambda: len(worker_pids(client)) == 2)
+            assert client.status().counts["answered"] == 1
+            assert client.evaluate(named) == answered
+        finally:
+            worker.kill()
+            worker.wait()
+    journal = (tmp_path / "run" / "results.journal.jsonl").read_text().splitlines()
+    assert len(journal) == 1
+
+
+def test_workers_join_and_leave_at_any_time_and_leaving_costs_no_try(start_server):
+    server = start_server(n_workers=0, max_tries=1)
+    with TTTClient(server.endpoint) as client:
+        reply = in_background(lambda: run_round(server.endpoint, [sequence("sleep 1", request_id="r")]))
+        eventually(lambda: client.status().n_queued == 1)
+        first = subprocess.Popen(remote_worker(server))
+        eventually(lambda: client.status().n_running == 1)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(20) == 0
+        second = subprocess.Popen(remote_worker(server))
+        try:
+            assert reply()["r"].adapter_gain == 1.0
+        finally:
+            second.terminate()
+            assert second.wait(20) == 0
+
+
+def test_a_front_end_killed_in_mid_queue_and_started_again_loses_and_doubles_nothing(start_server, tmp_path):
+    server = start_server(n_workers=1, n_slots=2)
+    requests = [sequence(f"sleep 0.4{i}", request_id=f"r{i}") for i in range(8)]
+    replies = in_background(lambda: run_round(server.endpoint, requests, wait_s=60))
+    journal = tmp_path / "run" / "results.journal.jsonl"
+    eventually(lambda: journal.read_text().count("\n") >= 3)
+    with TTTClient(server.endpoint) as client:
+        (orphan,) = worker_pids(client)
+    kill(server)
+    eventually(lambda: not is_running(orphan))  # no worker is left behind on the GPU
+    kept = read_journal(journal)
+    with restart(server):
+        assert sorted(replies()) == [f"r{i}" for i in range(8)]
+        assert all(replies()[key].seed == entry["reply"]["seed"] for key, entry in kept.items())
+        assert sorted(read_journal(journal)) == [f"r{i}" for i in range(8)]
+        assert journal.read_text().count("\n") == 8
+        assert all(count == 1 for key, count in Counter(trained(tmp_path)).items() if key in kept)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_remote_worker_finds_the_server_that_took_over_and_ends_with_it(start_server, end):
+    server = start_server(n_workers=0)
+    worker = subprocess.Popen(remote_worker(server))
+    try:
+        with TTTClient(server.endpoint, wait_s=60) as client:
+            eventually(lambda: worker_pids(client) == [worker.pid])
+            server.process.send_signal(end)
+            server.process.wait()
+            with restart(server):
+                assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+                assert worker_pids(client) == [worker.pid]
+                client.shutdown()
+                assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_a_plain_req_client_of_a_killed_front_end_asks_again_and_gets_its_answer(start_server, tmp_path):
+    server = start_server()
+    endpoint = server.info.endpoint
+    message = {"train_sequences": ["sleep 1"], "eval_questions": [], "request_id": "mine"}
+    with plain_req(endpoint, timeout_ms=1500) as req:
+        req.send_json(message)
+        kill(server)
+        with pytest.raises(zmq.Again):  # its own deadline: no server can answer for a dead one
+            req.recv()
+    again = start_server(endpoint=endpoint)
+    with plain_req(again.info.endpoint) as req:
+        assert ask(req, message)["request_id"] == "mine"
+    assert trained(tmp_path) == ["mine"]
+
+
+def test_a_published_request_lost_in_a_crash_and_asked_again_is_the_training_that_was_lost(start_server):
+    """It has neither id nor seed; what was not answered does not count, so its seed comes again."""
+    message = {"train_sequences": ["sleep 0.7"], "eval_questions": []}
+    server = start_server()
+    endpoint = server.info.endpoint
+    with plain_req(endpoint) as req:
+        seeds = [ask(req, message)["seed"]]
+        req.send_json(message)
+        with TTTClient(server.endpoint) as client:
+            eventually(lambda: client.status().n_running == 1)
+    kill(server)
+    with plain_req(start_server(endpoint=endpoint).info.endpoint) as req:
+        seeds += [ask(req, message)["seed"] for _ in range(2)]
+    digest = content_of(TTTRequest(**message))
+    assert seeds == [derived_seed(0, digest, number) for number in range(3)]
+
+
+def test_what_a_plain_req_client_asks_while_the_server_is_away_is_answered_when_it_is_back(start_server):
+    server = start_server()
+    endpoint = server.info.endpoint
+    with plain_req(endpoint, timeout_ms=30_000) as req, plain_req(endpoint, timeout_ms=30_000) as late:
+        assert "seed" in ask(req, BASELINE_ONLY)
+        kill(server)
+        req.send_json(BASELINE_ONLY)  # its socket connects again by itself
+        late.send_json(BASELINE_ONLY)  # and this one never was connected
+        again = start_server(endpoint=endpoint)
+        assert req.recv_json()["server_id"] == late.recv_json()["server_id"] == again.info.server_id
+
+
+def test_seeds_of_published_requests_go_on_after_a_restart(start_server):
+    server, message = start_server(), {"train_sequences": ["again"], "eval_questions": []}
+    with plain_req(server.info.endpoint) as req:
+        seeds = [ask(req, message)["seed"] for _ in range(2)]
+    kill(server)
+    with restart(server) as again, plain_req(again.info.endpoint) as req:
+        seeds += [ask(req, message)["seed"] for _ in range(2)]
+    assert len(set(seeds)) == 4
+
+
+def test_a_client_that_is_gone_before_its_reply_finds_it_later(start_server, tmp_path):
+    server = start_server()
+    message = {"train_sequences": ["sleep 0.5"], "eval_questions": [], "request_id": "left"}
+    context = zmq.Context()
+    req = context.socket(zmq.REQ)
+    req.connect(server.info.endpoint)
+    req.send_json(message)
+    with TTTClient(server.endpoint) as client:
+        eventually(lambda: client.status().n_running)
+        context.destroy(linger=0)
+        eventually(lambda: client.status().n_results == 1)
+    with plain_req(server.info.endpoint) as another:
+        assert ask(another, message)["request_id"] == "left"
+    assert trained(tmp_path) == ["left"]
+
+
+def test_a_reader_that_does_not_read_costs_nobody_else(start_server):
+    server = start_server()
+    big = {"train_sequences": ["big"], "eval_questions": [{"question": "q", "answer": "a" * 100_000}]}
+    message = json.dumps({**big, "request_id": "big"}).encode()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
+        deaf.setsockopt(zmq.LINGER, 0)
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        deaf.connect(server.info.endpoint)
+        deaf.send_multipart([b"", message])
+        deaf.recv_multipart()
+        for _ in range(1_000):  # 100 MB of replies from the journal, and nobody reads them
+            deaf.send_multipart([b"", message])
+        with TTTClient(server.endpoint, timeout_s=20) as client:
+            assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+            eventually(lambda: client.status().counts["from_journal"] == 1_000)
+            assert client.status().counts["undelivered"] > 100
+            assert client.status().rss_bytes < 200 * 2**20

@@ -1,0 +1,171 @@
+"""Which server a client finds: the one its endpoint file speaks of, waited for, and never an older one."""
+
+import json
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from seal_nb.errors import RoundTimeout
+from seal_nb.protocol import TTTRequest
+from seal_nb.server.client import TTTClient
+from seal_nb.server.endpoint import read_endpoint
+from seal_nb.server.launch import ServerFailed, command
+from seal_nb.server.settings import ServeSettings
+from seal_nb.storage import write_json
+from tests.server.conftest import STUB, eventually, in_background, kill, restart, run_round, trained
+from tests.server.test_client import REPLY, serving
+from tests.server.test_server import sequence
+
+
+def test_a_second_server_on_a_live_ones_endpoint_file_is_refused(start_server, tmp_path):
+    first = start_server(n_workers=0)
+    with pytest.raises(ServerFailed, match="belongs to server .* which is alive"):
+        start_server(n_workers=0)
+    with pytest.raises(ServerFailed, match="belongs to server .* which is alive"):
+        start_server(n_workers=0, run_dir=tmp_path / "other", endpoint_file=first.endpoint)
+    assert first.process.poll() is None
+
+
+def test_a_start_that_fails_says_its_own_last_error_and_not_one_of_an_earlier_start(start_server, tmp_path):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "server.log").write_text("2026-01-01 server ERROR of yesterday\n")
+    with pytest.raises(ServerFailed) as failed:
+        start_server(n_workers=1, inner_loop="tests.server.stub_loop:no_such_thing")
+    first_line = str(failed.value).splitlines()[0]
+    assert "exit code 1" in first_line and "no_such_thing" in first_line
+    assert "yesterday" not in str(failed.value)
+
+
+def test_of_servers_that_start_on_one_endpoint_file_at_the_same_time_one_stays(tmp_path):
+    """None of them is there yet when the others look; who wrote the file last has it."""
+    shared = {"endpoint_file": tmp_path / "endpoint.json", "n_workers": 0, "drain_s": 1.0}
+    settings = [ServeSettings(run_dir=tmp_path / f"run{i}", inner_loop=STUB, **shared) for i in range(3)]
+    processes = [subprocess.Popen(command(one), stderr=subprocess.DEVNULL) for one in settings]
+    try:
+        (last,) = eventually(lambda: len(left := [p for p in processes if p.poll() is None]) == 1 and left)
+        eventually(lambda: read_endpoint(tmp_path / "endpoint.json").pid == last.pid)
+        with TTTClient(tmp_path / "endpoint.json", wait_s=10) as client:
+            assert client.status().pid == last.pid
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_second_server_on_a_live_ones_run_folder_is_refused(start_server, tmp_path):
+    start_server(n_workers=0)
+    with pytest.raises(ServerFailed, match="is being written by another run"):
+        start_server(n_workers=0, endpoint_file=tmp_path / "elsewhere.json", start_timeout_s=60)
+
+
+def test_a_stale_endpoint_file_is_overwritten_also_where_another_server_has_its_port(start_server, tmp_path):
+    other = start_server(n_workers=0, run_dir=tmp_path / "other")
+    stale = {**json.loads(Path(other.endpoint).read_text()), "server_id": "long-gone"}
+    write_json(tmp_path / "run" / "endpoint.json", stale)
+    with (
+        TTTClient(tmp_path / "run" / "endpoint.json", wait_s=2.5) as client,  # more than one ping
+        pytest.raises(RoundTimeout, match="speaks of long-gone"),
+    ):
+        client.status()
+    server = start_server(n_workers=0)
+    assert server.info.server_id != "long-gone"
+
+
+def test_a_server_whose_endpoint_file_was_taken_ends_and_its_clients_move(start_server, tmp_path):
+    """What a batch system does that starts a second copy while the first lives on a cut-off node."""
+    first = start_server(run_dir=tmp_path / "first")
+    second = start_server(run_dir=tmp_path / "second")
+    with TTTClient(first.endpoint, wait_s=20) as client:
+        client.status()
+        write_json(first.endpoint, json.loads(Path(second.endpoint).read_text()))
+        assert first.process.wait(20) == 0
+        assert client.evaluate(sequence("quick")).server_id == second.info.server_id
+    assert read_endpoint(first.endpoint).server_id == second.info.server_id  # not removed by the first
+
+
+def test_a_requeued_job_takes_over_from_its_own_earlier_run(start_server, tmp_path, monkeypatch):
+    """The earlier run lives on a node that was cut off: it sees the file taken, finishes, lets go."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = start_server(n_slots=1)
+    first_id = first.info.server_id
+    requests = [sequence(f"sleep 1.{i}", request_id=f"r{i}") for i in range(3)]
+    replies = in_background(lambda: run_round(first.endpoint, requests, wait_s=30))
+    with TTTClient(first.endpoint) as client:
+        eventually(lambda: client.status().n_running)
+    second = start_server(n_slots=1)
+    assert first.process.wait(20) == 0
+    assert {reply.server_id for reply in replies().values()} == {first_id, second.info.server_id}
+    assert Counter(trained(tmp_path)) == Counter(["r0", "r1", "r2"])
+
+
+def test_an_endpoint_file_that_somebody_removed_is_written_again(start_server):
+    server = start_server(n_workers=0)
+    before = server.info
+    server.settings.endpoint_path.unlink()
+    eventually(server.settings.endpoint_path.exists)
+    assert server.info == before
+
+
+def test_a_client_waits_for_a_server_that_is_not_there_yet(start_server, tmp_path):
+    waiting = in_background(
+        lambda: run_round(tmp_path / "run" / "endpoint.json", [sequence("quick", request_id="r")], wait_s=30)
+    )
+    time.sleep(0.5)
+    start_server()
+    assert waiting()["r"].adapter_gain == 1.0
+
+
+def test_a_client_without_a_server_says_what_to_do(tmp_path):
+    for where in (tmp_path / "endpoint.json", "tcp://127.0.0.1:9"):
+        with TTTClient(where, wait_s=0.5) as client:
+            with pytest.raises(RoundTimeout, match=r"no TTT server answers at .*start it \(seal-nb serve\)"):
+                client.status()
+            with pytest.raises(RoundTimeout, match=str(where)):
+                client.evaluate(TTTRequest(train_sequences=["a"]))
+
+
+def test_a_client_waits_for_a_requeued_server_and_never_talks_to_what_the_old_file_leads_to(
+    start_server, tmp_path
+):
+    """The file of a killed server still lies there, and its port has gone to a server of somebody else."""
+    killed = start_server(n_workers=0)
+    old = killed.info
+    kill(killed)
+    with serving(lambda *_: [REPLY], server_id="somebody else's", endpoint=old.endpoint) as other:
+        named = [sequence("quick", request_id="r")]
+        reply = in_background(lambda: run_round(killed.endpoint, named, wait_s=60))
+        status = in_background(lambda: _server_id(killed.endpoint, wait_s=60, timeout_s=0.5))
+        eventually(lambda: other.n_pings >= 2)
+        with restart(killed, n_workers=1) as requeued:
+            new_id = requeued.info.server_id
+            assert reply()["r"].server_id == new_id
+            assert (
+                status() == new_id
+            )  # however short its own deadline: waiting for a server is not part of it
+        assert other.seen == []
+
+
+def _server_id(endpoint, *, wait_s, timeout_s):
+    with TTTClient(endpoint, wait_s=wait_s) as client:
+        return client.status(timeout_s=timeout_s).server_id
+
+
+def test_a_client_that_meets_a_server_that_is_ending_waits_for_its_successor(start_server, tmp_path):
+    first = start_server(n_slots=1)
+    with TTTClient(first.endpoint) as client:
+        running = in_background(
+            lambda: run_round(first.endpoint, [sequence("sleep 2", request_id="running")], wait_s=60)
+        )
+        eventually(lambda: client.status().n_running)
+        first.process.terminate()
+        eventually(lambda: client.status().draining)
+    late = in_background(lambda: run_round(first.endpoint, [sequence("quick", request_id="late")], wait_s=60))
+    assert first.process.wait(20) == 0
+    assert not first.settings.endpoint_path.exists()
+    with restart(first) as second:
+        assert late()["late"].server_id == second.info.server_id
+        assert running()["running"].server_id != second.info.server_id
+    assert Counter(trained(tmp_path)) == Counter(["running", "late"])

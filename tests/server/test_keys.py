@@ -1,0 +1,163 @@
+"""Keys: made on first use, readable by their owner only, and nobody comes in whose key is not on the list."""
+
+import stat
+import subprocess
+
+import pytest
+import zmq
+
+from seal_nb.errors import RoundTimeout, SettingsError
+from seal_nb.server.client import TTTClient
+from seal_nb.server.endpoint import is_loopback, read_endpoint, split_tcp
+from seal_nb.server.keys import _create, allowed_keys, load_pair, make_keys, secure_client
+from tests.server.conftest import HASTE, STUB, eventually, plain_req, remote_worker
+from tests.server.test_server import BASELINE_ONLY, ask, sequence
+
+PUBLIC = {"endpoint": "tcp://0.0.0.0:0", "advertise_host": "127.0.0.1"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server that other machines could reach."""
+    from seal_nb.server.launch import TTTServer
+
+    run_dir = tmp_path_factory.mktemp("secure") / "run"
+    with TTTServer(run_dir=run_dir, inner_loop=STUB, **PUBLIC, **HASTE) as server:
+        yield server
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """The folder of somebody who knows the server's public key and has a pair of their own."""
+    _create(tmp_path, "stranger")
+    return tmp_path
+
+
+def denied(server):
+    return server.log_path.read_text().count("denied one of")
+
+
+def test_who_owns_the_run_folder_comes_in_without_further_ado(server):
+    with TTTClient(server.endpoint, timeout_s=20) as client:
+        assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+        assert client.status().workers  # the server's own workers have keys too
+
+
+def test_keys_are_readable_by_their_owner_only(server):
+    folder = server.settings.run_dir / "keys"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    secrets = sorted(folder.glob("*.key_secret"))
+    assert [path.name for path in secrets] == [f"{n}.key_secret" for n in ("client", "server", "worker")]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secrets)
+
+
+def test_the_endpoint_file_has_the_public_key_and_no_secret(server):
+    text = server.settings.endpoint_path.read_text()
+    assert read_endpoint(server.endpoint).secure
+    for path in (server.settings.run_dir / "keys").glob("*.key_secret"):
+        assert load_pair(path).secret.decode() not in text
+
+
+def test_the_servers_public_key_alone_admits_nobody_and_the_log_says_so(server, stranger):
+    before = denied(server)
+    key_file = stranger / "stranger.key_secret"
+    with (
+        TTTClient(server.endpoint, wait_s=1.5, key_file=key_file) as client,
+        pytest.raises(RoundTimeout, match=r"denied our key.*allowed_clients"),
+    ):
+        client.status()
+    assert denied(server) > before
+    assert load_pair(key_file).public.decode() in server.log_path.read_text()
+    assert load_pair(key_file).secret.decode() not in server.log_path.read_text()
+
+
+def test_no_keys_at_all_get_nothing_and_the_log_says_so(server):
+    before = denied(server)
+    with plain_req(server.info.endpoint, timeout_ms=1000) as req, pytest.raises(zmq.Again):
+        ask(req, BASELINE_ONLY)
+    eventually(lambda: denied(server) > before)
+
+
+def test_a_wrong_server_key_gets_nothing(server, stranger):
+    pair = load_pair(server.settings.run_dir / "keys" / "client.key_secret")
+    wrong = load_pair(stranger / "stranger.key_secret").public.decode()
+    with zmq.Context() as context, context.socket(zmq.REQ) as req:
+        req.setsockopt(zmq.LINGER, 0)
+        req.setsockopt(zmq.RCVTIMEO, 700)
+        secure_client(req, pair, server_key=wrong)
+        req.connect(server.info.endpoint)
+        with pytest.raises(zmq.Again):
+            ask(req, BASELINE_ONLY)
+
+
+def test_a_clients_key_does_not_make_a_worker(server):
+    before = denied(server)
+    key_file = server.settings.run_dir / "keys" / "client.key_secret"
+    impostor = subprocess.Popen(remote_worker(server, **{"key-file": key_file}))
+    try:
+        eventually(lambda: denied(server) > before)
+        with TTTClient(server.endpoint) as client:
+            assert impostor.pid not in [worker.pid for worker in client.status().workers]
+    finally:
+        impostor.kill()
+        impostor.wait()
+
+
+def test_a_key_on_the_list_comes_in_and_one_taken_off_does_not(server, stranger):
+    allowed = server.settings.run_dir / "keys" / "allowed_clients" / "colleague.key"
+    allowed.write_text((stranger / "stranger.key").read_text())
+    key_file = stranger / "stranger.key_secret"
+    with TTTClient(server.endpoint, wait_s=5, key_file=key_file) as client:
+        assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+    allowed.unlink()
+    with TTTClient(server.endpoint, wait_s=1, key_file=key_file) as client, pytest.raises(RoundTimeout):
+        client.status()
+
+
+def test_keys_are_kept_and_a_list_that_was_emptied_lets_nobody_in(tmp_path):
+    make_keys(tmp_path / "keys")
+    before = load_pair(tmp_path / "keys" / "server.key_secret")
+    (tmp_path / "keys" / "allowed_clients" / "client.key").unlink()
+    make_keys(tmp_path / "keys")
+    assert load_pair(tmp_path / "keys" / "server.key_secret") == before
+    assert allowed_keys(tmp_path / "keys" / "allowed_clients") == {}
+
+
+def test_a_secret_that_others_can_read_is_refused_with_the_remedy(tmp_path):
+    make_keys(tmp_path)
+    (tmp_path / "client.key_secret").chmod(0o644)
+    with pytest.raises(SettingsError, match="chmod 600"):
+        load_pair(tmp_path / "client.key_secret")
+    with pytest.raises(SettingsError, match="no key in"):
+        load_pair(tmp_path / "missing.key_secret")
+    with pytest.raises(SettingsError, match="no secret key"):
+        public = tmp_path / "public.key_secret"
+        public.write_text((tmp_path / "client.key").read_text())
+        public.chmod(0o600)
+        load_pair(public)
+
+
+def test_a_broken_key_file_on_the_list_lets_nobody_in(tmp_path):
+    make_keys(tmp_path)
+    (tmp_path / "allowed_clients" / "broken.key").write_text("rubbish")
+    assert list(allowed_keys(tmp_path / "allowed_clients").values()) == ["client"]
+
+
+@pytest.mark.parametrize(
+    ("host", "inside"),
+    [
+        ("127.0.0.1", True), ("127.3.2.1", True), ("localhost", True), ("[::1]", True),
+        ("0.0.0.0", False), ("*", False), ("10.0.0.1", False), ("gpu07", False), ("[::]", False),
+        ("localhost.evil.org", False),
+    ],
+)  # fmt: skip
+def test_only_what_no_other_machine_reaches_is_loopback(host, inside):
+    assert is_loopback(host) is inside
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["5555", "tcp://host", "ipc:///tmp/x", "tcp://h:99999", "tcp://:5", "tcp://a:b"]
+)
+def test_an_endpoint_that_is_none_is_refused(endpoint):
+    with pytest.raises(SettingsError, match="endpoint is"):
+        split_tcp(endpoint)

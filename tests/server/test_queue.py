@@ -1,0 +1,300 @@
+"""The scheduling state machine: turns, priorities, leases, tries; that nothing is ever lost or doubled."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from seal_nb.server.queue import Job, JobQueue
+
+
+def job(key, client=b"c1", priority=0):
+    return Job(key=key, client=client, payload=key.encode(), priority=priority)
+
+
+def queue_of(*jobs, workers=1, capacity=1, **settings):
+    queue = JobQueue(**settings)
+    for one in jobs:
+        queue.add(one)
+    for number in range(workers):
+        queue.join(b"w%d" % number, capacity=capacity, now=0)
+    return queue
+
+
+def finish_in_order(queue):
+    """Run everything on the workers at hand; the keys in the order they started."""
+    order = []
+    while started := list(queue.assignments(now=0)):
+        for one in started:
+            order.append(one.key)
+            assert queue.finish(one.worker, one.token) is one
+    return order
+
+
+def test_clients_take_turns_whoever_sent_more():
+    many = [job(f"a{i}", b"a") for i in range(3)]
+    queue = queue_of(*many, job("b0", b"b"), job("c0", b"c"))
+    assert finish_in_order(queue) == ["a0", "b0", "c0", "a1", "a2"]
+
+
+def test_priority_is_among_one_clients_requests_only():
+    queue = queue_of(job("low"), job("high", priority=5), job("other", b"c2"))
+    assert finish_in_order(queue) == ["high", "other", "low"]
+
+
+def test_the_freest_worker_gets_the_next_request():
+    queue = queue_of(*[job(f"j{i}") for i in range(4)], workers=2, capacity=2)
+    assert [one.worker for one in queue.assignments(now=0)].count(b"w0") == 2
+
+
+def test_capacity_is_respected_and_follows_the_beat():
+    queue = JobQueue()
+    lease, _ = queue.join(b"w", capacity=1, now=0)
+    for i in range(3):
+        queue.add(job(f"j{i}"))
+    assert len(list(queue.assignments(now=0))) == 1
+    assert queue.beat(b"w", lease=lease, capacity=3, now=1)
+    assert len(list(queue.assignments(now=1))) == 2
+
+
+def test_a_lost_workers_request_goes_to_another_and_its_own_late_result_is_void():
+    queue = queue_of(job("j"), workers=2)
+    (first,) = queue.assignments(now=0)
+    late = (first.worker, first.token)
+    assert queue.lose(first.worker).requeued == [first]
+    (second,) = queue.assignments(now=0)
+    assert (second.worker, second.token) != late
+    assert queue.finish(*late) is None
+    assert queue.finish(second.worker, second.token) is second
+
+
+def test_a_worker_that_comes_back_under_its_name_has_another_lease():
+    queue = JobQueue(lease_s=5)
+    old, _ = queue.join(b"w", capacity=1, now=0)
+    queue.add(job("j"))
+    (first,) = queue.assignments(now=0)
+    token = first.token
+    assert queue.expired(now=6) == [b"w"]
+    queue.lose(b"w")
+    new, _ = queue.join(b"w", capacity=1, now=7)
+    assert not queue.beat(b"w", lease=old, capacity=1, now=7)
+    assert queue.beat(b"w", lease=new, capacity=1, now=7)
+    list(queue.assignments(now=7))
+    assert queue.finish(b"w", token) is None
+
+
+def test_three_tries_and_then_given_up():
+    queue = JobQueue(max_tries=3)
+    queue.add(job("poison"))
+    for number in range(3):
+        queue.join(b"w%d" % number, capacity=4, now=0)
+        assert len(list(queue.assignments(now=0))) == 1
+        lost = queue.lose(b"w%d" % number)
+    assert [one.key for one in lost.given_up] == ["poison"]
+    assert not queue.jobs
+
+
+def test_neighbours_of_a_request_that_kills_workers_survive_it():
+    queue = queue_of(*[job(f"j{i}") for i in range(4)], job("poison"), workers=0)
+    finished, given_up, number = [], [], 0
+    while queue.jobs:
+        number += 1
+        assert number < 20
+        queue.join(b"w%d" % number, capacity=4, now=0)
+        while started := list(queue.assignments(now=0)):
+            if any(one.key == "poison" for one in started):
+                given_up += [one.key for one in queue.lose(b"w%d" % number).given_up]
+                break
+            finished += [queue.finish(one.worker, one.token).key for one in started]
+    assert given_up == ["poison"]
+    assert sorted(finished) == ["j0", "j1", "j2", "j3"]
+
+
+def test_a_last_try_runs_alone_and_is_not_starved_by_new_requests():
+    queue = queue_of(job("suspect"), job("long"), capacity=2, max_tries=2)
+    started = list(queue.assignments(now=0))
+    queue.lose(b"w0")
+    queue.join(b"w1", capacity=2, now=0)
+    assert {one.key for one in started} == {"suspect", "long"}
+    (alone,) = queue.assignments(now=0)
+    queue.add(job("new", b"c2"))
+    assert list(queue.assignments(now=0)) == []
+    queue.finish(alone.worker, alone.token)
+    assert len(list(queue.assignments(now=0))) == 1  # the other suspect, alone too
+
+
+def test_leaving_in_good_order_costs_no_try():
+    queue = queue_of(job("j"), max_tries=1)
+    list(queue.assignments(now=0))
+    assert [one.tries for one in queue.leave(b"w0")] == [0]
+    queue.join(b"w1", capacity=1, now=0)
+    assert len(list(queue.assignments(now=0))) == 1
+
+
+def test_cancel_forgets_waiting_and_running_requests():
+    queue = queue_of(job("a"), job("b"))
+    (running,) = queue.assignments(now=0)
+    assert queue.cancel("b").worker is None
+    assert queue.cancel("a").worker == b"w0"
+    assert queue.cancel("a") is None
+    assert queue.finish(b"w0", running.token) is None
+    assert (queue.n_queued, queue.n_running, queue.queued_bytes) == (0, 0, 0)
+
+
+def test_a_worker_that_beats_and_makes_no_step_is_stuck_only_while_it_has_work():
+    queue = JobQueue(stall_s=10)
+    lease, _ = queue.join(b"w", capacity=1, now=0)
+    beat = {"lease": lease, "capacity": 1}
+    assert queue.beat(b"w", **beat, steps=1, now=0)
+    assert queue.stuck(now=1000) == {}  # it has nothing to do
+    queue.add(job("j"))
+    list(queue.assignments(now=1000))
+    assert queue.stuck(now=1009) == {}
+    queue.beat(b"w", **beat, steps=2, now=1009)
+    assert queue.stuck(now=1019) == {}
+    queue.beat(b"w", **beat, steps=2, now=1020)
+    assert queue.stuck(now=1020) == {b"w": "no step of its work for more than 10 s"}
+    assert queue.expired(now=1020) == []
+
+
+def test_a_request_that_is_never_done_makes_its_worker_stuck_however_busy_that_is():
+    queue = JobQueue(stall_s=10, job_timeout_s=100)
+    lease, _ = queue.join(b"w", capacity=2, now=0)
+    queue.add(job("j"))
+    list(queue.assignments(now=0))
+    for second in range(101):
+        queue.beat(b"w", lease=lease, capacity=2, steps=second, now=second)
+    assert queue.stuck(now=100) == {}
+    assert queue.stuck(now=100.5) == {b"w": "a request was not done within 100 s"}
+    assert JobQueue().stuck(now=0) == {}
+
+
+def test_cancelled_requests_leave_nothing_behind_however_many_there_are():
+    queue = queue_of(job("stays"), workers=0)
+    for number in range(10_000):
+        queue.add(job(f"j{number}", priority=number % 3))
+        queue.cancel(f"j{number}")
+    assert queue.n_queued_of(b"c1") == queue.n_queued == 1
+    assert len(queue._waiting[b"c1"]) < 200
+    queue.add(job("j5"))  # the key of one that was cancelled
+    queue.join(b"w", capacity=1, now=0)
+    assert finish_in_order(queue) == ["stays", "j5"]
+    assert queue._waiting == queue._n_waiting == {}
+
+
+def test_emptying_a_full_queue_compares_hardly_any_requests(monkeypatch):
+    """What a drain does: it may not take longer than a batch system waits before it kills."""
+    queue = queue_of(*[job(f"j{i}") for i in range(3000)], workers=0)
+    n_compared = 0
+    plain = Job.__lt__
+
+    def counted(one, other):
+        nonlocal n_compared
+        n_compared += 1
+        return plain(one, other)
+
+    monkeypatch.setattr(Job, "__lt__", counted)
+    for number in range(3000):
+        queue.cancel(f"j{number}")
+    assert n_compared < 30_000 and not queue._turns
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Whatever happens in whatever order: each request ends once, and nobody has more than their capacity."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = JobQueue(lease_s=10, max_tries=3)
+        self.now, self.n_jobs, self.n_workers = 0.0, 0, 0
+        self.open, self.ended, self.void = set(), [], []
+
+    @rule(client=st.sampled_from([b"a", b"b", b"c"]), priority=st.integers(-1, 1))
+    def add(self, client, priority):
+        key = f"j{self.n_jobs}"
+        self.n_jobs += 1
+        self.open.add(key)
+        self.queue.add(job(key, client, priority))
+
+    @rule(capacity=st.integers(0, 3))
+    def join(self, capacity):
+        self.queue.join(b"w%d" % self.n_workers, capacity=capacity, now=self.now)
+        self.n_workers += 1
+
+    @rule()
+    def dispatch(self):
+        list(self.queue.assignments(self.now))
+
+    def running(self):
+        return [one for worker in self.queue.workers.values() for one in worker.jobs.values()]
+
+    @precondition(lambda self: self.running())
+    @rule(pick=st.randoms())
+    def finish(self, pick):
+        one = pick.choice(self.running())
+        worker, token = one.worker, one.token
+        self.end(self.queue.finish(worker, token).key)
+        assert self.queue.finish(worker, token) is None
+
+    @precondition(lambda self: self.queue.workers)
+    @rule(pick=st.randoms(), how=st.sampled_from(["lose", "leave", "rejoin"]))
+    def go(self, pick, how):
+        identity = pick.choice(sorted(self.queue.workers))
+        self.void += [(identity, token) for token in self.queue.workers[identity].jobs]
+        if how == "leave":
+            self.queue.leave(identity)
+        elif how == "lose":
+            for one in self.queue.lose(identity).given_up:
+                self.end(one.key)
+        else:
+            for one in self.queue.join(identity, capacity=2, now=self.now)[1].given_up:
+                self.end(one.key)
+
+    @precondition(lambda self: self.open)
+    @rule(pick=st.randoms())
+    def cancel(self, pick):
+        self.end(self.queue.cancel(pick.choice(sorted(self.open))).key)
+
+    def end(self, key):
+        self.open.remove(key)
+        self.ended.append(key)
+
+    @invariant()
+    def nothing_lost_nothing_doubled(self):
+        assert set(self.queue.jobs) == self.open
+        assert len(self.ended) == len(set(self.ended))
+        assert self.queue.n_queued + self.queue.n_running == len(self.open)
+
+    @invariant()
+    def bounds_hold(self):
+        for worker in self.queue.workers.values():
+            assert not worker.alone or len(worker.jobs) == 1
+        assert all(one.tries <= 3 for one in self.queue.jobs.values())
+        waiting = [one for one in self.queue.jobs.values() if one.worker is None]
+        assert self.queue.queued_bytes == sum(len(one.payload) for one in waiting)
+
+    @invariant()
+    def void_results_stay_void(self):
+        assert all(self.queue.finish(*late) is None for late in self.void[-3:])
+
+    def teardown(self):
+        """With a worker that lives, everything ends."""
+        self.queue.join(b"last", capacity=2, now=self.now)
+        for identity in set(self.queue.workers) - {b"last"}:
+            for one in self.queue.lose(identity).given_up:
+                self.end(one.key)
+        for key in finish_in_order(self.queue):
+            self.end(key)
+        assert not self.open
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_worker_leaves_those_that_still_load_their_share() -> None:
+    queue = JobQueue(n_expected=2)
+    for number in range(6):
+        queue.add(job(str(number)))
+    queue.join(b"first", capacity=16, now=0.0)
+    assert len(list(queue.assignments(0.0))) == 3
+    queue.join(b"second", capacity=16, now=1.0)
+    assert [one.worker for one in queue.assignments(1.0)] == [b"second"] * 3
