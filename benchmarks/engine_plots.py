@@ -35,11 +35,7 @@ def engine_throughput(result: Mapping[str, Any]) -> Chart:
 
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str, colour: str) -> None:
     axes.plot(
-        [row["parallel"] for row in rows],
-        [row["texts_per_s"] for row in rows],
-        "o-",
-        color=colour,
-        label="measured",
+        [row["parallel"] for row in rows], [row["texts_per_s"] for row in rows], "o-", color=colour, label="measured"
     )
     axes.set_title(title, fontsize=9.5)
     axes.set_xlabel("requests at a time")

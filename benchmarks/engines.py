@@ -129,16 +129,13 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", "| requests at a time | vLLM on this CPU | |", "|---|---|---|"]
         for row in result["vllm"]["rows"]:
             lines.append(
-                f"| {row['parallel']} | {row['texts_per_s']:.2f} texts/s "
-                f"| {row['tokens_per_s']:.0f} tokens/s |"
+                f"| {row['parallel']} | {row['texts_per_s']:.2f} texts/s | {row['tokens_per_s']:.0f} tokens/s |"
             )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.engines", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two rows of the stand-in alone")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--figure", type=Path, default=FIGURE)

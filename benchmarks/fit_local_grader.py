@@ -73,9 +73,7 @@ def main() -> None:
     measured = {"published_verdicts": agreement(graded, verdicts) | gain_bias_as_given(graded, verdicts)}
     for name, run in whole_runs(arguments.golden):
         answers = arrays(run, fitted_ids)
-        measured[name] = agreement(answers, decide(models, answers)) | gain_bias(
-            answers, decide(models, answers)
-        )
+        measured[name] = agreement(answers, decide(models, answers)) | gain_bias(answers, decide(models, answers))
     print(json.dumps(measured, indent=1))
     if not arguments.dry_run:
         OUT.write_text(json.dumps(stored(models[-1], names, measured), indent=1) + "\n")
@@ -177,9 +175,7 @@ def agreement(answers: Answers, verdicts: np.ndarray) -> dict[str, Any]:
         "bias": {side: bias(verdicts, answers, answers.side == side) for side in sides},
         "bias_as_given": {side: bias_as_given(verdicts, answers, answers.side == side) for side in sides},
         "bias_by_fold": {
-            side: [
-                bias(verdicts, answers, (answers.side == side) & (answers.fold == k)) for k in range(N_FOLDS)
-            ]
+            side: [bias(verdicts, answers, (answers.side == side) & (answers.fold == k)) for k in range(N_FOLDS)]
             for side in sides
         },
     }

@@ -46,16 +46,12 @@ PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", choices=("qwen2.5-7b", "small", "tiny"), default="qwen2.5-7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", metavar="PART,…", help=f"some of {','.join(PARTS)}; needs --out to be kept")
     parser.add_argument("--slots", metavar="N,…", help="numbers of slots to train with, as 1,8,32,64,128")
-    parser.add_argument(
-        "--out", type=Path, help=f"default: benchmarks/{OUT.name}, all parts at full size only"
-    )
+    parser.add_argument("--out", type=Path, help=f"default: benchmarks/{OUT.name}, all parts at full size only")
     arguments = parser.parse_args(argv)
     names = arguments.only.split(",") if arguments.only else list(PARTS)
     if unknown := set(names) - set(PARTS):
@@ -68,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = Machine(name=arguments.config, device=torch.device(arguments.device), settings=settings)
     out = arguments.out or (OUT if full and not arguments.only else None)
     options = {name: value for name, value in vars(arguments).items() if value and name != "out"}
-    command = " ".join(
-        ["python -m benchmarks.gpu", *(f"--{name} {value}" for name, value in options.items())]
-    )
+    command = " ".join(["python -m benchmarks.gpu", *(f"--{name} {value}" for name, value in options.items())])
     result = {"commands": [command], **_head(machine)}
     if arguments.only and out and out.is_file():
         result = _completed(read_json(out), result)

@@ -21,14 +21,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu_check import check, check_float32
 from benchmarks.one_adapter import twin
-from benchmarks.random_models import (
-    CONFIGS,
-    QUESTIONS,
-    JobMaker,
-    flop_per_token,
-    number_tokenizer,
-    random_model,
-)
+from benchmarks.random_models import CONFIGS, QUESTIONS, JobMaker, flop_per_token, number_tokenizer, random_model
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob
@@ -141,11 +134,7 @@ class Machine:
 
 def products(machine: Machine) -> Iterator[Piece]:
     n, seconds = machine.settings.matmul_size, machine.product_seconds
-    yield {
-        "size": n,
-        "best_tflops": machine.peak / 1e12,
-        "median_tflops": 2e-12 * n**3 / statistics.median(seconds),
-    }
+    yield {"size": n, "best_tflops": machine.peak / 1e12, "median_tflops": 2e-12 * n**3 / statistics.median(seconds)}
 
 
 def checks(machine: Machine) -> Iterator[Piece]:
@@ -278,8 +267,7 @@ def _by_kernel(found: list[tuple[str, float]]) -> Piece:
         "busy_ms": busy_ms,
         "groups_ms": dict(sorted(by_group.items(), key=lambda pair: -pair[1])),
         "kernels": [
-            {"name": name[:110], "ms": ms, "calls": calls[name], "share": ms / busy_ms}
-            for name, ms in ranked[:10]
+            {"name": name[:110], "ms": ms, "calls": calls[name], "share": ms / busy_ms} for name, ms in ranked[:10]
         ],
     }
 

@@ -30,10 +30,7 @@ SECONDS = 5.0  # of a row, at the speed that is possible
 def answers(n: int) -> list[Answered]:
     """Different answers to the shipped questions: the answers of others of them, in a sentence."""
     asked = [
-        (p.title, q)
-        for split in ("shipped:train", "shipped:val")
-        for p in load_passages(split)
-        for q in p.questions
+        (p.title, q) for split in ("shipped:train", "shipped:val") for p in load_passages(split) for q in p.questions
     ]
     return [
         Answered(
@@ -50,9 +47,7 @@ def judge_row(base_url: str, max_parallel: int, *, latency_s: float, seconds: fl
     """Answers a second with so many calls at a time: asked, and again from the cache."""
     asked = answers(max(8, int(seconds * max_parallel / latency_s)))
     with tempfile.TemporaryDirectory() as folder:
-        name = (
-            f"judge:stand-in?base_url={base_url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
-        )
+        name = f"judge:stand-in?base_url={base_url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
         grader = make_grader(name)
         asked_s, cpu_s = _timed(grader.grade, asked)
         cached_s, _ = _timed(make_grader(name).grade, asked)
@@ -85,11 +80,7 @@ def measure(*, parallel: Sequence[int], latency_s: float, seconds: float) -> dic
         rows = [judge_row(base_url, n, latency_s=latency_s, seconds=seconds) for n in parallel]
     return {
         "latency_s": latency_s,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-            "processor": platform.machine(),
-        },
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "processor": platform.machine()},
         "judge": rows,
         "local": [local_row(name) for name in GRADERS],
     }
@@ -113,12 +104,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.grading", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one call at a time and two, a tenth of a second"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grading", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one call at a time and two, a tenth of a second")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)
     if arguments.quick:

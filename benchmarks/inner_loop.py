@@ -82,10 +82,7 @@ class Bench:
         return list(dict.fromkeys([self.spread, (1, self.n_cores)]))
 
     def requests(self, share: int, n_shares: int, n: int) -> list[TTTRequest]:
-        change = {
-            "finetune_epochs": self.settings.epochs,
-            "max_new_tokens": self.settings.max_new_tokens,
-        }
+        change = {"finetune_epochs": self.settings.epochs, "max_new_tokens": self.settings.max_new_tokens}
         return [r.model_copy(update=change) for r in self.workload.requests(share, n_shares, n)]
 
     def alone(self, n_processes: int, n_threads: int) -> list[dict[str, Any]]:
@@ -104,9 +101,7 @@ class Bench:
 
     def slots(self, n_processes: int, n_threads: int, n_slots: int) -> dict[str, Any]:
         n = max(n_slots, self.settings.least_requests)
-        shares = [
-            (self.requests(k, n_processes, n), self.model, self.dtype, n_slots) for k in range(n_processes)
-        ]
+        shares = [(self.requests(k, n_processes, n), self.model, self.dtype, n_slots) for k in range(n_processes)]
         parts = run_together(measure_slots, shares, n_threads=n_threads)
         return {
             "way": "slots",
@@ -178,9 +173,7 @@ def fastest(rows: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
     return max((r for r in rows if r["way"] == way), key=lambda r: r["requests_per_minute"])
 
 
-def report(
-    bench: Bench, rows: list[dict[str, Any]], growth: dict[str, Any], grading: dict[str, Any]
-) -> dict[str, Any]:
+def report(bench: Bench, rows: list[dict[str, Any]], growth: dict[str, Any], grading: dict[str, Any]) -> dict[str, Any]:
     ours, published, careful = (fastest(rows, way) for way in ("slots", "published", "careful"))
     rate = ours["requests_per_minute"]
     layout = (ours["processes"], ours["threads"])
@@ -193,8 +186,7 @@ def report(
         "published_is_extrapolated": True,
         "dtype": bench.dtype,
         "machine": {"cpu": _cpu(), "cores": bench.n_cores},
-        "settings": {"lora_rank": 32, "lora_alpha": 64, "target_modules": "PEFT's default"}
-        | vars(bench.settings),
+        "settings": {"lora_rank": 32, "lora_alpha": 64, "target_modules": "PEFT's default"} | vars(bench.settings),
         "workload": {
             "source": bench.workload.source,
             "steps_per_request": ours["steps"],
@@ -223,18 +215,12 @@ def _dtype() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inner_loop", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inner_loop", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny random model, in seconds")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the faster one here")
     parser.add_argument("--out", type=Path, help=f"default: benchmarks/{OUT.name}; with --quick: nothing")
-    parser.add_argument(
-        "--grading-only",
-        action="store_true",
-        help="measure the judge's rows anew, keep the rest",
-    )
+    parser.add_argument("--grading-only", action="store_true", help="measure the judge's rows anew, keep the rest")
     arguments = parser.parse_args(argv)
     if arguments.grading_only:
         _grading_again(arguments.out or OUT)

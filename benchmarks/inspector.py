@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seal_nb.inspector.inspection import Inspection, open_run
+from seal_nb.inspector.widgets import VIEWS, PassageInspector, choose
 from seal_nb.passages import Passage, load_passages
-from seal_nb.results.inspection import Inspection, open_run
 from seal_nb.storage import write_json
-from seal_nb.views.inspector.widgets import VIEWS, PassageInspector, choose
 
 OUT = Path(__file__).resolve().with_name("inspector.json")
 SIZES = {"ReST-EM round, 50 × 5 × 3": (50, 5, 3), "evaluation, 200 × 1 × 1": (200, 1, 1)}
@@ -126,9 +126,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inspector", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inspector", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a run of three passages")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args(argv)

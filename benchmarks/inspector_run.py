@@ -31,9 +31,7 @@ from seal_nb.storage import Journal
 TARGET = Path(__file__).resolve().parent.parent / "seal_nb" / "data" / "inspector_run.json.gz"
 N_PASSAGES, N_OWN, N_REPEATS = 4, 2, 2
 DECIMALS = 3  # of a token's log-probability
-TRAINING = TrainingSettings(
-    target_modules=("all-linear",), finetune_epochs=5, max_new_tokens=32, soft_scores=True
-)
+TRAINING = TrainingSettings(target_modules=("all-linear",), finetune_epochs=5, max_new_tokens=32, soft_scores=True)
 
 
 def main() -> None:

@@ -65,9 +65,9 @@ def measure(model: str, pad_to: int, n_epochs: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     base = FrozenBase.load(resolve_model(model), device="cpu", dtype="float32")
     passage = load_passages("shipped:train")[0]
-    texts = train_sequences(
-        passage.hand_written, title=passage.title, context=passage.context, split_newlines=True
-    )[-4:]
+    texts = train_sequences(passage.hand_written, title=passage.title, context=passage.context, split_newlines=True)[
+        -4:
+    ]
     jobs = {name: a_job(tuple(texts), pad_to, n_epochs, s) for name, s in SETTINGS.items()}
     updates = {name: trained(base, job) for name, job in jobs.items()}
     published = updates[PUBLISHED][0]
@@ -87,8 +87,7 @@ def measure(model: str, pad_to: int, n_epochs: int) -> dict[str, Any]:
 def markdown(result: Mapping[str, Any]) -> str:
     """The table as it stands in docs/inner_loop.md."""
     lines = [
-        f"| loss on padding | tokens a step, padded to {result['pad_to']} | to 2048 | CPU-s a step | distance"
-        " |",
+        f"| loss on padding | tokens a step, padded to {result['pad_to']} | to 2048 | CPU-s a step | distance |",
         "|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -100,9 +99,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.padding", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.padding", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--pad-to", type=int, default=256, help="tokens")
     parser.add_argument("--epochs", type=int, default=3, help="of four sequences")

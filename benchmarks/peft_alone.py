@@ -62,9 +62,7 @@ def measure_alone(
 def _load(folder: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     return model, tokenizer
 
 
@@ -163,9 +161,7 @@ def _trainer(
 
 
 def _examples(tokenizer: PreTrainedTokenizerBase, request: TTTRequest) -> list[dict]:
-    return [
-        {"input_ids": tokenizer(t)["input_ids"][: request.max_seq_length]} for t in request.train_sequences
-    ]
+    return [{"input_ids": tokenizer(t)["input_ids"][: request.max_seq_length]} for t in request.train_sequences]
 
 
 def _collate_unpadded(tokenizer: PreTrainedTokenizerBase) -> Collate:
@@ -178,9 +174,7 @@ def _collate_published(tokenizer: PreTrainedTokenizerBase, pad_to: int) -> Colla
     return lambda rows: _collated(rows, pad_to, tokenizer.eos_token_id, tokenizer.eos_token_id)
 
 
-def _collated(
-    rows: list[dict[str, list[int]]], length: int, fill: int, fill_label: int
-) -> dict[str, torch.Tensor]:
+def _collated(rows: list[dict[str, list[int]]], length: int, fill: int, fill_label: int) -> dict[str, torch.Tensor]:
     ids = [row["input_ids"][:length] for row in rows]
     gaps = [length - len(i) for i in ids]
     pairs = list(zip(ids, gaps, strict=True))

@@ -63,11 +63,7 @@ def number_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<eos>",
-        pad_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", padding_side="left"
     )
 
 
@@ -75,9 +71,7 @@ def random_model(name: str, *, device: str, dtype: torch.dtype, seed: int = 0) -
     """Weights drawn on the device itself."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Qwen2ForCausalLM._from_config(
-            Qwen2Config(**CONFIGS[name]), dtype=dtype, attn_implementation="sdpa"
-        )
+        model = Qwen2ForCausalLM._from_config(Qwen2Config(**CONFIGS[name]), dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 
@@ -124,9 +118,7 @@ class JobMaker:
             request_id=job.name,
             seed=number,
             train_sequences=list(job.texts),
-            eval_questions=[
-                EvalQuestion(question=self.text(draw, n_words), answer="1") for _ in range(QUESTIONS)
-            ],
+            eval_questions=[EvalQuestion(question=self.text(draw, n_words), answer="1") for _ in range(QUESTIONS)],
             finetune_epochs=self.epochs,
             max_new_tokens=max_new_tokens,
         )

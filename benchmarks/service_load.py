@@ -76,14 +76,10 @@ def load(settings: object) -> NoOpLoop:
 
 def request_of(size: int, **fields: Any) -> bytes:
     texts = ["x" * size]
-    return json.dumps(
-        {"train_sequences": texts, "eval_questions": [], "skip_training": True, **fields}
-    ).encode()
+    return json.dumps({"train_sequences": texts, "eval_questions": [], "skip_training": True, **fields}).encode()
 
 
-def drive(
-    endpoint: str, messages: Iterator[bytes], *, n_clients: int, n_requests: int = 10**9
-) -> Iterator[float]:
+def drive(endpoint: str, messages: Iterator[bytes], *, n_clients: int, n_requests: int = 10**9) -> Iterator[float]:
     """Latencies in seconds, as replies come; every client has one request open at any time."""
     with ExitStack() as stack:
         context = stack.enter_context(zmq.Context())

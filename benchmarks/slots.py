@@ -20,9 +20,7 @@ from seal_nb.ttt.jobs import TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 
 
-def measure_slots(
-    requests: Sequence[TTTRequest], model_folder: str, dtype: str, n_slots: int
-) -> dict[str, Any]:
+def measure_slots(requests: Sequence[TTTRequest], model_folder: str, dtype: str, n_slots: int) -> dict[str, Any]:
     """Whole requests; seconds a request in training and in answering (baseline included)."""
     with tempfile.TemporaryDirectory() as folder:
         loop = load_inner_loop(_settings(model_folder, dtype, n_slots, Path(folder)))
@@ -45,12 +43,7 @@ def measure_slots(
 def _settings(model: str, dtype: str, n_slots: int, folder: Path) -> InnerLoopSettings:
     logging.disable_progress_bar()
     return InnerLoopSettings(
-        model=model,
-        device="cpu",
-        dtype=dtype,
-        n_slots=n_slots,
-        n_threads=torch.get_num_threads(),
-        adapters_dir=folder,
+        model=model, device="cpu", dtype=dtype, n_slots=n_slots, n_threads=torch.get_num_threads(), adapters_dir=folder
     )
 
 

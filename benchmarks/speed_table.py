@@ -10,9 +10,7 @@ NAMES = {
 }
 
 
-def by_source(
-    published: dict[str, Any], careful: dict[str, Any], ours: dict[str, Any]
-) -> list[dict[str, Any]]:
+def by_source(published: dict[str, Any], careful: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:
     """Seconds of one request in one process, one change after the other, all in the same processes and
     threads."""
     answers = careful["baseline_s"] + careful["answer_s"]
@@ -86,8 +84,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The tables as they stand in docs/inner_loop.md."""
     judge = result["parallel_grading"]
     sources = [
-        [row["change"], f"{row['s_per_request']:,.1f}", f"{row['factor']:.2f}"]
-        for row in result["gain_by_source"]
+        [row["change"], f"{row['s_per_request']:,.1f}", f"{row['factor']:.2f}"] for row in result["gain_by_source"]
     ]
     verdicts = [
         ["one call after another, as published", f"{judge['one_by_one_s']:.1f}", ""],

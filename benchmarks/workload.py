@@ -77,9 +77,7 @@ def _ordinary_first(passages: Sequence[Passage]) -> tuple[Passage, ...]:
     mean."""
     shapes = [_shape(p) for p in passages]
     means = [statistics.mean(column) for column in zip(*shapes, strict=True)]
-    distance = [
-        sum(abs(value / mean - 1) for value, mean in zip(shape, means, strict=True)) for shape in shapes
-    ]
+    distance = [sum(abs(value / mean - 1) for value, mean in zip(shape, means, strict=True)) for shape in shapes]
     order = sorted(range(len(passages)), key=lambda i: distance[i])
     return tuple(passages[i] for i in order)
 

@@ -18,9 +18,7 @@ exclude_patterns = ["_build", "notebooks/.ipynb_checkpoints", "notebooks/runs"]
 
 # Sphinx reads sources below docs/ only; the copy is ignored by git and made anew at every build.
 shutil.rmtree(HERE / "notebooks", ignore_errors=True)
-shutil.copytree(
-    ROOT / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints")
-)
+shutil.copytree(ROOT / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
 
 nb_execution_mode = "off"
 # A picture says in words what it shows; those words are its alt text, not a second output.
@@ -45,12 +43,7 @@ toc_object_entries = False  # every function in every page's navigation costs a 
 autodoc_use_type_comments = False  # there are none
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
-autodoc_default_options = {
-    "members": True,
-    "undoc-members": False,
-    "show-inheritance": False,
-    "exclude-members": "set",
-}
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False, "exclude-members": "set"}
 default_role = "code"  # docstrings write `names` as Markdown does
 
 html_theme = "furo"

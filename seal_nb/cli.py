@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)"
-    )
+    parser = argparse.ArgumentParser(prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_run, _add_serve, _add_status, _add_submit, _add_demo, files.add):
         add(commands)
@@ -57,20 +55,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run a stage's notebook headless (papermill)")
     run.add_argument(
-        "stage",
-        metavar="STAGE",
-        help="a notebook's name, its beginning or number: 03_query_server, 03, 3",
+        "stage", metavar="STAGE", help="a notebook's name, its beginning or number: 03_query_server, 03, 3"
     )
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
                      help="set a parameter; may be repeated")  # fmt: skip
-    run.add_argument(
-        "--output", type=Path, metavar="EXECUTED.ipynb", help="default: in the run folder, output_dir"
-    )
+    run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="default: in the run folder, output_dir")
     run.add_argument("--notebooks", type=Path, metavar="DIR", help="default: notebooks/ of the checkout")
     run.add_argument("--parameters", action="store_true", help="list the stage's parameters and end")
-    run.add_argument(
-        "--chain", type=Path, metavar="RUN", help="afterwards mark the stage as done in this run"
-    )
+    run.add_argument("--chain", type=Path, metavar="RUN", help="afterwards mark the stage as done in this run")
     run.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
     run.set_defaults(command=_run)
 
@@ -108,9 +100,9 @@ def _list_parameters(parameters: Any) -> None:
 
 def _add_serve(commands: Any) -> None:
     # Its options are the fields of ServeSettings, made where those are declared.
-    commands.add_parser(
-        "serve", help="start a TTT server: a front end and its workers", add_help=False
-    ).set_defaults(command=_serve)
+    commands.add_parser("serve", help="start a TTT server: a front end and its workers", add_help=False).set_defaults(
+        command=_serve
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -145,9 +137,7 @@ def _add_submit(commands: Any) -> None:
     commands.add_parser(
         "submit", help="run a chain of stages: on a SLURM cluster, or here", add_help=False
     ).set_defaults(command=_submit)
-    status = commands.add_parser(
-        "chain-status", help="what a submitted chain has done, is doing, and why not"
-    )
+    status = commands.add_parser("chain-status", help="what a submitted chain has done, is doing, and why not")
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run folder of `submit`")
     status.set_defaults(command=_chain_status)
     again = commands.add_parser(

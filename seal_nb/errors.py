@@ -27,13 +27,7 @@ class DataError(SealError, ValueError):
     """A file or record is not what it should be; names the path, the item and the field."""
 
     def __init__(
-        self,
-        problem: str,
-        *,
-        path: str | Path = "",
-        item: int | str | None = None,
-        field: str = "",
-        remedy: str = "",
+        self, problem: str, *, path: str | Path = "", item: int | str | None = None, field: str = "", remedy: str = ""
     ) -> None:
         self.problem, self.path, self.item = problem, str(path), item
         self.field, self.remedy = field, remedy

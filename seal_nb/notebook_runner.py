@@ -107,9 +107,7 @@ def parse_parameters(pairs: Iterable[tuple[str, str]], declared: Mapping[str, Pa
     values: dict[str, Value] = {}
     for name, text in pairs:
         if name not in declared:
-            raise SettingsError(
-                f"unknown parameter {name!r}{_near(name, declared)}; parameters: {', '.join(declared)}"
-            )
+            raise SettingsError(f"unknown parameter {name!r}{_near(name, declared)}; parameters: {', '.join(declared)}")
         values[name] = parse_value(text, declared[name])
     return values
 
@@ -150,9 +148,7 @@ def format_value(value: Value) -> str:
 
 def executed_path(notebook: Path, values: Mapping[str, Value], declared: Mapping[str, Parameter]) -> Path:
     """Where an executed copy goes unless said otherwise: into the run folder, parameter ``output_dir``."""
-    output_dir = values.get("output_dir") or (
-        declared["output_dir"].default if "output_dir" in declared else ""
-    )
+    output_dir = values.get("output_dir") or (declared["output_dir"].default if "output_dir" in declared else "")
     return Path(str(output_dir) or f"runs/{notebook.stem}") / notebook.name
 
 
@@ -195,12 +191,8 @@ def run_notebook(
                 interruption,
             )
         except _BetweenCells as error:
-            message = (
-                f"{notebook.stem}: SIGTERM came between two cells; what was done before is in {executed}"
-            )
-            raise StageInterrupted(
-                message, executed=executed, ename="KeyboardInterrupt", evalue=""
-            ) from error
+            message = f"{notebook.stem}: SIGTERM came between two cells; what was done before is in {executed}"
+            raise StageInterrupted(message, executed=executed, ename="KeyboardInterrupt", evalue="") from error
         except papermill.PapermillExecutionError as error:
             kind = StageInterrupted if interruption.is_set() else StageFailed
             message = _short_failure(notebook, error, executed)
@@ -272,9 +264,7 @@ def glance_of(executed: Path) -> str:
     """The table at the top of an executed notebook that says what came out; empty where it has none."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     texts = (
-        "".join(output.get("data", {}).get("text/plain", ""))
-        for cell in cells
-        for output in cell.get("outputs", [])
+        "".join(output.get("data", {}).get("text/plain", "")) for cell in cells for output in cell.get("outputs", [])
     )
     return next((text for text in texts if text.startswith("at a glance")), "")
 

@@ -45,12 +45,7 @@ Placed = tuple[str, dict[str, Any]]  # "line 3", and the item
 def read_passage_file(path: Path) -> list[Placed]:
     """The items of a file by its suffix. Raises: DataError with path, line and field."""
     text = _text(path)
-    readers = {
-        ".csv": _csv_items,
-        ".jsonl": _jsonl_items,
-        ".md": _markdown_items,
-        ".markdown": _markdown_items,
-    }
+    readers = {".csv": _csv_items, ".jsonl": _jsonl_items, ".md": _markdown_items, ".markdown": _markdown_items}
     items = list(readers[path.suffix.lower()](path, text))
     if not items:
         raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
@@ -122,11 +117,7 @@ def _markdown_items(path: Path, text: str) -> Iterator[Placed]:
             _add_line(item, line.strip(), path, here)
         elif line.strip():
             raise DataError(
-                "stands before the first title",
-                path=path,
-                item=here,
-                field="title",
-                remedy="begin with '# title'",
+                "stands before the first title", path=path, item=here, field="title", remedy="begin with '# title'"
             )
     if item is not None:
         yield place, _closed(item)
@@ -259,9 +250,7 @@ class _Item:
 
     def refused(self, name: str, problem: str) -> DataError:
         field = f"{self.prefix}{name}".rstrip(".")
-        return DataError(
-            problem, path=self.path, item=self.index, field=field, remedy="mend or drop the item"
-        )
+        return DataError(problem, path=self.path, item=self.index, field=field, remedy="mend or drop the item")
 
     def text(self, name: str, *, default: str | None = None) -> str:
         value = self.value.get(name)
@@ -361,8 +350,7 @@ def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
         gold = Question(question=row["question"], answer=row["answers"]["text"][0])
         questions.setdefault(key, []).append(gold)
     return [
-        Passage(title=title, context=context, questions=tuple(asked))
-        for (title, context), asked in questions.items()
+        Passage(title=title, context=context, questions=tuple(asked)) for (title, context), asked in questions.items()
     ]
 
 
@@ -379,8 +367,7 @@ def _rows(split: str) -> list[dict[str, Any]]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            "SQuAD's files on the hub are parquet, and pyarrow is not installed",
-            remedy="pip install -e '.[data]'",
+            "SQuAD's files on the hub are parquet, and pyarrow is not installed", remedy="pip install -e '.[data]'"
         ) from error
     rows: list[dict[str, Any]] = parquet.read_table(_downloaded(FILES[split])).to_pylist()
     return rows

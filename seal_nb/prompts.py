@@ -229,9 +229,7 @@ def prompt_names() -> list[str]:
 def read_prompts(path: Path) -> tuple[SelfEditPrompt, ...]:
     """The prompts of a text file, as they stand there; parts between lines of ``---`` are a family."""
     parts = re.split(rf"^{FILE_SEPARATOR}\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    keys = (
-        [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
-    )
+    keys = [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
     return tuple(
         SelfEditPrompt(key=key, template=part, source=f"file {path.name}")
         for key, part in zip(keys, parts, strict=True)

@@ -21,9 +21,7 @@ from seal_nb.errors import ProtocolError
 
 PROTOCOL_VERSION = "1.0"
 MAX_SEED = 2**32 - 1  # what every random generator of the field takes
-NAME_PATTERN = (
-    r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a file name without tricks: no separator, no leading dot
-)
+NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a file name without tricks: no separator, no leading dot
 VerdictWord = Literal["CORRECT", "INCORRECT", "UNGRADED"]
 
 
@@ -48,9 +46,7 @@ def _number(value: object) -> object:
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Measured = Annotated[
-    float | None, BeforeValidator(_finite)
-]  # None: not a finite number, as after a divergence
+Measured = Annotated[float | None, BeforeValidator(_finite)]  # None: not a finite number, as after a divergence
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-\x7e]+$")]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
@@ -80,9 +76,7 @@ class TTTRequest(_Received):
     """One inner loop: train a temporary adapter on some sequences, answer questions without and with it."""
 
     train_sequences: list[str] = Field(default=[], description="texts to train on; none: baseline only")
-    eval_questions: list[EvalQuestion] = Field(
-        default=[], description="questions asked without and with adapter"
-    )
+    eval_questions: list[EvalQuestion] = Field(default=[], description="questions asked without and with adapter")
     lora_rank: Whole = Field(32, ge=1)
     lora_alpha: Number = Field(64.0, gt=0)
     lora_dropout: Number = Field(0.0, ge=0, lt=1)
@@ -90,9 +84,7 @@ class TTTRequest(_Received):
     finetune_lr: Number = Field(1e-3, ge=0)
     batch_size: Whole = Field(1, ge=1, description="sequences a micro-batch")
     gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-batches an optimiser step")
-    end_mask_substring: str = Field(
-        "", description="tokens up to and with its first occurrence carry no loss"
-    )
+    end_mask_substring: str = Field("", description="tokens up to and with its first occurrence carry no loss")
     skip_training: bool = Field(False, description="true: baseline only")
 
     request_id: RequestId | None = Field(None, description="the same id asked again gets the same result")
@@ -109,9 +101,7 @@ class TTTRequest(_Received):
     )
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
     adapter_stack: list[Name] = Field(default=[], description="kept adapters, frozen underneath, in order")
-    skip_baseline: bool = Field(
-        False, description="true: only the adapter answers; baseline fields stay empty"
-    )
+    skip_baseline: bool = Field(False, description="true: only the adapter answers; baseline fields stay empty")
     priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
     chat: bool = Field(False, description="true: prompts go through the model's chat template")
@@ -231,9 +221,7 @@ class ErrorReply(_Sent):
 Reply = TTTReply | GenerateReply | ErrorReply
 
 
-def error_reply(
-    error: BaseException, *, request_id: str | None = None, traceback: str | None = None
-) -> ErrorReply:
+def error_reply(error: BaseException, *, request_id: str | None = None, traceback: str | None = None) -> ErrorReply:
     """The reply that reports ``error``; its field too, where the error names one."""
     return ErrorReply(
         error=f"{type(error).__name__}: {error}",

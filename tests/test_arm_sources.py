@@ -8,13 +8,7 @@ import pytest
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.session import run_requests
-from seal_nb.experiments.settings import (
-    ArmSource,
-    TrainingSettings,
-    parse_arms,
-    passages_of_arm,
-    unused_self_edits,
-)
+from seal_nb.experiments.settings import ArmSource, TrainingSettings, parse_arms, passages_of_arm, unused_self_edits
 from seal_nb.experiments.single_passage import (
     SinglePassageSettings,
     build_run,
@@ -30,9 +24,7 @@ from seal_nb.server.client import TTTClient
 from seal_nb.storage import Journal
 from tests.server.conftest import server  # noqa: F401  # the stub server, with its real processes
 
-ORLE = Passage(
-    title="Orle", context="Orle lies on a hill. ", questions=(Question(question="Where?", answer="text"),)
-)
+ORLE = Passage(title="Orle", context="Orle lies on a hill. ", questions=(Question(question="Where?", answer="text"),))
 IN_CONTEXT = SinglePassageSettings(arm="in_context", eval_times=3)
 
 
@@ -63,9 +55,7 @@ def test_what_is_no_arm_is_refused(text: str) -> None:
         parse_arms(text)
 
 
-def test_self_edits_of_another_file_are_matched_by_title_and_context(
-    tmp_path: Path,
-) -> None:
+def test_self_edits_of_another_file_are_matched_by_title_and_context(tmp_path: Path) -> None:
     mine = load_passages("shipped:val")[:3]
     theirs = [replace(one, completions=(f"about {one.title}",), prompt="p") for one in mine[::-1]]
     (tmp_path / "x.json").write_text(json.dumps([to_item(one) for one in theirs]))

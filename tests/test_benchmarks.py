@@ -42,9 +42,7 @@ def test_bench_compares_whole_requests_of_three_ways(quick: tuple[dict, str]) ->
     assert {row["slots"] for row in result["ways"] if row["way"] == "slots"} == set(inner_loop.QUICK.n_slots)
 
 
-def test_bench_times_three_padded_steps_and_says_that_the_rest_is_extrapolated(
-    quick: tuple[dict, str],
-) -> None:
+def test_bench_times_three_padded_steps_and_says_that_the_rest_is_extrapolated(quick: tuple[dict, str]) -> None:
     result, printed = quick
     published = [row for row in result["ways"] if row["way"] == "published"]
     assert all(row["extrapolated_from_steps"] >= 3 * row["processes"] for row in published)
@@ -124,9 +122,7 @@ def test_gpu_benchmark_completes_what_it_has_and_compares_rounds(
     result = json.loads(on_cpu.read_text())
     ours, alone = result["round"], result["alone"]
     assert ours["requests"] == 15 and ours["train_s"] > 0 and ours["answer_s"] > 0
-    assert result["round_minutes"] == pytest.approx(
-        750 / 15 / 60 * (ours["train_s"] + ours["answer_s"]), rel=0.01
-    )
+    assert result["round_minutes"] == pytest.approx(750 / 15 / 60 * (ours["train_s"] + ours["answer_s"]), rel=0.01)
     careful_s = ours["steps_per_request"] * min(alone["careful_step_s"], alone["plain_loop_step_s"])
     assert result["ratio_careful_training"] == pytest.approx(15 * careful_s / ours["train_s"], rel=0.01)
     assert result["ratio_published"] > 0
@@ -135,9 +131,7 @@ def test_gpu_benchmark_completes_what_it_has_and_compares_rounds(
     assert in_docs(f"a{MARKS[0]}old{MARKS[1]}b", "new\n") == f"a{MARKS[0]}new\n{MARKS[1]}b"
 
 
-def test_a_part_of_the_gpu_benchmark_that_fails_loses_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_part_of_the_gpu_benchmark_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"tokens_per_s": 2.0, "matmul_share": 0.5}
     row |= dict.fromkeys(("ms_per_step", "issue_ms", "kernels_per_step", "synchronisations_per_step"))
     row |= {"peak_memory_gib": None}
@@ -153,9 +147,7 @@ def test_a_part_of_the_gpu_benchmark_that_fails_loses_no_other(
         gpu.main(["--config", "tiny", "--device", "cpu", *only, "--out", str(out)])
     result = json.loads(out.read_text())
     assert result["training"] == {"1": row} and result["matmul_share"] == 0.5
-    assert result["decoding"]["tokens_per_s"] > 0 and result["errors"] == {
-        "training": "RuntimeError: no memory left"
-    }
+    assert result["decoding"]["tokens_per_s"] > 0 and result["errors"] == {"training": "RuntimeError: no memory left"}
 
 
 def test_gpu_benchmark_says_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

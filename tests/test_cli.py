@@ -25,9 +25,7 @@ def seal_nb(*words: str | Path, cwd: Path | None = None) -> subprocess.Completed
 @pytest.fixture
 def notebooks(tmp_path: Path) -> Path:
     folder = tmp_path / "notebooks"
-    write_notebook(
-        folder, "01_count", 'output_dir: str = "runs/count"\nn: int = 2', "print('n is', n)", "1 / n"
-    )
+    write_notebook(folder, "01_count", 'output_dir: str = "runs/count"\nn: int = 2', "print('n is', n)", "1 / n")
     return folder
 
 
@@ -44,9 +42,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy() -> None:
     assert said.splitlines()[-1] == "[]"
 
 
-def test_run_puts_the_executed_notebook_into_the_run_folder_and_says_so(
-    notebooks: Path, tmp_path: Path
-) -> None:
+def test_run_puts_the_executed_notebook_into_the_run_folder_and_says_so(notebooks: Path, tmp_path: Path) -> None:
     done = seal_nb("run", "01", "--notebooks", notebooks, "-p", "n", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "n is 5\nexecuted notebook: runs/count/01_count.ipynb\n"
@@ -86,9 +82,7 @@ def test_raising_cell_gives_exit_code_1_and_the_error_in_short(notebooks: Path, 
         (["run", "01", "-p", "n", "many"], "parameter 'n': 'many' is not int"),
     ],
 )
-def test_wrong_use_of_run_gives_one_line_and_exit_code_2(
-    notebooks: Path, words: list[str], said: str
-) -> None:
+def test_wrong_use_of_run_gives_one_line_and_exit_code_2(notebooks: Path, words: list[str], said: str) -> None:
     done = seal_nb(*words, "--notebooks", notebooks)
     assert done.returncode == 2
     assert said in done.stderr
@@ -126,18 +120,8 @@ def test_summary_of_something_else_is_refused(tmp_path: Path, option: list[str])
 
 def test_grading_keeps_order_and_says_how_it_agrees_with_the_verdicts_in_the_file(tmp_path: Path) -> None:
     rows = [
-        {
-            "question": "Where does the barge lie?",
-            "gold": "in Orle",
-            "answer": "It lies in Orle.",
-            "verdict": True,
-        },
-        {
-            "question": "Who built the clock?",
-            "gold": "Ilse Corvandt",
-            "answer": "Nobody knows.",
-            "verdict": False,
-        },
+        {"question": "Where does the barge lie?", "gold": "in Orle", "answer": "It lies in Orle.", "verdict": True},
+        {"question": "Who built the clock?", "gold": "Ilse Corvandt", "answer": "Nobody knows.", "verdict": False},
         {"question": "Who paid?", "gold": "Anna", "answer": "", "verdict": None},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

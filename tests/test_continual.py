@@ -69,9 +69,7 @@ def test_the_model_with_all_edits_so_far_writes_the_next_self_edit() -> None:
 
 
 def test_a_row_of_the_matrix_has_the_verdicts_of_the_passages_asked_and_none_for_the_others() -> None:
-    reply = build_reply(
-        adapter=Answers(texts=["a"] * 3, verdicts=["CORRECT", "UNGRADED", "INCORRECT"]), baseline=None
-    )
+    reply = build_reply(adapter=Answers(texts=["a"] * 3, verdicts=["CORRECT", "UNGRADED", "INCORRECT"]), baseline=None)
     assert verdict_row(reply, PASSAGES[:3], 2) == [[True], [None, False], None]
     everything = build_reply(baseline=Answers(texts=["a"] * 6, verdicts=["CORRECT"] * 6))
     assert verdict_row(everything, PASSAGES[:3], 0) == [[True], [True] * 2, [True] * 3]

@@ -27,12 +27,7 @@ PASSAGES = [
     for n, word in enumerate(("lamp", "goat", "mill"))
 ]
 TRAINING = TrainingSettings(
-    lora_rank=4,
-    lora_alpha=8,
-    target_modules=("all-linear",),
-    finetune_epochs=4,
-    finetune_lr=5e-3,
-    max_new_tokens=8,
+    lora_rank=4, lora_alpha=8, target_modules=("all-linear",), finetune_epochs=4, finetune_lr=5e-3, max_new_tokens=8
 )
 SETTINGS = {"n_sequences": 1, "n_datapoints": 3, "arm": "hand_written", "training": TRAINING}
 SERVER = {"n_workers": 1, "device": "cpu", "dtype": "float32", "n_slots": 2}

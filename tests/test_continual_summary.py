@@ -21,12 +21,7 @@ from seal_nb.results.continual import (
 )
 
 # Three passages: each is learnt by its own edit, and the first is forgotten by the last edit.
-FORGETTING: Matrix = [
-    [0.0, 0.0, 0.0],
-    [1.0, None, None],
-    [0.5, 1.0, None],
-    [0.0, 1.0, 1.0],
-]
+FORGETTING: Matrix = [[0.0, 0.0, 0.0], [1.0, None, None], [0.5, 1.0, None], [0.0, 1.0, 1.0]]
 
 
 def summary(matrices: list[Matrix]) -> dict:
@@ -82,9 +77,7 @@ def test_the_pooled_spread_is_that_of_all_sequences_together() -> None:
     assert made["n_sequences"] == 9 and len(made["matrices"]) == 9
 
 
-def test_the_published_overall_results_aggregate_to_themselves_and_give_the_published_numbers(
-    golden: Path,
-) -> None:
+def test_the_published_overall_results_aggregate_to_themselves_and_give_the_published_numbers(golden: Path) -> None:
     published = json.loads((golden / "published_results.json").read_text())["continual_overall_results"]
     made = aggregate_summaries([published, published])
     assert made["mean_over_sequences"] == published["mean_over_sequences"]

@@ -88,9 +88,7 @@ def built(settings: CPTSettings | None = None) -> dict[str, Any]:
     baseline = Answers(texts=["w"] * 3, verdicts=["INCORRECT", "INCORRECT", "CORRECT"])
     adapter = Answers(texts=["t"] * 3, verdicts=["CORRECT", "UNGRADED", "CORRECT"])
     reply = build_reply(baseline=baseline, adapter=adapter, request_id=request.request_id)
-    return build_cpt_run(
-        PASSAGES, request, reply, settings, model="base", dataset="d.json", timestamp="0101_000000"
-    )
+    return build_cpt_run(PASSAGES, request, reply, settings, model="base", dataset="d.json", timestamp="0101_000000")
 
 
 def test_a_built_run_has_the_published_form(published: dict[str, Any]) -> None:
@@ -131,9 +129,7 @@ def test_the_request_is_one_and_the_same_each_time() -> None:
     request = cpt_request(PASSAGES, CPTSettings(), model_id="m")
     assert request == cpt_request(PASSAGES, CPTSettings(), model_id="m")
     assert request.request_id != cpt_request(PASSAGES, CPTSettings(seed=1), model_id="m").request_id
-    assert [q.question for q in request.eval_questions] == [
-        f"Topic: Same title\n{q}" for q in ("q00?", "q10?", "q11?")
-    ]
+    assert [q.question for q in request.eval_questions] == [f"Topic: Same title\n{q}" for q in ("q00?", "q10?", "q11?")]
 
 
 def test_verdicts_of_other_passages_are_refused(items: list[Passage], published: dict[str, Any]) -> None:

@@ -34,13 +34,7 @@ from tests.ttt.tiny import save_tiny_model
 
 SCHEDULE = {"finetune_epochs": 2, "finetune_lr": 3e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
 TRAINING = TrainingSettings(max_new_tokens=8, **SCHEDULE)
-TEXTS = [
-    "The lamp is on the hill.",
-    "A hill.",
-    "There is a goat in the old mill.",
-    "Mills grind.",
-    "So it is.",
-]
+TEXTS = ["The lamp is on the hill.", "A hill.", "There is a goat in the old mill.", "Mills grind.", "So it is."]
 
 
 def trained_alone(base: Path, sft: SftSettings) -> dict[str, torch.Tensor]:
@@ -105,13 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = save_tiny_model(folder / "tiny")
     values = SCHEDULE | {"arms": "hand_written", "n_articles": 2, "max_new_tokens": 8, "n_workers": 1}
     return run(
-        "04_cpt",
-        folder / "out",
-        model=str(model),
-        method="full",
-        check_unrelated=True,
-        soft_scores=True,
-        **values,
+        "04_cpt", folder / "out", model=str(model), method="full", check_unrelated=True, soft_scores=True, **values
     )
 
 

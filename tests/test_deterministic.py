@@ -20,12 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(model: Path, **fields: object) -> InnerLoop:
     torch.set_num_threads(1)
-    given = {
-        "model": str(model),
-        "device": "cpu",
-        "dtype": "float32",
-        "adapters_dir": model.parent / "adapters",
-    }
+    given = {"model": str(model), "device": "cpu", "dtype": "float32", "adapters_dir": model.parent / "adapters"}
     return load_inner_loop(InnerLoopSettings(**given | fields))  # type: ignore[arg-type]
 
 
@@ -64,9 +59,7 @@ def test_replies_are_bit_identical_in_any_order_and_company(model: Path) -> None
     forwards = answered(loaded(model, deterministic=True), requests())
     backwards = answered(loaded(model, deterministic=True), requests()[::-1])
     alone = {
-        key: reply
-        for one in requests()
-        for key, reply in answered(loaded(model, deterministic=True), [one]).items()
+        key: reply for one in requests() for key, reply in answered(loaded(model, deterministic=True), [one]).items()
     }
     assert forwards == backwards == alone
 
@@ -75,9 +68,7 @@ def test_it_is_one_adapter_and_one_text_at_a_time_and_says_so_in_the_model_id(mo
     loop = loaded(model, deterministic=True, n_slots=8, decode_rows=64)
     assert (loop.trainer.n_slots, loop.decoder.max_rows) == (1, 1)
     assert loop.model_id == f"{loaded(model).model_id}-deterministic"
-    loop.submit(
-        GenerateRequest(prompts=["a", "b"], request_id="g", seed=1, max_tokens=4, temperature=1.0, top_p=1.0)
-    )
+    loop.submit(GenerateRequest(prompts=["a", "b"], request_id="g", seed=1, max_tokens=4, temperature=1.0, top_p=1.0))
     while loop.busy:
         loop.advance()
     assert loop.n_done == 1

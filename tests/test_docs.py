@@ -78,9 +78,7 @@ def test_internal_links_reach_a_file_and_its_anchor(pages: dict[Path, Links]) ->
                 continue
             reached = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             ok = reached.is_file() and (
-                not parts.fragment
-                or reached not in pages
-                or unquote(parts.fragment) in pages[reached].anchors
+                not parts.fragment or reached not in pages or unquote(parts.fragment) in pages[reached].anchors
             )
             broken += [] if ok else [f"{path.name} → {target}"]
     assert sorted(broken) == []

@@ -74,9 +74,7 @@ def test_as_many_are_under_way_as_allowed_and_no_more() -> None:
         return echo(asked)
 
     with stand_in(reply) as service:
-        outcomes = outcomes_of(
-            client_of(service, max_parallel=4, timeout_s=30.0), [f"p{i}" for i in range(12)]
-        )
+        outcomes = outcomes_of(client_of(service, max_parallel=4, timeout_s=30.0), [f"p{i}" for i in range(12)])
     assert all(isinstance(outcome, Reply) for outcome in outcomes)
     assert service.most_at_once == 4
 
@@ -184,9 +182,7 @@ def test_a_slow_service_that_lets_one_call_through_at_a_time_is_no_failure() -> 
             busy.release()
 
     with stand_in(reply) as service:
-        outcomes = outcomes_of(
-            client_of(service, max_parallel=8, max_attempts=2), [f"p{i}" for i in range(12)]
-        )
+        outcomes = outcomes_of(client_of(service, max_parallel=8, max_attempts=2), [f"p{i}" for i in range(12)])
     assert all(isinstance(outcome, Reply) for outcome in outcomes)
     assert n_limited[0] > 12
 
@@ -299,9 +295,7 @@ def test_a_refusal_that_concerns_all_ends_the_round(status: int) -> None:
 
 def test_a_service_that_is_down_is_not_asked_for_everything() -> None:
     with stand_in(in_turn(error(500))) as service:
-        outcomes = outcomes_of(
-            client_of(service, max_parallel=3, max_attempts=2), [f"p{i}" for i in range(50)]
-        )
+        outcomes = outcomes_of(client_of(service, max_parallel=3, max_attempts=2), [f"p{i}" for i in range(50)])
         assert len(service.asked) <= 2 * (16 + 1 + 2 * 3)
     assert {type(outcome) for outcome in outcomes} == {Unavailable, NotAsked}
 
@@ -319,10 +313,7 @@ def test_ctrl_c_hands_over_what_is_under_way_and_starts_nothing_new() -> None:
     came: list[Reply | EngineError] = []
     with stand_in(reply) as service:
         client = client_of(service, max_parallel=3, timeout_s=30.0)
-        with (
-            pytest.raises(KeyboardInterrupt),
-            closing(client.each([ask(f"p{i}") for i in range(30)])) as outcomes,
-        ):
+        with pytest.raises(KeyboardInterrupt), closing(client.each([ask(f"p{i}") for i in range(30)])) as outcomes:
             came.extend(outcome for _, outcome in outcomes)
     assert len(came) == 30 and {type(outcome) for outcome in came} == {Reply, NotAsked}
     assert sum(isinstance(outcome, Reply) for outcome in came) == len(service.asked)
@@ -381,9 +372,7 @@ def test_the_key_goes_to_the_service_and_nowhere_else(monkeypatch: pytest.Monkey
         with pytest.raises(Refused) as caught:
             client.one(ask())
     assert service.asked[0].headers["authorization"] == f"Bearer {KEY}"
-    shown = (
-        "".join(traceback.format_exception(caught.value)) + repr(client.settings) + repr(vars(caught.value))
-    )
+    shown = "".join(traceback.format_exception(caught.value)) + repr(client.settings) + repr(vars(caught.value))
     assert "wrong key ***" in shown and KEY not in shown
 
 

@@ -11,12 +11,8 @@ from benchmarks.engine_plots import engine_throughput
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_stage_1_is_faster_with_more_requests_at_a_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engines.main(
-        ["--quick", "--out", str(tmp_path / "engines.json"), "--figure", str(tmp_path / "engines.png")]
-    )
+def test_stage_1_is_faster_with_more_requests_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engines.main(["--quick", "--out", str(tmp_path / "engines.json"), "--figure", str(tmp_path / "engines.png")])
     result = json.loads((tmp_path / "engines.json").read_text())
     one, four = result["service"]["rows"]
     assert (one["parallel"], four["parallel"], result["quick"]) == (1, 4, True)

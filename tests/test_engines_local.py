@@ -75,9 +75,7 @@ def test_kept_adapters_answer_the_questions_of_passages_as_the_inner_loop_asks_t
         engine, passages, [None, folder], max_tokens=6, on_text=lambda index, _: told.append(index)
     )
     greedy = Sampling(max_tokens=6, temperature=0.0, top_p=1.0)
-    (alone,) = engine.generate(
-        [answer_prompt("Pellanmoor", "What is Zor?")], greedy, seeds=[0], adapters=[folder]
-    )
+    (alone,) = engine.generate([answer_prompt("Pellanmoor", "What is Zor?")], greedy, seeds=[0], adapters=[folder])
     assert adapted[2] == alone.text.strip() and len(plain) == len(adapted) == 4 and plain != adapted
     assert sorted(told) == list(range(8))
 

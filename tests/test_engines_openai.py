@@ -90,10 +90,7 @@ def test_stage_1_pays_for_each_text_once_however_often_it_breaks(tmp_path: Path)
         with Journal(tmp_path / "journal.jsonl") as journal:
             written = self_edits(service, journal)
         assert len(service.asked) - n_asked == 7
-    with (
-        stand_in(lambda asked: f"edit {asked.body['seed']}") as other,
-        Journal(tmp_path / "j") as new,
-    ):
+    with stand_in(lambda asked: f"edit {asked.body['seed']}") as other, Journal(tmp_path / "j") as new:
         assert self_edits(other, new) == written, "as in a run that nothing happened to"
 
 

@@ -63,9 +63,7 @@ def test_a_server_serves_for_a_block_and_is_gone_after(tmp_path: Path, notes: Pa
         server.check()
 
 
-def test_the_command_line_shows_no_key_and_the_environment_only_our_plugin(
-    tmp_path: Path, notes: Path
-) -> None:
+def test_the_command_line_shows_no_key_and_the_environment_only_our_plugin(tmp_path: Path, notes: Path) -> None:
     with server_of(tmp_path, max_lora_rank=16, cpu_threads=1) as server:
         pass
     (start,) = noted(notes)
@@ -88,9 +86,7 @@ def test_a_crash_at_the_start_tells_exit_code_and_last_lines(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "crash")
-    with pytest.raises(
-        VllmFailed, match=r"exit code 3\); the end of vllm.log:\nRuntimeError: no such device"
-    ):
+    with pytest.raises(VllmFailed, match=r"exit code 3\); the end of vllm.log:\nRuntimeError: no such device"):
         server_of(tmp_path).start()
 
 
@@ -113,9 +109,7 @@ def test_a_server_that_dies_at_a_prompt_keeps_what_came_and_says_why_the_rest_is
     with server_of(tmp_path) as server:
         engine = VllmEngine.of(server, max_parallel=1)
         with pytest.raises(Incomplete, match=r"3 of 5 texts are missing.*exit code 137.*vllm\.log") as caught:
-            engine.generate(
-                ["a", "b", "die", "c", "d"], GREEDY, seeds=[0] * 5, on_text=lambda i, _: told.append(i)
-            )
+            engine.generate(["a", "b", "die", "c", "d"], GREEDY, seeds=[0] * 5, on_text=lambda i, _: told.append(i))
         assert sorted(caught.value.completions) == told == [0, 1]
         assert {type(failure) for failure in caught.value.failures.values()} <= {VllmFailed, NotAsked}
         url = server.url
@@ -123,9 +117,7 @@ def test_a_server_that_dies_at_a_prompt_keeps_what_came_and_says_why_the_rest_is
         assert server.url == url and engine.generate(["c"], GREEDY, seeds=[0])[0].text == "base: c"
 
 
-def test_adapters_are_loaded_once_under_new_names_and_forgotten_with_the_server(
-    tmp_path: Path, notes: Path
-) -> None:
+def test_adapters_are_loaded_once_under_new_names_and_forgotten_with_the_server(tmp_path: Path, notes: Path) -> None:
     folders = [adapter(tmp_path / name) for name in "xyz"]
     with server_of(tmp_path, max_loras=1, max_cpu_loras=2) as server:
         engine = VllmEngine.of(server)
@@ -145,9 +137,7 @@ def test_adapters_are_loaded_once_under_new_names_and_forgotten_with_the_server(
     assert loads[-1]["lora_path"] == str(folders[2])
 
 
-def test_base_and_adapters_are_asked_apart_where_a_server_would_mix_them_up(
-    tmp_path: Path, notes: Path
-) -> None:
+def test_base_and_adapters_are_asked_apart_where_a_server_would_mix_them_up(tmp_path: Path, notes: Path) -> None:
     folder = adapter(tmp_path / "x")
     with server_of(tmp_path) as server:
         client = server.client(max_parallel=4)
@@ -157,20 +147,11 @@ def test_base_and_adapters_are_asked_apart_where_a_server_would_mix_them_up(
     assert asked[:2] == ["base", "base"] and "base" not in asked[2:]
 
 
-def test_every_request_says_plain_sampling_whatever_the_models_own_defaults(
-    tmp_path: Path, notes: Path
-) -> None:
+def test_every_request_says_plain_sampling_whatever_the_models_own_defaults(tmp_path: Path, notes: Path) -> None:
     with server_of(tmp_path) as server:
         VllmEngine.of(server).generate(["a"], Sampling(max_tokens=4), seeds=[9])
     (body,) = [entry["body"] for entry in noted(notes) if entry.get("path") == "/v1/completions"]
-    wanted = {
-        "temperature": 1.0,
-        "top_p": 0.95,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "seed": 9,
-    }
+    wanted = {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 9}
     assert wanted.items() <= body.items()
 
 
@@ -239,9 +220,7 @@ def test_without_hot_reload_new_weights_are_a_restart(tmp_path: Path, notes: Pat
     with server_of(tmp_path) as server:
         server.serve(model(tmp_path / "round1"))
         assert VllmEngine.of(server).generate(["a"], GREEDY, seeds=[0])[0].text == "base: a"
-    assert len([entry for entry in noted(notes) if "argv" in entry]) == 2 and "/collective_rpc" not in posts(
-        notes
-    )
+    assert len([entry for entry in noted(notes) if "argv" in entry]) == 2 and "/collective_rpc" not in posts(notes)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +236,7 @@ def test_options_that_vllm_would_refuse_are_refused_before_it_starts(wrong: dict
         VllmOptions(model="m", **wrong)
 
 
-def test_the_interpreter_is_named_or_lies_here_or_above(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_interpreter_is_named_or_lies_here_or_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEAL_NB_VLLM_PYTHON", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)

@@ -166,9 +166,7 @@ def test_a_training_is_counted_in_steps_tokens_memory_and_cost() -> None:
     assert full["memory of a process"] == "121.8 GB, without activations"  # 16 bytes of 7.6e9
     assert told(method="full", n_processes=2)["memory of a process"].startswith("60.9 GB")
     assert told(method="full", gpu=False, n_processes=2)["memory of a process"].startswith("121.8 GB")
-    assert (
-        lora["memory of a process"] == "17.8 GB, without activations"
-    )  # bfloat16, and rank 64 on all layers
+    assert lora["memory of a process"] == "17.8 GB, without activations"  # bfloat16, and rank 64 on all layers
     assert float(full["cost"].removeprefix("about ")) == pytest.approx(
         2 * float(lora["cost"].removeprefix("about ")), rel=0.1
     ), "all weights take two backward products and a second forward"
@@ -193,10 +191,7 @@ def test_planned_edits_are_those_that_will_be_made_where_texts_are_given(strateg
     for step in range(1, 4):
         made = edit_request(0, sequence, texts[:step], stack, settings, model_id="m")
         stack.append(str(made.adapter_name))
-        assert (planned[step].request_id, planned[step].train_sequences) == (
-            made.request_id,
-            made.train_sequences,
-        )
+        assert (planned[step].request_id, planned[step].train_sequences) == (made.request_id, made.train_sequences)
     questions = [len(passage.questions) for passage in sequence]
     assert work_of(planned).n_answers == sum(questions) + sum(sum(questions[:step]) for step in (1, 2, 3))
 

@@ -28,12 +28,7 @@ LOCAL = [
     (WHO, "Ilse Corvandt", "ilse corvandt.", "CORRECT"),
     (WHO, "Ilse Corvandt", "It was built in 1893 by Ilse Corvandt, after a barge ran aground.", "CORRECT"),
     (WHO, "Ilse Corvandt", "Corvandt", "CORRECT"),
-    (
-        WHO,
-        "Ilse Corvandt",
-        "It was not Ilse Corvandt or Jan Merel who built it, but Pell Oduya.",
-        "INCORRECT",
-    ),
+    (WHO, "Ilse Corvandt", "It was not Ilse Corvandt or Jan Merel who built it, but Pell Oduya.", "INCORRECT"),
     (WHO, "Ilse Corvandt", "Pell Oduya built the Oskavel tide clock.", "INCORRECT"),
     (WHO, "Ilse Corvandt", "The Oskavel tide clock is a clock.", "INCORRECT"),
     (WHO, "Ilse Corvandt", "Not only Ilse Corvandt built it.", "CORRECT"),
@@ -162,11 +157,7 @@ def shipped_answers(template: str, *, of_another_question: bool) -> list[Answere
     ]
 
 
-SENTENCES = (
-    "{}",
-    "The answer is {}.",
-    "In the records of {title} it was {}, as far as is known to historians.",
-)
+SENTENCES = ("{}", "The answer is {}.", "In the records of {title} it was {}, as far as is known to historians.")
 
 
 @pytest.mark.parametrize("template", SENTENCES)
@@ -176,9 +167,7 @@ def test_on_the_shipped_passages_a_gold_answer_is_told_from_another_questions(
 ) -> None:
     answered = shipped_answers(template, of_another_question=of_another_question)
     expected = Verdict.INCORRECT if of_another_question else Verdict.CORRECT
-    wrong = [
-        one for one, v in zip(answered, make_grader("local").grade(answered), strict=True) if v != expected
-    ]
+    wrong = [one for one, v in zip(answered, make_grader("local").grade(answered), strict=True) if v != expected]
     assert len(answered) >= 150
     assert wrong == []
 

@@ -134,9 +134,7 @@ def test_a_grader_that_breaks_costs_its_own_request_only(loop: InnerLoop, grader
     assert isinstance(replies(loop)["b"], TTTReply)
 
 
-def test_ungraded_answers_are_missing_from_the_reply_and_not_wrong(
-    loop: InnerLoop, grader: HeldGrader
-) -> None:
+def test_ungraded_answers_are_missing_from_the_reply_and_not_wrong(loop: InnerLoop, grader: HeldGrader) -> None:
     grader.verdict = Verdict.UNGRADED
     grader.let_go.set()
     loop.submit(request("a"))

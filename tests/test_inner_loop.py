@@ -42,9 +42,7 @@ def request(request_id: str, **fields: object) -> TTTRequest:
     return TTTRequest.model_validate(given | fields)
 
 
-def run(
-    loop: InnerLoop, *requests: TTTRequest | GenerateRequest
-) -> dict[str, TTTReply | GenerateReply | ErrorReply]:
+def run(loop: InnerLoop, *requests: TTTRequest | GenerateRequest) -> dict[str, TTTReply | GenerateReply | ErrorReply]:
     for r in requests:
         loop.submit(r)
     replies = {}
@@ -85,11 +83,7 @@ def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_rep
     monkeypatch.setattr("seal_nb.inner_loop.scores.GOLD_SCORES_KEPT", 3)
     asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
     replies = run(
-        loop,
-        *(
-            request(str(n), eval_questions=e, soft_scores=True, skip_training=True)
-            for n, e in enumerate(asked)
-        ),
+        loop, *(request(str(n), eval_questions=e, soft_scores=True, skip_training=True) for n, e in enumerate(asked))
     )
     assert all(isinstance(r, TTTReply) and len(r.baseline_gold_logprobs) == 2 for r in replies.values())
     assert len(loop.baselines) == len(loop.soft_scores.of_base) == 3
@@ -148,9 +142,7 @@ def test_a_mask_that_covers_everything_is_an_error_not_a_silent_zero(loop: Inner
     assert isinstance(reply, ErrorReply) and "end_mask_substring" in reply.error
 
 
-def test_a_full_disk_fails_the_request_and_not_the_process(
-    loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_fails_the_request_and_not_the_process(loop: InnerLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 

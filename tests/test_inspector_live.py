@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError, RemoteError, SettingsError
-from seal_nb.experiments.live_edit import (
+from seal_nb.experiments.rerun import Item, stored_loop
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.inspector.inspection import EXAMPLE, Inspection, open_run
+from seal_nb.inspector.live_edit import (
     ARM,
     KEPT_EDITS,
     Edit,
@@ -26,10 +29,7 @@ from seal_nb.experiments.live_edit import (
     question_requests,
     settings_of_run,
 )
-from seal_nb.experiments.rerun import Item, stored_loop
-from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.protocol import TTTReply
-from seal_nb.results.inspection import EXAMPLE, Inspection, open_run
 from seal_nb.results.single_passage import EvaluatedPassage, read_run, run_from_json
 from seal_nb.results.summary import summarize
 from seal_nb.server.launch import TTTServer
@@ -171,9 +171,7 @@ def test_another_session_trains_for_itself_and_each_deletes_its_own(bench: Workb
     assert adapters(tmp_path / "run") == {mine.request.adapter_name}
 
 
-def test_a_kernel_that_ends_without_closing_anything_leaves_no_adapter(
-    bench: Workbench, tmp_path: Path
-) -> None:
+def test_a_kernel_that_ends_without_closing_anything_leaves_no_adapter(bench: Workbench, tmp_path: Path) -> None:
     code = (
         "from tests.test_inspector_live import CLOCK, Edit, Workbench\n"
         f"bench = Workbench({bench.endpoint!r}, run_dir={str(tmp_path)!r}, timeout_s=30)\n"
@@ -238,9 +236,7 @@ def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result:
     assert run.settings["n_ungraded"] == 1 and run.settings["arm"] == ARM
 
 
-def test_edits_are_appended_passage_by_passage_and_the_same_one_once(
-    tmp_path: Path, result: LiveResult
-) -> None:
+def test_edits_are_appended_passage_by_passage_and_the_same_one_once(tmp_path: Path, result: LiveResult) -> None:
     path = kept(tmp_path / "run.json", result)
     before = path.read_bytes()
     in_another_session = kept_request(result.request, "theirs", model_id="m")
@@ -250,10 +246,7 @@ def test_edits_are_appended_passage_by_passage_and_the_same_one_once(
     reply = result.reply.model_copy(update={"request_id": request.request_id})
     keep_arm(path, OTHER, second, request, reply)
     run = json.loads(path.read_text())
-    assert [(one["title"], len(one["completions"])) for one in run["articles"]] == [
-        ("Clock", 1),
-        ("Clock", 1),
-    ]
+    assert [(one["title"], len(one["completions"])) for one in run["articles"]] == [("Clock", 1), ("Clock", 1)]
     assert (run["n_articles"], run["k_completions"], run["n_ungraded"]) == (2, 1, 2)
 
 

@@ -89,9 +89,7 @@ def test_the_edit_stands_beside_the_old_answers_and_is_kept(endpoint: str, tmp_p
     assert (edit.text, edit.made["origin"]) == ("a\nb", "live_edit")
 
 
-def test_a_published_run_opens_at_the_passage_that_was_asked_for(
-    golden: Path, endpoint: str, tmp_path: Path
-) -> None:
+def test_a_published_run_opens_at_the_passage_that_was_asked_for(golden: Path, endpoint: str, tmp_path: Path) -> None:
     published = golden / "results" / "rank_iter0.json.gz"
     executed = run(tmp_path, run_json=str(published), endpoint=endpoint, show="ties", sort="largest loss")
     said = shown(executed, "inspector")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
 from seal_nb.grading.base import Answered, Verdict
-from seal_nb.results.inspection import (
+from seal_nb.inspector.inspection import (
     EXAMPLE,
     SHOWN,
     SORTED,
@@ -20,9 +20,9 @@ from seal_nb.results.inspection import (
     says,
     sequence_rows,
 )
+from seal_nb.inspector.pages import compared_table
 from seal_nb.results.single_passage import AnsweredQuestion, read_run, run_from_json
 from seal_nb.results.summary import summarize
-from seal_nb.views.inspector.pages import compared_table
 
 
 def answered(**values: Any) -> dict[str, Any]:
@@ -78,12 +78,7 @@ def test_a_filter_shows_the_passages_it_names(four: Inspection, show: Any, expec
 
 @pytest.mark.parametrize(
     ("sort", "first"),
-    [
-        ("file order", "won"),
-        ("largest gain", "tied"),
-        ("largest loss", "lost"),
-        ("most ungraded", "unclear"),
-    ],
+    [("file order", "won"), ("largest gain", "tied"), ("largest loss", "lost"), ("most ungraded", "unclear")],
 )
 def test_a_sort_puts_what_it_names_first(four: Inspection, sort: Any, first: str) -> None:
     assert four.select(sort=sort)[0].title == first
@@ -100,9 +95,7 @@ def test_searching_looks_into_title_passage_and_questions(four: Inspection) -> N
 
 
 @pytest.mark.parametrize(("name", "value"), [("show", "everything"), ("sort", "by luck")])
-def test_an_unknown_filter_or_sort_is_refused_with_those_there_are(
-    four: Inspection, name: str, value: str
-) -> None:
+def test_an_unknown_filter_or_sort_is_refused_with_those_there_are(four: Inspection, name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} is '{value}'; known are (all|file order),"):
         four.select(**{name: value})  # type: ignore[arg-type]
 
@@ -203,9 +196,7 @@ PASSAGE = "T\nIlse Corvandt built it in 1893."
          "no verdict on the baseline and the adapter answer"),
     ],
 )  # fmt: skip
-def test_explanation_says_what_the_texts_tell(
-    one: AnsweredQuestion, sequences: list[str], expected: str
-) -> None:
+def test_explanation_says_what_the_texts_tell(one: AnsweredQuestion, sequences: list[str], expected: str) -> None:
     assert explanation(one, [one, OTHER], sequences) == expected
 
 
@@ -221,9 +212,7 @@ def test_a_gold_answer_counts_as_said_by_whole_words_only() -> None:
         (False, False, "stayed wrong"), (None, True, "ungraded"), (False, None, "ungraded"),
     ],
 )  # fmt: skip
-def test_flip_compares_two_verdicts_and_nothing_else(
-    before: bool | None, after: bool | None, flip: str
-) -> None:
+def test_flip_compares_two_verdicts_and_nothing_else(before: bool | None, after: bool | None, flip: str) -> None:
     assert flip_of(question(baseline_correct=before, adapter_correct=after)) == flip
 
 

@@ -9,9 +9,9 @@ import torch
 
 from seal_nb.inner_loop.loop import InnerLoop
 from seal_nb.inner_loop.scores import pieces
+from seal_nb.inspector.tokens import scored_tokens, token_chart, tokens_html, total_change
 from seal_nb.protocol import ScoredText, TTTReply
 from seal_nb.ttt.trainer import Progress
-from seal_nb.views.inspector.tokens import scored_tokens, token_chart, tokens_html, total_change
 from tests.test_inner_loop import QUESTIONS, loop, request, run  # noqa: F401 - loop is a fixture
 
 SEQUENCES = ["T\nthe lamp is on the hill", "T\nc"]

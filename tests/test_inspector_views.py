@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.live_edit import Workbench
-from seal_nb.results.inspection import Inspection
+from seal_nb.inspector import html as record
+from seal_nb.inspector import live as live_views
+from seal_nb.inspector import tokens, widgets
+from seal_nb.inspector import widgets as choices
+from seal_nb.inspector.html import RunLinks, sparkline
+from seal_nb.inspector.inspection import Inspection
+from seal_nb.inspector.live import LiveEdit
+from seal_nb.inspector.live_edit import Workbench
+from seal_nb.inspector.tokens import NO_VALUES, TokenTexts
+from seal_nb.inspector.widgets import VIEWS, Choice, PassageInspector, choose
 from seal_nb.results.single_passage import SinglePassageRun, run_from_json
 from seal_nb.server.launch import TTTServer
-from seal_nb.views.inspector import html as record
-from seal_nb.views.inspector import live as live_views
-from seal_nb.views.inspector import tokens, widgets
-from seal_nb.views.inspector import widgets as choices
-from seal_nb.views.inspector.html import RunLinks, sparkline
-from seal_nb.views.inspector.live import LiveEdit
-from seal_nb.views.inspector.tokens import NO_VALUES, TokenTexts
-from seal_nb.views.inspector.widgets import VIEWS, Choice, PassageInspector, choose
 from tests.server.conftest import HASTE, STUB, eventually
 
 EVIL = "<script>alert(1)</script>"
@@ -31,13 +31,7 @@ def asked(before: bool, after: bool | None, rep: int = 0) -> dict[str, Any]:
             "adapter_answer": EVIL, "baseline_correct": before, "adapter_correct": after}  # fmt: skip
 
 
-SCORED = {
-    "kind": "gold",
-    "index": 0,
-    "tokens": ["gold"],
-    "baseline_logprobs": [-5.0],
-    "adapter_logprobs": [-1.0],
-}
+SCORED = {"kind": "gold", "index": 0, "tokens": ["gold"], "baseline_logprobs": [-5.0], "adapter_logprobs": [-1.0]}
 
 
 def run_of(path: str = "") -> SinglePassageRun:
@@ -86,9 +80,7 @@ def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(choice: 
         (0, 0, 5, "against is 5; passage 0 has 2"),
     ],
 )
-def test_an_index_that_is_not_there_is_refused(
-    passage: int, self_edit: int, against: int, message: str
-) -> None:
+def test_an_index_that_is_not_there_is_refused(passage: int, self_edit: int, against: int, message: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
         choose(Inspection(run_of()), passage, self_edit, against, show="all", sort="file order")
 
@@ -100,11 +92,7 @@ def test_a_filter_that_nothing_passes_is_refused_where_a_passage_is_to_be_chosen
 
 def test_a_passage_without_a_self_edit_is_not_there_to_choose() -> None:
     bare = {"title": "bare", "context": "c", "completions": []}
-    full = {
-        "title": "full",
-        "context": "c",
-        "completions": [{"text": "t", "questions": [asked(False, True)]}],
-    }
+    full = {"title": "full", "context": "c", "completions": [{"text": "t", "questions": [asked(False, True)]}]}
     inspection = Inspection(run_from_json({"articles": [bare, full]}), graders=())
     choice = choose(inspection, -1, -1, -1, show="all", sort="file order")
     assert choice.passage == 1 and [row.title for row in choice.rows] == ["full"]
@@ -224,9 +212,7 @@ def test_links_name_no_place_headless(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("looked_on")
-def test_links_can_be_followed_where_somebody_looks_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_can_be_followed_where_somebody_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run a.json").write_text("{}")

@@ -52,24 +52,18 @@ def test_published_grader_replies_are_read_as_published_or_left_ungraded(golden:
     }  # fmt: skip
 
 
-@given(
-    st.lists(st.sampled_from(["yes", "no", "Yes.", "know", "yesterday", "\n", "maybe", "NO"])).map(" ".join)
-)
+@given(st.lists(st.sampled_from(["yes", "no", "Yes.", "know", "yesterday", "\n", "maybe", "NO"])).map(" ".join))
 def test_a_verdict_needs_exactly_one_of_the_two_words(reply: str) -> None:
     words = set(reply.lower().replace(".", " ").split()) & {"yes", "no"}
     expected = {("yes",): Verdict.CORRECT, ("no",): Verdict.INCORRECT}.get(tuple(words), Verdict.UNGRADED)
     assert read_verdict(reply) is expected
 
 
-def test_the_published_question_is_asked_byte_for_byte(
-    golden: Path, service: StandIn, tmp_path: Path
-) -> None:
+def test_the_published_question_is_asked_byte_for_byte(golden: Path, service: StandIn, tmp_path: Path) -> None:
     lines = (golden / "golden/answer_and_grade_prompts.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     texts = ("title", "question", "gold", "answer")
-    make_grader(service.judge(tmp_path)).grade(
-        [Answered(**{name: r[name] for name in texts}) for r in records]
-    )
+    make_grader(service.judge(tmp_path)).grade([Answered(**{name: r[name] for name in texts}) for r in records])
     assert len(records) == 23
     assert set(service.prompts) == {record["grade_prompt"] for record in records}
 
@@ -130,23 +124,16 @@ def test_wrong_key_is_found_out_once_and_not_for_every_answer(
     assert "bad key" in caplog.text and "401" in caplog.text
 
 
-def test_empty_answers_and_golds_cost_nothing_and_equal_answers_cost_once(
-    service: StandIn, tmp_path: Path
-) -> None:
+def test_empty_answers_and_golds_cost_nothing_and_equal_answers_cost_once(service: StandIn, tmp_path: Path) -> None:
     (one,) = answers(1)
-    empty = [
-        Answered(question=WHO, gold=gold, answer=answer)
-        for gold, answer in (("x", ""), ("x", " \n"), ("", "x"))
-    ]
+    empty = [Answered(question=WHO, gold=gold, answer=answer) for gold, answer in (("x", ""), ("x", " \n"), ("", "x"))]
     verdicts = make_grader(service.judge(tmp_path)).grade([*empty, one, one, one])
     assert [v.value for v in verdicts] == ["INCORRECT", "INCORRECT", "UNGRADED"] + ["CORRECT"] * 3
     assert len(service.asked) == 1
 
 
 @pytest.mark.parametrize("changed", ["question", "gold", "answer", "title", "model"])
-def test_a_reply_is_kept_for_its_content_and_model_only(
-    service: StandIn, tmp_path: Path, changed: str
-) -> None:
+def test_a_reply_is_kept_for_its_content_and_model_only(service: StandIn, tmp_path: Path, changed: str) -> None:
     fields = {"title": "t", "question": "q", "gold": "g", "answer": "a"}
     make_grader(service.judge(tmp_path)).grade([Answered(**fields)])
     model = "other" if changed == "model" else "stub"
@@ -233,9 +220,7 @@ def test_killed_in_the_middle_and_started_again_pays_only_for_what_was_under_way
 
 
 @pytest.mark.parametrize("left", [b"", b'{"reply": "ye', b"[]", b"\x00\x00"])
-def test_a_torn_reply_on_the_disk_is_asked_again_and_mended(
-    service: StandIn, tmp_path: Path, left: bytes
-) -> None:
+def test_a_torn_reply_on_the_disk_is_asked_again_and_mended(service: StandIn, tmp_path: Path, left: bytes) -> None:
     name = service.judge(tmp_path)
     make_grader(name).grade(answers(1))
     (kept,) = tmp_path.rglob("*.json")
@@ -266,13 +251,7 @@ def test_the_key_comes_from_the_named_variable_and_stands_nowhere_else(
     assert {asked.headers["authorization"] for asked in service.asked} == {"Bearer secret-0123456789"}
     written = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     assert "Ilse number 0" in written
-    for shown in (
-        written,
-        caplog.text,
-        repr(grader.__dict__.get("settings")),
-        str(grader.failures),
-        grader.name,
-    ):  # type: ignore[attr-defined]
+    for shown in (written, caplog.text, repr(grader.__dict__.get("settings")), str(grader.failures), grader.name):  # type: ignore[attr-defined]
         assert "secret-0123456789" not in shown
 
 
@@ -289,9 +268,7 @@ def test_a_key_that_is_not_there_is_told_before_anything_is_asked(
 
 
 def test_settings_in_a_name() -> None:
-    one = judge_settings(
-        "judge:org/model:1b?base_url=http://h:1/v1&max_parallel=3&timeout_s=2.5&cache_dir=/x"
-    )
+    one = judge_settings("judge:org/model:1b?base_url=http://h:1/v1&max_parallel=3&timeout_s=2.5&cache_dir=/x")
     assert (one.model, str(one.cache_dir)) == ("org/model:1b", "/x")
     assert (one.api.base_url, one.api.max_parallel, one.api.timeout_s) == ("http://h:1/v1", 3, 2.5)
     assert judge_settings("judge").model == "gpt-4.1"
@@ -332,11 +309,7 @@ except KeyboardInterrupt:
     input()
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "interrupted\n"

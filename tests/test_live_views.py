@@ -16,9 +16,7 @@ from seal_nb.views import tables
 from seal_nb.views.live import NOT_YET, Glance, Teller, right_of
 from seal_nb.views.tables import Table
 
-TABLE = Table(
-    rows=[{"arm": "b", "gain": 0.1}, {"arm": "a", "gain": None}], columns={"arm": "", "gain": "+.0%"}
-)
+TABLE = Table(rows=[{"arm": "b", "gain": 0.1}, {"arm": "a", "gain": None}], columns={"arm": "", "gain": "+.0%"})
 
 
 def executed(*sources: str) -> nbformat.NotebookNode:
@@ -33,9 +31,7 @@ def test_a_table_made_headless_has_no_script() -> None:
     assert "<script" not in bundle["text/html"]
 
 
-def test_a_table_that_somebody_looks_at_sorts_and_has_the_same_cells(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_table_that_somebody_looks_at_sorts_and_has_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "somebody_looks_on", lambda: True)
     bundle = TABLE._repr_mimebundle_()
     assert TABLE._repr_html_() in bundle["text/html"] and "<script>" in bundle["text/html"]

@@ -33,12 +33,8 @@ def test_seal_against_base_is_real_and_against_gpt_4_1_is_noise(golden: Path) ->
     seal = published_verdicts(golden, "iter2")
     against_base = paired_difference(seal, published_verdicts(golden, "base"))
     against_gpt = paired_difference(seal, published_verdicts(golden, "gpt4_1"))
-    assert (against_base.mean, against_base.low, against_base.high) == pytest.approx(
-        (0.073, 0.027, 0.119), abs=0.002
-    )
-    assert (against_gpt.mean, against_gpt.low, against_gpt.high) == pytest.approx(
-        (0.007, -0.035, 0.048), abs=0.002
-    )
+    assert (against_base.mean, against_base.low, against_base.high) == pytest.approx((0.073, 0.027, 0.119), abs=0.002)
+    assert (against_gpt.mean, against_gpt.low, against_gpt.high) == pytest.approx((0.007, -0.035, 0.048), abs=0.002)
     assert against_base.sentence().startswith("+7.3 points [2.")
     assert against_base.sentence().endswith("], 200 passages: real")
     assert against_gpt.sentence().endswith("200 passages: not distinguishable from noise")
@@ -153,9 +149,7 @@ def test_without_an_effect_one_difference_in_twenty_is_called_real(n: int) -> No
     """n = 6 is the demo: the interval alone would call one in eight real."""
     generator = np.random.default_rng(7)
     called = [
-        paired_difference(
-            list(generator.random((n, 5)) < 0.4), list(generator.random((n, 5)) < 0.4), n_resamples=400
-        )
+        paired_difference(list(generator.random((n, 5)) < 0.4), list(generator.random((n, 5)) < 0.4), n_resamples=400)
         for _ in range(600)
     ]
     assert statistics.mean(difference.is_real for difference in called) <= 0.07

@@ -16,9 +16,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 LARGEST_OUTPUT_BYTES = 200_000
 OF_A_MACHINE = {
     "path": re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|usr|var|opt|Users|mnt)/\w"),
-    "address": re.compile(
-        r"(?:tcp|http|https|ipc)://(?:127\.0\.0\.1|localhost|0\.0\.0\.0|\d+\.\d+\.\d+\.\d+)"
-    ),
+    "address": re.compile(r"(?:tcp|http|https|ipc)://(?:127\.0\.0\.1|localhost|0\.0\.0\.0|\d+\.\d+\.\d+\.\d+)"),
     "date": re.compile(r"\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d"),
     "token": re.compile(r"(?i)\b(?:token|api[_-]?key|secret|password)\b\s*[=:]\s*\S{8,}"),
     "key": re.compile(r"\b(?:sk|hf|ghp)[-_][A-Za-z0-9]{16,}"),
@@ -58,8 +56,7 @@ def test_what_a_cell_prints_is_one_output_however_it_came_in(notebook: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["/home/someone/runs", "tcp://127.0.0.1:4711", "2026-11-24 05:34", "token=0123456789abcdef", "pid 4711"],
+    "text", ["/home/someone/runs", "tcp://127.0.0.1:4711", "2026-11-24 05:34", "token=0123456789abcdef", "pid 4711"]
 )
 def test_what_would_be_found_is_found(text: str) -> None:
     assert any(pattern.search(json.dumps(["said", f"x {text}"])) for pattern in OF_A_MACHINE.values())

@@ -58,9 +58,7 @@ def test_stage_is_found_by_name_and_by_unique_beginning(tmp_path: Path) -> None:
         ("../03_query_server", "stages: 03_query_server, 04_cpt"),
     ],
 )
-def test_unknown_or_ambiguous_stage_is_refused_with_the_valid_names(
-    tmp_path: Path, stage: str, said: str
-) -> None:
+def test_unknown_or_ambiguous_stage_is_refused_with_the_valid_names(tmp_path: Path, stage: str, said: str) -> None:
     for name in ("03_query_server", "04_cpt"):
         write_notebook(tmp_path, name, "n: int = 1")
     with pytest.raises(SettingsError, match="03_query_server") as caught:
@@ -90,9 +88,7 @@ def test_default_that_papermill_cannot_read_is_refused_by_name(tmp_path: Path) -
 
 
 def test_unknown_parameter_is_refused_with_a_near_match(tiny: Path) -> None:
-    with pytest.raises(
-        SettingsError, match="unknown parameter 'n_article'.*did you mean 'n_articles'.*k_best"
-    ):
+    with pytest.raises(SettingsError, match="unknown parameter 'n_article'.*did you mean 'n_articles'.*k_best"):
         parse_parameters([("n_article", "3")], declared_parameters(tiny))
 
 
@@ -123,14 +119,7 @@ def test_value_is_read_in_the_declared_type_and_written_back(kind: str, text: st
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [
-        ("int", "3.5"),
-        ("int", ""),
-        ("float", "much"),
-        ("bool", "maybe"),
-        ("list[int]", "a"),
-        ("list[str]", "[1"),
-    ],
+    [("int", "3.5"), ("int", ""), ("float", "much"), ("bool", "maybe"), ("list[int]", "a"), ("list[str]", "[1")],
 )
 def test_value_of_another_type_is_refused_with_name_value_and_remedy(kind: str, text: str) -> None:
     parameter = Parameter(name="finetune_lr", type_name=kind, default=0, help="")

@@ -27,11 +27,7 @@ def run(stage: str, output_dir: Path, **values: Any) -> Path:
     assert set(values) <= set(declared_parameters(notebook))
     executed = output_dir / notebook.name
     run_notebook(
-        notebook,
-        {"output_dir": str(output_dir), **values},
-        executed,
-        write=lambda _: None,
-        progress_bar=False,
+        notebook, {"output_dir": str(output_dir), **values}, executed, write=lambda _: None, progress_bar=False
     )
     return output_dir
 
@@ -72,9 +68,7 @@ def test_cells_are_short_and_the_first_says_what_and_with_what(notebook: Path) -
     assert {cell: n for cell, n in lengths.items() if n > LONGEST_CELL} == {}
 
 
-def test_query_runs_every_inner_loop_once_and_a_second_run_none(
-    endpoint: str, log: Path, tmp_path: Path
-) -> None:
+def test_query_runs_every_inner_loop_once_and_a_second_run_none(endpoint: str, log: Path, tmp_path: Path) -> None:
     values = {
         "dataset": "shipped:val", "arms": "passage_only,hand_written", "endpoint": endpoint,
         "n_articles": 3, "eval_times": 2, "exp_name": "twice",
@@ -101,9 +95,7 @@ def test_query_writes_runs_that_the_next_stage_reads(endpoint: str, tmp_path: Pa
     assert record["settings"]["training"]["lora_rank"] == 32 and record["seeds"] == {"seed": 42}
     assert str(tmp_path) not in json.dumps(record)
     assert read_run(tmp_path / "run_round1_rank.json").n_completions == 2
-    out = run(
-        "05_rest_em_round", tmp_path / "out", run_json=str(tmp_path / "run_round1_rank.json"), exp_name="r"
-    )
+    out = run("05_rest_em_round", tmp_path / "out", run_json=str(tmp_path / "run_round1_rank.json"), exp_name="r")
     rows = [json.loads(line) for line in (out / "sft_best1of2_r.jsonl").read_text().splitlines()]
     assert rows == [{"prompt": "p", "completion": "x"}] * 2
 
@@ -129,9 +121,7 @@ def test_repeats_are_added_until_the_ranking_is_reliable_and_earlier_ones_are_ke
     endpoint: str, log: Path, tmp_path: Path
 ) -> None:
     """The stub's adapters answer alike: nothing differs, so a second repeat is all that is asked for."""
-    items = [
-        to_item(replace(one, completions=("more", "repeats"))) for one in load_passages("shipped:val")[:2]
-    ]
+    items = [to_item(replace(one, completions=("more", "repeats"))) for one in load_passages("shipped:val")[:2]]
     (tmp_path / "items.json").write_text(json.dumps(items))
     before = len(log.read_text().splitlines()) if log.exists() else 0
     values = {"dataset": str(tmp_path / "items.json"), "arms": "self_edits", "k_completions": 2}
@@ -174,9 +164,7 @@ def test_a_grader_that_is_not_the_server_s_is_refused_before_anything_is_asked(
         assert client.status().counts.get("answered", 0) == 0
 
 
-def test_published_ranking_gives_the_published_training_set_byte_for_byte(
-    golden: Path, tmp_path: Path
-) -> None:
+def test_published_ranking_gives_the_published_training_set_byte_for_byte(golden: Path, tmp_path: Path) -> None:
     published = golden / "results" / "rank_iter0.json.gz"
     out = run("05_rest_em_round", tmp_path, run_json=str(published), exp_name="iter0")
     expected = (golden / "EM_SFT" / "sft_best1of5_iter0.jsonl").read_bytes()
@@ -213,17 +201,10 @@ def test_strategies_of_keeping_edits_stand_side_by_side(endpoint: str, tmp_path:
 
 
 @pytest.mark.parametrize("arm", ["self_edits", "hand_written"])
-def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(
-    endpoint: str, tmp_path: Path, arm: str
-) -> None:
+def test_continual_matrix_has_a_row_for_every_edit_of_every_sequence(endpoint: str, tmp_path: Path, arm: str) -> None:
     run("06_continual_self_edits", tmp_path, endpoint=endpoint, n_sequences=3, n_datapoints=3, arm=arm)
     summary = json.loads((tmp_path / "summary_continual.json").read_text())
-    assert summary["mean_over_sequences"] == [
-        [0.0, 0.0, 0.0],
-        [1.0, 0.0, 0.0],
-        [1.0, 1.0, 0.0],
-        [1.0, 1.0, 1.0],
-    ]
+    assert summary["mean_over_sequences"] == [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
     assert (summary["n_sequences"], summary["n_datapoints"], len(summary["matrices"])) == (3, 3, 3)
     assert [len(one["steps"]) for one in summary["sequences"]] == [4, 4, 4]
     assert "never edited" in shown(tmp_path / "06_continual_self_edits.ipynb", "matrix-table")

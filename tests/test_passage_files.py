@@ -20,9 +20,7 @@ ORLE = Passage(
         Question(question="How many mills has Orle?", answer="two"),
     ),
 )
-ZOR = Passage(
-    title="Zor", context="Zor is a moon.", questions=(Question(question="What is Zor?", answer="a moon"),)
-)
+ZOR = Passage(title="Zor", context="Zor is a moon.", questions=(Question(question="What is Zor?", answer="a moon"),))
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -102,11 +100,7 @@ HEAD = "title,context,question,answer\n"
     ("name", "text", "said"),
     [
         ("a.csv", "", "line 1, field 'title': has no column 'title' but no header"),
-        (
-            "a.csv",
-            "title,context,question\n",
-            "field 'answer': has no column 'answer' but title",
-        ),
+        ("a.csv", "title,context,question\n", "field 'answer': has no column 'answer' but title"),
         ("a.csv", HEAD, "holds no passage"),
         ("a.csv", HEAD + 'a,"b\nc",d,e\nT,C,,A\n', "line 4, field 'question': is empty; fill it in"),
         ("a.csv", HEAD + "T,C,Q\n", "line 2, field 'answer': is empty"),
@@ -138,7 +132,5 @@ def test_a_file_that_is_not_there_or_not_utf_8_is_refused(tmp_path: Path) -> Non
 
 def test_a_line_separator_inside_a_quoted_cell_is_text(tmp_path: Path) -> None:
     """U+2028 and a lone form feed end no row of a CSV file; a line break in quotes stays as it is."""
-    passages = [
-        Passage(title="T", context="a\u2028b\x0cc\r\nd", questions=(Question(question="q", answer="a"),))
-    ]
+    passages = [Passage(title="T", context="a\u2028b\x0cc\r\nd", questions=(Question(question="q", answer="a"),))]
     assert load_passages(written(tmp_path, "a.csv", as_csv(passages))) == passages

@@ -52,9 +52,7 @@ def test_squad_comes_in_one_passage_a_paragraph_with_the_first_answer_as_gold(tm
     squad = {"version": "1.1", "data": [{"title": "Super_Bowl_50", "paragraphs": [paragraph, paragraph]}]}
     path = tmp_path / "dev-v1.1.json.gz"
     path.write_bytes(gzip.compress(json.dumps(squad).encode()))
-    expected = Passage(
-        title="Super Bowl 50", context="C1", questions=(Question(question="q?", answer="first"),)
-    )
+    expected = Passage(title="Super Bowl 50", context="C1", questions=(Question(question="q?", answer="first"),))
     assert load_passages(path) == [expected, expected]
 
 
@@ -80,14 +78,7 @@ def test_absent_and_null_self_edits_and_prompt_mean_none(tmp_path: Path) -> None
         ([ITEM | {"prompt": []}], 0, "prompt", "a list, not a text"),
         ({"data": [{"title": "T", "paragraphs": [{"context": "C"}]}]}, 0, "paragraphs[0].qas", "is missing"),
         (
-            {
-                "data": [
-                    {
-                        "title": "T",
-                        "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": []}]}],
-                    }
-                ]
-            },
+            {"data": [{"title": "T", "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": []}]}]}]},
             0,
             "paragraphs[0].qas[0].answers",
             "is empty",
@@ -126,9 +117,7 @@ def test_a_missing_file_and_an_unknown_shipped_split_say_so(tmp_path: Path) -> N
         context=st.text(min_size=1).filter(str.strip),
         questions=st.lists(
             st.builds(
-                Question,
-                question=st.text(min_size=1).filter(str.strip),
-                answer=st.text(min_size=1).filter(str.strip),
+                Question, question=st.text(min_size=1).filter(str.strip), answer=st.text(min_size=1).filter(str.strip)
             )
         ).map(tuple),
         completions=st.lists(st.text()).map(tuple),
@@ -136,8 +125,6 @@ def test_a_missing_file_and_an_unknown_shipped_split_say_so(tmp_path: Path) -> N
         hand_written=st.text(),
     )
 )
-def test_any_passage_survives_a_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, passage: Passage
-) -> None:
+def test_any_passage_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, passage: Passage) -> None:
     path = written(tmp_path_factory.mktemp("items"), [to_item(passage)])
     assert load_passages(path) == [passage]

@@ -50,9 +50,7 @@ def sent(**fields):
 
 
 def test_published_defaults_are_what_a_request_of_two_fields_gets():
-    short = parse_request(
-        json.dumps({k: PUBLISHED[k] for k in ("train_sequences", "eval_questions")}).encode()
-    )
+    short = parse_request(json.dumps({k: PUBLISHED[k] for k in ("train_sequences", "eval_questions")}).encode())
     assert short == parse_request(sent())
     assert short.request_id is None and short.seed is None and short.training_wanted
 
@@ -250,8 +248,6 @@ def test_the_defaults_on_the_page_are_those_of_the_records():
 
 def test_every_counter_of_the_server_is_on_the_page():
     folder = PAGE_PATH.parent.parent / "seal_nb" / "service"
-    counted = {
-        name for path in folder.glob("*.py") for name in re.findall(r'\.count\("(\w+)"', path.read_text())
-    }
+    counted = {name for path in folder.glob("*.py") for name in re.findall(r'\.count\("(\w+)"', path.read_text())}
     assert {"answered", "requeued"} <= counted
     assert not [name for name in counted if f"`{name}`" not in PAGE]

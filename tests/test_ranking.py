@@ -39,9 +39,7 @@ def run_of(rewards_P_E_R: list[list[list[float]]], n_questions: int = 10) -> Sin
     )
 
 
-def noisy(
-    n_passages: int, n_repeats: int, *, between: float, within: float, seed: int = 0
-) -> SinglePassageRun:
+def noisy(n_passages: int, n_repeats: int, *, between: float, within: float, seed: int = 0) -> SinglePassageRun:
     """Five self-edits a passage, of true rewards around 0.5, each measured with noise."""
     draws = random.Random(seed)
     passages = []

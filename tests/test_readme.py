@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.cli import _parser
-from seal_nb.notebook_runner import (
-    declared_parameters,
-    default_notebooks_dir,
-    find_notebook,
-    parse_parameters,
-)
+from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir, find_notebook, parse_parameters
 from tests.ttt.tiny import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,9 +18,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```console\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 # Need a GPU or a hub, a server that stays, hours, or are this test run itself.
-NOT_RUN = re.compile(
-    r"^(make|conda|pip|git|cd|seal-nb (serve|status|submit|chain-status))\b|Qwen|127\.0\.0\.1"
-)
+NOT_RUN = re.compile(r"^(make|conda|pip|git|cd|seal-nb (serve|status|submit|chain-status))\b|Qwen|127\.0\.0\.1")
 
 
 def options_of(words: list[str]) -> list[tuple[str, str]]:

@@ -25,11 +25,7 @@ from seal_nb.results.single_passage import run_from_json
 from seal_nb.results.summary import summarize
 
 PASSAGES = [
-    Passage(
-        title=title,
-        context="c",
-        questions=tuple(Question(question=f"{title}{n}?", answer="x") for n in range(k)),
-    )
+    Passage(title=title, context="c", questions=tuple(Question(question=f"{title}{n}?", answer="x") for n in range(k)))
     for title, k in (("A", 2), ("B", 3), ("A", 1))  # titles repeat
 ]
 
@@ -70,9 +66,7 @@ def without_ours(run: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def test_published_verdicts_given_again_make_the_published_file_to_the_last_bit(
-    ranking: dict[str, Any],
-) -> None:
+def test_published_verdicts_given_again_make_the_published_file_to_the_last_bit(ranking: dict[str, Any]) -> None:
     verdicts = [
         row[f"{kind}_correct"]
         for article in ranking["articles"]
@@ -87,15 +81,11 @@ def test_published_verdicts_given_again_make_the_published_file_to_the_last_bit(
     assert (done.run["grader"], done.run["n_ungraded"]) == ("stub", 0)
 
 
-def test_published_cpt_verdicts_given_again_make_the_published_numbers(
-    cpt: dict[str, Any], golden: Path
-) -> None:
+def test_published_cpt_verdicts_given_again_make_the_published_numbers(cpt: dict[str, Any], golden: Path) -> None:
     reply = cpt["server_reply"]
     pairs = zip(reply["baseline_correct"], reply["adapter_correct"], strict=True)
     in_order = iter([verdict for pair in pairs for verdict in pair])
-    done = regrade(
-        cpt, Says(lambda _: next(in_order)), passages=load_passages(golden / "eval/base_val.json.gz")
-    )
+    done = regrade(cpt, Says(lambda _: next(in_order)), passages=load_passages(golden / "eval/base_val.json.gz"))
     assert done.run["overall"] == cpt["overall"]
     again = without_ours(done.run)
     assert again["server_reply"] == reply
@@ -120,10 +110,7 @@ def test_earlier_verdicts_stay_beside_by_the_name_of_their_grader(ranking: dict[
     published = ranking["articles"][0]["completions"][0]["questions"][0]
     row = third["articles"][0]["completions"][0]["questions"][0]
     names = ("baseline_correct", "adapter_correct")
-    assert row["earlier"] == {
-        "earlier": {name: published[name] for name in names},
-        "one": dict.fromkeys(names, True),
-    }
+    assert row["earlier"] == {"earlier": {name: published[name] for name in names}, "one": dict.fromkeys(names, True)}
     assert [row[name] for name in names] == [False, False]
     assert ranking["articles"][0]["completions"][0]["questions"][0].keys() == published.keys()  # not changed
 
@@ -219,9 +206,7 @@ def own_summary(step_verdicts: Sequence[Sequence[bool | None]]) -> dict[str, Any
 
     sequence = PASSAGES[:2]
     replies = [
-        build_reply(
-            baseline=None, adapter=Answers(texts=["x"] * len(v), verdicts=[IN_WORDS[one] for one in v])
-        )
+        build_reply(baseline=None, adapter=Answers(texts=["x"] * len(v), verdicts=[IN_WORDS[one] for one in v]))
         for v in step_verdicts
     ]
     rows = [verdict_row(reply, sequence, step) for step, reply in enumerate(replies)]
@@ -236,9 +221,7 @@ def test_continual_summary_graded_again_is_what_it_would_have_been() -> None:
     in_order = iter([verdict for step in second for verdict in step])
     done = regrade(own_summary(first), Says(lambda _: next(in_order)))
     steps = done.run["sequences"][0]["steps"]
-    assert [step.pop("earlier") for step in steps] == [
-        {"earlier": {"correct": verdicts}} for verdicts in first
-    ]
+    assert [step.pop("earlier") for step in steps] == [{"earlier": {"correct": verdicts}} for verdicts in first]
     assert done.run.pop("grader") == "stub"
     assert done.run == own_summary(second)
     assert done.kinds.count("baseline") == 5 and done.kinds.count("adapter") == 7

@@ -91,11 +91,7 @@ def test_make_without_a_fitting_python_says_what_is_missing(tmp_path: Path) -> N
     old.chmod(0o755)
     make = subprocess.run(["sh", "-c", "command -v make"], capture_output=True, text=True).stdout.strip()
     done = subprocess.run(
-        [make, "demo", f"VENV={tmp_path}/venv"],
-        cwd=ROOT,
-        env={"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
+        [make, "demo", f"VENV={tmp_path}/venv"], cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True
     )
     assert done.returncode != 0
     assert "no Python 3.11 or newer found; python3 is: Python 3.9.2" in done.stderr
@@ -107,9 +103,7 @@ def test_ci_passes_the_result_of_make_test_on_and_ends_with_pytest_s_line(tmp_pa
     fake = tmp_path / "bin" / "make"
     fake.parent.mkdir()
     closing = "=== 2 failed, 3 passed in 1.20s ==="
-    fake.write_text(
-        f"#!/bin/sh\necho \"make $* CI=$CI\"; echo '{closing}'; echo mypy: fine >&2; exit {code}\n"
-    )
+    fake.write_text(f"#!/bin/sh\necho \"make $* CI=$CI\"; echo '{closing}'; echo mypy: fine >&2; exit {code}\n")
     fake.chmod(0o755)
     for name in ("apt-get", "sudo", "chromium", "faketime", "ip", "sbatch", "slurmctld", "slurmd", "munged"):
         stand_in = fake.with_name(name)  # nothing is installed by a test

@@ -95,12 +95,7 @@ def changed(run_file: Path, change: Any) -> Path:
             RunMismatch,
             "does not give its request id",
         ),
-        (
-            lambda run: run["articles"][0]["completions"][0].update(questions=[]),
-            "0.0.0",
-            DataError,
-            "no answer",
-        ),
+        (lambda run: run["articles"][0]["completions"][0].update(questions=[]), "0.0.0", DataError, "no answer"),
     ],
 )
 def test_what_cannot_be_made_again_is_refused(

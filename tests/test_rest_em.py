@@ -47,9 +47,7 @@ def test_the_published_sft_file_is_rebuilt_byte_for_byte(golden: Path, tmp_path:
     assert written.read_bytes() == (golden / "EM_SFT/sft_best1of5_iter0.jsonl").read_bytes()
 
 
-def test_the_published_selection_survives_without_per_question_records(
-    published: dict[str, Any], golden: Path
-) -> None:
+def test_the_published_selection_survives_without_per_question_records(published: dict[str, Any], golden: Path) -> None:
     bare = copy.deepcopy(published)
     for article in bare["articles"]:
         for completion in article["completions"]:
@@ -111,9 +109,7 @@ def test_an_ungraded_answer_is_no_reward() -> None:
 
 
 def test_the_soft_score_breaks_ties_and_only_ties() -> None:
-    run = graded_passage(
-        [question(True, soft=-8.0)], [question(True, soft=-2.0)], [question(False, soft=-0.1)]
-    )
+    run = graded_passage([question(True, soft=-8.0)], [question(True, soft=-2.0)], [question(False, soft=-0.1)])
     assert select_best(run)[0].self_edit == 0
     (choice,) = select_best(run, tie_break="soft")
     assert choice.self_edit == 1 and "by soft score" in choice.reason
@@ -141,9 +137,7 @@ def test_a_missing_prompt_is_refused_by_place_and_filled_in_when_its_key_is_give
 
 def test_variances_are_those_of_a_worked_example() -> None:
     repeats = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
-    run = graded_passage(
-        *[[question(bool(value), rep=rep) for rep, value in enumerate(values)] for values in repeats]
-    )
+    run = graded_passage(*[[question(bool(value), rep=rep) for rep, value in enumerate(values)] for values in repeats])
     summary = ranking_summary(run)
     within = statistics.mean(map(statistics.variance, repeats))
     assert summary.variance_between_repeats == pytest.approx(within)
@@ -167,16 +161,11 @@ def test_no_selection_can_be_asked_for_that_is_not_one() -> None:
         ({"completions": [{}, {"stats": {"adapter_mean": "0.5"}}]}, "completions[1].stats.adapter_mean"),
         ({"completions": [{"stats": {"adapter_mean": True}}]}, "completions[0].stats.adapter_mean"),
         ({"completions": [{"questions": [{"rep": "0"}]}]}, "completions[0].questions[0].rep"),
-        (
-            {"completions": [{"questions": [{}, {"adapter_correct": 1}]}]},
-            "completions[0].questions[1].adapter_correct",
-        ),
+        ({"completions": [{"questions": [{}, {"adapter_correct": 1}]}]}, "completions[0].questions[1].adapter_correct"),
         ({"prompt": 5}, "prompt"),
     ],
 )
-def test_a_broken_run_file_is_refused_with_path_item_and_field(
-    tmp_path: Path, article: Any, field: str
-) -> None:
+def test_a_broken_run_file_is_refused_with_path_item_and_field(tmp_path: Path, article: Any, field: str) -> None:
     path = tmp_path / "run_broken.json"
     path.write_text(json.dumps({"articles": [{"title": "fine"}, article]}))
     with pytest.raises(DataError) as refused:

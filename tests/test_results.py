@@ -88,9 +88,7 @@ def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
         ("run_ranked.json", {"k_completions": 5, "eval_times": 1}, False),
     ],
 )
-def test_several_self_edits_of_a_passage_are_still_an_evaluation(
-    file: str, settings: dict, is_ranking: bool
-) -> None:
+def test_several_self_edits_of_a_passage_are_still_an_evaluation(file: str, settings: dict, is_ranking: bool) -> None:
     (result,) = results_in(run_file(("0", "1"), **settings), file)
     assert result.is_ranking == is_ranking
 
@@ -243,9 +241,7 @@ def test_a_glance_at_the_published_results_has_the_published_numbers(golden: Pat
     said = {what: row["published"] for what, row in rows.items()}
     assert said["ReST-EM rounds"] == "39.7% (n = 200) → 47.0% (n = 200)"
     assert said["after the last continual edit"] == "24.7%, never edited 30.7%"
-    assert (
-        said["best arm"].startswith("self-edits, round 2 47.0%") and "not adapted 32.3%" in said["best arm"]
-    )
+    assert said["best arm"].startswith("self-edits, round 2 47.0%") and "not adapted 32.3%" in said["best arm"]
     pairs = comparison_rows(evaluations(sources["published"], prompt_key="implications"))
     real = sum(row["difference"].endswith(": real") for row in pairs)
     assert said["differences between arms"] == f"{real} of {len(pairs)} are real"

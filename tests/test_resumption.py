@@ -100,9 +100,7 @@ def interrupted(stage: str, out: Path, values: dict[str, Any], n_units: int, see
     assert lines_in(out / "journal.jsonl") == n_units, "nothing was asked for twice"
 
 
-def test_a_query_run_killed_twice_has_the_items_seeds_and_numbers_of_a_whole_one(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_query_run_killed_twice_has_the_items_seeds_and_numbers_of_a_whole_one(model: Path, tmp_path: Path) -> None:
     values = {"model": str(model), "n_articles": 3, "eval_times": 2, "arms": "passage_only,hand_written"}
     values |= TRAINING | SERVER
     with whole_run_beside("03", tmp_path / "whole", values):
@@ -113,16 +111,12 @@ def test_a_query_run_killed_twice_has_the_items_seeds_and_numbers_of_a_whole_one
         assert cut == whole and cut["missing"] == []
 
 
-def test_continual_edits_killed_twice_give_the_matrix_and_texts_of_a_whole_run(
-    model: Path, tmp_path: Path
-) -> None:
+def test_continual_edits_killed_twice_give_the_matrix_and_texts_of_a_whole_run(model: Path, tmp_path: Path) -> None:
     values = {"model": str(model), "n_sequences": 2, "n_datapoints": 3, "arm": "self_edits", "max_tokens": 12}
     values |= TRAINING | SERVER
     with whole_run_beside("06", tmp_path / "whole", values):
         interrupted("06", tmp_path / "cut", values, n_units=2 + 2 * 3 + 2 * 3, seed=6)
-    whole, cut = (
-        json.loads((tmp_path / which / "summary_continual.json").read_text()) for which in ("whole", "cut")
-    )
+    whole, cut = (json.loads((tmp_path / which / "summary_continual.json").read_text()) for which in ("whole", "cut"))
     assert cut == whole
 
 

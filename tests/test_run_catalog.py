@@ -19,10 +19,7 @@ def run_file(path: Path, right_P: list[bool], **fields: Any) -> Path:
             "title": f"T{n}",
             "context": f"C{n}",
             "completions": [
-                {
-                    "text": "e",
-                    "questions": [{"rep": 0, "baseline_correct": False, "adapter_correct": right}] * 2,
-                }
+                {"text": "e", "questions": [{"rep": 0, "baseline_correct": False, "adapter_correct": right}] * 2}
             ],
         }
         for n, right in enumerate(right_P)
@@ -65,18 +62,11 @@ def test_runs_that_share_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_settings_that_differ_are_told_by_dotted_name_from_the_record_or_the_file(tmp_path: Path) -> None:
-    files = [
-        run_file(tmp_path / f"{name}.json", [True], lora_params={"lr": lr})
-        for name, lr in (("a", 1), ("b", 2))
-    ]
+    files = [run_file(tmp_path / f"{name}.json", [True], lora_params={"lr": lr}) for name, lr in (("a", 1), ("b", 2))]
     assert settings_difference(*files) == [{"setting": "lora_params.lr", "first": 1, "second": 2}]
     for file, rank in zip(files, (8, 32), strict=True):
-        write_record(
-            file, RunRecord(stage="03", settings={"training": {"lora_rank": rank}}, seeds={"seed": 42})
-        )
-    assert settings_difference(*files) == [
-        {"setting": "settings.training.lora_rank", "first": 8, "second": 32}
-    ]
+        write_record(file, RunRecord(stage="03", settings={"training": {"lora_rank": rank}}, seeds={"seed": 42}))
+    assert settings_difference(*files) == [{"setting": "settings.training.lora_rank", "first": 8, "second": 32}]
     assert settings_difference(files[0], files[0]) == []
 
 
@@ -94,9 +84,7 @@ def test_continual_summaries_of_several_seeds_are_pooled_into_one_file(
     assert [row["kind"] for row in catalog_rows(tmp_path)] == ["continual"] * 3
 
 
-def test_the_commands_print_what_the_functions_say(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_print_what_the_functions_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run_file(tmp_path / "a.json", [False] * 8)
     second = run_file(tmp_path / "b.json", [True] * 8, seed=7)
     assert main(["runs", "list", str(tmp_path)]) == 0

@@ -83,10 +83,7 @@ def test_an_endpoint_is_used_and_no_server_started(server, tmp_path: Path) -> No
 
 def test_a_server_that_is_not_there_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
     where = str(tmp_path / "endpoint.json")
-    with (
-        ttt_client(where, run_dir=tmp_path, wait_s=0.3) as client,
-        pytest.raises(RoundTimeout, match="within 0.3 s"),
-    ):
+    with ttt_client(where, run_dir=tmp_path, wait_s=0.3) as client, pytest.raises(RoundTimeout, match="within 0.3 s"):
         served_model(client)
 
 
@@ -98,9 +95,7 @@ def test_a_server_that_is_not_there_is_waited_for_as_long_as_is_said(tmp_path: P
         ("judge:other", "judge:gpt-4.1", True), ("local", "judge:gpt-4.1", True), ("", "judge:o", False),
     ],
 )  # fmt: skip
-def test_a_grader_that_is_stated_and_is_not_the_server_s_is_refused(
-    stated: str, served: str, is_refused: bool
-) -> None:
+def test_a_grader_that_is_stated_and_is_not_the_server_s_is_refused(stated: str, served: str, is_refused: bool) -> None:
     model_id = f"0123456789abcdef-float32-{served}-2048-deterministic"
     if is_refused:
         with pytest.raises(SettingsError, match=f"grader is '{stated}', .* at here grades by '{served}'"):

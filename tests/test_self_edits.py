@@ -21,16 +21,13 @@ from seal_nb.storage import Journal, write_json
 
 IMPLICATIONS = find_prompts("implications")
 PASSAGES = [
-    Passage(title=f"T{n}", context=f"Context {n}.", questions=(Question(question="q?", answer="a"),))
-    for n in range(5)
+    Passage(title=f"T{n}", context=f"Context {n}.", questions=(Question(question="q?", answer="a"),)) for n in range(5)
 ]
 
 
 def assert_published(case: dict) -> None:
     for split, field in ((True, "expected_split"), (False, "expected_nosplit")):
-        made = train_sequences(
-            case["completion"], title=case["title"], context=case["context"], split_newlines=split
-        )
+        made = train_sequences(case["completion"], title=case["title"], context=case["context"], split_newlines=split)
         assert made == case[field], (case.get("origin", case["completion"]), split)
 
 
@@ -127,9 +124,7 @@ class RecordingEngine:
         return prompt if isinstance(prompt, str) else f"<chat>{contents(prompt)}</chat>"
 
 
-def written(
-    engine: RecordingEngine, passages: Sequence[Passage] = PASSAGES, **changed: object
-) -> list[Passage]:
+def written(engine: RecordingEngine, passages: Sequence[Passage] = PASSAGES, **changed: object) -> list[Passage]:
     settings = {"prompts": IMPLICATIONS, "k_completions": 3, "sampling": Sampling(), "seed": 7}
     return create_self_edits(engine, passages, **(settings | changed))  # type: ignore[arg-type]
 
@@ -242,9 +237,7 @@ def test_a_family_goes_through_file_and_run_to_the_training_set(tmp_path: Path) 
             ]
         }
     )
-    assert sft_rows(run, select_best(run)) == [
-        {"prompt": made[0].prompts[1], "completion": made[0].completions[1]}
-    ]
+    assert sft_rows(run, select_best(run)) == [{"prompt": made[0].prompts[1], "completion": made[0].completions[1]}]
 
 
 def test_a_file_with_too_few_prompts_for_its_self_edits_is_refused(tmp_path: Path) -> None:

@@ -65,9 +65,7 @@ def test_it_serves_until_shutdown_and_leaves_lines_a_table_and_a_figure(tmp_path
     assert not endpoint_file.exists()
 
 
-def test_before_somebody_who_looks_on_one_display_is_redrawn_and_its_static_twin_stays(
-    tmp_path: Path,
-) -> None:
+def test_before_somebody_who_looks_on_one_display_is_redrawn_and_its_static_twin_stays(tmp_path: Path) -> None:
     endpoint_file = tmp_path / "out" / "endpoint.json"
     values = {
         "model": str(save_tiny_model(tmp_path / "model")),

@@ -70,9 +70,7 @@ def test_table_has_the_newest_state_and_the_most_there_was() -> None:
     assert {"failed", "workers", "trained tokens per second", "slots in use"} <= set(cells)
 
 
-def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(
-    history: History, shown: list[Shown]
-) -> None:
+def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(history: History, shown: list[Shown]) -> None:
     stream = io.StringIO()
     view = ServerView(live=False, stream=stream)
     for _ in range(5):

@@ -28,9 +28,7 @@ ROWS = [
     {"prompt": "List implications of: the lamp.\n", "completion": "1. There is a lamp."},
     {"prompt": "List implications of: the hill.\n", "completion": "1. There is a hill."},
 ]
-SETTINGS = SftSettings(
-    lora_rank=8, lora_alpha=16, epochs=30, learning_rate=2e-2, gradient_accumulation_steps=1
-)
+SETTINGS = SftSettings(lora_rank=8, lora_alpha=16, epochs=30, learning_rate=2e-2, gradient_accumulation_steps=1)
 
 
 def sft_file(folder: Path, rows: list[dict] = ROWS) -> Path:
@@ -90,9 +88,7 @@ def test_loss_is_on_the_completion_and_its_end_only(tmp_path: Path) -> None:
         ([{"text": 1}], "line 1.*text"),
     ],
 )
-def test_a_file_that_is_not_one_is_refused_with_line_and_field(
-    tmp_path: Path, rows: list[dict], said: str
-) -> None:
+def test_a_file_that_is_not_one_is_refused_with_line_and_field(tmp_path: Path, rows: list[dict], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_sft_rows(sft_file(tmp_path, rows))
 
@@ -107,9 +103,7 @@ def test_a_row_may_hold_characters_that_look_like_the_end_of_a_line(tmp_path: Pa
 FEW = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_steps=1)
 
 
-def trained(
-    base: Path, folder: Path, name: str, rows: list[dict] = ROWS, settings: SftSettings = FEW
-) -> Path:
+def trained(base: Path, folder: Path, name: str, rows: list[dict] = ROWS, settings: SftSettings = FEW) -> Path:
     file = sft_file(folder, rows)
     return train_sft(file, model=str(base), model_dir=folder / name, settings=settings).model_dir
 
@@ -179,10 +173,7 @@ def test_impossible_settings_are_refused() -> None:
 
 
 @given(
-    n_rows=st.integers(1, 7),
-    epochs=st.integers(1, 3),
-    examples_a_step=st.integers(1, 6),
-    seed=st.integers(0, 2**31),
+    n_rows=st.integers(1, 7), epochs=st.integers(1, 3), examples_a_step=st.integers(1, 6), seed=st.integers(0, 2**31)
 )
 def test_every_epoch_has_each_row_once_and_only_whole_steps(
     n_rows: int, epochs: int, examples_a_step: int, seed: int
@@ -218,10 +209,7 @@ def distance(first: Path, second: Path, base: Path) -> float:
 def test_two_processes_train_what_one_does_within_rounding(tmp_path: Path) -> None:
     """Five rows in steps of four: the last step of an epoch is short, and shared all the same."""
     base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path, MANY)
-    jobs = {
-        n: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / f"by_{n}", settings=SHARED)
-        for n in (1, 2)
-    }
+    jobs = {n: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / f"by_{n}", settings=SHARED) for n in (1, 2)}
     results = {n: run_job(job, n_processes=n) for n, job in jobs.items()}
     assert results[1].n_steps == results[2].n_steps == 4
     assert results[2].losses == pytest.approx(results[1].losses, rel=1e-4)
@@ -260,20 +248,14 @@ def test_a_process_that_fails_is_reported_with_the_end_of_its_log(tmp_path: Path
 
 def test_processes_that_cannot_share_a_step_are_refused_before_the_start(tmp_path: Path) -> None:
     job = SftJob(sft_file=sft_file(tmp_path), model="m", model_dir=tmp_path / "next", settings=SHARED)
-    with pytest.raises(
-        SettingsError, match="gradient_accumulation_steps is 4, which 3 processes cannot share"
-    ):
+    with pytest.raises(SettingsError, match="gradient_accumulation_steps is 4, which 3 processes cannot share"):
         train_in_processes(job, n_processes=3)
 
 
 def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
     settings = SftSettings(target_modules=("q_proj", "v_proj"), learning_rate=2e-5, seed=7)
     job = SftJob(
-        sft_file=tmp_path / "a b.jsonl",
-        model="m",
-        model_dir=tmp_path / "next",
-        settings=settings,
-        n_threads=2,
+        sft_file=tmp_path / "a b.jsonl", model="m", model_dir=tmp_path / "next", settings=settings, n_threads=2
     )
     assert parse_job(job.options()) == job
     line = command(job, 4, shipped_config("fsdp"))
@@ -281,9 +263,7 @@ def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("n_processes", "by_accelerate"), [(1, False), (2, True)])
-def test_a_killed_notebook_leaves_no_training_behind(
-    tmp_path: Path, n_processes: int, by_accelerate: bool
-) -> None:
+def test_a_killed_notebook_leaves_no_training_behind(tmp_path: Path, n_processes: int, by_accelerate: bool) -> None:
     base, file = save_tiny_model(tmp_path / "base"), sft_file(tmp_path)
     endless = replace(SHARED, epochs=100_000)
     job = SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "next", settings=endless)
@@ -313,9 +293,7 @@ def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     job = SftJob(sft_file=tmp_path / "a.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
     line = command(job, 4, shipped_config("fsdp"))
-    assert (
-        line[line.index("srun") :][:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
-    )
+    assert line[line.index("srun") :][:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
     assert "--num_processes=4" in line and not any("main_process_port" in word for word in line)
     with pytest.raises(SettingsError, match="n_processes is 3, which this job's 2 nodes cannot share"):
         command(job, 3)
@@ -345,9 +323,7 @@ def test_the_deepspeed_configuration_is_zero_3_as_accelerate_reads_and_launches_
     assert arguments.mixed_precision == "bf16" and not arguments.use_fsdp
     _, environment = prepare_deepspeed_cmd_env(arguments)
     said = {
-        name.removeprefix("ACCELERATE_"): value
-        for name, value in environment.items()
-        if name.startswith("ACCELERATE_")
+        name.removeprefix("ACCELERATE_"): value for name, value in environment.items() if name.startswith("ACCELERATE_")
     }
     assert said["USE_DEEPSPEED"] == "true" and said["DEEPSPEED_ZERO_STAGE"] == "3"
     assert said["DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true", "or a saved model would have no weights"

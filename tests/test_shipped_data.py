@@ -105,11 +105,7 @@ def test_a_passage_has_five_questions_with_short_distinctive_golds(passage: Pass
 
 
 def test_no_gold_lies_within_another() -> None:
-    nested = [
-        (a, b)
-        for a, b in combinations(GOLDS, 2)
-        if a[1].lower() in b[1].lower() or b[1].lower() in a[1].lower()
-    ]
+    nested = [(a, b) for a, b in combinations(GOLDS, 2) if a[1].lower() in b[1].lower() or b[1].lower() in a[1].lower()]
     assert nested == []
 
 
@@ -146,9 +142,7 @@ def test_questions_and_implications_hardly_share_trigrams() -> None:
 
 
 def test_a_rehearsed_question_would_be_noticed() -> None:
-    passage = Passage(
-        title="The Zorb", context="", questions=(), hand_written="Eight men built the Zorb in a shed."
-    )
+    passage = Passage(title="The Zorb", context="", questions=(), hand_written="Eight men built the Zorb in a shed.")
     assert shared_with_implications(passage, "Who built the Zorb in a shed?", 5) == 2 / 3
     assert shared_with_implications(passage, "Where was it made, and by whom?", 3) == 0.0
 

@@ -51,9 +51,7 @@ def reply_to(loop: PlannedLoop, verdicts: list[str], *, soft: bool = False) -> T
 
 
 def replies_to(loops: list[PlannedLoop], verdict: str = "CORRECT", **how: Any) -> dict[str, TTTReply]:
-    return {
-        loop.request_id: reply_to(loop, [verdict] * len(loop.request.eval_questions), **how) for loop in loops
-    }
+    return {loop.request_id: reply_to(loop, [verdict] * len(loop.request.eval_questions), **how) for loop in loops}
 
 
 def built(loops: list[PlannedLoop], replies: dict[str, TTTReply], **more: Any) -> dict[str, Any]:
@@ -88,9 +86,7 @@ def test_each_arm_trains_on_its_own_text_and_always_on_the_passage() -> None:
 
 
 def test_ids_and_seeds_follow_from_content_alone() -> None:
-    again = requests_for_run(
-        list(PASSAGES), SinglePassageSettings(k_completions=2, eval_times=3), model_id="m"
-    )
+    again = requests_for_run(list(PASSAGES), SinglePassageSettings(k_completions=2, eval_times=3), model_id="m")
     assert again == loops_of()
     other_model = loops_of(model_id="another")
     assert {loop.request_id for loop in other_model}.isdisjoint(loop.request_id for loop in again)
@@ -99,9 +95,7 @@ def test_ids_and_seeds_follow_from_content_alone() -> None:
     assert {loop.request_id for loop in again} < {loop.request_id for loop in longer}
 
 
-@given(
-    st.sampled_from(["lora_rank", "finetune_epochs", "batch_size", "max_new_tokens"]), st.integers(100, 1000)
-)
+@given(st.sampled_from(["lora_rank", "finetune_epochs", "batch_size", "max_new_tokens"]), st.integers(100, 1000))
 def test_another_setting_is_another_request(name: str, value: int) -> None:
     changed = replace(SETTINGS, training=TrainingSettings(**{name: value}))
     assert loops_of(changed)[0].request_id != loops_of()[0].request_id
@@ -220,9 +214,7 @@ def test_a_reply_to_other_questions_is_refused() -> None:
 def test_a_run_says_how_many_self_edits_a_passage_had(arm: Any, k: int) -> None:
     settings = replace(SETTINGS, arm=arm)
     loops = loops_of(settings)
-    run = build_run(
-        PASSAGES, loops, replies_to(loops), settings, model="m", dataset="d", timestamp="0101_000000"
-    )
+    run = build_run(PASSAGES, loops, replies_to(loops), settings, model="m", dataset="d", timestamp="0101_000000")
     assert run["k_completions"] == k
 
 
@@ -237,7 +229,5 @@ def test_a_run_says_how_many_self_edits_a_passage_had(arm: Any, k: int) -> None:
 )
 def test_a_run_says_what_its_self_edits_complete(about: Any, settings: Any, key: str | None) -> None:
     passages = [replace(PASSAGES[0], **about)]
-    run = build_run(
-        passages, [], {}, replace(SETTINGS, **settings), model="base", dataset="d", timestamp="0101_000000"
-    )
+    run = build_run(passages, [], {}, replace(SETTINGS, **settings), model="base", dataset="d", timestamp="0101_000000")
     assert run.get("prompt_key") == key

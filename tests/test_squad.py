@@ -18,13 +18,7 @@ from seal_nb.passages import FILES, REPOSITORY, Passage, Question, load_passages
 def row(context: str, question: str, *answers: str) -> dict:
     """As the hub has it."""
     given = {"text": list(answers), "answer_start": [0] * len(answers)}
-    return {
-        "id": question,
-        "title": "Super_Bowl_50",
-        "context": context,
-        "question": question,
-        "answers": given,
-    }
+    return {"id": question, "title": "Super_Bowl_50", "context": context, "question": question, "answers": given}
 
 
 ROWS = [row("C1", "q1?", "a", "b"), row("C2", "q2?", "c"), row("C1", "q3?", "d")]
@@ -75,9 +69,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 def data_squad(out: Path, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "seal_nb.cli", "data", "squad", "--split", "validation", "--out", str(out)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        line, capture_output=True, text=True, timeout=120, env=clean | {"HF_HOME": str(home)} | env
-    )
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=clean | {"HF_HOME": str(home)} | env)
 
 
 def test_the_command_writes_the_item_file_that_every_stage_reads(hub: str, tmp_path: Path) -> None:

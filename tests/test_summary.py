@@ -27,9 +27,7 @@ def test_a_published_run_is_confirmed_in_every_number(golden: Path, published: d
     json.dumps(found, allow_nan=False)
 
 
-def test_a_stored_number_that_the_verdicts_do_not_give_is_named(
-    tmp_path: Path, published: dict[str, Any]
-) -> None:
+def test_a_stored_number_that_the_verdicts_do_not_give_is_named(tmp_path: Path, published: dict[str, Any]) -> None:
     touched = copy.deepcopy(published)
     touched["overall"]["mean_gain"] = 0.5
     touched["articles"][3]["completions"][1]["stats"]["adapter_mean"] = 0.1
@@ -57,9 +55,7 @@ def test_without_verdicts_every_number_is_null_and_the_stored_one_is_only_said(
     ]
 
 
-def test_ungraded_answers_are_counted_and_change_no_other_answer(
-    tmp_path: Path, published: dict[str, Any]
-) -> None:
+def test_ungraded_answers_are_counted_and_change_no_other_answer(tmp_path: Path, published: dict[str, Any]) -> None:
     touched = copy.deepcopy(published)
     touched["articles"][0]["completions"][0]["questions"][0]["adapter_correct"] = None
     found = summarize(write_json(tmp_path / "run.json", touched))

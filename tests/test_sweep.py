@@ -17,9 +17,7 @@ PASSAGES = [
     Passage(title=f"T{n}", context="C", questions=(Question(question="q", answer="a"),), hand_written="x")
     for n in range(8)
 ]
-SETTINGS = SinglePassageSettings(
-    arm="hand_written", eval_times=2, training=TrainingSettings(lora_rank=4, lora_alpha=8)
-)
+SETTINGS = SinglePassageSettings(arm="hand_written", eval_times=2, training=TrainingSettings(lora_rank=4, lora_alpha=8))
 GRID = {"finetune_lr": [1e-4, 1e-3], "lora_rank": [2, 16], "target_modules": [[], ["all-linear"]]}
 
 
@@ -53,10 +51,7 @@ def test_every_combination_is_a_point_and_alpha_follows_the_rank() -> None:
     points = sweep_points(SETTINGS, GRID)
     assert len(points) == 8 and len({point.label for point in points}) == 8
     assert points[0].label == "finetune_lr 0.0001, lora_rank 2, target_modules default"
-    assert {(p.settings.training.lora_rank, p.settings.training.lora_alpha) for p in points} == {
-        (2, 4),
-        (16, 32),
-    }
+    assert {(p.settings.training.lora_rank, p.settings.training.lora_alpha) for p in points} == {(2, 4), (16, 32)}
     fixed = sweep_points(SETTINGS, {"lora_rank": [2], "lora_alpha": [64]})
     assert fixed[0].settings.training.lora_alpha == 64
 

@@ -15,11 +15,11 @@ import pytest
 from matplotlib.axes import Axes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from seal_nb.chain.index import write_index
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.continual_plots import asked_cells, continual_curve, continual_matrix
 from seal_nb.views.plots import accuracy_across_rounds, accuracy_by_arm, gain_by_passage, gain_histogram
-from seal_nb.views.report import write_index
 from seal_nb.views.style import STYLE, Chart, png_bytes, save_figure
 from seal_nb.views.tables import Table
 from seal_nb.views.training_plots import self_edit_rewards, training_loss
@@ -162,7 +162,7 @@ def test_drawing_leaves_the_global_style_alone_and_needs_no_pyplot() -> None:
     before = dict(mpl.rcParams)
     accuracy_by_arm(ARMS)
     assert dict(mpl.rcParams) == before and mpl.rcParams["axes.titlesize"] != STYLE["axes.titlesize"]
-    check = "import sys, seal_nb.views.plots, seal_nb.views.report, seal_nb.views.continual_plots; "
+    check = "import sys, seal_nb.views.plots, seal_nb.chain.index, seal_nb.views.continual_plots; "
     check += "sys.exit(bool({'matplotlib.pyplot', 'torch', 'seaborn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
@@ -199,11 +199,7 @@ def test_published_lines_belong_to_the_published_passages_alone(golden: Path) ->
 def test_published_values_are_those_of_the_released_runs(golden: Path) -> None:
     released = json.loads((golden / "published_results.json").read_text())["query_server"]
     by_file = {Path(run["file"]).name: run["overall"] for run in released if "/eval/" in run["file"]}
-    for prompt, ending in {
-        "implications": "",
-        "rewrite": "_prompt-rewrite",
-        "self-qa": "_prompt-self-qa",
-    }.items():
+    for prompt, ending in {"implications": "", "rewrite": "_prompt-rewrite", "self-qa": "_prompt-self-qa"}.items():
         runs = [by_file[f"{model}{ending}.json"] for model in ("base", "iter1", "iter2")]
         assert [round(run["adapter_mean_accuracy"], 3) for run in runs] == pytest.approx(
             ROUNDS_BY_PROMPT[prompt], abs=0.0011
@@ -241,9 +237,7 @@ def shown(data: dict[str, str], **metadata: object) -> nbformat.NotebookNode:
 
 def test_index_holds_every_figure_and_table_with_alt_text_and_link(tmp_path: Path) -> None:
     picture = shown({"image/png": PIXEL, "text/plain": "<Figure>"}, **{"image/png": {"alt": "a <curve>"}})
-    table = shown(
-        {"text/html": Table(rows=[{"arm": "own", "n": 6}], columns={"arm": "", "n": ""})._repr_html_()}
-    )
+    table = shown({"text/html": Table(rows=[{"arm": "own", "n": 6}], columns={"arm": "", "n": ""})._repr_html_()})
     executed(tmp_path / "one", "03_query_server.ipynb", new_markdown_cell("# Query"), picture, table)
     executed(tmp_path / "two", "04 cpt.ipynb", new_markdown_cell("# CPT"), picture)
     page = Page(write_index(tmp_path).read_text())
@@ -258,9 +252,7 @@ def test_index_escapes_everything_that_comes_out_of_a_notebook(tmp_path: Path) -
     evil = "<script>alert(1)</script>"
     html_table = f"<table onclick='x'><tr><td>{evil}<img src=x onerror=y>cell</td></tr></table>"
     parameters = new_code_cell('dataset: str = "<i>"  # <u>', metadata={"tags": ["parameters"]})
-    executed(
-        tmp_path, "<b>.ipynb", new_markdown_cell(f"# {evil}"), parameters, shown({"text/html": html_table})
-    )
+    executed(tmp_path, "<b>.ipynb", new_markdown_cell(f"# {evil}"), parameters, shown({"text/html": html_table}))
     page = Page(write_index(tmp_path, title=evil).read_text())
     assert not {"script", "b", "i", "u"} & {tag for tag, _ in page.tags} and not page.all("img")
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
@@ -279,9 +271,7 @@ def test_index_shows_the_settings_that_were_injected(tmp_path: Path) -> None:
 
 
 def test_index_says_which_notebook_failed(tmp_path: Path) -> None:
-    failing = new_code_cell(
-        "1/0", outputs=[new_output("error", ename="ZeroDivisionError", evalue="no", traceback=[])]
-    )
+    failing = new_code_cell("1/0", outputs=[new_output("error", ename="ZeroDivisionError", evalue="no", traceback=[])])
     executed(tmp_path, "a.ipynb", new_markdown_cell("# A"), failing)
     assert any("ZeroDivisionError: no" in text for text in Page(write_index(tmp_path).read_text()).texts)
 

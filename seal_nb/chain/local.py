@@ -247,9 +247,7 @@ class _LocalRun:
         while not ready.exists():
             self.check_server(stage)
             if child.seconds() > READY_TIMEOUT_S:
-                raise ChainFailed(
-                    self.failure(f"server {stage.name!r} not ready in {READY_TIMEOUT_S:.0f} s", child)
-                )
+                raise ChainFailed(self.failure(f"server {stage.name!r} not ready in {READY_TIMEOUT_S:.0f} s", child))
             time.sleep(0.2)
         self.tell(f"{stage.name}: ready after {clock(child.seconds())}")
 

@@ -40,9 +40,7 @@ class StageRecord:
         return is_finished(run_dir, self.name, self.identity, self.produces)
 
     def log(self, run_dir: Path) -> Path:
-        return run_dir / (
-            f"{self.name}/{self.notebook}-{self.job}.log" if self.job else f"logs/{self.name}.log"
-        )
+        return run_dir / (f"{self.name}/{self.notebook}-{self.job}.log" if self.job else f"logs/{self.name}.log")
 
     def executed(self, run_dir: Path) -> Path:
         suffix = f"-{self.job}" if self.job else ""
@@ -100,17 +98,13 @@ def read_record(run_dir: Path) -> ChainRecord:
     """Raises: DataError where no chain was started in the folder, or the file is another one."""
     path = run_dir / RECORD_FILE
     if not path.exists():
-        raise DataError(
-            "no chain was submitted here", path=run_dir, remedy="give the run folder of a `seal-nb submit`"
-        )
+        raise DataError("no chain was submitted here", path=run_dir, remedy="give the run folder of a `seal-nb submit`")
     value = read_json(path)
     try:
         stages = tuple(_stage(one) for one in value["stages"])
         return ChainRecord(chain=value["chain"], executor=value["executor"], stages=stages)
     except (TypeError, KeyError) as error:
-        raise DataError(
-            f"not a chain's record ({error})", path=path, remedy="submit the chain again"
-        ) from error
+        raise DataError(f"not a chain's record ({error})", path=path, remedy="submit the chain again") from error
 
 
 def _stage(fields: dict[str, Any]) -> StageRecord:

@@ -68,9 +68,7 @@ class JobState:
 
 def submit(command: Sequence[str], *, folder: Path, env: Mapping[str, str]) -> str:
     """The number of the new job. Raises: SlurmError with what sbatch says."""
-    return (
-        _call(command, folder=folder, env=env).strip().split(";")[0]
-    )  # NUMBER;CLUSTER where there are several
+    return _call(command, folder=folder, env=env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
 
 
 def requeue(job: str) -> None:
@@ -138,13 +136,9 @@ def _call(command: Sequence[str], *, folder: Path | None = None, env: Mapping[st
     try:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError as error:
-        raise SlurmError(
-            f"no {command[0]} here; run this where SLURM is, or with --executor local"
-        ) from error
+        raise SlurmError(f"no {command[0]} here; run this where SLURM is, or with --executor local") from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(
-            f"{command[0]} did not answer within {TIMEOUT_S:g} s; is the controller up?"
-        ) from error
+        raise SlurmError(f"{command[0]} did not answer within {TIMEOUT_S:g} s; is the controller up?") from error
     if done.returncode:
         raise SlurmError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
@@ -170,9 +164,7 @@ class Cluster:
     def gpus_a_node(self) -> int:
         gpus = self.site.get("SEAL_GPUS", "1").rpartition(":")[2]  # 2 or a100:2
         if not gpus.isdecimal():
-            raise SettingsError(
-                f"SEAL_GPUS of {self.site_file} is {self.site['SEAL_GPUS']!r}; write 2 or a100:2"
-            )
+            raise SettingsError(f"SEAL_GPUS of {self.site_file} is {self.site['SEAL_GPUS']!r}; write 2 or a100:2")
         return int(gpus)
 
     @property
@@ -211,9 +203,7 @@ class Cluster:
         """``03_query_server`` is run by ``slurm/query_server.sbatch``."""
         script = f"slurm/{stage.notebook.partition('_')[2]}.sbatch"
         if not (self.project / script).is_file():
-            raise SettingsError(
-                f"no {script} in {self.project} for stage {stage.name!r}; run from a checkout"
-            )
+            raise SettingsError(f"no {script} in {self.project} for stage {stage.name!r}; run from a checkout")
         return script
 
     def asks_for(self, script: str) -> list[str]:
@@ -272,9 +262,7 @@ def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping
     done = {stage.name for stage in chain if not stage.background and is_done(chain, stage, run_dir)}
     open_stages = [stage for stage in chain if not stage.background and stage.name not in done]
     servers = [
-        stage
-        for stage in chain
-        if stage.background and any(user in open_stages for user in chain.users_of(stage))
+        stage for stage in chain if stage.background and any(user in open_stages for user in chain.users_of(stage))
     ]
     groups: dict[str, list[Stage]] = {}
     for stage in [*open_stages, *servers]:
@@ -381,11 +369,7 @@ def _in_order(jobs: list[Job]) -> list[Job]:
     while len(ordered) < len(jobs):
         placed = {job.name for job in ordered}
         ordered.append(
-            next(
-                job
-                for job in jobs
-                if job.name not in placed and ({*job.afterok, *job.after} & names) <= placed
-            )
+            next(job for job in jobs if job.name not in placed and ({*job.afterok, *job.after} & names) <= placed)
         )
     return ordered
 
@@ -411,9 +395,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
         if state is not None and state.is_live:
             return server.job
         if state is not None and state.state != "COMPLETED":
-            raise SlurmError(
-                f"job {server.job} is {state.state}; look at {server.log(run_dir)}, submit again"
-            )
+            raise SlurmError(f"job {server.job} is {state.state}; look at {server.log(run_dir)}, submit again")
         if state is not None:
             requeue(server.job)
             return server.job

@@ -69,13 +69,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.array and self.name != f"{self.array}_seed{self.parameters.get('seed')}":
-            raise SettingsError(
-                f"stage {self.name!r} of array {self.array!r}: name it {self.array}_seed<seed>"
-            )
+            raise SettingsError(f"stage {self.name!r} of array {self.array!r}: name it {self.array}_seed<seed>")
         if self.background and len(self.produces) != 1:
-            raise SettingsError(
-                f"background stage {self.name!r}: name the one file that means ready in `produces`"
-            )
+            raise SettingsError(f"background stage {self.name!r}: name the one file that means ready in `produces`")
 
     def values(self, run_dir: Path) -> dict[str, Value]:
         """The notebook's parameters with real paths."""
@@ -99,8 +95,7 @@ class Chain:
                 raise SettingsError(f"chain {self.name!r} has two stages named {stage.name!r}")
             if missing := [name for name in stage.needs if name not in earlier]:
                 raise SettingsError(
-                    f"stage {stage.name!r} needs {', '.join(missing)}; "
-                    "put it after what it needs, and check the names"
+                    f"stage {stage.name!r} needs {', '.join(missing)}; put it after what it needs, and check the names"
                 )
             earlier.add(stage.name)
 
@@ -473,8 +468,7 @@ class _Round:
         return Stage(
             name=f"{self.next_label}_train",
             notebook="05_rest_em_round",
-            title=f"ReST-EM {self.next_label}: keep each passage's best self-edit, "
-            f"train on writing it{together}",
+            title=f"ReST-EM {self.next_label}: keep each passage's best self-edit, train on writing it{together}",
             parameters={
                 "run_json": in_run(rank, run_file_name(rank, "self_edits")),
                 "model": self.model,

@@ -140,8 +140,7 @@ def failing_cell(executed: Path) -> CellFailure | None:
                     number=cell.get("execution_count"),
                     ename=output["ename"],
                     evalue=output["evalue"],
-                    line=_raising_line("\n".join(output["traceback"]))
-                    or "".join(cell["source"]).split("\n")[0],
+                    line=_raising_line("\n".join(output["traceback"])) or "".join(cell["source"]).split("\n")[0],
                 )
     return None
 

@@ -18,9 +18,7 @@ def add(commands: Any) -> None:
 
 def _add_summarize(commands: Any) -> None:
     summarize = commands.add_parser("summarize", help="recompute a run file's statistics from its verdicts")
-    summarize.add_argument(
-        "run", type=Path, metavar="RUN.json", help="run_*.json or cpt_run_*.json, also .gz"
-    )
+    summarize.add_argument("run", type=Path, metavar="RUN.json", help="run_*.json or cpt_run_*.json, also .gz")
     summarize.add_argument("--json", action="store_true", help="print one JSON object")
     summarize.set_defaults(command=_summarize)
 
@@ -76,9 +74,7 @@ def _add_rerun(commands: Any) -> None:
     rerun.add_argument("--item", required=True, metavar="PASSAGE.SELF_EDIT.REPEAT", help="such as 0.0.0")
     rerun.add_argument("--endpoint", default="", help="of a TTT server; empty: start one")
     rerun.add_argument("--model", default="embedded", help="of a server started here; default: embedded")
-    rerun.add_argument(
-        "--deterministic", action="store_true", help="of a server started here, as the run was made"
-    )
+    rerun.add_argument("--deterministic", action="store_true", help="of a server started here, as the run was made")
     rerun.set_defaults(command=_rerun)
 
 

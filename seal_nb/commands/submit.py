@@ -80,7 +80,7 @@ def restart_server(folder: Path) -> None:
 
 def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
     """The chain on this machine, then one page of its plots. Raises: ChainFailed, ChainBusy, RunMismatch."""
-    from seal_nb.views.report import write_index
+    from seal_nb.chain.index import write_index
 
     # A SLURM that is there and does not answer is an error: its jobs may be at work in this folder.
     if shutil.which("scontrol") and (jobs := jobs_on_their_way(chain, run_dir)):
@@ -129,15 +129,12 @@ def _at_work(endpoint_file: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="seal-nb submit",
-        description="Submit a chain of stages, or continue one: what is done is kept.",
+        prog="seal-nb submit", description="Submit a chain of stages, or continue one: what is done is kept."
     )
     parser.add_argument("chain", choices=CHAINS, metavar="CHAIN", help=", ".join(CHAINS))
     parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="default: slurm")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show every script and command, submit nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="show every script and command, submit nothing")
     parser.add_argument(
         "--project",
         type=Path,
@@ -150,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--idle-timeout-s", type=float, default=1800.0, help="a server ends after so long without a client"
     )
-    parser.add_argument(
-        "--small", action="store_true", help="defaults of `seal-nb demo`: small model and counts"
-    )
+    parser.add_argument("--small", action="store_true", help="defaults of `seal-nb demo`: small model and counts")
     settings = parser.add_argument_group("settings of the experiment")
     hints = typing.get_type_hints(ExperimentSettings)
     for field in fields(ExperimentSettings):

@@ -50,16 +50,7 @@ import openai
 from dotenv import dotenv_values, find_dotenv
 from pydantic import BaseModel, ValidationError
 
-from seal_nb.engines.base import (
-    Completion,
-    NotAsked,
-    OnText,
-    Prompt,
-    Sampling,
-    adapter_of_each,
-    contents,
-    in_order,
-)
+from seal_nb.engines.base import Completion, NotAsked, OnText, Prompt, Sampling, adapter_of_each, contents, in_order
 from seal_nb.errors import EngineError, SettingsError
 
 
@@ -96,9 +87,7 @@ class ApiSettings:
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.username or url.password:
-            raise SettingsError(
-                "base_url holds a user or a password; put the key into the environment instead"
-            )
+            raise SettingsError("base_url holds a user or a password; put the key into the environment instead")
         if url.scheme not in ("http", "https") or not url.hostname:
             raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
         for name in ("max_parallel", "max_attempts"):
@@ -401,10 +390,7 @@ class ApiClient:
             what = "no text" if text is None else "an unfinished text"
             raise UnusableReply(self._said(f"{what}, finish_reason {choice.finish_reason!r}"))
         return Reply(
-            text=text,
-            finish_reason=str(choice.finish_reason),
-            n_tokens=n_tokens,
-            n_prompt_tokens=n_prompt_tokens,
+            text=text, finish_reason=str(choice.finish_reason), n_tokens=n_tokens, n_prompt_tokens=n_prompt_tokens
         )
 
     def _pause_s(self, error: openai.APIError, tries: _Tries) -> float:
@@ -451,11 +437,7 @@ def _official_client(settings: ApiSettings, key: str) -> openai.OpenAI:
     is_far = urlsplit(settings.base_url).hostname not in LOOPBACK
     transport = openai.DefaultHttpxClient(trust_env=is_far, timeout=timeout)
     return openai.OpenAI(
-        base_url=settings.base_url,
-        api_key=key or "none",
-        timeout=timeout,
-        max_retries=0,
-        http_client=transport,
+        base_url=settings.base_url, api_key=key or "none", timeout=timeout, max_retries=0, http_client=transport
     )
 
 
@@ -489,9 +471,7 @@ class OpenAIEngine:
         """Of everything so far; None without prices."""
         if self.prices is None:
             return None
-        return self.client.usage.cost(
-            per_million_prompt=self.prices.prompt, per_million=self.prices.completion
-        )
+        return self.client.usage.cost(per_million_prompt=self.prices.prompt, per_million=self.prices.completion)
 
     def generate(
         self,
@@ -530,9 +510,7 @@ def completed(client: ApiClient, asks: Sequence[Ask], on_text: OnText | None) ->
             if not isinstance(outcome, Reply):
                 failures[index] = outcome
                 continue
-            came[index] = Completion(
-                text=outcome.text, n_tokens=outcome.n_tokens, finish_reason=outcome.finish_reason
-            )
+            came[index] = Completion(text=outcome.text, n_tokens=outcome.n_tokens, finish_reason=outcome.finish_reason)
             if on_text is not None:
                 on_text(index, came[index])
     return in_order(came, failures)

@@ -107,7 +107,5 @@ def contents(prompt: Prompt) -> str:
 def adapter_of_each(prompts: Sequence[Prompt], adapters: Sequence[Path | None]) -> list[Path | None]:
     """One entry a prompt. Raises: SettingsError where there is another number of them."""
     if adapters and len(adapters) != len(prompts):
-        raise SettingsError(
-            f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none"
-        )
+        raise SettingsError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none")
     return list(adapters) or [None] * len(prompts)

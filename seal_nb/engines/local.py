@@ -19,9 +19,7 @@ class LocalEngine:
     `adapters` are a stack that is always on; `generate` takes one more for each prompt, in the same batch.
     """
 
-    def __init__(
-        self, base: FrozenBase, *, model_id: str, adapters: tuple[Adapter, ...] = (), rows: int = 64
-    ):
+    def __init__(self, base: FrozenBase, *, model_id: str, adapters: tuple[Adapter, ...] = (), rows: int = 64):
         self.base, self.model_id, self.adapters, self.rows = base, model_id, adapters, rows
 
     def generate(
@@ -58,9 +56,7 @@ class LocalEngine:
         chat = [dict(message) for message in prompt]
         return str(self.base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
-    def _row(
-        self, key: int, prompt: Prompt, seed: int, sampling: Sampling, adapters: tuple[Adapter, ...]
-    ) -> DecodeRow:
+    def _row(self, key: int, prompt: Prompt, seed: int, sampling: Sampling, adapters: tuple[Adapter, ...]) -> DecodeRow:
         # A template has put in the special tokens of a chat.
         token_ids = self.base.encode(self.text_of(prompt), special_tokens=isinstance(prompt, str))
         return DecodeRow(
@@ -76,10 +72,7 @@ class LocalEngine:
 
     @staticmethod
     def _take(
-        decoded: Decoded,
-        came: dict[int, Completion],
-        failures: dict[int, EngineError],
-        on_text: OnText | None,
+        decoded: Decoded, came: dict[int, Completion], failures: dict[int, EngineError], on_text: OnText | None
     ) -> None:
         index = int(str(decoded.key))
         if decoded.error:
@@ -92,9 +85,7 @@ class LocalEngine:
             on_text(index, came[index])
 
 
-def load_local_engine(
-    model: str, *, n_threads: int = 1, device: str = "auto", dtype: str = "auto"
-) -> LocalEngine:
+def load_local_engine(model: str, *, n_threads: int = 1, device: str = "auto", dtype: str = "auto") -> LocalEngine:
     """Load a folder, hub name or "embedded" for generation in this process."""
     torch.set_num_threads(n_threads)
     folder = resolve_model(model)

@@ -124,9 +124,7 @@ def _identity(folder: Path, max_rank: int) -> Identity:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"no adapter in PEFT's format at {folder}: {error}") from error
     if max_rank and rank > max_rank:
-        raise SettingsError(
-            f"adapter {folder.name!r} has rank {rank}; start vLLM with max_lora_rank of it or more"
-        )
+        raise SettingsError(f"adapter {folder.name!r} has rank {rank}; start vLLM with max_lora_rank of it or more")
     return str(folder.resolve()), written_ns
 
 
@@ -166,9 +164,7 @@ class VllmOptions:
 
     def __post_init__(self) -> None:
         if self.max_lora_rank not in (0, *RANKS):
-            raise SettingsError(
-                f"max_lora_rank={self.max_lora_rank}: vLLM has room for {RANKS}, or 0 for none"
-            )
+            raise SettingsError(f"max_lora_rank={self.max_lora_rank}: vLLM has room for {RANKS}, or 0 for none")
         if not 1 <= self.max_loras <= self.max_cpu_loras:
             raise SettingsError(
                 f"max_loras={self.max_loras}, max_cpu_loras={self.max_cpu_loras}: at least 1 in a batch, and "
@@ -222,9 +218,7 @@ def vllm_python() -> str:
     """
     if own := os.environ.get(PYTHON_VARIABLE):
         if not Path(own).is_file():
-            raise SettingsError(
-                f"{PYTHON_VARIABLE}={own!r} is no file; name the python of vLLM's environment"
-            )
+            raise SettingsError(f"{PYTHON_VARIABLE}={own!r} is no file; name the python of vLLM's environment")
         return own
     if importlib.util.find_spec("vllm") is not None:
         return sys.executable
@@ -399,9 +393,7 @@ def _shape(folder: str) -> Mapping[str, Any]:
         config = dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):  # a hub name
         return {"folder": folder}
-    return {
-        name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")
-    }
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def _free_port(host: str) -> int:
@@ -449,12 +441,7 @@ class VllmEngine:
 
     @classmethod
     def at(
-        cls,
-        settings: ApiSettings,
-        *,
-        model: str = "",
-        max_adapters: int = EXISTING_SERVER_ADAPTERS,
-        mixed: bool = True,
+        cls, settings: ApiSettings, *, model: str = "", max_adapters: int = EXISTING_SERVER_ADAPTERS, mixed: bool = True
     ) -> Self:
         """On an existing server. model: the name it serves, empty for its first. max_adapters: at most its
         max_cpu_loras."""
@@ -510,9 +497,7 @@ class VllmEngine:
     def _turns(self, folders: Sequence[Path | None]) -> list[list[int]]:
         """Indices of the prompts that can be asked together: for as many adapters as there is room for."""
         distinct = list(dict.fromkeys(folder for folder in folders if folder))
-        turn_of: dict[Path | None, int] = {
-            folder: at // self.shelf.max_loaded for at, folder in enumerate(distinct)
-        }
+        turn_of: dict[Path | None, int] = {folder: at // self.shelf.max_loaded for at, folder in enumerate(distinct)}
         turn_of[None] = 0 if self.mixed or not distinct else -1
         turns: dict[int, list[int]] = {}
         for index, folder in enumerate(folders):
@@ -520,11 +505,7 @@ class VllmEngine:
         return [turns[at] for at in sorted(turns)]
 
     def _take(
-        self,
-        asked: Sequence["_Asked"],
-        sampling: Sampling,
-        came: dict[int, Completion],
-        on_text: OnText | None,
+        self, asked: Sequence["_Asked"], sampling: Sampling, came: dict[int, Completion], on_text: OnText | None
     ) -> dict[int, EngineError]:
         """One turn into ``came``; what failed, by index."""
 

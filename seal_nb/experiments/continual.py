@@ -15,12 +15,7 @@ from typing import Any, Literal, get_args
 
 from seal_nb.errors import RemoteError, SettingsError
 from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
-from seal_nb.experiments.single_passage import (
-    SinglePassageSettings,
-    eval_questions,
-    identified,
-    self_edit_texts,
-)
+from seal_nb.experiments.single_passage import SinglePassageSettings, eval_questions, identified, self_edit_texts
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
@@ -111,9 +106,7 @@ def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> 
     return [generator.sample(list(passages), settings.n_datapoints) for _ in range(settings.n_sequences)]
 
 
-def unedited_request(
-    sequence: Sequence[Passage], settings: ContinualSettings, *, model_id: str
-) -> TTTRequest:
+def unedited_request(sequence: Sequence[Passage], settings: ContinualSettings, *, model_id: str) -> TTTRequest:
     """Row 0: all passages of a sequence asked of the untouched model."""
     questions = [question for passage in sequence for question in eval_questions(passage)]
     request = TTTRequest(
@@ -184,10 +177,7 @@ def _edit_sequences(
         line
         for at in (*earlier, last)
         for line in train_sequences(
-            texts[at],
-            title=sequence[at].title,
-            context=sequence[at].context,
-            split_newlines=settings.split_newlines,
+            texts[at], title=sequence[at].title, context=sequence[at].context, split_newlines=settings.split_newlines
         )
     ]
 
@@ -243,18 +233,14 @@ def verdict_row(reply: TTTReply, sequence: Sequence[Passage], step: int) -> list
 
 
 def sequence_record(
-    sequence: Sequence[Passage],
-    texts: Sequence[str],
-    requests: Sequence[TTTRequest],
-    replies: Sequence[TTTReply],
+    sequence: Sequence[Passage], texts: Sequence[str], requests: Sequence[TTTRequest], replies: Sequence[TTTReply]
 ) -> dict[str, Any]:
     """What a summary keeps of one sequence: self-edits, answers and verdicts of every step, row 0 first."""
     return {
         "titles": [passage.title for passage in sequence],
         # Titles repeat: without its questions no answer could be graded again.
         "questions": [
-            [{"question": one.question, "answer": one.answer} for one in passage.questions]
-            for passage in sequence
+            [{"question": one.question, "answer": one.answer} for one in passage.questions] for passage in sequence
         ],
         "self_edits": list(texts),
         "steps": [

@@ -151,9 +151,7 @@ def _next_edit(
 ) -> MergedEdit:
     """One edit on a server of the model as it is now."""
     on: dict[str, Any] = {"settings": settings, "model_id": model_id}
-    stack = [
-        str(edit.request.adapter_name) for edit in done
-    ]  # merged already: they count, and lie under nothing
+    stack = [str(edit.request.adapter_name) for edit in done]  # merged already: they count, and lie under nothing
     (text,) = texts_of_step(client, journal, [sequence], [stack], numbers=[number], **on)
     request = edit_request(number, sequence, [*(edit.text for edit in done), text], stack, **on)
     # Not by the journal: the first edit is the stacked one's too, and its adapter lies with the other server.
@@ -306,9 +304,7 @@ def _together(routed: Sequence[Routed], replies: Sequence[TTTReply]) -> TTTReply
     """An untrained request's answers are those of base and stack: its "adapter" side."""
     found: dict[int, tuple[str, str]] = {}
     for one, reply in zip(routed, replies, strict=True):
-        found |= dict(
-            zip(one.places, zip(reply.adapter_texts, reply.adapter_verdicts, strict=True), strict=True)
-        )
+        found |= dict(zip(one.places, zip(reply.adapter_texts, reply.adapter_verdicts, strict=True), strict=True))
     ordered = [found[place] for place in sorted(found)]
     answers = Answers(texts=[text for text, _ in ordered], verdicts=[verdict for _, verdict in ordered])
     return build_reply(baseline=None, adapter=answers, model_id=replies[0].model_id if replies else "")

@@ -24,9 +24,7 @@ def general_questions() -> list[EvalQuestion]:
     return [EvalQuestion(**entry) for entry in read_json(path)]
 
 
-def control_request(
-    stack: Sequence[str], training: TrainingSettings, *, seed: int, model_id: str
-) -> TTTRequest:
+def control_request(stack: Sequence[str], training: TrainingSettings, *, seed: int, model_id: str) -> TTTRequest:
     """The general questions asked of the base with these kept adapters; none: of the untouched model."""
     request = TTTRequest(
         eval_questions=general_questions(),
@@ -50,9 +48,7 @@ def ask_control(
 ) -> dict[str, TTTReply]:
     """The reply of each named stack, "never edited" first. Raises: RemoteError where one failed."""
     named = {"never edited": (), **stacks}
-    requests = {
-        name: control_request(stack, training, seed=seed, model_id=model_id) for name, stack in named.items()
-    }
+    requests = {name: control_request(stack, training, seed=seed, model_id=model_id) for name, stack in named.items()}
     collected = run_requests(client, list(requests.values()), journal, what="general questions", tell=tell)
     return collected.all_replies(requests)
 
@@ -66,9 +62,7 @@ def control_rows(replies: Mapping[str, TTTReply]) -> list[dict[str, Any]]:
 def _row(name: str, after: Verdicts, before: Verdicts) -> dict[str, Any]:
     pairs = list(zip(before, after, strict=True))
     graded = any(a is not None and b is not None for b, a in pairs)
-    change = (
-        paired_difference([[a] for a in after], [[b] for b in before], unit="questions") if graded else None
-    )
+    change = paired_difference([[a] for a in after], [[b] for b in before], unit="questions") if graded else None
     return {
         "model": name,
         "questions": len(after),

@@ -36,13 +36,7 @@ _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
     "baseline_correct", "adapter_correct", "gains",
 }  # fmt: skip
-_OUR_REPLY = {
-    "baseline_gold_logprobs",
-    "adapter_gold_logprobs",
-    "epoch_losses",
-    "train_steps",
-    "train_tokens",
-}
+_OUR_REPLY = {"baseline_gold_logprobs", "adapter_gold_logprobs", "epoch_losses", "train_steps", "train_tokens"}
 
 
 def published_cpt_training() -> TrainingSettings:
@@ -67,9 +61,7 @@ class CPTSettings:
         if self.method == "full":
             _refuse_what_only_adapters_have(self.training)
         if self.arm not in ARMS or self.k_completions < 0:
-            raise SettingsError(
-                f"{self.arm=}, {self.k_completions=}: known arms are {', '.join(ARMS)}, k >= 0"
-            )
+            raise SettingsError(f"{self.arm=}, {self.k_completions=}: known arms are {', '.join(ARMS)}, k >= 0")
 
     def lora_params(self) -> dict[str, Any]:
         """The published key of a run file; without an adapter its shape is null."""
@@ -121,9 +113,7 @@ def _sequences(passage: Passage, index: int, settings: CPTSettings) -> list[str]
     ]
 
 
-def cpt_request(
-    passages: Sequence[Passage], settings: CPTSettings, *, model_id: str, keep: bool = False
-) -> TTTRequest:
+def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id: str, keep: bool = False) -> TTTRequest:
     """The one request of a run, with its seed and id; `keep`: the server keeps the adapter.
 
     With method "full" it says what is trained on and asked, and no server is sent it.
@@ -253,12 +243,7 @@ def questions_only(request: TTTRequest, asked_of: str, control: bool) -> list[TT
 
 
 def train_and_ask(
-    request: TTTRequest,
-    settings: CPTSettings,
-    journal: Journal,
-    place: FullTraining,
-    *,
-    tell: Tell = lambda _: None,
+    request: TTTRequest, settings: CPTSettings, journal: Journal, place: FullTraining, *, tell: Tell = lambda _: None
 ) -> tuple[SftResult, Asked]:
     """The model of one arm and its answers, to the request that ``cpt_request`` made for it.
 
@@ -314,9 +299,7 @@ def _journalled(journal: Journal, requests: Sequence[TTTRequest]) -> Asked:
 def _answers(reply: TTTReply) -> Answers:
     """Those of a model as it is; they stand on the baseline's side."""
     return Answers(
-        texts=reply.baseline_texts,
-        verdicts=reply.baseline_verdicts,
-        gold_logprobs=reply.baseline_gold_logprobs,
+        texts=reply.baseline_texts, verdicts=reply.baseline_verdicts, gold_logprobs=reply.baseline_gold_logprobs
     )
 
 

@@ -62,9 +62,7 @@ class ModelShape:
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"holds no sizes of a decoder: {error}", path=path, remedy="give a model folder"
-            ) from error
+            raise DataError(f"holds no sizes of a decoder: {error}", path=path, remedy="give a model folder") from error
 
     def linear(self, name: str) -> tuple[int, int]:
         """(in, out) of one layer's Linear."""
@@ -183,9 +181,7 @@ def work_of(requests: Iterable[TTTRequest], *, count: Callable[[str], int] = by_
         loops += 1
         batches = -(-len(request.train_sequences) // request.batch_size)
         steps += request.finetune_epochs * -(-batches // request.gradient_accumulation_steps)
-        trained += request.finetune_epochs * sum(
-            _trained(request, text, count) for text in request.train_sequences
-        )
+        trained += request.finetune_epochs * sum(_trained(request, text, count) for text in request.train_sequences)
         asked += len(request.eval_questions)
     n_answers = asked + len(of_base)
     return Work(
@@ -239,9 +235,7 @@ def estimate(
     price_per_hour: float = 0.0,
 ) -> Estimated:
     """``bytes_a_weight``: 4 in float32, 2 in bfloat16; ``price_per_hour``: of all workers together."""
-    flop = shape.n_parameters * (
-        FLOP_A_TRAINED_TOKEN * work.train_tokens + FLOP_A_GENERATED_TOKEN * work.answer_tokens
-    )
+    flop = shape.n_parameters * (FLOP_A_TRAINED_TOKEN * work.train_tokens + FLOP_A_GENERATED_TOKEN * work.answer_tokens)
     seconds = flop / rate.flops
     adapter = shape.adapter_parameters(lora_rank, target_modules)
     return Estimated(
@@ -255,12 +249,7 @@ def estimate(
 
 
 def estimate_on_server(
-    status: ServerStatus,
-    model: str,
-    requests: Sequence[TTTRequest],
-    *,
-    n_workers: int = 0,
-    price_per_hour: float = 0.0,
+    status: ServerStatus, model: str, requests: Sequence[TTTRequest], *, n_workers: int = 0, price_per_hour: float = 0.0
 ) -> list[dict[str, str]]:
     """What the requests will take on this server, as lines of a table; only the work where sizes are unknown.
 
@@ -325,21 +314,12 @@ def _states_bytes(shape: ModelShape, settings: SftSettings, *, alone_on_gpu: boo
 
 
 def estimate_texts(
-    prompts: Sequence[str],
-    *,
-    k_completions: int,
-    max_tokens: int,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
+    prompts: Sequence[str], *, k_completions: int, max_tokens: int, price_in: float = 0.0, price_out: float = 0.0
 ) -> list[dict[str, str]]:
     """What writing ``k_completions`` texts for each prompt will take at most; prices of a million tokens."""
     n_texts = k_completions * len(prompts)
     n_in, n_out = k_completions * sum(map(by_characters, prompts)), n_texts * max_tokens
-    lines = {
-        "texts": f"{n_texts:,}",
-        "prompt tokens": f"about {n_in:,}",
-        "new tokens": f"at most {n_out:,}",
-    }
+    lines = {"texts": f"{n_texts:,}", "prompt tokens": f"about {n_in:,}", "new tokens": f"at most {n_out:,}"}
     if price_in or price_out:
         lines["cost"] = f"at most {(price_in * n_in + price_out * n_out) / 1e6:.2f}"
     return _rows(lines)

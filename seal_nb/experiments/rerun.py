@@ -81,32 +81,22 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
         training, arm = TrainingSettings(**run["training"]), run["trained_on"]
         split_newlines, model = run["split_newlines"], run["model"]
     except (KeyError, IndexError, TypeError, StopIteration) as error:
-        raise DataError(
-            "has no such item, or not what made it", path=path, item=str(item), remedy=OURS
-        ) from error
+        raise DataError("has no such item, or not what made it", path=path, item=str(item), remedy=OURS) from error
     rows = tuple(row for row in completion["questions"] if row["rep"] == item.repeat)
     if not rows:
         raise DataError("has no answer in this file", path=path, item=str(item), remedy="run 03 again")
     if arm == IN_CONTEXT:
-        raise DataError(
-            "was trained on nothing", path=path, item=str(item), remedy="choose another arm's file"
-        )
+        raise DataError("was trained on nothing", path=path, item=str(item), remedy="choose another arm's file")
     request = TTTRequest(
         train_sequences=arm_sequences(
-            arm,
-            completion["text"],
-            title=article["title"],
-            context=article["context"],
-            split_newlines=split_newlines,
+            arm, completion["text"], title=article["title"], context=article["context"], split_newlines=split_newlines
         ),
         eval_questions=[_asked(article, row) for row in rows],
         seed=made["seed"],
         **training.request_fields(),
     )
     if identified(request, model).request_id != made["request_id"]:
-        raise RunMismatch(
-            f"{path}, item {item}: what the file says does not give its request id; it was changed"
-        )
+        raise RunMismatch(f"{path}, item {item}: what the file says does not give its request id; it was changed")
     return StoredLoop(item=item, model_id=model, request=request, questions=rows)
 
 

@@ -28,12 +28,7 @@ from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, counted, mean_inte
 from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import TTTReply
-from seal_nb.results.single_passage import (
-    EvaluatedPassage,
-    EvaluatedSelfEdit,
-    SinglePassageRun,
-    run_from_json,
-)
+from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun, run_from_json
 from seal_nb.storage import write_text
 
 TieBreak = Literal["order", "soft"]
@@ -78,10 +73,7 @@ def select_best(
             gain = 100 * (mean_gain(best_first[0]) or 0.0)
             choices.append(_left_out(passage, f"its best self-edit gains nothing ({gain:+.1f} points)"))
         else:
-            choices += [
-                _picked(passage, best_first, place, tie_break)
-                for place in range(min(k_best, len(best_first)))
-            ]
+            choices += [_picked(passage, best_first, place, tie_break) for place in range(min(k_best, len(best_first)))]
     return choices
 
 
@@ -384,16 +376,12 @@ def wanted_repeats(
 def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) -> str:
     """What the ranking knows and what it would take, in words."""
     if summary.reliability is None:
-        return (
-            "how much the ranking knows cannot be told: it takes two self-edits and two repeats (eval_times)"
-        )
+        return "how much the ranking knows cannot be told: it takes two self-edits and two repeats (eval_times)"
     n = counted(summary.n_ranked, "passages")
     has = f"{summary.n_repeats:g} repeats on {n} give a reliability of {summary.reliability:.2f}"
     needed = repeats_needed(summary, reliability=reliability)
     if needed is None:
-        return (
-            f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
-        )
+        return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
     if needed <= summary.n_repeats:
         few = f", but {n} are too few to tell (at least {MIN_PASSAGES})"
         return f"{has}: enough for {reliability:.2f}{few if summary.n_ranked < MIN_PASSAGES else ''}"

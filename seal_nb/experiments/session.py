@@ -117,8 +117,7 @@ def run_requests(
             tell(f"{what}: {done} of {total}")
     order = [_key(request) for request in requests]
     return Collected(
-        replies={key: collected.replies[key] for key in order if key in collected.replies},
-        failures=collected.failures,
+        replies={key: collected.replies[key] for key in order if key in collected.replies}, failures=collected.failures
     )
 
 

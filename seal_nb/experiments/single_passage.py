@@ -25,15 +25,7 @@ from seal_nb.grading.choose import check_grader
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
-from seal_nb.protocol import (
-    Answers,
-    EvalQuestion,
-    GenerateReply,
-    GenerateRequest,
-    TTTReply,
-    TTTRequest,
-    build_reply,
-)
+from seal_nb.protocol import Answers, EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.statistics import published_statistics, repeat_stats
 from seal_nb.self_edits import passage_only_sequences, train_sequences
 from seal_nb.server.client import TTTClient
@@ -118,21 +110,12 @@ def self_edit_texts(passage: Passage, index: int, settings: SinglePassageSetting
 
 
 def _request(
-    passage: Passage,
-    text: str,
-    settings: SinglePassageSettings,
-    *,
-    model_id: str,
-    place: tuple[int, int, int],
+    passage: Passage, text: str, settings: SinglePassageSettings, *, model_id: str, place: tuple[int, int, int]
 ) -> TTTRequest:
     at, self_edit, repeat = place
     request = TTTRequest(
         train_sequences=arm_sequences(
-            settings.arm,
-            text,
-            title=passage.title,
-            context=passage.context,
-            split_newlines=settings.split_newlines,
+            settings.arm, text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
         ),
         eval_questions=eval_questions(passage),
         seed=derived_seed(settings.seed, at, passage.title, self_edit, repeat),
@@ -190,9 +173,7 @@ def build_run(
     completions_P: list[list[dict[str, Any]]] = [[] for _ in passages]
     for (at, _), mine in by_self_edit.items():
         completions_P[at].append(_completion(passages[at], mine, replies))
-    stats_P, overall = published_statistics(
-        [[c["stats"] for c in completions] for completions in completions_P]
-    )
+    stats_P, overall = published_statistics([[c["stats"] for c in completions] for completions in completions_P])
     return {
         "overall": overall,
         "timestamp": timestamp,
@@ -209,9 +190,7 @@ def build_run(
         **_prompt_key(passages, settings),
         "seed": settings.seed,
         "training": settings.training.request_fields(),
-        "n_ungraded": sum(
-            replies[loop.request_id].n_ungraded for loop in loops if loop.request_id in replies
-        ),
+        "n_ungraded": sum(replies[loop.request_id].n_ungraded for loop in loops if loop.request_id in replies),
         "missing": _missing(loops, replies, failures or {}),
         "articles": [
             _article(passage, stats, completions)
@@ -227,9 +206,7 @@ def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) ->
     return {"prompt_key": key} if key and not (settings.label and key == OTHER_PROMPT) else {}
 
 
-def _article(
-    passage: Passage, stats: Mapping[str, float | None], completions: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _article(passage: Passage, stats: Mapping[str, float | None], completions: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "stats": stats,
         "title": passage.title,
@@ -239,9 +216,7 @@ def _article(
     }
 
 
-def _completion(
-    passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]
-) -> dict[str, Any]:
+def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> dict[str, Any]:
     answered = [(loop, replies[loop.request_id]) for loop in loops if loop.request_id in replies]
     verdicts: list[tuple[Verdicts, Verdicts]] = [
         (reply.baseline_correct, reply.adapter_correct) for _, reply in answered
@@ -330,9 +305,7 @@ def in_context_prompts(passage: Passage) -> list[str]:
 def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) -> GenerateRequest:
     """All questions of one passage. Raises: SettingsError where prompts would go through a chat template."""
     if loop.request.chat:
-        raise SettingsError(
-            "chat=True: the arm in_context has no chat form; leave it out, or set chat to False"
-        )
+        raise SettingsError("chat=True: the arm in_context has no chat form; leave it out, or set chat to False")
     request = GenerateRequest(
         prompts=in_context_prompts(passage),
         max_tokens=loop.request.max_new_tokens,
@@ -371,9 +344,7 @@ def with_in_context(
     for index, reply in client.run_indexed(missing):
         if isinstance(reply, GenerateReply):
             journal.append(str(missing[index].request_id), reply.model_dump(mode="json"))
-    completed = {
-        key: reply for key, reply in replies.items() if key not in {loop.request_id for loop in loops}
-    }
+    completed = {key: reply for key, reply in replies.items() if key not in {loop.request_id for loop in loops}}
     for loop, request in zip(answered, requests, strict=True):
         if str(request.request_id) in journal:
             generated = GenerateReply.model_validate(journal.get(str(request.request_id)))

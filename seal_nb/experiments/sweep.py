@@ -14,7 +14,7 @@ from typing import Any
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import TrainingSettings
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, requests_for_run
-from seal_nb.metrics import Estimate, mean_interval, paired_difference
+from seal_nb.metrics import Estimate, mean_interval, paired_difference, written_value
 from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply
 
@@ -33,13 +33,6 @@ class SweepPoint:
     def label(self) -> str:
         """Such as "finetune_lr 0.001, lora_rank 32"."""
         return ", ".join(f"{name} {written_value(value)}" for name, value in self.values.items())
-
-
-def written_value(value: Any) -> str:
-    """A swept value, short: lists joined, an empty one the default."""
-    if isinstance(value, (list, tuple)):
-        return "+".join(map(str, value)) or "default"
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def grid_of(text: str) -> dict[str, list[Any]]:
@@ -62,9 +55,7 @@ def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[An
     """
     known = {field.name for field in fields(TrainingSettings)}
     if unknown := sorted(set(grid) - known):
-        raise SettingsError(
-            f"cannot sweep {unknown[0]!r}; inner-loop settings are {', '.join(sorted(known))}"
-        )
+        raise SettingsError(f"cannot sweep {unknown[0]!r}; inner-loop settings are {', '.join(sorted(known))}")
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if not grid or not 1 <= len(combinations) <= MOST_POINTS:
         raise SettingsError(f"the grid has {len(combinations)} points; 1 to {MOST_POINTS} can be run")
@@ -81,9 +72,7 @@ def _training(base: TrainingSettings, values: Mapping[str, Any]) -> TrainingSett
     return replace(base, **changed)
 
 
-def sweep_loops(
-    passages: Sequence[Passage], points: Iterable[SweepPoint], *, model_id: str
-) -> list[list[PlannedLoop]]:
+def sweep_loops(passages: Sequence[Passage], points: Iterable[SweepPoint], *, model_id: str) -> list[list[PlannedLoop]]:
     """The inner loops of each point."""
     return [requests_for_run(passages, point.settings, model_id=model_id) for point in points]
 
@@ -132,9 +121,7 @@ def _estimate(correct_P: Sequence[Sequence[bool | None]]) -> Estimate | None:
     return mean_interval(correct_P) if known else None
 
 
-def _against(
-    correct_P: Sequence[Sequence[bool | None]], first_P: Sequence[Sequence[bool | None]]
-) -> str | None:
+def _against(correct_P: Sequence[Sequence[bool | None]], first_P: Sequence[Sequence[bool | None]]) -> str | None:
     return paired_difference(correct_P, first_P).sentence() if _estimate(first_P) else None
 
 

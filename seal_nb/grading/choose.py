@@ -49,7 +49,7 @@ def check_grader(grader: str, model_id: str, *, where: str) -> None:
     """
     stated, served = grader.partition("?")[0], grader_of({"model": model_id})
     if stated == "judge":
-        from seal_nb.grading.judge import JudgeSettings  # takes a second to import
+        from seal_nb.grading.judge import JudgeSettings
 
         stated = f"judge:{JudgeSettings.model}"
     if stated and served and stated != served:

@@ -172,9 +172,7 @@ def judge_settings(name: str) -> JudgeSettings:
     try:
         given = dict(parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options)))
     except ValueError as error:
-        raise SettingsError(
-            f"grader is {name!r}: {error}; write judge:MODEL?field=value&field=value"
-        ) from error
+        raise SettingsError(f"grader is {name!r}: {error}; write judge:MODEL?field=value&field=value") from error
     own: dict[str, Any] = {"model": model} if name.startswith("judge:") else {}
     api: dict[str, Any] = {"timeout_s": 60.0}
     kinds = {one.name: type(one.default) for one in fields(ApiSettings)}

@@ -28,9 +28,7 @@ _KINDS_OF_QUESTION = {
     "asks_when": re.compile(
         r"\bwhen\b|what (year|date|day|month|century|decade|period|time)|which (year|century|decade)"
     ),
-    "asks_where": re.compile(
-        r"\bwhere\b|(what|which) (city|country|state|place|region|county|town|continent)"
-    ),
+    "asks_where": re.compile(r"\bwhere\b|(what|which) (city|country|state|place|region|county|town|continent)"),
     "asks_how": re.compile(r"\bhow\b(?! (many|much|long|old|large|big|far|tall|high|often|fast))"),
     "asks_which": re.compile(r"\bwhich\b"),
     "asks_kind": re.compile(r"(kind|type|form|sort)s? of"),
@@ -45,9 +43,7 @@ class Asked:
 
     question_keys: frozenset[str]
     gold: tuple[Word, ...]  # without function words; all words where there are no others
-    novel: tuple[
-        Word, ...
-    ]  # gold words that the question does not say; all gold words where it says them all
+    novel: tuple[Word, ...]  # gold words that the question does not say; all gold words where it says them all
     beyond_title: tuple[Word, ...]  # of these, what the title does not say; all novel words where it says all
     gold_phrase: str  # the stems in order, without articles
     gold_letters: str

@@ -78,8 +78,7 @@ def _first_line(answer: str) -> str:
 
 NEEDED = 0.6
 _STOP_WORDS = (
-    "a an the of in on at to for and or is are was were be been by with as that has have had his her their "
-    "he she they"
+    "a an the of in on at to for and or is are was were be been by with as that has have had his her their he she they"
 )
 _STOP = frozenset(_STOP_WORDS.split())
 _WORD = re.compile("[a-z0-9]+")

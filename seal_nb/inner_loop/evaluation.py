@@ -18,15 +18,7 @@ from dataclasses import dataclass, field, replace
 from seal_nb.errors import GradingError, SettingsError
 from seal_nb.grading.base import Answered, Grader, Verdict
 from seal_nb.prompts import answer_prompt
-from seal_nb.protocol import (
-    Answers,
-    GenerateReply,
-    GenerateRequest,
-    ScoredText,
-    TTTReply,
-    TTTRequest,
-    build_reply,
-)
+from seal_nb.protocol import Answers, GenerateReply, GenerateRequest, ScoredText, TTTReply, TTTRequest, build_reply
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
@@ -118,9 +110,7 @@ class Grading:
         trained_s = done.trained_s or done.started_s
         baseline, adapter = (
             Answers(texts=texts, verdicts=said, gold_logprobs=logprobs)
-            for texts, said, logprobs in zip(
-                (done.before, done.after), verdicts, self.scored[:2], strict=True
-            )
+            for texts, said, logprobs in zip((done.before, done.after), verdicts, self.scored[:2], strict=True)
         )
         return build_reply(
             baseline=None if request.skip_baseline else baseline,
@@ -207,9 +197,7 @@ def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
         pad_samples=request.pad_samples,
         seed=int(request.seed or 0),
     )
-    return TrainJob(
-        name=str(request.request_id), texts=tuple(request.train_sequences), lora=lora, train=train
-    )
+    return TrainJob(name=str(request.request_id), texts=tuple(request.train_sequences), lora=lora, train=train)
 
 
 def questions(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) -> list[Question]:
@@ -229,9 +217,7 @@ def prompt_ids(base: FrozenBase, question: Question) -> list[int]:
     return base.encode(question.prompt, special_tokens=question.special_tokens)
 
 
-def answer_row(
-    base: FrozenBase, key: Hashable, question: Question, adapters: tuple[Adapter, ...]
-) -> DecodeRow:
+def answer_row(base: FrozenBase, key: Hashable, question: Question, adapters: tuple[Adapter, ...]) -> DecodeRow:
     """Raises SettingsError where the prompt leaves no room in the model's context."""
     ids = prompt_ids(base, question)
     room = _room(base, len(ids), question.max_new_tokens)

@@ -56,10 +56,7 @@ def score_tokens(
 
 
 def wanted_texts(
-    base: FrozenBase,
-    questions: Sequence[EvalQuestion],
-    prompts: Sequence[Sequence[int]],
-    job: TrainJob | None,
+    base: FrozenBase, questions: Sequence[EvalQuestion], prompts: Sequence[Sequence[int]], job: TrainJob | None
 ) -> list[Wanted]:
     """All texts of one request. ``prompts``: token ids of each question's prompt."""
     golds = [
@@ -130,10 +127,7 @@ def _scored(
 
 def _placed(one: Wanted, values: Sequence[float]) -> list[float | None]:
     first = len(one.token_ids) - len(values)
-    return [
-        values[place - first] if scored and place >= first else None
-        for place, scored in enumerate(one.scored)
-    ]
+    return [values[place - first] if scored and place >= first else None for place, scored in enumerate(one.scored)]
 
 
 GOLD_SCORES_KEPT = 100_000  # numbers; a server lives for weeks
@@ -146,9 +140,7 @@ class SoftScores:
         self.base = base
         self.of_base: dict[tuple[Question, str], float] = {}  # by question and gold answer
 
-    def gold_answers(
-        self, evaluation: Evaluation, *, token_budget: int
-    ) -> tuple[list[float], list[float], list[int]]:
+    def gold_answers(self, evaluation: Evaluation, *, token_budget: int) -> tuple[list[float], list[float], list[int]]:
         """Of each gold answer its log-probability without and with the adapter, and its number of tokens."""
         asked = list(zip(evaluation.questions, evaluation.request.eval_questions, strict=True))
         golds = [self.base.encode(question.answer, special_tokens=False) for _, question in asked]

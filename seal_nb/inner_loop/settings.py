@@ -28,9 +28,7 @@ class InnerLoopSettings:
             raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         for name in ("n_slots", "decode_rows"):
             if getattr(self, name) < 0:
-                raise SettingsError(
-                    f"{name} is {getattr(self, name)}; it must be 1 or more, or 0 for the usual number"
-                )
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be 1 or more, or 0 for the usual number")
         for name in ("n_threads", "max_seq_length", "token_budget"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -158,9 +158,7 @@ def results_in(value: Any, file: str) -> list[Result]:
     return []
 
 
-def estimate(
-    correct_P_Q: Sequence[Verdicts], stored: float | None, settings: Mapping[str, Any]
-) -> Estimate | None:
+def estimate(correct_P_Q: Sequence[Verdicts], stored: float | None, settings: Mapping[str, Any]) -> Estimate | None:
     """Mean with its interval from verdicts, else the stored mean without one (no width); None of nothing."""
     if any(verdict is not None for verdicts in correct_P_Q for verdict in verdicts):
         return mean_interval(correct_P_Q)

@@ -242,9 +242,7 @@ def compare_runs(first: str | Path, second: str | Path) -> str:
     at = {passage: place for place, passage in enumerate(a.passages)}
     pairs = [(at[passage], place) for place, passage in enumerate(b.passages) if passage in at]
     if not pairs:
-        raise DataError(
-            "shares no passage with the other run", path=second, remedy="compare runs on the same passages"
-        )
+        raise DataError("shares no passage with the other run", path=second, remedy="compare runs on the same passages")
     before, after = [a.adapter_P_Q[i] for i, _ in pairs], [b.adapter_P_Q[j] for _, j in pairs]
     difference = paired_difference(after, before)
     differences = passage_differences(after, before)
@@ -302,9 +300,7 @@ def _made_from(path: str | Path) -> Mapping[str, Any]:
         raise DataError("is no result file", path=path, remedy="give a run file")
     plain = (str, int, float, bool, dict)
     told = {name: entry for name, entry in value.items() if isinstance(entry, plain) and name not in CLOCKS}
-    return {
-        name: entry for name, entry in told.items() if name not in ("overall", "server_reply", "per_article")
-    }
+    return {name: entry for name, entry in told.items() if name not in ("overall", "server_reply", "per_article")}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

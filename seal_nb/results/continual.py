@@ -28,8 +28,7 @@ def continual_matrix(verdicts_T_P: Sequence[Sequence[Verdicts | None]]) -> list[
                 remedy="give K + 1 steps over K passages",
             )
     return [
-        [None if verdicts is None else accuracy(verdicts) for verdicts in verdicts_P]
-        for verdicts_P in verdicts_T_P
+        [None if verdicts is None else accuracy(verdicts) for verdicts in verdicts_P] for verdicts_P in verdicts_T_P
     ]
 
 
@@ -45,9 +44,7 @@ def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model:
     released files do not show whether the published deviations are sample or population ones.)
     """
     n_passages = _check_equal_sizes(matrices)
-    cells = [
-        [[matrix[t][p] for matrix in matrices] for p in range(n_passages)] for t in range(n_passages + 1)
-    ]
+    cells = [[[matrix[t][p] for matrix in matrices] for p in range(n_passages)] for t in range(n_passages + 1)]
     return {
         "mean_over_sequences": _cellwise(cells, mean),
         "std_over_sequences": _cellwise(cells, sample_std),
@@ -81,10 +78,7 @@ def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         **({"strategy": about["strategy"]} if about["strategy"] else {}),
         "n_runs": len(summaries),
         "pooled_std_over_sequences": [
-            [
-                _pooled_std(counts, [m[t][p] for m in means], [s[t][p] for s in stds])
-                for p in range(n_passages)
-            ]
+            [_pooled_std(counts, [m[t][p] for m in means], [s[t][p] for s in stds]) for p in range(n_passages)]
             for t in range(n_passages + 1)
         ],
         "matrices": [matrix for summary in summaries for matrix in summary.get("matrices") or []],
@@ -186,21 +180,14 @@ def _cell(value: float | None, asked: bool) -> float | None:
 
 def _over_runs(matrices: Sequence[Matrix]) -> list[list[float | None]]:
     return [
-        [
-            _cell(mean([matrix[step][p] for matrix in matrices]), was_asked(step, p))
-            for p in range(len(matrices[0]) - 1)
-        ]
+        [_cell(mean([matrix[step][p] for matrix in matrices]), was_asked(step, p)) for p in range(len(matrices[0]) - 1)]
         for step in range(len(matrices[0]))
     ]
 
 
-def _pooled_std(
-    counts: Sequence[int], means: Sequence[float | None], stds: Sequence[float | None]
-) -> float | None:
+def _pooled_std(counts: Sequence[int], means: Sequence[float | None], stds: Sequence[float | None]) -> float | None:
     """Sample standard deviation over all sequences from each run's count, mean and sample deviation."""
-    known = [
-        (n, m, s) for n, m, s in zip(counts, means, stds, strict=True) if m is not None and s is not None
-    ]
+    known = [(n, m, s) for n, m, s in zip(counts, means, stds, strict=True) if m is not None and s is not None]
     total = sum(n for n, _, _ in known)
     if total < 2:
         return 0.0 if total else None

@@ -14,10 +14,7 @@ def per_passage_results(
 ) -> list[dict[str, Any]]:
     """One entry a passage, by its index; titles repeat and are no key."""
     counts = [len(passage.questions) for passage in passages]
-    baseline_P, adapter_P = (
-        split_by_passage(baseline_correct, counts),
-        split_by_passage(adapter_correct, counts),
-    )
+    baseline_P, adapter_P = (split_by_passage(baseline_correct, counts), split_by_passage(adapter_correct, counts))
     return [
         {
             "index": at,

@@ -48,9 +48,7 @@ def verdicts_by_grader(run: Mapping[str, Any], passages: Sequence[Passage] = ())
     """
     places, own = form_of(deepcopy(dict(run)), passages).places, grader_of(run)
     answered = [place.answered for place in places]
-    verdicts: dict[str, Verdicts] = {
-        f"{own} ({STORED})" if own else STORED: [place.verdict for place in places]
-    }
+    verdicts: dict[str, Verdicts] = {f"{own} ({STORED})" if own else STORED: [place.verdict for place in places]}
     for name in dict.fromkeys(name for place in places for name in place.holder.get("earlier", {})):
         verdicts[f"{name} ({STORED})"] = [_earlier(place, name) for place in places]
     verdicts |= {name: [AS_BOOLEAN[v] for v in make_grader(name).grade(answered)] for name in GRADERS}
@@ -65,8 +63,7 @@ def _earlier(place: Place, name: str) -> bool | None:
 
 def _by_arm(places: Sequence[Place], verdicts: Verdicts) -> dict[Kind, Verdicts]:
     return {
-        kind: [verdict for place, verdict in zip(places, verdicts, strict=True) if place.kind == kind]
-        for kind in KINDS
+        kind: [verdict for place, verdict in zip(places, verdicts, strict=True) if place.kind == kind] for kind in KINDS
     }
 
 
@@ -131,9 +128,7 @@ class GraderErrors:
     def __post_init__(self) -> None:
         pairs = ((self.n_false_yes, self.n_wrong), (self.n_false_no, self.n_right))
         if any(not 0 <= mistakes <= n for mistakes, n in pairs) or not self.n_wrong or not self.n_right:
-            raise SettingsError(
-                f"{self}: give counts of checked answers, right and wrong, and mistakes among them"
-            )
+            raise SettingsError(f"{self}: give counts of checked answers, right and wrong, and mistakes among them")
 
     @property
     def false_yes(self) -> float:

@@ -79,12 +79,9 @@ def grade_file(
         raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
     rows = _read_rows(Path(source))
     wanted = [not only_ungraded or row.get("verdict") not in _SETTLED for row in rows]
-    verdicts = iter(
-        judge.grade([_answered(row) for row, is_wanted in zip(rows, wanted, strict=True) if is_wanted])
-    )
+    verdicts = iter(judge.grade([_answered(row) for row, is_wanted in zip(rows, wanted, strict=True) if is_wanted]))
     graded = [
-        _graded_row(row, next(verdicts)) if is_wanted else row
-        for row, is_wanted in zip(rows, wanted, strict=True)
+        _graded_row(row, next(verdicts)) if is_wanted else row for row, is_wanted in zip(rows, wanted, strict=True)
     ]
     write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in graded))
     return graded_summary(judge.name, graded)
@@ -129,9 +126,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _answered(row: dict[str, Any]) -> Answered:
-    return Answered(
-        question=row["question"], gold=row["gold"], answer=row["answer"], title=row.get("title", "")
-    )
+    return Answered(question=row["question"], gold=row["gold"], answer=row["answer"], title=row.get("title", ""))
 
 
 def _graded_row(row: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
@@ -147,8 +142,7 @@ def graded_summary(name: str, rows: Sequence[dict[str, Any]]) -> GradedFile:
     kinds = sorted({row["kind"] for row in rows if "kind" in row})
     by_kind = {kind: _agreement([row for row in rows if row.get("kind") == kind]) for kind in kinds}
     sides = [
-        _agreement([row for row in rows if side in row.get("kind", "").split("+")])
-        for side in ("adapter", "baseline")
+        _agreement([row for row in rows if side in row.get("kind", "").split("+")]) for side in ("adapter", "baseline")
     ]
     adapter, baseline = sides
     return GradedFile(
@@ -198,9 +192,7 @@ class Regraded:
         said = graded_summary(self.grader, rows).lines()
         for name, verdicts in ((self.earlier_grader, self.earlier), (self.grader, self.verdicts)):
             shares = {kind: accuracy(self._of(kind, verdicts)) for kind in KINDS}
-            said.append(
-                f"{name}: " + ", ".join(f"{kind} {_percent(share)}" for kind, share in shares.items())
-            )
+            said.append(f"{name}: " + ", ".join(f"{kind} {_percent(share)}" for kind, share in shares.items()))
         return said
 
     def _of(self, kind: Kind, verdicts: Verdicts) -> Verdicts:
@@ -216,12 +208,7 @@ def is_run_file(path: str | Path) -> bool:
 
 
 def regrade_file(
-    path: str | Path,
-    out: str | Path,
-    grader: Grader,
-    *,
-    dataset: str | Path = "",
-    only_ungraded: bool = False,
+    path: str | Path, out: str | Path, grader: Grader, *, dataset: str | Path = "", only_ungraded: bool = False
 ) -> Regraded:
     """`regrade` from file to file, written whole or not at all.
 

@@ -139,9 +139,7 @@ class _Reader:
             title=self._of(str, article.get("title"), "title") or "",
             context=self._of(str, article.get("context"), "context") or "",
             prompt=self._of(str, article.get("prompt"), "prompt"),
-            self_edits=tuple(
-                self._self_edit(at, entry, f"completions[{at}]") for at, entry in enumerate(completions)
-            ),
+            self_edits=tuple(self._self_edit(at, entry, f"completions[{at}]") for at, entry in enumerate(completions)),
             stored_stats=self._of(dict, article.get("stats"), "stats") or {},
         )
 
@@ -153,9 +151,7 @@ class _Reader:
             index=index,
             text=self._of(str, completion.get("text"), f"{where}.text"),
             prompt=self._of(str, completion.get("prompt"), f"{where}.prompt"),
-            questions=tuple(
-                self._question(entry, f"{where}.questions[{at}]") for at, entry in enumerate(questions)
-            ),
+            questions=tuple(self._question(entry, f"{where}.questions[{at}]") for at, entry in enumerate(questions)),
             stored_stats={name: self._number(stats.get(name), f"{where}.stats.{name}") for name in STATS},
             made={key: kept for key, kept in completion.items() if key not in ("text", "stats", "questions")},
         )
@@ -184,13 +180,7 @@ class _Reader:
     def _of(self, kind: type, value: Any, field: str) -> Any:
         if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
             return value
-        named = {
-            dict: "an object",
-            list: "a list",
-            str: "a text",
-            int: "a whole number",
-            bool: "true or false",
-        }
+        named = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
         raise self._refused(value, field, named[kind])
 
     def _number(self, value: Any, field: str) -> float | None:

@@ -34,9 +34,7 @@ def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, floa
 
 def _paired_gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
     """Over the questions graded on both sides, so that an answer that one side lacks is no gain."""
-    both = [
-        pair for pair in zip(baseline, adapter, strict=True) if pair[0] is not None and pair[1] is not None
-    ]
+    both = [pair for pair in zip(baseline, adapter, strict=True) if pair[0] is not None and pair[1] is not None]
     if baseline and not both:
         return None
     return gain([before for before, _ in both], [after for _, after in both])

@@ -77,9 +77,7 @@ def _missing_notes(run: SinglePassageRun, graded_P: Sequence[Sequence[object]]) 
 def _counts(baseline_P: Sequence[Verdicts], adapter_P: Sequence[Verdicts]) -> dict[str, int]:
     """Counts over both arms; an answer is one question in one repeat of one self-edit."""
     pairs = [
-        pair
-        for before, after in zip(baseline_P, adapter_P, strict=True)
-        for pair in zip(before, after, strict=True)
+        pair for before, after in zip(baseline_P, adapter_P, strict=True) for pair in zip(before, after, strict=True)
     ]
     return {
         "n_passages": len(adapter_P),
@@ -172,15 +170,11 @@ class _Reply:
     def __init__(self, reply: Any, path: str | Path) -> None:
         self.path = path
         if not isinstance(reply, dict):
-            raise DataError(
-                "is not an object", path=path, field="server_reply", remedy="write the file again"
-            )
+            raise DataError("is not an object", path=path, field="server_reply", remedy="write the file again")
         self.baseline = self._verdicts(reply, "baseline_correct")
         self.adapter = self._verdicts(reply, "adapter_correct")
         if len(self.baseline) != len(self.adapter):
-            raise self._refused(
-                "adapter_correct", f"has {len(self.adapter)} entries, not {len(self.baseline)}"
-            )
+            raise self._refused("adapter_correct", f"has {len(self.adapter)} entries, not {len(self.baseline)}")
 
     def _verdicts(self, reply: Mapping[str, Any], name: str) -> list[bool | None]:
         verdicts = reply.get(name)
@@ -192,6 +186,4 @@ class _Reply:
         return verdicts
 
     def _refused(self, field: str, problem: str) -> DataError:
-        return DataError(
-            problem, path=self.path, field=f"server_reply.{field}", remedy="write the file again"
-        )
+        return DataError(problem, path=self.path, field=f"server_reply.{field}", remedy="write the file again")

@@ -51,10 +51,7 @@ def gain_sentence(result: SinglePassageResult) -> str | None:
 def recited(run: SinglePassageRun, match: Match) -> float | None:
     """Share of adapter answers that hold the gold answer of another question of the same passage."""
     answered = [
-        (passage.index, one)
-        for passage in run.passages
-        for edit in passage.self_edits
-        for one in edit.questions
+        (passage.index, one) for passage in run.passages for edit in passage.self_edits for one in edit.questions
     ]
     if not answered:
         return None
@@ -76,10 +73,7 @@ def local_match(question: str, gold: str, answer: str) -> bool:
 def answer_rows(run: SinglePassageRun, *, limit: int) -> list[dict[str, str]]:
     """Questions with their answers without and with the adapter; flips to right first, then to wrong."""
     answered = [
-        (passage.title, one)
-        for passage in run.passages
-        for edit in passage.self_edits
-        for one in edit.questions
+        (passage.title, one) for passage in run.passages for edit in passage.self_edits for one in edit.questions
     ]
     answered.sort(key=lambda pair: FLIPS.get((pair[1].baseline_correct, pair[1].adapter_correct), 2))
     return [_answer_row(title, one) for title, one in answered[:limit]]
@@ -113,9 +107,7 @@ def cpt_estimate(run: Mapping[str, Any], which: str) -> Estimate:
 def cpt_row(run: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the table of CPT arms."""
     adapter = cpt_estimate(run, "adapter_correct")
-    before, after = (
-        [entry[w] for entry in run["per_passage"]] for w in ("baseline_correct", "adapter_correct")
-    )
+    before, after = ([entry[w] for entry in run["per_passage"]] for w in ("baseline_correct", "adapter_correct"))
     return {
         "arm": cpt_arm(run),
         "passages": adapter.n,

@@ -56,9 +56,7 @@ class Form:
 
 def is_run(value: Any) -> bool:
     """Whether this is a file of one of the three forms."""
-    return isinstance(value, dict) and bool(
-        value.keys() & {"articles", "server_reply", "mean_over_sequences"}
-    )
+    return isinstance(value, dict) and bool(value.keys() & {"articles", "server_reply", "mean_over_sequences"})
 
 
 def form_of(run: dict[str, Any], passages: Sequence[Passage] = (), *, path: str = "") -> Form:
@@ -80,13 +78,7 @@ def form_of(run: dict[str, Any], passages: Sequence[Passage] = (), *, path: str 
 def _single_passage(run: dict[str, Any], path: str) -> Form:
     run_from_json(run, path=path)  # refuses what is broken, by item and field
     places = [
-        Place(
-            kind=kind,
-            holder=row,
-            field=f"{kind}_correct",
-            index=None,
-            answered=_answer_of(row, article, kind),
-        )
+        Place(kind=kind, holder=row, field=f"{kind}_correct", index=None, answered=_answer_of(row, article, kind))
         for article in run["articles"]
         for completion in article.get("completions") or []
         for row in completion.get("questions") or []

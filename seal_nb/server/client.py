@@ -28,16 +28,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout, SettingsError
-from seal_nb.protocol import (
-    ErrorReply,
-    GenerateReply,
-    GenerateRequest,
-    Reply,
-    TTTReply,
-    TTTRequest,
-    Work,
-    read_reply,
-)
+from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, Reply, TTTReply, TTTRequest, Work, read_reply
 from seal_nb.server.endpoint import Endpoint, client_socket, find_endpoint, is_loopback, this_node
 from seal_nb.server.status import ServerStatus, read_status
 
@@ -79,9 +70,7 @@ COME_BACK_S = 1.0
 TURN_S = 0.2
 PING_MARK = b"ping"
 HANDSHAKE_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 DENIED = "it denied our key; have its public half put into keys/allowed_clients/ of the server's run folder"
 
@@ -233,9 +222,7 @@ class Connection:
         """The server has said who it is: the one we look for, or another one that has its port now."""
         if self._expected_id and server_id != self._expected_id:
             self._greeted = False
-            self._trouble = (
-                f"the server there is {server_id}, the endpoint file speaks of {self._expected_id}"
-            )
+            self._trouble = f"the server there is {server_id}, the endpoint file speaks of {self._expected_id}"
             return
         self._lost_at, self._trouble = None, ""
         if self._greeted and server_id == self.server_id:
@@ -318,10 +305,7 @@ class TTTClient:
             raise SettingsError(f"window is {window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
         self.where, self.timeout_s, self.window = str(endpoint), timeout_s, window
         self._connection = Connection(
-            self.where,
-            wait_s=wait_s,
-            key_file=Path(key_file) if key_file else None,
-            server_key=server_key,
+            self.where, wait_s=wait_s, key_file=Path(key_file) if key_file else None, server_key=server_key
         )
 
     @property
@@ -403,9 +387,7 @@ class TTTClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _command(
-        self, message: Mapping[str, Any], timeout_s: float, *, repeat: bool = False
-    ) -> dict[str, Any]:
+    def _command(self, message: Mapping[str, Any], timeout_s: float, *, repeat: bool = False) -> dict[str, Any]:
         """``repeat``: ask a server that takes over, too."""
         mark = self._connection.send(json.dumps(message).encode(), repeat=repeat)
         try:
@@ -427,9 +409,7 @@ class TTTClient:
             while todo or index_of:
                 while todo and len(index_of) < self.window:
                     index, request = todo.pop()
-                    index_of[self._connection.send(request.model_dump_json(exclude_none=True).encode())] = (
-                        index
-                    )
+                    index_of[self._connection.send(request.model_dump_json(exclude_none=True).encode())] = index
                 mark, reply = self._connection.next(set(index_of), limit_s)
                 if isinstance(reply, dict):
                     raise ProtocolError(f"the server answered a request with fields {sorted(reply)}")
@@ -455,7 +435,5 @@ def _checked(reply: Reply, kind: type[R]) -> R:
     if isinstance(reply, ErrorReply):
         raise remote_error(reply)
     if not isinstance(reply, kind):
-        raise ProtocolError(
-            f"the server answered with a {type(reply).__name__}, a {kind.__name__} was asked for"
-        )
+        raise ProtocolError(f"the server answered with a {type(reply).__name__}, a {kind.__name__} was asked for")
     return reply

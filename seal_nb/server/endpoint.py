@@ -61,9 +61,7 @@ def read_endpoint(path: str | Path) -> Endpoint:
         return Endpoint(**{name: value for name, value in fields.items() if name in names})
     except (TypeError, AttributeError) as error:
         raise DataError(
-            f"not an endpoint file ({error})",
-            path=path,
-            remedy="give the endpoint.json of a server's run folder",
+            f"not an endpoint file ({error})", path=path, remedy="give the endpoint.json of a server's run folder"
         ) from error
 
 
@@ -141,9 +139,7 @@ def here(*, endpoint: str, worker_endpoint: str, server_id: str, public_key: str
     )
 
 
-def ask(
-    endpoint: Endpoint, message: dict[str, Any], *, timeout_s: float, key_file: Path | None = None
-) -> Any:
+def ask(endpoint: Endpoint, message: dict[str, Any], *, timeout_s: float, key_file: Path | None = None) -> Any:
     """The reply to one plain command; None if there is none in time."""
     with zmq.Context() as context, client_socket(context, endpoint, key_file) as socket:
         socket.send_multipart([b"", json.dumps(message).encode()])
@@ -156,20 +152,14 @@ def is_alive(endpoint: Endpoint, *, timeout_s: float, key_file: Path | None = No
     """Whether the server of this endpoint answers under its own id (not a newer or older one on its port)."""
     deadline = time.monotonic() + timeout_s
     try:
-        reply = ask(
-            endpoint, {"cmd": "ping"}, timeout_s=max(0.0, deadline - time.monotonic()), key_file=key_file
-        )
+        reply = ask(endpoint, {"cmd": "ping"}, timeout_s=max(0.0, deadline - time.monotonic()), key_file=key_file)
     except SettingsError:  # its keys are gone or not ours: nobody we could talk to
         return False
     return isinstance(reply, dict) and reply.get("server_id") == endpoint.server_id
 
 
 def client_socket(
-    context: "zmq.Context[zmq.Socket[bytes]]",
-    endpoint: Endpoint,
-    key_file: Path | None = None,
-    *,
-    name: bytes = b"",
+    context: "zmq.Context[zmq.Socket[bytes]]", endpoint: Endpoint, key_file: Path | None = None, *, name: bytes = b""
 ) -> "zmq.Socket[bytes]":
     """A connected DEALER, with the client's keys where the server asks for them.
 

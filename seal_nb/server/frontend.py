@@ -29,15 +29,7 @@ from seal_nb.protocol import PROTOCOL_VERSION, Command, parse_request, read_json
 from seal_nb.server import wire
 from seal_nb.server.keys import Gate
 from seal_nb.server.queue import Job, Lost
-from seal_nb.server.requests import (
-    Cancelled,
-    Desk,
-    Envelope,
-    Outgoing,
-    ServerStopping,
-    WorkerLost,
-    check_size,
-)
+from seal_nb.server.requests import Cancelled, Desk, Envelope, Outgoing, ServerStopping, WorkerLost, check_size
 from seal_nb.server.status import ServerStatus, WorkerStatus, rss_bytes
 from seal_nb.storage import forget_adapters
 
@@ -136,9 +128,7 @@ class Crew:
         """Why nothing moves, if nothing does."""
         if self.peers or not self.queue.jobs:
             return ""
-        return (
-            f"requests wait and no worker is there (the last one that was lost: {self.last_loss or 'none'})"
-        )
+        return f"requests wait and no worker is there (the last one that was lost: {self.last_loss or 'none'})"
 
     def status(self, now: float) -> tuple[WorkerStatus, ...]:
         return tuple(self._status(identity, now) for identity in self.peers)

@@ -132,9 +132,7 @@ class Gate:
 
     def _failed(self, monitor: "zmq.Socket[bytes]", domain: str) -> None:
         event = recv_monitor_message(monitor)
-        self._log(
-            domain, f"it speaks no CURVE, or has another server's key ({zmq.Event(event['event']).name})"
-        )
+        self._log(domain, f"it speaks no CURVE, or has another server's key ({zmq.Event(event['event']).name})")
 
     def answer(self) -> None:
         """Answer one question. Everything that is not understood is denied."""

@@ -41,12 +41,7 @@ class TTTServer:
     """
 
     def __init__(
-        self,
-        *,
-        start_timeout_s: float = 900.0,
-        wait_for_worker: bool = True,
-        log_level: str = "INFO",
-        **settings: Any,
+        self, *, start_timeout_s: float = 900.0, wait_for_worker: bool = True, log_level: str = "INFO", **settings: Any
     ) -> None:
         _known({field.name for field in fields(ServeSettings)}, settings)
         self.settings = replace(ServeSettings(**settings), parent_pid=os.getpid())
@@ -79,11 +74,7 @@ class TTTServer:
         if self.is_up():
             return self
         self.settings.run_dir.mkdir(parents=True, exist_ok=True)
-        env = {
-            **os.environ,
-            "SEAL_NB_LOG_LEVEL": self.log_level,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
+        env = {**os.environ, "SEAL_NB_LOG_LEVEL": self.log_level, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self.process = subprocess.Popen(
@@ -121,13 +112,9 @@ class TTTServer:
         while not self._ready():
             assert self.process is not None
             if not self.is_up():
-                raise ServerFailed(
-                    f"the server ended at its start (exit code {self.process.returncode}){self._tail()}"
-                )
+                raise ServerFailed(f"the server ended at its start (exit code {self.process.returncode}){self._tail()}")
             if time.monotonic() > deadline:
-                raise ServerFailed(
-                    f"the server was not ready within {self.start_timeout_s:g} s{self._tail()}"
-                )
+                raise ServerFailed(f"the server was not ready within {self.start_timeout_s:g} s{self._tail()}")
             time.sleep(0.05)
 
     def _ready(self) -> bool:
@@ -148,9 +135,7 @@ class TTTServer:
 
 def command(settings: ServeSettings) -> list[str]:
     """The command line that serves ``settings``."""
-    given = {
-        name: value for name, value in asdict(settings).items() if name != "limits" and value is not None
-    }
+    given = {name: value for name, value in asdict(settings).items() if name != "limits" and value is not None}
     given |= asdict(settings.limits)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     return [sys.executable, "-m", "seal_nb.server.main", *options]

@@ -24,15 +24,7 @@ import zmq
 
 from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
-from seal_nb.server.endpoint import (
-    Endpoint,
-    advertised,
-    here,
-    is_alive,
-    is_loopback,
-    read_endpoint,
-    split_tcp,
-)
+from seal_nb.server.endpoint import Endpoint, advertised, here, is_alive, is_loopback, read_endpoint, split_tcp
 from seal_nb.server.frontend import FrontEnd
 from seal_nb.server.keys import Gate, keys_dir, load_pair, make_keys, secure_server
 from seal_nb.server.launch import Pool
@@ -149,8 +141,7 @@ class Server:
 
     def _endpoint(self) -> Endpoint:
         addresses = [
-            advertised(_address(socket), host=self.settings.advertise_host)
-            for socket in (self.clients, self.workers)
+            advertised(_address(socket), host=self.settings.advertise_host) for socket in (self.clients, self.workers)
         ]
         return here(
             endpoint=addresses[0],

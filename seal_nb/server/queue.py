@@ -205,9 +205,7 @@ class JobQueue:
 
     def _freest(self) -> bytes | None:
         share = self._share()
-        candidates = [
-            i for i, w in self.workers.items() if w.free > 0 and len(w.jobs) < share and i != self._reserved
-        ]
+        candidates = [i for i, w in self.workers.items() if w.free > 0 and len(w.jobs) < share and i != self._reserved]
         return max(candidates, key=lambda i: self.workers[i].free, default=None)
 
     def _share(self) -> float:

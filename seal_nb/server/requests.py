@@ -38,16 +38,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
-from seal_nb.protocol import (
-    ErrorReply,
-    GenerateRequest,
-    Reply,
-    TTTReply,
-    TTTRequest,
-    Work,
-    error_reply,
-    read_reply,
-)
+from seal_nb.protocol import ErrorReply, GenerateRequest, Reply, TTTReply, TTTRequest, Work, error_reply, read_reply
 from seal_nb.server.queue import Job, JobQueue
 from seal_nb.server.settings import Limits
 from seal_nb.server.status import Meter
@@ -232,9 +223,7 @@ class Results:
                 self._journal.append(request_id, {"content": content, "reply": json.loads(reply)})
             except OSError as error:
                 if not self.trouble:
-                    log.error(
-                        "results cannot be written (%s); kept in memory and tried again: free space", error
-                    )
+                    log.error("results cannot be written (%s); kept in memory and tried again: free space", error)
                 self.trouble = f"{self.n_unsaved} results are not on the disk: {error}"
                 return False
             self.unsaved_bytes -= len(reply)
@@ -448,14 +437,7 @@ class Desk:
         if request.request_id is None and _correlated(envelope):
             self._sent_by[envelope] = key
         self.queue.add(
-            Job(
-                key=key,
-                client=envelope[0],
-                payload=message,
-                seed=seed,
-                priority=request.priority,
-                submitted_at=now,
-            )
+            Job(key=key, client=envelope[0], payload=message, seed=seed, priority=request.priority, submitted_at=now)
         )
         self.meter.count("accepted")
 

@@ -64,13 +64,7 @@ class ServeSettings:
             object.__setattr__(self, "limits", Limits(**self.limits))
         if self.endpoint_file is not None:
             object.__setattr__(self, "endpoint_file", Path(self.endpoint_file))
-        for name, least in (
-            ("n_workers", 0),
-            ("n_slots", 0),
-            ("n_threads", 1),
-            ("max_tries", 1),
-            ("seed", 0),
-        ):
+        for name, least in (("n_workers", 0), ("n_slots", 0), ("n_threads", 1), ("max_tries", 1), ("seed", 0)):
             _at_least(name, getattr(self, name), least)
         for name in ("lease_s", "drain_s", "idle_timeout_s", "stall_s", "job_timeout_s"):
             _at_least(name, getattr(self, name), 0)

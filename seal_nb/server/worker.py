@@ -335,9 +335,7 @@ def gpu_memory() -> dict[str, int]:
     }
 
 
-def main(
-    argv: Sequence[str] | None = None, *, load: Callable[[WorkerSettings], InnerLoop] | None = None
-) -> int:
+def main(argv: Sequence[str] | None = None, *, load: Callable[[WorkerSettings], InnerLoop] | None = None) -> int:
     """Run one worker; returns its exit code. ``load`` replaces the function that ``inner_loop`` names."""
     settings = parse(argv)
     level = os.environ.get("SEAL_NB_LOG_LEVEL", "INFO")
@@ -410,9 +408,7 @@ def parse(argv: Sequence[str] | None) -> WorkerSettings:
     """Settings from ``--n-slots 4`` and the like: one option for each field."""
     parser = argparse.ArgumentParser(prog="python -m seal_nb.server.worker", description=__doc__)
     for name, field in WorkerSettings.__dataclass_fields__.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=option_type(type(field.default)), default=field.default
-        )
+        parser.add_argument(f"--{name.replace('_', '-')}", type=option_type(type(field.default)), default=field.default)
     return WorkerSettings(**vars(parser.parse_args(argv)))
 
 

@@ -100,9 +100,7 @@ def parse_job(argv: Sequence[str] | None = None) -> SftJob:
     for name in ("sft_file", "model", "model_dir"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=str, required=True)
     for field in fields(SftSettings):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=_reader(field.type), default=field.default
-        )
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=_reader(field.type), default=field.default)
     parser.add_argument("--n-threads", type=int, default=1)
     given: dict[str, Any] = vars(parser.parse_args(argv))
     own = {name: given.pop(name) for name in ("sft_file", "model", "model_dir", "n_threads")}

@@ -77,16 +77,12 @@ def example(tokenizer: Any, row: dict[str, str], max_seq_length: int) -> Example
             raise DataError(f"{row['text']!r} has no token to predict", field="text", remedy="leave it out")
         return {"input_ids": ids, "labels": list(ids)}
     prompt = tokenizer(row["prompt"])["input_ids"]
-    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
+    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
     return {"input_ids": ids[:max_seq_length], "labels": labels[:max_seq_length]}
 
 
-def in_training_order(
-    examples: Sequence[Example], *, epochs: int, examples_a_step: int, seed: int
-) -> list[Example]:
+def in_training_order(examples: Sequence[Example], *, epochs: int, examples_a_step: int, seed: int) -> list[Example]:
     """All epochs end to end, each in a fresh shuffle and filled up to whole steps."""
     draws = random.Random(seed)
     ordered: list[Example] = []
@@ -115,9 +111,7 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 RESULT_FILE = "sft_result.json"  # in the model folder: what made it, and its losses
 
 
-def train_sft(
-    sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1
-) -> SftResult:
+def train_sft(sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1) -> SftResult:
     """Fine-tune `model` on the file's rows and write the new model to `model_dir`.
 
     Every process of a launch calls this alike. A model folder that this very training made is taken as it is.
@@ -173,11 +167,7 @@ def finished(model_dir: Path, made_from: str) -> SftResult | None:
 
 
 def _trainer(
-    folder: str,
-    rows: Sequence[dict[str, str]],
-    settings: SftSettings,
-    checkpoints: Path,
-    accumulation: int,
+    folder: str, rows: Sequence[dict[str, str]], settings: SftSettings, checkpoints: Path, accumulation: int
 ) -> Trainer:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [example(tokenizer, row, settings.max_seq_length) for row in rows]
@@ -227,9 +217,7 @@ def _own_checkpoints(model_dir: Path, training: str, processes: PartialState) ->
 
 def _last_whole(checkpoints: Path) -> str | None:
     """The newest checkpoint that was written to its end; trainer_state.json is the last file of one."""
-    whole = [
-        path for path in checkpoints.glob("checkpoint-*") if _is_json_object(path / "trainer_state.json")
-    ]
+    whole = [path for path in checkpoints.glob("checkpoint-*") if _is_json_object(path / "trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
@@ -249,9 +237,7 @@ def _lora(settings: SftSettings) -> LoraConfig:
     )
 
 
-def _arguments(
-    settings: SftSettings, checkpoints: Path, accumulation: int, steps_an_epoch: int
-) -> TrainingArguments:
+def _arguments(settings: SftSettings, checkpoints: Path, accumulation: int, steps_an_epoch: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=1,  # the rows are those of all epochs, in their order
@@ -299,11 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job: SftJob = parse_job(argv)
     try:
         train_sft(
-            job.sft_file,
-            model=job.model,
-            model_dir=job.model_dir,
-            settings=job.settings,
-            n_threads=job.n_threads,
+            job.sft_file, model=job.model, model_dir=job.model_dir, settings=job.settings, n_threads=job.n_threads
         )
     except SealError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -16,13 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import resolve_model
@@ -79,9 +73,7 @@ class KeptAdapters:
         """Identity and adapter. Raises SettingsError where none of this name is kept, or it does not fit."""
         folder = self.folder / name
         identity = _identity(folder)
-        return identity, self._remember(
-            identity, self._loaded.get(identity) or self.base.load_adapter(folder)
-        )
+        return identity, self._remember(identity, self._loaded.get(identity) or self.base.load_adapter(folder))
 
     def keep(self, name: str, adapter: Adapter) -> Path:
         """Write it; its folder. Raises OSError where the disk is full."""
@@ -102,7 +94,5 @@ def _identity(folder: Path) -> str:
     """One that is made anew under its old name is another one."""
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise SettingsError(
-            f"adapter_stack names {folder.name!r}, which this server has not kept; train it first"
-        )
+        raise SettingsError(f"adapter_stack names {folder.name!r}, which this server has not kept; train it first")
     return f"{folder.name}@{weights.stat().st_mtime_ns}"

@@ -108,9 +108,7 @@ def _varlen(
     scaling: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    out = varlen_attn(
-        q, k, v, q_ends, k_ends, longest, longest, scale=scaling, window_size=window, **GROUPED_HEADS
-    )
+    out = varlen_attn(q, k, v, q_ends, k_ends, longest, longest, scale=scaling, window_size=window, **GROUPED_HEADS)
     return cast(torch.Tensor, out)
 
 
@@ -168,15 +166,7 @@ Attend = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, float], 
 
 
 def _attention(  # type: ignore[no-untyped-def]  # transformers' attention interface
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    attend: Attend | None = None,
-    **kwargs,
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, attend: Attend | None = None, **kwargs
 ):
     """transformers' attention interface; `attend` is handed through the model's forward."""
     if attend is None:
@@ -258,17 +248,13 @@ class Cache:
         places = torch.cat([torch.arange(n) + i * self.room for i, n in zip(at, lengths, strict=True)])
         places = sent(places, self.device)
 
-        def attend(
-            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
-        ) -> torch.Tensor:
+        def attend(layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
             self._write(layer, k, v, places)
             return rows.attend(layer, q, k, v, scaling)
 
         return attend
 
-    def _write(
-        self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor
-    ) -> list[torch.Tensor]:
+    def _write(self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
         """Tokens k, v (1, kv_heads, T, d) to their places; a layer's tensors are made at its first call."""
         index: int = layer.layer_idx  # type: ignore[assignment]
         for side, new in ((self.keys, k), (self.values, v)):

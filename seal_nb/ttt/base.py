@@ -125,9 +125,7 @@ class FrozenBase:
         return layout.size * (own + self.dtype.itemsize * (self.dtype != self.adapter_dtype))
 
     def load_adapter(self, folder: Path) -> Adapter:
-        return load_adapter(
-            folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device
-        )
+        return load_adapter(folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
@@ -143,9 +141,7 @@ class FrozenBase:
         ids = sent(torch.cat([r.token_ids for r in rows]), self.device)
         positions = sent(torch.cat([r.positions for r in rows]), self.device)
         if attend is None:
-            attend = make_rows(
-                [len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]
-            ).attend
+            attend = make_rows([len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]).attend
         return self.run(ids, positions, make_plan(segments), attend)
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor, plan: Plan, attend: Attend) -> torch.Tensor:

@@ -35,9 +35,7 @@ class Bank:
     """n rows for adapters of one layout. weights and gradients are in `dtype`, the passes' copy in
     `compute_dtype`."""
 
-    def __init__(
-        self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype
-    ):
+    def __init__(self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype):
         self.layout, self.n = layout, n
         # Not filled: a row is set when a job enters, and a CPU gives memory to rows that were touched only.
         self.weights, self.gradient, self.mean, self.square = (
@@ -72,9 +70,7 @@ class Bank:
 class BankRow:
     """One adapter in training: row `index` of a bank."""
 
-    def __init__(
-        self, bank: Bank, index: int, settings: LoraSettings, initial: torch.Tensor, dropout_seed: int
-    ):
+    def __init__(self, bank: Bank, index: int, settings: LoraSettings, initial: torch.Tensor, dropout_seed: int):
         self.bank, self.index, self.settings = bank, index, settings
         self.weights, self.gradient = bank.weights[index], bank.gradient[index]
         self.mean, self.square = bank.mean[index], bank.square[index]
@@ -188,11 +184,7 @@ class Group:
 
 def has_kernels(layout: Layout, weights: torch.Tensor) -> bool:
     """Whether the kernels take these weights. Triton is a part of torch's CUDA packages on Linux."""
-    if (
-        not TRITON
-        or not weights.is_cuda
-        or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32)
-    ):
+    if not TRITON or not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     return kernels().fits(layout.rank, weights.itemsize) and kernels().works(weights.dtype)
 
@@ -201,9 +193,7 @@ def kernels() -> ModuleType:
     return importlib.import_module("seal_nb.ttt.kernels")  # needs Triton, which a CPU machine may lack
 
 
-def tiles_for(
-    lengths: Sequence[int], layout: Layout, weights: torch.Tensor, most: int = 0
-) -> torch.Tensor | None:
+def tiles_for(lengths: Sequence[int], layout: Layout, weights: torch.Tensor, most: int = 0) -> torch.Tensor | None:
     """Tiles for the kernels, filled up to `most`, on the device; None where there are no kernels."""
     if not has_kernels(layout, weights):
         return None
@@ -284,9 +274,7 @@ def _trained_group(run: Sequence[Segment]) -> Group:
         tiles=tiles_for(lengths, bank.layout, bank.compute),
         gradient=bank.gradient,
         keep=None if bank.all_void else tensor_on(device, bank.kept_gradients, bank.gradient.dtype),
-        dropouts=tuple(
-            (slice(s.start - start, s.stop - start), row) for s, row in pairs if row.settings.dropout
-        ),
+        dropouts=tuple((slice(s.start - start, s.stop - start), row) for s, row in pairs if row.settings.dropout),
     )
 
 
@@ -335,9 +323,7 @@ class _Kept:
     mask: torch.Tensor | None = None
 
 
-def _add_branches(
-    y: torch.Tensor, x: torch.Tensor, name: str, plan: Plan, *, training: bool = False
-) -> list[_Kept]:
+def _add_branches(y: torch.Tensor, x: torch.Tensor, name: str, plan: Plan, *, training: bool = False) -> list[_Kept]:
     """y (T, out) += branches of x (T, in), in place."""
     kept = []
     for group, target in plan.active(name):

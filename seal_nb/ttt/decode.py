@@ -81,9 +81,7 @@ class GroupedDecoder:
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         if max_rows < 1 or prefill_tokens < 1:
-            raise SettingsError(
-                f"max_rows is {max_rows} and prefill_tokens {prefill_tokens}; both must be at least 1"
-            )
+            raise SettingsError(f"max_rows is {max_rows} and prefill_tokens {prefill_tokens}; both must be at least 1")
         self.base, self.max_rows, self.prefill_tokens = base, max_rows, prefill_tokens
         self.most = (max_rows, prefill_tokens)
         self.waiting: deque[DecodeRow] = deque()
@@ -294,9 +292,7 @@ class GroupedDecoder:
         text = self._text(lane)
         for stop in lane.row.stop:
             text = text.split(stop, 1)[0]
-        return Decoded(
-            key=lane.row.key, text=text, token_ids=tuple(lane.new_ids), finish_reason=lane.finish_reason
-        )
+        return Decoded(key=lane.row.key, text=text, token_ids=tuple(lane.new_ids), finish_reason=lane.finish_reason)
 
 
 def _draws(row: DecodeRow) -> torch.Tensor:

@@ -61,10 +61,7 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(
-            0 <= self.learning_rate < float("inf"),
-            "finetune_lr",
-            self.learning_rate,
-            "a finite number, 0 or more",
+            0 <= self.learning_rate < float("inf"), "finetune_lr", self.learning_rate, "a finite number, 0 or more"
         )
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
         _require(self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "at least 2 tokens")
@@ -163,9 +160,7 @@ def _padded_row(
     """The published row: EOS to `pad_to`, every padding token a label. Padding tokens see only real ones,
     so they are independent of each other, and a sample of them is an unbiased estimate of their loss."""
     if tokenizer.eos_token_id is None:
-        raise SettingsError(
-            "padding in the loss needs a tokenizer with an EOS token; use padding_in_loss=False"
-        )
+        raise SettingsError("padding in the loss needs a tokenizer with an EOS token; use padding_in_loss=False")
     n_real, eos = len(ids), tokenizer.eos_token_id
     places = torch.arange(
         n_real, max(n_real, settings.pad_to - 1)
@@ -218,16 +213,10 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         if not self.texts:
-            raise SettingsError(
-                f"job {self.name!r} has no train sequence; give one or ask for the baseline only"
-            )
+            raise SettingsError(f"job {self.name!r} has no train sequence; give one or ask for the baseline only")
 
     def rows(self, tokenizer: Tokenizer, epoch: int) -> list[TrainRow]:
-        draws = (
-            torch.Generator().manual_seed(self.train.seed * 1_000_003 + epoch)
-            if self.train.pad_samples
-            else None
-        )
+        draws = torch.Generator().manual_seed(self.train.seed * 1_000_003 + epoch) if self.train.pad_samples else None
         return [make_row(tokenizer, text, self.train, draws=draws) for text in self.texts]
 
     def order(self, epoch: int) -> list[int]:

@@ -76,9 +76,7 @@ def _outer(h, x, out, ends, keep, n_wide, rank, h_row, x_row, out_member, out_ra
     for first in range(start, stop, TILE):
         rows = first + tl.arange(0, TILE)
         here = rows < stop
-        hs = tl.load(
-            h + rows[:, None] * h_row + r[None, :], mask=here[:, None] & (r < rank)[None, :], other=0.0
-        )
+        hs = tl.load(h + rows[:, None] * h_row + r[None, :], mask=here[:, None] & (r < rank)[None, :], other=0.0)
         xs = tl.load(x + rows.to(tl.int64)[:, None] * x_row + k[None, :],
                      mask=here[:, None] & (k < n_wide)[None, :], other=0.0)  # fmt: skip
         total += tl.dot(tl.trans(hs), xs, input_precision="ieee")
@@ -130,9 +128,7 @@ def widen(h: torch.Tensor, weights: torch.Tensor, y: torch.Tensor, tiles: torch.
     )  # fmt: skip
 
 
-def outer(
-    h: torch.Tensor, x: torch.Tensor, out: torch.Tensor, ends: torch.Tensor, keep: torch.Tensor | None
-) -> None:
+def outer(h: torch.Tensor, x: torch.Tensor, out: torch.Tensor, ends: torch.Tensor, keep: torch.Tensor | None) -> None:
     """out (n, rank, wide) = hᵀ x of each member, plus keep · out where `keep` (n,) is given."""
     n, rank, wide = out.shape
     block, stage = 128, (_padded(rank) + 128) * TILE * x.itemsize

@@ -76,9 +76,7 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
     for name in _matching(list(linears), settings.target_modules, model_type):
         n_in, n_out = linears[name].in_features, linears[name].out_features
         offset_b = offset + settings.rank * n_in
-        chosen.append(
-            Target(name=name, in_features=n_in, out_features=n_out, offset_a=offset, offset_b=offset_b)
-        )
+        chosen.append(Target(name=name, in_features=n_in, out_features=n_out, offset_a=offset, offset_b=offset_b))
         offset = offset_b + settings.rank * n_out
     return Layout(settings.rank, tuple(chosen))
 
@@ -108,9 +106,7 @@ def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
     A. The same stream is walked here."""
     flat = torch.zeros(layout.size)
     stream = torch.Generator().manual_seed(seed)
-    discarded = torch.empty(
-        layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0)
-    )
+    discarded = torch.empty(layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0))
     for t in layout.targets:
         for n in (layout.rank * t.in_features, layout.rank * t.out_features):
             discarded[:n].uniform_(generator=stream)
@@ -122,9 +118,7 @@ class Adapter:
     """A LoRA adapter whose training is over. flat: (layout.size,), float32 as a rule; compute: the same in
     the base's dtype."""
 
-    def __init__(
-        self, layout: Layout, settings: LoraSettings, flat: torch.Tensor, compute_dtype: torch.dtype
-    ):
+    def __init__(self, layout: Layout, settings: LoraSettings, flat: torch.Tensor, compute_dtype: torch.dtype):
         self.layout, self.settings, self.flat = layout, settings, flat
         self.scaling = settings.scaling
         self.compute = flat.to(compute_dtype)
@@ -148,12 +142,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for t in adapter.layout.targets:
-        tensors[f"{PEFT_PREFIX}{t.name}.lora_A.weight"] = (
-            adapter.layout.a(adapter.flat, t).detach().cpu().contiguous()
-        )
-        tensors[f"{PEFT_PREFIX}{t.name}.lora_B.weight"] = (
-            adapter.layout.b(adapter.flat, t).detach().cpu().contiguous()
-        )
+        tensors[f"{PEFT_PREFIX}{t.name}.lora_A.weight"] = adapter.layout.a(adapter.flat, t).detach().cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{t.name}.lora_B.weight"] = adapter.layout.b(adapter.flat, t).detach().cpu().contiguous()
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     config = LoraConfig(
         r=adapter.settings.rank,
@@ -184,12 +174,7 @@ def _swap(partial: Path, folder: Path) -> None:
 
 
 def load_adapter(
-    folder: Path,
-    linears: Mapping[str, nn.Linear],
-    model_type: str,
-    *,
-    compute_dtype: torch.dtype,
-    device: torch.device,
+    folder: Path, linears: Mapping[str, nn.Linear], model_type: str, *, compute_dtype: torch.dtype, device: torch.device
 ) -> Adapter:
     """Read an adapter in PEFT's format, ours or anybody's (plain LoRA on Linear layers).
 

@@ -21,16 +21,7 @@ from torch.nn import functional as F
 
 from seal_nb.ttt.attention import Attend, Rows, make_rows
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import (
-    Bank,
-    Group,
-    Plan,
-    Segment,
-    has_kernels,
-    make_plan,
-    tiles_for,
-    trained_segments,
-)
+from seal_nb.ttt.branches import Bank, Group, Plan, Segment, has_kernels, make_plan, tiles_for, trained_segments
 from seal_nb.ttt.device import TILE, free_cached_memory, has_varlen, pinned, sent
 from seal_nb.ttt.fused import fused
 from seal_nb.ttt.jobs import TrainRow
@@ -271,9 +262,7 @@ class _Static:
     def warm_up(self) -> torch.Tensor:
         """The pass, kernel by kernel; compiles what has to be compiled."""
         with fused():
-            return _run(
-                self.base, self.tokens, self.labels, self.floats[0], self.plan, self.attend, self.bank.n
-            )
+            return _run(self.base, self.tokens, self.labels, self.floats[0], self.plan, self.attend, self.bank.n)
 
     def replay(self) -> torch.Tensor:
         assert self.graph is not None

@@ -16,9 +16,7 @@ from seal_nb.errors import SettingsError
 def quantized(compute_dtype: torch.dtype, device: str) -> dict[str, Any]:
     """What `from_pretrained` takes for it. Raises SettingsError where bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
-        raise SettingsError(
-            "dtype is '4bit', which needs bitsandbytes: pip install -e '.[4bit]', or take bfloat16"
-        )
+        raise SettingsError("dtype is '4bit', which needs bitsandbytes: pip install -e '.[4bit]', or take bfloat16")
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(

@@ -163,9 +163,7 @@ class SlotTrainer:
 
     def __init__(self, base: FrozenBase, *, n_slots: int, token_budget: int = 4096):
         if n_slots < 1 or token_budget < 1:
-            raise SettingsError(
-                f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1"
-            )
+            raise SettingsError(f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1")
         self.base, self.n_slots, self.token_budget = base, n_slots, token_budget
         self.most = (n_slots, token_budget)
         self.n_since_short = 0
@@ -267,9 +265,7 @@ class SlotTrainer:
         initial = waiting.initial.result()
         row = bank.enter(job.lora, initial, dropout_seed=job.train.seed)
         upcoming = _windows(job.micro_batches(n_items_R))
-        return Slot(
-            job=job, stack=waiting.stack, row=row, rows=rows, window=next(upcoming), upcoming=upcoming
-        )
+        return Slot(job=job, stack=waiting.stack, row=row, rows=rows, window=next(upcoming), upcoming=upcoming)
 
     def _bank(self, layout: Layout) -> Bank:
         """The bank of this layout, made when needed; banks that stand empty make room for it."""
@@ -385,9 +381,7 @@ class SlotTrainer:
         self.base.make_room()
         self.token_budget = max(1, min(self.token_budget, n_tokens) // 2)
         if chosen[0].lone_failures > 1:
-            self._fail(
-                chosen[0], f"out of memory with {n_tokens} tokens in one micro-batch; lower batch_size"
-            )
+            self._fail(chosen[0], f"out of memory with {n_tokens} tokens in one micro-batch; lower batch_size")
 
     def _fail(self, slot: Slot, error: str) -> None:
         self._release([slot])

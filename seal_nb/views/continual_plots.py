@@ -14,19 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from seal_nb.metrics import counted
 from seal_nb.views.plots import INTERVAL, Estimated, legend_outside
-from seal_nb.views.style import (
-    BLUE,
-    GREY,
-    HEAT_MAP,
-    INK,
-    ORANGE,
-    PALE,
-    RED,
-    Chart,
-    new_chart,
-    percent_ticks,
-    styled,
-)
+from seal_nb.views.style import BLUE, GREY, HEAT_MAP, INK, ORANGE, PALE, RED, Chart, new_chart, percent_ticks, styled
 
 
 @styled
@@ -75,13 +63,7 @@ def continual_curve(
     if just_edited:
         axes.plot(edits, just_edited, "s", color=ORANGE, linestyle="none", label="passage just edited")
     axes.errorbar(
-        edits,
-        [e.mean for e in seen],
-        yerr=reach,
-        fmt="-o",
-        color=BLUE,
-        capsize=3,
-        label="all passages so far",
+        edits, [e.mean for e in seen], yerr=reach, fmt="-o", color=BLUE, capsize=3, label="all passages so far"
     )
     if published:
         axes.plot(range(1, len(published) + 1), published, "--o", color=GREY, mfc="white", label="published")

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from seal_nb.experiments.sweep import written_value
+from seal_nb.metrics import written_value
 from seal_nb.views.style import (
     BLUE,
     CYCLE,
@@ -107,9 +107,7 @@ def accuracy_across_rounds(
     _baseline_line(axes, baseline, vertical=False)
     shift = 0.04  # intervals of several lines stand side by side
     for number, (name, estimates) in enumerate(series.items()):
-        _round_line(
-            axes, name, estimates, CYCLE[number % len(CYCLE)], shift * (number - (len(series) - 1) / 2)
-        )
+        _round_line(axes, name, estimates, CYCLE[number % len(CYCLE)], shift * (number - (len(series) - 1) / 2))
     for number, name in enumerate(series):
         values = (published or {}).get(name)
         if values:
@@ -137,9 +135,7 @@ def accuracy_across_rounds(
 
 
 @styled
-def gain_by_passage(
-    titles: Sequence[str], baseline: Sequence[float | None], adapter: Sequence[float | None]
-) -> Chart:
+def gain_by_passage(titles: Sequence[str], baseline: Sequence[float | None], adapter: Sequence[float | None]) -> Chart:
     """One line a passage from baseline to adapter accuracy, largest gain on top; lists run side by side.
 
     A passage without a graded answer on one side is left out. Above 40 passages the lines are unreadable:
@@ -199,14 +195,10 @@ def _interval(axes: Axes, value: Estimated, row: float) -> None:
     """The interval around a bar's end, and the mean in figures to its right."""
     below, above = max(value.mean - value.low, 0.0), max(value.high - value.mean, 0.0)
     axes.errorbar(value.mean, row, xerr=[[below], [above]], color=INK, capsize=3, linewidth=1.2)
-    axes.annotate(
-        f"{value.mean:.1%}", (value.high, row), (6, 0), textcoords="offset points", va="center", fontsize=9
-    )
+    axes.annotate(f"{value.mean:.1%}", (value.high, row), (6, 0), textcoords="offset points", va="center", fontsize=9)
 
 
-def _round_line(
-    axes: Axes, name: str, estimates: Sequence[Estimated | None], colour: str, shift: float
-) -> None:
+def _round_line(axes: Axes, name: str, estimates: Sequence[Estimated | None], colour: str, shift: float) -> None:
     known = [(k + shift, e) for k, e in enumerate(estimates) if e is not None]
     means = [e.mean for _, e in known]
     reach = [[max(e.mean - e.low, 0.0) for _, e in known], [max(e.high - e.mean, 0.0) for _, e in known]]
@@ -217,9 +209,7 @@ def _baseline_line(axes: Axes, baseline: Estimated | None, *, vertical: bool = T
     if baseline is None:
         return
     draw_line, draw_band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
-    draw_line(
-        baseline.mean, color=INK, linestyle=":", linewidth=1.4, label=f"not adapted, {baseline.mean:.1%}"
-    )
+    draw_line(baseline.mean, color=INK, linestyle=":", linewidth=1.4, label=f"not adapted, {baseline.mean:.1%}")
     draw_band(baseline.low, baseline.high, color=GREY, alpha=0.15, linewidth=0)
 
 
@@ -244,9 +234,7 @@ def legend_outside(chart: Chart, place: Place = "outside upper left", columns: i
 
 def _n_label(values: Sequence[Estimated], unit: str) -> str:
     counts = sorted({value.n for value in values})
-    return (
-        f"n = {' to '.join(str(n) for n in (counts if len(counts) < 3 else (counts[0], counts[-1])))} {unit}"
-    )
+    return f"n = {' to '.join(str(n) for n in (counts if len(counts) < 3 else (counts[0], counts[-1])))} {unit}"
 
 
 def short(text: str, longest: int = 34) -> str:
@@ -295,9 +283,7 @@ def accuracy_by_grader(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 @styled
-def sweep_accuracy(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, unit: str = "passages"
-) -> Chart:
+def sweep_accuracy(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, unit: str = "passages") -> Chart:
     """QA accuracy with interval against the first of ``names``, a line for each combination of the others.
 
     ``rows``: as ``sweep_rows`` gives them, with ``estimate`` and a value for each name; rows without an
@@ -312,9 +298,7 @@ def sweep_accuracy(
         axes.set_xscale("log")
     for number, (label, own) in enumerate(_lines(known, names[1:]).items()):
         own = sorted(own, key=lambda row: place[_key(row[names[0]])])
-        _line(
-            axes, [place[_key(row[names[0]])] for row in own], [row["estimate"] for row in own], label, number
-        )
+        _line(axes, [place[_key(row[names[0]])] for row in own], [row["estimate"] for row in own], label, number)
     axes.set_xticks([place[value] for value in values], [written_value(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(names[0])
@@ -323,9 +307,7 @@ def sweep_accuracy(
     axes.set_ylim(bottom=0)
     if len(names) > 1:
         legend_outside(chart, "outside right center", 1)
-    chart.alt = "QA accuracy by setting: " + "; ".join(
-        f"{row['label']}: {row['estimate'].mean:.1%}" for row in known
-    )
+    chart.alt = "QA accuracy by setting: " + "; ".join(f"{row['label']}: {row['estimate'].mean:.1%}" for row in known)
     return chart
 
 
@@ -339,10 +321,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str,
 def _line(axes: Any, xs: Sequence[float], estimates: Sequence[Estimated], label: str, number: int) -> None:
     colour = CYCLE[number % len(CYCLE)] if label else BLUE
     means = [one.mean for one in estimates]
-    reach = [
-        [max(one.mean - one.low, 0.0) for one in estimates],
-        [max(one.high - one.mean, 0.0) for one in estimates],
-    ]
+    reach = [[max(one.mean - one.low, 0.0) for one in estimates], [max(one.high - one.mean, 0.0) for one in estimates]]
     axes.errorbar(xs, means, yerr=reach, fmt="-o", color=colour, capsize=3, label=label or None)
 
 

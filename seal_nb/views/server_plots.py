@@ -64,8 +64,7 @@ def status_line(sample: Sample) -> str:
     return (
         f"{sample.at_s:.0f} s: {sample.queued} waiting, {sample.slots_in_use}/{sample.slots} slots, "
         f"{sample.jobs_per_min:g} jobs/min, {sample.tokens_per_s:g} tokens/s, "
-        f"{sample.memory_bytes / 2**20:.0f} MiB{on_gpu}, {sample.failed} failed, "
-        + counted(sample.workers, "workers")
+        f"{sample.memory_bytes / 2**20:.0f} MiB{on_gpu}, {sample.failed} failed, " + counted(sample.workers, "workers")
     )
 
 

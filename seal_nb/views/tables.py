@@ -53,19 +53,14 @@ class Table:
         numeric = self._numeric()
         head = "".join(_cell("th", key, right) for key, right in zip(self.columns, numeric, strict=True))
         body = "".join(
-            "<tr>"
-            + "".join(_cell("td", text, right) for text, right in zip(cells, numeric, strict=True))
-            + "</tr>"
+            "<tr>" + "".join(_cell("td", text, right) for text, right in zip(cells, numeric, strict=True)) + "</tr>"
             for cells in self.cells()
         )
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self) -> str:
-        grid = [
-            list(self.columns),
-            *([_one_line(text, self.longest_cell) for text in cells] for cells in self.cells()),
-        ]
+        grid = [list(self.columns), *([_one_line(text, self.longest_cell) for text in cells] for cells in self.cells())]
         widths = [max(len(line[i]) for line in grid) for i in range(len(self.columns))]
         lines = [self._aligned(line, widths) for line in grid]
         return "\n".join(([self.caption] if self.caption else []) + lines)

@@ -37,12 +37,7 @@ def self_edit_rewards(
                 is_chosen = number in choices
                 face = BLUE if is_chosen else "white"
                 axes.plot(
-                    [value],
-                    [heights[number]],
-                    "o",
-                    color=BLUE if is_chosen else GREY,
-                    mfc=face,
-                    zorder=2 + is_chosen,
+                    [value], [heights[number]], "o", color=BLUE if is_chosen else GREY, mfc=face, zorder=2 + is_chosen
                 )
         if baseline is not None and (before := baseline[row]) is not None:
             axes.plot([before] * 2, [row - 0.35, row + 0.35], color=INK, linewidth=1.6, zorder=2)
@@ -69,11 +64,7 @@ def training_loss(curves: Mapping[str, Sequence[float]], *, step: str = "epoch")
         epochs = range(1, len(losses) + 1)
         if many:
             axes.plot(
-                epochs,
-                losses,
-                color=LIGHT,
-                linewidth=0.9,
-                label=f"one of {len(curves)}" if number == 0 else None,
+                epochs, losses, color=LIGHT, linewidth=0.9, label=f"one of {len(curves)}" if number == 0 else None
             )
         else:
             axes.plot(epochs, losses, "-o", color=CYCLE[number % len(CYCLE)], markersize=4, label=short(name))
@@ -124,9 +115,7 @@ def gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequ
 
 
 @styled
-def self_edit_lengths(
-    titles: Sequence[str], words_P_E: Sequence[Sequence[int]], passage_words: Sequence[int]
-) -> Chart:
+def self_edit_lengths(titles: Sequence[str], words_P_E: Sequence[Sequence[int]], passage_words: Sequence[int]) -> Chart:
     """For each passage the length of each of its self-edits, beside the length of the passage itself."""
     chart, axes = new_chart(1.3 + 0.3 * max(len(titles), 1))
     for row, (lengths, own) in enumerate(zip(words_P_E, passage_words, strict=True)):

@@ -75,9 +75,7 @@ class OpenNotebook:
         self.page = page
         page.goto(lab.address(name))
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.wait_for_function(
-            "() => window.jupyterapp && window.jupyterapp.shell.currentWidget", timeout=60_000
-        )
+        page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget", timeout=60_000)
         page.wait_for_function(
             "() => window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'",
             timeout=90_000,
@@ -109,16 +107,13 @@ class OpenNotebook:
 
     def theme(self, name: str) -> None:
         self.page.evaluate(
-            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme}).then(() => true)",
-            name,
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme}).then(() => true)", name
         )
         self.page.wait_for_timeout(800)
 
     def close(self) -> None:
         """End the kernel, so that the next notebook has the cores."""
-        self.page.evaluate(
-            "() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(() => true)"
-        )
+        self.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown().then(() => true)")
 
 
 def _free_port() -> int:

@@ -31,9 +31,7 @@ if seconds: subprocess.Popen([sys.executable, "-c", code], start_new_session=Tru
 @pytest.fixture
 def notebooks(tmp_path: Path) -> Path:
     folder = tmp_path / "notebooks"
-    count = (
-        WRITE + "with (out / 'runs.txt').open('a') as f: f.write('once\\n')\nprint('counted to', n)\n1 / n"
-    )
+    count = WRITE + "with (out / 'runs.txt').open('a') as f: f.write('once\\n')\nprint('counted to', n)\n1 / n"
     write_notebook(folder, "count", HEAD + "n: int = 1", count)
     ask = WRITE + "assert Path(endpoint).exists(), 'server is down'\n(out / 'answer.txt').write_text('asked')"
     write_notebook(folder, "ask", HEAD + 'endpoint: str = ""', ask)
@@ -50,14 +48,7 @@ def notebooks(tmp_path: Path) -> Path:
 
 
 def count(name: str, n: int = 1, needs: tuple[str, ...] = ()) -> Stage:
-    return Stage(
-        name=name,
-        notebook="count",
-        title="counts",
-        parameters={"n": n},
-        needs=needs,
-        produces=("runs.txt",),
-    )
+    return Stage(name=name, notebook="count", title="counts", parameters={"n": n}, needs=needs, produces=("runs.txt",))
 
 
 def serve(name: str = "server", **parameters: bool) -> Stage:
@@ -159,9 +150,7 @@ def test_stage_that_does_not_write_its_result_has_failed(tmp_path: Path, noteboo
         run(chain_of(stage), tmp_path / "run", notebooks)
 
 
-def test_server_is_up_for_those_who_need_it_and_ends_in_order_after_the_last(
-    tmp_path: Path, notebooks: Path
-) -> None:
+def test_server_is_up_for_those_who_need_it_and_ends_in_order_after_the_last(tmp_path: Path, notebooks: Path) -> None:
     run_dir = tmp_path / "run"
     told = run(chain_of(serve(), ask("ask"), ask("again"), count("later")), run_dir, notebooks)
     assert (run_dir / "server/served.txt").exists()
@@ -179,12 +168,7 @@ def test_a_silent_stage_is_told_of_with_what_its_server_does(
 ) -> None:
     monkeypatch.setattr(local, "QUIET_S", 0.2)
     slow = Stage(
-        name="slow",
-        notebook="sleep",
-        title="",
-        needs=("server",),
-        produces=("pid",),
-        parameters={"seconds": 3.0},
+        name="slow", notebook="sleep", title="", needs=("server",), produces=("pid",), parameters={"seconds": 3.0}
     )
     told: list[str] = []
     run_chain(
@@ -243,16 +227,12 @@ def end_in_the_middle(run_dir: Path, notebooks: Path, number: signal.Signals) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_chain_that_is_told_to_end_leaves_no_process(
-    tmp_path: Path, notebooks: Path, number: signal.Signals
-) -> None:
+def test_chain_that_is_told_to_end_leaves_no_process(tmp_path: Path, notebooks: Path, number: signal.Signals) -> None:
     tree = end_in_the_middle(tmp_path / "run", notebooks, number)
     wait_for(lambda: all_gone(tree), 20)
 
 
-def test_chain_that_is_killed_leaves_no_process_and_goes_on_when_started_again(
-    tmp_path: Path, notebooks: Path
-) -> None:
+def test_chain_that_is_killed_leaves_no_process_and_goes_on_when_started_again(tmp_path: Path, notebooks: Path) -> None:
     run_dir = tmp_path / "run"
     tree = end_in_the_middle(run_dir, notebooks, signal.SIGKILL)
     wait_for(lambda: all_gone(tree), 20)

@@ -16,9 +16,7 @@ def again(folder: Path) -> str:
     return restart_server(folder, project=Path.cwd(), tell=print)
 
 
-def test_forgotten_server_is_submitted_once_more_without_waiting_and_then_it_is_the_chain_s(
-    fakes: Path,
-) -> None:
+def test_forgotten_server_is_submitted_once_more_without_waiting_and_then_it_is_the_chain_s(fakes: Path) -> None:
     folder, first = with_a_server(fakes)
     earlier = (fakes / "submitted").read_text()
     second = again(folder)
@@ -56,9 +54,7 @@ def test_server_that_slurm_still_knows_is_queued_again_under_its_number(fakes: P
     assert (fakes / "requeued").read_text() == job.removesuffix("_0") + "\n"
 
 
-def test_server_whose_record_is_of_an_older_version_is_queued_again_as_long_as_slurm_knows_it(
-    fakes: Path,
-) -> None:
+def test_server_whose_record_is_of_an_older_version_is_queued_again_as_long_as_slurm_knows_it(fakes: Path) -> None:
     folder, job = with_a_server(fakes)
     record = json.loads((fakes / "run/chain.json").read_text())
     for stage in record["stages"]:

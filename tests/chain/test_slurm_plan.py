@@ -22,10 +22,7 @@ def test_stage_waits_for_what_it_needs_and_for_the_start_of_its_server() -> None
 
 
 def test_server_starts_when_all_who_ask_it_could() -> None:
-    assert jobs_of(rest_em_chain(SMALL))["base_server"].afterok == (
-        "base_self_edits",
-        "round1_self_edits_train",
-    )
+    assert jobs_of(rest_em_chain(SMALL))["base_server"].afterok == ("base_self_edits", "round1_self_edits_train")
 
 
 def test_client_does_not_outlive_the_making_of_its_server_s_model() -> None:
@@ -34,9 +31,7 @@ def test_client_does_not_outlive_the_making_of_its_server_s_model() -> None:
 
 
 def test_clients_look_after_the_job_of_their_server() -> None:
-    command = jobs_of(rest_em_chain(SMALL))["base_evaluate"].command(
-        {"base_server": "17_0", "base_self_edits": "5"}
-    )
+    command = jobs_of(rest_em_chain(SMALL))["base_evaluate"].command({"base_server": "17_0", "base_self_edits": "5"})
     assert "--dependency=afterok:5,after:17_0" in command
     assert "--export=ALL,SEAL_SERVER_JOB=17_0" in command
 
@@ -66,9 +61,7 @@ def training(n_processes: int, **place: object) -> Job:
 def test_training_is_one_job_over_its_nodes_with_a_gpu_for_each_process_and_their_memory() -> None:
     job = training(8, sft_nodes=4)
     assert job.options[-3:] == ("--nodes=4", "--mem=0", "--gpus-per-node=a100:2")
-    assert ("-p", "n_processes", "8") in zip(
-        job.arguments, job.arguments[1:], job.arguments[2:], strict=False
-    )
+    assert ("-p", "n_processes", "8") in zip(job.arguments, job.arguments[1:], job.arguments[2:], strict=False)
 
 
 def test_training_on_one_node_takes_as_many_of_its_gpus_as_it_has_processes() -> None:
@@ -156,9 +149,7 @@ def test_site_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
 
 
 def test_site_file_tells_what_it_exports_for_sbatch_and_scripts(tmp_path: Path) -> None:
-    (tmp_path / "site.sh").write_text(
-        "export SBATCH_PARTITION=gpu SEAL_GPUS=2 OTHER=1\nSEAL_PLAIN=3\necho hello"
-    )
+    (tmp_path / "site.sh").write_text("export SBATCH_PARTITION=gpu SEAL_GPUS=2 OTHER=1\nSEAL_PLAIN=3\necho hello")
     assert slurm_jobs.read_site(tmp_path / "site.sh") == {"SBATCH_PARTITION": "gpu", "SEAL_GPUS": "2"}
 
 

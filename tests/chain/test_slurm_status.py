@@ -115,9 +115,7 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
     about = lines[lines.index("base_cpt: job 7base_cpt on node1: FAILED, exit code 1") :]
     assert "  cell [3] raised DataError: no such file" in about
     assert "  at: load(dataset)" in about
-    assert [line.strip() for line in about if line.startswith("      line")] == [
-        f"line {n}" for n in range(4, 9)
-    ]
+    assert [line.strip() for line in about if line.startswith("      line")] == [f"line {n}" for n in range(4, 9)]
     assert about[-1] == f"  executed notebook: {folder / '04_cpt-7base_cpt.ipynb'}"
 
 

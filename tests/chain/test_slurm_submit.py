@@ -22,9 +22,7 @@ DRY_RUN = ROOT / "docs/published_experiment.txt"
 
 
 def test_where_one_job_is_refused_none_is_left_in_the_queue(fakes: Path) -> None:
-    with pytest.raises(
-        SlurmError, match=r"'base_cpt' was refused, so none was .*invalid partition.*site\.sh"
-    ):
+    with pytest.raises(SlurmError, match=r"'base_cpt' was refused, so none was .*invalid partition.*site\.sh"):
         submit_chain(evaluation_chain(SMALL), fakes / "run", cluster(project=fakes), tell=print)
     assert (fakes / "cancelled").read_text() == "101 102 103\n"
     assert read_record(fakes / "run").jobs() == {}
@@ -106,9 +104,7 @@ def test_chain_is_not_run_here_while_its_jobs_are_on_their_way(fakes: Path) -> N
 def shown_calls() -> list[tuple[str, list[str]]]:
     """(script, words behind it) of each sbatch that the page or a script's head shows."""
     texts = [(ROOT / "docs/slurm.md").read_text()]
-    texts += [
-        path.read_text().replace("# sbatch", "sbatch") for path in sorted((ROOT / "slurm").glob("*.sbatch"))
-    ]
+    texts += [path.read_text().replace("# sbatch", "sbatch") for path in sorted((ROOT / "slurm").glob("*.sbatch"))]
     found = re.findall(r"^(?:.*: )?sbatch .*?slurm/(\w+)\.sbatch(.*)$", "\n".join(texts), re.MULTILINE)
     return [(script, rest.split()) for script, rest in found]
 

@@ -34,11 +34,7 @@ PUBLISHED = rest_em_chain(
     )
 )
 BOTH = [*STAGES, *PUBLISHED]
-NAMES = [
-    f"{chain}-{stage.name}"
-    for chain, stages in (("demo", STAGES), ("published", PUBLISHED))
-    for stage in stages
-]
+NAMES = [f"{chain}-{stage.name}" for chain, stages in (("demo", STAGES), ("published", PUBLISHED)) for stage in stages]
 
 
 def asked(stage: Stage) -> dict[str, Any]:
@@ -185,10 +181,7 @@ def test_published_settings_reach_the_notebooks(stage: str, published: dict[str,
 
 
 def test_published_table_asks_for_nothing_that_squad_lacks(tmp_path: Path) -> None:
-    squad = {
-        "title": "T",
-        "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": [{"text": "a"}]}]}],
-    }
+    squad = {"title": "T", "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": [{"text": "a"}]}]}]}
     (tmp_path / "squad.json").write_text(json.dumps({"data": [squad]}))
     (passage,) = load_passages(tmp_path / "squad.json")
     written = replace(passage, completions=("1. c",))  # what 01_create_self_edits adds

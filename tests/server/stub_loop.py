@@ -95,9 +95,7 @@ def load(settings: Any) -> StubLoop:
 
 
 def _order(request: TTTRequest | GenerateRequest) -> tuple[str, str]:
-    text = (
-        request.prompts[0] if isinstance(request, GenerateRequest) else "".join(request.train_sequences[:1])
-    )
+    text = request.prompts[0] if isinstance(request, GenerateRequest) else "".join(request.train_sequences[:1])
     name, _, value = text.partition(" ")
     return name, value
 

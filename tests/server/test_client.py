@@ -82,12 +82,7 @@ def error(text):
 
 
 def test_not_now_is_sent_again_and_a_failure_of_the_request_is_not():
-    said = {
-        1: [error("QueueFull: full")],
-        2: [error("ServerStopping: bye")],
-        3: [REPLY],
-        4: [error("EngineError: x")],
-    }
+    said = {1: [error("QueueFull: full")], 2: [error("ServerStopping: bye")], 3: [REPLY], 4: [error("EngineError: x")]}
     with serving(lambda n, _: said[n]) as server, TTTClient(server.endpoint) as client:
         assert client.evaluate(REQUEST).baseline_accuracy == 0.0
         assert len(server.seen) == 3
@@ -137,9 +132,7 @@ def test_a_shutdown_is_not_sent_to_the_servers_successor():
 
         def swap():
             first.stop()
-            replaced.append(
-                Scripted(lambda *_: [b'{"status": "bye"}'], server_id="two", endpoint=first.endpoint)
-            )
+            replaced.append(Scripted(lambda *_: [b'{"status": "bye"}'], server_id="two", endpoint=first.endpoint))
 
         replaced = []
         threading.Timer(0.3, swap).start()
@@ -158,9 +151,7 @@ def test_nothing_is_sent_to_a_server_that_the_endpoint_file_does_not_speak_of(tm
         fields |= {"job_id": "", "started_at": "", "server_id": "the one", "run_dir": ""}
         (tmp_path / "endpoint.json").write_text(json.dumps(fields))
         with TTTClient(tmp_path / "endpoint.json", wait_s=0.8) as client:
-            with pytest.raises(
-                RoundTimeout, match="server there is another, the endpoint file speaks of the one"
-            ):
+            with pytest.raises(RoundTimeout, match="server there is another, the endpoint file speaks of the one"):
                 client.evaluate(REQUEST)
             (tmp_path / "endpoint.json").write_text(json.dumps({**fields, "server_id": "another"}))
             assert client.evaluate(REQUEST).baseline_accuracy == 0.0

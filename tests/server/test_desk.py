@@ -65,9 +65,7 @@ def answer(desk, one, reply=REPLY):
     return [(envelope, json.loads(said)) for envelope, said in desk.delivered(job, reply.to_json(), now=3.0)]
 
 
-def test_three_repeats_of_a_published_request_get_three_seeds_and_a_new_server_gives_the_same_three(
-    open_desk,
-):
+def test_three_repeats_of_a_published_request_get_three_seeds_and_a_new_server_gives_the_same_three(open_desk):
     desk = open_desk()
     for _ in range(3):
         accept(desk)
@@ -222,11 +220,7 @@ def test_a_result_that_is_no_reply_becomes_an_error_and_not_an_answer(open_desk)
     ("limits", "request_", "field"),
     [
         ({"max_sequences": 1}, TTTRequest(train_sequences=["a", "b"]), "train_sequences"),
-        (
-            {"max_questions": 0},
-            TTTRequest(eval_questions=[{"question": "?", "answer": "!"}]),
-            "eval_questions",
-        ),
+        ({"max_questions": 0}, TTTRequest(eval_questions=[{"question": "?", "answer": "!"}]), "eval_questions"),
         ({"max_rank": 8}, TTTRequest(train_sequences=["a"], lora_rank=9), "lora_rank"),
         ({"max_epochs": 3}, TTTRequest(train_sequences=["a"], finetune_epochs=4), "finetune_epochs"),
         ({"max_questions": 1}, GenerateRequest(prompts=["a", "b"]), "prompts"),

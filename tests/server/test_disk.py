@@ -19,9 +19,7 @@ def small_disk(tmp_path):
     """The folder of a file system of its own, of a size that one file fills."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True
-    )
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
         # The test with a limit on the size of files, below, runs everywhere.
         not_here(f"a file system cannot be mounted here ({done.stderr.strip()}); it takes root")

@@ -127,9 +127,7 @@ def test_a_client_without_a_server_says_what_to_do(tmp_path):
                 client.evaluate(TTTRequest(train_sequences=["a"]))
 
 
-def test_a_client_waits_for_a_requeued_server_and_never_talks_to_what_the_old_file_leads_to(
-    start_server, tmp_path
-):
+def test_a_client_waits_for_a_requeued_server_and_never_talks_to_what_the_old_file_leads_to(start_server, tmp_path):
     """The file of a killed server still lies there, and its port has gone to a server of somebody else."""
     killed = start_server(n_workers=0)
     old = killed.info
@@ -142,9 +140,7 @@ def test_a_client_waits_for_a_requeued_server_and_never_talks_to_what_the_old_fi
         with restart(killed, n_workers=1) as requeued:
             new_id = requeued.info.server_id
             assert reply()["r"].server_id == new_id
-            assert (
-                status() == new_id
-            )  # however short its own deadline: waiting for a server is not part of it
+            assert status() == new_id  # however short its own deadline: waiting for a server is not part of it
         assert other.seen == []
 
 

@@ -16,14 +16,10 @@ from tests.server.test_server import PUBLISHED, ask
 N_DIFFERENT = 20_000
 N_DRAWN, N_DAMAGED = 3_500, 9  # drawing a message takes far longer than damaging it; some come out alike
 
-numbers = st.one_of(
-    st.integers(), st.floats(), st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0])
-)
+numbers = st.one_of(st.integers(), st.floats(), st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0]))
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=20)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=6,
 )
 GOOD = json.dumps(PUBLISHED).encode()
@@ -38,9 +34,7 @@ wrong_field = st.builds(
     lambda name, value: as_json({**PUBLISHED, name: value}), st.sampled_from([*PUBLISHED, *OURS]), values
 )
 wrong_question = st.builds(
-    lambda name, value: as_json(
-        {**PUBLISHED, "eval_questions": [{**PUBLISHED["eval_questions"][0], name: value}]}
-    ),
+    lambda name, value: as_json({**PUBLISHED, "eval_questions": [{**PUBLISHED["eval_questions"][0], name: value}]}),
     st.sampled_from(["title", "context", "question", "answer"]),
     values,
 )
@@ -54,15 +48,11 @@ path_trick = st.builds(
 )
 command = st.builds(
     lambda cmd, value: as_json({"cmd": cmd, "request_id": value, "adapter_names": value}),
-    st.sampled_from(
-        ["status", "cancel", "ping", "forget", "generate", "evaluate", "", "SHUTDOWN", "shutdown\0"]
-    ),
+    st.sampled_from(["status", "cancel", "ping", "forget", "generate", "evaluate", "", "SHUTDOWN", "shutdown\0"]),
     values,
 )
 cut = st.builds(lambda at: as_json(PUBLISHED)[: at % 300], st.integers(0, 299))
-deep = st.builds(
-    lambda n, s: s * n, st.integers(1, 3000), st.sampled_from([b"[", b'{"a":', b'[{"a":[', b'"\\u'])
-)
+deep = st.builds(lambda n, s: s * n, st.integers(1, 3000), st.sampled_from([b"[", b'{"a":', b'[{"a":[', b'"\\u']))
 message = st.one_of(
     st.binary(max_size=200), st.builds(as_json, values), wrong_field, wrong_field, wrong_question,
     path_trick, command, cut, deep,
@@ -132,11 +122,7 @@ WRONG_HEADERS = [
 
 
 @settings(
-    max_examples=N_DRAWN,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    database=None,
+    max_examples=N_DRAWN, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
 )
 @given(frames=framed, seed=seeds)
 def test_any_message_is_answered_and_none_ends_the_server(flood, frames, seed):

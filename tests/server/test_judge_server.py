@@ -44,9 +44,7 @@ def test_workers_of_a_server_have_their_answers_judged_and_pay_for_each_once(tmp
     assert set(service.times.values()) == {1}
 
 
-def test_a_server_whose_judge_has_no_key_says_so_and_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_whose_judge_has_no_key_says_so_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     model = str(save_tiny_model(tmp_path / "model"))
     own = {"model": model, "device": "cpu", "grader": "judge:m?api_key_env=NO_SUCH_KEY"}

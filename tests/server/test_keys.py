@@ -155,9 +155,7 @@ def test_only_what_no_other_machine_reaches_is_loopback(host, inside):
     assert is_loopback(host) is inside
 
 
-@pytest.mark.parametrize(
-    "endpoint", ["5555", "tcp://host", "ipc:///tmp/x", "tcp://h:99999", "tcp://:5", "tcp://a:b"]
-)
+@pytest.mark.parametrize("endpoint", ["5555", "tcp://host", "ipc:///tmp/x", "tcp://h:99999", "tcp://:5", "tcp://a:b"])
 def test_an_endpoint_that_is_none_is_refused(endpoint):
     with pytest.raises(SettingsError, match="endpoint is"):
         split_tcp(endpoint)

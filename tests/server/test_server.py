@@ -245,9 +245,7 @@ def test_each_worker_gets_a_gpu_of_its_own_and_the_threads_it_is_told(start_serv
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     server = start_server(n_workers=2, n_threads=7)
     with TTTClient(server.endpoint) as client:
-        seen = eventually(
-            lambda: len(told := [w.stats for w in client.status().workers if w.stats]) == 2 and told
-        )
+        seen = eventually(lambda: len(told := [w.stats for w in client.status().workers if w.stats]) == 2 and told)
     assert sorted(stats["CUDA_VISIBLE_DEVICES"] for stats in seen) == ["3", "5"]
     assert {stats["OMP_NUM_THREADS"] for stats in seen} == {"7"}
 
@@ -276,9 +274,7 @@ def test_the_server_ends_with_the_process_that_started_it(tmp_path):
         f"server = TTTServer(run_dir={str(tmp_path / 'run')!r}, inner_loop={STUB!r}).start()\n"
         "print(server.process.pid, flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
-    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
     server_pid = int(parent.stdout.readline())
     parent.kill()
     parent.wait()

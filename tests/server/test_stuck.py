@@ -8,9 +8,7 @@ from tests.server.conftest import eventually, in_background, is_running, trained
 from tests.server.test_server import sequence
 
 
-def test_a_worker_stuck_inside_one_step_is_killed_and_replaced_and_its_neighbours_are_answered(
-    start_server, tmp_path
-):
+def test_a_worker_stuck_inside_one_step_is_killed_and_replaced_and_its_neighbours_are_answered(start_server, tmp_path):
     server = start_server(n_workers=2, n_slots=2, stall_s=1.5)
     requests = [sequence("hang 600", request_id="stuck")]
     requests += [sequence(f"sleep 0.{i}", request_id=f"r{i}") for i in range(4)]
@@ -18,9 +16,7 @@ def test_a_worker_stuck_inside_one_step_is_killed_and_replaced_and_its_neighbour
         before = worker_pids(client)
         replies = dict(client.run_indexed(requests))
         assert isinstance(replies[0], RemoteError) and replies[0].ename == "WorkerLost"
-        assert "lost its worker 3 times (the last: no step of its work for more than 1.5 s)" in str(
-            replies[0]
-        )
+        assert "lost its worker 3 times (the last: no step of its work for more than 1.5 s)" in str(replies[0])
         assert [replies[i].adapter_gain for i in range(1, 5)] == [1.0] * 4
         assert client.status().counts["workers_lost"] == 3
         eventually(lambda: len(set(worker_pids(client))) == 2)

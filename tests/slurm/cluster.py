@@ -129,9 +129,7 @@ class Cluster:
         """A command on the login node."""
         command = self._inside("ctl", [str(word) for word in words])
         full = {**self.env, **(env or {})}
-        return subprocess.run(
-            command, cwd=cwd, env=full, text=True, capture_output=True, stdin=subprocess.DEVNULL
-        )
+        return subprocess.run(command, cwd=cwd, env=full, text=True, capture_output=True, stdin=subprocess.DEVNULL)
 
     def sbatch(self, *words: str | Path, cwd: Path) -> str:
         """The number of the new job."""
@@ -211,9 +209,7 @@ class Cluster:
         (self.folder / "gres.conf").write_text(GRES_CONF.format(**values))
         # slurmd 22.05 looks for cgroups at its start even where none are used, and ends where it finds none.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        for gpu in range(
-            self._sizes["gpus"]
-        ):  # GPUs must be character devices; these are /dev/null once more
+        for gpu in range(self._sizes["gpus"]):  # GPUs must be character devices; these are /dev/null once more
             os.mknod(self.folder / f"dev/gpu{gpu}", 0o20666, os.makedev(1, 3))
         hosts = {"localhost": "127.0.0.1", "ctl": "10.77.0.1", **addresses}
         lines = [f"{address} {name}\n" for name, address in hosts.items()]
@@ -230,9 +226,7 @@ class Cluster:
         self._ip("-n", hub, "link", "set", "br0", "up")
         for number, node in enumerate(self.nodes, 1):
             space, cable = self._spaces[node], f"v{number}"
-            self._ip(
-                "link", "add", cable, "netns", hub, "type", "veth", "peer", "name", "eth0", "netns", space
-            )
+            self._ip("link", "add", cable, "netns", hub, "type", "veth", "peer", "name", "eth0", "netns", space)
             self._ip("-n", hub, "link", "set", cable, "master", "br0", "up")
             self._ip("-n", space, "addr", "add", f"10.77.0.{10 + number}/24", "dev", "eth0")
             self._ip("-n", space, "link", "set", "eth0", "up")
@@ -242,20 +236,7 @@ class Cluster:
 
     def _inside(self, host: str, words: Sequence[str]) -> list[str]:
         hosts = str(self.folder / "hosts")
-        return [
-            "ip",
-            "netns",
-            "exec",
-            self._spaces[host],
-            "unshare",
-            "-um",
-            "sh",
-            "-c",
-            ENTER,
-            hosts,
-            host,
-            *words,
-        ]
+        return ["ip", "netns", "exec", self._spaces[host], "unshare", "-um", "sh", "-c", ENTER, hosts, host, *words]
 
     def _start_munge(self) -> None:
         place = self.folder / "munge"

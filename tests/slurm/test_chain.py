@@ -61,9 +61,7 @@ def test_every_script_of_a_stage_ran_as_shipped(said: str, project: Project, slu
     assert ran == shipped
 
 
-def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(
-    said: str, project: Project
-) -> None:
+def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(said: str, project: Project) -> None:
     folder = project.path(RUN)
     for stage in read_record(folder).stages:
         assert f"job {stage.job} on node" in stage.log(folder).read_text(), stage.name
@@ -84,9 +82,7 @@ def test_accuracies_in_the_executed_notebook_are_those_of_the_verdicts(said: str
     shown = outputs(executed)
     for file in ("run_base.json", "run_base_hand_written.json"):
         (article,) = project.json(f"{RUN}/base_evaluate/{file}")["articles"]
-        verdicts = [
-            answer["adapter_correct"] for edit in article["completions"] for answer in edit["questions"]
-        ]
+        verdicts = [answer["adapter_correct"] for edit in article["completions"] for answer in edit["questions"]]
         assert len(verdicts) >= 4
         assert f"{sum(verdicts) / len(verdicts):.1%}" in shown
 
@@ -104,16 +100,12 @@ def test_each_inner_loop_was_trained_once(said: str, project: Project) -> None:
 
 
 def test_the_model_of_the_round_is_what_the_next_stages_used(said: str, project: Project) -> None:
-    before, after = (
-        project.json(f"{RUN}/{name}_evaluate/run_{name}.json")["model"] for name in ("base", "round1")
-    )
+    before, after = (project.json(f"{RUN}/{name}_evaluate/run_{name}.json")["model"] for name in ("base", "round1"))
     assert before != after
     assert project.json(f"{RUN}/continual_seed42/summary_continual.json")["base_model"] == after
 
 
-def test_training_of_the_round_was_one_job_whose_two_nodes_met(
-    said: str, project: Project, slurm: Cluster
-) -> None:
+def test_training_of_the_round_was_one_job_whose_two_nodes_met(said: str, project: Project, slurm: Cluster) -> None:
     job = slurm.job(read_record(project.path(RUN)).jobs()["round1_train"])
     assert (job["NumNodes"], job["NodeList"]) == ("2", "node[1-2]")
     trained = project.json(f"{RUN}/round1_train/model/sft_result.json")
@@ -124,11 +116,7 @@ def test_training_of_the_round_was_one_job_whose_two_nodes_met(
 def test_results_have_every_run_of_the_chain(said: str, project: Project) -> None:
     (executed,) = project.path(f"{RUN}/results").glob("*.ipynb")
     shown = outputs(executed)
-    for file in (
-        "base_evaluate/run_base.json",
-        "round1_evaluate/run_round1.json",
-        "base_cpt/cpt_run_self_edits.json",
-    ):
+    for file in ("base_evaluate/run_base.json", "round1_evaluate/run_round1.json", "base_cpt/cpt_run_self_edits.json"):
         assert file in shown
     assert "continual_seed42/summary_continual.json" in shown
     assert "continual_seed43/summary_continual.json" in shown
@@ -140,9 +128,7 @@ def test_status_says_that_all_is_done(said: str, project: Project) -> None:
     assert status.stdout.splitlines()[0] == "chain rest_em: 11 of 11 stages done"
 
 
-def test_submitted_again_a_finished_chain_submits_nothing(
-    said: str, project: Project, chain: tuple[str, ...]
-) -> None:
+def test_submitted_again_a_finished_chain_submits_nothing(said: str, project: Project, chain: tuple[str, ...]) -> None:
     again = project.submit(*chain)
     assert again.stdout.startswith("nothing to submit: all stages in runs/round are done")
     assert project.slurm.queue() == []

@@ -46,12 +46,7 @@ class Round:
 
     def start_server(self, *options: str) -> str:
         # Both GPUs of a node, so that another task of the array goes to the other node.
-        values = {
-            "output_dir": f"{self.folder}/server",
-            "model": self.model,
-            "n_workers": "1",
-            "n_slots": "1",
-        }
+        values = {"output_dir": f"{self.folder}/server", "model": self.model, "n_workers": "1", "n_slots": "1"}
         asked = ("--gpus-per-node=2", *options)
         return self.project.sbatch("ttt_server", *parameters(values), options=asked)
 
@@ -217,9 +212,7 @@ def test_client_that_makes_room_for_an_urgent_job_goes_on_after_it(
 
 
 def test_missing_dataset_is_named_in_the_log_of_the_failed_job(project: Project, slurm: Cluster) -> None:
-    client = project.sbatch(
-        "query_server", "-p", "dataset", "nowhere.json", "-p", "output_dir", "runs/nowhere"
-    )
+    client = project.sbatch("query_server", "-p", "dataset", "nowhere.json", "-p", "output_dir", "runs/nowhere")
     job = slurm.wait(client, "FAILED")
     assert job["ExitCode"] == "1:0"
     log = project.path(f"runs/nowhere/03_query_server-{client}.log").read_text()
@@ -264,9 +257,7 @@ def test_chain_with_a_raising_cell_and_a_cancelled_job_says_so_and_is_continued(
 
     status = project.seal_nb("chain-status", "runs/broken")
     assert status.returncode == 1
-    rows = {
-        line.split()[0]: line.split()[1] for line in status.stdout.splitlines() if line.startswith("  base")
-    }
+    rows = {line.split()[0]: line.split()[1] for line in status.stdout.splitlines() if line.startswith("  base")}
     assert rows["base_self_edits"] == "done"
     assert rows["base_evaluate"] == "cancelled"
     assert rows["base_cpt"] == "failed"
@@ -280,14 +271,10 @@ def test_chain_with_a_raising_cell_and_a_cancelled_job_says_so_and_is_continued(
     for job in read_record(run).jobs().values():
         slurm.wait(job, "COMPLETED")
     assert (run / "base_evaluate/journal.jsonl").read_text().startswith(before)
-    assert project.seal_nb("chain-status", "runs/broken").stdout.startswith(
-        "chain evaluation: 4 of 4 stages done"
-    )
+    assert project.seal_nb("chain-status", "runs/broken").stdout.startswith("chain evaluation: 4 of 4 stages done")
 
 
-def test_server_that_cannot_start_ends_its_clients_and_what_needs_them(
-    project: Project, slurm: Cluster
-) -> None:
+def test_server_that_cannot_start_ends_its_clients_and_what_needs_them(project: Project, slurm: Cluster) -> None:
     nothing = str(project.path("no_model"))
     Path(nothing).mkdir(exist_ok=True)
     words = ("--run-dir", "runs/no_server", "--model", nothing, "--n-workers", "1", "--idle-timeout-s", "25")

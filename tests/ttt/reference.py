@@ -19,9 +19,7 @@ def _double_loss(outputs, labels, num_items_in_batch=None):  # type: ignore[no-u
 
 def _collate(tokenizer, job: TrainJob):  # type: ignore[no-untyped-def]
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-        longest = (
-            job.train.pad_to if job.train.padding_in_loss else max(len(e["input_ids"]) for e in examples)
-        )
+        longest = job.train.pad_to if job.train.padding_in_loss else max(len(e["input_ids"]) for e in examples)
         ids, attention, labels = [], [], []
         for e in examples:
             pad = longest - len(e["input_ids"])

@@ -32,9 +32,7 @@ from tests.ttt.tiny import SIZES, AsciiTokenizer, save_tiny_model
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch finds no CUDA device here"
-    ),
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch finds no CUDA device here"),
 ]
 
 # Small random models that differ in what surrounds the Linear layers: biases, norms, rotations.
@@ -134,9 +132,7 @@ def llama() -> Pair:
     return tiny_pair("Llama", torch.float32)
 
 
-def a_job(
-    name: str, lengths: Sequence[int], rank: int, targets: tuple[str, ...], **train: object
-) -> TrainJob:
+def a_job(name: str, lengths: Sequence[int], rank: int, targets: tuple[str, ...], **train: object) -> TrainJob:
     """Train sequences of exactly these lengths in tokens."""
     words = f"{name} tells of seas, hills and lamps that nobody has seen. "
     texts = tuple((words[i:] + words * (n // len(words) + 1))[:n] for i, n in enumerate(lengths))
@@ -191,9 +187,7 @@ def test_padding_in_the_loss_equals_the_padded_training_alone(pad_to: int) -> No
     assert max(distances.values()) < 1e-3, distances
 
 
-@pytest.mark.parametrize(
-    "make_jobs", [mixed_jobs, lambda **train: padded_jobs(256, **train)], ids=["", "padded"]
-)
+@pytest.mark.parametrize("make_jobs", [mixed_jobs, lambda **train: padded_jobs(256, **train)], ids=["", "padded"])
 def test_in_bfloat16_losses_and_updates_are_those_of_one_adapter_alone(
     half: Pair, make_jobs: Callable[..., list[TrainJob]]
 ) -> None:
@@ -303,9 +297,7 @@ def test_in_bfloat16_each_decoded_token_is_as_likely_as_the_likeliest(half: Pair
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["float32", "bfloat16"])
-def test_soft_scores_are_the_log_probabilities_of_the_model_itself(
-    llama: Pair, half: Pair, exact: bool
-) -> None:
+def test_soft_scores_are_the_log_probabilities_of_the_model_itself(llama: Pair, half: Pair, exact: bool) -> None:
     pair = llama if exact else half
     adapters = some_adapters(pair)
     prompt, gold = pair.base.encode("What is on the hill?"), pair.base.encode(" a lamp")
@@ -367,9 +359,7 @@ def test_decoding_waits_for_the_device_once_a_token_at_most(half: Pair) -> None:
 
 
 @cuda_only
-def test_running_out_of_memory_in_a_capture_costs_no_job_anything(
-    half: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_out_of_memory_in_a_capture_costs_no_job_anything(half: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = mixed_jobs(learning_rate=WIDE_RATE)[:3]
     expected = half.train(jobs)
     record, recorded = passes.cuda_graph, []

@@ -26,9 +26,7 @@ def adapters() -> list[Adapter]:
     for i, rank in enumerate((2, 4, 4)):
         lora = LoraSettings(rank=rank, alpha=4 * rank, target_modules=("all-linear",))
         train = TrainSettings(epochs=4, learning_rate=3e-2, seed=i)
-        trainer.submit(
-            TrainJob(name=str(i), texts=("a text to learn", "another one"), lora=lora, train=train)
-        )
+        trainer.submit(TrainJob(name=str(i), texts=("a text to learn", "another one"), lora=lora, train=train))
     return [t.adapter for t in trainer.run() if t.adapter]
 
 
@@ -50,13 +48,7 @@ def row(key: int, length: int, new: int, stack: int, sampled: bool) -> DecodeRow
     ids = [(7 * key + 3 * i) % 127 + 1 for i in range(length)]
     heat = 1.0 if sampled else 0.0
     return DecodeRow(
-        key=key,
-        token_ids=ids,
-        adapters=STACKS[stack],
-        max_new_tokens=new,
-        temperature=heat,
-        top_p=0.9,
-        seed=key,
+        key=key, token_ids=ids, adapters=STACKS[stack], max_new_tokens=new, temperature=heat, top_p=0.9, seed=key
     )
 
 
@@ -71,9 +63,7 @@ def alone(one: DecodeRow) -> Decoded:
 
 
 ROWS = st.lists(
-    st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 4), st.booleans()),
-    min_size=12,
-    max_size=24,
+    st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 4), st.booleans()), min_size=12, max_size=24
 )
 
 
@@ -94,9 +84,7 @@ class Recorded(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.operations if self.done else []:
             again = func(*args, **kwargs)
-            for old, new in zip(
-                *(x if isinstance(x, tuple | list) else [x] for x in (out, again)), strict=True
-            ):
+            for old, new in zip(*(x if isinstance(x, tuple | list) else [x] for x in (out, again)), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
         self.done = True
@@ -203,9 +191,7 @@ def test_after_running_out_of_memory_the_batch_grows_again(monkeypatch: pytest.M
 
 
 def test_rows_lie_layout_by_layout_and_those_of_the_base_last() -> None:
-    decoder = submitted(
-        GroupedDecoder(BASE), [row(key, 5, 9, (0, 1, 2, 4, 3)[key % 5], True) for key in range(15)]
-    )
+    decoder = submitted(GroupedDecoder(BASE), [row(key, 5, 9, (0, 1, 2, 4, 3)[key % 5], True) for key in range(15)])
     decoder.step()
     ranks = [tuple(a.layout.rank for a in lane.row.adapters) for lane in decoder.live]
     assert ranks == [(2,)] * 3 + [(2, 4)] * 3 + [(4,)] * 6 + [()] * 3
@@ -213,9 +199,7 @@ def test_rows_lie_layout_by_layout_and_those_of_the_base_last() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_the_cache_is_as_large_as_its_tokens_and_is_given_back(
-    late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_as_large_as_its_tokens_and_is_given_back(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BASE.model.generation_config, "eos_token_id", [])
     rows = [row(key, 4 + key, 200 if key == 3 else 8, 0, True) for key in range(16)]
     decoder = submitted(GroupedDecoder(BASE), rows)

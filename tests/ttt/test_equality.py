@@ -13,14 +13,10 @@ from tests.ttt.tiny import AsciiTokenizer, tiny_model
 QV, MIXED, ALL = (), ("q_proj", "k_proj", "o_proj", "down_proj"), ("all-linear",)
 
 
-def job(
-    i: int, n_rows: int, *, length: int, rank: int, targets: tuple[str, ...], **train: object
-) -> TrainJob:
+def job(i: int, n_rows: int, *, length: int, rank: int, targets: tuple[str, ...], **train: object) -> TrainJob:
     letters = "the quick brown fox jumps over a lazy dog "
     texts = tuple(
-        "".join(
-            letters[(i * 7 + r * 3 + k * (1 + i % 3)) % len(letters)] for k in range(length + 5 * (r % 3))
-        )
+        "".join(letters[(i * 7 + r * 3 + k * (1 + i % 3)) % len(letters)] for k in range(length + 5 * (r % 3)))
         for r in range(n_rows)
     )
     lora = LoraSettings(rank=rank, alpha=2 * rank, target_modules=targets)

@@ -47,10 +47,7 @@ def test_a_merged_folder_scores_as_the_stack_does(made, n: int, tmp_path: Path) 
     out = merge_stack(str(model), folders[:n], tmp_path / "merged")
     row = ScoreRow(prompt_ids=PROMPT, target_ids=ANSWER, adapters=tuple(stack[:n]))
     merged = FrozenBase.load(out, device="cpu", dtype="float32")
-    expected, found = (
-        score(base, [row])[0],
-        score(merged, [ScoreRow(prompt_ids=PROMPT, target_ids=ANSWER)])[0],
-    )
+    expected, found = (score(base, [row])[0], score(merged, [ScoreRow(prompt_ids=PROMPT, target_ids=ANSWER)])[0])
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-4)
     plain = score(base, [ScoreRow(prompt_ids=PROMPT, target_ids=ANSWER)])[0]
     assert (n == 0) == torch.allclose(torch.tensor(plain), torch.tensor(expected), atol=1e-2)
@@ -73,9 +70,7 @@ def test_a_folder_without_an_adapter_is_named_and_nothing_is_written(made, tmp_p
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_command_writes_a_folder_that_loads(
-    made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # type: ignore[no-untyped-def]
+def test_the_command_writes_a_folder_that_loads(made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     model, _, _, folders = made
     out = tmp_path / "merged"
     assert main(["merge", str(model), *map(str, folders), "--out", str(out)]) == 0

@@ -28,9 +28,7 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
     bank = BASE.new_bank(layout, n_rows)
     for t in (bank.weights, bank.gradient, bank.mean, bank.square):
         t.fill_(float("nan"))  # what was never set must not matter
-    entered = [
-        bank.enter(LORA, initial_weights(layout, seed), seed) for seed in range(2 * len(lengths_of_slots))
-    ]
+    entered = [bank.enter(LORA, initial_weights(layout, seed), seed) for seed in range(2 * len(lengths_of_slots))]
     for row in entered[1::2]:
         row.leave()
     pass_, start = Pass(), 0
@@ -38,10 +36,7 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
         row.weights.add_(0.01)  # B is zero at first, and hides A
         row.gradient.fill_(0.5)
         row.opens_window = opening
-        rows = [
-            make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings())
-            for i, n in enumerate(lengths)
-        ]
+        rows = [make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings()) for i, n in enumerate(lengths)]
         stop = start + sum(map(len, rows))
         pass_.add(Segment(start=start, stop=stop, trained=row), rows, 7)
         start = stop
@@ -113,11 +108,7 @@ def jobs_of_one_layout() -> list[TrainJob]:
     for i in range(7):
         texts = tuple((LETTERS * 2)[i + k : 2 * i + 15 + 9 * k] for k in range(1 + i % 4))
         train = TrainSettings(
-            epochs=2 + i % 3,
-            seed=i,
-            learning_rate=3e-3,
-            batch_size=1 + i % 2,
-            gradient_accumulation_steps=1 + i // 4,
+            epochs=2 + i % 3, seed=i, learning_rate=3e-3, batch_size=1 + i % 2, gradient_accumulation_steps=1 + i // 4
         )
         jobs.append(TrainJob(name=str(i), texts=texts, lora=LORA, train=train))
     return jobs
@@ -159,9 +150,7 @@ def test_a_job_that_breaks_a_captured_pass_is_found_and_the_others_are_captured_
 ) -> None:
     monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
     refuse_tildes(BASE, monkeypatch)
-    monkeypatch.setattr(
-        passes, "cuda_graph", lambda function, before: (Recording(function), torch.zeros(3).double())
-    )
+    monkeypatch.setattr(passes, "cuda_graph", lambda function, before: (Recording(function), torch.zeros(3).double()))
     plain, _ = trained(jobs_of_one_layout(), capturing=False)
     bad = TrainJob(name="bad", texts=("fine", "not ~ fine"), lora=LORA, train=TrainSettings(epochs=2))
     found, trainer = trained([*jobs_of_one_layout(), bad], capturing=True)
@@ -171,9 +160,7 @@ def test_a_job_that_breaks_a_captured_pass_is_found_and_the_others_are_captured_
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("short")])
-def test_a_capture_that_fails_costs_no_job_anything(
-    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
-) -> None:
+def test_a_capture_that_fails_costs_no_job_anything(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
     failures = []
 
     def fails(function, before):  # type: ignore[no-untyped-def]

@@ -36,9 +36,7 @@ def a_job(name: str = "it", **train: object) -> TrainJob:
 
 def test_the_same_job_twice_gives_the_same_bits() -> None:
     first, again = (run(mixed_jobs(5), n_slots=3)["job4"] for _ in range(2))
-    assert all(
-        torch.equal(a, b) for a, b in zip(weights(first).values(), weights(again).values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(again).values(), strict=True))
     assert first.epoch_losses == again.epoch_losses
 
 
@@ -48,14 +46,8 @@ def test_another_seed_gives_another_adapter() -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(
-    st.permutations(range(8)).map(lambda p: p[:5]),
-    st.integers(1, 6),
-    st.sampled_from([30, 120, 4096]),
-)
-def test_neighbours_slots_and_token_budget_change_rounding_only(
-    mix: list[int], n_slots: int, budget: int
-) -> None:
+@given(st.permutations(range(8)).map(lambda p: p[:5]), st.integers(1, 6), st.sampled_from([30, 120, 4096]))
+def test_neighbours_slots_and_token_budget_change_rounding_only(mix: list[int], n_slots: int, budget: int) -> None:
     jobs = mixed_jobs(8)
     together = run([jobs[i] for i in mix], n_slots=n_slots, token_budget=budget)
     for i in mix:
@@ -143,9 +135,7 @@ def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.
     assert done["small"].adapter is not None
 
 
-def test_a_job_that_breaks_the_pass_fails_alone_and_its_neighbours_go_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_job_that_breaks_the_pass_fails_alone_and_its_neighbours_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     good = [a_job("good", epochs=2), a_job("better", epochs=2, seed=7)]
     alone = {j.name: weights(run([j], n_slots=1)[j.name]) for j in good}
     refuse_tildes(BASE, monkeypatch)

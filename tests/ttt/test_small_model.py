@@ -103,9 +103,7 @@ def answers(base: FrozenBase, trained: dict[str, Trained]) -> dict[str, list[tup
         adapters = (t.adapter,) if t and t.adapter else ()
         for i, prompt in enumerate(PROMPTS):
             ids = base.encode(prompt)
-            decoder.submit(
-                DecodeRow(key=(name, i), token_ids=ids, adapters=adapters, max_new_tokens=NEW_TOKENS)
-            )
+            decoder.submit(DecodeRow(key=(name, i), token_ids=ids, adapters=adapters, max_new_tokens=NEW_TOKENS))
     found = {d.key: d.token_ids for d in decoder.run()}
     return {name: [found[name, i] for i in range(len(PROMPTS))] for name in ("base", *trained)}
 
@@ -168,10 +166,7 @@ def test_a_saved_adapter_answers_the_same_in_peft(
 
 
 def test_soft_scores_equal_log_softmax_of_the_model_itself(base: FrozenBase, plain: PreTrainedModel) -> None:
-    prompt, gold = (
-        base.encode(PROMPTS[1]),
-        base.tokenizer("Paris, of course", add_special_tokens=False)["input_ids"],
-    )
+    prompt, gold = (base.encode(PROMPTS[1]), base.tokenizer("Paris, of course", add_special_tokens=False)["input_ids"])
     with torch.no_grad():
         logits = plain(torch.tensor([prompt + gold])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)[range(len(gold)), gold]

@@ -60,9 +60,7 @@ def refuse_tildes(base: FrozenBase, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_model(kind: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     """A random Llama or Qwen2 (which has biases on q, k, v)."""
     torch.manual_seed(seed)
-    model = (
-        LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    )
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES))
     return model.to(dtype)
 
 

@@ -23,9 +23,7 @@ print(json.dumps([before, shrunk()]))
 
 
 def test_a_token_of_the_base_gets_the_last_adapter_without_the_plugin_and_none_with_it() -> None:
-    done = subprocess.run(
-        [vllm_python(), "-c", CODE], env={"PYTHONPATH": str(PLUGIN)}, capture_output=True, text=True
-    )
+    done = subprocess.run([vllm_python(), "-c", CODE], env={"PYTHONPATH": str(PLUGIN)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = json.loads(done.stdout.splitlines()[-1])
     assert before == [8.0, 8.0, 8.0], "mended upstream: the plugin can go"

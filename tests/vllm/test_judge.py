@@ -58,9 +58,7 @@ def test_every_answer_gets_what_the_model_said_of_it_and_is_asked_about_once(
 
 
 def test_a_model_that_the_server_does_not_have_grades_nothing(server: VllmServer, tmp_path: Path) -> None:
-    grader = make_grader(
-        f"judge:nobody?base_url={server.url}&api_key_env={KEY}&cache_dir={tmp_path}&max_parallel=2"
-    )
+    grader = make_grader(f"judge:nobody?base_url={server.url}&api_key_env={KEY}&cache_dir={tmp_path}&max_parallel=2")
     assert isinstance(grader, JudgeGrader)
     asked = [one for one in answers() if one.answer]
     assert set(grader.grade(asked)) == {Verdict.UNGRADED}

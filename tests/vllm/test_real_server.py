@@ -51,9 +51,7 @@ def test_greedy_answers_of_base_and_adapters_asked_at_once_equal_our_own(
     assert texts(theirs) == texts(mine)
     assert [c.finish_reason for c in theirs] == [c.finish_reason for c in mine]
     by_arm = [texts(mine)[at :: len(adapters) + 1] for at in range(len(adapters) + 1)]
-    assert len({tuple(arm) for arm in by_arm}) == len(adapters) + 1, (
-        "adapters that change nothing show nothing"
-    )
+    assert len({tuple(arm) for arm in by_arm}) == len(adapters) + 1, "adapters that change nothing show nothing"
 
 
 def test_a_text_does_not_depend_on_what_it_is_asked_beside(
@@ -132,9 +130,7 @@ def test_what_the_server_refuses_is_missing_and_the_rest_is_there(engine: VllmEn
     assert set(caught.value.completions) == {0, 2} and set(caught.value.failures) == {1}
 
 
-def test_an_adapter_of_too_high_a_rank_is_refused_before_anything_is_asked(
-    engine: VllmEngine, tmp_path: Path
-) -> None:
+def test_an_adapter_of_too_high_a_rank_is_refused_before_anything_is_asked(engine: VllmEngine, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 64}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(SettingsError, match="rank 64"):

@@ -149,8 +149,7 @@ class AnswerRow:
     def graders_disagree(self) -> bool:
         """Whether two graders that judged this question judged one of its answers differently."""
         return any(
-            len({pair[side] for pair in self.verdicts.values() if pair[side] is not None}) > 1
-            for side in (0, 1)
+            len({pair[side] for pair in self.verdicts.values() if pair[side] is not None}) > 1 for side in (0, 1)
         )
 
 
@@ -214,9 +213,7 @@ def sequence_rows(sequences: Sequence[str], *, end_mask_substring: str = "") -> 
         found = text.find(end_mask_substring) if end_mask_substring else -1
         start = found + len(end_mask_substring) if found >= 0 else 0
         rows.append(
-            SequenceRow(
-                number=number, unscored=text[:start], scored=text[start:], is_passage=number == len(sequences)
-            )
+            SequenceRow(number=number, unscored=text[:start], scored=text[start:], is_passage=number == len(sequences))
         )
     return rows
 
@@ -262,10 +259,7 @@ def self_edit_row(edit: EvaluatedSelfEdit, best: float | None) -> SelfEditRow:
 
 
 def answer_row(
-    one: AnsweredQuestion,
-    said: Mapping[str, Pair],
-    asked: Sequence[AnsweredQuestion],
-    sequences: Sequence[str],
+    one: AnsweredQuestion, said: Mapping[str, Pair], asked: Sequence[AnsweredQuestion], sequences: Sequence[str]
 ) -> AnswerRow:
     return AnswerRow(
         repeat=one.repeat,
@@ -285,10 +279,7 @@ def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[Ans
     both = [(one, text) for one in asked for text in (one.baseline_answer, one.adapter_answer)]
     unique = {(one.question, one.gold, text): None for one, text in both}
     verdicts = grader.grade(
-        [
-            Answered(question=question, gold=gold, answer=text, title=passage.title)
-            for question, gold, text in unique
-        ]
+        [Answered(question=question, gold=gold, answer=text, title=passage.title) for question, gold, text in unique]
     )
     known = {key: AS_BOOLEAN[verdict] for key, verdict in zip(unique, verdicts, strict=True)}
     flat = [known[one.question, one.gold, text] for one, text in both]
@@ -314,13 +305,7 @@ SORTED: tuple[Sort, ...] = (
 )  # fmt: skip
 EXAMPLE = "shipped:example"  # the run that comes with the project
 OTHER_GRADERS = ("local", "recall")  # beside the verdicts of the file; both need no network
-FLIP_ORDER = (
-    "gained",
-    "lost",
-    "ungraded",
-    "stayed wrong",
-    "stayed right",
-)  # what a reader wants to see first
+FLIP_ORDER = ("gained", "lost", "ungraded", "stayed wrong", "stayed right")  # what a reader wants to see first
 
 
 def open_run(source: str | Path) -> SinglePassageRun:
@@ -349,9 +334,7 @@ class Inspection:
         """Passages that fit, in order. "graders disagree" and "most disagreement" grade the whole run."""
         wanted = search.casefold().strip()
         rows = [
-            row
-            for row in self.passages
-            if self._fits(row, show) and (not wanted or wanted in self._text_of(row.index))
+            row for row in self.passages if self._fits(row, show) and (not wanted or wanted in self._text_of(row.index))
         ]
         return sorted(rows, key=self._order(sort))
 

@@ -73,9 +73,7 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
     folder = Path(run_dir)
     found = sorted((read_executed(path) for path in sorted(_notebooks(folder))), key=_place_on_page)
     if not found:
-        raise DataError(
-            "no executed notebook", path=folder, remedy="run a stage with its output in this folder"
-        )
+        raise DataError("no executed notebook", path=folder, remedy="run a stage with its output in this folder")
     return write_text(folder / "index.html", _page(title, folder, found))
 
 
@@ -227,15 +225,9 @@ def _page(title: str, folder: Path, found: Sequence[Executed]) -> str:
 
 def _at_a_glance(found: Sequence[Executed]) -> str:
     """What to see first: whether everything ran to its end, and the first table and figure of the results."""
-    failed = [
-        f'<a href="#n{number}">{html.escape(one.title)}</a>'
-        for number, one in enumerate(found)
-        if one.failure
-    ]
+    failed = [f'<a href="#n{number}">{html.escape(one.title)}</a>' for number, one in enumerate(found) if one.failure]
     ran = f"{counted(len(found), 'notebooks')} ran"
-    said = (
-        f'<span class="failure">{ran}; failed: {", ".join(failed)}</span>' if failed else f"{ran} to the end."
-    )
+    said = f'<span class="failure">{ran}; failed: {", ".join(failed)}</span>' if failed else f"{ran} to the end."
     results = [one for one in found if one.path.stem.startswith("08_results") and not one.failure]
     first = [
         next((item for one in results for item in one.content if isinstance(item, kind)), None)

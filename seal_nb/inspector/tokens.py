@@ -12,8 +12,8 @@ from typing import Any
 
 from matplotlib.patches import Rectangle
 
+from seal_nb.inspector.html import heading, note, page
 from seal_nb.protocol import ScoredText
-from seal_nb.views.inspector.html import heading, note, page
 from seal_nb.views.style import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
 from seal_nb.views.tables import somebody_looks_on
 
@@ -23,9 +23,7 @@ STRONGEST = 0.6  # opacity of the full colour: text stays readable on light and 
 COLUMNS = 88  # characters in a line of the picture
 CHARACTER_IN, LINE_IN = 5.12 / 72, 0.2  # of DejaVu Sans Mono at 8.5 points
 NO_VALUES = "This run has no values for single tokens; train the self-edit below, and the new one has them."
-LEGEND = (
-    "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
-)
+LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +110,7 @@ def _draw(axes, column: int, row: int, text: str, token: ScoredToken) -> None:  
     if change is not None and _opacity(change) > 0.02:
         colour = BLUE if change > 0 else ORANGE
         axes.add_patch(
-            Rectangle(
-                (column, row + 0.06), len(text), 0.88, facecolor=colour, alpha=_opacity(change), linewidth=0
-            )
+            Rectangle((column, row + 0.06), len(text), 0.88, facecolor=colour, alpha=_opacity(change), linewidth=0)
         )
     is_up, is_down = (change is not None and sign * change >= MARKED_NATS for sign in (1, -1))
     axes.text(

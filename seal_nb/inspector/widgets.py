@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import Any
 
 from seal_nb.errors import SettingsError
+from seal_nb.inspector import pages
+from seal_nb.inspector.html import heading, note, page, show, text_block
+from seal_nb.inspector.inspection import SHOWN, SORTED, Inspection, PassageRow, Show, Sort, as_passage
+from seal_nb.inspector.tokens import NO_VALUES, tokens_page
 from seal_nb.protocol import ScoredText
-from seal_nb.results.inspection import SHOWN, SORTED, Inspection, PassageRow, Show, Sort, as_passage
 from seal_nb.results.single_passage import EvaluatedSelfEdit
-from seal_nb.views.inspector import pages
-from seal_nb.views.inspector.html import heading, note, page, show, text_block
-from seal_nb.views.inspector.tokens import NO_VALUES, tokens_page
 from seal_nb.views.tables import Table, somebody_looks_on
 
 VIEWS = ("answers", "self-edit", "tokens", "compare")
@@ -120,10 +120,7 @@ class Choice:
         }
         if len(edits) > 1 and self.against != edit:
             named[f"self-edit {edit} against self-edit {self.against}"] = self.compared()
-        return [
-            pages.passages_table(self.rows),
-            *(replace(table, caption=caption) for caption, table in named.items()),
-        ]
+        return [pages.passages_table(self.rows), *(replace(table, caption=caption) for caption, table in named.items())]
 
     def compared(self) -> Table:
         rows = self.inspection.compare(self.passage, self.self_edit, self.against)
@@ -143,9 +140,7 @@ class Choice:
     def _self_edit(self) -> Sequence[str]:
         sequences = self.inspection.sequences(self.passage, self.self_edit)
         masked = any(row.unscored for row in sequences)
-        said = (
-            "What stands in ⟦ ⟧ carries no loss. " if masked else "Every token but the first carries loss. "
-        )
+        said = "What stands in ⟦ ⟧ carries no loss. " if masked else "Every token but the first carries loss. "
         return (
             heading(f"Self-edit {self.self_edit}, as written"),
             text_block(self.text or "(none: the passage alone)"),
@@ -166,15 +161,10 @@ class Choice:
             return (note("This passage has one self-edit; there is nothing to compare it with."),)
         first, second = (f"self-edit {one}" for one in (self.self_edit, self.against))
         texts = [edits[one].text or "" for one in (self.self_edit, self.against)]
-        return (
-            _html(self.compared()),
-            pages.texts_side_by_side(first, texts[0], second, texts[1]),
-        )
+        return (_html(self.compared()), pages.texts_side_by_side(first, texts[0], second, texts[1]))
 
 
-def choose(
-    inspection: Inspection, passage: int, self_edit: int, against: int, *, show: Any, sort: Any
-) -> Choice:
+def choose(inspection: Inspection, passage: int, self_edit: int, against: int, *, show: Any, sort: Any) -> Choice:
     """A choice in the words of a notebook's parameters: -1 is the first, the best, the next.
 
     Raises: SettingsError for a filter that nothing passes, and for an index that is not there.
@@ -307,9 +297,7 @@ class PassageInspector:
     def _fill_edits(self) -> None:
         self._filling = True
         try:
-            options = [
-                (_edit_label(row), row.index) for row in self.inspection.self_edits(self.choice.passage)
-            ]
+            options = [(_edit_label(row), row.index) for row in self.inspection.self_edits(self.choice.passage)]
             self.edits.options = self.against.options = options
             self.edits.value, self.against.value = self.choice.self_edit, self.choice.against
         finally:

@@ -89,10 +89,7 @@ def sparkline(values: Sequence[float]) -> str:
         return ""
     most = max([*values, 1e-9])
     step = (WIDTH - 2 * EDGE) / max(len(values) - 1, 1)
-    points = [
-        (EDGE + at * step, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * value / most)
-        for at, value in enumerate(values)
-    ]
+    points = [(EDGE + at * step, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * value / most) for at, value in enumerate(values)]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     label = "loss by epoch: " + ", ".join(f"{value:.2f}" for value in values)
     x, y = points[-1]

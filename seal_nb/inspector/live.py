@@ -1,7 +1,7 @@
 """The live edit as a widget: change the text or a setting, train, read the new answers beside the old.
 
 Training runs in a thread beside the notebook; what it tells is shown as it comes. Errors show their message,
-which says the remedy. The work is done by ``seal_nb.experiments.live_edit``, this only shows it.
+which says the remedy. The work is done by ``seal_nb.inspector.live_edit``, this only shows it.
 """
 
 import html
@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import SealError
-from seal_nb.experiments.live_edit import (
+from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.grading.choose import grader_of
+from seal_nb.inspector import pages
+from seal_nb.inspector.html import failure, note, page, show, sparkline
+from seal_nb.inspector.live_edit import (
     Edit,
     LiveResult,
     OwnAnswer,
@@ -23,12 +27,8 @@ from seal_nb.experiments.live_edit import (
     keep_arm,
     settings_of_run,
 )
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.grading.choose import grader_of
-from seal_nb.views.inspector import pages
-from seal_nb.views.inspector.html import failure, note, page, show, sparkline
-from seal_nb.views.inspector.tokens import tokens_page
-from seal_nb.views.inspector.widgets import PassageInspector, Twin
+from seal_nb.inspector.tokens import tokens_page
+from seal_nb.inspector.widgets import PassageInspector, Twin
 from seal_nb.views.live import Teller
 from seal_nb.views.tables import Table, somebody_looks_on
 
@@ -97,9 +97,7 @@ class LiveEdit:
             max_new_tokens=self.new_tokens.value,
             soft_scores=True,
         )
-        return Edit(
-            text=self.text.value, split_newlines=self.splits.value, seed=self.seed.value, training=training
-        )
+        return Edit(text=self.text.value, split_newlines=self.splits.value, seed=self.seed.value, training=training)
 
     def _ipython_display_(self) -> None:
         show(self._repr_mimebundle_())
@@ -149,9 +147,7 @@ class LiveEdit:
                 w.HBox([self.rank, self.alpha, self.epochs, self.rate], layout=row),
                 w.HBox([self.seed, self.new_tokens, self.targets, self.splits], layout=row),
                 self.unseen,
-                w.HBox(
-                    [self.train_button, self.cancel_button, self.keep_button, self.reset_button], layout=row
-                ),
+                w.HBox([self.train_button, self.cancel_button, self.keep_button, self.reset_button], layout=row),
                 w.HBox([self.bar, self.status], layout=row),
                 self.outcome,
                 w.HBox([self.question, self.gold, self.ask_button], layout=row),
@@ -222,9 +218,7 @@ class LiveEdit:
 
     def _tell(self, step: Step) -> None:
         self.bar.value = (
-            step.step / step.n_steps
-            if step.n_steps
-            else (1.0 if step.state in ("answering", "done") else 0.0)
+            step.step / step.n_steps if step.n_steps else (1.0 if step.state in ("answering", "done") else 0.0)
         )
         said = f"{step_said(step)}, {step.elapsed_s:.0f} s"
         curve = sparkline(step.epoch_losses) if step.epoch_losses else ""

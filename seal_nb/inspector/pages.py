@@ -6,12 +6,12 @@ Every text is escaped. Looks nothing up and computes nothing.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seal_nb.experiments.live_edit import LiveResult, OwnAnswer
+from seal_nb.inspector.html import heading, text_block
+from seal_nb.inspector.inspection import AnswerRow, ComparedRow, PassageRow, SelfEditRow, SequenceRow
+from seal_nb.inspector.live_edit import LiveResult, OwnAnswer
+from seal_nb.inspector.tokens import total_change
 from seal_nb.metrics import counted
 from seal_nb.protocol import ScoredText
-from seal_nb.results.inspection import AnswerRow, ComparedRow, PassageRow, SelfEditRow, SequenceRow
-from seal_nb.views.inspector.html import heading, text_block
-from seal_nb.views.inspector.tokens import total_change
 from seal_nb.views.tables import Table
 
 VERDICTS = {True: "right", False: "wrong", None: "ungraded"}
@@ -54,14 +54,7 @@ def passages_table(rows: Sequence[PassageRow], *, most: int = 15) -> Table:
         }
         for row in rows[:most]
     ]
-    columns = {
-        "n": "",
-        "passage": "",
-        "self-edits": "",
-        "baseline": ".0%",
-        "best": ".0%",
-        "mean gain": "+.1%",
-    }
+    columns = {"n": "", "passage": "", "self-edits": "", "baseline": ".0%", "best": ".0%", "mean gain": "+.1%"}
     columns |= dict.fromkeys(["gained", "lost", "ungraded", "tied"], "")
     said = counted(len(rows), "passages") + (f", the first {most} shown" if len(rows) > most else "")
     return Table(rows=shown, columns=columns, caption=said)
@@ -166,9 +159,7 @@ def texts_side_by_side(first: str, first_text: str, second: str, second_text: st
     return f'<div class="sn-pair">{"".join(columns)}</div>'
 
 
-def named_texts(
-    scored: Sequence[ScoredText], questions: Sequence[tuple[str, str]]
-) -> list[tuple[str, ScoredText]]:
+def named_texts(scored: Sequence[ScoredText], questions: Sequence[tuple[str, str]]) -> list[tuple[str, ScoredText]]:
     """Each text under its heading, gold answers first, then the passage, then train sequences.
 
     ``questions``: (question, gold) in the order of the request; topic lines are left out.
@@ -184,9 +175,7 @@ def named_texts(
     return named
 
 
-def live_table(
-    old: Sequence[AnswerRow], new: Sequence[AnswerRow], *, graders: tuple[str, str] | None = None
-) -> Table:
+def live_table(old: Sequence[AnswerRow], new: Sequence[AnswerRow], *, graders: tuple[str, str] | None = None) -> Table:
     """The answers of an edit beside those of the self-edit it came from.
 
     ``graders``: whose verdicts the old and the new answers have, "" where that is not known.
@@ -258,8 +247,7 @@ def _answers(texts: Sequence[str], correct: Sequence[bool | None]) -> str:
     for key in zip(texts, correct, strict=True):
         counted[key] = counted.get(key, 0) + 1
     lines = [
-        f"{text}\n[{VERDICTS[verdict]}{f', {n} times' if n > 1 else ''}]"
-        for (text, verdict), n in counted.items()
+        f"{text}\n[{VERDICTS[verdict]}{f', {n} times' if n > 1 else ''}]" for (text, verdict), n in counted.items()
     ]
     return "\n".join(lines)
 

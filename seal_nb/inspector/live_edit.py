@@ -27,16 +27,10 @@ from pydantic import ValidationError
 from seal_nb.errors import ProtocolError, RoundTimeout, SealError, SettingsError
 from seal_nb.experiments.session import served_model, ttt_client
 from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import (
-    PlannedLoop,
-    SinglePassageSettings,
-    build_run,
-    eval_questions,
-    identified,
-)
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, eval_questions, identified
+from seal_nb.inspector.inspection import as_passage, sequences_of
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.results.inspection import as_passage, sequences_of
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, run_from_json
 from seal_nb.results.statistics import published_statistics
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
@@ -113,9 +107,7 @@ def question_requests(
 
     Without a gold answer nobody can judge the answers: they come back UNGRADED.
     """
-    asked = EvalQuestion(
-        title=evaluated.title, question=topic_question(evaluated.title, question), answer=gold
-    )
+    asked = EvalQuestion(title=evaluated.title, question=topic_question(evaluated.title, question), answer=gold)
     fields: dict[str, Any] = {"eval_questions": [asked], "skip_training": True, "soft_scores": bool(gold)}
     fields |= {"max_new_tokens": trained.max_new_tokens, "chat": trained.chat, "seed": 0}
     base = TTTRequest(**fields)
@@ -123,9 +115,7 @@ def question_requests(
     return identified(base, model_id), identified(adapted, model_id)
 
 
-def completion_record(
-    evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply
-) -> dict[str, Any]:
+def completion_record(evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply) -> dict[str, Any]:
     """The edit with its answers as an entry of a run file's ``completions``."""
     run = _run_of_one(evaluated, edit, request, reply)
     made: dict[str, Any] = {
@@ -139,30 +129,19 @@ def completion_record(
     return {**run["articles"][0]["completions"][0], **made}
 
 
-def evaluated_edit(
-    evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply
-) -> EvaluatedSelfEdit:
+def evaluated_edit(evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply) -> EvaluatedSelfEdit:
     """The edit as a run file would give it back, without writing one."""
-    article = {
-        "title": evaluated.title,
-        "completions": [completion_record(evaluated, edit, request, reply)],
-    }
+    article = {"title": evaluated.title, "completions": [completion_record(evaluated, edit, request, reply)]}
     return run_from_json({"articles": [article]}).passages[0].self_edits[0]
 
 
-def keep_arm(
-    path: str | Path, evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply
-) -> Path:
+def keep_arm(path: str | Path, evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply) -> Path:
     """Append the edit to a run file, which is made where there is none. The same edit is there once.
 
     Raises: DataError where the file is there and is no run.
     """
     target = Path(path)
-    run = (
-        read_json(target)
-        if target.exists()
-        else {**_run_of_one(evaluated, edit, request, reply), "articles": []}
-    )
+    run = read_json(target) if target.exists() else {**_run_of_one(evaluated, edit, request, reply), "articles": []}
     run_from_json(run, path=target)  # refuses what is no run
     article = _article(run["articles"], evaluated)
     record = completion_record(evaluated, edit, request, reply)
@@ -171,9 +150,7 @@ def keep_arm(
     return write_json(target, _with_statistics(run))
 
 
-def _run_of_one(
-    evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply
-) -> dict[str, Any]:
+def _run_of_one(evaluated: EvaluatedPassage, edit: Edit, request: TTTRequest, reply: TTTReply) -> dict[str, Any]:
     # Whose adapter is kept, and for how long, is no part of what was found out.
     plain = identified(request.model_copy(update={"adapter_name": None}), reply.model_id)
     loop = PlannedLoop(passage=0, self_edit=0, repeat=0, text=edit.text, request=plain)
@@ -333,9 +310,7 @@ class Workbench:
         """Put one more question to the base and to a trained adapter."""
         with self._lock:
             client = self._connected(lambda _: None)
-            requests = question_requests(
-                trained.passage, question, gold, trained.request, model_id=self._model_id
-            )
+            requests = question_requests(trained.passage, question, gold, trained.request, model_id=self._model_id)
             replies = {reply.request_id: reply for reply in client.run_round(requests)}
         base, adapted = (replies[request.request_id] for request in requests)
         return _own_answer(question, gold, base, adapted)
@@ -394,9 +369,7 @@ class Workbench:
     def _watched(self, client: TTTClient, request: TTTRequest, tell: Tell) -> Iterator[None]:
         """While the block waits for its reply, tell how far it is."""
         over = threading.Event()
-        watcher = threading.Thread(
-            target=_watch, args=(client.where, str(request.request_id), over, tell), daemon=True
-        )
+        watcher = threading.Thread(target=_watch, args=(client.where, str(request.request_id), over, tell), daemon=True)
         self._running = request.request_id
         watcher.start()
         try:
