@@ -1,36 +1,38 @@
-"""The wire format of the TTT server: what a request and a reply may say (``seal_nb.protocol`` reads them).
+"""The wire format of the TTT server: requests, replies, and reading them from JSON.
 
-The published request and reply are kept field by field with their defaults (SEAL, arXiv 2506.10943, the ZMQ
-server of its knowledge-incorporation code); every field of ours is optional, and fields that nobody knows are
-ignored, so that clients written by others work unchanged. ``docs/protocol.md`` is this module in prose.
-
-No sockets, no queue, no torch here; how large a request a server takes is the server's own affair.
-
-Messages in: JSON to records of ``seal_nb.protocol``, or an error that names field, value and remedy.
+The published request and reply (SEAL, arXiv 2506.10943, the ZMQ server of its knowledge-incorporation code) are kept
+field by field with their defaults. Our own fields are optional and unknown fields are ignored, so clients written by
+others work unchanged. `docs/protocol.md` describes the same in prose. No sockets, no queue and no torch here.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from seal_nb.errors import ProtocolError
 
 PROTOCOL_VERSION = "1.0"
-MAX_SEED = 2**32 - 1  # what every random generator of the field takes
-NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a file name without tricks: no separator, no leading dot
+MAX_SEED = 2**32 - 1  # the most that NumPy and torch both accept
+NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a safe file name: no separator, no leading dot
 VerdictWord = Literal["CORRECT", "INCORRECT", "UNGRADED"]
 
 
 def _whole(value: object) -> object:
-    """An int; a float without a fraction too, since some JSON writers know only floats."""
+    """An int, or a float without a fraction: some JSON writers have only floats."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, bool | str | bytes | float):
-        raise ValueError("a whole number is wanted")
+        raise ValueError("a whole number is required")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("a number is required")
     return value
 
 
@@ -38,22 +40,23 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: object) -> object:
-    if isinstance(value, bool | str | bytes):
-        raise ValueError("a number is wanted")
+def _not_sampled(value: int) -> int:
+    if value:
+        raise ValueError("sampled padding is no longer supported; leave it 0, and use padding_in_loss for all padding")
     return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+NotSampled = Annotated[Whole, AfterValidator(_not_sampled)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Measured = Annotated[float | None, BeforeValidator(_finite)]  # None: not a finite number, as after a divergence
+Measured = Annotated[float | None, BeforeValidator(_finite)]  # None: not finite, as after a divergence
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-\x7e]+$")]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 
 
 class _Received(BaseModel):
-    """What comes over the wire: unknown fields are ignored, and null means "not said"."""
+    """A record from the wire: unknown fields are ignored, and null means "use the default"."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -64,7 +67,7 @@ class _Received(BaseModel):
 
 
 class EvalQuestion(_Received):
-    """One closed-book question; ``context`` is carried along and never shown to the model."""
+    """One closed-book question. The model never sees `context`."""
 
     title: str = ""
     context: str = ""
@@ -73,35 +76,33 @@ class EvalQuestion(_Received):
 
 
 class TTTRequest(_Received):
-    """One inner loop: train a temporary adapter on some sequences, answer questions without and with it."""
+    """One inner loop: train a temporary adapter on sequences, answer questions without it and with it."""
 
     train_sequences: list[str] = Field(default=[], description="texts to train on; none: baseline only")
-    eval_questions: list[EvalQuestion] = Field(default=[], description="questions asked without and with adapter")
+    eval_questions: list[EvalQuestion] = Field(default=[], description="asked without and with the adapter")
     lora_rank: Whole = Field(32, ge=1)
     lora_alpha: Number = Field(64.0, gt=0)
     lora_dropout: Number = Field(0.0, ge=0, lt=1)
     finetune_epochs: Whole = Field(10, ge=1)
     finetune_lr: Number = Field(1e-3, ge=0)
-    batch_size: Whole = Field(1, ge=1, description="sequences a micro-batch")
-    gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-batches an optimiser step")
-    end_mask_substring: str = Field("", description="tokens up to and with its first occurrence carry no loss")
+    batch_size: Whole = Field(1, ge=1, description="sequences of a micro-batch")
+    gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-batches of an optimiser step")
+    end_mask_substring: str = Field("", description="no loss up to the end of its first occurrence")
     skip_training: bool = Field(False, description="true: baseline only")
 
-    request_id: RequestId | None = Field(None, description="the same id asked again gets the same result")
-    seed: Seed | None = Field(None, description="none: derived from server seed and content")
+    request_id: RequestId | None = Field(None, description="the same id gets the same result again")
+    seed: Seed | None = Field(None, description="none: derived from the server's seed and the content")
     target_modules: list[str] = Field(default=[], description='empty: PEFT\'s default; ["all-linear"]: all')
     max_seq_length: Whole = Field(2048, ge=1, description="tokens; longer sequences are cut")
-    padding_in_loss: bool = Field(False, description="true: the published training, padding and all")
+    padding_in_loss: bool = Field(False, description="true: the published training, with padding")
     pad_to: Whole = Field(2048, ge=1, description="tokens; with padding_in_loss")
-    pad_samples: Whole = Field(0, ge=0, description="sampled padding positions a sequence; 0: all of them")
+    pad_samples: NotSampled = Field(0, description="must be 0; sampled padding is no longer supported")
     max_new_tokens: Whole = Field(64, ge=1, description="tokens of an answer")
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
-    return_token_logprobs: bool = Field(
-        False, description="true: every token of train sequences, gold answers and passages, scored"
-    )
+    return_token_logprobs: bool = Field(False, description="true: token scores of sequences, gold answers, passages")
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
-    adapter_stack: list[Name] = Field(default=[], description="kept adapters, frozen underneath, in order")
-    skip_baseline: bool = Field(False, description="true: only the adapter answers; baseline fields stay empty")
+    adapter_stack: list[Name] = Field(default=[], description="kept adapters below the new one, frozen, in order")
+    skip_baseline: bool = Field(False, description="true: only the adapter answers")
     priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
     chat: bool = Field(False, description="true: prompts go through the model's chat template")
@@ -112,14 +113,14 @@ class TTTRequest(_Received):
 
 
 class GenerateRequest(_Received):
-    """Text from the server's model, with or without kept adapters."""
+    """Text from the server's model, without or with kept adapters."""
 
     cmd: Literal["generate"] = "generate"
     prompts: list[str] = Field(min_length=1)
     max_tokens: Whole = Field(64, ge=1, description="tokens of one text")
     temperature: Number = Field(1.0, ge=0, description="0: greedy")
     top_p: Number = Field(1.0, gt=0, le=1)
-    stop: list[str] = Field(default=[], description="texts that end a completion and are not part of it")
+    stop: list[str] = Field(default=[], description="texts that end a completion, not part of it")
     seed: Seed | None = None
     request_id: RequestId | None = None
     adapter_stack: list[Name] = Field(default=[])
@@ -128,19 +129,20 @@ class GenerateRequest(_Received):
 
 
 class Command(_Received):
-    """Everything that is not work. ``shutdown`` is the published one."""
+    """A command to the server. `shutdown` is the published one."""
 
     cmd: Literal["shutdown", "status", "cancel", "ping", "forget"]
     request_id: RequestId | None = Field(None, description="which request to cancel")
     adapter_names: list[Name] = Field(default=[], description="kept adapters to delete")
 
 
+M = TypeVar("M", bound=BaseModel)
 Work = TTTRequest | GenerateRequest
 Request = Work | Command
 
 
 class _Sent(BaseModel):
-    """What we send: a field name that is not ours is a mistake of ours."""
+    """A reply. Unknown field names are an error, because only our code makes replies."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null", protected_namespaces=())
 
@@ -149,10 +151,10 @@ class _Sent(BaseModel):
 
 
 class ScoredText(_Sent):
-    """One text token by token: nats without and with the adapter, None where nothing predicts a token.
+    """Log-probabilities of one text, token by token, in nats, without and with the adapter.
 
-    ``index``: of the train sequence, of the question, or of the first question about the passage. In a train
-    sequence None also marks what carries no loss. ``tokens`` put together are the text as it was used.
+    None: no token predicts this one, or (in a train sequence) it carries no loss. `index` is that of the train
+    sequence, the question, or the first question about the passage. The joined `tokens` are the text that was used.
     """
 
     kind: Literal["train", "gold", "passage"]
@@ -163,7 +165,7 @@ class ScoredText(_Sent):
 
 
 class TTTReply(_Sent):
-    """Published fields first. Lists over questions are in the order of the request."""
+    """The reply to a TTTRequest, published fields first. Lists over questions have the order of the request."""
 
     baseline_accuracy: float | None
     adapter_accuracy: float | None
@@ -194,7 +196,7 @@ class TTTReply(_Sent):
 
 
 class GenerateReply(_Sent):
-    """One text a prompt, in order."""
+    """The reply to a GenerateRequest: one text for each prompt, in order."""
 
     texts: list[str]
     token_counts: list[int]
@@ -208,7 +210,7 @@ class GenerateReply(_Sent):
 
 
 class ErrorReply(_Sent):
-    """``{"error": "<Type>: <message>"}`` as published; absent fields are not sent."""
+    """`{"error": "<Type>: <message>"}` as published. Fields without a value are not sent."""
 
     error: str
     request_id: str | None = None
@@ -221,19 +223,14 @@ class ErrorReply(_Sent):
 Reply = TTTReply | GenerateReply | ErrorReply
 
 
-def error_reply(error: BaseException, *, request_id: str | None = None, traceback: str | None = None) -> ErrorReply:
-    """The reply that reports ``error``; its field too, where the error names one."""
-    return ErrorReply(
-        error=f"{type(error).__name__}: {error}",
-        request_id=request_id,
-        field=getattr(error, "field", "") or None,
-        traceback=traceback,
-    )
+def error_reply(error: BaseException, **known: Any) -> ErrorReply:
+    """The reply that reports `error`, with its `field` if it has one. `known`: other fields of ErrorReply."""
+    return ErrorReply(error=f"{type(error).__name__}: {error}", field=getattr(error, "field", "") or None, **known)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What one arm (the base, or the adapter) answered; all sequences over questions."""
+    """Answers of the base or of the adapter, one for each question."""
 
     texts: Sequence[str]
     verdicts: Sequence[str]  # grading.base.Verdict, or its words
@@ -243,7 +240,7 @@ class Answers:
         return [None if v == "UNGRADED" else v == "CORRECT" for v in self.verdicts]
 
     def accuracy(self) -> float | None:
-        """Unrounded, over graded questions: 0.0 without questions, None where none was graded."""
+        """Unrounded, over the graded questions. 0.0 without questions, None if no question was graded."""
         graded = [c for c in self.correct() if c is not None]
         if not self.verdicts:
             return 0.0
@@ -251,20 +248,25 @@ class Answers:
 
 
 def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **measured: Any) -> TTTReply:
-    """The published numbers out of texts and verdicts; ``measured`` are the other fields of TTTReply.
+    """The reply with the published numbers, computed from answers.
 
-    Without an adapter (baseline only) its side repeats the baseline's and the gain is 0. Without a baseline
-    (``skip_baseline``) its accuracy and the gains are null.
+    Args:
+        baseline: Answers of the base model. None (`skip_baseline`): its accuracy and the gains are null.
+        adapter: Answers with the adapter. None (baseline only): they repeat the baseline's and the gain is 0.
+        **measured: Other fields of TTTReply.
+
+    Returns:
+        The reply. Accuracies are rounded to 4 decimals; the gain is rounded from the unrounded difference.
     """
     after = adapter or baseline or Answers(texts=[], verdicts=[])
     before = baseline or Answers(texts=[], verdicts=["UNGRADED"] * len(after.verdicts))
     before_accuracy, after_accuracy = before.accuracy(), after.accuracy()
-    known = before_accuracy is not None and after_accuracy is not None
+    gain = None if before_accuracy is None or after_accuracy is None else after_accuracy - before_accuracy
     pairs = list(zip(before.correct(), after.correct(), strict=True))
     return TTTReply(
         baseline_accuracy=_rounded(before_accuracy),
         adapter_accuracy=_rounded(after_accuracy),
-        adapter_gain=_rounded(after_accuracy - before_accuracy if known else None),  # type: ignore[operator]
+        adapter_gain=_rounded(gain),
         baseline_texts=list(before.texts),
         adapter_texts=list(after.texts),
         baseline_correct=[b for b, _ in pairs],
@@ -284,52 +286,40 @@ def _rounded(accuracy: float | None) -> float | None:
 
 
 def read_json(message: bytes) -> dict[str, Any]:
-    """The JSON object in ``message``; ProtocolError if it is anything else (NaN is not JSON)."""
+    """The JSON object in `message`. Raises ProtocolError if it is anything else (NaN is not JSON)."""
     try:
         fields = from_json(message, allow_inf_nan=False)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(
-            f"the message of {len(message)} bytes is not JSON ({error}); send one UTF-8 JSON object"
-        ) from error
+        raise ProtocolError(f"{len(message)} bytes that are not JSON ({error}); send one UTF-8 JSON object") from error
     if not isinstance(fields, dict):
         raise ProtocolError(f"the message is a JSON {type(fields).__name__}; send one JSON object")
     return fields
 
 
 def parse_request(message: bytes) -> Request:
-    """The request in ``message``. Raises ProtocolError naming field, value and remedy."""
+    """Parse and validate a request. Raises ProtocolError naming the field, its value and the remedy."""
     fields = read_json(message)
-    kind = _kind(fields)
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _protocol_error(error, fields) from None
-
-
-def _kind(fields: dict[str, Any]) -> type[TTTRequest] | type[GenerateRequest] | type[Command]:
-    cmd = fields.get("cmd")
-    if cmd is not None:
-        return GenerateRequest if cmd == "generate" else Command
+    if (cmd := fields.get("cmd")) is not None:
+        return _validated(GenerateRequest, fields) if cmd == "generate" else _validated(Command, fields)
     if fields.get("train_sequences") is None and fields.get("eval_questions") is None:
         raise ProtocolError(
             "the request has neither train_sequences nor eval_questions nor cmd, but "
             f"{_shown(sorted(fields))}; send one of them",
             field="train_sequences",
         )
-    return TTTRequest
+    return _validated(TTTRequest, fields)
 
 
-def _protocol_error(error: ValidationError, fields: dict[str, Any]) -> ProtocolError:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where, problem = ".".join(str(step) for step in first["loc"]), first["msg"].removeprefix("Value error, ")
-    value: Any = fields
-    for step in first["loc"]:
-        inside = step in value if isinstance(value, dict) else isinstance(value, list)
-        value = value[step] if inside else None
-    said = "is missing" if first["type"] == "missing" else f"is {_shown(value)}"
-    others = f" ({error.error_count() - 1} more fields are wrong)" if error.error_count() > 1 else ""
-    remedy = f"correct {where!r} as docs/protocol.md describes it, or leave it out where it has a default"
-    return ProtocolError(f"field {where!r} {said}: {problem}{others}; {remedy}", field=where)
+def _validated(kind: type[M], fields: dict[str, Any]) -> M:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        value = "is missing" if first["type"] == "missing" else f"is {_shown(first['input'])}"
+        others = f" ({error.error_count() - 1} more fields are wrong)" if error.error_count() > 1 else ""
+        remedy = f"correct {where!r} as docs/protocol.md describes it, or leave it out where it has a default"
+        raise ProtocolError(f"field {where!r} {value}: {problem}{others}; {remedy}", field=where) from None
 
 
 def _shown(value: object, width: int = 80) -> str:
@@ -338,17 +328,10 @@ def _shown(value: object, width: int = 80) -> str:
 
 
 def read_reply(message: bytes) -> Reply | dict[str, Any]:
-    """A reply record, or the plain object that a command was answered with."""
+    """A reply record, or the plain object of a reply to a command; unknown fields are ignored. Raises ProtocolError."""
     fields = read_json(message)
-    kinds: dict[str, type[TTTReply] | type[GenerateReply] | type[ErrorReply]] = {
-        "error": ErrorReply, "baseline_accuracy": TTTReply, "token_counts": GenerateReply
-    }  # fmt: skip
-    for mark, kind in kinds.items():
+    kind: type[TTTReply] | type[GenerateReply] | type[ErrorReply]
+    for mark, kind in (("error", ErrorReply), ("baseline_accuracy", TTTReply), ("token_counts", GenerateReply)):
         if mark in fields:
-            names = kind.model_fields.keys()
-            known = {name: value for name, value in fields.items() if name in names}
-            try:
-                return kind.model_validate(known)
-            except ValidationError as error:
-                raise _protocol_error(error, fields) from None
+            return _validated(kind, {name: fields[name] for name in fields.keys() & kind.model_fields.keys()})
     return fields

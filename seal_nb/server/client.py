@@ -1,148 +1,120 @@
-"""The client of a TTT server: many requests in flight, replies as they come, and no torch.
+"""The client of a TTT server: many requests in flight, replies as they come, no torch.
 
-A server that goes away and comes back (a batch job that is requeued) is waited for, found again through its
-endpoint file, and sent what it had not answered: with an id, a request is never trained twice. Transport is
-retried, a failure that the server reports is not: it is raised as RemoteError with its cause. One thread at
-a time may use a client.
+A server that goes away and comes back (a batch job that is requeued) is found again through its endpoint file, and
+what it had not answered is sent again; a request with an id is never trained twice. Transport errors are retried. A
+failure that the server reports is not retried: it is raised as RemoteError. One thread at a time may use a client.
 
-The progress of a round: one bar that is redrawn on a terminal, a line now and then anywhere else.
-
-A client's connection: what is open is sent, and sent again to a server that came back.
-
-A mark stands in the envelope of each message and comes back with its reply, so requests need no id for
-that. A ping tells that the server lives, whatever its workers do, and which server it is: nothing is sent
-to one that the endpoint file does not speak of. What requests and replies mean to a researcher is
-``client``'s.
+Each message has a mark in its envelope, which comes back with the reply. A ping shows that the server lives and which
+one it is: no request is sent to a server that the endpoint file does not name.
 """
 
 import json
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout, SettingsError
 from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, Reply, TTTReply, TTTRequest, Work, read_reply
-from seal_nb.server.endpoint import Endpoint, client_socket, find_endpoint, is_loopback, this_node
+from seal_nb.server.endpoint import Endpoint, Socket, client_socket, find_endpoint, is_loopback, this_node
 from seal_nb.server.status import ServerStatus, read_status
 
-WIDTH = 30
-LINE_EVERY_S = 10.0  # where lines cannot be redrawn (a notebook's log, a batch job's output)
-
-
-class Bar:
-    """Call ``step`` once a reply."""
-
-    def __init__(self, total: int, stream: TextIO | None = None) -> None:
-        self.total, self.done = total, 0
-        self.stream = stream or sys.stderr
-        self._started_at = time.monotonic()
-        self._shown_at = self._started_at
-
-    def step(self) -> None:
-        self.done += 1
-        now = time.monotonic()
-        if self.stream.isatty():
-            self.stream.write(f"\r{self._line(now)}" + "\n" * (self.done == self.total))
-        elif self.done == self.total or now - self._shown_at >= LINE_EVERY_S:
-            self._shown_at = now
-            self.stream.write(f"{self._line(now)}\n")
-        self.stream.flush()
-
-    def _line(self, now: float) -> str:
-        filled = WIDTH * self.done // max(1, self.total)
-        took_s = now - self._started_at
-        left_s = took_s / self.done * (self.total - self.done)
-        bar = "█" * filled + "·" * (WIDTH - filled)
-        return f"{bar} {self.done} of {self.total} replies, {took_s:.0f} s, about {left_s:.0f} s left"
-
-
+DEFAULT_WINDOW = 256  # requests in flight
+DEFAULT_WAIT_S = 60.0
 PING_S = 2.0
-SILENT_S = 8.0  # a live server answers pings, whatever its workers do
-COME_BACK = ("QueueFull", "ServerStopping")  # said of the moment, not of the request
-COME_BACK_S = 1.0
+SILENT_S = 8.0  # a live server answers pings, even while its workers train
+TRY_LATER = ("QueueFull", "ServerStopping")  # errors that do not concern the request
+TRY_LATER_S = 1.0
 TURN_S = 0.2
 PING_MARK = b"ping"
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
-DENIED = "it denied our key; have its public half put into keys/allowed_clients/ of the server's run folder"
+DENIED = "it denied our key; put its public half into keys/allowed_clients/ of the server's run folder"
 
-Socket = zmq.Socket[bytes]
+R = TypeVar("R", TTTReply, GenerateReply)
 
 
 @dataclass(kw_only=True)
-class Open:
-    """A message without its reply yet; ``again_at``: when to send it once more, after a "not now".
+class OpenMessage:
+    """A message without a reply yet. `again_at`: when to send it again. Without `repeat`, only to one server."""
 
-    Without ``repeat`` it is not sent to a second server: a shutdown is meant for the first.
-    """
-
-    message: bytes
+    body: bytes
+    index: int  # of the request in its round
     repeat: bool
     sent: bool = False
     again_at: float | None = None
 
 
 class Connection:
-    """To the server at ``where``, an endpoint file or an address; it may be away for ``wait_s``."""
+    """The connection to the server at `where`, an endpoint file or an address. It may be away for `wait_s`."""
 
     def __init__(self, where: str, *, wait_s: float, key_file: Path | None, server_key: str) -> None:
         self.where, self.wait_s, self.key_file, self.server_key = where, wait_s, key_file, server_key
         self.server_id = ""
         self._name = b"c" + uuid.uuid4().bytes
-        self._open: dict[bytes, Open] = {}
+        self._open: dict[bytes, OpenMessage] = {}
         self._n_sent = 0
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
         self._greeted = False
-        self._expected_id = ""
+        self._endpoint: Endpoint | None = None
         self._trouble = ""
-        self._loopback_of = ""  # the only machine that reaches the server, if it listens on loopback
         self._heard_at = self._looked_at = time.monotonic()
-        self._pinged_at: float | None = None  # the first ping that is not answered yet
+        self._pinged_at: float | None = None  # the first ping without an answer
         self._lost_at: float | None = None  # since when the server does not answer
 
     def close(self) -> None:
         self._disconnect()
         self._context.destroy(linger=200)
 
-    def forget(self, marks: Iterable[bytes]) -> None:
-        """Their replies are not wanted any more; the work behind them goes on."""
-        for mark in marks:
-            self._open.pop(mark, None)
+    def exchange(
+        self, bodies: Iterable[bytes], *, timeout_s: float, window: int = 1, repeat: bool = True
+    ) -> Iterator[tuple[int, Reply | dict[str, Any]]]:
+        """Send messages, at most `window` at once, and yield (index, reply) as they come. Raises RoundTimeout.
 
-    def send(self, message: bytes, *, repeat: bool = True) -> bytes:
-        """Remember until the reply, and send if the server has greeted; the mark that the reply will bear."""
-        self._n_sent += 1
-        mark = self._n_sent.to_bytes(8, "big")
-        self._open[mark] = Open(message=message, repeat=repeat)
-        if self._socket is not None and self._greeted:
-            self._open[mark].sent = True
-            self._socket.send_multipart([mark, b"", message])
-        return mark
-
-    def next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Reply | dict[str, Any]]:
-        """The next reply to one of ``marks``; late replies to others are skipped. Raises RoundTimeout.
-
-        ``timeout_s`` is time with a server; while it is away, that clock stands still and ``wait_s`` counts.
+        `timeout_s` is time with a server, for each next reply. While the server is away that clock stops and `wait_s`
+        counts. Replies that this call does not wait for (any more) are skipped.
         """
+        unsent, marks = enumerate(bodies), set[bytes]()
+        try:
+            while True:
+                while len(marks) < window and (following := next(unsent, None)) is not None:
+                    self._n_sent += 1
+                    marks.add(mark := self._n_sent.to_bytes(8, "big"))
+                    self._open[mark] = OpenMessage(body=following[1], index=following[0], repeat=repeat)
+                    if self._socket is not None and self._greeted:
+                        self._send(mark)
+                if not marks:
+                    return
+                mark, reply = self._next(marks, timeout_s)
+                marks.remove(mark)
+                yield self._open.pop(mark).index, reply
+        finally:
+            for mark in marks:
+                del self._open[mark]
+
+    def _next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Reply | dict[str, Any]]:
         left_s = timeout_s
-        self._lost_at = None if self._lost_at is None else time.monotonic()  # each call has its full patience
+        self._lost_at = None if self._lost_at is None else time.monotonic()  # each call waits the full wait_s
         while True:
             began, was_there = time.monotonic(), self._greeted
             self._keep_in_touch()
-            if self._socket is not None and self._socket.poll(_ms(min(left_s, TURN_S))):
-                mark, reply = self._receive(self._socket)
-                if mark in marks and mark in self._open and not self._not_now(mark, reply):
-                    del self._open[mark]
+            if self._socket is not None and self._socket.poll(max(0, int(1000 * min(left_s, TURN_S)))):
+                frames = self._socket.recv_multipart()
+                mark, reply = frames[0], read_reply(frames[-1])
+                self._heard_at, self._pinged_at = time.monotonic(), None
+                if mark == PING_MARK and isinstance(reply, dict):
+                    self._greet(str(reply.get("server_id", "")))
+                elif mark in marks and isinstance(reply, ErrorReply) and reply.error.split(":")[0] in TRY_LATER:
+                    self._open[mark].again_at = time.monotonic() + TRY_LATER_S
+                elif mark in marks:
                     return mark, reply
             elif left_s <= 0:
                 raise RoundTimeout(
@@ -151,23 +123,14 @@ class Connection:
                 )
             left_s -= time.monotonic() - began if was_there else 0.0
 
-    def _receive(self, socket: Socket) -> tuple[bytes, Reply | dict[str, Any]]:
-        frames = socket.recv_multipart()
-        reply = read_reply(frames[-1])
-        self._heard_at, self._pinged_at = time.monotonic(), None
-        if frames[0] == PING_MARK and isinstance(reply, dict):
-            self._greet(socket, str(reply.get("server_id", "")))
-        return frames[0], reply
-
-    def _not_now(self, mark: bytes, reply: Reply | dict[str, Any]) -> bool:
-        """Whether the server refused for the moment only; the message is then sent again a little later."""
-        if not isinstance(reply, ErrorReply) or reply.error.split(":")[0] not in COME_BACK:
-            return False
-        self._open[mark].again_at = time.monotonic() + COME_BACK_S
-        return True
+    def _send(self, mark: bytes) -> None:
+        assert self._socket is not None
+        message = self._open[mark]
+        message.sent, message.again_at = True, None
+        self._socket.send_multipart([mark, b"", message.body])
 
     def _keep_in_touch(self) -> None:
-        """Connect, ping, connect anew after silence, send again what is due. Raises RoundTimeout at last."""
+        """Connect, ping, connect again after silence, send again what is due. Raises RoundTimeout."""
         now = time.monotonic()
         if self._lost_at is not None and now - self._lost_at > self.wait_s:
             self._disconnect()
@@ -183,58 +146,58 @@ class Connection:
         elif self._pinged_at is None and now - self._heard_at > PING_S:
             self._ping(self._socket)
         if self._socket is not None and self._greeted:
-            self._send_again(self._socket, now)
+            for mark in [m for m, message in self._open.items() if message.again_at and now >= message.again_at]:
+                self._send(mark)
 
     def _connect(self, now: float) -> None:
-        """A new socket to where the server is now; what is open is sent once it has greeted."""
+        """Connect to where the server is now. Open messages are sent when it has answered a ping."""
         if self._lost_at is None:
             self._lost_at = now
         self._disconnect()
         try:
-            endpoint = self._find()
+            self._endpoint = self._find()
         except DataError as error:
             self._trouble = str(error)
             time.sleep(0.1)
             return
-        self._expected_id, self._loopback_of = endpoint.server_id, ""
-        if is_loopback(endpoint.host) and endpoint.node != this_node():
-            self._loopback_of = f"machine {endpoint.node}" if endpoint.node else "its own machine"
         self._trouble = self._trouble if self._trouble == DENIED else ""
-        self._socket = client_socket(self._context, endpoint, self.key_file, name=self._name)
+        self._socket = client_socket(self._context, self._endpoint, self.key_file, name=self._name)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._ping(self._socket)
 
     def _why(self) -> str:
-        """What is known of why there is no answer, in brackets."""
-        reach = (
-            f"it listens on loopback, which only {self._loopback_of} reaches: for others start it with "
-            "--endpoint tcp://0.0.0.0:0"
-        )
-        known = [self._trouble, reach if self._loopback_of else ""]
-        return f" ({'; '.join(filter(None, known))})" if any(known) else ""
+        """Why there may be no answer, in brackets."""
+        known, endpoint = [self._trouble] if self._trouble else [], self._endpoint
+        if endpoint is not None and is_loopback(endpoint.host) and endpoint.node != this_node():
+            machine = f"machine {endpoint.node}" if endpoint.node else "its own machine"
+            known.append(
+                f"it listens on loopback, which only {machine} reaches: for others start it with "
+                "--endpoint tcp://0.0.0.0:0"
+            )
+        return f" ({'; '.join(known)})" if known else ""
 
     def _find(self) -> Endpoint:
         """Where the server is. Raises DataError while there is no endpoint file."""
         self._looked_at = time.monotonic()
         return find_endpoint(self.where, server_key=self.server_key)
 
-    def _greet(self, socket: Socket, server_id: str) -> None:
-        """The server has said who it is: the one we look for, or another one that has its port now."""
-        if self._expected_id and server_id != self._expected_id:
+    def _greet(self, server_id: str) -> None:
+        """A ping was answered: by the server that we look for, or by another one that has its port now."""
+        expected = self._endpoint.server_id if self._endpoint else ""
+        if expected and server_id != expected:
             self._greeted = False
-            self._trouble = f"the server there is {server_id}, the endpoint file speaks of {self._expected_id}"
+            self._trouble = f"the server there is {server_id}, the endpoint file names {expected}"
             return
         self._lost_at, self._trouble = None, ""
         if self._greeted and server_id == self.server_id:
             return
         self._greeted, self.server_id = True, server_id
-        for mark, sent in self._open.items():
-            if sent.repeat or not sent.sent:
-                sent.again_at, sent.sent = None, True
-                socket.send_multipart([mark, b"", sent.message])
+        for mark, message in self._open.items():
+            if message.repeat or not message.sent:
+                self._send(mark)
 
     def _is_cut_off(self) -> bool:
-        """Whether the connection broke: replies may be lost with it, so everything open is asked again."""
+        """Whether the connection broke. Replies may be lost with it, so everything open is sent again."""
         broke = False
         while self._monitor is not None and self._monitor.poll(0):
             if recv_monitor_message(self._monitor)["event"] & HANDSHAKE_FAILED:
@@ -244,11 +207,11 @@ class Connection:
         return broke
 
     def _has_moved(self, now: float) -> bool:
-        """Whether the endpoint file speaks of another server by now, which the older one must yield to."""
+        """Whether the endpoint file names another server now."""
         if "://" in self.where or now - self._looked_at < PING_S:
             return False
         try:
-            return self._find().server_id != self._expected_id
+            return self._endpoint is None or self._find().server_id != self._endpoint.server_id
         except DataError:
             return False
 
@@ -256,39 +219,28 @@ class Connection:
         self._pinged_at = time.monotonic()
         socket.send_multipart([PING_MARK, b"", b'{"cmd": "ping"}'])
 
-    def _send_again(self, socket: Socket, now: float) -> None:
-        for mark, sent in self._open.items():
-            if sent.again_at is not None and now >= sent.again_at:
-                sent.again_at = None
-                socket.send_multipart([mark, b"", sent.message])
-
     def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.disable_monitor()
             self._socket.close(linger=200)
-        self._socket, self._monitor, self._greeted = None, None, False
-        self._pinged_at = None
+        self._socket, self._monitor, self._greeted, self._pinged_at = None, None, False, None
         self._heard_at = time.monotonic()
 
 
-def _ms(seconds: float) -> int:
-    return max(0, int(seconds * 1000))
-
-
-DEFAULT_WINDOW = 256  # requests in flight
-DEFAULT_WAIT_S = 60.0
-
-R = TypeVar("R", TTTReply, GenerateReply)
-
-
 class TTTClient:
-    """Talk to the server at ``endpoint``: an endpoint file (it survives a restart) or ``tcp://host:port``.
+    """A client of one server.
 
-    timeout_s: the most that one reply, or the next reply of a round, may take while the server is there.
-    wait_s: the most that the server may be away, at the start and later: a job that waits, or is requeued,
-    takes its time. Meanwhile nothing is sent to any other server.
-    key_file: a ``.key_secret``; empty: the one in the run folder that the endpoint file names.
-    server_key: the server's public key, where ``endpoint`` is an address outside this machine.
+    Args:
+        endpoint: Endpoint file (it survives a restart of the server), or `tcp://host:port`.
+        timeout_s: Seconds for one reply, or for the next reply of a round, while the server is there.
+        wait_s: Seconds that the server may be away, at the start or later: a batch job may wait or be requeued.
+            Nothing is sent to another server in the meantime.
+        key_file: A `.key_secret` file. None: the one in the run folder that the endpoint file names.
+        server_key: Public key of the server, if `endpoint` is an address outside this machine.
+        window: Requests in flight at most, 1 to 256.
+
+    Raises:
+        SettingsError: `window` is out of range.
     """
 
     def __init__(
@@ -304,32 +256,38 @@ class TTTClient:
         if not 1 <= window <= DEFAULT_WINDOW:
             raise SettingsError(f"window is {window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
         self.where, self.timeout_s, self.window = str(endpoint), timeout_s, window
-        self._connection = Connection(
-            self.where, wait_s=wait_s, key_file=Path(key_file) if key_file else None, server_key=server_key
-        )
+        key_path = Path(key_file) if key_file else None
+        self._connection = Connection(self.where, wait_s=wait_s, key_file=key_path, server_key=server_key)
 
     @property
     def server_id(self) -> str:
-        """Of the server that answered last; "" before that."""
+        """The id of the server that answered last; empty before the first answer."""
         return self._connection.server_id
 
     def evaluate(self, request: TTTRequest, *, timeout_s: float | None = None) -> TTTReply:
-        """Train and ask. Raises RemoteError, RoundTimeout."""
+        """Train an adapter and answer the questions. Raises RemoteError, RoundTimeout."""
         (_, reply), = self._round([request], timeout_s)  # fmt: skip
         return _checked(reply, TTTReply)
 
     def generate(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateReply:
-        """Text from the server's model. Raises RemoteError, RoundTimeout."""
+        """Generate text. Raises RemoteError, RoundTimeout."""
         (_, reply), = self._round([request], timeout_s)  # fmt: skip
         return _checked(reply, GenerateReply)
 
     def run_round(
         self, requests: Sequence[TTTRequest], *, timeout_s: float | None = None, progress: bool = False
     ) -> Iterator[TTTReply]:
-        """Replies as they come, in any order; know them by ``request_id``.
+        """Send requests and yield replies as they come; `request_id` tells which is which.
 
-        Raises RemoteError at the first failure that the server reports, RoundTimeout if no reply comes for
-        ``timeout_s``. What is in work goes on: asked again by id, it is joined or already there.
+        Args:
+            requests: Any number; the window limits what is in flight.
+            timeout_s: Seconds for the next reply; None: the client's.
+            progress: Show a progress bar.
+
+        Raises:
+            RemoteError: the first failure that the server reports. What is in work goes on: sent again with its id, a
+                request is joined or already answered.
+            RoundTimeout: no reply within `timeout_s`.
         """
         for _, reply in self.run_indexed(requests, timeout_s=timeout_s, progress=progress):
             if isinstance(reply, RemoteError):
@@ -347,13 +305,13 @@ class TTTClient:
     def run_indexed(
         self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """(position of the request, its reply or its failure) as they come: a failure does not end the
-        round.
-        """
-        bar = Bar(len(requests)) if progress else None
-        for index, reply in self._round(requests, timeout_s):
-            if bar is not None:
-                bar.step()
+        """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
+        replies = self._round(requests, timeout_s)
+        if progress:
+            from tqdm.auto import tqdm
+
+            replies = tqdm(replies, total=len(requests), unit="reply")
+        for index, reply in replies:
             if isinstance(reply, ErrorReply):
                 yield index, remote_error(reply)
             elif isinstance(requests[index], TTTRequest):
@@ -362,23 +320,25 @@ class TTTClient:
                 yield index, _checked(reply, GenerateReply)
 
     def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
+        """What the server is doing."""
         return read_status(self._command({"cmd": "status"}, timeout_s, repeat=True))
 
     def cancel(self, request_id: str, *, timeout_s: float = 10.0) -> bool:
-        """Whether there was something to cancel; whoever waits for it gets an error."""
+        """Cancel a request; clients that wait for it get an error. False if it is not in work."""
         return self._command({"cmd": "cancel", "request_id": request_id}, timeout_s)["status"] == "cancelled"
 
     def forget(self, adapter_names: Sequence[str], *, timeout_s: float = 10.0) -> list[str]:
-        """Delete kept adapters; the names of those that were there. A request that names one then fails."""
+        """Delete kept adapters. Returns the names of those that existed. Requests that name one then fail."""
         message = {"cmd": "forget", "adapter_names": list(adapter_names)}
         forgotten: list[str] = self._command(message, timeout_s)["forgotten"]
         return forgotten
 
     def shutdown(self, *, timeout_s: float = 10.0) -> None:
-        """Ask the server to end in good order; running requests may finish."""
+        """Ask the server to end; running requests may finish."""
         self._command({"cmd": "shutdown"}, timeout_s)
 
     def close(self) -> None:
+        """Close the sockets. Work that is in flight goes on in the server."""
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -388,34 +348,19 @@ class TTTClient:
         self.close()
 
     def _command(self, message: Mapping[str, Any], timeout_s: float, *, repeat: bool = False) -> dict[str, Any]:
-        """``repeat``: ask a server that takes over, too."""
-        mark = self._connection.send(json.dumps(message).encode(), repeat=repeat)
-        try:
-            _, reply = self._connection.next({mark}, timeout_s)
-        finally:
-            self._connection.forget([mark])
+        """`repeat`: send it to a server that takes over, too."""
+        body = json.dumps(message).encode()
+        (_, reply), = self._connection.exchange([body], timeout_s=timeout_s, repeat=repeat)  # fmt: skip
         if isinstance(reply, ErrorReply):
             raise remote_error(reply)
         if not isinstance(reply, dict):
             raise ProtocolError(f"the server answered {message['cmd']!r} with a {type(reply).__name__}")
         return reply
 
-    def _round(self, requests: Sequence[Work], timeout_s: float | None) -> Iterator[tuple[int, Reply]]:
-        """Keep at most ``window`` requests in flight; yield (index, reply) as they come."""
+    def _round(self, requests: Sequence[Work], timeout_s: float | None) -> Iterator[tuple[int, Any]]:
+        bodies = (request.model_dump_json(exclude_none=True).encode() for request in requests)
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        todo = list(enumerate(requests))[::-1]
-        index_of: dict[bytes, int] = {}
-        try:
-            while todo or index_of:
-                while todo and len(index_of) < self.window:
-                    index, request = todo.pop()
-                    index_of[self._connection.send(request.model_dump_json(exclude_none=True).encode())] = index
-                mark, reply = self._connection.next(set(index_of), limit_s)
-                if isinstance(reply, dict):
-                    raise ProtocolError(f"the server answered a request with fields {sorted(reply)}")
-                yield index_of.pop(mark), reply
-        finally:
-            self._connection.forget(index_of)
+        return self._connection.exchange(bodies, timeout_s=limit_s, window=self.window)
 
 
 def remote_error(reply: ErrorReply) -> RemoteError:
@@ -431,9 +376,9 @@ def remote_error(reply: ErrorReply) -> RemoteError:
     )
 
 
-def _checked(reply: Reply, kind: type[R]) -> R:
+def _checked(reply: Reply | dict[str, Any], kind: type[R]) -> R:
     if isinstance(reply, ErrorReply):
         raise remote_error(reply)
     if not isinstance(reply, kind):
-        raise ProtocolError(f"the server answered with a {type(reply).__name__}, a {kind.__name__} was asked for")
+        raise ProtocolError(f"the server answered with a {type(reply).__name__}, expected a {kind.__name__}")
     return reply

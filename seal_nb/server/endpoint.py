@@ -1,48 +1,60 @@
-"""The endpoint file: where a server is, and which one it is.
+"""Where a server is, and who may connect: the endpoint file, one question to a server, CURVE keys.
 
-Written whole by the server once it listens, removed by it when it ends. A file that an older server left
-behind is found out by asking (``ping``): the answer must come under the ``server_id`` of the file. Nothing
-here waits longer than it is told.
+The server writes the endpoint file when it listens and removes it when it ends. A file that an older server left behind
+is recognised with a `ping`: the reply must have the `server_id` of the file.
 
-One question to a server, on a socket of its own: is it alive, and is it the one we look for?
+A server that other machines can reach uses keys. They are made on first use in `keys/` of the run folder, readable by
+their owner only: one pair each for the server, its clients and its workers. Only the public keys in `allowed_clients/`
+and `allowed_workers/` may connect; the server's public key alone gives no access. Add a colleague's public key file to
+the folder to let them in, remove it to lock them out: the folder is read at each connection.
 """
 
 import ipaddress
 import json
+import logging
 import os
 import re
 import socket
+import stat
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
+import zmq.auth
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.protocol import PROTOCOL_VERSION
-from seal_nb.server.keys import keys_dir, load_pair, secure_client
 from seal_nb.storage import read_json, write_json
 
+log = logging.getLogger(__name__)
+
+ROLES = ("client", "worker")
+LOUD = 100  # log lines before they become rare
+Socket = zmq.Socket[bytes]
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.%a-z]+\]|[^:/\[\]]+):(?P<port>\d{1,5}|\*)$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One server. ``public_key`` and ``worker_key`` are empty on loopback, where no keys are used."""
+    """One server."""
 
-    endpoint: str  # for clients
-    worker_endpoint: str
-    host: str
+    endpoint: str  # address for clients
+    host: str  # of that address
     port: int
-    pid: int
-    job_id: str  # of SLURM; empty outside
-    started_at: str  # ISO 8601, UTC; for people: no decision hangs on a clock
-    server_id: str
-    public_key: str = ""
+    worker_endpoint: str = ""
+    pid: int = 0
+    job_id: str = ""  # of SLURM
+    started_at: str = ""  # ISO 8601, UTC; for people only, no decision depends on it
+    server_id: str = ""
+    public_key: str = ""  # empty on loopback, where no keys are used
     run_dir: str = ""
-    node: str = ""  # the machine; ``host`` is the address that it listens at
+    node: str = ""  # the machine
     protocol_version: str = PROTOCOL_VERSION
 
     def write(self, path: Path) -> None:
@@ -54,7 +66,7 @@ class Endpoint:
 
 
 def read_endpoint(path: str | Path) -> Endpoint:
-    """Raises DataError for a file that is missing, broken, or of another kind."""
+    """The endpoint in a file. Raises DataError if the file is missing, broken, or of another kind."""
     fields = read_json(path)
     names = Endpoint.__dataclass_fields__
     try:
@@ -66,31 +78,23 @@ def read_endpoint(path: str | Path) -> Endpoint:
 
 
 def find_endpoint(where: str, *, server_key: str = "") -> Endpoint:
-    """The server at ``where``, an endpoint file or an address. Raises DataError if there is no file."""
+    """The server at `where`, an endpoint file or an address. Raises DataError if there is no file."""
     if "://" not in where:
         return read_endpoint(where)
     host, port = split_tcp(where)
-    return Endpoint(
-        endpoint=where, host=host, port=int(port), public_key=server_key,
-        worker_endpoint="", pid=0, job_id="", started_at="", server_id="",
-    )  # fmt: skip
+    return Endpoint(endpoint=where, host=host, port=int(port), public_key=server_key)
 
 
 def wait_for_endpoint(path: Path, *, timeout_s: float) -> Endpoint:
-    """The endpoint in ``path`` once it is there. Raises DataError if it is broken, or missing to the end."""
+    """The endpoint in `path` as soon as the file is there. Raises DataError if it is broken, or missing too long."""
     deadline = time.monotonic() + timeout_s
-    while True:
-        there = path.exists()
-        try:
-            return read_endpoint(path)
-        except DataError:
-            if (there and path.exists()) or time.monotonic() >= deadline:
-                raise
+    while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+    return read_endpoint(path)
 
 
 def split_tcp(endpoint: str) -> tuple[str, str]:
-    """Host and port of ``tcp://host:port``. Raises SettingsError."""
+    """Host and port of `tcp://host:port`. Raises SettingsError."""
     match = _TCP.match(endpoint)
     if match is None:
         raise SettingsError(f"endpoint is {endpoint!r}; write tcp://HOST:PORT, with port 0 for a free one")
@@ -100,7 +104,7 @@ def split_tcp(endpoint: str) -> tuple[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Only what cannot be reached from another machine; a name other than localhost counts as reachable."""
+    """Whether no other machine can reach this host. A name other than localhost counts as reachable."""
     if host == "localhost":
         return True
     try:
@@ -110,66 +114,33 @@ def is_loopback(host: str) -> bool:
 
 
 def this_node() -> str:
-    """The name that others know this machine by."""
+    """The name by which others know this machine."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def advertised(bound: str, *, host: str = "") -> str:
-    """The address that clients are told: a wildcard becomes this node's name."""
-    bound_host, port = split_tcp(bound)
-    everywhere = bound_host in ("0.0.0.0", "*", "[::]")
-    name = host or (this_node() if everywhere else bound_host)
-    return f"tcp://{name}:{port}"
-
-
-def here(*, endpoint: str, worker_endpoint: str, server_id: str, public_key: str, run_dir: Path) -> Endpoint:
-    """The endpoint of this process."""
-    return Endpoint(
-        endpoint=endpoint,
-        worker_endpoint=worker_endpoint,
-        host=split_tcp(endpoint)[0],
-        port=int(split_tcp(endpoint)[1]),
-        pid=os.getpid(),
-        job_id=os.environ.get("SLURM_JOB_ID", ""),
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        server_id=server_id,
-        public_key=public_key,
-        run_dir=str(run_dir.resolve()),
-        node=this_node(),
-    )
-
-
 def ask(endpoint: Endpoint, message: dict[str, Any], *, timeout_s: float, key_file: Path | None = None) -> Any:
-    """The reply to one plain command; None if there is none in time."""
+    """The reply to one command; None if there is none in time."""
     with zmq.Context() as context, client_socket(context, endpoint, key_file) as socket:
         socket.send_multipart([b"", json.dumps(message).encode()])
-        if not socket.poll(int(timeout_s * 1000)):
-            return None
-        return json.loads(socket.recv_multipart()[-1])
-
-
-def is_alive(endpoint: Endpoint, *, timeout_s: float, key_file: Path | None = None) -> bool:
-    """Whether the server of this endpoint answers under its own id (not a newer or older one on its port)."""
-    deadline = time.monotonic() + timeout_s
-    try:
-        reply = ask(endpoint, {"cmd": "ping"}, timeout_s=max(0.0, deadline - time.monotonic()), key_file=key_file)
-    except SettingsError:  # its keys are gone or not ours: nobody we could talk to
-        return False
-    return isinstance(reply, dict) and reply.get("server_id") == endpoint.server_id
+        return json.loads(socket.recv_multipart()[-1]) if socket.poll(int(timeout_s * 1000)) else None
 
 
 def client_socket(
-    context: "zmq.Context[zmq.Socket[bytes]]", endpoint: Endpoint, key_file: Path | None = None, *, name: bytes = b""
-) -> "zmq.Socket[bytes]":
-    """A connected DEALER, with the client's keys where the server asks for them.
+    context: "zmq.Context[Socket]", endpoint: Endpoint, key_file: Path | None = None, *, name: bytes = b""
+) -> Socket:
+    """A connected DEALER, with the client's keys if the server needs them.
 
-    Under its ``name`` a client that connects again gets what was meant for its earlier connection.
+    Args:
+        context: ZMQ context of the socket.
+        endpoint: The server.
+        key_file: The client's secret key; None: the one in the server's run folder.
+        name: Identity. A client that connects again under its name gets the replies to its earlier connection.
     """
     socket = context.socket(zmq.DEALER)
     if name:
         socket.setsockopt(zmq.ROUTING_ID, name)
     socket.linger = 0
-    socket.sndhwm = 0  # never block in a send: what is open is bounded by the client's window
+    socket.sndhwm = 0  # a send never blocks; the client's window limits what is open
     if "[" in endpoint.endpoint:
         socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -179,3 +150,132 @@ def client_socket(
         secure_client(socket, load_pair(key_file or default), server_key=endpoint.public_key)
     socket.connect(endpoint.endpoint)
     return socket
+
+
+class KeyPair(NamedTuple):
+    """CURVE keys as ZMQ takes them (Z85 text)."""
+
+    public: bytes
+    secret: bytes
+
+
+def keys_dir(run_dir: Path) -> Path:
+    return run_dir / "keys"
+
+
+def make_keys(folder: Path) -> None:
+    """Make the missing key pairs, and the lists of allowed keys if they are missing."""
+    if not zmq.has("curve"):
+        raise SettingsError("this ZMQ has no CURVE; bind to 127.0.0.1, or install pyzmq from its wheel")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in ("server", *ROLES):
+        if not (folder / f"{name}.key_secret").exists():
+            make_pair(folder, name)
+    for role in ROLES:
+        allowed = folder / f"allowed_{role}s"
+        if not allowed.exists():
+            part = folder / f".{allowed.name}.partial"  # a list without the owner's key would lock the owner out
+            part.mkdir(mode=0o700, exist_ok=True)
+            (part / f"{role}.key").write_text((folder / f"{role}.key").read_text())
+            part.rename(allowed)
+
+
+def make_pair(folder: Path, name: str) -> None:
+    """Write both files of a new pair, under a private name first: never readable by others, never incomplete."""
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    head = f'metadata\ncurve\n    public-key = "{public}"\n'
+    texts = {
+        "key": f"# public key of the {name}\n{head}",
+        "key_secret": f'# secret key of the {name}; do not share it\n{head}    secret-key = "{secret}"\n',
+    }
+    for kind, text in texts.items():
+        fresh = folder / f".{name}.{kind}.new"
+        fresh.unlink(missing_ok=True)
+        fresh.touch(mode=0o600)
+        fresh.write_text(text)
+        fresh.rename(folder / f"{name}.{kind}")
+
+
+def load_pair(path: Path) -> KeyPair:
+    """The pair in `NAME.key_secret`. Raises SettingsError if it is missing, broken, or readable by others."""
+    try:
+        mode = path.stat().st_mode
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SettingsError(
+                f"{path} may be read by others (mode {stat.S_IMODE(mode):o}); chmod 600 {path}, "
+                "or make new keys if others may have read them"
+            )
+        public, secret = zmq.auth.load_certificate(path)
+    except OSError as error:
+        raise SettingsError(
+            f"no key in {path} ({error.strerror or error}); ask the owner of the server for a key pair, "
+            "or take the one in keys/ of its run folder"
+        ) from error
+    except ValueError as error:
+        raise SettingsError(f"{path} holds no key: {error}") from error
+    if secret is None:
+        raise SettingsError(f"{path} holds no secret key; give the .key_secret file")
+    return KeyPair(public, secret)
+
+
+def allowed_keys(folder: Path) -> dict[bytes, str]:
+    """Public key → file name, for every `*.key` in `folder`. A broken file allows no key."""
+    found = {}
+    for path in sorted(folder.glob("*.key")):
+        try:
+            found[zmq.auth.load_certificate(path)[0]] = path.stem
+        except (OSError, ValueError) as error:
+            log.warning("%s is ignored: %s", path, error)
+    return found
+
+
+def secure_client(socket: Socket, pair: KeyPair, *, server_key: str) -> None:
+    """Call this before connect."""
+    socket.curve_publickey, socket.curve_secretkey = pair
+    socket.curve_serverkey = server_key.encode()
+
+
+class KeyGate:
+    """Answers ZMQ's question whether a public key may connect (ZAP, RFC 27). Make it before any socket binds."""
+
+    def __init__(self, context: "zmq.Context[Socket]", folder: Path) -> None:
+        make_keys(folder)
+        self.folder, self.n_denied = folder, 0
+        self.pair = load_pair(folder / "server.key_secret")
+        self._socket = context.socket(zmq.REP)
+        self._socket.linger = 0
+        self._socket.bind("inproc://zeromq.zap.01")
+        self.sources: dict[Socket, Callable[[], None]] = {self._socket: self._answer}  # to poll, and what to call then
+
+    def guard(self, socket: Socket, domain: str) -> None:
+        """Before bind: accept CURVE only, and only keys on the list. Failed handshakes are counted and logged."""
+        events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        monitor = socket.get_monitor_socket(events)
+        self.sources[monitor] = partial(self._failed, monitor, domain)
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = self.pair
+        socket.zap_domain = domain.encode()
+
+    def _failed(self, monitor: Socket, domain: str) -> None:
+        event = zmq.Event(recv_monitor_message(monitor)["event"]).name
+        self._log(domain, f"it does not use CURVE, or has another server's key ({event})")
+
+    def _answer(self) -> None:
+        """Answer one question. Everything that is not understood is denied."""
+        frames = self._socket.recv_multipart()
+        _, sequence, domain, address, _, mechanism, credentials, *_ = (*frames, *[b""] * 7)
+        key = z85.encode(credentials) if len(credentials) == 32 else b""
+        who = domain.decode(errors="replace")
+        known = mechanism == b"CURVE" and who in {f"{role}s" for role in ROLES}
+        name = allowed_keys(self.folder / f"allowed_{who}").get(key) if known else None
+        if name is None:
+            host = address.decode(errors="replace")
+            self._log(who, f"public key {key.decode() or 'none'} of {host} is not in allowed_{who}")
+            self._socket.send_multipart([b"1.0", sequence, b"400", b"key not allowed", b"", b""])
+        else:
+            self._socket.send_multipart([b"1.0", sequence, b"200", b"OK", name.encode(), b""])
+
+    def _log(self, domain: str, why: str) -> None:
+        self.n_denied += 1
+        if self.n_denied <= LOUD or self.n_denied % 1000 == 0:  # a denied peer tries again and again
+            log.warning("denied one of %s: %s; denied so far: %d", domain, why, self.n_denied)

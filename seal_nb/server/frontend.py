@@ -1,291 +1,243 @@
 """The front end: one loop between clients and workers. It never imports torch.
 
-One thread owns all sockets. What a request *means* is decided by ``desk``, who works on what by ``queue``
-and ``crew``; here it is received, sent, timed, and logged without its content. A client that goes away,
-sends rubbish or does not read cannot stop the loop.
-
-The workers as the front end sees them: introductions, heartbeats, results, and who is lost.
-
-It speaks ``wire`` over one ROUTER socket and moves jobs in the ``queue``; what a result or a loss means to
-clients is the desk's, and goes out through ``send``. A worker that sends rubbish, comes back from the dead,
-or brings another model changes nothing for anybody else.
+One thread owns all sockets. `requests` decides what a request means, `queue` which worker gets it; this module
+receives, sends, and watches the time. It logs no content of requests. A client or a worker that leaves, sends rubbish
+or does not read cannot stop the loop.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import socket as sockets
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import zmq
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
 from seal_nb.protocol import PROTOCOL_VERSION, Command, parse_request, read_json
-from seal_nb.server import wire
-from seal_nb.server.keys import Gate
-from seal_nb.server.queue import Job, Lost
-from seal_nb.server.requests import Cancelled, Desk, Envelope, Outgoing, ServerStopping, WorkerLost, check_size
+from seal_nb.server.endpoint import LOUD, KeyGate, Socket
+from seal_nb.server.queue import Envelope, Request, Worker
+from seal_nb.server.requests import Cancelled, RequestTable, Results, ServerStopping, WorkerLost
+from seal_nb.server.settings import ServeSettings
 from seal_nb.server.status import ServerStatus, WorkerStatus, rss_bytes
+from seal_nb.server.worker import Message, pack, unpack
 from seal_nb.storage import forget_adapters
 
 log = logging.getLogger(__name__)
 
-Socket = zmq.Socket[bytes]
-LOUD = 100  # log lines about rubbish
+TICK_S = 0.2
+BURST = 200  # messages of one socket before the other socket's turn
+MAX_FRAMES = 8
+HERE = sockets.gethostname()
 
 
-@dataclass(kw_only=True)
-class Peer:
-    """A worker as it introduced itself; ``session`` tells a repeated introduction from a fresh start."""
-
-    worker_id: str
-    host: str
-    pid: int
-    session: int
-    lease: int
-    model_id: str
-    stats: dict[str, Any] = field(default_factory=dict)
+class InternalError(SealError, RuntimeError):
+    """A fault of the server. The message names it; the server goes on."""
 
 
-class Crew:
-    """See the module."""
+class Workers:
+    """The workers as the front end sees them: introductions, heartbeats, results, losses."""
 
-    def __init__(self, socket: Socket, desk: Desk, send: Callable[[list[Outgoing]], None]) -> None:
-        self.socket, self.desk, self.queue, self.meter = socket, desk, desk.queue, desk.meter
-        self.send = send
-        self.peers: dict[bytes, Peer] = {}
-        self.mismatch = ""  # why this server cannot go on with the workers it has
+    def __init__(self, socket: Socket, table: RequestTable) -> None:
+        self.socket, self.table, self.queue, self.meter = socket, table, table.queue, table.meter
+        self.mismatch = ""  # why this server cannot go on with its workers
         self.last_loss = ""
-        self.failures: dict[int, str] = {}  # process of a worker → what it said before it ended
-        self._gone: dict[int, float] = {}  # process here that lost its lease → when it is given up for good
-        self._handlers: dict[str, Callable[[bytes, wire.Message], None]] = {
+        self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
+        self._given_up: dict[int, float] = {}  # process on this machine → when to kill it
+        self._handlers: dict[str, Callable[[bytes, Message], None]] = {
             "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result,
             "failed": self._on_failed, "leaving": self._on_leaving,
         }  # fmt: skip
 
     def receive(self, frames: list[bytes]) -> None:
-        """One message of one worker."""
+        """Handle one message of a worker."""
         try:
-            message = wire.unpack(frames[1:])
+            message = unpack(frames[1:])
             self._handlers[message.kind](frames[0], message)
         except (ProtocolError, KeyError, TypeError, ValueError) as error:
-            self._rubbish(error)
+            self.meter.count("rubbish_of_workers")
+            if self.meter.counts["rubbish_of_workers"] <= LOUD:
+                log.warning("a worker sent a message that cannot be read (%s)", type(error).__name__)
         except Exception as error:
             log.error("a fault of the front end: %s", type(error).__name__)
             log.debug("the fault", exc_info=True)
 
     def dispatch(self) -> None:
-        """Send out what can start now."""
-        for job in self.queue.assignments(time.monotonic()):
-            assert job.worker is not None
-            job_frames = wire.pack("job", job.payload, token=job.token, key=job.key, seed=job.seed)
-            self.tell(job.worker, job_frames)
+        """Send each request that can start now to its worker."""
+        for request in self.queue.assignments(time.monotonic()):
+            assert request.worker is not None
+            known = {"key": request.key, "seed": request.seed, "server_id": self.table.server_id}
+            known["queue_s"] = round(request.assigned_at - request.submitted_at, 6)
+            self.tell(request.worker, pack("job", request.message, token=request.token, **known))
 
     def check_leases(self, now: float) -> None:
         for identity in self.queue.expired(now):
-            self._give_up(identity, at=now + (self.queue.stall_s or math.inf))  # it may be back
-            self._lose(identity, f"silent for more than {self.queue.lease_s:g} s")
+            self._kill_later(identity, at=now + (self.table.settings.stall_s or math.inf))  # it may come back
+            self._lose(identity, f"silent for more than {self.table.settings.lease_s:g} s")
         for identity, why in self.queue.stuck(now).items():
-            self.tell(identity, wire.pack("abort", why=why))
-            self._give_up(identity, at=now)
+            self.tell(identity, pack("abort", why=why))
+            self._kill_later(identity, at=now)
             self._lose(identity, why)
 
-    def given_up(self, now: float) -> list[int]:
-        """Processes of this machine to kill: each is named once."""
-        due = [pid for pid, at in self._gone.items() if now >= at]
+    def to_kill(self, now: float) -> list[int]:
+        """Processes of this machine to kill now; each is returned once."""
+        due = [pid for pid, at in self._given_up.items() if now >= at]
         for pid in due:
-            del self._gone[pid]
+            del self._given_up[pid]
         return due
 
-    def exited(self, pid: int, host: str, why: str) -> None:
-        """A worker process of this machine ended; no need to wait for its lease."""
-        self._gone.pop(pid, None)
-        for identity, peer in list(self.peers.items()):
-            if (peer.pid, peer.host) == (pid, host):
+    def exited(self, pid: int, why: str) -> None:
+        """A worker process of this machine ended; its lease need not run out."""
+        self._given_up.pop(pid, None)
+        for identity, worker in list(self.queue.workers.items()):
+            if (worker.about["pid"], worker.about["host"]) == (pid, HERE):
                 self._lose(identity, why)
 
     def dismiss(self, why: str, *, pids_here: set[int] | None = None) -> None:
-        """The server ends, and its workers too; with ``pids_here`` only those of this machine.
-
-        The others then wait for the server's successor, as long as their patience lasts.
-        """
-        for identity, peer in self.peers.items():
-            if pids_here is None or (peer.host == sockets.gethostname() and peer.pid in pids_here):
-                self.tell(identity, wire.pack("stop", why=why))
+        """Tell workers to stop; with `pids_here` only those of this machine, the others wait for the next server."""
+        for identity, worker in self.queue.workers.items():
+            if pids_here is None or (worker.about["host"] == HERE and worker.about["pid"] in pids_here):
+                self.tell(identity, pack("stop", why=why))
 
     def tell(self, identity: bytes, frames: list[bytes]) -> None:
         try:
             self.socket.send_multipart([identity, *frames], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # its lease will tell
+        except zmq.ZMQError as error:  # the lease will run out
             log.info("a message found no worker: %s", error)
 
     def trouble(self) -> str:
-        """Why nothing moves, if nothing does."""
-        if self.peers or not self.queue.jobs:
+        if self.queue.workers or not self.queue.requests:
             return ""
         return f"requests wait and no worker is there (the last one that was lost: {self.last_loss or 'none'})"
 
     def status(self, now: float) -> tuple[WorkerStatus, ...]:
-        return tuple(self._status(identity, now) for identity in self.peers)
+        return tuple(
+            WorkerStatus(
+                **{name: worker.about[name] for name in ("worker_id", "host", "pid", "model_id")},
+                n_running=len(worker.requests),
+                capacity=worker.capacity,
+                silent_s=round(now - worker.seen_at, 3),
+                no_step_s=round(now - worker.stepped_at, 3) if worker.requests else 0.0,
+                stats=worker.stats,
+            )
+            for worker in self.queue.workers.values()
+        )
 
-    def _on_ready(self, identity: bytes, message: wire.Message) -> None:
-        said, known = message.header, self.peers.get(identity)
-        if known is None or known.session != said["session"]:
-            if not self._has_our_model(identity, said):
+    def _on_ready(self, identity: bytes, message: Message) -> None:
+        header, now, known = message.header, time.monotonic(), self.queue.workers.get(identity)
+        about = {name: header[name] for name in ("worker_id", "host", "pid", "model_id", "session")}
+        if known is None or known.about["session"] != about["session"]:
+            if not self._has_our_model(identity, about):
                 return
-            names = ("worker_id", "host", "pid", "session", "model_id")
-            own = {name: said[name] for name in names}
-            peer = Peer(lease=0, stats=dict(said.get("stats", {})), **own)
-            peer.lease, lost = self.queue.join(identity, capacity=int(said["capacity"]), now=time.monotonic())
-            self.peers[identity] = peer
-            self._gone.pop(peer.pid, None)
-            self._settle(lost, f"worker {peer.worker_id} started afresh")
-            log.info("worker %s is ready: %d requests at once", peer.worker_id, int(said["capacity"]))
-        self.tell(identity, wire.pack("welcome", lease=self.peers[identity].lease))
+            worker = Worker(capacity=int(header["capacity"]), seen_at=now, stepped_at=now, about=about)
+            worker.stats = dict(header.get("stats", {}))
+            self._lose(identity, f"worker {about['worker_id']} started again")
+            self.queue.join(identity, worker)
+            self._given_up.pop(about["pid"], None)
+            log.info("worker %s is ready: %d requests at once", about["worker_id"], worker.capacity)
+        self.tell(identity, pack("welcome", lease=self.queue.workers[identity].lease))
 
-    def _has_our_model(self, identity: bytes, said: dict[str, Any]) -> bool:
-        """All workers have the first one's model, and that is the one whose results the run folder holds."""
-        why = f"it has model {said['model_id']!r}, this server's workers have {self.desk.model_id!r}"
-        if not self.desk.model_id:
+    def _has_our_model(self, identity: bytes, about: dict[str, Any]) -> bool:
+        """All workers must have the model of the first one, and the run folder's results must be that model's."""
+        why = f"it has model {about['model_id']!r}, this server's workers have {self.table.model_id!r}"
+        if not self.table.model_id:
             try:
-                self.send(self.desk.has_model(said["model_id"]))
+                self.table.set_model(about["model_id"])
             except RunMismatch as error:
                 self.mismatch = why = str(error)
-        if said["model_id"] == self.desk.model_id:
+        if about["model_id"] == self.table.model_id:
             return True
-        log.error("worker %s is turned away: %s", said["worker_id"], why)
-        self.tell(identity, wire.pack("stop", why=why))
+        log.error("worker %s is turned away: %s", about["worker_id"], why)
+        self.tell(identity, pack("stop", why=why))
         return False
 
-    def _on_beat(self, identity: bytes, message: wire.Message) -> None:
-        said = message.header
-        capacity, stats = int(said["capacity"]), dict(said["stats"])
-        alive = self.queue.beat(
-            identity, lease=said["lease"], capacity=capacity, steps=int(said["steps"]), now=time.monotonic()
-        )
+    def _on_beat(self, identity: bytes, message: Message) -> None:
+        header = message.header
+        lease, capacity, steps, stats = header["lease"], int(header["capacity"]), int(header["steps"]), header["stats"]
+        alive = self.queue.beat(identity, lease=lease, capacity=capacity, steps=steps, now=time.monotonic())
         if alive:
-            self.peers[identity].stats = stats
-        self.tell(identity, wire.pack("beat" if alive else "expired", lease=said["lease"]))
+            self.queue.workers[identity].stats = dict(stats)
+        self.tell(identity, pack("beat" if alive else "expired", lease=lease))
 
-    def _on_result(self, identity: bytes, message: wire.Message) -> None:
-        job = self.queue.finish(identity, message.header["token"])
-        if job is None:
+    def _on_result(self, identity: bytes, message: Message) -> None:
+        token, error, tokens = message.header["token"], str(message.header["error"]), int(message.header["tokens"])
+        request = self.queue.finish(identity, token)
+        if request is None:
             self.meter.count("void_results")
-            log.info("a result came for a try that is not current any more; it is dropped")
+            log.info("a result of a try that is not current was dropped")
             return
-        self.send(self.desk.delivered(job, message.body, time.monotonic()))
+        self.table.deliver(request, message.body, error=error, tokens=tokens, now=time.monotonic())
 
-    def _on_failed(self, identity: bytes, message: wire.Message) -> None:
-        error, loading = str(message.header["error"]), identity not in self.peers
+    def _on_failed(self, identity: bytes, message: Message) -> None:
+        error = str(message.header["error"])
         self.failures[int(message.header["pid"])] = error
-        # While a worker loads, no request's text can be in what it says.
-        log.error("a worker failed: %s", error if loading else error.partition(":")[0])
-        log.debug("it said: %s\n%s", error, message.header.get("traceback", ""))
+        # While a worker loads, its errors cannot contain text of requests.
+        log.error("a worker failed: %s", error if identity not in self.queue.workers else error.partition(":")[0])
+        log.debug("its error: %s\n%s", error, message.header.get("traceback", ""))
         self._lose(identity, error)
 
-    def _on_leaving(self, identity: bytes, message: wire.Message) -> None:
-        requeued = self.queue.leave(identity)
-        self.meter.count("requeued", len(requeued))
-        log.info("worker %s leaves; %d requests wait again", self._name(identity), len(requeued))
-        self.peers.pop(identity, None)
+    def _on_leaving(self, identity: bytes, message: Message) -> None:
+        name = self.queue.workers[identity].about["worker_id"]
+        n_requeued = self.queue.leave(identity)
+        self.meter.count("requeued", n_requeued)
+        log.info("worker %s leaves; %d requests wait again", name, n_requeued)
 
-    def _give_up(self, identity: bytes, *, at: float) -> None:
-        peer = self.peers[identity]
-        if peer.host == sockets.gethostname():
-            self._gone[peer.pid] = at
+    def _kill_later(self, identity: bytes, *, at: float) -> None:
+        about = self.queue.workers[identity].about
+        if about["host"] == HERE:
+            self._given_up[about["pid"]] = at
 
     def _lose(self, identity: bytes, why: str) -> None:
-        if self.peers.get(identity) is None:
+        if identity not in self.queue.workers:
             return
-        lost = self.queue.lose(identity)
-        self.last_loss = why
-        log.warning("worker %s is lost; %d requests wait again", self._name(identity), len(lost.requeued))
+        name, self.last_loss = self.queue.workers[identity].about["worker_id"], why
+        n_requeued, given_up = self.queue.lose(identity)
+        log.warning("worker %s is lost; %d requests wait again", name, n_requeued)
         log.debug("it is lost because: %s", why)
         self.meter.count("workers_lost")
-        self._settle(lost, why)
-        del self.peers[identity]
-
-    def _settle(self, lost: Lost, why: str) -> None:
-        self.meter.count("requeued", len(lost.requeued))
-        for job in lost.given_up:
-            log.warning("a request is given up: it lost its worker %d times", job.tries)
+        self.meter.count("requeued", n_requeued)
+        for request in given_up:
+            log.warning("a request is given up: it lost its worker %d times", request.tries)
             error = WorkerLost(
-                f"request {job.key!r} lost its worker {job.tries} times (the last: {why}); "
-                "look into the server's log, make the request smaller, or ask again"
+                f"request {request.key!r} lost its worker {request.tries} times (the last: {why}); "
+                "look at the server's log, make the request smaller, or send it again"
             )
-            self.send(self.desk.failed(job, error))
-
-    def _rubbish(self, error: Exception) -> None:
-        self.meter.count("rubbish_of_workers")
-        if self.meter.counts["rubbish_of_workers"] <= LOUD:
-            log.warning("a worker sent what is no message of this service (%s)", type(error).__name__)
-
-    def _name(self, identity: bytes) -> str:
-        return self.peers[identity].worker_id if identity in self.peers else "(unknown)"
-
-    def _status(self, identity: bytes, now: float) -> WorkerStatus:
-        peer, worker = self.peers[identity], self.queue.workers[identity]
-        return WorkerStatus(
-            worker_id=peer.worker_id,
-            host=peer.host,
-            pid=peer.pid,
-            n_running=len(worker.jobs),
-            capacity=worker.capacity,
-            silent_s=round(now - worker.seen_at, 3),
-            no_step_s=round(now - worker.stepped_at, 3) if worker.jobs else 0.0,
-            model_id=peer.model_id,
-            stats=peer.stats,
-        )
-
-
-TICK_S = 0.2
-BURST = 200  # messages of one socket before the other gets its turn
-MAX_FRAMES = 8
-LOUD = 100  # log lines about refused requests before they become rare
-
-
-class InternalError(SealError, RuntimeError):
-    """A fault of the server; the message names it, the server goes on."""
+            self.table.fail(request, error)
 
 
 class FrontEnd:
-    """Serve until told to stop. ``watch`` is called at every tick (children, endpoint file, parent)."""
+    """Serve until told to stop. `watch` is called at every tick (worker processes, endpoint file, parent)."""
 
     def __init__(
         self,
+        settings: ServeSettings,
+        server_id: str,
         *,
         clients: Socket,
         workers: Socket,
-        gate: Gate | None,
-        desk: Desk,
+        gate: KeyGate | None,
+        results: Results,
         watch: Callable[[float], None],
-        idle_timeout_s: float = 0.0,
-        drain_s: float = 20.0,
-        workers_load: bool = False,
-        adapters_dir: Path = Path("adapters"),
     ) -> None:
-        self.clients, self.gate, self.desk, self.watch = clients, gate, desk, watch
-        self.queue, self.meter = desk.queue, desk.meter
-        self.crew = Crew(workers, desk, self._send)
-        self.idle_timeout_s, self.drain_s = idle_timeout_s, drain_s
-        self.workers_load = workers_load  # workers of this machine, which may take long to be ready
-        self.adapters_dir = adapters_dir
+        self.settings, self.clients, self.gate, self.watch = settings, clients, gate, watch
+        self.table = RequestTable(settings, server_id, results, self._send)
+        self.queue, self.meter = self.table.queue, self.table.meter
+        self.workers = Workers(workers, self.table)
         self.drain_until: float | None = None
-        self._client_seen_at = time.monotonic()
-        self._asked_to_stop = ""
-        self._impatient = False
         self.for_good = True
-        self._done = False
+        self._client_seen_at = time.monotonic()
+        self._stop_reason = ""
+        self._impatient = self._done = False
 
     def run(self) -> None:
         poller = zmq.Poller()
-        sources = {self.clients: self._on_client, self.crew.socket: self.crew.receive}
-        gates = dict(self.gate.sources()) if self.gate else {}
+        sources = {self.clients: self._on_client, self.workers.socket: self.workers.receive}
+        gates = self.gate.sources if self.gate else {}
         for socket in (*sources, *gates):
             poller.register(socket, zmq.POLLIN)
         next_tick = time.monotonic()
@@ -297,39 +249,39 @@ class FrontEnd:
             for socket, handle in sources.items():
                 if socket in ready:
                     self._burst(socket, handle)
-            self.crew.dispatch()
+            self.workers.dispatch()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_S
                 self._tick(time.monotonic())
-        self._turn_away(list(self.queue.jobs.values()))
+        self._turn_away(list(self.queue.requests.values()))
 
     def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True) -> None:
-        """Safe in a signal handler: the loop drains at its next turn, or ends there if impatient.
+        """Drain at the next turn of the loop, or end at once if `impatient`. Safe in a signal handler.
 
-        Unless it is for good, a successor is to be expected (a requeued job, another server on the file).
+        Not `for_good`: another server will follow (a requeued job), and workers of other nodes wait for it.
         """
         self._impatient = self._impatient or impatient
-        self.for_good = for_good if not self._asked_to_stop else self.for_good
-        self._asked_to_stop = self._asked_to_stop or why
+        self.for_good = for_good if not self._stop_reason else self.for_good
+        self._stop_reason = self._stop_reason or why
 
     def status(self) -> ServerStatus:
-        now = time.monotonic()
+        now, table, queue = time.monotonic(), self.table, self.queue
         return ServerStatus(
-            server_id=self.desk.server_id,
-            model_id=self.desk.model_id,
+            server_id=table.server_id,
+            model_id=table.model_id,
             pid=os.getpid(),
             uptime_s=round(now - self.meter.started_at, 3),
             draining=self.drain_until is not None,
-            n_queued=self.queue.n_queued,
-            n_running=self.queue.n_running,
-            n_slots=sum(worker.capacity for worker in self.queue.workers.values()),
-            n_results=len(self.desk.results),
-            n_unsaved=self.desk.results.n_unsaved,
-            queued_bytes=self.queue.queued_bytes,
+            n_queued=queue.n_waiting,
+            n_running=queue.n_running,
+            n_slots=sum(worker.capacity for worker in queue.workers.values()),
+            n_results=len(table.results),
+            n_unsaved=table.results.n_unsaved,
+            queued_bytes=queue.waiting_bytes,
             rss_bytes=rss_bytes(),
             counts=dict(self.meter.counts) | ({"denied": self.gate.n_denied} if self.gate else {}),
-            workers=self.crew.status(now),
-            trouble="; ".join(filter(None, (self.desk.results.trouble, self.crew.trouble()))),
+            workers=self.workers.status(now),
+            trouble="; ".join(filter(None, (table.results.trouble, self.workers.trouble()))),
             **self.meter.rates(now),
         )
 
@@ -348,37 +300,41 @@ class FrontEnd:
             if not route or len(frames) > MAX_FRAMES or (len(route) > 1 and route[-1] != b""):
                 envelope = (frames[0], b"")
                 raise ProtocolError(f"a message is one frame of JSON, this one has {len(frames) - 1} frames")
-            reply = self._answer_to(message, envelope)
+            self._answer(message, envelope)
         except SealError as error:
             self._refuse(envelope, error, self._request_id(message))
         except Exception as error:
             log.error("a fault of the front end: %s", type(error).__name__)
             log.debug("the fault", exc_info=True)
             self._refuse(envelope, InternalError(f"{type(error).__name__}: {error}"), None)
-        else:
-            self._send([(envelope, reply)] if reply is not None else [])
 
-    def _answer_to(self, message: bytes, envelope: Envelope) -> bytes | None:
-        check_size(message, self.desk.limits.max_message_bytes)
-        request = parse_request(message)
-        now = time.monotonic()
-        if not isinstance(request, Command):
-            self._client_seen_at = now
-            return self.desk.accept(request, message, envelope, now)
-        if request.cmd == "shutdown":
+    def _answer(self, message: bytes, envelope: Envelope) -> None:
+        if len(message) > (most := self.settings.max_message_bytes):
+            raise ProtocolError(f"the message has {len(message)} bytes, {most} are the most; send less at once")
+        request, now = parse_request(message), time.monotonic()
+        if not isinstance(request, Command) or request.cmd not in ("status", "shutdown"):
+            self._client_seen_at = now  # a status request does not keep the server running
+        if isinstance(request, Command):
+            self._send(envelope, self._obey(request))
+        else:
+            self.table.accept(request, message, envelope, now)
+
+    def _obey(self, command: Command) -> bytes:
+        reply: dict[str, Any] = {"status": "ok"}
+        if command.cmd == "shutdown":
             self.ask_to_stop("a client sent shutdown")
-            return b'{"status": "bye"}'  # as published, to the letter
-        if request.cmd == "status":  # who only looks keeps no server alive
-            return self._said(status="ok", **asdict(self.status()))
-        self._client_seen_at = now
-        if request.cmd == "ping":
-            return self._said(status="alive")
-        if request.cmd == "forget":
-            forgotten = forget_adapters(self.adapters_dir, request.adapter_names)
-            return self._said(status="ok", forgotten=forgotten)
-        if request.request_id is None:
+            return b'{"status": "bye"}'  # exactly as published
+        if command.cmd == "status":
+            reply |= asdict(self.status())
+        elif command.cmd == "ping":
+            reply["status"] = "alive"
+        elif command.cmd == "forget":
+            reply["forgotten"] = forget_adapters(self.settings.adapters_dir, command.adapter_names)
+        elif command.request_id is None:
             raise ProtocolError("field 'request_id' is missing; send the id to cancel", field="request_id")
-        return self._said(status=self._cancel(request.request_id), request_id=request.request_id)
+        else:
+            reply = {"status": self._cancel(command.request_id), "request_id": command.request_id}
+        return json.dumps({**reply, "server_id": self.table.server_id, "protocol_version": PROTOCOL_VERSION}).encode()
 
     def _refuse(self, envelope: Envelope, error: SealError, request_id: str | None) -> None:
         self.meter.count("refused")
@@ -386,65 +342,54 @@ class FrontEnd:
         if n <= LOUD or n % 1000 == 0:
             log.info("refused %s: field %r (%d so far)", type(error).__name__, getattr(error, "field", ""), n)
         log.debug("refused because: %s", error)
-        self._send([(envelope, self.desk.error(error, request_id))])
+        self._send(envelope, self.table.error(error, request_id))
 
     def _cancel(self, request_id: str) -> str:
-        job = self.queue.cancel(request_id)
-        if job is None:
-            return "unknown"
-        if job.worker is not None:
-            self.crew.tell(job.worker, wire.pack("cancel", key=job.key))
-        why = f"request {request_id!r} was cancelled; ask again to run it"
-        self._send(self.desk.failed(job, Cancelled(why)))
-        return "cancelled"
-
-    def _said(self, **fields: Any) -> bytes:
-        known = {"server_id": self.desk.server_id, "protocol_version": PROTOCOL_VERSION}
-        return json.dumps(fields | known).encode()
+        error = Cancelled(f"request {request_id!r} was cancelled; send it again to run it")
+        request = self.table.cancel(request_id, error)
+        if request is not None and request.worker is not None:
+            self.workers.tell(request.worker, pack("cancel", key=request.key))
+        return "unknown" if request is None else "cancelled"
 
     def _request_id(self, message: bytes) -> str | None:
-        """Which request an error is about, as far as the message can be read."""
-        if len(message) > self.desk.limits.max_message_bytes:
-            return None
-        try:
-            request_id = read_json(message).get("request_id")
-        except ProtocolError:
-            return None
+        """The id of the request that an error is about, if the message can be read."""
+        request_id = None
+        if len(message) <= self.settings.max_message_bytes:
+            with contextlib.suppress(ProtocolError):
+                request_id = read_json(message).get("request_id")
         return request_id if isinstance(request_id, str) and len(request_id) <= 200 else None
 
-    def _send(self, outgoing: Iterable[Outgoing]) -> None:
-        """To clients. One that is gone, or reads so slowly that its pipe is full, loses this message."""
-        for envelope, reply in outgoing:
-            try:
-                self.clients.send_multipart([*envelope, reply], zmq.NOBLOCK)
-            except zmq.ZMQError as error:
-                self.meter.count("undelivered")
-                log.debug("a reply found no client: %s", error)
+    def _send(self, envelope: Envelope, reply: bytes) -> None:
+        """Send to a client. One that is gone, or reads so slowly that its pipe is full, loses this message."""
+        try:
+            self.clients.send_multipart([*envelope, reply], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self.meter.count("undelivered")
+            log.debug("a reply found no client: %s", error)
 
     def _tick(self, now: float) -> None:
-        self.crew.check_leases(now)
+        self.workers.check_leases(now)
         self.watch(now)
-        self.desk.save()
-        if self.queue.jobs or (self.workers_load and not self.desk.model_id):
-            self._client_seen_at = now  # what is in work was asked for; while a model loads, nobody is late
+        self.table.save()
+        if self.queue.requests or (self.settings.n_workers > 0 and not self.table.model_id):
+            self._client_seen_at = now  # clients wait for work in progress, and for the model to load
         idle_s = now - self._client_seen_at
-        if 0 < self.idle_timeout_s < idle_s and not self._asked_to_stop:
-            self.ask_to_stop(f"no client for {self.idle_timeout_s:g} s")
-        if self._asked_to_stop:
+        if 0 < self.settings.idle_timeout_s < idle_s and not self._stop_reason:
+            self.ask_to_stop(f"no client for {self.settings.idle_timeout_s:g} s")
+        if self._stop_reason:
             self._drain(now)
 
     def _drain(self, now: float) -> None:
-        """Turn away what waits, let what runs finish for ``drain_s``."""
+        """Turn away waiting requests; running ones have `drain_s` to finish."""
         if self.drain_until is None:
-            self.drain_until = now + self.drain_s
-            self.desk.stopping = f"the server is ending: {self._asked_to_stop}"
-            log.info("ending (%s): %d running requests may finish", self._asked_to_stop, self.queue.n_running)
-            self._turn_away([job for job in self.queue.jobs.values() if job.worker is None])
-        if self._impatient or now > self.drain_until or not self.queue.jobs:
+            self.drain_until = now + self.settings.drain_s
+            self.table.stopping = f"the server is ending: {self._stop_reason}"
+            log.info("ending (%s): %d running requests may finish", self._stop_reason, self.queue.n_running)
+            self._turn_away([request for request in self.queue.requests.values() if request.worker is None])
+        if self._impatient or now > self.drain_until or not self.queue.requests:
             self._done = True
 
-    def _turn_away(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            self.queue.cancel(job.key)
-            why = f"{self.desk.stopping} before this request was done; send it again to the next server"
-            self._send(self.desk.failed(job, ServerStopping(why)))
+    def _turn_away(self, requests: list[Request]) -> None:
+        why = f"{self.table.stopping} before this request was done; send it again to the next server"
+        for request in requests:
+            self.table.cancel(request.key, ServerStopping(why))

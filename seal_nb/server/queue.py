@@ -1,130 +1,117 @@
-"""Who works on what: requests waiting, workers with leases, and which request goes to which worker next.
+"""Which worker gets which request next: turns of clients, leases of workers, tries of requests.
 
-A state machine without sockets, threads or clocks: the front end tells it what happened and what time it is
-(seconds of a monotonic clock), and does what it answers. Clients take turns, one request each; among one
-client's requests higher priority goes first, then first come.
+A state machine without sockets, threads or clocks. The front end says what happened and the time (seconds of a
+monotonic clock). Clients take turns, one request each. Among the requests of one client, higher priority goes first,
+then first come.
 
-A worker that dies takes its requests with it; they go to others, ``max_tries`` times at most. The last try
-runs alone on its worker, so that one request that kills workers cannot take its neighbours along a third
-time. One that lives and gets nowhere (``stuck``) is as good as dead.
+A lost worker's requests go to other workers, `max_tries` times at most. The last try runs alone on its worker, so that
+a request that kills workers cannot stop its neighbours a third time.
 """
 
-import heapq
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-SPARE = 64  # cancelled jobs that a heap may hold before it is tidied
+from seal_nb.server.settings import ServeSettings
+
+Envelope = tuple[bytes, ...]  # the routing frames of a reply
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
-    """One request on its way. ``token`` names the current try: a result with another token is void."""
+class Request:
+    """One request in work: the only record of it in the front end."""
 
-    key: str
+    key: str  # its id, or a name given by the server
     client: bytes
-    payload: bytes  # the request as it came
+    message: bytes  # as the client sent it
+    content: str = ""  # hash, see requests.content_of
+    has_id: bool = False
+    number: int | None = None  # see results.AnswerCounts; None where the seed does not come from there
     seed: int = 0
     priority: int = 0
+    waiters: list[Envelope] = field(default_factory=list)  # where the reply goes
     submitted_at: float = 0.0
     assigned_at: float = 0.0
     order: int = 0
     tries: int = 0
     worker: bytes | None = None
-    token: str = ""
+    token: str = ""  # names the current try: a result with another token is void
 
-    def __lt__(self, other: "Job") -> bool:
-        return (-self.priority, self.order) < (-other.priority, other.order)
+    def rank(self) -> tuple[int, int]:
+        return -self.priority, self.order
 
 
 @dataclass(kw_only=True)
 class Worker:
-    """``capacity`` requests are useful to it at once; it has the ``jobs``, by token."""
+    """One worker and the requests it has, by token. `about`: what it said about itself."""
 
-    lease: int
-    capacity: int
+    capacity: int  # requests that it can use at once
     seen_at: float
-    steps: int = 0  # as it counts them; only a change says something
     stepped_at: float
-    jobs: dict[str, Job] = field(default_factory=dict)
-    alone: bool = False
+    steps: int = 0  # its own count; a change shows that its work moves on
+    lease: int = 0
+    requests: dict[str, Request] = field(default_factory=dict)
+    alone: bool = False  # it runs a last try and gets nothing else
+    about: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
     @property
     def free(self) -> int:
-        return 0 if self.alone else self.capacity - len(self.jobs)
+        return 0 if self.alone else self.capacity - len(self.requests)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lost:
-    """What became of the requests of a worker that is gone."""
+class RequestQueue:
+    """`requests` holds every request in work by key, `workers` every worker by its socket identity."""
 
-    requeued: list[Job]
-    given_up: list[Job]
-
-
-class JobQueue:
-    """See the module. Jobs are known by key, workers by their socket identity."""
-
-    def __init__(
-        self,
-        *,
-        lease_s: float = 30.0,
-        stall_s: float = 0.0,
-        job_timeout_s: float = 0.0,
-        max_tries: int = 3,
-        n_expected: int = 0,
-    ) -> None:
-        self.lease_s, self.stall_s, self.job_timeout_s = lease_s, stall_s, job_timeout_s
-        self.max_tries, self.n_expected = max_tries, n_expected
-        self.jobs: dict[str, Job] = {}
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.requests: dict[str, Request] = {}
         self.workers: dict[bytes, Worker] = {}
-        self.queued_bytes = 0
-        self._waiting: dict[bytes, list[Job]] = {}  # a heap for each client that has something waiting
-        self._n_waiting: dict[bytes, int] = {}  # the heap has cancelled jobs too, until their turn comes
+        self.waiting_bytes = 0
+        self._waiting: dict[bytes, list[Request]] = {}  # of each client that has something waiting, by rank
         self._turns: deque[bytes] = deque()
-        self._suspects: deque[Job] = deque()
+        self._last_tries: deque[Request] = deque()
         self._counter = 0
-        self._reserved: bytes | None = None
+        self._reserved: bytes | None = None  # a worker that is kept free for a last try
 
     @property
     def n_running(self) -> int:
-        return sum(len(worker.jobs) for worker in self.workers.values())
+        return sum(len(worker.requests) for worker in self.workers.values())
 
     @property
-    def n_queued(self) -> int:
-        return len(self.jobs) - self.n_running
+    def n_waiting(self) -> int:
+        return len(self.requests) - self.n_running
 
-    def n_queued_of(self, client: bytes) -> int:
-        return self._n_waiting.get(client, 0)
+    def n_waiting_of(self, client: bytes) -> int:
+        return len(self._waiting.get(client, ()))
 
-    def add(self, job: Job) -> None:
-        if job.key in self.jobs:
-            raise ValueError(f"request {job.key} is queued already; join it")
-        job.order = self._next()
-        self.jobs[job.key] = job
-        self._wait(job)
+    def add(self, request: Request) -> None:
+        request.order = self._next()
+        self.requests[request.key] = request
+        self._wait(request)
 
-    def cancel(self, key: str) -> Job | None:
-        """Forget a job, waiting or running; its ``worker``, if any, is to be told."""
-        job = self.jobs.pop(key, None)
-        if job is None:
-            return None
-        if job.worker is not None:
-            self._release(job.worker, job.token)
-        else:
-            self._unwait(job)
-        return job
+    def cancel(self, key: str) -> Request | None:
+        """Forget a request, waiting or running. The caller tells its `worker`, if it has one."""
+        request = self.requests.pop(key, None)
+        if request is not None and request.worker is not None:
+            self._release(request.worker, request.token)
+        elif request is not None:
+            self.waiting_bytes -= len(request.message)
+            if request in self._last_tries:
+                self._last_tries.remove(request)
+            else:
+                self._take(request.client, bisect_left(self._waiting[request.client], request.rank(), key=Request.rank))
+        return request
 
-    def join(self, identity: bytes, *, capacity: int, now: float) -> tuple[int, Lost]:
-        """A worker is ready for requests. Known identity: it came back and holds nothing any more."""
-        lost = self.lose(identity)
-        lease = self._next()
-        self.workers[identity] = Worker(lease=lease, capacity=capacity, seen_at=now, stepped_at=now)
-        return lease, lost
+    def join(self, identity: bytes, worker: Worker) -> None:
+        worker.lease = self._next()
+        self.workers[identity] = worker
 
-    def beat(self, identity: bytes, *, lease: int, capacity: int, now: float, steps: int = 0) -> bool:
-        """A sign of life; False if the lease is not the current one, so that the worker starts afresh."""
+    def beat(self, identity: bytes, *, lease: int, capacity: int, steps: int, now: float) -> bool:
+        """A sign of life. False if the lease is not the current one; the worker then starts again."""
         worker = self.workers.get(identity)
         if worker is None or worker.lease != lease:
             return False
@@ -134,137 +121,112 @@ class JobQueue:
         return True
 
     def expired(self, now: float) -> list[bytes]:
-        return [i for i, worker in self.workers.items() if now - worker.seen_at > self.lease_s]
+        return [i for i, worker in self.workers.items() if now - worker.seen_at > self.settings.lease_s]
 
     def stuck(self, now: float) -> dict[bytes, str]:
-        """Workers that give signs of life and get nowhere with what they have, and why they count so."""
+        """Workers that send heartbeats but make no progress, each with the reason."""
+        stall_s, timeout_s = self.settings.stall_s, self.settings.job_timeout_s
         found = {}
         for identity, worker in self.workers.items():
-            oldest = min((job.assigned_at for job in worker.jobs.values()), default=now)
-            if worker.jobs and 0 < self.stall_s < now - worker.stepped_at:
-                found[identity] = f"no step of its work for more than {self.stall_s:g} s"
-            elif 0 < self.job_timeout_s < now - oldest:
-                found[identity] = f"a request was not done within {self.job_timeout_s:g} s"
+            oldest = min((request.assigned_at for request in worker.requests.values()), default=now)
+            if worker.requests and 0 < stall_s < now - worker.stepped_at:
+                found[identity] = f"no step of its work for more than {stall_s:g} s"
+            elif 0 < timeout_s < now - oldest:
+                found[identity] = f"a request was not done within {timeout_s:g} s"
         return found
 
-    def leave(self, identity: bytes) -> list[Job]:
-        """A worker goes in good order: its requests wait again, and no try is counted."""
-        requeued = self._take_back(identity)
-        for job in requeued:
-            job.tries -= 1
-            self._wait(job)
-        return requeued
+    def leave(self, identity: bytes) -> int:
+        """A worker leaves as planned: its requests wait again without a counted try. Returns their number."""
+        requests = self._take_back(identity)
+        for request in requests:
+            request.tries -= 1
+            self._wait(request)
+        return len(requests)
 
-    def lose(self, identity: bytes) -> Lost:
-        """A worker is gone: its requests wait again, or are given up after ``max_tries``."""
+    def lose(self, identity: bytes) -> tuple[int, list[Request]]:
+        """A worker is lost. Returns the number of requests that wait again, and those that are given up."""
         taken = self._take_back(identity)
-        given_up = [job for job in taken if job.tries >= self.max_tries]
-        requeued = [job for job in taken if job.tries < self.max_tries]
-        for job in given_up:
-            del self.jobs[job.key]
-        for job in requeued:
-            self._wait(job)
-        return Lost(requeued=requeued, given_up=given_up)
+        given_up = [request for request in taken if request.tries >= self.settings.max_tries]
+        for request in taken:
+            if request.tries < self.settings.max_tries:
+                self._wait(request)
+        for request in given_up:
+            del self.requests[request.key]
+        return len(taken) - len(given_up), given_up
 
-    def finish(self, identity: bytes, token: str) -> Job | None:
-        """The job of this try, now done; None if that try is not current any more."""
+    def finish(self, identity: bytes, token: str) -> Request | None:
+        """The request of this try, which is now done. None if the try is not current."""
         worker = self.workers.get(identity)
-        if worker is None or token not in worker.jobs:
+        if worker is None or token not in worker.requests:
             return None
-        job = self._release(identity, token)
-        del self.jobs[job.key]
-        return job
+        request = self._release(identity, token)
+        del self.requests[request.key]
+        return request
 
-    def assignments(self, now: float) -> Iterator[Job]:
-        """Jobs that start now, each with its ``worker`` and ``token`` set."""
-        yield from self._assign_suspects(now)
+    def assignments(self, now: float) -> Iterator[Request]:
+        """Requests that start now, each with its `worker` and `token` set."""
+        yield from self._assign_last_tries(now)
         while self._turns and (identity := self._freest()) is not None:
-            yield self._assign(self._pop(), identity, now)
+            yield self._assign(self._next_in_turn(), identity, now)
 
-    def _assign_suspects(self, now: float) -> Iterator[Job]:
+    def _assign_last_tries(self, now: float) -> Iterator[Request]:
         self._reserved = None
-        while self._suspects:
-            idle = [i for i, worker in self.workers.items() if not worker.jobs and worker.capacity > 0]
-            if not idle:  # keep the least busy worker free of new requests until it is
+        while self._last_tries:
+            idle = [i for i, worker in self.workers.items() if not worker.requests and worker.capacity > 0]
+            if not idle:  # the least busy worker gets nothing new until it is idle
                 busy = [i for i, worker in self.workers.items() if not worker.alone]
-                self._reserved = min(busy, key=lambda i: len(self.workers[i].jobs), default=None)
+                self._reserved = min(busy, key=lambda i: len(self.workers[i].requests), default=None)
                 return
             self.workers[idle[0]].alone = True
-            yield self._assign(self._suspects.popleft(), idle[0], now)
+            yield self._assign(self._last_tries.popleft(), idle[0], now)
 
-    def _assign(self, job: Job, identity: bytes, now: float) -> Job:
+    def _assign(self, request: Request, identity: bytes, now: float) -> Request:
         worker = self.workers[identity]
-        if not worker.jobs:
-            worker.stepped_at = now  # until now it had nothing to do
-        self.queued_bytes -= len(job.payload)
-        job.tries += 1
-        job.worker, job.assigned_at = identity, now
-        job.token = f"{worker.lease}.{self._next()}"
-        worker.jobs[job.token] = job
-        return job
+        if not worker.requests:
+            worker.stepped_at = now  # it had nothing to do before
+        self.waiting_bytes -= len(request.message)
+        request.tries += 1
+        request.worker, request.assigned_at = identity, now
+        request.token = f"{worker.lease}.{self._next()}"
+        worker.requests[request.token] = request
+        return request
 
     def _freest(self) -> bytes | None:
-        share = self._share()
-        candidates = [i for i, w in self.workers.items() if w.free > 0 and len(w.jobs) < share and i != self._reserved]
-        return max(candidates, key=lambda i: self.workers[i].free, default=None)
+        share: float = math.inf
+        if len(self.workers) < self.settings.n_workers:  # other workers still load: leave them their share
+            share = math.ceil(len(self.requests) / self.settings.n_workers)
+        free = [i for i, w in self.workers.items() if w.free > 0 and len(w.requests) < share and i != self._reserved]
+        return max(free, key=lambda i: self.workers[i].free, default=None)
 
-    def _share(self) -> float:
-        """While expected workers still load, a worker takes its share only, and leaves them theirs."""
-        if len(self.workers) >= self.n_expected:
-            return math.inf
-        return math.ceil(len(self.jobs) / self.n_expected)
-
-    def _wait(self, job: Job) -> None:
-        self.queued_bytes += len(job.payload)
-        job.worker, job.token = None, ""
-        if job.tries and job.tries == self.max_tries - 1:
-            self._suspects.append(job)
+    def _wait(self, request: Request) -> None:
+        self.waiting_bytes += len(request.message)
+        request.worker, request.token = None, ""
+        if request.tries and request.tries == self.settings.max_tries - 1:
+            self._last_tries.append(request)
             return
-        if job.client not in self._waiting:
-            self._waiting[job.client], self._n_waiting[job.client] = [], 0
-            self._turns.append(job.client)
-        heapq.heappush(self._waiting[job.client], job)
-        self._n_waiting[job.client] += 1
+        if request.client not in self._waiting:
+            self._turns.append(request.client)
+        insort(self._waiting.setdefault(request.client, []), request, key=Request.rank)
 
-    def _unwait(self, job: Job) -> None:
-        self.queued_bytes -= len(job.payload)
-        if job in self._suspects:
-            self._suspects.remove(job)
-            return
-        job.payload = b""
-        self._one_less(job.client)
-        if job.client not in self._waiting:
-            self._turns.remove(job.client)
-        elif len(heap := self._waiting[job.client]) > 2 * self._n_waiting[job.client] + SPARE:
-            heap[:] = filter(self._is_current, heap)
-            heapq.heapify(heap)
+    def _next_in_turn(self) -> Request:
+        client = self._turns[0]
+        self._turns.rotate(-1)
+        return self._take(client, 0)
 
-    def _pop(self) -> Job:
-        client = self._turns.popleft()
-        while not self._is_current(job := heapq.heappop(self._waiting[client])):
-            pass
-        self._one_less(client)
-        if client in self._waiting:
-            self._turns.append(client)
-        return job
+    def _take(self, client: bytes, index: int) -> Request:
+        request = self._waiting[client].pop(index)
+        if not self._waiting[client]:
+            del self._waiting[client]
+            self._turns.remove(client)
+        return request
 
-    def _is_current(self, job: Job) -> bool:
-        """Not cancelled; taking each out of its heap at once would make a full queue's end take minutes."""
-        return self.jobs.get(job.key) is job
-
-    def _one_less(self, client: bytes) -> None:
-        self._n_waiting[client] -= 1
-        if not self._n_waiting[client]:
-            del self._waiting[client], self._n_waiting[client]
-
-    def _take_back(self, identity: bytes) -> list[Job]:
+    def _take_back(self, identity: bytes) -> list[Request]:
         worker = self.workers.pop(identity, None)
-        return sorted(worker.jobs.values(), key=lambda job: job.order) if worker else []
+        return sorted(worker.requests.values(), key=lambda request: request.order) if worker else []
 
-    def _release(self, identity: bytes, token: str) -> Job:
-        worker = self.workers[identity]
-        worker.alone = False
-        return worker.jobs.pop(token)
+    def _release(self, identity: bytes, token: str) -> Request:
+        self.workers[identity].alone = False
+        return self.workers[identity].requests.pop(token)
 
     def _next(self) -> int:
         self._counter += 1

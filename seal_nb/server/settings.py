@@ -1,75 +1,89 @@
-"""What a TTT server may be told: addresses, workers, bounds. Declared once, for all who start one.
+"""Settings of a TTT server and of its workers. Each one is declared once, with its help text.
 
-No sockets and no torch: the front end, the workers and the launcher all read these records.
+`parse` reads a command line into settings, `options` writes settings as a command line. `seal-nb serve`, `TTTServer`
+and the server that starts its workers all use them.
 """
 
 import argparse
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from seal_nb.errors import SettingsError
 
-DEFAULT_INNER_LOOP = "seal_nb.server.worker:load_inner_loop"
+
+def setting(default: Any, text: str, *, least: float | None = None) -> Any:
+    """A dataclass field with its help text and its lower bound."""
+    return field(default=default, metadata={"text": text, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The most that one server takes; anything above is refused with an error that names the bound."""
-
-    max_message_bytes: int = 64 * 2**20
-    max_queued: int = 20_000  # requests waiting, of all clients together
-    max_queued_per_client: int = 10_000
-    max_queued_bytes: int = 2**30
-    max_unsaved_bytes: int = 2**28  # of results in memory while the disk is full
-    max_sequences: int = 20_000  # CPT on 200 passages sends about 1,000
-    max_questions: int = 20_000
-    max_rank: int = 512
-    max_epochs: int = 1_000
-    max_tokens: int = 8_192  # of one answer or one self-edit; published self-edits: 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """One server: a front end and ``n_workers`` worker processes on this machine (others may join)."""
-
-    endpoint: str = "tcp://127.0.0.1:0"  # port 0: a free one, told in the endpoint file
-    worker_endpoint: str = ""  # empty: a free port on the address of endpoint
-    advertise_host: str = ""  # the name that other nodes know this one by; empty: found out
-    model: str = "embedded"
-    n_workers: int = 1
-    n_slots: int = 0  # adapters trained side by side in one worker; 0: 8 on a CPU, 88 on a GPU
-    n_threads: int = 1  # of torch, in one worker
-    device: str = "auto"
-    dtype: str = "auto"
-    deterministic: bool = False  # one adapter and one text at a time in a worker: the same bits every time
-    max_seq_length: int = 2048  # tokens
-    grader: str = "local"
-    seed: int = 0  # seeds of requests that bring none derive from it
-    run_dir: Path = Path("runs/server")
-    endpoint_file: Path | None = None  # empty: endpoint.json in run_dir
-    idle_timeout_s: float = 0.0  # end after so long without a client; 0: never
-    drain_s: float = 20.0  # SIGTERM: running requests may take so long; SLURM kills 30 s after it
-    lease_s: float = 30.0  # a worker silent for so long has lost its requests
-    stall_s: float = 3600.0  # a worker that has requests and makes no step for so long is killed; 0: never
-    job_timeout_s: float = 86_400.0  # one try of one request may take so long, else the same; 0: for ever
-    max_tries: int = 3  # times that a request may lose its worker
-    inner_loop: str = DEFAULT_INNER_LOOP  # module:function that loads what the workers drive
-    parent_pid: int = 0  # end with this process; 0: with none
-    limits: Limits = field(default_factory=Limits)
-
+class _Settings:
     def __post_init__(self) -> None:
-        object.__setattr__(self, "run_dir", Path(self.run_dir))
-        if isinstance(self.limits, dict):
-            object.__setattr__(self, "limits", Limits(**self.limits))
-        if self.endpoint_file is not None:
-            object.__setattr__(self, "endpoint_file", Path(self.endpoint_file))
-        for name, least in (("n_workers", 0), ("n_slots", 0), ("n_threads", 1), ("max_tries", 1), ("seed", 0)):
-            _at_least(name, getattr(self, name), least)
-        for name in ("lease_s", "drain_s", "idle_timeout_s", "stall_s", "job_timeout_s"):
-            _at_least(name, getattr(self, name), 0)
-        if self.inner_loop.count(":") != 1:
-            raise SettingsError(f"inner_loop is {self.inner_loop!r}; write it as module:function")
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["least"]
+            if option_type(one.type) is Path and value is not None:
+                object.__setattr__(self, one.name, Path(value))
+            elif least is not None and value < least:
+                raise SettingsError(f"{one.name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits(_Settings):
+    """Limits. A request above one of them is refused with an error that names the limit."""
+
+    max_message_bytes: int = setting(64 * 2**20, "bytes of one request")
+    max_queued: int = setting(20_000, "waiting requests of all clients together")
+    max_queued_per_client: int = setting(10_000, "waiting requests of one client")
+    max_queued_bytes: int = setting(2**30, "bytes of all waiting requests")
+    max_unsaved_bytes: int = setting(2**28, "bytes of results kept in memory while the disk is full")
+    max_sequences: int = setting(20_000, "train sequences of one request; CPT on 200 passages sends about 1,000")
+    max_questions: int = setting(20_000, "questions or prompts of one request")
+    max_rank: int = setting(512, "LoRA rank")
+    max_epochs: int = setting(1_000, "epochs of training")
+    max_tokens: int = setting(8_192, "tokens of one answer or one generated text; published self-edits: 8192")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSettings(_Settings):
+    """Settings that the server passes on to its workers."""
+
+    model: str = setting("embedded", "model folder or hub name; embedded: the small model that the package fetches")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto: CUDA where there is a GPU")
+    dtype: str = setting("auto", "of the base model: auto, float32, bfloat16, float64 or 4bit")
+    deterministic: bool = setting(False, "true: one adapter and one text at a time, so results are equal bit by bit")
+    n_slots: int = setting(0, "adapters trained at the same time in one worker; 0: 8 on a CPU, 88 on a GPU", least=0)
+    n_threads: int = setting(1, "CPU threads of one worker", least=1)
+    max_seq_length: int = setting(2048, "tokens; longer train sequences are cut")
+    grader: str = setting("local", "local, exact or a judge such as judge:gpt-4.1 (docs/graders.md)")
+    inner_loop: str = setting(
+        "seal_nb.server.worker:load_inner_loop", "module:function that loads the inner loop; tests replace it"
+    )
+    lease_s: float = setting(30.0, "a worker that is silent for so many seconds loses its requests", least=0)
+    parent_pid: int = setting(0, "end when this process ends; 0: do not watch any process")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(SharedSettings, Limits):
+    """The server: a front end, and n_workers worker processes on this machine."""
+
+    endpoint: str = setting("tcp://127.0.0.1:0", "address for clients; port 0: a free port (see the endpoint file)")
+    worker_endpoint: str = setting("", "address for workers; empty: a free port at the host of endpoint")
+    advertise_host: str = setting("", "name by which other nodes reach this one; empty: the host name")
+    n_workers: int = setting(1, "worker processes on this machine; 0: workers join from elsewhere", least=0)
+    run_dir: Path = setting(Path("runs/server"), "folder for results, adapters and keys of one server")  # noqa: RUF009
+    endpoint_file: Path | None = setting(None, "tells clients where the server is; empty: in run_dir")  # noqa: RUF009
+    seed: int = setting(0, "requests without a seed get one that is derived from this", least=0)
+    idle_timeout_s: float = setting(0.0, "end after so many seconds without a client; 0: never", least=0)
+    drain_s: float = setting(20.0, "seconds for running requests after SIGTERM; SLURM kills after 30", least=0)
+    stall_s: float = setting(
+        3600.0, "a worker that has requests and makes no step for so many seconds is killed; 0: never", least=0
+    )
+    job_timeout_s: float = setting(
+        86_400.0, "a worker that needs more seconds for one request is killed; 0: never", least=0
+    )
+    max_tries: int = setting(3, "a request is given up after it has lost its worker so many times", least=1)
 
     @property
     def endpoint_path(self) -> Path:
@@ -80,9 +94,49 @@ class ServeSettings:
         return self.run_dir / "adapters"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(SharedSettings):
+    """One worker process. It needs connect or endpoint_file to find the front end."""
+
+    connect: str = setting("", "address of a front end on this machine")
+    endpoint_file: str = setting("", "endpoint file of the server")
+    key_file: str = setting("", "CURVE secret key; empty: keys/worker.key_secret in the server's run folder")
+    adapters_dir: str = setting("", "folder of kept adapters; empty: adapters in the server's run folder")
+    beat_s: float = setting(1.0, "seconds between heartbeats")
+    patience_s: float = setting(600.0, "end after so many seconds without a front end")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.connect and not self.endpoint_file:
+            raise SettingsError("neither connect nor endpoint_file is given; give the server's endpoint.json")
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def parse(kind: type[S], argv: Sequence[str] | None, *, prog: str, description: str, **defaults: Any) -> S:
+    """Settings from a command line with one option for each field; `defaults` replace declared ones."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    for owner in kind.__mro__[:-2]:
+        group = parser.add_argument_group(str(owner.__doc__).splitlines()[0].rstrip("."))
+        for one in fields(kind):
+            if one.name in owner.__annotations__:
+                default = defaults.get(one.name, one.default)
+                text = one.metadata["text"] + (f" (default: {default})" if default not in ("", None) else "")
+                name, metavar = f"--{one.name.replace('_', '-')}", one.name.rpartition("_")[2].upper()
+                group.add_argument(name, type=option_type(one.type), default=default, metavar=metavar, help=text)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def options(settings: _Settings) -> list[str]:
+    """The command line from which `parse` makes `settings` again."""
+    values = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+
+
 def option_type(kind: Any) -> Any:
-    """What reads a command-line option of this type; bool reads "True" and "False"."""
-    return _truth if kind is bool else kind
+    """The function that reads a command-line option of this type; for bool it reads "true" and "false"."""
+    return {bool: _truth, Path | None: Path}.get(kind, kind)
 
 
 def _truth(text: str) -> bool:
@@ -90,8 +144,3 @@ def _truth(text: str) -> bool:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise SettingsError(f"{name} is {value}; it must be at least {least}")

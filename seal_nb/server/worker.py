@@ -1,23 +1,18 @@
-"""A worker: one process, one device, one inner loop; requests come in, replies go out.
+"""A worker: one process, one device, one inner loop. It takes requests from the front end and sends replies.
 
-The main thread drives the inner loop (``seal_nb.inner_loop.loop``, or what ``inner_loop`` names) a slice at a
-time. The socket belongs to the thread of ``link``, which beats meanwhile.
+The main thread drives the inner loop, one short slice after another. A second thread owns the socket and sends
+heartbeats, so that they never stop while the main thread trains. If the front end gives up the worker's lease, the
+worker drops all its work and introduces itself again, so a request never gets two answers. An error of one request
+becomes its reply; an error of the whole loop ends the process. torch is imported with the inner loop, not here.
 
-A worker trusts the front end about leases: told that its own is gone, it drops all its work and starts
-afresh, so that a request never gets two answers. A failure of one request is a reply; a failure of the
-whole loop ends the process, and the front end gives its requests to others. torch comes in with the inner
-loop, not here.
-
-The link of a worker to the front end: one thread that owns the socket, so that heartbeats never stop.
-
-It introduces the worker, beats while the main thread is deep in a slice of training, notices that the front
-end is gone (and finds the next one through the endpoint file), and ends the process when its parent is
-gone. The main thread talks to it through a queue and a pair of in-process sockets, never through the socket
-itself. What requests mean is not known here.
+A message between worker and front end is three frames: kind, JSON header, body. From the worker: `ready` (capacity,
+model_id, ...), `beat` (lease, capacity, steps, stats), `result` (token, error, tokens; body: the reply), `failed`
+(error, traceback; the process ends), `leaving`. From the front end: `welcome` (lease), `beat`, `expired` (the lease is
+over), `job` (token, key, seed, ...; body: the request as the client sent it), `cancel` (key), `stop`, `abort` (end at
+once). Clients speak `seal_nb.protocol` instead.
 """
 
-import argparse
-import importlib
+import json
 import logging
 import os
 import queue
@@ -28,89 +23,79 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zmq
 
-from seal_nb.errors import SealError, SettingsError
-from seal_nb.protocol import (
-    ErrorReply,
-    GenerateReply,
-    GenerateRequest,
-    TTTReply,
-    TTTRequest,
-    error_reply,
-    parse_request,
-)
-from seal_nb.server import wire
-from seal_nb.server.endpoint import read_endpoint, wait_for_endpoint
-from seal_nb.server.keys import keys_dir, load_pair, secure_client
-from seal_nb.server.settings import DEFAULT_INNER_LOOP, option_type
+from seal_nb.errors import ProtocolError, SealError
+from seal_nb.protocol import ErrorReply, Reply, TTTReply, error_reply, parse_request
+from seal_nb.server.endpoint import Socket, keys_dir, load_pair, read_endpoint, secure_client, wait_for_endpoint
+from seal_nb.server.settings import SharedSettings, WorkerSettings, parse
 from seal_nb.server.status import rss_bytes
+
+if TYPE_CHECKING:
+    from seal_nb.inner_loop.loop import InnerLoop
 
 log = logging.getLogger(__name__)
 
+IDLE_S = 0.5  # one wait for messages of a worker without work
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerSettings:
-    """One worker process. Either ``connect`` (loopback) or ``endpoint_file`` says where the front end is."""
 
-    connect: str = ""
-    endpoint_file: str = ""
-    key_file: str = ""  # empty: keys/worker.key_secret in the server's run folder
-    model: str = "embedded"
-    n_slots: int = 0  # usual for the device
-    n_threads: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    deterministic: bool = False
-    max_seq_length: int = 2048
-    grader: str = "local"
-    adapters_dir: str = ""  # empty: adapters in the server's run folder
-    inner_loop: str = DEFAULT_INNER_LOOP
-    beat_s: float = 1.0
-    lease_s: float = 30.0  # without a word from the front end for so long: drop all work, look for it anew
-    patience_s: float = 600.0  # without a front end for so long: end
-    parent_pid: int = 0
+class Message(NamedTuple):
+    """One message between a worker and the front end."""
 
-    def __post_init__(self) -> None:
-        if not self.connect and not self.endpoint_file:
-            raise SettingsError("neither connect nor endpoint_file is given; give the server's endpoint.json")
+    kind: str
+    header: dict[str, Any]
+    body: bytes = b""
+
+
+def pack(kind: str, body: bytes = b"", **header: Any) -> list[bytes]:
+    """The frames of one message."""
+    return [kind.encode(), json.dumps(header).encode(), body]
+
+
+def unpack(frames: list[bytes]) -> Message:
+    """The message in `frames`. Raises ProtocolError."""
+    try:
+        kind, header, body = frames
+        fields = json.loads(header)
+        if not isinstance(fields, dict):
+            raise ValueError("the header is not an object")
+        return Message(kind.decode("ascii"), fields, body)
+    except (ValueError, RecursionError) as error:
+        sizes = [len(frame) for frame in frames]
+        raise ProtocolError(f"not a message between worker and front end: frames of {sizes} bytes ({error})") from error
 
 
 class Link(threading.Thread):
-    """The socket's thread. ``inbox`` has what came in; ``send`` takes what goes out, from the main thread."""
+    """The thread of the socket. `inbox` has what came in; the main thread calls `send`."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(name="link", daemon=True)
         self.settings = settings
         self.worker_id = f"{sockets.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
-        self.introduction: dict[str, Any] | None = None  # once the loop is loaded
-        self.capacity = 0
-        self.steps = 0  # counted by the main thread: what tells work from being stuck
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.introduction: dict[str, Any] | None = None  # set when the inner loop is loaded
+        self.capacity, self.steps = 0, 0  # set by the main thread, sent with each heartbeat
         self.stats: dict[str, Any] = {}
         self._session = 0
         self._lease: int | None = None
         self._was_welcome = False
-        self._context = zmq.Context()
-        self._address = f"inproc://{uuid.uuid4().hex}"
-        self._inside = self._context.socket(zmq.PAIR)
-        self._inside.bind(self._address)
-        self._outside = self._context.socket(zmq.PAIR)  # used by the main thread only
-        self._outside.connect(self._address)
-        self._heard_at = time.monotonic()
-        self._found_at = time.monotonic()
+        self._context: zmq.Context[Socket] = zmq.Context()
+        self._inside, self._outside = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._inside.bind("inproc://outbox")
+        self._outside.connect("inproc://outbox")  # used by the main thread only
+        self._heard_at = self._found_at = time.monotonic()
 
     def send(self, frames: list[bytes]) -> None:
-        """From the main thread."""
         self._outside.send_multipart(frames)
 
     def close(self) -> None:
-        """From the main thread: everything said is sent, then the thread ends."""
+        """Send what is left, then end the thread."""
         self._outside.send_multipart([b""])
         self.join(timeout=5)
         self._outside.close(0)
@@ -119,8 +104,8 @@ class Link(threading.Thread):
     def run(self) -> None:
         try:
             self._run()
-        except Exception as error:  # noqa: BLE001 - a worker that nobody can reach is of no use
-            log.error("ending, since the link to the front end broke: %s: %s", type(error).__name__, error)
+        except Exception as error:  # noqa: BLE001 - without its link a worker is useless
+            log.error("ending because the link to the front end broke: %s: %s", type(error).__name__, error)
             os._exit(5)
 
     def _run(self) -> None:
@@ -144,7 +129,7 @@ class Link(threading.Thread):
         dealer.close(linger=2000)
         self._inside.close(0)
 
-    def _connected(self) -> "zmq.Socket[bytes]":
+    def _connected(self) -> Socket:
         dealer = self._context.socket(zmq.DEALER)
         dealer.routing_id = self.worker_id.encode()[:255]
         dealer.linger = 0
@@ -159,8 +144,8 @@ class Link(threading.Thread):
         dealer.connect(address)
         return dealer
 
-    def _pass_on(self, dealer: "zmq.Socket[bytes]") -> bool:
-        """Send what the main thread said; False if that was the end."""
+    def _pass_on(self, dealer: Socket) -> bool:
+        """Send what the main thread has for the front end; False if it closes the link."""
         while self._inside.poll(0):
             frames = self._inside.recv_multipart()
             if frames == [b""]:
@@ -168,95 +153,74 @@ class Link(threading.Thread):
             self._try_send(dealer, frames)
         return True
 
-    def _receive(self, dealer: "zmq.Socket[bytes]") -> None:
+    def _receive(self, dealer: Socket) -> None:
         while dealer.poll(0):
-            message = wire.unpack(dealer.recv_multipart())
+            message = unpack(dealer.recv_multipart())
             self._heard_at = self._found_at = time.monotonic()
             if message.kind == "welcome":
                 self._lease, self._was_welcome = message.header["lease"], True
             elif message.kind == "expired":
                 if message.header["lease"] == self._lease:
-                    self._start_afresh("the front end gave this worker's lease up")
+                    self._start_again("the front end gave up this worker's lease")
             elif message.kind == "abort":
-                log.error("the front end has given this worker up: %s; ending", message.header["why"])
-                os._exit(6)  # the main thread will not hear of it
+                log.error("the front end gave up this worker: %s; ending", message.header["why"])
+                os._exit(6)  # the main thread is stuck
             elif message.kind != "beat":
                 self.inbox.put(message)
 
-    def _beat(self, dealer: "zmq.Socket[bytes]") -> None:
+    def _beat(self, dealer: Socket) -> None:
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
             log.error("the parent process is gone; ending")
-            os._exit(143)  # the main thread may be in a slice, or hung
+            os._exit(143)  # the main thread may be in a long slice
+        now: dict[str, Any] = {"capacity": self.capacity, "stats": self.stats}
         if self._lease is not None:
-            said = {"lease": self._lease, "capacity": self.capacity, "steps": self.steps, "stats": self.stats}
-            self._try_send(dealer, wire.pack("beat", b"", **said))
+            self._try_send(dealer, pack("beat", lease=self._lease, steps=self.steps, **now))
         elif self.introduction is not None:
-            said = {**self.introduction, "session": self._session, "capacity": self.capacity}
-            said["stats"] = self.stats
-            self._try_send(dealer, wire.pack("ready", b"", **said))
+            self._try_send(dealer, pack("ready", session=self._session, **self.introduction, **now))
 
-    def _found_again(self, dealer: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":
-        """The same socket; or after a long silence a new one, to wherever the front end is now."""
+    def _found_again(self, dealer: Socket) -> Socket:
+        """The same socket, or after a long silence a new one to the present front end."""
         now = time.monotonic()
         if self.introduction is None:
-            self._heard_at = self._found_at = now  # nothing was said yet, so nothing is heard
+            self._heard_at = self._found_at = now  # nothing was sent yet
         if now - self._found_at > self.settings.patience_s:
             log.error("no front end for %g s; ending", self.settings.patience_s)
             os._exit(0 if self._was_welcome else 4)
         if now - self._heard_at <= self.settings.lease_s:
             return dealer
-        self._start_afresh(f"no word from the front end for {self.settings.lease_s:g} s")
+        self._start_again(f"no word from the front end for {self.settings.lease_s:g} s")
         self._heard_at = now
         try:
             found = self._connected()
         except SealError as error:
-            log.warning("cannot look for the front end anew: %s", error)
+            log.warning("the front end cannot be looked up: %s", error)
             return dealer
         dealer.close(0)
         return found
 
-    def _start_afresh(self, why: str) -> None:
-        log.warning("%s; dropping all work and starting afresh", why)
+    def _start_again(self, why: str) -> None:
+        log.warning("%s; dropping all work and starting again", why)
         self._lease = None
         self._session += 1
-        self.inbox.put(wire.Message(kind="drop", header={}))
+        self.inbox.put(Message("drop", {}))
 
-    def _try_send(self, dealer: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
+    def _try_send(self, dealer: Socket, frames: list[bytes]) -> None:
         try:
             dealer.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            log.warning("the front end takes nothing; a message is dropped, the lease will tell")
-
-
-IDLE_S = 0.5
-
-
-class InnerLoop(Protocol):
-    """What a worker drives; see ``seal_nb.inner_loop.loop``."""
-
-    model_id: str
-
-    def submit(self, request: TTTRequest | GenerateRequest) -> None: ...
-    def cancel(self, request_id: str) -> None: ...
-    def advance(self) -> list[TTTReply | GenerateReply | ErrorReply]: ...
-    @property
-    def busy(self) -> bool: ...
-    @property
-    def free_slots(self) -> int: ...
-    def stats(self) -> dict[str, Any]: ...
+            log.warning("the front end accepts nothing; a message is dropped")
 
 
 class Worker:
-    """The main thread: one inner loop, and the requests it has, by id."""
+    """The main thread: one inner loop, and the requests it has: the header of each job by request id."""
 
-    def __init__(self, loop: InnerLoop, link: Link) -> None:
+    def __init__(self, loop: "InnerLoop", link: Link) -> None:
         self.loop, self.link = loop, link
-        self.tokens: dict[str, str] = {}  # request id → this try's token
-        self.leaving = False
-        self._stopped = False
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.leaving = self._stopped = False
 
     def run(self) -> None:
-        """Until told to stop, or until ``leaving`` is set. Raises what the inner loop raises."""
+        """Until `stop` comes or `leaving` is set. Raises what the inner loop raises."""
         self.report()
         self.link.introduction = {
             "worker_id": self.link.worker_id, "model_id": self.loop.model_id,
@@ -271,14 +235,14 @@ class Worker:
             self.report()
 
     def report(self) -> None:
-        """At every turn, for the next heartbeat; a turn is a step."""
+        """What the next heartbeat says. One turn of the main thread is one step."""
         self.link.steps += 1
-        self.link.capacity = len(self.tokens) + max(0, self.loop.free_slots)
+        self.link.capacity = len(self.jobs) + max(0, self.loop.free_slots)
         self.link.stats = {**self.loop.stats(), "rss_bytes": rss_bytes(), **gpu_memory()}
 
-    def _messages(self) -> list[wire.Message]:
-        """What came in; waits a little if there is nothing else to do."""
-        messages: list[wire.Message] = []
+    def _messages(self) -> list[Message]:
+        """What came in; waits a little if there is no work."""
+        messages: list[Message] = []
         try:
             if not self.loop.busy:
                 messages.append(self.link.inbox.get(timeout=IDLE_S))
@@ -287,45 +251,51 @@ class Worker:
         except queue.Empty:
             return messages
 
-    def _handle(self, message: wire.Message) -> None:
+    def _handle(self, message: Message) -> None:
         if message.kind == "job":
-            self._submit(message)
+            self._submit(message.header, message.body)
         elif message.kind == "cancel":
             self._drop(message.header["key"])
         elif message.kind == "drop":
-            for key in list(self.tokens):
+            for key in list(self.jobs):
                 self._drop(key)
         elif message.kind == "stop":
             log.info("told to stop: %s", message.header.get("why", ""))
             self._stopped = True
 
-    def _submit(self, message: wire.Message) -> None:
-        key, token = message.header["key"], message.header["token"]
-        self.tokens[key] = token
+    def _submit(self, header: dict[str, Any], body: bytes) -> None:
+        key, request = header["key"], None
+        self.jobs[key] = header
         try:
-            request = parse_request(message.body)
-            assert isinstance(request, TTTRequest | GenerateRequest)
-            known = {"request_id": key, "seed": message.header["seed"]}
-            self.loop.submit(request.model_copy(update=known))
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with one request is its reply
+            request = parse_request(body)
+            self.loop.submit(request.model_copy(update={"request_id": key, "seed": header["seed"]}))  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - any error of one request becomes its reply
             log.info("a request was refused by the inner loop: %s", type(error).__name__)
-            self._reply(error_reply(error, request_id=key, traceback=traceback.format_exc()))
+            trace = traceback.format_exc() if getattr(request, "traceback", False) else None
+            self._reply(error_reply(error, request_id=key, traceback=trace))
 
-    def _reply(self, reply: TTTReply | GenerateReply | ErrorReply) -> None:
-        token = self.tokens.pop(reply.request_id or "", None)
-        if token is None:
+    def _reply(self, reply: Reply) -> None:
+        """Encode a reply, once for client and journal, and send it."""
+        job = self.jobs.pop(reply.request_id or "", None)
+        if job is None:
             log.warning("the inner loop answered a request that it does not have; dropped")
             return
-        self.link.send(wire.pack("result", reply.to_json(), token=token))
+        known: dict[str, Any] = {"server_id": job["server_id"]}
+        if not isinstance(reply, ErrorReply):
+            known["timings"] = {**reply.timings, "queue_s": job["queue_s"]}
+        error = reply.error.partition(":")[0] if isinstance(reply, ErrorReply) else ""
+        tokens = reply.train_tokens if isinstance(reply, TTTReply) else 0
+        body = reply.model_copy(update=known).to_json()
+        self.link.send(pack("result", body, token=job["token"], error=error, tokens=tokens))
 
     def _drop(self, key: str) -> None:
-        if self.tokens.pop(key, None) is not None:
+        if self.jobs.pop(key, None) is not None:
             self.loop.cancel(key)
 
 
 def gpu_memory() -> dict[str, int]:
-    """Bytes that torch holds on this worker's GPU now, and the most it held; nothing without one."""
-    torch = sys.modules.get("torch")  # the inner loop brought it in, or it is not needed
+    """Bytes that torch holds on this worker's GPU now, held at most, and reserves; empty without a GPU."""
+    torch = sys.modules.get("torch")  # imported by the inner loop if it is needed
     if torch is None or not torch.cuda.is_initialized():
         return {}
     return {
@@ -335,9 +305,28 @@ def gpu_memory() -> dict[str, int]:
     }
 
 
-def main(argv: Sequence[str] | None = None, *, load: Callable[[WorkerSettings], InnerLoop] | None = None) -> int:
-    """Run one worker; returns its exit code. ``load`` replaces the function that ``inner_loop`` names."""
-    settings = parse(argv)
+def load_inner_loop(settings: WorkerSettings) -> "InnerLoop":
+    """Load the real inner loop. This imports torch."""
+    from seal_nb.inner_loop.loop import load_inner_loop as load
+    from seal_nb.inner_loop.settings import InnerLoopSettings
+
+    shared = {one.name for one in fields(SharedSettings)} & {one.name for one in fields(InnerLoopSettings)}
+    chosen = {name: getattr(settings, name) for name in shared}
+    return load(InnerLoopSettings(adapters_dir=adapters_dir(settings), **chosen))
+
+
+def adapters_dir(settings: WorkerSettings) -> Path:
+    """The folder of kept adapters, which all workers of a server share on a common disk."""
+    if settings.adapters_dir or not settings.endpoint_file:
+        return Path(settings.adapters_dir or "adapters")
+    # On a cluster a worker may start before its server.
+    endpoint = wait_for_endpoint(Path(settings.endpoint_file), timeout_s=settings.patience_s)
+    return Path(endpoint.run_dir) / "adapters"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one worker; returns its exit code."""
+    settings = parse(WorkerSettings, argv, prog="python -m seal_nb.server.worker", description="Run one worker.")
     level = os.environ.get("SEAL_NB_LOG_LEVEL", "INFO")
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s worker %(levelname)s %(message)s")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported
@@ -345,71 +334,30 @@ def main(argv: Sequence[str] | None = None, *, load: Callable[[WorkerSettings], 
     link = Link(settings)
     link.start()
     try:
-        return _work((load or _named(settings.inner_loop))(settings), link, settings)
-    except Exception as error:  # reported to the front end, which gives the work to others
+        return _work(resolve_name(settings.inner_loop)(settings), link, settings)
+    except Exception as error:  # the front end gives the requests to other workers
         log.error("ending: %s", type(error).__name__)
-        log.debug("because", exc_info=True)
-        said = f"{type(error).__name__}: {error}"
-        link.send(wire.pack("failed", error=said, traceback=traceback.format_exc(), pid=os.getpid()))
+        log.debug("the error", exc_info=True)
+        text = f"{type(error).__name__}: {error}"
+        link.send(pack("failed", error=text, traceback=traceback.format_exc(), pid=os.getpid()))
         return 1
     finally:
         link.close()
 
 
-def _work(loop: InnerLoop, link: Link, settings: WorkerSettings) -> int:
+def _work(loop: "InnerLoop", link: Link, settings: WorkerSettings) -> int:
     worker = Worker(loop, link)
 
     def leave(*_: object) -> None:
         worker.leaving = True
 
-    if settings.parent_pid:  # the server ends its own workers; a terminal's Ctrl-C reaches them too
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    else:
-        signal.signal(signal.SIGTERM, leave)
-        signal.signal(signal.SIGINT, leave)
+    # A server ends its own workers itself; Ctrl-C in a terminal reaches them too and is ignored.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if settings.parent_pid else leave)
     worker.run()
     if worker.leaving:
-        link.send(wire.pack("leaving"))
+        link.send(pack("leaving"))
     return 0
-
-
-def load_inner_loop(settings: WorkerSettings) -> InnerLoop:
-    """The real one. Here torch comes in."""
-    from seal_nb.inner_loop.loop import load_inner_loop as load
-    from seal_nb.inner_loop.settings import InnerLoopSettings
-
-    names = ("model", "device", "dtype", "deterministic", "n_slots", "n_threads", "grader", "max_seq_length")
-    chosen = {name: getattr(settings, name) for name in names}
-    loop: InnerLoop = load(InnerLoopSettings(adapters_dir=adapters_dir(settings), **chosen))
-    return loop
-
-
-def adapters_dir(settings: WorkerSettings) -> Path:
-    """Where adapters are kept: all workers of a server share one folder, on a disk that they all see."""
-    if settings.adapters_dir or not settings.endpoint_file:
-        return Path(settings.adapters_dir or "adapters")
-    # On a cluster a worker may be there before its server is.
-    endpoint = wait_for_endpoint(Path(settings.endpoint_file), timeout_s=settings.patience_s)
-    return Path(endpoint.run_dir) / "adapters"
-
-
-def _named(name: str) -> Callable[[WorkerSettings], InnerLoop]:
-    """The function that ``module:function`` names. Raises SettingsError."""
-    module, _, function = name.partition(":")
-    try:
-        found: Callable[[WorkerSettings], InnerLoop] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"inner_loop is {name!r}: {error}; write it as module:function") from error
-    return found
-
-
-def parse(argv: Sequence[str] | None) -> WorkerSettings:
-    """Settings from ``--n-slots 4`` and the like: one option for each field."""
-    parser = argparse.ArgumentParser(prog="python -m seal_nb.server.worker", description=__doc__)
-    for name, field in WorkerSettings.__dataclass_fields__.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=option_type(type(field.default)), default=field.default)
-    return WorkerSettings(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

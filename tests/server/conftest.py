@@ -35,8 +35,10 @@ def start_server(tmp_path, monkeypatch):
 def server(tmp_path_factory):
     """One server with two workers for all tests of a module that do it no harm."""
     folder = tmp_path_factory.mktemp("server")
-    with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=2, **HASTE) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=2, n_threads=7, **HASTE) as server:
+            yield server
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
-"""An inner loop without a model, for workers under test: what a request does is written in its first
-sequence.
+"""An inner loop without a model, for workers under test. The first sequence of a request says what it does.
 
-``sleep S`` takes S seconds in short slices; ``hang S`` one slice of S seconds; ``seize`` is a slice without
-end that no other thread of the process gets a word in; ``fail`` is answered with an error; ``refuse`` raises
-in submit; ``crash`` raises in advance; ``die`` kills the process with signal 9; ``die-once PATH`` does so
-unless PATH exists, and makes it. Anything else is answered at once. Each training writes a line to the file
-that STUB_LOOP_LOG names, so that tests can count what was trained. A kept adapter is an empty folder.
+``sleep S`` takes S seconds in short slices, ``until PATH`` as long as PATH does not exist; ``hang S`` is one slice of S
+seconds; ``seize`` is a slice without end that blocks all threads of the process; ``fail`` is answered with an error;
+``refuse`` raises in submit; ``crash`` raises in advance; ``die`` kills the process with signal 9; ``die-once PATH``
+does so unless PATH exists, and makes it. Anything else is answered at once. Each training writes a line to the file in
+STUB_LOOP_LOG, so that tests can count what was trained. A kept adapter is an empty folder.
 """
 
 import os
@@ -52,7 +51,7 @@ class StubLoop:
     def advance(self) -> list[TTTReply | GenerateReply | ErrorReply]:
         for request, _ in self.jobs.values():
             _obey(*_order(request))
-        done = [key for key, (_, end) in self.jobs.items() if time.monotonic() >= end]
+        done = [key for key, (request, end) in self.jobs.items() if time.monotonic() >= end and _may_end(request)]
         if not done:
             select.select([], [], [], 0.01)  # time.sleep fails under libfaketime when its clock is moved
         return [self._answered(self.jobs.pop(key)[0]) for key in done]
@@ -98,6 +97,11 @@ def _order(request: TTTRequest | GenerateRequest) -> tuple[str, str]:
     text = request.prompts[0] if isinstance(request, GenerateRequest) else "".join(request.train_sequences[:1])
     name, _, value = text.partition(" ")
     return name, value
+
+
+def _may_end(request: TTTRequest | GenerateRequest) -> bool:
+    name, value = _order(request)
+    return name != "until" or Path(value).exists()
 
 
 def _obey(name: str, value: str) -> None:

@@ -19,7 +19,7 @@ REQUEST = TTTRequest(train_sequences=["a"], request_id="r")
 
 @pytest.fixture(autouse=True)
 def in_haste(monkeypatch):
-    for name, seconds in {"PING_S": 0.1, "SILENT_S": 0.4, "COME_BACK_S": 0.05, "TURN_S": 0.02}.items():
+    for name, seconds in {"PING_S": 0.1, "SILENT_S": 0.4, "TRY_LATER_S": 0.05, "TURN_S": 0.02}.items():
         monkeypatch.setattr(connection, name, seconds)
 
 
@@ -151,7 +151,7 @@ def test_nothing_is_sent_to_a_server_that_the_endpoint_file_does_not_speak_of(tm
         fields |= {"job_id": "", "started_at": "", "server_id": "the one", "run_dir": ""}
         (tmp_path / "endpoint.json").write_text(json.dumps(fields))
         with TTTClient(tmp_path / "endpoint.json", wait_s=0.8) as client:
-            with pytest.raises(RoundTimeout, match="server there is another, the endpoint file speaks of the one"):
+            with pytest.raises(RoundTimeout, match="server there is another, the endpoint file names the one"):
                 client.evaluate(REQUEST)
             (tmp_path / "endpoint.json").write_text(json.dumps({**fields, "server_id": "another"}))
             assert client.evaluate(REQUEST).baseline_accuracy == 0.0

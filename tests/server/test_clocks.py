@@ -98,7 +98,7 @@ def test_a_silent_worker_is_lost_on_time_whichever_way_the_clock_goes(start_serv
 
 def test_no_decision_hangs_on_the_wall_clock():
     """The service asks the monotonic clock only."""
-    folder = Path(__file__).parents[2] / "seal_nb" / "service"
+    folder = Path(__file__).parents[2] / "seal_nb" / "server"
     sources = {path.name: path.read_text() for path in folder.glob("*.py")}
     assert not [name for name, text in sources.items() if "time.time(" in text or "utcnow" in text]
-    assert [name for name, text in sources.items() if "datetime.now" in text] == ["endpoint.py"]  # for people
+    assert [name for name, text in sources.items() if "datetime.now" in text] == ["main.py"]  # for people

@@ -8,8 +8,16 @@ import zmq
 
 from seal_nb.errors import RoundTimeout, SettingsError
 from seal_nb.server.client import TTTClient
-from seal_nb.server.endpoint import is_loopback, read_endpoint, split_tcp
-from seal_nb.server.keys import _create, allowed_keys, load_pair, make_keys, secure_client
+from seal_nb.server.endpoint import (
+    allowed_keys,
+    is_loopback,
+    load_pair,
+    make_keys,
+    make_pair,
+    read_endpoint,
+    secure_client,
+    split_tcp,
+)
 from tests.server.conftest import HASTE, STUB, eventually, plain_req, remote_worker
 from tests.server.test_server import BASELINE_ONLY, ask, sequence
 
@@ -29,7 +37,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def stranger(tmp_path):
     """The folder of somebody who knows the server's public key and has a pair of their own."""
-    _create(tmp_path, "stranger")
+    make_pair(tmp_path, "stranger")
     return tmp_path
 
 
@@ -62,7 +70,7 @@ def test_the_servers_public_key_alone_admits_nobody_and_the_log_says_so(server, 
     before = denied(server)
     key_file = stranger / "stranger.key_secret"
     with (
-        TTTClient(server.endpoint, wait_s=1.5, key_file=key_file) as client,
+        TTTClient(server.endpoint, wait_s=1.0, key_file=key_file) as client,
         pytest.raises(RoundTimeout, match=r"denied our key.*allowed_clients"),
     ):
         client.status()
@@ -73,7 +81,7 @@ def test_the_servers_public_key_alone_admits_nobody_and_the_log_says_so(server, 
 
 def test_no_keys_at_all_get_nothing_and_the_log_says_so(server):
     before = denied(server)
-    with plain_req(server.info.endpoint, timeout_ms=1000) as req, pytest.raises(zmq.Again):
+    with plain_req(server.info.endpoint, timeout_ms=500) as req, pytest.raises(zmq.Again):
         ask(req, BASELINE_ONLY)
     eventually(lambda: denied(server) > before)
 

@@ -1,15 +1,17 @@
-"""A real server whose worker drives the real inner loop: a mixed crowd of requests, each with its own end.
+"""A real server whose worker drives the real inner loop and has its answers judged: 40 requests of all kinds at once.
 
-The model is a random one of a few thousand parameters: what is learned is not the matter here, but that
-every request gets its reply or its own clear error, and that none of them costs the others their worker.
+The model is a random one of a few thousand parameters. What it learns does not matter here: every request must get its
+reply or its own clear error, and no request may cost the others their worker.
 """
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.stand_in import StandIn, stand_in
 from seal_nb.errors import RemoteError
 from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, Work
 from seal_nb.server.client import TTTClient
@@ -82,10 +84,18 @@ CANCELLED = [long_one(f"cancelled-{i}") for i in range(4)]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory):
+def service() -> Iterator[StandIn]:
+    """The judge."""
+    with stand_in(lambda asked: "yes" if "moon 1" in asked.prompt else "no") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, service: StandIn):
     folder = tmp_path_factory.mktemp("real")
-    model = save_tiny_model(folder / "model")
-    with TTTServer(model=str(model), run_dir=folder / "run", dtype="float32", device="cpu") as server:
+    own = {"model": str(save_tiny_model(folder / "model")), "dtype": "float32", "device": "cpu"}
+    grader = service.judge(folder / "judge")
+    with TTTServer(run_dir=folder / "run", grader=grader, **own) as server:
         yield server
 
 
@@ -199,6 +209,19 @@ def test_a_forgotten_adapter_is_deleted_and_its_answers_stay(server: TTTServer) 
         with pytest.raises(RemoteError, match="'doomed'.*train it first"):
             client.evaluate(training("on-doomed-again", adapter_stack=["doomed"]))
         assert client.evaluate(training("doomed", adapter_name="doomed")) == trained
+
+
+def test_answers_are_judged_and_each_is_paid_for_once(server: TTTServer, service: StandIn) -> None:
+    questions = [EvalQuestion(title="Zor", question=f"What is moon {n}?", answer="Zor") for n in range(3)]
+    with TTTClient(server.endpoint, timeout_s=60) as client:
+        assert "judge:stub" in client.status().model_id
+        reply = client.evaluate(training("judged", eval_questions=questions))
+    for texts, verdicts in (
+        (reply.baseline_texts, reply.baseline_verdicts),
+        (reply.adapter_texts, reply.adapter_verdicts),
+    ):
+        assert verdicts == ["CORRECT" if n == 1 and text else "INCORRECT" for n, text in enumerate(texts)]
+    assert service.asked and set(service.times.values()) == {1}
 
 
 def _failed(replies: Replies, request: Work) -> bool:

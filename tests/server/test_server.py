@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -13,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
+from seal_nb.cli import main as seal_nb
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.protocol import EvalQuestion, GenerateRequest, TTTRequest
-from seal_nb.server.client import Bar, TTTClient
+from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import read_endpoint
-from seal_nb.server.launch import ServerFailed, command
-from seal_nb.server.main import parse
-from seal_nb.server.settings import Limits, ServeSettings
+from seal_nb.server.launch import ServerFailed, TTTServer, command
+from seal_nb.server.settings import ServeSettings, WorkerSettings, parse
 from seal_nb.server.status import ServerStatus, WorkerStatus, at_work, status_rows
 from seal_nb.server.worker import gpu_memory
 from tests.server.conftest import HASTE, STUB, eventually, is_running, plain_req
@@ -179,7 +178,7 @@ def test_status_shows_queue_slots_rates_memory_failures_and_workers(client):
 
 
 def test_workers_beat_while_they_are_deep_in_a_slice(client):
-    reply = client.evaluate(sequence("hang 4"))  # twice the lease
+    reply = client.evaluate(sequence("hang 2.5"))  # longer than the lease
     assert reply.adapter_gain == 1.0
     assert client.status().counts.get("requeued", 0) == 0
 
@@ -194,19 +193,29 @@ def test_more_than_one_frame_or_no_delimiter_is_no_harm(server):
         assert b"baseline_accuracy" in dealer.recv()
 
 
-def test_a_message_above_the_bound_is_refused_with_its_size(start_server):
-    server = start_server(n_workers=0, limits={"max_message_bytes": 1000})
-    with plain_req(server.info.endpoint) as req:
+@pytest.fixture(scope="module")
+def workerless(tmp_path_factory):
+    """A server without workers, for what the front end does alone."""
+    run_dir = tmp_path_factory.mktemp("workerless") / "run"
+    with TTTServer(run_dir=run_dir, n_workers=0, max_message_bytes=1000, **HASTE) as server:
+        yield server
+
+
+def test_a_message_above_the_limit_is_refused_with_its_size(workerless):
+    with plain_req(workerless.info.endpoint) as req:
         reply = ask(req, {**PUBLISHED, "train_sequences": ["x" * 2000]})
     assert "1000 are the most" in reply["error"]
 
 
-def test_shutdown_is_answered_bye_and_the_server_ends_in_good_order(start_server):
-    server = start_server()
-    with plain_req(server.info.endpoint) as req:
-        assert ask(req, {"cmd": "shutdown"}) == {"status": "bye"}
-    assert server.process.wait(20) == 0
-    assert not server.settings.endpoint_path.exists()
+def test_requests_that_wait_without_a_worker_are_a_trouble_that_status_shows(workerless):
+    with plain_req(workerless.info.endpoint) as req, TTTClient(workerless.endpoint) as client:
+        req.send_json(PUBLISHED)
+        assert "no worker is there" in eventually(lambda: client.status().trouble)
+
+
+def test_an_address_in_use_is_an_error(start_server, workerless):
+    with pytest.raises(ServerFailed, match="Address already in use"):
+        start_server(n_workers=0, endpoint=workerless.info.endpoint)
 
 
 def test_sigterm_lets_running_requests_finish_turns_the_rest_away_and_exits_0(start_server):
@@ -225,12 +234,6 @@ def test_sigterm_lets_running_requests_finish_turns_the_rest_away_and_exits_0(st
     waiting.close()
 
 
-def test_a_server_without_clients_ends_itself(start_server):
-    server = start_server(idle_timeout_s=1.0)
-    assert server.process.wait(20) == 0
-    assert "no client for 1 s" in server.log_path.read_text()
-
-
 def test_a_model_that_cannot_be_loaded_is_told_at_once(start_server):
     with pytest.raises(ServerFailed, match="no model in 'missing'; give a model folder"):
         start_server(model="missing")
@@ -241,31 +244,15 @@ def test_workers_that_die_while_they_load_are_told_too(start_server):
         start_server(model="dies")
 
 
-def test_each_worker_gets_a_gpu_of_its_own_and_the_threads_it_is_told(start_server, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    server = start_server(n_workers=2, n_threads=7)
-    with TTTClient(server.endpoint) as client:
-        seen = eventually(lambda: len(told := [w.stats for w in client.status().workers if w.stats]) == 2 and told)
+def test_each_worker_gets_a_gpu_of_its_own_and_its_threads(client):
+    seen = eventually(lambda: len(stats := [w.stats for w in client.status().workers if w.stats]) == 2 and stats)
     assert sorted(stats["CUDA_VISIBLE_DEVICES"] for stats in seen) == ["3", "5"]
     assert {stats["OMP_NUM_THREADS"] for stats in seen} == {"7"}
-
-
-def test_requests_that_wait_for_a_worker_in_vain_are_a_trouble_that_status_shows(start_server):
-    server = start_server(n_workers=0)
-    with plain_req(server.info.endpoint) as req, TTTClient(server.endpoint) as client:
-        req.send_json(PUBLISHED)
-        assert "no worker is there" in eventually(lambda: client.status().trouble)
 
 
 def test_a_window_larger_than_what_the_server_keeps_for_a_reader_is_refused():
     with pytest.raises(SettingsError, match="window is 1000"):
         TTTClient("tcp://127.0.0.1:9", window=1000)
-
-
-def test_an_address_in_use_is_told(start_server, tmp_path):
-    server = start_server(n_workers=0)
-    with pytest.raises(ServerFailed, match="Address already in use"):
-        start_server(n_workers=0, endpoint=server.info.endpoint, run_dir=tmp_path / "other")
 
 
 def test_the_server_ends_with_the_process_that_started_it(tmp_path):
@@ -290,7 +277,7 @@ def test_the_endpoint_file_says_where_and_who(server):
 
 
 def test_private_text_of_a_request_never_reaches_the_log(start_server):
-    server = start_server(n_workers=1)
+    server = start_server(n_workers=1, max_tries=1)
     secret = "PRIVATE-7731"
     with plain_req(server.info.endpoint) as req:
         for message in (
@@ -312,15 +299,12 @@ def test_private_text_of_a_request_never_reaches_the_log(start_server):
     assert secret not in log and "refused ProtocolError" in log
 
 
-def test_the_status_command_shows_a_table_on_a_terminal_and_json_elsewhere(server):
-    command = [sys.executable, "-m", "seal_nb.cli", "status", "--endpoint", server.endpoint]
-    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert json.loads(piped)["server_id"] == server.info.server_id
-    ours, theirs = pty.openpty()
-    subprocess.run(command, stdout=theirs, check=True)
-    os.close(theirs)
-    shown = os.read(ours, 100_000).decode()
-    os.close(ours)
+def test_the_status_command_shows_a_table_on_a_terminal_and_json_elsewhere(server, capsys, monkeypatch):
+    assert seal_nb(["status", "--endpoint", server.endpoint]) == 0
+    assert json.loads(capsys.readouterr().out)["server_id"] == server.info.server_id
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert seal_nb(["status", "--endpoint", server.endpoint]) == 0
+    shown = capsys.readouterr().out
     assert f"server: {server.info.server_id}, up " in shown and shown.count("worker ") == 2
 
 
@@ -373,26 +357,38 @@ def test_a_worker_tells_what_a_real_gpu_holds():
     assert told["gpu_reserved_bytes"] >= told["gpu_peak_bytes"] >= told["gpu_bytes"] >= kept.nbytes
 
 
-def test_a_bar_off_a_terminal_is_lines_and_the_last_one_is_whole(tmp_path):
-    with (tmp_path / "bar.txt").open("w") as stream:
-        bar = Bar(3, stream)
-        for _ in range(3):
-            bar.step()
-    assert (tmp_path / "bar.txt").read_text().count("\n") == 1
-    assert "3 of 3 replies" in (tmp_path / "bar.txt").read_text()
+def test_a_round_shows_a_progress_bar_if_asked(client, capsys):
+    assert len(dict(client.run_indexed([sequence("quick")] * 3, progress=True))) == 3
+    assert "3/3" in capsys.readouterr().err
+    list(client.run_round([sequence("quick")]))
+    assert capsys.readouterr().err == ""
 
 
-def test_front_end_and_client_do_not_import_torch():
-    code = (
-        "import sys, seal_nb.server.main, seal_nb.server.launch, seal_nb.server.client\n"
-        "import seal_nb.server.worker\n"
-        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'peft')))"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_a_command_line_gives_all_settings_back(tmp_path):
+    changed = {"run_dir": tmp_path, "n_workers": 3, "lease_s": 1.5, "max_rank": 7, "deterministic": True}
+    settings = ServeSettings(**changed, endpoint_file=tmp_path / "e.json", grader="exact")
+    assert parse(ServeSettings, command(settings)[3:], prog="", description="") == settings
+    worker = WorkerSettings(connect="tcp://127.0.0.1:1", n_slots=3)
+    assert parse(WorkerSettings, command(worker)[3:], prog="", description="") == worker
 
 
-def test_the_command_line_says_every_setting(tmp_path):
-    settings = ServeSettings(run_dir=tmp_path, n_workers=3, lease_s=1.5, limits=Limits(max_rank=7), **{
-        "endpoint_file": tmp_path / "e.json", "grader": "exact"})  # fmt: skip
-    assert parse(command(settings)[3:]) == settings
-    assert HASTE["lease_s"] < 5
+def test_the_help_of_serve_has_a_text_for_each_setting_and_the_defaults_that_it_uses(capsys):
+    with pytest.raises(SystemExit):
+        seal_nb(["serve", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "address for clients" in shown and "(default: tcp://127.0.0.1:5555)" in shown
+    assert "--max-rank RANK LoRA rank (default: 512)" in shown
+    assert all(f"--{name.replace('_', '-')}" in shown for name in ServeSettings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n_workers": -1}, "n_workers is -1; it must be at least 0"),
+        ({"max_tries": 0}, "max_tries is 0; it must be at least 1"),
+        ({"workers": 2}, r"TTTServer does not know \['workers'\]"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_the_remedy(wrong, message):
+    with pytest.raises(SettingsError, match=message):
+        TTTServer(**wrong)
