@@ -14,16 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.continual import ContinualRun, ContinualSettings, draw_sequences, edit_request
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import SinglePassageSettings, self_edit_texts
+from seal_nb.experiments.edits import ContinualSettings, Edits, draw_sequences, edit_request
+from seal_nb.experiments.settings import Training
 from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.passages import load_passages
 from seal_nb.protocol import TTTReply, TTTRequest
 
 OUT = Path(__file__).with_name("continual.json")
-TRAINING = TrainingSettings(
+TRAINING = Training(
     lora_rank=16, lora_alpha=32, target_modules=("up_proj", "down_proj"), finetune_epochs=3, max_new_tokens=16
 )
 
@@ -71,16 +70,25 @@ def _one_of(settings: ContinualSettings) -> ContinualSettings:
     return ContinualSettings(n_sequences=1, n_datapoints=settings.n_datapoints, arm=settings.arm)
 
 
-def edit_all(loop: InnerLoop, sequences: list[Any], settings: ContinualSettings) -> ContinualRun:
-    """Every step of all sequences, side by side."""
-    run = ContinualRun.of(sequences)
-    given = SinglePassageSettings(arm="hand_written")
+def edit_all(loop: InnerLoop, sequences: list[Any], settings: ContinualSettings) -> list[Edits]:
+    """Every step of all sequences at once."""
+    edits_S = [Edits() for _ in sequences]
     for step in range(settings.n_datapoints):
-        run.write([self_edit_texts(sequence[step], step, given)[0] for sequence in sequences])
-        places = enumerate(zip(sequences, run.written, run.stacks, strict=True))
-        requests = [edit_request(number, *one, settings, model_id=loop.model_id) for number, one in places]
-        run.keep(requests, answered(loop, requests))
-    return run
+        requests = [
+            edit_request(
+                number,
+                sequence,
+                [*edits.texts, sequence[step].hand_written],
+                edits.stack,
+                settings,
+                model_id=loop.model_id,
+            )
+            for number, (sequence, edits) in enumerate(zip(sequences, edits_S, strict=True))
+        ]
+        replies = answered(loop, requests)
+        for sequence, edits, request, reply in zip(sequences, edits_S, requests, replies, strict=True):
+            edits.add(sequence[step].hand_written, request, reply)
+    return edits_S
 
 
 def answered(loop: InnerLoop, requests: list[TTTRequest]) -> list[TTTReply]:

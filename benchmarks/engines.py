@@ -1,10 +1,9 @@
-"""How stage 1 scales with the number of requests at a time, until the engine is the limit.
+"""How the speed of stage 1 depends on the number of requests at a time.
 
-Each row writes the same self-edits with another ``max_parallel`` and counts texts a second. Two engines: a
-stand-in service on loopback that serves so many texts at a time, each in a set time, so that the limit is
-known beforehand and what falls short of it is our client's; and, where an environment with vLLM is found
-(`make vllm-env`), a real vLLM server with the small model on this machine's processor, which shares it with
-us. Writes ``benchmarks/engines.json`` and ``docs/images/engines.png``.
+Each row writes the same self-edits with another ``max_parallel`` and counts texts per second. Two engines are measured:
+a stand-in service on loopback with a fixed number of texts at a time and a fixed time for each, so that the possible
+speed is known; and, if an environment with vLLM is found (`make vllm-env`), a real vLLM server with the small model on
+the same processor. Writes ``benchmarks/engines.json`` and ``docs/images/engines.png``.
 
     python -m benchmarks.engines      (five minutes on two cores with vLLM, half a minute without)
 """
@@ -37,11 +36,11 @@ SERVICE_TIME_S = 0.2
 LANES = 32
 VLLM_PARALLEL = (1, 2, 4, 8, 16, 32)
 MAX_TOKENS = 24
-VLLM_LANES = 16  # of one batch: where more requests only wait
+VLLM_LANES = 16  # requests in one batch; more of them wait
 
 
 def stage_1(engine: Engine, *, n_texts: int, max_tokens: int) -> dict[str, float]:
-    """Texts a second of one run with an empty journal."""
+    """Texts per second of one run with an empty journal."""
     passages = load_passages("shipped:train")[:8]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl") as journal:
         started_s = time.perf_counter()
@@ -116,7 +115,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables as they stand in docs/engines.md."""
+    """The tables of docs/engines.md."""
     service = result["service"]
     lines = [
         f"| requests at a time | stand-in: {service['lanes']} at a time, {service['service_time_s']:g} s each"
@@ -136,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two rows of the stand-in alone")
+    parser.add_argument("--quick", action="store_true", help="two rows of the stand-in only")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--figure", type=Path, default=FIGURE)
     arguments = parser.parse_args(argv)

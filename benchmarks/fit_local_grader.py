@@ -1,4 +1,4 @@
-"""Fit the local grader to GPT-4.1's published verdicts and say how well it does, cross-validated by question.
+"""Fits the local grader to GPT-4.1's published verdicts and measures it, cross-validated by question.
 
 Reads the published reference data (``graded_answers.jsonl.gz``, ``results/``, ``eval/``) and writes
 ``seal_nb/data/local_grader.json``: weights, and what was measured. Needs scikit-learn, which nothing else
@@ -7,16 +7,15 @@ here does:
     python -m venv /tmp/fit && /tmp/fit/bin/pip install scikit-learn numpy
     PYTHONPATH=. /tmp/fit/bin/python benchmarks/fit_local_grader.py ../shared/golden    (a minute)
 
-Rows are weighted by the square root of how often an answer was given, since a run counts an answer as often
-as it is given. Folds are by question, so no question is graded by a model that has seen it. On whole
-runs a question of the fitted half is graded by the fold that did not see it, any other by the model of all
-folds. Of the verdicts that `LocalGrader` gives without the model, that on an answer which has nothing of the
-gold answer is part of this measurement; the two rare others (the gold answer itself, a denial) are not.
+A row is weighted by the square root of how often the answer was given, because a run counts it that often. Folds are by
+question, so no question is graded by a model that has seen it. In whole runs, a question of the fitted half is graded
+by the model that has not seen its fold, and any other by the model of all folds. `LocalGrader` decides three kinds of
+answers without the model. An answer that has nothing of the gold answer is measured here; the two rare other kinds (the
+gold answer itself, a denial) are not.
 
-What was tried and is not here: 40 more features (soft and ordered matches, rarity of words, first sentence,
-positions) leave the logistic model where it is (kappa 0.771); boosted trees on all features reach 0.774, the
-mean of both 0.776, at half a point to a point more bias on the gain; thresholds by the length of an answer
-change nothing.
+Tried and not used: 40 more features (soft and ordered matches, rarity of words, first sentence, positions) leave kappa
+at 0.771; boosted trees on all features reach 0.774 and the mean of both 0.776, with half a point to a point more bias
+on the gain; thresholds by the length of an answer change nothing.
 """
 
 import argparse
@@ -39,8 +38,8 @@ SIDES = ("baseline", "adapter")
 UNSEEN = -1  # the fold of a question that is not among the fitted ones
 REGULARISATION = 0.1
 MOST_VOTES = 60
-# Between unbiased rates (0.43) and best kappa (flat from 0.45 to 0.50); looked for on the data measured here,
-# whole runs included. The bias on the gain hardly depends on it.
+# Between unbiased rates (0.43) and best kappa (flat from 0.45 to 0.50); chosen on the data measured here, with the
+# whole runs. The bias on the gain hardly depends on it.
 THRESHOLD = 0.47
 OUT = Path(__file__).resolve().parent.parent / "seal_nb" / "data" / "local_grader.json"
 
@@ -151,7 +150,7 @@ def fit(answers: Answers, rows: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def decide(models: Sequence[tuple[float, np.ndarray]], answers: Answers) -> np.ndarray:
-    """Verdicts by the model that did not see the question; the last model is that of all folds."""
+    """Verdicts of the model that has not seen the question; the last model is fitted to all folds."""
     scores = np.zeros(len(answers.correct))
     for fold in range(UNSEEN, N_FOLDS):
         rows = answers.fold == fold
@@ -194,7 +193,7 @@ def bias_as_given(verdicts: np.ndarray, answers: Answers, rows: np.ndarray) -> f
 
 
 def gain_bias_as_given(answers: Answers, verdicts: np.ndarray) -> dict[str, Any]:
-    """How much too high gains come out over the records of all published runs, questions drawn again."""
+    """The error of the gain over the records of all published runs, with an interval from resampling questions."""
     given, wrong = answers.n_given, verdicts * answers.n_given - answers.n_yes
     questions = {question: at for at, question in enumerate(dict.fromkeys(answers.question))}
     place = np.array([questions[question] for question in answers.question])
@@ -216,7 +215,7 @@ def bias(verdicts: np.ndarray, answers: Answers, rows: np.ndarray) -> float:
 
 
 def gain_bias(answers: Answers, verdicts: np.ndarray) -> dict[str, Any]:
-    """How much too high the gain of a run comes out, with a 95 % interval from resampling questions."""
+    """The error of a run's gain, with a 95 % interval from resampling questions."""
     sign = np.where(answers.side == "adapter", 1.0, -1.0)
     wrong_by = sign * (verdicts.astype(float) - answers.correct)
     sums = np.array([wrong_by[answers.question == q].sum() for q in dict.fromkeys(answers.question)])

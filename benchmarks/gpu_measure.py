@@ -167,7 +167,7 @@ def slot_speed(machine: Machine, n: int) -> Piece:
         "matmul_share": flop / seconds / machine.peak,
         "kernels_per_step": sum(not k.startswith("Mem") for k, _ in kernels(machine, trainer.step)),
         "synchronisations_per_step": _synchronisations(machine, trainer),
-        "token_budget": trainer.token_budget,
+        "token_budget": trainer.token_budget.now,
         "peak_memory_gib": machine.peak_gib(),
         "reserved_gib": torch.cuda.max_memory_reserved(machine.device) / 2**30 if machine.is_cuda else None,
     }

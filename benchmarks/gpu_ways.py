@@ -75,8 +75,8 @@ def round_in_slots(machine: Machine) -> Iterator[Piece]:
     yield {
         "requests": n,
         "slots": loop.settings.n_slots,
-        "token_budget": loop.trainer.token_budget,
-        "decode_rows": loop.decoder.max_rows,
+        "token_budget": loop.trainer.token_budget.now,
+        "decode_rows": loop.decoder.max_rows.now,
         "train_s": seconds["train"],
         "answer_s": seconds["answer"],
         "steps_per_request": statistics.mean(reply.train_steps for reply in replies),

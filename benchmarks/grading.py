@@ -1,9 +1,8 @@
-"""How fast answers are graded: the judge by the number of calls at a time, its cache, the local graders.
+"""How fast answers are graded: by a judge with several calls at a time, from its saved replies, by the local graders.
 
-The judge's service is a stand-in in a process of its own that answers after a fixed time, like a model
-behind a network; with P calls at a time P / latency answers a second are possible, and what is missing to
-that is our own cost. Every answer is asked about once, then all are graded again from the cache. Run it with
-``python -m benchmarks.grading``.
+The judge is a stand-in service in a process of its own that answers after a fixed time, like a model behind a network.
+With P calls at a time, P / latency answers per second are possible; the difference is our own cost. Every answer is
+graded once, then all are graded again from the saved replies. Run ``python -m benchmarks.grading``.
 """
 
 import argparse
@@ -23,12 +22,12 @@ from seal_nb.storage import write_json
 
 OUT = Path(__file__).resolve().with_name("grading.json")
 PARALLEL = (1, 4, 16, 64)
-LATENCY_S = 0.2  # of the stand-in; GPT-4.1 takes some half a second for one word
-SECONDS = 5.0  # of a row, at the speed that is possible
+LATENCY_S = 0.2  # of the stand-in; GPT-4.1 takes about half a second for one word
+SECONDS = 5.0  # of a row at the possible speed
 
 
 def answers(n: int) -> list[Answered]:
-    """Different answers to the shipped questions: the answers of others of them, in a sentence."""
+    """Different answers to the shipped questions: sentences with the gold answers of other questions."""
     asked = [
         (p.title, q) for split in ("shipped:train", "shipped:val") for p in load_passages(split) for q in p.questions
     ]
@@ -44,7 +43,7 @@ def answers(n: int) -> list[Answered]:
 
 
 def judge_row(base_url: str, max_parallel: int, *, latency_s: float, seconds: float) -> dict[str, Any]:
-    """Answers a second with so many calls at a time: asked, and again from the cache."""
+    """Answers per second with ``max_parallel`` calls at a time, and again from the saved replies."""
     asked = answers(max(8, int(seconds * max_parallel / latency_s)))
     with tempfile.TemporaryDirectory() as folder:
         name = f"judge:stand-in?base_url={base_url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
@@ -68,7 +67,7 @@ def local_row(name: str, n: int = 4000) -> dict[str, Any]:
 
 
 def _timed(grade: Any, asked: Sequence[Answered]) -> tuple[float, float]:
-    """Wall and processor seconds; every answer must have got a verdict."""
+    """Wall and processor seconds. Every answer must get a verdict."""
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     verdicts = grade(asked)
     assert "UNGRADED" not in verdicts
@@ -87,7 +86,7 @@ def measure(*, parallel: Sequence[int], latency_s: float, seconds: float) -> dic
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The tables as they stand in docs/graders.md."""
+    """The tables of docs/graders.md."""
     lines = [
         f"| calls at a time | answers/s | possible at {result['latency_s']:g} s a call | CPU-ms an answer "
         "| from the cache, answers/s |",

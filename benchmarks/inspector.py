@@ -1,9 +1,8 @@
-"""How long the passage inspector takes with runs of the published size: open, show, go on, filter.
+"""Times the passage inspector on runs of the published sizes: open, show, go to another passage, filter.
 
-The runs are made up: the shipped passages again and again, with answers that are gold answers of theirs in a
-sentence, half of them right. Sizes are the published ones (SEAL, arXiv 2506.10943): a ReST-EM round of 50
-passages × 5 self-edits × 3 adapters, an evaluation of 200 passages. Everything is timed in this process,
-without the browser's share. Run it with ``python -m benchmarks.inspector``.
+The runs are artificial: the shipped passages, repeated, with gold answers in sentences, half of them right. Sizes are
+the published ones (SEAL, arXiv 2506.10943): a ReST-EM round of 50 passages × 5 self-edits × 3 adapters, and an
+evaluation of 200 passages. The times do not include the browser. Run it with ``python -m benchmarks.inspector``.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.inspector.inspection import Inspection, open_run
-from seal_nb.inspector.widgets import VIEWS, PassageInspector, choose
+from seal_nb.inspector.widgets import VIEWS, PassageInspector, select
 from seal_nb.passages import Passage, load_passages
 from seal_nb.storage import write_json
 
@@ -81,15 +80,14 @@ def _answers(passage: Passage, n_repeats: int, drawn: random.Random) -> list[dic
 
 
 def measure(size: tuple[int, int, int]) -> dict[str, Any]:
-    """Seconds of each step, in the order in which a person takes them."""
+    """Seconds of each step, in the order of use."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_json(Path(folder) / "run_made_up.json", run_of_size(*size))
         row: dict[str, Any] = {"megabytes": path.stat().st_size / 1e6}
         row["open_s"], inspection = _timed(lambda: _opened(path))
-    choice = choose(inspection, -1, -1, -1, show="all", sort="file order")
-    inspector = PassageInspector(choice)
+    inspector = PassageInspector(select(inspection, show="all", sort="file order"))
     row["show_s"], _ = _timed(lambda: inspector.box)
-    nexts = [_timed(_set, inspector.passages, one.index)[0] for one in inspection.passages[1:]]
+    nexts = [_timed(_set, inspector.passages, n)[0] for n in inspection.passages["n"].tolist()[1:]]
     row |= {"next_s": statistics.median(nexts), "slowest_next_s": max(nexts)}
     row["view_s"] = max(_timed(_set, inspector.view, view)[0] for view in (*VIEWS[1:], VIEWS[0]))
     row["sort_s"], _ = _timed(_set, inspector.sort, "largest gain")
@@ -116,7 +114,7 @@ def _timed(work: Callable[..., Any], *given: Any) -> tuple[float, Any]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table as it stands in docs/lab.md."""
+    """The table of docs/lab.md."""
     rows = result["rows"]
     head = [f"{name} ({row['megabytes']:.1f} MB)" for name, row in rows.items()]
     lines = [f"| milliseconds | {' | '.join(head)} |", "|---|" + "---|" * len(rows)]

@@ -1,8 +1,8 @@
 """Makes the run that ships for the passage inspector: `python -m benchmarks.inspector_run`.
 
 Four shipped passages, three texts each (two self-edits of the small model, one written by hand), two repeats,
-with soft scores and the scores of single tokens: real answers of the embedded model, made by the code that
-makes any run. Takes about five minutes on two cores.
+with soft scores and values of single tokens. The answers are those of the embedded model. Takes about five minutes on
+two cores.
 """
 
 import gzip
@@ -12,15 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.session import run_requests, served_model, ttt_client
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import (
-    PlannedLoop,
-    SinglePassageSettings,
-    build_run,
-    identified,
-    requests_for_run,
-)
+from seal_nb.experiments.session import ask, identified, ttt_server
+from seal_nb.experiments.settings import Training
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
 from seal_nb.grading.choose import grader_of
 from seal_nb.passages import Passage, load_passages
 from seal_nb.prompts import self_edit_prompt
@@ -31,20 +25,20 @@ from seal_nb.storage import Journal
 TARGET = Path(__file__).resolve().parent.parent / "seal_nb" / "data" / "inspector_run.json.gz"
 N_PASSAGES, N_OWN, N_REPEATS = 4, 2, 2
 DECIMALS = 3  # of a token's log-probability
-TRAINING = TrainingSettings(target_modules=("all-linear",), finetune_epochs=5, max_new_tokens=32, soft_scores=True)
+TRAINING = Training(target_modules=("all-linear",), finetune_epochs=5, max_new_tokens=32, soft_scores=True)
 
 
 def main() -> None:
     settings = SinglePassageSettings(k_completions=N_OWN + 1, eval_times=N_REPEATS, training=TRAINING)
     with (
         tempfile.TemporaryDirectory() as folder,
-        ttt_client("", run_dir=Path(folder) / "server", n_workers=2) as client,
+        ttt_server(folder=Path(folder) / "server", n_workers=2) as ttt,
         Journal(Path(folder) / "journal.jsonl") as journal,
     ):
-        model_id = served_model(client)
-        passages = [_with_texts(client, one) for one in load_passages("shipped:val")[:N_PASSAGES]]
+        model_id = ttt.model_id
+        passages = [_with_texts(ttt.client, one) for one in load_passages("shipped:val")[:N_PASSAGES]]
         loops = [_scored(loop, model_id) for loop in requests_for_run(passages, settings, model_id=model_id)]
-        collected = run_requests(client, [loop.request for loop in loops], journal, tell=print)
+        collected = ask(ttt, [loop.request for loop in loops], journal)
     made = {"model": "embedded", "dataset": "shipped:val", "timestamp": ""}
     run = build_run(passages, loops, collected.replies, settings, failures=collected.failures, **made)
     run["grader"] = grader_of({"model": model_id})

@@ -54,7 +54,7 @@ class OneAdapter:
         self.model, self.layout, self.job = model, layout, job
         self.rows = [encode(text)[: job.train.max_seq_length] for text in job.texts]
         self.pad_to, self.padding_in_loss = pad_to, padding_in_loss
-        self.n_items_R = [(pad_to if padding_in_loss else len(row)) - 1 for row in self.rows]
+        self.n_labels_R = [(pad_to if padding_in_loss else len(row)) - 1 for row in self.rows]
         self.losses: list[tuple[int, torch.Tensor]] = []
         dtype = torch.promote_types(torch.float32, model.dtype)
         flat = initial_weights(layout, job.train.seed).to(model.device, dtype)
@@ -80,14 +80,11 @@ class OneAdapter:
 
     def steps(self) -> Iterator[None]:
         """The job's optimiser steps, each when it is asked for."""
-        step = 0
-        for batch in self.job.micro_batches(self.n_items_R):
-            rows = [self.rows[i] for i in batch.row_indices]
-            self.losses.append((batch.epoch, self._pass(rows, batch.n_items)))
-            if batch.closes_window:
-                self._step(learning_rate_at(self.job.train, step, self.job.n_steps))
-                step += 1
-                yield
+        for step, window in enumerate(self.job.windows(self.n_labels_R)):
+            for batch in window.batches:
+                self.losses.append((window.epoch, self._pass([self.rows[i] for i in batch], window.n_labels)))
+            self._step(learning_rate_at(self.job.train, step, self.job.n_steps))
+            yield
 
     def train(self) -> None:
         for _ in self.steps():
@@ -98,15 +95,15 @@ class OneAdapter:
         sums = [0.0] * self.job.train.epochs
         for epoch, loss in self.losses:
             sums[epoch] += float(loss)
-        return [total / sum(self.n_items_R) for total in sums]
+        return [total / sum(self.n_labels_R) for total in sums]
 
-    def _pass(self, rows: list[list[int]], n_items: int) -> torch.Tensor:
-        """Σ loss over the labels; its gradient is that of the sum divided by n_items."""
+    def _pass(self, rows: list[list[int]], n_labels: int) -> torch.Tensor:
+        """Σ loss over the labels; its gradient is that of the sum divided by n_labels."""
         ids, attention, labels = self._padded(rows)
         logits = self.model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1]
         logits = logits.to(torch.promote_types(torch.float32, logits.dtype)).flatten(0, 1)
         loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
-        (loss / n_items).backward()
+        (loss / n_labels).backward()
         return loss.detach()
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

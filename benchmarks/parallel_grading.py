@@ -1,8 +1,8 @@
-"""How long a request waits for its verdicts when a model behind a network gives them.
+"""How long a request waits for the verdicts of a judge behind a network.
 
-The published server asks its judge one answer after another and waits for each; here a request's answers are
-asked about at once, and meanwhile the inner loop trains others. The judge is a stand-in that takes a set
-time for a call, so what is compared is the waiting, not a model.
+The published server asks its judge about one answer after another. Here all answers of a request are sent at once, and
+the inner loop trains other requests meanwhile. The judge is a stand-in service with a fixed time for each call, so only
+the waiting is compared.
 """
 
 import tempfile
@@ -14,11 +14,11 @@ from benchmarks.stand_in import stand_in_process
 from seal_nb.engines.api import ApiSettings
 from seal_nb.grading.choose import make_grader
 
-LATENCY_S = 0.5  # of a call; about what GPT-4.1 takes for one word
+LATENCY_S = 0.5  # of a call; GPT-4.1 takes about as long for one word
 
 
 def measure_grading(n_questions: int, *, latency_s: float = LATENCY_S) -> dict[str, Any]:
-    """Seconds of one request, its answers with and without the adapter all new to the judge."""
+    """Seconds for the verdicts of one request, whose answers (base and adapter) are all new to the judge."""
     n, at_once = 2 * n_questions, ApiSettings().max_parallel
     with stand_in_process("yes", service_time_s=latency_s, lanes=n) as url:
         one_by_one_s, _ = _seconds(url, n, max_parallel=1)
@@ -35,7 +35,7 @@ def measure_grading(n_questions: int, *, latency_s: float = LATENCY_S) -> dict[s
 
 
 def _seconds(url: str, n: int, *, max_parallel: int) -> tuple[float, float]:
-    """Of the wall and of the processor, with an empty cache; the connections are made beforehand."""
+    """Wall and processor seconds with an empty cache; the connections exist already."""
     with tempfile.TemporaryDirectory() as folder:
         options = f"base_url={url}&api_key_env=&max_parallel={max_parallel}&cache_dir={folder}"
         grader = make_grader(f"judge:stand-in?{options}")

@@ -24,13 +24,14 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import zmq
 
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.storage import write_json
-from seal_nb.views.tables import Table
+from seal_nb.views.tables import as_text
 
 OUT = Path(__file__).with_name("service_load.json")
 
@@ -201,7 +202,7 @@ def main() -> None:
         bare_endpoint = f"tcp://127.0.0.1:{ours.recv()}"
         result["load"] = load_rows(server.info.endpoint, bare_endpoint, seconds=options.seconds)
     for name in ("load", "memory", "growth"):
-        print(Table(rows=result[name], columns=dict.fromkeys(result[name][0], "")), end="\n\n")
+        print(as_text(pd.DataFrame(result[name])), end="\n\n")
     write_json(options.out, result)
 
 

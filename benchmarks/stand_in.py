@@ -1,8 +1,8 @@
-"""A stand-in for OpenAI-compatible services, on a real socket of this machine; it does as it is told.
+"""A stand-in for OpenAI-compatible services, on a real socket of this machine.
 
-It answers, refuses, keeps silent, cuts the line, takes its time, serves so many at a time; and it knows what
-it was asked. Tests of engines and graders run it in a thread and change its behaviour as they go; benchmarks
-run it in a process of its own, so that its work is not counted as theirs.
+It can answer, refuse, send nothing, cut the connection, be slow, and limit the requests at a time; and it records the
+requests. Tests run it in a thread and change its behaviour while it runs. Benchmarks run it in a process of its own, so
+that its processor time is not counted as theirs.
 """
 
 import json
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What goes back. ``cut``: only so many bytes of the body, then the connection ends."""
+    """A response. ``cut``: the connection ends after so many bytes of the body."""
 
     status: int = 200
     body: bytes = b""
@@ -51,8 +51,8 @@ class Answer:
     cut: int | None = None
 
 
-SILENCE = Answer(status=0)  # nothing at all, for as long as the service runs
-Behaviour = Callable[[Asked], Answer | str]  # a text: a regular reply, of a chat where that was asked for
+SILENCE = Answer(status=0)  # no response while the service runs
+Behaviour = Callable[[Asked], Answer | str]  # a text becomes a regular reply
 
 
 def text(said: str, *, n_tokens: int = 3, finish_reason: str | None = "stop", chat: bool = False) -> Answer:
@@ -82,7 +82,7 @@ def echo(asked: Asked) -> str:
 
 
 def paced(behave: Behaviour, *, service_time_s: float, lanes: int) -> Behaviour:
-    """The same, ``lanes`` requests at a time, each in ``service_time_s``, as a model behind a network."""
+    """The same behaviour, with ``lanes`` requests at a time and ``service_time_s`` for each."""
     free = threading.Semaphore(lanes)
 
     def slowly(asked: Asked) -> Answer | str:
@@ -94,7 +94,7 @@ def paced(behave: Behaviour, *, service_time_s: float, lanes: int) -> Behaviour:
 
 
 class StandIn:
-    """Knows what it was asked. ``behave`` may be changed at any time; it runs in the request's thread."""
+    """The service. ``behave`` may be changed at any time; it runs in the request's thread."""
 
     def __init__(self, behave: Behaviour) -> None:
         self.behave = behave
@@ -116,9 +116,8 @@ class StandIn:
 
     def judge(self, cache_dir: object, *, model: str = "stub", **options: object) -> str:
         """The name of a judge that asks this service, for `make_grader`."""
-        fields = {"base_url": self.url, "api_key_env": "", "cache_dir": cache_dir, "first_wait_s": 0.01,
-                  "max_attempts": 3, "timeout_s": 5.0, **options}  # fmt: skip
-        return f"judge:{model}?" + "&".join(f"{name}={value}" for name, value in fields.items())
+        fields = {"base_url": self.url, "api_key_env": "", "cache_dir": cache_dir, "max_attempts": 3, "timeout_s": 5.0}
+        return f"judge:{model}?" + "&".join(f"{name}={value}" for name, value in (fields | options).items())
 
     def answer(self, path: str, raw: bytes, headers: dict[str, str]) -> Answer:
         asked = self._arrived(path, json.loads(raw or b"{}"), headers)
@@ -165,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         n_bytes = int(self.headers.get("content-length", 0))
         raw = self.rfile.read(n_bytes)
-        if len(raw) < n_bytes:  # who asked was killed in the middle of it: nothing was asked
+        if len(raw) < n_bytes:  # the client was killed while it sent the request
             self.close_connection = True
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -194,7 +193,7 @@ def _prompt(body: dict[str, Any]) -> str:
 
 @contextmanager
 def stand_in(behave: Behaviour = echo) -> Iterator[StandIn]:
-    """It in a thread of this process."""
+    """The service in a thread of this process."""
     service = StandIn(behave)
     thread = threading.Thread(target=service.run, daemon=True)
     thread.start()
@@ -207,7 +206,7 @@ def stand_in(behave: Behaviour = echo) -> Iterator[StandIn]:
 
 @contextmanager
 def stand_in_process(said: str, *, service_time_s: float, lanes: int) -> Iterator[str]:
-    """The URL of one that says the same to everybody, paced, in a process that ends with this one."""
+    """The URL of a service with one reply and a pace, in a process that ends with this one."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.stand_in", said, str(service_time_s), str(lanes)],
         cwd=ROOT,

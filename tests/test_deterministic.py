@@ -66,7 +66,7 @@ def test_replies_are_bit_identical_in_any_order_and_company(model: Path) -> None
 
 def test_it_is_one_adapter_and_one_text_at_a_time_and_says_so_in_the_model_id(model: Path) -> None:
     loop = loaded(model, deterministic=True, n_slots=8, decode_rows=64)
-    assert (loop.trainer.n_slots, loop.decoder.max_rows) == (1, 1)
+    assert (loop.trainer.n_slots.now, loop.decoder.max_rows.now) == (1, 1)
     assert loop.model_id == f"{loaded(model).model_id}-deterministic"
     loop.submit(GenerateRequest(prompts=["a", "b"], request_id="g", seed=1, max_tokens=4, temperature=1.0, top_p=1.0))
     while loop.busy:

@@ -2,10 +2,12 @@
 asked twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from seal_nb.errors import SettingsError
 from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
@@ -19,14 +21,23 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def loop(tmp_path: Path) -> InnerLoop:
-    folder = save_tiny_model(tmp_path / "model")
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> InnerLoop:
+    """With the usual numbers of slots and texts; its base is that of all tests in this file."""
     torch.set_num_threads(1)
-    settings = InnerLoopSettings(
-        model=str(folder), device="cpu", dtype="float32", n_slots=2, adapters_dir=tmp_path / "adapters"
-    )
-    return load_inner_loop(settings)
+    folder = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return load_inner_loop(InnerLoopSettings(model=str(folder), device="cpu", dtype="float32"))
+
+
+@pytest.fixture
+def loop(loaded: InnerLoop, tmp_path: Path) -> InnerLoop:
+    return again(loaded, n_slots=2, decode_rows=64, adapters_dir=tmp_path / "adapters")
+
+
+def again(loop: InnerLoop, **changed: object) -> InnerLoop:
+    """A new inner loop on the same base, as in a fresh process."""
+    settings = replace(loop.settings, **changed)  # type: ignore[arg-type]
+    return InnerLoop(loop.base, loop.grader, settings, model_id=loop.model_id)
 
 
 def request(request_id: str, **fields: object) -> TTTRequest:
@@ -52,11 +63,9 @@ def run(loop: InnerLoop, *requests: TTTRequest | GenerateRequest) -> dict[str, T
     return replies
 
 
-def test_unset_numbers_of_slots_and_texts_are_those_of_the_device(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "model")
-    usual = load_inner_loop(InnerLoopSettings(model=str(folder), device="cpu", dtype="float32"))
-    assert usual.stats()["slots"] == 8 and usual.decoder.max_rows == 64
-    assert isinstance(run(usual, request("a"))["a"], TTTReply)
+def test_unset_numbers_of_slots_and_texts_are_those_of_the_device(loaded: InnerLoop) -> None:
+    assert loaded.stats()["slots"] == 8 and loaded.decoder.max_rows.now == 64
+    assert isinstance(run(loaded, request("a"))["a"], TTTReply)
 
 
 def test_reply_has_the_published_fields_and_one_entry_a_question(loop: InnerLoop) -> None:
@@ -79,14 +88,13 @@ def test_baseline_only_repeats_the_baseline_and_gains_nothing(loop: InnerLoop, f
 def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_reply(
     loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seal_nb.inner_loop.evaluation.BASELINES_KEPT", 3)
-    monkeypatch.setattr("seal_nb.inner_loop.scores.GOLD_SCORES_KEPT", 3)
+    monkeypatch.setattr("seal_nb.inner_loop.loop.MOST_STORED", 3)
     asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
     replies = run(
         loop, *(request(str(n), eval_questions=e, soft_scores=True, skip_training=True) for n, e in enumerate(asked))
     )
     assert all(isinstance(r, TTTReply) and len(r.baseline_gold_logprobs) == 2 for r in replies.values())
-    assert len(loop.baselines) == len(loop.soft_scores.of_base) == 3
+    assert len(loop.baselines) == len(loop.gold_scores) == 3
 
 
 def test_the_base_answers_each_question_once_however_many_requests_ask_it(loop: InnerLoop) -> None:
@@ -100,7 +108,7 @@ def test_the_base_answers_each_question_once_however_many_requests_ask_it(loop: 
 def test_a_request_gets_the_same_numbers_alone_and_in_company(loop: InnerLoop, tmp_path: Path) -> None:
     others = [request(f"o{i}", seed=i, lora_rank=2 + i, finetune_epochs=1 + i) for i in range(4)]
     together = run(loop, *others, request("a", soft_scores=True))["a"]
-    alone = run(load_inner_loop(loop.settings), request("a", soft_scores=True))["a"]
+    alone = run(again(loop), request("a", soft_scores=True))["a"]
     assert isinstance(together, TTTReply) and isinstance(alone, TTTReply)
     assert together.adapter_texts == alone.adapter_texts
     assert together.adapter_gold_logprobs == pytest.approx(alone.adapter_gold_logprobs, rel=1e-4)
@@ -120,6 +128,12 @@ def test_training_raises_the_log_probability_of_what_was_trained(loop: InnerLoop
     assert all(after > before + 5 for before, after in pairs)
     assert reply.epoch_losses[-1] < reply.epoch_losses[0] / 3
     assert reply.gold_token_counts == [6, 11]
+
+
+def test_sampled_padding_is_refused_by_name() -> None:
+    assert request("a", pad_samples=0).pad_samples == 0, "the field is a part of protocol 1.0"
+    with pytest.raises(ValidationError, match=r"pad_samples[\s\S]*no longer supported"):
+        request("a", pad_samples=4)
 
 
 def test_a_job_that_diverges_fails_alone_with_a_remedy(loop: InnerLoop) -> None:
@@ -146,7 +160,7 @@ def test_a_full_disk_fails_the_request_and_not_the_process(loop: InnerLoop, monk
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seal_nb.ttt.adapters.save_adapter", no_space)
+    monkeypatch.setattr("seal_nb.ttt.lora.save_adapter", no_space)
     replies = run(loop, request("a", adapter_name="kept"), request("b"))
     assert isinstance(replies["a"], ErrorReply) and "No space left" in replies["a"].error
     assert isinstance(replies["b"], TTTReply)
@@ -175,17 +189,18 @@ def test_an_adapter_is_stacked_once(loop: InnerLoop) -> None:
         loop.submit(request("b", adapter_stack=["first", "first"]))
 
 
-def test_a_steady_stream_of_texts_does_not_stop_training(loop: InnerLoop) -> None:
+def test_a_steady_stream_of_texts_does_not_stop_training(loop: InnerLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seal_nb.inner_loop.loop.ANSWER_STEPS_A_PASS", 16)
+    loop = again(loop, decode_rows=4)
     loop.submit(request("train", finetune_epochs=3, eval_questions=[]))
     replies: list[str] = []
-    for i in range(400):
+    for i in range(100):
         if len(loop.generations) < 2:
-            ask = GenerateRequest(request_id=f"g{i}", prompts=["on and on "] * 20, max_tokens=40, seed=i)
-            loop.submit(ask)
+            loop.submit(GenerateRequest(request_id=f"g{i}", prompts=["on and on "] * 2, max_tokens=40, seed=i))
         replies += [str(reply.request_id) for reply in loop.advance()]
         if "train" in replies:
             return
-    raise AssertionError(f"400 slices and no training; {len(replies)} texts")
+    raise AssertionError(f"100 slices and no training; {len(replies)} texts")
 
 
 def test_cancel_frees_the_slot_and_the_rest_goes_on(loop: InnerLoop) -> None:
@@ -202,7 +217,7 @@ def test_kept_adapters_stack_and_a_fresh_process_reads_them_from_disk(loop: Inne
     run(loop, request("a", adapter_name="first", finetune_lr=1e-2))
     on_top = request("b", adapter_stack=["first"], skip_training=True)
     here = run(loop, on_top)["b"]
-    elsewhere = run(load_inner_loop(loop.settings), on_top)["b"]
+    elsewhere = run(again(loop), on_top)["b"]
     plain = run(loop, request("c", skip_training=True))["c"]
     assert here.adapter_texts == elsewhere.adapter_texts != plain.adapter_texts  # type: ignore[union-attr]
 

@@ -1,4 +1,4 @@
-"""Settings of the inner loop, apart from it so that whoever only passes them on does not import torch."""
+"""Settings of the inner loop. This module does not import torch, so a server's front end can use it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ from seal_nb.models import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class InnerLoopSettings:
-    """What one worker process runs, and with how much at a time."""
+    """What one worker process runs. Raises SettingsError if a value is out of its range."""
 
     model: str = "embedded"  # folder, hub name, or "embedded": the small model
-    device: str = "auto"  # "auto": CUDA where there is one
-    dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 where it is native
+    device: str = "auto"  # "auto": CUDA if there is one
+    dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 if the device multiplies it natively
     n_slots: int = 0  # adapters in training at a time; 0: 8 on a CPU, 88 on a GPU
     n_threads: int = 1  # of torch on a CPU
     grader: str = "local"
@@ -21,7 +21,7 @@ class InnerLoopSettings:
     max_seq_length: int = 2048  # tokens; the upper bound of any request's
     token_budget: int = 4096  # tokens of one training pass
     decode_rows: int = 0  # texts generated at a time; 0: 64 on a CPU, 320 on a GPU
-    deterministic: bool = False  # one adapter and one text at a time: passes are always composed alike
+    deterministic: bool = False  # one adapter and one text at a time, so that passes always have the same content
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

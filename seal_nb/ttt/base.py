@@ -1,93 +1,92 @@
-"""The frozen base: a transformers decoder whose Linear layers take branches and whose attention takes rows.
+"""The frozen base: a transformers decoder that runs packed rows, with the adapters of each row.
 
-Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3,
-Mistral, …); this is checked numerically when the model is loaded, not assumed. Weights are never changed.
+Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3, Mistral, …).
+This is checked numerically when the model is loaded. Its weights never change.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import FOUR_BIT
 from seal_nb.ttt.attention import ATTENTION, Attend, make_rows
 from seal_nb.ttt.branches import Bank, BranchedLinear, Current, Plan, Segment, make_plan
-from seal_nb.ttt.device import free_cached_memory, sent
-from seal_nb.ttt.fused import make_regions
+from seal_nb.ttt.device import free_cached_memory, region, sent
 from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, Layout, load_adapter, make_layout
-from seal_nb.ttt.quantized import keep_as_stored, quantized
+from seal_nb.ttt.lora import Adapter, Layout, linears_of, load_adapter, make_layout
 
-PROBES = ((0, 8), (5, 21))  # first token and length of the rows that check a model when it is loaded
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTokens:
-    """Tokens of one row on the host, and which adapters act on them (none: the base alone)."""
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    n_real: int
-
-    @classmethod
-    def plain(cls, token_ids: Sequence[int], start: int = 0) -> "RowTokens":
-        ids = torch.tensor(token_ids)
-        return cls(token_ids=ids, positions=torch.arange(start, start + len(ids)), n_real=len(ids))
-
-
-class HoldsMemory(Protocol):
-    """Something that keeps memory for later, and can do without."""
-
-    def drop_idle(self) -> None: ...
+CHECK_ROWS = ((0, 8), (5, 21))  # first token and length of the rows that check a model when it is loaded
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+ROTARY = "apply_rotary_pos_emb"
+T = TypeVar("T")
 
 
 class FrozenBase:
-    """A model folder loaded once, run in passes over many rows, each with its own adapters."""
+    """A model, loaded once and run in passes over many rows, each row with its own adapters.
+
+    The model's Linear layers and its attention are replaced. Raises SettingsError if its architecture is not supported.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
         _refuse_unsupported(model)
-        probes = [torch.arange(i, i + n, device=self.device) % model.config.vocab_size for i, n in PROBES]
+        rows = [[i % model.config.vocab_size for i in range(first, first + n)] for first, n in CHECK_ROWS]
         with torch.no_grad():
-            expected = [model(input_ids=probe[None], use_cache=False).logits[0] for probe in probes]
+            ids = [torch.tensor([row], device=self.device) for row in rows]
+            expected = torch.cat([model(input_ids=one, use_cache=False).logits[0] for one in ids])
         self.current = Current()
-        self.trainers: WeakSet[HoldsMemory] = WeakSet()
-        self.linears = _branch_out(model, self.current)
+        self.trainers: WeakSet[Any] = WeakSet()  # SlotTrainers, which hold memory that they can free
+        self.linears = linears_of(model)
+        for linear_name, linear in self.linears.items():
+            parent, _, child = linear_name.rpartition(".")
+            setattr(model.get_submodule(parent), child, BranchedLinear(linear, linear_name, self.current))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events and streams are made on the current device
-            make_regions(model)
+            _make_regions(model)
         model.config._attn_implementation = ATTENTION
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        self._check(probes, torch.cat(expected))
+        self._check(rows, expected)
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
-        """Load a model folder or hub name. No code of the model's repository is ever run.
+        """Load a model. No code of the model's repository is ever run.
 
-        device "auto": CUDA where there is one; dtype "auto": bfloat16 where the device multiplies it natively
-        (CUDA, CPUs with AMX or AVX512-BF16), else float32; "4bit": that, with Linear weights in NF4.
+        Args:
+            folder: model folder or hub name.
+            device: a torch device; "auto" is CUDA if there is one.
+            dtype: a torch dtype, "auto" or "4bit".
 
-        Raises SettingsError where "4bit" is asked for without bitsandbytes.
+        The dtype "auto" is bfloat16 if the device multiplies it natively (CUDA, CPUs with AMX or AVX512-BF16), else
+        float32.
+        "4bit" is "auto" with the weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314): a quarter of the memory.
+
+        Raises:
+            SettingsError: the architecture is not supported, or "4bit" is chosen without bitsandbytes.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         in_four_bits, dtype = dtype == FOUR_BIT, "auto" if dtype == FOUR_BIT else dtype
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") or cpu_multiplies_bfloat16() else "float32"
+        torch_dtype = getattr(torch, dtype)
+        options = _four_bit_options(torch_dtype, device) if in_four_bits else {}
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        how = quantized(getattr(torch, dtype), device) if in_four_bits else {}
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), attn_implementation="sdpa", **how
+            str(folder), dtype=torch_dtype, attn_implementation="sdpa", **options
         )
         if in_four_bits:
-            keep_as_stored(model)
+            _keep_weights_readable(model)
         return cls(model if in_four_bits else model.to(device), tokenizer, name=str(folder))
 
     @property
@@ -110,21 +109,29 @@ class FrozenBase:
         return torch.promote_types(torch.float32, self.dtype)
 
     def new_bank(self, layout: Layout, n: int) -> Bank:
-        """Room for n adapters of one layout in training."""
+        """Memory for n adapters of one layout in training."""
         return Bank(layout, n, device=self.device, dtype=self.adapter_dtype, compute_dtype=self.dtype)
 
+    def bank_row_bytes(self, layout: Layout) -> int:
+        """Memory of one adapter in training: weights, gradient, two moments, and the copy in the base's dtype."""
+        own = 4 * self.adapter_dtype.itemsize
+        return layout.size * (own + self.dtype.itemsize * (self.dtype != self.adapter_dtype))
+
     def make_room(self) -> None:
-        """After running out of memory: let trainers of this base drop what they hold and do not need now."""
+        """Free what is cached on the device, by trainers of this base and by torch."""
         for trainer in list(self.trainers):
             trainer.drop_idle()
         free_cached_memory(self.device)
 
-    def bank_row_bytes(self, layout: Layout) -> int:
-        """Memory of one adapter in training: weights, gradient, two moments, and the passes' copy."""
-        own = 4 * self.adapter_dtype.itemsize
-        return layout.size * (own + self.dtype.itemsize * (self.dtype != self.adapter_dtype))
+    def with_room(self, call: Callable[[], T]) -> T:
+        """Result of `call`. If memory runs out, room is made and it is called once more."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return call()
+        self.make_room()
+        return call()
 
     def load_adapter(self, folder: Path) -> Adapter:
+        """An adapter in PEFT's format for this base. Raises SettingsError as `lora.load_adapter`."""
         return load_adapter(folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
@@ -132,20 +139,21 @@ class FrozenBase:
         return ids
 
     def hidden(
-        self, rows: Sequence[RowTokens], segments: Sequence[Segment], *, attend: Attend | None = None
-    ) -> torch.Tensor:
-        """Last hidden states (T, d) of all rows' tokens, end to end. Segments say which adapters act on
-        which tokens.
+        self, rows: Sequence[Sequence[int]], segments: Sequence[Segment], *, attend: Attend | None = None
+    ) -> Tensor:
+        """Last hidden states (T, d) of rows of token ids, end to end.
 
-        `attend` replaces attention within rows (decoding attends to a cache)."""
-        ids = sent(torch.cat([r.token_ids for r in rows]), self.device)
-        positions = sent(torch.cat([r.positions for r in rows]), self.device)
+        segments: which adapters act on which tokens; attend: replaces attention within rows, when decoding
+        """
+        lengths = [len(row) for row in rows]
+        ids = sent(torch.tensor([token for row in rows for token in row]), self.device)
+        positions = sent(torch.cat([torch.arange(n) for n in lengths]), self.device)
         if attend is None:
-            attend = make_rows([len(r.token_ids) for r in rows], self.device, n_real=[r.n_real for r in rows]).attend
+            attend = make_rows(lengths, self.device).attend
         return self.run(ids, positions, make_plan(segments), attend)
 
-    def run(self, ids: torch.Tensor, positions: torch.Tensor, plan: Plan, attend: Attend) -> torch.Tensor:
-        """As `hidden`, from token ids and positions (T,) that are on the device already."""
+    def run(self, ids: Tensor, positions: Tensor, plan: Plan, attend: Attend) -> Tensor:
+        """As `hidden`, from token ids and positions (T,) on the device."""
         self.current.plan = plan
         try:
             return self.decoder(
@@ -154,20 +162,20 @@ class FrozenBase:
         finally:
             self.current.plan = Plan()
 
-    def _check(self, probes: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
-        """Compare the logits of two packed rows with those that the model gave to each alone."""
+    def _check(self, rows: Sequence[Sequence[int]], expected: Tensor) -> None:
+        """Compare the logits of two packed rows with those that the unchanged model gave to each alone."""
         name = self.name or self.model_type
         try:
             with torch.no_grad():
-                found = self.head(self.hidden([RowTokens.plain(probe.tolist()) for probe in probes], ()))
+                found = self.head(self.hidden(rows, ()))
         except RuntimeError as reason:
             raise SettingsError(f"model {name!r} cannot run packed rows: {reason}") from reason
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
         if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.2):
             raise SettingsError(
-                f"model {name!r}: packed logits differ from its own by {error:.2g} of their size; this"
-                " architecture does something between rows, or between hidden states and logits, that slots"
-                " do not know"
+                f"model {name!r} is not supported: its logits for packed rows differ by {error:.2g} of their size from"
+                " its logits for single rows, so its architecture does something between rows, or between hidden"
+                " states and logits, that is not known here"
             )
 
 
@@ -189,12 +197,57 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         )
 
 
-def _branch_out(model: PreTrainedModel, current: Current) -> dict[str, nn.Linear]:
-    """Put a BranchedLinear in place of each Linear but the head; return the Linears by name, in the model's
-    order."""
-    head = model.get_output_embeddings()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    for name, linear in linears.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, BranchedLinear(linear, name, current))
-    return linears
+def _four_bit_options(compute_dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Options of `from_pretrained` for NF4 weights. Products run in the compute dtype."""
+    if find_spec("bitsandbytes") is None:
+        raise SettingsError("dtype is '4bit', which needs bitsandbytes: pip install -e '.[4bit]', or take bfloat16")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _keep_weights_readable(model: nn.Module) -> None:
+    """Switch off bitsandbytes' repacking of a weight at its first product on CPUs with AVX512-BF16 (0.50,
+    ``nn.modules.Linear4bit.forward``): `dense_weight` could not read a repacked weight."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _make_regions(model: nn.Module) -> None:
+    """Turn the model's norms, gated activations and rotary embedding into regions (see `device.region`).
+
+    They are compiled from the model's own code, so each family keeps its arithmetic. Values between two operations of a
+    region stay in float32, where separate kernels round.
+    """
+    for module in model.modules():
+        kind: Any = type(module)
+        if kind.__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(region(kind.forward), module)
+        elif _is_gated(module):
+            module.forward = functools.partial(_gated_mlp, module)
+        code = sys.modules[kind.__module__]
+        rotary = getattr(code, ROTARY, None)
+        if rotary is not None and not hasattr(rotary, "is_region"):
+            setattr(code, ROTARY, region(rotary))
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether forward is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`: its code uses these four names only."""
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    return set(names) == GATED
+
+
+def _gated_mlp(module: Any, x: Tensor) -> Tensor:
+    return module.down_proj(_gate(module.act_fn, module.gate_proj(x), module.up_proj(x)))
+
+
+@region
+def _gate(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return act(gate) * up

@@ -1,16 +1,10 @@
-"""Each row its own low-rank branch: the Linear layers of the frozen base, extended.
+"""Low-rank branches on the Linear layers of the frozen base: y = x Wᵀ + scale (x Aᵀ) Bᵀ (LoRA, arXiv 2106.09685).
 
-`y = x Wᵀ + scale (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685). The tokens of a pass lie end to end in one (T, d)
-matrix, segment by segment, and each segment has its own adapters. The frozen product runs once over all
-tokens. Adapters of one layout on neighbouring segments form a group, whose products are segmented: each
-member multiplies its own tokens with its own weights, without padding. On CUDA one kernel does all members
-(`kernels`); elsewhere a loop does. Gradients of A and B go straight into the slots' flat gradients, so
-adapters are no autograd leaves. Knows nothing of rows, loss or optimiser.
-
-Room for adapters in training: weights, gradients and AdamW's moments of n adapters of one shape, as (n,
-size) matrices.
-
-A slot is one row. All rows of a bank are one operand, which is what makes a step over many adapters cheap.
+The tokens of a pass are one (T, d) matrix, segment by segment, and each segment has its own adapters. The frozen
+product runs once over all tokens. Adapters of one layout on neighbouring segments form a `Group`, whose products are
+segmented: each member multiplies its own tokens with its own weights, without padding. On CUDA one kernel does all
+members (`kernels.py`), elsewhere a loop does. The backward pass writes the gradients of A and B to the `Bank` of the
+adapters in training.
 """
 
 import importlib
@@ -19,25 +13,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import accumulate, groupby, pairwise
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from seal_nb.errors import SettingsError
 from seal_nb.ttt.device import tensor_on
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, Target
-from seal_nb.ttt.quantized import dense_weight
+
+# Triton is a part of torch's CUDA packages on Linux; a CPU machine may lack it.
+kernels: Any = importlib.import_module("seal_nb.ttt.kernels") if find_spec("triton") else None
+Weights = Tensor | list[Tensor]  # (n, layout.size), or n vectors of layout.size
 
 
 class Bank:
-    """n rows for adapters of one layout. weights and gradients are in `dtype`, the passes' copy in
-    `compute_dtype`."""
+    """Memory of n adapters of one layout in training: (n, layout.size) each of weights, gradient and AdamW's moments.
+
+    dtype: of weights, gradient and moments; compute_dtype: of `compute`, the copy of the weights for passes
+    """
 
     def __init__(self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype):
         self.layout, self.n = layout, n
-        # Not filled: a row is set when a job enters, and a CPU gives memory to rows that were touched only.
+        # Not filled: a row is set when a job enters, and a CPU allocates memory when it is written to.
         self.weights, self.gradient, self.mean, self.square = (
             torch.empty(n, layout.size, device=device, dtype=dtype) for _ in range(4)
         )
@@ -50,18 +48,12 @@ class Bank:
         return len(self.rows) == self.n
 
     @property
-    def kept_gradients(self) -> list[bool]:
-        """For each row whether its gradient is of an open accumulation window, to be added to."""
+    def adds_to_gradient(self) -> list[bool]:
+        """For each row whether the next gradient is added to the old one, in an open accumulation window."""
         return [i in self.rows and not self.rows[i].opens_window for i in range(self.n)]
 
-    @property
-    def all_void(self) -> bool:
-        return not any(self.kept_gradients)
-
-    def enter(self, settings: LoraSettings, initial: torch.Tensor, dropout_seed: int) -> "BankRow":
+    def enter(self, settings: LoraSettings, initial: Tensor, dropout_seed: int) -> "BankRow":
         """Take the first free row."""
-        if self.full:
-            raise SettingsError(f"the bank's {self.n} rows are all in use")
         index = next(i for i in range(self.n) if i not in self.rows)
         self.rows[index] = BankRow(self, index, settings, initial, dropout_seed)
         return self.rows[index]
@@ -70,7 +62,7 @@ class Bank:
 class BankRow:
     """One adapter in training: row `index` of a bank."""
 
-    def __init__(self, bank: Bank, index: int, settings: LoraSettings, initial: torch.Tensor, dropout_seed: int):
+    def __init__(self, bank: Bank, index: int, settings: LoraSettings, initial: Tensor, dropout_seed: int):
         self.bank, self.index, self.settings = bank, index, settings
         self.weights, self.gradient = bank.weights[index], bank.gradient[index]
         self.mean, self.square = bank.mean[index], bank.square[index]
@@ -83,12 +75,11 @@ class BankRow:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the passes' copy up to date after the weights have changed."""
+        """Update the passes' copy after the weights have changed."""
         if self.bank.compute is not self.bank.weights:
             self.bank.compute[self.index].copy_(self.weights)
 
     def adapter(self) -> Adapter:
-        """A copy of the weights, of its own."""
         return Adapter(self.bank.layout, self.settings, self.weights.clone(), self.bank.compute.dtype)
 
     def leave(self) -> None:
@@ -105,28 +96,25 @@ class Segment:
     trained: BankRow | None = None
 
 
-TRITON = find_spec("triton") is not None
-Weights = torch.Tensor | list[torch.Tensor]  # (n, rank, wide), or n matrices (rank, wide)
-
-
 @dataclass(kw_only=True)
 class Group:
-    """n adapters of one layout, and the tokens that each acts on: end to end from `start`.
+    """n adapters (members) of one layout, and the tokens that each acts on, end to end from `start`.
 
-    weights: (n, layout.size), compute dtype, or n vectors where there are no kernels
+    weights: compute dtype; one matrix if kernels are used
     scales: (tokens, 1), at least float32: the factor of each token
-    ends: (n,) int32: where each member's tokens end, counted from `start`; tiles: the same for the kernels
-    gradient: (n, layout.size) for members in training, else None; keep: None where every old gradient is
-    void, else (n,), 1 where the new gradient is added to the old one"""
+    ends: (n,) int32: end of each member's tokens, counted from `start`; tiles: the same for the kernels
+    gradient: (n, layout.size) for members in training, else None
+    keep: (n,), 1 where the new gradient is added to the old one; None if it replaces every old one
+    """
 
     layout: Layout
     weights: Weights
-    scales: torch.Tensor
+    scales: Tensor
     start: int
-    ends: torch.Tensor
-    tiles: torch.Tensor | None = None
-    gradient: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
+    ends: Tensor
+    tiles: Tensor | None
+    gradient: Tensor | None = None
+    keep: Tensor | None = None
     dropouts: tuple[tuple[slice, BankRow], ...] = ()
 
     @cached_property
@@ -135,7 +123,7 @@ class Group:
 
     @cached_property
     def members(self) -> list[tuple[int, slice]]:
-        """Members with tokens, and where their tokens lie in the group; waits for the device."""
+        """Members with tokens, and the tokens' places in the group. Waits for the device."""
         ends = [0, *self.ends.tolist()]
         return [(i, slice(a, b)) for i, (a, b) in enumerate(pairwise(ends)) if a < b]
 
@@ -143,61 +131,49 @@ class Group:
     def kept(self) -> list[bool]:
         return [False] * len(self.ends) if self.keep is None else self.keep.bool().tolist()
 
-    def a(self, target: Target) -> Weights:
-        """Each member's A, (rank, in)."""
-        if isinstance(self.weights, list):
-            return [self.layout.a(w, target) for w in self.weights]
-        return self.layout.a(self.weights, target)
-
-    def b(self, target: Target) -> Weights:
-        """Each member's B, transposed: (rank, out)."""
-        if isinstance(self.weights, list):
-            return [self.layout.b(w, target).t() for w in self.weights]
-        return self.layout.b(self.weights, target).transpose(1, 2)
-
-    def narrow(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
-        """scale · x Wᵀ of each member: x (tokens, wide), weights (n, rank, wide) → (tokens, rank)."""
+    def narrow(self, x: Tensor, view: "View", target: Target) -> Tensor:
+        """scale · x Wᵀ of each member: x (tokens, wide), view(weights) (n, rank, wide) → (tokens, rank)."""
         if self.tiles is not None:
-            return kernels().narrow(x, weights, self.scales, self.tiles)
-        parts = [x[own] @ weights[i].t() for i, own in self.members]
+            return kernels.narrow(x, view(self.weights, target), self.scales, self.tiles)
+        parts = [x[own] @ view(self.weights[i], target).t() for i, own in self.members]
         return torch.cat(parts).mul_(self.scales)
 
-    def widen(self, h: torch.Tensor, weights: Weights, y: torch.Tensor) -> None:
-        """y (tokens, wide) += h W of each member, in place: h (tokens, rank), weights (n, rank, wide)."""
+    def widen(self, h: Tensor, view: "View", target: Target, y: Tensor) -> None:
+        """y (tokens, wide) += h W of each member, in place: h (tokens, rank), view(weights) (n, rank, wide)."""
         if self.tiles is not None:
-            kernels().widen(h, weights, y, self.tiles)
+            kernels.widen(h, view(self.weights, target), y, self.tiles)
             return
         for i, own in self.members:
-            y[own].addmm_(h[own], weights[i])
+            y[own].addmm_(h[own], view(self.weights[i], target))
 
-    def outer(self, h: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def outer(self, h: Tensor, x: Tensor, gradient: Tensor) -> None:
         """Write hᵀ x of each member to its place in gradient (n, rank, wide), or add it (see `keep`).
 
-        Members without tokens: nothing is written."""
+        Nothing is written for members without tokens.
+        """
         if self.tiles is not None:
-            kernels().outer(h, x, gradient, self.ends, self.keep)
+            kernels.outer(h, x, gradient, self.ends, self.keep)
             return
         for i, own in self.members:
             new = h[own].t() @ x[own]
             _ = gradient[i].add_(new) if self.kept[i] else gradient[i].copy_(new)
 
 
-def has_kernels(layout: Layout, weights: torch.Tensor) -> bool:
-    """Whether the kernels take these weights. Triton is a part of torch's CUDA packages on Linux."""
-    if not TRITON or not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+View = Callable[..., Tensor]  # Layout.a or Layout.b_transposed: (..., layout.size) → (..., rank, wide)
+
+
+def has_kernels(layout: Layout, weights: Tensor) -> bool:
+    """Whether the kernels take these weights."""
+    if kernels is None or not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
-    return kernels().fits(layout.rank, weights.itemsize) and kernels().works(weights.dtype)
+    return kernels.fits(layout.rank, weights.itemsize) and kernels.works(weights.dtype)
 
 
-def kernels() -> ModuleType:
-    return importlib.import_module("seal_nb.ttt.kernels")  # needs Triton, which a CPU machine may lack
-
-
-def tiles_for(lengths: Sequence[int], layout: Layout, weights: torch.Tensor, most: int = 0) -> torch.Tensor | None:
-    """Tiles for the kernels, filled up to `most`, on the device; None where there are no kernels."""
+def tiles_for(lengths: Sequence[int], layout: Layout, weights: Tensor, most: int = 0) -> Tensor | None:
+    """Tiles for the kernels, filled up to `most`, on the device; None if there are no kernels."""
     if not has_kernels(layout, weights):
         return None
-    return tensor_on(weights.device, kernels().tiles_of(lengths, most), torch.int32)
+    return tensor_on(weights.device, kernels.tiles_of(lengths, most), torch.int32)
 
 
 class Plan:
@@ -215,78 +191,68 @@ class Plan:
 
 
 def make_plan(segments: Sequence[Segment]) -> Plan:
-    """Groups of all adapters. Slots of one bank must lie in the order of their rows."""
+    """Groups of all adapters. Slots of one bank must be in the order of their rows."""
     depth = max((len(s.adapters) for s in segments), default=0)
-    frozen = [_frozen_group(run, k) for k in range(depth) for run in _runs(segments, _layout_at(k))]
+    layouts = [lambda s, k=k: s.adapters[k].layout if len(s.adapters) > k else None for k in range(depth)]
+    frozen = [_frozen_group(run, k) for k in range(depth) for run in _runs(segments, layouts[k])]
     trained = [_trained_group(run) for run in _runs(segments, lambda s: s.trained and id(s.trained.bank))]
     return Plan(frozen + trained)
 
 
-def _layout_at(depth: int) -> Callable[[Segment], Layout | None]:
-    return lambda s: s.adapters[depth].layout if len(s.adapters) > depth else None
-
-
 def _runs(segments: Sequence[Segment], key: Callable[[Segment], object]) -> Iterator[list[Segment]]:
-    """Runs of neighbouring segments (no token between them) of one key; None is left out."""
-    gaps, last, numbered = 0, None, []
+    """Runs of neighbouring segments (no token between them) with one key; segments whose key is None are left out."""
+    run: list[Segment] = []
     for s in segments:
-        gaps += last is not None and s.start != last
-        last = s.stop
-        numbered.append((gaps, s))
-    for (_, value), members in groupby(numbered, key=lambda pair: (pair[0], key(pair[1]))):
-        if value is not None:
-            yield [s for _, s in members]
+        if run and (key(s) != key(run[-1]) or s.start != run[-1].stop):
+            yield run
+            run = []
+        if key(s) is not None:
+            run.append(s)
+    if run:
+        yield run
 
 
 def _frozen_group(run: Sequence[Segment], depth: int) -> Group:
-    """Neighbours with the same adapter are one member, so that its weights are there once."""
-    adapters, lengths = [], []
-    for _, members in groupby(run, key=lambda s: id(s.adapters[depth])):
-        alike = list(members)
-        adapters.append(alike[0].adapters[depth])
-        lengths.append(alike[-1].stop - alike[0].start)
-    compute = [a.compute for a in adapters]
-    tiles = tiles_for(lengths, adapters[0].layout, compute[0])
-    return Group(
-        layout=adapters[0].layout,
-        weights=compute if tiles is None else torch.stack(compute),
-        scales=token_scales([a.scaling for a in adapters], lengths, compute[0]),
-        start=run[0].start,
-        ends=tensor_on(compute[0].device, list(accumulate(lengths)), torch.int32),
-        tiles=tiles,
-    )
+    """Neighbours with the same adapter are one member."""
+    members = [list(same) for _, same in groupby(run, key=lambda s: id(s.adapters[depth]))]
+    adapters = [same[0].adapters[depth] for same in members]
+    lengths = [same[-1].stop - same[0].start for same in members]
+    factors, weights = [a.settings.scaling for a in adapters], [a.compute for a in adapters]
+    stack = has_kernels(adapters[0].layout, weights[0])
+    return _group(adapters[0].layout, torch.stack(weights) if stack else weights, lengths, factors, run[0].start)
 
 
 def _trained_group(run: Sequence[Segment]) -> Group:
-    """All rows of a bank as one operand; rows that are not in this pass are members without tokens."""
+    """All rows of a bank are members; those that are not in this pass have no tokens."""
     pairs = trained_segments(run)
     bank: Bank = pairs[0][1].bank
     lengths, factors = [0] * bank.n, [0.0] * bank.n
     for s, row in pairs:
         lengths[row.index], factors[row.index] = s.stop - s.start, row.settings.scaling
-    start, device = run[0].start, bank.compute.device
+    start, adds = run[0].start, bank.adds_to_gradient
+    group = _group(bank.layout, bank.compute, lengths, factors, start)
+    group.gradient = bank.gradient
+    group.keep = tensor_on(bank.gradient.device, adds, bank.gradient.dtype) if any(adds) else None
+    group.dropouts = tuple((slice(s.start - start, s.stop - start), row) for s, row in pairs if row.settings.dropout)
+    return group
+
+
+def _group(layout: Layout, weights: Weights, lengths: Sequence[int], factors: Sequence[float], start: int) -> Group:
+    """Members with these weights, numbers of tokens and factors."""
+    device, dtype = weights[0].device, torch.promote_types(torch.float32, weights[0].dtype)
+    factor_of_token = [f for f, n in zip(factors, lengths, strict=True) for _ in range(n)]
     return Group(
-        layout=bank.layout,
-        weights=bank.compute,
-        scales=token_scales(factors, lengths, bank.compute),
+        layout=layout,
+        weights=weights,
+        scales=tensor_on(device, factor_of_token, dtype)[:, None],
         start=start,
         ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
-        tiles=tiles_for(lengths, bank.layout, bank.compute),
-        gradient=bank.gradient,
-        keep=None if bank.all_void else tensor_on(device, bank.kept_gradients, bank.gradient.dtype),
-        dropouts=tuple((slice(s.start - start, s.stop - start), row) for s, row in pairs if row.settings.dropout),
+        tiles=tiles_for(lengths, layout, weights[0]),
     )
 
 
 def trained_segments(segments: Sequence[Segment]) -> list[tuple[Segment, BankRow]]:
     return [(s, s.trained) for s in segments if s.trained is not None]
-
-
-def token_scales(factors: Sequence[float], lengths: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-    """The factor of each token, (tokens, 1), at least float32."""
-    values = [f for f, n in zip(factors, lengths, strict=True) for _ in range(n)]
-    dtype = torch.promote_types(torch.float32, weights.dtype)
-    return tensor_on(weights.device, values, dtype)[:, None]
 
 
 class Current:
@@ -297,14 +263,13 @@ class Current:
 
 
 class BranchedLinear(nn.Module):
-    """A frozen Linear and the branches that the current plan adds to it. Input (1, T, in), output (1, T,
-    out)."""
+    """A frozen Linear and the branches that the current plan adds to it: (1, T, in) → (1, T, out)."""
 
     def __init__(self, base: nn.Linear, name: str, current: Current):
         super().__init__()
         self.base, self.name, self.current = base, name, current
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         plan = self.current.plan
         if self.name not in plan.names:
             return self.base(x)
@@ -315,30 +280,26 @@ class BranchedLinear(nn.Module):
         return y
 
 
-@dataclass
-class _Kept:
-    """What the backward pass of one group needs: scaled h (tokens, rank) and the dropout mask, if any."""
-
-    h: torch.Tensor
-    mask: torch.Tensor | None = None
+# For the backward pass of each group: scaled h (tokens, rank), and the dropout mask, if any.
+Kept = list[tuple[Tensor, Tensor | None]]
 
 
-def _add_branches(y: torch.Tensor, x: torch.Tensor, name: str, plan: Plan, *, training: bool = False) -> list[_Kept]:
+def _add_branches(y: Tensor, x: Tensor, name: str, plan: Plan, *, training: bool = False) -> Kept:
     """y (T, out) += branches of x (T, in), in place."""
-    kept = []
+    kept: Kept = []
     for group, target in plan.active(name):
         own = x[group.tokens]
         mask = _dropout_mask(group, own) if training and group.dropouts else None
         if mask is not None:
             own = own * mask
-        h = group.narrow(own, group.a(target))
-        group.widen(h, group.b(target), y[group.tokens])
-        kept.append(_Kept(h, mask))
+        h = group.narrow(own, group.layout.a, target)
+        group.widen(h, group.layout.b_transposed, target, y[group.tokens])
+        kept.append((h, mask))
     return kept
 
 
-def _dropout_mask(group: Group, x: torch.Tensor) -> torch.Tensor:
-    """Ones, or 0 and 1 / (1 - p) where a member has dropout p, drawn from the member's own stream."""
+def _dropout_mask(group: Group, x: Tensor) -> Tensor:
+    """Ones, or 0 and 1 / (1 - p) for a member with dropout p, drawn from the member's own random stream."""
     mask = torch.ones_like(x)
     for tokens, row in group.dropouts:
         share = 1 - row.settings.dropout
@@ -347,7 +308,7 @@ def _dropout_mask(group: Group, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Branches(torch.autograd.Function):
-    """Linear + branches; the backward pass writes the gradients of A and B to their slots."""
+    """Linear and branches; the backward pass writes the gradients of A and B to the bank."""
 
     @staticmethod
     def forward(ctx, x, anchor, layer, plan):  # type: ignore[no-untyped-def]  # torch's signature
@@ -367,21 +328,28 @@ class _Branches(torch.autograd.Function):
         return (grad_x[None] if grad_x is not None else None), None, None, None
 
 
-def _branch_gradients(
-    g: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor | None, name: str, plan: Plan, kept: list[_Kept]
-) -> None:
-    """Write dA and dB of trained members; add the branches' share to grad_x (T, in), in place, where it is
-    wanted."""
-    for (group, target), own in zip(plan.active(name), kept, strict=True):
-        layout, gg, a = group.layout, g[group.tokens], group.a(target)
-        grad_h = group.narrow(gg, group.b(target))  # (tokens, rank)
+def _branch_gradients(g: Tensor, x: Tensor, grad_x: Tensor | None, name: str, plan: Plan, kept: Kept) -> None:
+    """Write dA and dB of members in training; add the branches' share to grad_x (T, in), if given, in place."""
+    for (group, target), (h, mask) in zip(plan.active(name), kept, strict=True):
+        layout, gg = group.layout, g[group.tokens]
+        grad_h = group.narrow(gg, layout.b_transposed, target)  # (tokens, rank)
         if group.gradient is not None:
-            xg = x[group.tokens] if own.mask is None else x[group.tokens] * own.mask
+            xg = x[group.tokens] if mask is None else x[group.tokens] * mask
             group.outer(grad_h, xg, layout.a(group.gradient, target))
-            group.outer(own.h, gg, layout.b(group.gradient, target).transpose(1, 2))
-        if grad_x is not None and own.mask is None:
-            group.widen(grad_h, a, grad_x[group.tokens])
-        elif grad_x is not None and own.mask is not None:
+            group.outer(h, gg, layout.b_transposed(group.gradient, target))
+        if grad_x is not None and mask is None:
+            group.widen(grad_h, layout.a, target, grad_x[group.tokens])
+        elif grad_x is not None and mask is not None:
             share = torch.zeros_like(grad_x[group.tokens])
-            group.widen(grad_h, a, share)
-            grad_x[group.tokens] += share.mul_(own.mask)
+            group.widen(grad_h, layout.a, target, share)
+            grad_x[group.tokens] += share.mul_(mask)
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """(out, in) weight as the forward pass multiplies with it, also of a layer in 4 bits."""
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return linear.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, state)

@@ -1,48 +1,40 @@
-"""What differs between devices: copies that do not wait, memory that ran out, kernels that exist."""
+"""Differences between a CPU and a GPU: copies that do not wait, running out of memory, CUDA graphs, compiled code."""
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TILE = 32  # tokens that a kernel of the branches takes at a time
+EAGER_CALLS = 2  # the first calls also load kernels and fill caches, which a recording must not do
+MOST_FAILURES = 3
+log = logging.getLogger(__name__)
 
 
-def pinned(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor as a copy to the device wants it: in pinned memory, so that the copy does not wait."""
+def pinned(t: Tensor, device: torch.device) -> Tensor:
+    """A host tensor in pinned memory, so that its copy to a GPU does not wait."""
     return t.pin_memory() if device.type == "cuda" and t.numel() else t
 
 
-def sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+def sent(t: Tensor, device: torch.device) -> Tensor:
     """A host tensor, copied to the device without waiting for it."""
     return pinned(t, device).to(device, non_blocking=True)
 
 
-def tensor_on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of these values, copied without waiting for the device."""
+def tensor_on(device: torch.device, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """A tensor of these values, copied to the device without waiting for it."""
     return sent(torch.tensor(values, dtype=dtype), device)
 
 
-def free_cached_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # torch 2.11 refuses after a capture that failed
-            torch.cuda.empty_cache()
-
-
-def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch.nn.attention.varlen works: half precision, compute capability 8.0 or above, heads of at
-    most 256 in steps of 8."""
-    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    fits = head_size % 8 == 0 and head_size <= 256
-    return half and fits and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 class Readback:
-    """A small tensor on its way to the host. The copy is queued behind what made the tensor, so reading it
-    does not wait for what is queued later."""
+    """A small tensor that is copied to the host. Reading it waits only for the work queued before the copy."""
 
-    def __init__(self, t: torch.Tensor):
+    def __init__(self, t: Tensor):
         self.host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         self.host.copy_(t, non_blocking=True)
         self.copied = torch.cuda.Event() if t.is_cuda else None
@@ -57,3 +49,133 @@ class Readback:
         if self.copied is not None:
             self.copied.synchronize()
         return self.host.tolist()
+
+
+def free_cached_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # torch 2.11 refuses after a capture that failed
+            torch.cuda.empty_cache()
+
+
+class Limit:
+    """A size that is lowered when memory runs out, and doubled again, up to its first value, after enough work.
+
+    work_to_recover: work without running out of memory until the size is doubled
+    """
+
+    def __init__(self, size: int, work_to_recover: float):
+        self.now = self.most = size
+        self.work_to_recover, self.work = work_to_recover, 0.0
+
+    def lower(self, size: int) -> None:
+        self.now, self.work = max(1, min(self.now, size)), 0.0
+
+    def worked(self, amount: float = 1.0) -> None:
+        self.work += amount
+        if self.work >= self.work_to_recover:
+            self.now, self.work = min(2 * self.now, self.most), 0.0
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch.nn.attention.varlen works here: half precision, compute capability 8.0 or above, and heads of at
+    most 256 in steps of 8."""
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    fits = head_size % 8 == 0 and head_size <= 256
+    return half and fits and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one for all recordings, since cuBLAS keeps a workspace for each stream
+
+
+def cuda_graph(
+    function: Callable[[], Tensor], before: "torch.cuda.CUDAGraph | None"
+) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+    """Record `function` as a CUDA graph that shares the memory of the graph `before`; return it and its output.
+
+    torch.cuda.graph would first wait for the device and give back all cached memory. The function must work in place
+    on the same tensors each time and read nothing back.
+    """
+    graph, side = torch.cuda.CUDAGraph(), _side_stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin(before.pool() if before else None, capture_error_mode="thread_local")
+        try:
+            result = function()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph, result
+
+
+class Replay:
+    """Calls `function`; records its third call after each `renew` and replays the recording from then on.
+
+    record: `cuda_graph`, or None to call the function each time. If a recording fails, the function is called until the
+    next `renew`; after three failures nothing is recorded any more.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], record: Callable[..., tuple[Any, Tensor]] | None):
+        self.function, self.record, self.n_failures = function, record, 0
+        self.clear()
+
+    def clear(self) -> None:
+        """As `renew`; also frees the recording's memory, which the next recording would take over."""
+        self.graph: Any = None
+        self.renew()
+
+    def renew(self) -> None:
+        """To be called when the function's tensors are replaced."""
+        self.result: Tensor | None = None
+        self.n_calls = 0
+
+    def __call__(self) -> Tensor:
+        if self.n_calls == EAGER_CALLS and self.record is not None and self.n_failures < MOST_FAILURES:
+            try:
+                self.graph, self.result = self.record(self.function, self.graph)
+            except torch.OutOfMemoryError:
+                raise  # says nothing about what can be recorded
+            except RuntimeError as error:
+                self.n_failures += 1
+                log.warning("decoding continues without a CUDA graph: %s", error)
+        self.n_calls += 1
+        if self.result is None:
+            return self.function()
+        self.graph.replay()
+        return self.result
+
+
+# A call of a compiled region costs the host more than the separate kernels do (0.17 ms against 0.09 ms for a norm, see
+# benchmarks/gpu_log.md), so regions are compiled only in passes that are captured once and replayed.
+_fused = ContextVar("_fused", default=False)
+
+
+@contextlib.contextmanager
+def fused() -> Iterator[None]:
+    """Use compiled regions, on CUDA. They need Triton and a C compiler, as the kernels do (`branches.has_kernels`)."""
+    token = _fused.set(torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+@functools.cache
+def region(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain`, which is compiled to one kernel while `fused()` is on. The same function is compiled once."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        # At the first call: importing the compiler takes seconds, and a CPU never needs it.
+        return torch.compile(plain, dynamic=True)
+
+    @functools.wraps(plain)
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        return (compiled() if _fused.get() else plain)(*args, **kwargs)
+
+    switched.is_region = True  # type: ignore[attr-defined]
+    return switched

@@ -3,8 +3,8 @@
 `narrow`: (tokens, wide) → (tokens, rank). `widen`: (tokens, rank) added to (tokens, wide). `outer`: the
 gradients of A and B. Sums are in float32. The idea is that of segmented gather products (Punica, arXiv
 2310.18547; S-LoRA, arXiv 2311.03285), here with the backward pass. torch.nn.functional.grouped_mm does the
-same with other launches between its products, and takes bfloat16 and ranks in steps of 8 only;
-benchmarks/gpu_log.md has the times of both."""
+same with more launches, and only for bfloat16 and ranks in steps of 8; benchmarks/gpu_log.md has the times of both.
+"""
 
 import functools
 import logging
@@ -89,7 +89,7 @@ def _outer(h, x, out, ends, keep, n_wide, rank, h_row, x_row, out_member, out_ra
 
 @functools.cache
 def works(dtype: torch.dtype) -> bool:
-    """Whether Triton can compile and run a kernel for this type here: it needs a C compiler, too."""
+    """Whether Triton can compile and run a kernel for this type here. It needs a C compiler."""
     try:
         one = torch.ones(1, SMALLEST_DOT, device="cuda", dtype=dtype)
         tiles = torch.tensor([[0, 0, 1]], device="cuda", dtype=torch.int32)
@@ -100,7 +100,7 @@ def works(dtype: torch.dtype) -> bool:
 
 
 def fits(rank: int, itemsize: int) -> bool:
-    """Whether tiles of this rank find room in a multiprocessor."""
+    """Whether tiles of this rank fit into a multiprocessor's shared memory."""
     return (TILE + SMALLEST_DOT) * _padded(rank) * itemsize <= SHARED_BYTES
 
 
@@ -140,7 +140,7 @@ def outer(h: torch.Tensor, x: torch.Tensor, out: torch.Tensor, ends: torch.Tenso
 
 
 def _block(most: int, fixed_bytes: int, column_bytes: int) -> int:
-    """The most columns, a power of two, with which a tile finds room."""
+    """The largest number of columns, a power of two, with which a tile fits into shared memory."""
     while most > SMALLEST_DOT and fixed_bytes + most * column_bytes > SHARED_BYTES:
         most //= 2
     return most
@@ -151,7 +151,7 @@ def _padded(rank: int) -> int:
 
 
 def tiles_of(lengths: Sequence[int], most: int = 0) -> list[tuple[int, int, int]]:
-    """(member, start, stop) of tiles of at most TILE tokens, none across members; then empty ones."""
+    """(member, start, stop) of tiles of at most TILE tokens of one member each; then empty tiles, up to `most`."""
     tiles, start = [], 0
     for member, n in enumerate(lengths):
         tiles += [(member, start + i, min(start + n, start + i + TILE)) for i in range(0, n, TILE)]

@@ -1,17 +1,18 @@
-"""LoRA adapters as flat vectors: layout, initial values, PEFT's file format.
+"""LoRA adapters: memory layout, initial values, PEFT files, adapters kept by name, merging into a model folder.
 
-An adapter is one contiguous vector (so that clipping, AdamW and copies are single operations) with a view A
-(rank, in) and B (out, rank) for each target Linear (Hu et al., arXiv 2106.09685). Initial values and file
-format are PEFT's (https://github.com/huggingface/peft): the same seed gives the weights that
-`get_peft_model` gives, and what is saved here loads there and in vLLM. Does not run models; `branches` does
-that."""
+An adapter is one flat vector, so that clipping, AdamW and copies are single operations, with a view A (rank, in) and
+B (out, rank) for each target Linear (Hu et al., arXiv 2106.09685). Initial values and files are PEFT's
+(https://github.com/huggingface/peft): the same seed gives the weights of `get_peft_model`, and a saved adapter loads in
+PEFT and in vLLM. `branches.py` applies adapters in a model.
+"""
 
 import contextlib
 import json
 import math
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,19 +21,21 @@ import torch
 from peft import LoraConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULT_TARGETS
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
+from seal_nb.models import resolve_model
 from seal_nb.ttt.jobs import LoraSettings
 
+BYTES_IN_MEMORY = 4 * 2**30  # of kept adapters
 ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A Linear that gets a low-rank branch: its module name, its sizes, and where its A and B lie in the
-    flat vector."""
+    """A Linear that gets a low-rank branch: module name, sizes, and offsets of its A and B in the flat vector."""
 
     name: str
     in_features: int
@@ -43,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each target's A and B lie in an adapter's flat vector. Equal for adapters of the same shape."""
+    """Memory layout of an adapter's flat vector. Adapters of the same shape have equal layouts."""
 
     rank: int
     targets: tuple[Target, ...]
@@ -56,21 +59,25 @@ class Layout:
     def by_name(self) -> Mapping[str, Target]:
         return {t.name: t for t in self.targets}
 
-    def a(self, flat: torch.Tensor, t: Target) -> torch.Tensor:
+    def a(self, flat: Tensor, t: Target) -> Tensor:
         """View (..., rank, in) of flat (..., size)."""
         return flat[..., t.offset_a : t.offset_b].unflatten(-1, (self.rank, t.in_features))
 
-    def b(self, flat: torch.Tensor, t: Target) -> torch.Tensor:
+    def b(self, flat: Tensor, t: Target) -> Tensor:
         """View (..., out, rank) of flat (..., size)."""
-        return flat[..., t.offset_b : t.offset_b + self.rank * t.out_features].unflatten(
-            -1, (t.out_features, self.rank)
-        )
+        end = t.offset_b + self.rank * t.out_features
+        return flat[..., t.offset_b : end].unflatten(-1, (t.out_features, self.rank))
+
+    def b_transposed(self, flat: Tensor, t: Target) -> Tensor:
+        """View (..., rank, out) of flat (..., size)."""
+        return self.b(flat, t).transpose(-1, -2)
 
 
 def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_type: str) -> Layout:
-    """Layout over `linears` (name → Linear, in the model's own order, without the head).
+    """Layout over `linears`: name → Linear, in the model's order, without the head.
 
-    Raises SettingsError where a target matches nothing or the architecture has no default.
+    Raises:
+        SettingsError: a target matches no Linear, or PEFT has no default for the architecture.
     """
     chosen, offset = [], 0
     for name in _matching(list(linears), settings.target_modules, model_type):
@@ -99,11 +106,12 @@ def _matching(names: Sequence[str], targets: Sequence[str], model_type: str) -> 
     return matched
 
 
-def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
+def initial_weights(layout: Layout, seed: int) -> Tensor:
     """Flat float32 vector as PEFT draws it after `torch.manual_seed(seed)`: A uniform (Kaiming), B zero.
 
-    PEFT makes two nn.Linear for each target, which draw values that are then thrown away, before it draws
-    A. The same stream is walked here."""
+    For each target PEFT first makes two nn.Linear, whose values it discards, and then draws A. The same random stream
+    is followed here.
+    """
     flat = torch.zeros(layout.size)
     stream = torch.Generator().manual_seed(seed)
     discarded = torch.empty(layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0))
@@ -115,35 +123,30 @@ def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
 
 
 class Adapter:
-    """A LoRA adapter whose training is over. flat: (layout.size,), float32 as a rule; compute: the same in
-    the base's dtype."""
+    """A trained LoRA adapter. flat: (layout.size,) weights, float32 as a rule; compute: a copy in the base's dtype."""
 
-    def __init__(self, layout: Layout, settings: LoraSettings, flat: torch.Tensor, compute_dtype: torch.dtype):
+    def __init__(self, layout: Layout, settings: LoraSettings, flat: Tensor, compute_dtype: torch.dtype):
         self.layout, self.settings, self.flat = layout, settings, flat
-        self.scaling = settings.scaling
         self.compute = flat.to(compute_dtype)
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the weights and of their copy in the base's dtype."""
-        own = 0 if self.compute is self.flat else self.compute.nbytes
-        return self.flat.nbytes + own
-
-    def delta(self, name: str) -> torch.Tensor:
-        """What the adapter adds to the weight of `name`: (out, in), the adapter's dtype."""
+    def delta(self, name: str) -> Tensor:
+        """Change of the weight of `name`, scale · B A: (out, in), the adapter's dtype."""
         t = self.layout.by_name[name]
-        return self.scaling * self.layout.b(self.flat, t) @ self.layout.a(self.flat, t)
+        return self.settings.scaling * self.layout.b(self.flat, t) @ self.layout.a(self.flat, t)
+
+
+def peft_weights(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+    """Views of a flat vector by the names of PEFT's files."""
+    names = {f"{PEFT_PREFIX}{t.name}.lora_A.weight": layout.a(flat, t) for t in layout.targets}
+    return names | {f"{PEFT_PREFIX}{t.name}.lora_B.weight": layout.b(flat, t) for t in layout.targets}
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
-    """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`; the folder appears whole or not
-    at all."""
+    """Write an adapter in PEFT's format. The folder appears whole or not at all; an existing one is replaced."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for t in adapter.layout.targets:
-        tensors[f"{PEFT_PREFIX}{t.name}.lora_A.weight"] = adapter.layout.a(adapter.flat, t).detach().cpu().contiguous()
-        tensors[f"{PEFT_PREFIX}{t.name}.lora_B.weight"] = adapter.layout.b(adapter.flat, t).detach().cpu().contiguous()
+    weights = peft_weights(adapter.layout, adapter.flat.detach().cpu())
+    tensors = {name: weight.contiguous() for name, weight in weights.items()}
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     config = LoraConfig(
         r=adapter.settings.rank,
@@ -159,7 +162,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
 
 
 def _swap(partial: Path, folder: Path) -> None:
-    """Put `partial` in the place of `folder`. Of several processes that do so at once, the last one stays."""
+    """Replace `folder` by `partial`. If several processes do so at once, the last one wins."""
     for _ in range(10):
         try:
             partial.rename(folder)
@@ -170,15 +173,16 @@ def _swap(partial: Path, folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             return
-    raise OSError(f"adapter {folder.name!r} could not be put in place: other processes keep writing it")
+    raise OSError(f"{folder.name!r} could not be written: other processes keep writing it")
 
 
 def load_adapter(
     folder: Path, linears: Mapping[str, nn.Linear], model_type: str, *, compute_dtype: torch.dtype, device: torch.device
 ) -> Adapter:
-    """Read an adapter in PEFT's format, ours or anybody's (plain LoRA on Linear layers).
+    """Read an adapter in PEFT's format (plain LoRA on Linear layers).
 
-    Raises SettingsError where the folder holds none or it does not fit the model.
+    Raises:
+        SettingsError: the folder has no adapter, or the adapter does not fit the model.
     """
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
@@ -188,15 +192,102 @@ def load_adapter(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     settings = LoraSettings(rank=config["r"], alpha=config["lora_alpha"], target_modules=targets)
     layout = make_layout(linears, settings, model_type)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    flat = torch.zeros(layout.size)
-    for t in layout.targets:
-        layout.a(flat, t).copy_(_tensor(tensors, f"{PEFT_PREFIX}{t.name}.lora_A.weight", folder))
-        layout.b(flat, t).copy_(_tensor(tensors, f"{PEFT_PREFIX}{t.name}.lora_B.weight", folder))
+    tensors, flat = load_file(folder / "adapter_model.safetensors"), torch.zeros(layout.size)
+    for name, weight in peft_weights(layout, flat).items():
+        if name not in tensors:
+            raise SettingsError(f"adapter {folder} has no weight {name!r}; it was not made for this model")
+        weight.copy_(tensors[name])
     return Adapter(layout, settings, flat.to(device), compute_dtype)
 
 
-def _tensor(tensors: Mapping[str, torch.Tensor], key: str, folder: Path) -> torch.Tensor:
-    if key not in tensors:
-        raise SettingsError(f"adapter {folder} has no weight {key!r}; it was not made for this model")
-    return tensors[key]
+class KeptAdapters:
+    """Adapters in `folder`, each kept under its name; those used last stay in memory.
+
+    Other workers write to the same folder, so an adapter's identity is its name and the time it was written.
+    load: reads the folder of an adapter (`FrozenBase.load_adapter`); base_model: for PEFT's configuration
+    """
+
+    def __init__(self, folder: Path, load: Callable[[Path], Adapter], base_model: str):
+        self.folder, self.load, self.base_model = folder, load, base_model
+        self._loaded: OrderedDict[str, Adapter] = OrderedDict()  # by identity
+
+    def get(self, name: str) -> tuple[str, Adapter]:
+        """Identity and adapter. Raises SettingsError if there is none of this name, or it does not fit the model."""
+        folder = self.folder / name
+        identity = _identity(folder)
+        return identity, self._remember(identity, self._loaded.get(identity) or self.load(folder))
+
+    def keep(self, name: str, adapter: Adapter) -> Path:
+        """Write it; returns its folder. Raises OSError if the disk is full."""
+        folder = self.folder / name
+        save_adapter(adapter, folder, base_model=self.base_model)
+        self._remember(_identity(folder), adapter)
+        return folder
+
+    def _remember(self, identity: str, adapter: Adapter) -> Adapter:
+        self._loaded[identity] = adapter
+        self._loaded.move_to_end(identity)
+        while len(self._loaded) > 1 and _bytes(self._loaded.values()) > BYTES_IN_MEMORY:
+            self._loaded.popitem(last=False)
+        return adapter
+
+
+def _bytes(adapters: Iterable[Adapter]) -> int:
+    return sum(a.flat.nbytes + a.compute.nbytes for a in adapters)
+
+
+def _identity(folder: Path) -> str:
+    """Retraining under the same name creates a new identity."""
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SettingsError(f"adapter_stack names {folder.name!r}, which this server has not kept; train it first")
+    return f"{folder.name}@{weights.stat().st_mtime_ns}"
+
+
+def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
+    """Write a model with adapters merged into its weights as an ordinary model folder.
+
+    W + Σ scale · B A (LoRA, arXiv 2106.09685, section 4.1) is added in float32 and rounded once, to the dtype of the
+    stored model. A stack of frozen adapters on the base gives the same outputs without a copy of the model.
+
+    Args:
+        model: folder, hub name or "embedded".
+        adapters: folders in PEFT's format, in the order of training.
+        out: the new model folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        SettingsError: a folder has no adapter, or one of another model; then `out` is not written.
+    """
+    folder = resolve_model(model)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    linears, kind = linears_of(merged), merged.config.model_type
+    for path in adapters:
+        adapter = load_adapter(path, linears, kind, compute_dtype=torch.float32, device=merged.device)
+        for target in adapter.layout.targets:
+            linears[target.name].weight.data += adapter.delta(target.name)
+    write_model_folder(merged.to(stored_dtype(folder)), AutoTokenizer.from_pretrained(folder), out)
+    return out
+
+
+def linears_of(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The Linear layers of a model but its head, by name, in the model's order."""
+    head = model.get_output_embeddings()
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def stored_dtype(folder: str) -> torch.dtype:
+    """Dtype of the weights on disk, of a folder or a hub name; float32 if its configuration does not say."""
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32
+
+
+def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write model and tokenizer as a folder that appears whole or not at all."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    _swap(partial, out)

@@ -1,39 +1,36 @@
-"""Cross entropy of the next token straight from hidden states, in chunks: no (T, vocabulary) matrix is
-kept.
+"""The loss: cross entropy of the next token from hidden states (`weighted_nll`), and soft scores (`score`).
 
-The idea is that of fused linear cross entropy (Liger Kernel, arXiv 2410.10989): the gradient with respect
-to the hidden states is computed in the forward pass, chunk by chunk, since the head is frozen.
-
-Soft scores: log-probability of a given text after a prompt, with or without adapters, in one forward pass.
-
-Needs no generation and no grader, and moves before 0/1 verdicts do.
+Logits are made in chunks, so that no (T, vocabulary) matrix is kept. Since the head is frozen, the gradient with
+respect to the hidden states is computed in the forward pass, chunk by chunk (the idea of fused linear cross entropy,
+Liger Kernel, arXiv 2410.10989). A soft score is the log-probability of a given text after a prompt: one forward pass,
+no generation and no grader.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from seal_nb.ttt.base import FrozenBase, RowTokens
+from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Segment
-from seal_nb.ttt.fused import region
+from seal_nb.ttt.device import region
 from seal_nb.ttt.lora import Adapter
 
-CHUNK = 1024  # labels a chunk
+CHUNK = 1024  # labels
 
 
 @region
-def _nll_and_pull(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """nll (labels,) and its gradient by the logits (labels, vocabulary), weighted; in the logits' dtype."""
+def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """nll (labels,), and the gradient of weights · nll by the logits (labels, vocabulary), in the logits' dtype."""
     wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
     norm = wide.logsumexp(-1, keepdim=True)
     nll = norm[:, 0] - wide.gather(1, targets[:, None])[:, 0]
     hit = torch.arange(wide.shape[1], device=wide.device)[None] == targets[:, None]
-    pull = wide.sub_(norm).exp_().sub_(hit.to(wide.dtype)).mul_(weights[:, None].to(wide.dtype))
-    return nll, pull.to(logits.dtype)
+    grad = wide.sub_(norm).exp_().sub_(hit.to(wide.dtype)).mul_(weights[:, None].to(wide.dtype))
+    return nll, grad.to(logits.dtype)
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -43,8 +40,8 @@ class _WeightedNll(torch.autograd.Function):
         for i in range(0, len(targets), CHUNK):
             part = slice(i, i + CHUNK)
             logits = F.linear(hidden[part], head.weight, head.bias)
-            nll, pull = _nll_and_pull(logits, targets[part], weights[part])
-            grad[part] = pull @ head.weight
+            nll, grad_logits = _nll_and_grad(logits, targets[part], weights[part])
+            grad[part] = grad_logits @ head.weight
             parts.append(nll)
         ctx.save_for_backward(grad)
         nll = torch.cat(parts) if parts else weights.new_zeros(0)
@@ -57,25 +54,22 @@ class _WeightedNll(torch.autograd.Function):
         return grad * grad_total.to(grad.dtype), None, None, None
 
 
-def weighted_nll(
-    hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ weights · nll, nll) for hidden (M, d), targets (M,), weights (M,). Only the sum can be
-    differentiated, by hidden."""
+def weighted_nll(hidden: Tensor, head: torch.nn.Linear, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ weights · nll, nll) for hidden (M, d), targets (M,), weights (M,). Only the sum can be differentiated, by
+    hidden."""
     return _WeightedNll.apply(hidden, head, targets, weights)
 
 
-@torch.no_grad()
-def token_logprobs(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+def _logprobs(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
     """Log-probability (M,) of each target under hidden (M, d)."""
-    parts = []
+    parts = [hidden.new_zeros(0)]
     for i in range(0, len(targets), CHUNK):
         # The product itself in float32: in bfloat16 it moves in steps of an eighth of a nat.
         part, bias = hidden[i : i + CHUNK], head.bias
         dtype = torch.promote_types(torch.float32, part.dtype)
         logits = F.linear(part.to(dtype), head.weight.to(dtype), bias if bias is None else bias.to(dtype))
         parts.append(logits.gather(1, targets[i : i + CHUNK, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(parts) if parts else hidden.new_zeros(0)
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +80,17 @@ class ScoreRow:
     target_ids: Sequence[int]
     adapters: tuple[Adapter, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
+
 
 @torch.no_grad()
 def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 4096) -> list[list[float]]:
-    """Log-probabilities in nats of each row's target tokens, in order."""
+    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of one pass."""
     results: list[list[float]] = []
     chunk: list[ScoreRow] = []
     for row in rows:
-        if chunk and sum(map(_length, chunk)) + _length(row) > token_budget:
+        if chunk and sum(map(len, chunk)) + len(row) > token_budget:
             results += _score_halving(base, chunk)
             chunk = []
         chunk.append(row)
@@ -101,32 +98,25 @@ def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 409
 
 
 def _score_halving(base: FrozenBase, rows: list[ScoreRow]) -> list[list[float]]:
-    """Score in one pass, or in halves where the memory does not suffice."""
+    """Score in one pass, or in halves if memory runs out."""
     try:
-        return _score_chunk(base, rows)
+        return base.with_room(partial(_score_chunk, base, rows))
     except torch.OutOfMemoryError:
-        pass
-    base.make_room()
-    if len(rows) == 1:
-        return _score_chunk(base, rows)
+        if len(rows) == 1:
+            raise
     half = len(rows) // 2
     return _score_halving(base, rows[:half]) + _score_halving(base, rows[half:])
 
 
-def _length(row: ScoreRow) -> int:
-    return len(row.prompt_ids) + len(row.target_ids)
-
-
 def _score_chunk(base: FrozenBase, rows: list[ScoreRow]) -> list[list[float]]:
-    tokens, segments, sources, start = [], [], [], 0
+    segments, sources, start = [], [], 0
     for row in rows:
-        tokens.append(RowTokens.plain([*row.prompt_ids, *row.target_ids]))
         if row.adapters:
-            segments.append(Segment(start=start, stop=start + _length(row), adapters=row.adapters))
+            segments.append(Segment(start=start, stop=start + len(row), adapters=row.adapters))
         first = start + len(row.prompt_ids) - 1
         sources.append(torch.arange(first, first + len(row.target_ids)))
-        start += _length(row)
-    hidden = base.hidden(tokens, segments)
+        start += len(row)
+    hidden = base.hidden([[*row.prompt_ids, *row.target_ids] for row in rows], segments)
     targets = torch.tensor([t for row in rows for t in row.target_ids], device=base.device)
-    found = token_logprobs(hidden[torch.cat(sources).to(base.device)], base.head, targets)
+    found = _logprobs(hidden[torch.cat(sources).to(base.device)], base.head, targets)
     return [part.tolist() for part in found.split([len(row.target_ids) for row in rows])]

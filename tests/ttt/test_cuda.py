@@ -76,7 +76,7 @@ class Pair:
 
     def alone(self, job: TrainJob, pad_to: int = 0) -> tuple[torch.Tensor, list[float]]:
         """Weights and the losses of the epochs of the plain path."""
-        padded = job.train.padding_in_loss or job.train.pad_samples > 0
+        padded = job.train.padding_in_loss
         one = OneAdapter(
             self.plain,
             self.base.layout(job.lora),
@@ -158,14 +158,12 @@ def mixed_jobs(**train: object) -> list[TrainJob]:
 
 
 def padded_jobs(pad_to: int, **train: object) -> list[TrainJob]:
-    """Padding in the loss, in full or by as many samples as there is padding; a plain one between."""
+    """Jobs with padding in the loss, and a plain one."""
     padded = {"padding_in_loss": True, "pad_to": pad_to, **train}
-    samples = {"pad_samples": pad_to, "pad_to": pad_to, **train}
     return [
         a_job("padded", (12, 40, 3), 4, ALL, epochs=3, **padded),
         a_job("batch of padded", (30, 9, 21), 8, SOME, epochs=2, batch_size=2, **padded),
         a_job("plain", (25, 60), 4, ALL, epochs=3, **train),
-        a_job("all samples", (15, 33), 12, SOME, epochs=2, **samples),
     ]
 
 
@@ -203,7 +201,7 @@ def test_in_bfloat16_losses_and_updates_are_those_of_one_adapter_alone(
 def update_limit(pair: Pair, job: TrainJob, flat: torch.Tensor) -> float:
     """Three times what another padding changes in the plain path, at least 0.25; where padding is in the loss
     it cannot be changed. Unrelated updates are 1.4 apart."""
-    if job.train.padding_in_loss or job.train.pad_samples:
+    if job.train.padding_in_loss:
         return 0.5
     other, _ = pair.alone(job, pad_to=max(map(len, job.texts)) + 13)
     initial = initial_weights(pair.base.layout(job.lora), job.train.seed).to(flat)

@@ -12,7 +12,7 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Segment
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
-from seal_nb.ttt.passes import CapturedPasses, Pass, Shape, _shape, _Static, run_eager
+from seal_nb.ttt.passes import CapturedPasses, Pass, Shape, StaticPass, _shape, run_eager
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
@@ -31,16 +31,17 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
     entered = [bank.enter(LORA, initial_weights(layout, seed), seed) for seed in range(2 * len(lengths_of_slots))]
     for row in entered[1::2]:
         row.leave()
-    pass_, start = Pass(), 0
+    segments, rows_S, start = [], [], 0
     for row, lengths, opening in zip(entered[::2], lengths_of_slots, opens, strict=True):
         row.weights.add_(0.01)  # B is zero at first, and hides A
         row.gradient.fill_(0.5)
         row.opens_window = opening
         rows = [make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings()) for i, n in enumerate(lengths)]
         stop = start + sum(map(len, rows))
-        pass_.add(Segment(start=start, stop=stop, trained=row), rows, 7)
+        segments.append(Segment(start=start, stop=stop, trained=row))
+        rows_S.append(rows)
         start = stop
-    return bank, pass_
+    return bank, Pass(segments, rows_S, [7] * len(rows_S))
 
 
 SLOTS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=4)
@@ -57,7 +58,7 @@ def test_filling_a_pass_up_changes_no_loss_and_no_gradient(
     expected = bank.gradient.clone()
     n_tokens, n_rows = sum(pass_.lengths) + more_tokens, sum(map(len, lengths)) + more_rows
     bank.gradient.copy_(gradient)
-    static = _Static(BASE, bank, Shape(n_tokens, n_rows, 64, not bank.all_void))
+    static = StaticPass(BASE, bank, Shape(n_tokens, n_rows, 64, any(bank.adds_to_gradient)))
     static.fill(pass_)
     found = static.warm_up()
     assert torch.allclose(found[: len(losses)], losses, rtol=1e-12)
@@ -69,13 +70,13 @@ def test_a_shape_holds_its_pass_and_a_row_that_fills_it_up() -> None:
     bank, pass_ = bank_and_pass([[40, 30], [40]], 4, [True, True])
     assert _shape(pass_, bank) == Shape(128, 64, 512, False)
     bank.rows[0].opens_window = False
-    assert _shape(pass_, bank).keeps
+    assert _shape(pass_, bank).adds
 
 
 @pytest.mark.parametrize("n_tokens", [128, 1024, 1025, 4000])
 def test_shapes_are_few_and_waste_little(n_tokens: int) -> None:
     _, pass_ = bank_and_pass([[20]], 2, [True])
-    pass_.__dict__["lengths"] = [n_tokens // 4, n_tokens - n_tokens // 4]
+    pass_.lengths = [n_tokens // 4, n_tokens - n_tokens // 4]
     shape = _shape(pass_, BASE.new_bank(BASE.layout(LORA), 1))
     assert 0 <= shape.n_tokens - n_tokens < 256 and shape.longest >= max(pass_.lengths)
 
@@ -84,7 +85,7 @@ class Recording:
     """In the place of a CUDA graph: runs the pass again on the same static inputs, whatever they hold now."""
 
     def __init__(self, function: Callable[[], torch.Tensor]):
-        self.static: _Static = function.__self__  # type: ignore[attr-defined]
+        self.static: StaticPass = function.__self__  # type: ignore[attr-defined]
         self.replays = 0
 
     def replay(self) -> None:
@@ -137,7 +138,7 @@ def test_jobs_whose_passes_are_captured_and_replayed_get_the_same_adapters(
 
 def test_a_pass_that_fails_only_when_captured_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
-    monkeypatch.setattr(_Static, "warm_up", lambda self: 1 / 0)
+    monkeypatch.setattr(StaticPass, "warm_up", lambda self: 1 / 0)
     plain, _ = trained(jobs_of_one_layout(), capturing=False)
     found, trainer = trained(jobs_of_one_layout(), capturing=True)
     assert not trainer.captured.works
@@ -176,7 +177,7 @@ def test_a_capture_that_fails_costs_no_job_anything(monkeypatch: pytest.MonkeyPa
     found, trainer = trained(jobs_of_one_layout(), capturing=True)
     out_of_memory = isinstance(error, torch.OutOfMemoryError)
     assert trainer.captured.works == out_of_memory, "memory says nothing about what can be captured"
-    assert (len(failures) > 1) == out_of_memory and trainer.token_budget == 100, "the passes themselves fit"
+    assert (len(failures) > 1) == out_of_memory and trainer.token_budget.now == 100, "the passes themselves fit"
     for name, one in plain.items():
         assert distance(peft_weights(found[name].adapter), peft_weights(one.adapter)) < 1e-10
 
@@ -196,8 +197,7 @@ def test_a_capture_shares_memory_unless_it_is_the_largest(monkeypatch: pytest.Mo
     bank, _ = bank_and_pass([[8]], 8, [True])
     for n in (24, 16, 8, 40, 16, 40, 24):
         row = make_row(AsciiTokenizer(), (LETTERS * 3)[:n], TrainSettings())
-        pass_ = Pass()
-        pass_.add(Segment(start=0, stop=len(row), trained=bank.rows[0]), [row], 7)
+        pass_ = Pass([Segment(start=0, stop=len(row), trained=bank.rows[0])], [[row]], [7])
         for _ in range(2):
             captured.run(pass_)
     assert taken == [(24, True), (16, False), (8, False), (40, True), (16, False), (24, False)]

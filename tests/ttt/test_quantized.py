@@ -8,11 +8,10 @@ import torch
 from seal_nb.errors import SettingsError
 from seal_nb.inner_loop.loop import load_inner_loop
 from seal_nb.inner_loop.settings import InnerLoopSettings
-from seal_nb.ttt import quantized
-from seal_nb.ttt.base import FrozenBase, RowTokens
-from seal_nb.ttt.branches import BranchedLinear
+from seal_nb.ttt import base
+from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.branches import BranchedLinear, dense_weight
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.quantized import dense_weight
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
 
@@ -23,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_without_bitsandbytes_it_is_refused_with_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="needs bitsandbytes: pip install"):
         FrozenBase.load(folder, device="cpu", dtype="4bit")
 
@@ -62,7 +61,7 @@ def test_an_adapter_learns_on_a_base_in_four_bits_and_its_weights_stay(folder: P
     assert trained.epoch_losses[-1] < trained.epoch_losses[0] / 2
     assert all(torch.equal(before[name], value) for name, value in base.model.named_parameters())
     with torch.no_grad():
-        assert torch.isfinite(base.hidden([RowTokens.plain([1, 2, 3])], ())).all()
+        assert torch.isfinite(base.hidden([[1, 2, 3]], ())).all()
 
 
 def test_a_model_in_four_bits_is_another_model(folder: Path, tmp_path: Path) -> None:

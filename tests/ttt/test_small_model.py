@@ -1,11 +1,12 @@
-"""On the small real model: eight mixed jobs in float32 slots equal PEFT + Trainer alone, and their answers
-equal transformers.generate.
+"""On the small real model: mixed jobs in float32 slots equal PEFT + Trainer alone, and their answers equal
+transformers.generate. Jobs of many more shapes are compared on tiny models (`test_equality.py`).
 
-PEFT and the Trainer train in float64 here. In float32 their own rounding moves an update by up to 4e-3 of its
-size (AdamW starts with steps of the size of the learning rate, whatever the gradient), which is more than
-what the slots are held to. Against float64 the whole difference is the slots' own."""
+PEFT and the Trainer train in float64 here. In float32 their own rounding moves an update by up to 4e-3 of its size
+(AdamW starts with steps of the size of the learning rate, whatever the gradient), which is more than the limit of this
+test. Against float64 the whole difference is the slots' own.
+"""
 
-import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,30 +34,20 @@ PROMPTS = (
     "Let's answer a question directly and concisely.\nQuestion: What is the capital of France?\nAnswer:\n",
 )
 NEW_TOKENS = 10
-TARGETS = (("all-linear",), (), ("q_proj", "down_proj"), ("o_proj", "up_proj", "gate_proj"))
-SHAPES = ((1, 1), (2, 1), (1, 2), (1, 1))  # batch size, accumulation
-
 Weights = dict[str, torch.Tensor]
 
 
-def a_job(i: int) -> TrainJob:
-    """Nine to fourteen optimiser steps; each job another mix of rank, alpha, targets, texts, batch and
-    rate."""
-    rank, n_texts = (4, 8, 16, 32)[(i + i // 4) % 4], 1 + i % 4
-    batch_size, accumulation = SHAPES[(i // 2) % 4]
-    steps_per_epoch = math.ceil(math.ceil(n_texts / batch_size) / accumulation)
-    train = TrainSettings(
-        epochs=(10 + i % 5) // steps_per_epoch,
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=(1e-3, 4e-3, 2e-3)[i % 3],
-        seed=7 + i,
-    )
-    lora = LoraSettings(rank=rank, alpha=(1, 2, 4)[i % 3] * rank, target_modules=TARGETS[i % 4])
-    return TrainJob(name=f"job{i}", texts=(TEXTS * 2)[i % 4 : i % 4 + n_texts], lora=lora, train=train)
+def a_job(name: str, n_texts: int, rank: int, targets: tuple[str, ...], **train: Any) -> TrainJob:
+    lora = LoraSettings(rank=rank, alpha=2 * rank, target_modules=targets)
+    return TrainJob(name=name, texts=TEXTS[:n_texts], lora=lora, train=TrainSettings(learning_rate=4e-3, **train))
 
 
-JOBS = [a_job(i) for i in range(8)]  # every rank, all targets, every shape of a batch
+# Six to eight optimiser steps each.
+JOBS = [
+    a_job("all targets", 1, 4, ("all-linear",), epochs=8, seed=7),
+    a_job("default targets", 3, 32, (), epochs=3, batch_size=2, seed=8),
+    a_job("other targets", 4, 16, ("o_proj", "down_proj"), epochs=3, gradient_accumulation_steps=2, seed=9),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +58,9 @@ def base(small_model_dir: str) -> FrozenBase:
 
 @pytest.fixture(scope="module")
 def trained(base: FrozenBase) -> dict[str, Trained]:
-    """All jobs in five slots: whoever is done leaves, the next enters."""
+    """All jobs in two slots: the third enters when another leaves."""
     weights = {n: p.clone() for n, p in base.model.named_parameters()}
-    trainer = SlotTrainer(base, n_slots=5)
+    trainer = SlotTrainer(base, n_slots=2)
     for job in JOBS:
         trainer.submit(job)
     done = {t.job.name: t for t in trainer.run()}
@@ -98,7 +89,7 @@ def plain(small_model_dir: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def answers(base: FrozenBase, trained: dict[str, Trained]) -> dict[str, list[tuple[int, ...]]]:
     """Tokens of the base and of all adapters, asked in one batch."""
-    decoder = GroupedDecoder(base, max_rows=12)  # fewer lanes than rows: waiting rows enter later
+    decoder = GroupedDecoder(base, max_rows=6)  # fewer than there are: others enter later
     for name, t in [("base", None), *trained.items()]:
         adapters = (t.adapter,) if t and t.adapter else ()
         for i, prompt in enumerate(PROMPTS):
@@ -148,7 +139,7 @@ def test_each_adapter_answers_as_the_one_that_peft_and_trainer_made_does_in_gene
         assert theirs.load_state_dict(alone[job.name][1], strict=False).unexpected_keys == []
         assert answers[job.name] == generated(theirs.eval(), base), job.name
         theirs.unload()
-    assert len({tuple(texts) for texts in answers.values()}) >= 4, "some adapters change the answers"
+    assert len({tuple(texts) for texts in answers.values()}) >= 3, "adapters change the answers"
 
 
 def test_a_saved_adapter_answers_the_same_in_peft(
@@ -158,11 +149,11 @@ def test_a_saved_adapter_answers_the_same_in_peft(
     answers: dict[str, list[tuple[int, ...]]],
     tmp_path,
 ) -> None:
-    for name in ("job0", "job1", "job2", "job3"):  # all targets
-        save_adapter(trained[name].adapter, tmp_path / name, base_model="small")  # type: ignore[arg-type]
-        loaded = PeftModel.from_pretrained(plain, tmp_path / name)
-        assert answers[name] == generated(loaded, base), name
-        loaded.unload()
+    name = JOBS[0].name
+    save_adapter(trained[name].adapter, tmp_path / "adapter", base_model="small")  # type: ignore[arg-type]
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert answers[name] == generated(loaded, base)
+    loaded.unload()
 
 
 def test_soft_scores_equal_log_softmax_of_the_model_itself(base: FrozenBase, plain: PreTrainedModel) -> None:

@@ -1,11 +1,13 @@
 """Slots: neighbours change nothing, jobs enter and leave, memory runs out, jobs fail alone."""
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_nb.ttt import trainer as scheduler
+from seal_nb.ttt import trainer
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import initial_weights
@@ -16,8 +18,8 @@ from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]
 
 
-def run(jobs: list[TrainJob], **trainer: int) -> dict[str, Trained]:
-    slots = SlotTrainer(BASE, **trainer)  # type: ignore[arg-type]
+def run(jobs: list[TrainJob], **sizes: int) -> dict[str, Trained]:
+    slots = SlotTrainer(BASE, **sizes)  # type: ignore[arg-type]
     for job in jobs:
         slots.submit(job)
     return {t.job.name: t for t in slots.run()}
@@ -45,16 +47,19 @@ def test_another_seed_gives_another_adapter() -> None:
     assert distance(first, other) > 0.1
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.permutations(range(8)).map(lambda p: p[:5]), st.integers(1, 6), st.sampled_from([30, 120, 4096]))
 def test_neighbours_slots_and_token_budget_change_rounding_only(mix: list[int], n_slots: int, budget: int) -> None:
     jobs = mixed_jobs(8)
     together = run([jobs[i] for i in mix], n_slots=n_slots, token_budget=budget)
     for i in mix:
-        assert distance(weights(together[f"job{i}"]), ALONE[f"job{i}"]) < 1e-10
+        assert distance(weights(together[f"job{i}"]), alone(i)) < 1e-10
 
 
-ALONE = {j.name: weights(run([j], n_slots=1)[j.name]) for j in mixed_jobs(8)}
+@cache
+def alone(i: int) -> dict[str, torch.Tensor]:
+    job = mixed_jobs(8)[i]
+    return weights(run([job], n_slots=1)[job.name])
 
 
 def test_dropout_belongs_to_the_job_not_to_its_neighbours() -> None:
@@ -92,14 +97,14 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.M
 
     monkeypatch.setattr(BASE, "run", short_of_memory)
     done = {t.job.name: t for t in slots.run()}
-    assert slots.token_budget < 100
+    assert slots.token_budget.now < 100
     assert all(len(t.epoch_losses) == 2 for t in done.values())
     for name in alone:
         assert distance(weights(done[name]), alone[name]) < 1e-10
 
 
 def test_after_running_out_of_memory_passes_grow_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "PASSES_TO_RECOVER", 3)
+    monkeypatch.setattr(trainer, "PASSES_TO_RECOVER", 3)
     run_base, left = BASE.run, [2]
 
     def full_twice(*arguments):  # type: ignore[no-untyped-def]
@@ -110,14 +115,14 @@ def test_after_running_out_of_memory_passes_grow_again(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(BASE, "run", full_twice)
     slots = SlotTrainer(BASE, n_slots=2)
-    slots.n_slots = 1  # as when a second adapter found no room
+    slots.n_slots.lower(1)  # as when a second adapter found no room
     for name in ("a", "b"):
         slots.submit(a_job(name, epochs=8))
     slots.step()
     slots.step()
-    assert slots.token_budget < 100
+    assert slots.token_budget.now < 100
     assert all(t.adapter is not None for t in slots.run())
-    assert slots.n_slots == 2 and slots.token_budget > 1000
+    assert slots.n_slots.now == 2 and slots.token_budget.now > 1000
 
 
 def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
