@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from seal_nb.engines.base import Sampling
+from seal_nb.engines.base import Sampling, closed_book_answers
 from seal_nb.engines.local import LocalEngine
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual_strategies import closed_book_answers
 from seal_nb.passages import Passage, Question
 from seal_nb.prompts import answer_prompt
 from seal_nb.ttt.base import FrozenBase
@@ -70,14 +69,10 @@ def test_kept_adapters_answer_the_questions_of_passages_as_the_inner_loop_asks_t
     engine = LocalEngine(base, model_id="tiny")
     questions = (Question(question="What is Zor?", answer="a moon"), Question(question="Where?", answer="x"))
     passages = [Passage(title=t, context="c", questions=questions) for t in ("Zor", "Pellanmoor")]
-    told: list[int] = []
-    plain, adapted = closed_book_answers(
-        engine, passages, [None, folder], max_tokens=6, on_text=lambda index, _: told.append(index)
-    )
+    plain, adapted = closed_book_answers(engine, passages, [None, folder], max_tokens=6)
     greedy = Sampling(max_tokens=6, temperature=0.0, top_p=1.0)
     (alone,) = engine.generate([answer_prompt("Pellanmoor", "What is Zor?")], greedy, seeds=[0], adapters=[folder])
     assert adapted[2] == alone.text.strip() and len(plain) == len(adapted) == 4 and plain != adapted
-    assert sorted(told) == list(range(8))
 
 
 def test_a_chat_needs_a_template_and_goes_through_it(base: FrozenBase) -> None:

@@ -1,4 +1,4 @@
-"""Grading beside the inner loop: a slow judge holds up nothing, an outage costs one reply its verdicts."""
+"""Grading in parallel with the inner loop: a slow judge delays no training, an outage costs one reply its verdicts."""
 
 import threading
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def test_later_requests_train_and_answer_while_earlier_ones_wait_for_their_verdi
 def test_a_waiting_request_keeps_no_adapter_in_memory(loop: InnerLoop, grader: HeldGrader) -> None:
     loop.submit(request("a"))
     advance_until(loop, 1)
-    trained = loop.gradings["a"].evaluation.trained
+    trained = loop.gradings["a"].trained
     assert trained is not None and trained.adapter is None and trained.n_steps == 1
     grader.let_go.set()
     assert replies(loop)["a"].train_steps == 1  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The judge against a service that misbehaves: no wrong verdict, nothing paid twice, no key anywhere."""
+"""The judge against a service with faults: no wrong verdict, nothing paid twice, no key in messages or files."""
 
 import json
 import logging
@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.stand_in import SILENCE, Answer, Asked, Behaviour, StandIn, error, stand_in, text
+from benchmarks.stand_in import SILENCE, Answer, Asked, Behaviour, StandIn, error, stand_in
 from seal_nb.errors import GradingError, SettingsError
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
@@ -32,6 +31,11 @@ def answers(n: int, *, start: int = 0) -> list[Answered]:
         Answered(title="Oskavel", question=WHO, gold="Ilse Corvandt", answer=f"Ilse number {at}")
         for at in range(start, start + n)
     ]
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -68,38 +72,30 @@ def test_the_published_question_is_asked_byte_for_byte(golden: Path, service: St
     assert set(service.prompts) == {record["grade_prompt"] for record in records}
 
 
-CUT = replace(text("yes", chat=True), cut=20)
-# How the service behaves, the verdict, the calls that it takes, and whether a second grading asks again.
+# How the service behaves, the verdict, the calls, and whether a second grading asks again. Which failures the client
+# retries is tested in test_engines_api.py.
 FAULTS: dict[str, tuple[Behaviour, Verdict, int, bool]] = {
-    "slow down, once": (
-        lambda a: error(429, retry_after="0") if a.nth == 1 else "yes", Verdict.CORRECT, 2, False,
-    ),
     "500, twice": (lambda a: error(500) if a.nth < 3 else "no", Verdict.INCORRECT, 3, False),
     "500, always": (lambda a: Answer(status=500, body=b"yes"), Verdict.UNGRADED, 3, True),
-    "cut, once": (lambda a: CUT if a.nth == 1 else "No.", Verdict.INCORRECT, 2, False),
-    "cut, always": (lambda a: CUT, Verdict.UNGRADED, 3, True),
-    "no reply in time, once": (lambda a: SILENCE if a.nth == 1 else "yes", Verdict.CORRECT, 2, False),
     "no reply in time, ever": (lambda a: SILENCE, Verdict.UNGRADED, 3, True),
     "junk": (lambda a: Answer(body=b"<html>yes</html>"), Verdict.UNGRADED, 1, True),
-    "no choice": (lambda a: Answer(body=b'{"choices": []}'), Verdict.UNGRADED, 1, True),
     "refused": (lambda a: error(400, "yes"), Verdict.UNGRADED, 1, True),
     "maybe": (lambda a: "maybe", Verdict.UNGRADED, 1, False),
     "both": (lambda a: "Yes and no.", Verdict.UNGRADED, 1, False),
     "nothing": (lambda a: "", Verdict.UNGRADED, 1, False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_of_the_service_is_never_a_verdict(service: StandIn, tmp_path: Path, fault: str) -> None:
     behave, verdict, n_calls, asks_again = FAULTS[fault]
     service.behave = behave
-    name = service.judge(tmp_path, timeout_s=0.3)
-    assert make_grader(name).grade(answers(1)) == [verdict]
+    grader = make_grader(service.judge(tmp_path, timeout_s=0.3))
+    assert grader.grade(answers(1)) == [verdict]
     assert len(service.asked) == n_calls
     service.behave = lambda asked: "yes"
-    again = make_grader(name).grade(answers(1))
+    assert grader.grade(answers(1)) == [Verdict.CORRECT if asks_again else verdict]
     assert len(service.asked) == n_calls + asks_again
-    assert again == [Verdict.CORRECT if asks_again else verdict]
 
 
 def test_only_what_failed_is_asked_again(service: StandIn, tmp_path: Path) -> None:
@@ -169,18 +165,19 @@ def test_as_many_calls_at_a_time_as_allowed_and_no_more(service: StandIn, tmp_pa
 
 def grading_process(name: str, n: int) -> "subprocess.Popen[str]":
     code = (
-        "from seal_nb.grading.choose import make_grader\n"
-        "from tests.test_judge import answers\n"
-        f"print(*make_grader({name!r}).grade(answers({n})))\n"
+        "from seal_nb.grading.choose import make_grader; from seal_nb.grading.base import Answered\n"
+        f"asked = [Answered(title='Oskavel', question={WHO!r}, gold='Ilse Corvandt', answer=f'Ilse number {{at}}')\n"
+        f"         for at in range({n})]\n"
+        f"print(*make_grader({name!r}).grade(asked))\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_that_grade_the_same_answers_pay_once(service: StandIn, tmp_path: Path) -> None:
     service.behave = lambda asked: time.sleep(0.02) or ("yes" if "number 1" in asked.prompt else "no")
-    processes = [grading_process(service.judge(tmp_path), 60) for _ in range(3)]
+    processes = [grading_process(service.judge(tmp_path), 60) for _ in range(2)]
     said = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert said[0] == said[1] == said[2]
+    assert said[0] == said[1]
     assert said[0].count("CORRECT") == 11 and said[0].count("INCORRECT") == 49
     assert set(service.times.values()) == {1} and len(service.asked) == 60
 
@@ -212,9 +209,8 @@ def test_killed_in_the_middle_and_started_again_pays_only_for_what_was_under_way
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     n_before = len(service.asked)
-    said = grading_process(name, 80).communicate(timeout=120)[0].split()
     assert 20 < n_before < 80
-    assert said == ["CORRECT"] * 80
+    assert make_grader(name).grade(answers(80)) == [Verdict.CORRECT] * 80
     assert len(service.times) == 80
     assert len(service.asked) - 80 <= 4  # what was under way when it was killed, at most
 
@@ -294,26 +290,16 @@ def test_a_judge_that_cannot_be_is_refused_with_field_and_remedy(name: str, said
 
 
 def test_interrupted_grading_asks_nothing_more(service: StandIn, tmp_path: Path) -> None:
-    service.behave = lambda asked: time.sleep(0.05) or "yes"
-    name = service.judge(tmp_path, max_parallel=2)
-    code = f"""
-import os, signal, threading
-from seal_nb.grading.choose import make_grader
-from tests.test_judge import answers
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-try:
-    make_grader({name!r}).grade(answers(500))
-except KeyboardInterrupt:
-    import time; time.sleep(0.3)
-    print("interrupted")
-    input()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "interrupted\n"
+    def slowly(asked: Asked) -> str:
+        if asked.number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return "yes"
+
+    service.behave = slowly
+    with pytest.raises(KeyboardInterrupt):
+        make_grader(service.judge(tmp_path, max_parallel=2)).grade(answers(500))
+    time.sleep(0.3)  # the calls under way end
     n_calls = len(service.asked)
-    time.sleep(0.5)
-    assert len(service.asked) == n_calls < 500
-    process.communicate("\n", timeout=30)
+    time.sleep(0.3)
+    assert len(service.asked) == n_calls < 10

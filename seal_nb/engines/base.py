@@ -1,7 +1,7 @@
-"""Text generation as the rest of the package sees it: prompts in, completions out.
+"""The interface of a text generation engine: prompts in, completions out.
 
-One Protocol, so that transformers, vLLM or an API are interchangeable. What an engine does not do: know
-self-edits, passages or seeds of experiments. A failure raises EngineError; it is never an empty completion.
+transformers, vLLM and APIs are interchangeable behind it. An engine knows nothing of passages, self-edits or
+experiments. A failure raises EngineError; it is never an empty completion.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Protocol
 
 from seal_nb.errors import EngineError, SettingsError
+from seal_nb.passages import Passage
+from seal_nb.prompts import answer_prompt
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
-Prompt = str | tuple[Message, ...]  # a text to be continued, or a chat to be answered by its template
-OnText = Callable[[int, "Completion"], None]
+Prompt = str | tuple[Message, ...]  # a text to continue, or a chat to answer
+OnText = Callable[[int, "Completion"], None]  # called with (index of the prompt, completion)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample; temperature 0 is greedy. Defaults are the published ones for self-edits."""
+    """How to sample. The defaults are the published ones for self-edits (SEAL, arXiv 2506.10943).
+
+    Args:
+        max_tokens: the most tokens of one completion.
+        temperature: 0 is greedy.
+        top_p: probability mass that nucleus sampling keeps, above 0 and at most 1.
+        stop: texts that end a completion.
+    """
 
     max_tokens: int = 8192
     temperature: float = 1.0
@@ -27,11 +36,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise SettingsError(f"max_tokens={self.max_tokens}: at least 1 token must be allowed")
+            raise SettingsError(f"max_tokens={self.max_tokens}: must be at least 1")
         if self.temperature < 0:
-            raise SettingsError(f"temperature={self.temperature}: use 0 (greedy) or more")
+            raise SettingsError(f"temperature={self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
-            raise SettingsError(f"top_p={self.top_p}: must lie above 0 and not above 1")
+            raise SettingsError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +52,21 @@ class Completion:
     finish_reason: str
 
 
-class Incomplete(EngineError):
-    """Some prompts got no text: ``completions`` and ``failures`` by index of the prompt."""
-
-    def __init__(self, completions: Mapping[int, Completion], failures: Mapping[int, EngineError]) -> None:
-        self.completions, self.failures = dict(completions), dict(failures)
-        # What was not even sent explains nothing.
-        told = [error for error in failures.values() if not isinstance(error, NotAsked)]
-        n_other = len(failures) - len(told)
-        said = {f"{type(error).__name__}: {error}": None for error in told}
-        why = "; ".join([*list(said)[:3], *([f"{n_other} were not sent after that"] if n_other else [])])
-        super().__init__(f"{len(failures)} of {len(failures) + len(completions)} texts are missing ({why})")
-
-
 class NotAsked(EngineError):
-    """Not sent, because others had failed in a way that concerns all, or the run was interrupted."""
+    """This prompt was not sent: an earlier failure concerns all prompts, or the user interrupted."""
+
+
+class Incomplete(EngineError):
+    """Some prompts have no text: ``completions`` and ``failures`` by index of the prompt."""
+
+    def __init__(self, outcomes: Mapping[int, Completion | EngineError]) -> None:
+        self.completions = {i: one for i, one in outcomes.items() if isinstance(one, Completion)}
+        self.failures = {i: one for i, one in outcomes.items() if isinstance(one, EngineError)}
+        causes = [error for error in self.failures.values() if not isinstance(error, NotAsked)]
+        reasons = list(dict.fromkeys(f"{type(error).__name__}: {error}" for error in causes))[:3]
+        if n_not_sent := len(self.failures) - len(causes):
+            reasons.append(f"{n_not_sent} were not sent after that")
+        super().__init__(f"{len(self.failures)} of {len(outcomes)} texts are missing ({'; '.join(reasons)})")
 
 
 class Engine(Protocol):
@@ -65,7 +74,7 @@ class Engine(Protocol):
 
     @property
     def model_id(self) -> str:
-        """Names the weights and what computes with them, so that results of two are never mixed up."""
+        """Identifies the weights and the software that runs them, so that results are never mixed up."""
         ...
 
     def generate(
@@ -77,35 +86,64 @@ class Engine(Protocol):
         adapters: Sequence[Path | None] = (),
         on_text: OnText | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in order; seeds: one a prompt.
+        """Complete every prompt.
 
-        adapters: the folder of a PEFT adapter for each prompt, None for the model itself; empty: for all.
-        ``on_text`` is told (index, completion) of each as it comes, so that nothing paid for is lost.
-        A text depends on its own prompt, seed and adapter, not on what it is generated beside.
+        Args:
+            prompts: texts or chats.
+            sampling: how to sample, the same for all prompts.
+            seeds: one for each prompt. A text depends on its own prompt, seed and adapter only.
+            adapters: the folder of a PEFT adapter for each prompt, None for the base; empty: the base for all.
+            on_text: is called as soon as a text has come, so that the caller can save it. API engines call it from
+                another thread, one call at a time.
 
-        Raises: Incomplete where only some could be had; EngineError.
+        Returns:
+            One completion for each prompt, in the order of the prompts.
+
+        Raises:
+            Incomplete: some prompts have no text; it holds those that came.
+            EngineError: nothing could be generated.
         """
         ...
 
     def text_of(self, prompt: Prompt) -> str:
-        """What the model sees of a prompt: a chat through the model's template, where that is known here."""
+        """The text that the model sees: a chat goes through the model's template, where that is known."""
         ...
 
 
-def in_order(completions: Mapping[int, Completion], failures: Mapping[int, EngineError]) -> list[Completion]:
-    """The completions by index of their prompts. Raises: Incomplete where there are failures."""
-    if failures:
-        raise Incomplete(completions, failures)
-    return [completions[index] for index in range(len(completions))]
+def in_order(outcomes: Mapping[int, Completion | EngineError]) -> list[Completion]:
+    """The completions by index of their prompts. Raises: Incomplete if there are failures."""
+    completions = [one for _, one in sorted(outcomes.items()) if isinstance(one, Completion)]
+    if len(completions) < len(outcomes):
+        raise Incomplete(outcomes)
+    return completions
 
 
 def contents(prompt: Prompt) -> str:
-    """A prompt as plain text: of a chat, what its messages say, without the model's marks."""
+    """A prompt as plain text: the messages of a chat, without the model's markup."""
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
 
 
 def adapter_of_each(prompts: Sequence[Prompt], adapters: Sequence[Path | None]) -> list[Path | None]:
-    """One entry a prompt. Raises: SettingsError where there is another number of them."""
+    """One entry for each prompt. Raises: SettingsError if the numbers differ."""
     if adapters and len(adapters) != len(prompts):
         raise SettingsError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none")
     return list(adapters) or [None] * len(prompts)
+
+
+def closed_book_answers(
+    engine: Engine, passages: Sequence[Passage], adapters: Sequence[Path | None], *, max_tokens: int = 64
+) -> list[list[str]]:
+    """For each adapter folder (None: the base) the answers to all questions of all passages, stripped.
+
+    Greedy, 64 tokens as published (SEAL, arXiv 2506.10943). Raises: Incomplete, EngineError.
+    """
+    prompts = [answer_prompt(passage.title, q.question) for passage in passages for q in passage.questions]
+    n = len(prompts)
+    completions = engine.generate(
+        prompts * len(adapters),
+        Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0),
+        seeds=[0] * (n * len(adapters)),
+        adapters=[adapter for adapter in adapters for _ in range(n)],
+    )
+    answers = [completion.text.strip() for completion in completions]
+    return [answers[at * n : (at + 1) * n] for at in range(len(adapters))]

@@ -1,15 +1,15 @@
-"""An engine by its name, for as long as a ``with`` block lasts: what a notebook's parameter becomes."""
+"""An engine by its name, for the length of a ``with`` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from seal_nb.engines.api import ApiSettings
+from seal_nb.engines.api import ApiSettings, OpenAIEngine
 from seal_nb.engines.base import Engine
+from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer
 from seal_nb.errors import SettingsError
 
 ENGINES = ("local", "vllm", "openai")
-OPENAI_URL = ApiSettings().base_url
 
 
 @contextmanager
@@ -24,11 +24,22 @@ def chosen_engine(
     chat: bool = False,
     n_threads: int = 1,
 ) -> Iterator[Engine]:
-    """ "local": in this process; "vllm": the server at ``url``, or one of our own that ends with the block
-    and whose log lies in ``run_dir``; "openai": the service at ``url``, OpenAI itself where it is empty.
+    """The engine that a notebook's parameters name.
 
-    ``api_key_env`` names the variable that holds the key, empty where none is needed. ``chat``: an openai
-    service is only asked in chats. Raises: SettingsError, EngineError.
+    Args:
+        name: "local" generates in this process, "vllm" on a vLLM server, "openai" on an OpenAI-compatible service.
+        model: folder, hub name or "embedded"; for a server or service, its name for the model.
+        run_dir: folder for ``vllm.log``.
+        url: address of the server or service. If empty, "vllm" starts a server of its own, which stops at the end of
+            the block, and "openai" asks OpenAI.
+        api_key_env: name of the environment variable that holds the key; empty if no key is needed.
+        max_parallel: requests at a time ("vllm" and "openai").
+        chat: send every prompt as a chat ("openai").
+        n_threads: CPU threads ("local").
+
+    Raises:
+        SettingsError: an unknown engine, or settings that do not fit it.
+        EngineError: the server does not start or does not answer.
     """
     if name not in ENGINES:
         raise SettingsError(f"engine={name!r}: known are {', '.join(ENGINES)}")
@@ -38,17 +49,13 @@ def chosen_engine(
         from seal_nb.engines.local import load_local_engine
 
         yield load_local_engine(model, n_threads=n_threads)
-        return
-    settings = ApiSettings(base_url=url or OPENAI_URL, api_key_env=api_key_env, max_parallel=max_parallel)
-    if name == "openai":
-        from seal_nb.engines.api import OpenAIEngine
-
-        yield OpenAIEngine(settings, model=model, chat_only=chat)
-        return
-    from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer
-
-    if url:
-        yield VllmEngine.at(settings, model=model)
-        return
-    with VllmServer(VllmOptions(model=model), run_dir=run_dir) as server:
-        yield VllmEngine.of(server, max_parallel=max_parallel)
+    elif name == "vllm" and not url:
+        with VllmServer(VllmOptions(model=model), run_dir=run_dir) as server:
+            yield VllmEngine.of(server, max_parallel=max_parallel)
+    else:
+        settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)
+        yield (
+            VllmEngine.at(settings, model=model)
+            if name == "vllm"
+            else OpenAIEngine(settings, model=model, chat_only=chat)
+        )

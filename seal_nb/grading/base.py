@@ -1,7 +1,4 @@
-"""What a grader is: question, gold answer and given answer in; a verdict out.
-
-UNGRADED is a state of its own. Which grader to take, and how far to trust it, is not decided here.
-"""
+"""The interface of a grader: question, gold answer and given answer in, a verdict out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +7,21 @@ from typing import Protocol
 
 
 class Verdict(StrEnum):
-    """UNGRADED: nothing could be found out (an outage, an unreadable reply); never "wrong", never reward."""
+    """UNGRADED means that no verdict could be found (an outage, an unreadable reply); it is never "wrong" or reward."""
 
     CORRECT = "CORRECT"
     INCORRECT = "INCORRECT"
     UNGRADED = "UNGRADED"
 
 
-# How result files write a verdict, and back.
+# The form of verdicts in result files, and back.
 AS_BOOLEAN = {Verdict.CORRECT: True, Verdict.INCORRECT: False, Verdict.UNGRADED: None}
 IN_WORDS = {boolean: verdict for verdict, boolean in AS_BOOLEAN.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One answer to be graded."""
+    """One answer to grade."""
 
     question: str
     gold: str
@@ -33,7 +30,7 @@ class Answered:
 
 
 class Grader(Protocol):
-    """Grades answers one by one; the order of verdicts is that of the answers."""
+    """Grades answers one by one; the verdicts are in the order of the answers."""
 
     name: str
 
@@ -41,7 +38,7 @@ class Grader(Protocol):
 
 
 def asked_about(one: Answered) -> tuple[str, str]:
-    """Title and bare question: the ``Topic: ...`` line of published questions is a title, not asked."""
+    """Title and bare question: the ``Topic: …`` line of published questions is a title."""
     topic, line_end, rest = one.question.partition("\n")
     if not (topic.startswith("Topic: ") and line_end and rest.strip()):
         return one.title, one.question

@@ -1,24 +1,12 @@
-"""A language model as grader: the published yes/no question, put to any OpenAI-compatible service.
+"""A language model as grader: the published yes/no question, sent to any OpenAI-compatible service.
 
-SEAL (arXiv 2506.10943) takes its verdicts from GPT-4.1 in this way, one call after another, and counts an
-outage as "wrong". Here many calls run at a time, transient failures are tried again (``engines.api``), a
-reply is kept on disk so that no answer is paid for twice, and what gets no plain yes or no is UNGRADED. A
-failed call is not kept: grading again asks again.
+SEAL (arXiv 2506.10943) takes its verdicts from GPT-4.1 in this way, one call after another, and counts a failed call as
+"wrong". Here many calls run at a time, the client retries passing failures (``engines.api``), each reply is saved so
+that no answer is paid for twice, and an answer without a plain yes or no is UNGRADED. A failed call is not saved, so
+grading again asks again.
 
     make_grader("judge:gpt-4.1")
     make_grader("judge:qwen2.5-7b-instruct?base_url=http://127.0.0.1:8000/v1&api_key_env=")
-
-Threads that grade beside the caller and end with the process, whatever they are waiting for.
-
-A ``ThreadPoolExecutor`` keeps the interpreter alive until every call that was handed in is done; a worker
-that is told to stop cannot wait for a thousand calls to a slow judge.
-
-Replies that were paid for, on disk by what was asked: one small file each, which is its own lock.
-
-Whoever wants a reply opens its file and locks it. If the file holds a reply, it was asked before; if not, the
-holder of the lock asks, writes, and lets go, and whoever waited meanwhile (another thread, process or node)
-finds the reply there. The lock goes with its holder, so nobody waits for the dead. An empty or torn file is
-a reply that never came. Knows nothing of models, prompts or verdicts.
 """
 
 import fcntl
@@ -32,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -45,11 +32,18 @@ from seal_nb.models import cache_dir
 from seal_nb.prompts import grading_prompt
 from seal_nb.storage import content_id
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+LOGGED_FAILURES = 10  # different messages; an outage repeats the same one
+_YES_OR_NO = re.compile(r"\b(yes|no)\b")
 
 
 class GradingThreads:
-    """At most ``n_threads`` daemon threads, started as calls come. A call not yet begun can be cancelled."""
+    """At most ``n_threads`` daemon threads, started as calls come. A call that has not begun can be cancelled.
+
+    The threads of a ThreadPoolExecutor would keep the process alive until a slow judge has answered every call.
+    """
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
@@ -73,85 +67,13 @@ class GradingThreads:
                 continue
             try:
                 future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            except BaseException as error:  # noqa: BLE001 - the caller of result() gets it
                 future.set_exception(error)
-
-
-log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
-
-
-class ReplyCache:
-    """A folder of records by key, safe between threads, processes and nodes; keys are hexadecimal digits."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def get_or_make(self, key: str, make: Callable[[], Record]) -> Record:
-        """The record of this key; where there is none, exactly one of all who ask calls ``make``.
-
-        What ``make`` raises is raised here, and nothing is kept. Raises: GradingError where the folder cannot
-        be used.
-        """
-        path = self.folder / key[:2] / f"{key}.json"
-        handle = self._locked(path)
-        try:
-            record = _read(handle)
-            if record is None:
-                record = make()
-                self._keep(handle, record)
-            return record
-        finally:
-            os.close(handle)
-
-    def _locked(self, path: Path) -> int:
-        handle = -1
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except BaseException as error:
-            if handle >= 0:
-                os.close(handle)
-            if not isinstance(error, OSError):
-                raise
-            raise GradingError(
-                f"the cache of graded answers at {self.folder} cannot be used: {error}; "
-                "give a folder that can be written and locked as cache_dir"
-            ) from error
-        return handle
-
-    def _keep(self, handle: int, record: Record) -> None:
-        """Write to the disk. On a full disk the reply is still good; only asking again will cost again."""
-        raw = json.dumps(record).encode()
-        try:
-            os.ftruncate(handle, 0)
-            written = 0
-            while written < len(raw):
-                written += os.pwrite(handle, raw[written:], written)
-            os.fsync(handle)
-        except OSError as error:
-            log.warning("a graded answer could not be kept in %s: %s", self.folder.name, error)
-
-
-def _read(handle: int) -> Record | None:
-    """What stands in the file. A torn record is none: its closing brace is missing."""
-    try:
-        record = json.loads(os.pread(handle, os.fstat(handle).st_size, 0))
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
-TOLD_FAILURES = 10  # kinds of failures that are logged; an outage says the same again and again
-_YES_OR_NO = re.compile(r"\b(yes|no)\b")
-_IN_WORDS = {frozenset({"yes"}): Verdict.CORRECT, frozenset({"no"}): Verdict.INCORRECT}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Which model judges. Its name should say which weights: the cache goes by it and the service."""
+    """Which model judges. Its name should identify the weights, because saved replies are found by it."""
 
     model: str = "gpt-4.1"  # published
     max_tokens: int = 16  # of a reply; "yes" needs one, a model that argues first needs more
@@ -164,9 +86,9 @@ class JudgeSettings:
 
 
 def judge_settings(name: str) -> JudgeSettings:
-    """From ``judge:MODEL?field=value&…``; fields are those of JudgeSettings and ApiSettings.
+    """Settings from ``judge:MODEL?field=value&…``, a single text for command lines and notebook parameters.
 
-    One text, because it travels through command lines and notebook parameters. Raises: SettingsError.
+    The fields are those of JudgeSettings and ApiSettings. Raises: SettingsError.
     """
     model, _, options = name.removeprefix("judge").removeprefix(":").partition("?")
     try:
@@ -175,99 +97,119 @@ def judge_settings(name: str) -> JudgeSettings:
         raise SettingsError(f"grader is {name!r}: {error}; write judge:MODEL?field=value&field=value") from error
     own: dict[str, Any] = {"model": model} if name.startswith("judge:") else {}
     api: dict[str, Any] = {"timeout_s": 60.0}
-    kinds = {one.name: type(one.default) for one in fields(ApiSettings)}
+    of_api = {one.name: type(one.default) for one in fields(ApiSettings)}
+    known: dict[str, Any] = {"max_tokens": int, "cache_dir": Path} | of_api
     for field_name, text in given.items():
-        if field_name in kinds:
-            api[field_name] = _read_as(kinds[field_name], field_name, text)
-        elif field_name in ("max_tokens", "cache_dir"):
-            own[field_name] = _read_as(int if field_name == "max_tokens" else Path, field_name, text)
-        else:
-            known = ", ".join(["max_tokens", "cache_dir", *kinds])
-            raise SettingsError(f"grader is {name!r}: {field_name!r} is unknown; known are {known}")
+        if field_name not in known:
+            raise SettingsError(f"grader is {name!r}: {field_name!r} is unknown; known are {', '.join(known)}")
+        try:
+            (api if field_name in of_api else own)[field_name] = known[field_name](text)
+        except ValueError as error:
+            kind = known[field_name].__name__
+            raise SettingsError(f"grader is {name!r}: {field_name}={text!r} is no {kind}") from error
     return JudgeSettings(**own, api=ApiSettings(**api))
 
 
-def _read_as(kind: type, name: str, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise SettingsError(f"{name}={text!r} of the judge is no {kind.__name__}") from error
-
-
 def read_verdict(reply: str) -> Verdict:
-    """CORRECT or INCORRECT where exactly one of the words "yes" and "no" is said, else UNGRADED.
+    """CORRECT or INCORRECT if the reply has exactly one of the words "yes" and "no", else UNGRADED.
 
-    Where there is one, it is what the published parser reads; that one takes everything else for "no".
+    The published parser agrees where there is exactly one, and takes everything else that is not a yes for a no.
     """
-    return _IN_WORDS.get(frozenset(_YES_OR_NO.findall(reply.lower())), Verdict.UNGRADED)
+    words = set(_YES_OR_NO.findall(reply.lower()))
+    if len(words) != 1:
+        return Verdict.UNGRADED
+    return Verdict.CORRECT if words == {"yes"} else Verdict.INCORRECT
 
 
 class JudgeGrader:
-    """Asks ``max_parallel`` answers at a time; may be used from many threads.
+    """Grades ``max_parallel`` answers at a time; may be used from many threads.
 
-    ``failures`` counts what was said of calls that failed.
+    ``failures`` counts the error messages of failed calls.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.name = f"judge:{settings.model}"
         self.client = ApiClient(settings.api)
-        self.cache = ReplyCache(settings.cache_dir)
         self.failures: Counter[str] = Counter()
         self._threads = GradingThreads(settings.api.max_parallel)
-        self._counting = threading.Lock()
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        """Raises: GradingError where the cache cannot be used. Interrupted, it asks nothing more."""
-        hopeless = threading.Event()
-        asked: dict[str, Future[Verdict]] = {}
-        for one in answered:
-            prompt = _prompt(one)
-            if prompt and prompt not in asked:
-                asked[prompt] = self._threads.submit(partial(self._verdict, prompt, hopeless))
-        try:
-            said = {prompt: future.result() for prompt, future in asked.items()}
-        finally:
-            for future in asked.values():
-                future.cancel()
-        return [said.get(_prompt(one)) or _without_asking(one) for one in answered]
+        """One verdict for each answer. An interrupt ends the calls that have not begun.
 
-    def _verdict(self, prompt: str, hopeless: threading.Event) -> Verdict:
-        if hopeless.is_set():
-            return Verdict.UNGRADED
-        one = self.settings
-        key = content_id([one.api.base_url, one.model, one.max_tokens, prompt])
+        Raises: GradingError if the folder of saved replies cannot be used.
+        """
+        no_use = threading.Event()  # set after a failure that every call would have
+        calls: dict[str, Future[Verdict]] = {}
+        prompts = [_prompt(one) for one in answered]
+        for prompt in dict.fromkeys(filter(None, prompts)):
+            calls[prompt] = self._threads.submit(lambda prompt=prompt: self._verdict(prompt, no_use))  # type: ignore[misc]
         try:
-            record = self.cache.get_or_make(key, partial(self._asked, prompt))
+            verdicts = {prompt: call.result() for prompt, call in calls.items()}
+        finally:
+            for call in calls.values():
+                call.cancel()
+        return [verdicts.get(prompt) or _without_asking(one) for prompt, one in zip(prompts, answered, strict=True)]
+
+    def _verdict(self, prompt: str, no_use: threading.Event) -> Verdict:
+        if no_use.is_set():
+            return Verdict.UNGRADED
+        key = content_id([self.settings.api.base_url, self.settings.model, self.settings.max_tokens, prompt])
+        try:
+            return read_verdict(self._saved_reply(key, prompt))
         except EngineError as error:
             if isinstance(error, Refused) and error.status in CONCERNS_ALL:
-                hopeless.set()  # the key, the address or the model: others would be told the same
-            self._count_failure(str(error))
+                no_use.set()
+            message = str(error)
+            if message not in self.failures and len(self.failures) < LOGGED_FAILURES:
+                log.warning("an answer stays UNGRADED: %s", message)
+            self.failures[message] += 1
             return Verdict.UNGRADED
-        return read_verdict(str(record["reply"]))
 
-    def _asked(self, prompt: str) -> Record:
+    def _saved_reply(self, key: str, prompt: str) -> str:
+        """The reply on disk, or the model's, which is then saved.
+
+        Each key has a file that is also its lock: of all threads, processes and nodes that need the same reply, one
+        asks and the others wait. The system drops the lock of a dead process. An empty or torn file holds no reply.
+        """
+        path = self.settings.cache_dir / key[:2] / f"{key}.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise GradingError(
+                f"the graded answers in {self.settings.cache_dir} cannot be used: {error}; "
+                "set cache_dir to a folder that can be written and locked"
+            ) from error
+        with file:
+            try:
+                return str(json.loads(file.read())["reply"])
+            except (ValueError, KeyError, TypeError):
+                record = self._asked(prompt)
+            try:
+                file.seek(0)
+                file.truncate()
+                file.write(json.dumps(record).encode())
+                os.fsync(file.fileno())
+            except OSError as error:  # the reply is still good; asking again would cost again
+                log.warning("a graded answer could not be saved in %s: %s", self.settings.cache_dir, error)
+            return str(record["reply"])
+
+    def _asked(self, prompt: str) -> dict[str, Any]:
         sampling = Sampling(max_tokens=self.settings.max_tokens, temperature=0.0, top_p=1.0)
         message = {"role": "user", "content": prompt}
         reply = self.client.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
-        tokens = {"n_tokens": reply.n_tokens, "n_prompt_tokens": reply.n_prompt_tokens}
-        return {"reply": reply.text, "model": self.settings.model, **tokens, "prompt": prompt}
-
-    def _count_failure(self, said: str) -> None:
-        with self._counting:
-            is_new = said not in self.failures and len(self.failures) < TOLD_FAILURES
-            self.failures[said] += 1
-        if is_new:
-            log.warning("an answer stays UNGRADED: %s", said)
+        return {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
 
 
 def _prompt(one: Answered) -> str:
-    """The question to the judge; empty where there is nothing to ask."""
+    """The question to the judge; empty if an answer or a gold answer is missing."""
     if not one.answer.strip() or not one.gold.strip():
         return ""
     return grading_prompt(one.title, one.question, one.gold, one.answer)
 
 
 def _without_asking(one: Answered) -> Verdict:
-    """An empty answer is wrong by definition; nothing can be held against an empty gold answer."""
+    """An empty answer is wrong by definition; no answer can be compared with an empty gold answer."""
     return Verdict.UNGRADED if one.answer.strip() else Verdict.INCORRECT

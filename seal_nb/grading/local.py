@@ -1,16 +1,10 @@
-"""The local grader: a small logistic model over what can be seen of an answer, made to agree with GPT-4.1.
+"""The local grader: a logistic model over features of the texts, fitted to the verdicts of GPT-4.1.
 
-Its weights are data (``seal_nb/data/local_grader.json``, with where they come from and what was measured);
-``benchmarks/fit_local_grader.py`` makes them. It knows no synonyms: half of its mistakes are answers that
-say the right thing in other words, or contain the gold words and mean something else. It needs no
-network and no numpy, and a verdict depends on its own answer alone.
-
-What a grader without a language model can see of an answer: how much of the gold answer is there, and how.
-
-Every feature is a number between the texts alone (question, gold, answer), named once here and weighted in
-``seal_nb/data/local_grader.json``. A gold word that already stands in the question proves nothing, so most
-features look at the *novel* gold words, those that do not. Meaning is out of reach: "fragmentation" and
-"divided by internal conflicts" have nothing in common here.
+Its weights are in ``seal_nb/data/local_grader.json``, with their origin and what was measured;
+``benchmarks/fit_local_grader.py`` fits them. The features compare letters and words: how much of the gold answer is in
+the answer, and how. Most look at the *novel* gold words, those that are not in the question, because the others prove
+nothing. The grader knows no synonyms: half of its mistakes are answers that are right in other words, or that contain
+the gold words and mean something else. It needs no network and no numpy, and a verdict depends on its answer alone.
 """
 
 import json
@@ -21,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from seal_nb.grading.base import Answered, Verdict, asked_about
-from seal_nb.grading.words import EMPTY_WORDS, FUNCTION_WORDS, Word, folded, sentences, trigrams, words_of
+from seal_nb.grading.rules import EMPTY_WORDS, FUNCTION_WORDS, Word, folded, sentences, trigrams, words_of
 
 _KINDS_OF_QUESTION = {
     "asks_who": re.compile(r"\bwho(m|se)?\b"),
@@ -39,12 +33,12 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question and its gold answer, read once for all answers to it."""
+    """A question and its gold answer, analysed once for all answers."""
 
     question_keys: frozenset[str]
-    gold: tuple[Word, ...]  # without function words; all words where there are no others
-    novel: tuple[Word, ...]  # gold words that the question does not say; all gold words where it says them all
-    beyond_title: tuple[Word, ...]  # of these, what the title does not say; all novel words where it says all
+    gold: tuple[Word, ...]  # without function words; all words if there are no others
+    novel: tuple[Word, ...]  # gold words that are not in the question; all gold words if there are none
+    beyond_title: tuple[Word, ...]  # novel words that are not in the title; all novel words if there are none
     gold_phrase: str  # the stems in order, without articles
     gold_letters: str
     gold_trigrams: frozenset[str]
@@ -52,13 +46,13 @@ class Asked:
     constants: dict[str, float]  # the features that do not depend on the answer
 
     @property
-    def gold_keys(self) -> set[str]:
-        return {word.key for word in self.gold}
+    def known_keys(self) -> set[str]:
+        return {word.key for word in self.gold} | self.question_keys
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """An answer, read once."""
+    """An answer, analysed once."""
 
     text: str  # folded
     words: list[Word]
@@ -70,16 +64,25 @@ def read_answer(answer: str) -> Said:
 
 
 def read_question(question: str, gold: str, title: str = "") -> Asked:
-    """Raises: ValueError where the gold answer has no word in it."""
-    gold_words = words_of(folded(gold))
+    """Raises: ValueError if the gold answer has no word in it."""
+    gold_words, asked_words = words_of(folded(gold)), words_of(folded(question))
     if not gold_words:
         raise ValueError(f"gold answer {gold!r} has no word in it")
     content = tuple(word for word in gold_words if word.text not in FUNCTION_WORDS) or tuple(gold_words)
-    asked_words = words_of(folded(question))
     keys = frozenset(word.key for word in asked_words if word.text not in FUNCTION_WORDS)
     title_keys = {word.key for word in words_of(folded(title))}
     new = tuple(word for word in content if word.key not in keys)
     novel = new or content
+    numbers = {word.stem for word in gold_words if word.is_number}
+    constants = {
+        "gold_all_in_question": not new,
+        "gold_length": len(gold_words),
+        "gold_parts": gold.count(",") + gold.count(" and "),
+        "gold_names": sum(word.capital for word in novel),
+        "gold_numbers_in_question": len(numbers & {word.stem for word in asked_words}),
+        "question_length": len(asked_words),
+        **{name: bool(pattern.search(question.lower())) for name, pattern in _KINDS_OF_QUESTION.items()},
+    }
     return Asked(
         question_keys=keys,
         gold=content,
@@ -89,63 +92,38 @@ def read_question(question: str, gold: str, title: str = "") -> Asked:
         gold_letters="".join(word.text for word in gold_words),
         gold_trigrams=frozenset(trigrams(" ".join(word.text for word in gold_words))),
         negated=_negated(asked_words) or _negated(gold_words),
-        constants=_constants(question, gold, asked_words, gold_words, novel, all_in_question=not new),
+        constants={name: float(value) for name, value in constants.items()},
     )
-
-
-def _constants(
-    question: str,
-    gold: str,
-    asked: Sequence[Word],
-    gold_words: Sequence[Word],
-    novel: Sequence[Word],
-    *,
-    all_in_question: bool,
-) -> dict[str, float]:
-    lower = question.lower()
-    kinds = {name: float(bool(pattern.search(lower))) for name, pattern in _KINDS_OF_QUESTION.items()}
-    numbers = {word.stem for word in gold_words if word.is_number}
-    return kinds | {
-        "gold_all_in_question": float(all_in_question),
-        "gold_length": float(len(gold_words)),
-        "gold_parts": float(gold.count(",") + gold.count(" and ")),
-        "gold_names": float(sum(word.capital for word in novel)),
-        "gold_numbers_in_question": float(len(numbers & {word.stem for word in asked})),
-        "question_length": float(len(asked)),
-    }
 
 
 def features(asked: Asked, answer: Said) -> dict[str, float]:
     """All features of one answer. ``recall`` is the plain share of novel gold words that it contains."""
-    text, words = answer.text, answer.words
-    keys = {word.key for word in words}
     return (
         asked.constants
-        | _recall(asked, words, keys)
-        | _letters(asked, words, keys)
-        | _sentences(asked, words, text)
-        | _beside(asked, words, text)
-        | _contradiction(asked, words, text)
+        | _recall(asked, answer.words)
+        | _letters(asked, answer.words)
+        | _sentences(asked, answer)
+        | _neighbours(asked, answer)
+        | _contradiction(asked, answer)
     )
 
 
-def _recall(asked: Asked, words: Sequence[Word], keys: set[str]) -> dict[str, float]:
-    """How many gold words are there; a word counts as there if its key is."""
-    stems = {word.stem for word in words}
-    novel = asked.novel
+def _recall(asked: Asked, words: Sequence[Word]) -> dict[str, float]:
+    """How many gold words are in the answer; words with the same key are the same word."""
+    keys, stems = {word.key for word in words}, {word.stem for word in words}
     return {
-        "recall": _share(word.key in keys for word in novel),
+        "recall": _share(word.key in keys for word in asked.novel),
         "recall_beyond_title": _share(word.key in keys for word in asked.beyond_title),
         "recall_of_stems": _share(word.stem in stems for word in asked.gold),
-        "last_word": float(novel[-1].key in keys),
-        "missing_names": float(sum(word.capital and word.key not in keys for word in novel)),
+        "last_word": float(asked.novel[-1].key in keys),
+        "missing_names": float(sum(word.capital and word.key not in keys for word in asked.novel)),
         "missing_numbers": float(len({word.stem for word in asked.gold if word.is_number} - stems)),
     }
 
 
-def _letters(asked: Asked, words: Sequence[Word], keys: set[str]) -> dict[str, float]:
-    """Likeness below the word: compounds, other spellings; and the gold answer as one phrase."""
-    found = trigrams(" ".join(word.text for word in words))
+def _letters(asked: Asked, words: Sequence[Word]) -> dict[str, float]:
+    """Likeness below the word (compounds, other spellings), and the gold answer as one phrase."""
+    keys, found = {word.key for word in words}, trigrams(" ".join(word.text for word in words))
     phrase = _phrase(words)
     place = phrase.find(asked.gold_phrase)
     weights = [_weight(word) for word in asked.novel]
@@ -161,14 +139,14 @@ def _letters(asked: Asked, words: Sequence[Word], keys: set[str]) -> dict[str, f
     }
 
 
-def _sentences(asked: Asked, words: Sequence[Word], text: str) -> dict[str, float]:
-    """What else is said: how much of the question is taken up, and what the first sentence adds to it."""
-    cut = sentences(words, text) or [()]
-    novel_keys = {word.key for word in asked.novel}
+def _sentences(asked: Asked, answer: Said) -> dict[str, float]:
+    """How much of the question is repeated, and what the first sentence adds to it."""
+    words = answer.words
+    cut = sentences(words, answer.text) or [()]
+    novel_keys, known = {word.key for word in asked.novel}, asked.known_keys
     best = max(cut, key=lambda sentence: len(novel_keys & {word.key for word in sentence}))
     first = cut[0]
     said = [word for word in first if word.text not in EMPTY_WORDS and word.key not in asked.question_keys]
-    known = asked.gold_keys | asked.question_keys
     return {
         "question_taken_up": _overlap(asked.question_keys, words),
         "question_beside_gold": _overlap(asked.question_keys, best),
@@ -178,58 +156,46 @@ def _sentences(asked: Asked, words: Sequence[Word], text: str) -> dict[str, floa
     }
 
 
-def _beside(asked: Asked, words: Sequence[Word], text: str) -> dict[str, float]:
-    """What stands right before and after the gold words: another name, "or", "and", a negation."""
+def _neighbours(asked: Asked, answer: Said) -> dict[str, float]:
+    """The words right before and after the gold words: another name, "or", "and", a negation."""
+    words, known = answer.words, asked.known_keys
     novel_keys = {word.key for word in asked.novel}
     hits = [i for i, word in enumerate(words) if word.key in novel_keys]
-    if not hits:
-        return dict.fromkeys(_BESIDE, 0.0)
-    first = last = hits[0]
+    first = last = hits[0] if hits else 0
     for hit in hits[1:]:
         if hit - last > 3:
             break
         last = hit
-    before = words[first - 1] if first else None
-    after = words[last + 1] if last + 1 < len(words) else None
-    known = asked.gold_keys | asked.question_keys
-    left, right = _is_other(before, known), _is_other(after, known)
-    values = (
-        left,
-        right,
-        left and before is not None and before.capital,
-        right and after is not None and after.capital,
-        text[: words[first].start].rstrip().endswith(","),
-        before is not None and before.text in ("and", "or"),
-        after is not None and after.text in ("and", "or"),
-        any(word.is_negation for word in words[max(0, first - 6) : first]),
-    )
-    return dict(zip(_BESIDE, map(float, values), strict=True))
+    before = words[first - 1] if hits and first else None
+    after = words[last + 1] if hits and last + 1 < len(words) else None
+    is_other = [word is not None and word.text not in EMPTY_WORDS and word.key not in known for word in (before, after)]
+    values = {
+        "other_before": is_other[0],
+        "other_after": is_other[1],
+        "name_before": is_other[0] and before is not None and before.capital,
+        "name_after": is_other[1] and after is not None and after.capital,
+        "comma_before": bool(hits) and answer.text[: words[first].start].rstrip().endswith(","),
+        "and_before": before is not None and before.text in ("and", "or"),
+        "and_after": after is not None and after.text in ("and", "or"),
+        "negation_before": bool(hits) and _negated(words[max(0, first - 6) : first]),
+    }
+    return {name: float(value) for name, value in values.items()}
 
 
-_BESIDE = (
-    "other_before", "other_after", "name_before", "name_after",
-    "comma_before", "and_before", "and_after", "negation_before",
-)  # fmt: skip
-
-
-def _contradiction(asked: Asked, words: Sequence[Word], text: str) -> dict[str, float]:
+def _contradiction(asked: Asked, answer: Said) -> dict[str, float]:
     gold_numbers = {word.stem for word in asked.gold if word.is_number}
-    numbers = {word.stem for word in words if word.is_number} - gold_numbers
+    numbers = {word.stem for word in answer.words if word.is_number} - gold_numbers
     others = sum(number[:5] not in asked.question_keys for number in numbers)
     return {
         "other_numbers": float(others if gold_numbers else 0),
-        "negation_differs": float(_negated(words) != _negated(asked.gold)),
-        "is_a_question": float(text.rstrip().endswith("?")),
-        "hedged": float(bool(_HEDGE.search(text.lower()))),
+        "negation_differs": float(_negated(answer.words) != _negated(asked.gold)),
+        "is_a_question": float(answer.text.rstrip().endswith("?")),
+        "hedged": float(bool(_HEDGE.search(answer.text.lower()))),
     }
 
 
 def _negated(words: Iterable[Word]) -> bool:
     return any(word.is_negation for word in words)
-
-
-def _is_other(word: Word | None, known: set[str]) -> bool:
-    return word is not None and word.text not in EMPTY_WORDS and word.key not in known
 
 
 def _weight(word: Word) -> float:
@@ -238,7 +204,7 @@ def _weight(word: Word) -> float:
 
 
 def _likeness(word: Word, keys: set[str], found: set[str]) -> float:
-    """1 where the word is there; else how many of its trigrams are. A number is there or it is not."""
+    """1 if the word is there, else the share of its trigrams that are. A number is there or not."""
     if word.key in keys:
         return 1.0
     own = trigrams(word.stem)
@@ -258,36 +224,20 @@ def _overlap(keys: frozenset[str], words: Sequence[Word]) -> float:
     return len(keys & {word.key for word in words}) / len(keys) if keys else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogisticModel:
-    """P(CORRECT) = 1 / (1 + exp(-(intercept + sum of weight * feature))); CORRECT above ``threshold``."""
-
-    intercept: float
-    weights: dict[str, float]
-    threshold: float
-
-    def probability(self, values: dict[str, float]) -> float:
-        # One answer at a time and in a fixed order: the last bit must not depend on the batch.
-        score = self.intercept + sum(weight * values[name] for name, weight in self.weights.items())
-        return 1 / (1 + math.exp(-max(-50.0, min(50.0, score))))
-
-
-def shipped_model() -> LogisticModel:
-    stored = json.loads(resources.files("seal_nb").joinpath("data/local_grader.json").read_text())
-    return LogisticModel(**{name: stored[name] for name in ("intercept", "weights", "threshold")})
-
-
 class LocalGrader:
     """Grades some 4,000 answers a second on one core.
 
-    An empty answer is INCORRECT, one that is the gold answer CORRECT, one that has nothing of it or takes it
-    back INCORRECT; the model decides the rest. A gold answer with nothing in it leaves an answer UNGRADED.
+    An empty answer is INCORRECT. The gold answer itself is CORRECT. An answer that has nothing of it, or denies it, is
+    INCORRECT. The model decides the rest. An empty gold answer leaves an answer UNGRADED.
     """
 
     name = "local"
 
-    def __init__(self, model: LogisticModel | None = None) -> None:
-        self._model = model or shipped_model()
+    def __init__(self) -> None:
+        stored = json.loads(resources.files("seal_nb").joinpath("data/local_grader.json").read_text())
+        self.intercept: float = stored["intercept"]
+        self.weights: dict[str, float] = stored["weights"]
+        self.threshold: float = stored["threshold"]
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
         read: dict[tuple[str, str, str], Asked | None] = {}
@@ -300,43 +250,37 @@ class LocalGrader:
             return Verdict.UNGRADED
         key = (one.question, one.gold, one.title)
         if key not in read:
-            read[key] = _read(one)
-        asked = read[key]
-        if asked is None:
-            return _judged(one.gold.strip() in one.answer)
-        said = read_answer(one.answer)
-        return _judged(_is_gold(asked, said) or self._is_likely(asked, said))
+            title, question = asked_about(one)
+            has_words = bool(words_of(folded(one.gold)))
+            read[key] = read_question(question, one.gold, title) if has_words else None
+        if (asked := read[key]) is None:  # the gold answer is a sign, such as "§"
+            is_correct = one.gold.strip() in one.answer
+        else:
+            said = read_answer(one.answer)
+            is_gold = "".join(word.text for word in said.words) == asked.gold_letters
+            is_correct = is_gold or self._is_likely(asked, said)
+        return Verdict.CORRECT if is_correct else Verdict.INCORRECT
 
     def _is_likely(self, asked: Asked, said: Said) -> bool:
+        """P(CORRECT) = 1 / (1 + exp(-(intercept + sum of weight * feature))) is above the threshold."""
         values = features(asked, said)
         if not values["recall"] and not values["letters"]:
             return False
-        return self._model.probability(values) > self._model.threshold and not _is_taken_back(asked, said)
+        # One answer at a time and in a fixed order: the last bit must not depend on the batch.
+        score = self.intercept + sum(weight * values[name] for name, weight in self.weights.items())
+        probability = 1 / (1 + math.exp(-max(-50.0, min(50.0, score))))
+        return probability > self.threshold and not _is_denied(asked, said)
 
 
-def _read(one: Answered) -> Asked | None:
-    """None where the gold answer has no word, only signs."""
-    title, question = asked_about(one)
-    return read_question(question, one.gold, title) if words_of(folded(one.gold)) else None
+def _is_denied(asked: Asked, said: Said) -> bool:
+    """The answer is only a question, or has a negation right before the gold words ("not Ilse").
 
-
-def _is_gold(asked: Asked, said: Said) -> bool:
-    return "".join(word.text for word in said.words) == asked.gold_letters
-
-
-def _is_taken_back(asked: Asked, said: Said) -> bool:
-    """Where the answer only asks, or a negation stands right before the gold words ("not Ilse").
-
-    Too rare in the fitted answers for a weight: 4 of 23,659 get another verdict by it, all of them wrong.
+    This is too rare for a weight: of the 23,659 fitted answers it changes the verdicts of 4, all of them wrong answers.
     """
     words = said.words
     only_asks = said.text.rstrip().endswith("?") and len(sentences(words, said.text)) == 1
     novel_keys = {word.key for word in asked.novel}
     first = next((i for i, word in enumerate(words) if word.key in novel_keys), 0)
     near = words[max(0, first - 2) : first]
-    is_denied = any(word.is_negation for word in near) and near[-1].text not in ("only", "just", "merely")
+    is_denied = _negated(near) and near[-1].text not in ("only", "just", "merely")
     return only_asks or (is_denied and not asked.negated)
-
-
-def _judged(is_correct: bool) -> Verdict:
-    return Verdict.CORRECT if is_correct else Verdict.INCORRECT

@@ -1,8 +1,9 @@
-"""The same training in several processes: `accelerate launch` as a child, for a notebook.
+"""Starts the training, in this process or in several: `accelerate launch` as a child process.
 
-On GPUs the shipped configuration shards the model over them (FSDP, or DeepSpeed ZeRO-3); on CPUs the
-processes talk over gloo and each holds a whole model. In a SLURM job over several nodes `srun` starts it on
-each of them. A single process of its own gives its memory back when it ends."""
+On GPUs the shipped configuration shards the model over them (FSDP, or DeepSpeed ZeRO-3). On CPUs the processes
+communicate by gloo, and each holds the whole model. In a SLURM job over several nodes `srun` starts it on each of them.
+A single process of its own frees its memory when it ends.
+"""
 
 import contextlib
 import importlib.util
@@ -24,7 +25,18 @@ LOG_TAIL_LINES = 15
 
 
 def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
-    """Train here where one process is asked for, else as `train_in_processes` does."""
+    """Train a new model, in this process if `n_processes` is 1, otherwise see `train_in_processes`.
+
+    Args:
+        job: what to train.
+        n_processes: GPUs, or processes on CPUs; it must divide the settings' gradient_accumulation_steps.
+        sharding: how several GPUs share the model, "fsdp" or "deepspeed".
+
+    Raises:
+        SettingsError: the processes cannot share a step, or the sharding is unknown or not installed.
+        DataError: a row of the file is no training example.
+        EngineError: a process failed; the message has the end of the log.
+    """
     config = launch_config(sharding)
     if n_processes > 1:
         return train_in_processes(job, n_processes=n_processes, config=config)
@@ -34,11 +46,10 @@ def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> Sft
 
 
 def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = None) -> SftResult:
-    """Train in `n_processes` on this machine, or on the nodes of this job; what they say goes to
-    `<model_dir>.log`.
+    """Train in `n_processes` on this machine, or on the nodes of this SLURM job.
 
-    A model folder that this very training made is taken as it is. Raises: SettingsError before the start,
-    EngineError with the end of the log if a process failed.
+    Their output goes to `<model_dir>.log`. A model folder that the same training made is used again. `config` is an
+    accelerate configuration; None: the shipped one. Raises: see `run_job`.
     """
     job.settings.accumulation_of(n_processes)
     made_from = training_id(job.sft_file, job.model, job.settings)
@@ -51,14 +62,14 @@ def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = N
         process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait()
-        except BaseException:  # an interrupt must not leave ranks behind that hold GPUs and write checkpoints
+        except BaseException:  # an interrupt must not leave processes that hold GPUs and write checkpoints
             end_tree(process.pid)
             process.wait()
             raise
-    result = finished(job.model_dir, made_from)
-    if code:  # who watches over the processes may have been killed alone
+    if code:  # the parent of the processes may have been killed alone
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
+    result = finished(job.model_dir, made_from)
     if code or result is None:
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         where = "a process" if n_processes == 1 else f"{n_processes} processes"
@@ -67,59 +78,47 @@ def train_in_processes(job: SftJob, *, n_processes: int, config: Path | None = N
 
 
 def command(job: SftJob, n_processes: int, config: Path | None = None) -> list[str]:
-    """The command line; `config` is an accelerate configuration, by default the shipped one that fits.
-
-    Raises: SettingsError where the nodes of this job cannot share the processes.
-    """
+    """The command line of a training. Raises: SettingsError if the nodes of this job cannot share the processes."""
+    program = ["-m", MODULE, job.to_json()]
     if n_processes == 1:
-        return ending_with_me([sys.executable, "-m", MODULE, *job.options()])
-    options = {
-        "config_file": config or launch_config("fsdp"),
-        "num_processes": n_processes,
-        "num_cpu_threads_per_process": job.n_threads,
-    }
-    given = [f"--{name}={value}" for name, value in options.items()]
+        return ending_with_me([sys.executable, *program])
+    options = [
+        f"--config_file={config or launch_config('fsdp')}",
+        f"--num_processes={n_processes}",
+        f"--num_cpu_threads_per_process={job.n_threads}",
+    ]
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    launch = _on_nodes(n_nodes, n_processes) if n_nodes > 1 else _here()
-    return ending_with_me([*launch, *given, "-m", MODULE, *job.options()])
+    if n_nodes == 1:
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]  # 0: a free port
+    else:
+        if n_processes % n_nodes:
+            raise SettingsError(
+                f"n_processes is {n_processes}, which this job's {n_nodes} nodes cannot share; give a multiple"
+            )
+        # One `accelerate launch` on each node; slurm/accelerate.sh gives it the node's number.
+        start = ["srun", f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it
+            start.append(f"--cpus-per-task={cpus}")
+        start.append(str(shipped("accelerate.sh")))
+    return ending_with_me([*start, *options, *program])
 
 
 def launch_config(sharding: str) -> Path:
-    """The shipped configuration for this machine: on GPUs that of `sharding`, on CPUs there is one.
+    """The shipped configuration for this machine: that of `sharding` on GPUs, the only one on CPUs.
 
-    Raises: SettingsError for an unknown one, and for DeepSpeed where it is not installed.
+    Raises: SettingsError if the sharding is unknown, or DeepSpeed is not installed.
     """
     if sharding not in SHARDINGS:
         raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
     if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise SettingsError(
-            "sharding is 'deepspeed', which is not installed; pip install -e '.[deepspeed]', or take fsdp"
+            "sharding is 'deepspeed', which is not installed; run pip install -e '.[deepspeed]', or use fsdp"
         )
-    return shipped_config(sharding if torch.cuda.is_available() else "cpu")
+    return shipped(f"accelerate_{sharding if torch.cuda.is_available() else 'cpu'}.yaml")
 
 
-def _here() -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]  # a free one
-
-
-def _on_nodes(n_nodes: int, n_processes: int) -> list[str]:
-    """One `accelerate launch` on each node; slurm/accelerate.sh tells it which one it is on."""
-    if n_processes % n_nodes:
-        raise SettingsError(
-            f"n_processes is {n_processes}, which this job's {n_nodes} nodes cannot share; give a multiple"
-        )
-    place = [f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun itself does not take it over
-        place.append(f"--cpus-per-task={cpus}")
-    return ["srun", *place, str(_shipped("accelerate.sh"))]
-
-
-def shipped_config(name: str) -> Path:
-    """`slurm/accelerate_<name>.yaml` of the checkout. Raises: SettingsError where there is none."""
-    return _shipped(f"accelerate_{name}.yaml")
-
-
-def _shipped(name: str) -> Path:
+def shipped(name: str) -> Path:
+    """A file of the checkout's `slurm` folder. Raises: SettingsError if it is missing."""
     path = Path(__file__).resolve().parents[2] / "slurm" / name
     if not path.is_file():
         raise SettingsError(f"no {path.name} in {path.parent}; run from a checkout, or give a configuration")

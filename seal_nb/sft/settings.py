@@ -1,16 +1,13 @@
-"""Settings and result of the supervised fine-tuning of a ReST-EM round, apart from torch.
+"""Settings and result of the supervised fine-tuning of a ReST-EM round, without torch.
 
-Defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours: CPT
-without an adapter (``experiments.cpt_full``). Trains nothing.
+The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours, for CPT without
+an adapter.
 """
 
-import argparse
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 from seal_nb.errors import SettingsError
 
@@ -20,9 +17,9 @@ SHARDINGS = ("fsdp", "deepspeed")  # how several GPUs share a model
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings:
-    """Published settings; the small model takes smaller ones. A step is alike on any number of processes."""
+    """How to train. A step is the same on any number of processes."""
 
-    method: str = "lora"  # published; "full": all weights, and the lora_… and target_modules play no part
+    method: str = "lora"  # published; "full": all weights, without lora_rank, lora_alpha and target_modules
     lora_rank: int = 64
     lora_alpha: int = 128
     target_modules: tuple[str, ...] = ("all-linear",)
@@ -45,11 +42,11 @@ class SftSettings:
 
     @property
     def examples_a_step(self) -> int:
-        """The global batch."""
+        """The global batch size."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def accumulation_of(self, n_processes: int) -> int:
-        """Micro-batches a step in one of ``n_processes``. Raises: SettingsError where there is a rest."""
+        """Micro-batches of a step in one of ``n_processes``. Raises: SettingsError if they cannot share it equally."""
         if n_processes < 1 or self.gradient_accumulation_steps % n_processes:
             raise SettingsError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, which {n_processes} "
@@ -60,11 +57,13 @@ class SftSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SftResult:
-    """model_dir: the new model; losses: training loss by optimiser step, nats per token in the loss;
-    n_tokens: trained on, all epochs together; n_processes: that met for it.
+    """A finished training.
+
+    ``losses`` has the training loss of each optimiser step, in nats per token with a loss; ``n_tokens`` counts the
+    tokens of all epochs.
     """
 
-    model_dir: Path
+    model_dir: Path  # the new model
     losses: tuple[float, ...]
     n_steps: int
     n_examples: int
@@ -74,7 +73,7 @@ class SftResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SftJob:
-    """One training, as a command line states it."""
+    """One training: its rows, base model, folder of the new model and settings."""
 
     sft_file: Path
     model: str
@@ -82,41 +81,11 @@ class SftJob:
     settings: SftSettings
     n_threads: int = 1  # of torch in one process, on a CPU
 
-    def options(self) -> list[str]:
-        """What ``parse_job`` reads as this job."""
-        own = {"sft_file": self.sft_file, "model": self.model, "model_dir": self.model_dir}
-        given = own | {f.name: getattr(self.settings, f.name) for f in fields(SftSettings)}
-        given |= {"n_threads": self.n_threads, "target_modules": ",".join(self.settings.target_modules)}
-        return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=str)
 
-
-def parse_job(argv: Sequence[str] | None = None) -> SftJob:
-    """``--sft-file F --model M --model-dir D`` and one option for each setting."""
-    parser = argparse.ArgumentParser(
-        prog="seal_nb.sft.train",
-        description="Fine-tune a model on {prompt, completion} or {text} lines and write the new model; "
-        "alone, or in several processes: accelerate launch --config_file C -m seal_nb.sft.train …",
-    )
-    for name in ("sft_file", "model", "model_dir"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=str, required=True)
-    for field in fields(SftSettings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=_reader(field.type), default=field.default)
-    parser.add_argument("--n-threads", type=int, default=1)
-    given: dict[str, Any] = vars(parser.parse_args(argv))
-    own = {name: given.pop(name) for name in ("sft_file", "model", "model_dir", "n_threads")}
-    return SftJob(
-        sft_file=Path(own["sft_file"]),
-        model=own["model"],
-        model_dir=Path(own["model_dir"]),
-        n_threads=own["n_threads"],
-        settings=SftSettings(**given),
-    )
-
-
-def _reader(kind: Any) -> Any:
-    is_list = isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is tuple
-    return _names if is_list else kind
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        given = json.loads(text)
+        given |= {name: Path(given[name]) for name in ("sft_file", "model_dir")}
+        return cls(**given | {"settings": SftSettings(**given["settings"])})

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from seal_nb.engines.api import ApiClient, ApiSettings, Refused
-from seal_nb.engines.base import Completion, Incomplete, Sampling
+from seal_nb.engines.base import Completion, Incomplete, Sampling, closed_book_answers
 from seal_nb.engines.local import LocalEngine
 from seal_nb.engines.vllm import VllmEngine, VllmServer
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual_strategies import closed_book_answers
 from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt, find_prompts
 from seal_nb.self_edits import create_self_edits
@@ -66,7 +65,7 @@ def test_more_adapters_than_fit_come_in_turns_and_no_name_comes_twice(
     server: VllmServer, mine: list[Completion], adapters: dict[str, Path]
 ) -> None:
     engine = VllmEngine.of(server)
-    engine.shelf.max_loaded = 2
+    engine.max_adapters = 2
     prompts, folders = each_with_each(adapters)
     seeds = [0] * len(prompts)
     told: list[int] = []

@@ -1,9 +1,8 @@
-"""What runs inside each process of a vLLM server that seal-nb started. vLLM finds it by its entry point.
+"""A plugin that runs in each process of a vLLM server that seal-nb started. vLLM finds it by its entry point.
 
-Two things: the process ends when its parent does, and a fault of vLLM on CPU is mended. There, LoRA indices
-of -1 ("no adapter") index the stacked weights from behind, so that requests to the base which are batched
-with requests to adapters get the last adapter (seen in 0.32; upstream pull requests 48421 and 49656). Rows of
-negative index get zeros instead. This folder is on the server's PYTHONPATH, the rest of the package is not.
+It ends the process when its parent has ended, and repairs a fault of vLLM 0.32 on CPU: a LoRA index of -1 ("no
+adapter") selects the last adapter, so a request to the base that shares a batch with requests to adapters gets it
+(upstream pull requests 48421 and 49656). This folder is on the server's PYTHONPATH; the rest of the package is not.
 """
 
 import os
@@ -16,15 +15,26 @@ POLL_S = 0.5
 
 
 def register() -> None:
-    """Called by vLLM, once in each of its processes."""
-    _end_with_parent()
+    """vLLM calls this once in each of its processes."""
+    parent = os.getppid()
+    started_by = os.environ.pop(PARENT_VARIABLE, "")  # set for the server; its children have another parent
+    if started_by and parent != int(started_by):  # the parent has ended already
+        os._exit(143)
+    threading.Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         _mask_negative_indices()
 
 
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(143)
+
+
 def _mask_negative_indices() -> None:
+    """Set the rows of negative LoRA indices to zero."""
     from vllm.lora.ops import torch_ops
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
@@ -40,20 +50,5 @@ def _mask_negative_indices() -> None:
         output_tensor[lora_indices_tensor < 0] = 0
 
     bgmv_shrink.masks_negative_indices = True  # type: ignore[attr-defined]
-    for module in (lora_ops, torch_ops, punica_cpu):  # each has bound the name for itself
+    for module in (lora_ops, torch_ops, punica_cpu):  # each holds a reference of its own
         module.bgmv_shrink = bgmv_shrink
-
-
-def _end_with_parent() -> None:
-    """The server ends with whoever started it, and its engine with the server; also after a kill -9."""
-    parent = os.getppid()
-    started_by = os.environ.pop(PARENT_VARIABLE, "")  # the server's own; its children have another parent
-    if started_by and parent != int(started_by):  # gone before this could look
-        os._exit(143)
-    threading.Thread(target=_watch, args=(parent,), name="end-with-parent", daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(POLL_S)
-    os._exit(143)
