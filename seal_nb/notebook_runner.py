@@ -1,11 +1,8 @@
-"""Stage notebooks as commands: find one, check its parameters, execute it headless with papermill.
+"""Stage notebooks as commands: find one, check its parameters, execute it with papermill.
 
-A notebook's interface is its one cell tagged ``parameters``: ``name: type = default  # help``, read by
-papermill's own inspection. Papermill only warns about a parameter that the notebook does not have;
-here it is refused, and a value that does not fit the declared type is refused with it.
-What is *not* here: printing (the caller hands in where text goes), order of stages (``chain``).
-
-How a headless stage tells its progress: a bar of cells on a terminal, plain lines anywhere else.
+A notebook's parameters are its one cell tagged ``parameters``: ``name: type = default  # help``, read by papermill.
+Papermill only warns about an unknown parameter. Here an unknown parameter is refused, and so is a value that does
+not fit the declared type. This module does not print: the caller says where text goes.
 """
 
 import ast
@@ -24,23 +21,21 @@ from typing import Any, TextIO
 import psutil
 
 from seal_nb.errors import SealError, SettingsError
+from seal_nb.storage import runs_folder
 
-START_TIMEOUT_S = 180  # a kernel on a busy cluster node with a cold file system
+START_TIMEOUT_S = 180  # of a kernel on a busy cluster node with a cold file system
 STARTS = 3  # of a kernel
 NOT_STARTED = "Kernel died before replying"  # jupyter_client's words
+LINE_EVERY_S = 30.0  # without a terminal: at most one line about cells in this time
 Value = int | float | bool | str | list[Any]
 
 
 class StageFailed(SealError, RuntimeError):
-    """A cell of a stage's notebook raised; the executed notebook holds the whole traceback."""
-
-    def __init__(self, message: str, *, executed: Path, ename: str, evalue: str) -> None:
-        self.executed, self.ename, self.evalue = executed, ename, evalue
-        super().__init__(message)
+    """A cell of a stage's notebook raised, or its kernel died; the executed notebook has the traceback."""
 
 
 class StageInterrupted(StageFailed):
-    """SIGTERM ended the stage before its end; run again, it goes on from its journal."""
+    """SIGTERM ended the stage early. Started again, it goes on from its journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +54,13 @@ def default_notebooks_dir() -> Path:
 
 
 def find_notebook(stage: str, folder: Path) -> Path:
-    """The notebook named ``stage``, or the only one whose name begins so ("03"); SettingsError otherwise."""
+    """The notebook named ``stage``, or the only one whose name begins so ("03", "3"). Raises: SettingsError."""
     names = sorted(path.stem for path in folder.glob("*.ipynb"))
     if not names:
         raise SettingsError(f"no notebooks in {folder}; run from a checkout, or give --notebooks FOLDER")
     if stage in names:
         return folder / f"{stage}.ipynb"
-    matches = [name for name in names if stage and name.startswith((stage, f"0{stage}"))]  # 3 is 03
+    matches = [name for name in names if stage and name.startswith((stage, f"0{stage}"))]
     if len(matches) == 1:
         return folder / f"{matches[0]}.ipynb"
     problem = f"{len(matches)} stages begin with {stage!r}" if matches else f"no stage {stage!r}"
@@ -78,32 +73,36 @@ def _near(word: str, valid: Iterable[str]) -> str:
 
 
 def declared_parameters(notebook: Path) -> dict[str, Parameter]:
-    """What papermill finds in the notebook's parameters cell, with defaults as values."""
-    # Importing papermill takes half a second, and finding a stage needs none of it.
-    from papermill import inspect_notebook
+    """The parameters of a notebook by name, with their defaults as values. Raises: SettingsError."""
+    parameters = {}
+    for name, found in _papermill().inspect_notebook(str(notebook)).items():
+        try:
+            default = ast.literal_eval(found["default"])
+        except (ValueError, SyntaxError) as error:
+            raise SettingsError(
+                f"{notebook}: papermill reads the default of {name!r} as {found['default']}, which is "
+                "no literal; write `name: type = literal  # help` on one line, with no # in the literal"
+            ) from error
+        declared = found["inferred_type_name"].strip()
+        kind = type(default).__name__ if declared == "None" else declared
+        parameters[name] = Parameter(name=name, type_name=kind, default=default, help=found["help"])
+    return parameters
 
-    return {name: _parameter(notebook, found) for name, found in inspect_notebook(str(notebook)).items()}
 
+def _papermill() -> Any:
+    """Papermill, imported when it is needed.
 
-def _parameter(notebook: Path, found: Mapping[str, str]) -> Parameter:
-    try:
-        default = ast.literal_eval(found["default"])
-    except (ValueError, SyntaxError) as error:
-        raise SettingsError(
-            f"{notebook}: papermill reads the default of {found['name']!r} as {found['default']}, which is "
-            "no literal; write `name: type = literal  # help` on one line, with no # in the literal"
-        ) from error
-    declared = found["inferred_type_name"].strip()
-    return Parameter(
-        name=found["name"],
-        type_name=declared if declared != "None" else type(default).__name__,
-        default=default,
-        help=found["help"],
-    )
+    Its import loads jsonschema, which loads rfc3987_syntax if JupyterLab brought it along. That package compiles a
+    grammar for three seconds, for a format that no notebook uses.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import papermill
+
+    return papermill
 
 
 def parse_parameters(pairs: Iterable[tuple[str, str]], declared: Mapping[str, Parameter]) -> dict[str, Value]:
-    """Command-line NAME VALUE pairs as typed values; SettingsError names the parameter and the remedy."""
+    """Command-line NAME VALUE pairs as typed values. Raises: SettingsError with the parameter and the remedy."""
     values: dict[str, Value] = {}
     for name, text in pairs:
         if name not in declared:
@@ -113,32 +112,31 @@ def parse_parameters(pairs: Iterable[tuple[str, str]], declared: Mapping[str, Pa
 
 
 def parse_value(text: str, parameter: Parameter) -> Value:
-    """``text`` in the parameter's declared type."""
-    kind = parameter.type_name
+    """``text`` in the parameter's declared type. Raises: SettingsError."""
+    kind, item = parameter.type_name, ""
+    if kind.startswith("list"):
+        kind, item = "list", kind.removeprefix("list").strip("[] ") or "str"
     try:
-        if kind in ("int", "float", "str"):
-            return {"int": int, "float": float, "str": str}[kind](text)
-        if kind == "bool":
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind.startswith("list"):
-            return _parse_list(text, item_type=kind.removeprefix("list").strip("[] ") or "str")
-    except (ValueError, KeyError, TypeError):
-        pass
-    else:
-        raise SettingsError(f"parameter {parameter.name!r} is declared as {kind}, which no command line fits")
-    example = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(
-        kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b'
-    )
-    raise SettingsError(f"parameter {parameter.name!r}: {text!r} is not {kind}; give {example}")
+        if kind == "list":
+            is_json = text.lstrip().startswith("[")
+            items = json.loads(text) if is_json else [part.strip() for part in text.split(",") if part.strip()]
+            return [_READERS[item](part) for part in items]
+        return _READERS[kind](text)
+    except (ValueError, TypeError, KeyError) as error:
+        example = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(
+            kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b'
+        )
+        raise SettingsError(
+            f"parameter {parameter.name!r}: {text!r} is not {parameter.type_name}; give {example}"
+        ) from error
 
 
-def _parse_list(text: str, *, item_type: str) -> list[Any]:
-    if text.lstrip().startswith("["):
-        items = json.loads(text)
-    else:
-        items = [item.strip() for item in text.split(",") if item.strip()]
-    convert = {"int": int, "float": float, "str": str}[item_type]
-    return [convert(item) for item in items]
+_READERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
+}
 
 
 def format_value(value: Value) -> str:
@@ -147,9 +145,23 @@ def format_value(value: Value) -> str:
 
 
 def executed_path(notebook: Path, values: Mapping[str, Value], declared: Mapping[str, Parameter]) -> Path:
-    """Where an executed copy goes unless said otherwise: into the run folder, parameter ``output_dir``."""
+    """Where the executed copy goes by default: into the notebook's ``output_dir``."""
     output_dir = values.get("output_dir") or (declared["output_dir"].default if "output_dir" in declared else "")
-    return Path(str(output_dir) or f"runs/{notebook.stem}") / notebook.name
+    return runs_folder(str(output_dir) or f"runs/{notebook.stem}") / notebook.name
+
+
+def for_stream(stream: TextIO) -> tuple[Callable[[str], object], dict[str, Any]]:
+    """``write`` and ``progress_bar`` of ``run_notebook`` for a stream: a bar on a terminal, else lines."""
+    from tqdm.auto import tqdm
+
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    if stream.isatty():
+        return partial(tqdm.write, file=stream, end=""), {"file": sys.stderr, "leave": False}
+    lines = {"bar_format": "cell {n_fmt} of {total_fmt} after {elapsed}\n", "mininterval": LINE_EVERY_S}
+    return write, {"file": stream, "delay": LINE_EVERY_S, "leave": False, **lines}
 
 
 def run_notebook(
@@ -160,84 +172,100 @@ def run_notebook(
     write: Callable[[str], object],
     progress_bar: bool | dict[str, Any],
 ) -> None:
-    """Execute ``notebook`` into ``executed``; what its cells print goes to ``write`` as it comes.
+    """Execute ``notebook`` into ``executed``.
 
-    SIGTERM interrupts the running cell (KeyboardInterrupt), so that it closes what it holds.
+    SIGTERM interrupts the running cell (KeyboardInterrupt), so that the cell closes its journal and its server.
+
+    Args:
+        values: its parameters.
+        write: receives what the cells print, at once.
+        progress_bar: of the cells; False for none, or arguments of tqdm.
 
     Raises:
         StageFailed: a cell raised, or the kernel died.
         StageInterrupted: after a SIGTERM.
     """
-    import papermill
     from traitlets.config import Config
+
+    papermill = _papermill()
+
+    def before_cell(**_: object) -> None:
+        if interruption.is_set():
+            raise _BetweenCells
+
+    def execute() -> None:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters=dict(values),
+            kernel_name="python3",
+            progress_bar=progress_bar,
+            start_timeout=START_TIMEOUT_S,
+            # Code and outputs travel over loopback TCP, which other users of a shared node could read.
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+            stdout_file=_Out(write),
+            on_cell_start=before_cell,
+        )
 
     executed.parent.mkdir(parents=True, exist_ok=True)
     with interrupted_by_sigterm() as interruption:
+        kind = StageFailed
         try:
-            _with_a_kernel_that_starts(
-                partial(
-                    papermill.execute_notebook,
-                    str(notebook),
-                    str(executed),
-                    parameters=dict(values),
-                    kernel_name="python3",
-                    progress_bar=progress_bar,
-                    start_timeout=START_TIMEOUT_S,
-                    # Code and outputs travel over loopback TCP, which others on a shared node could read.
-                    config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-                    stdout_file=_Sink(write),
-                    on_cell_start=_unless(interruption),
-                ),
-                interruption,
-            )
+            _with_a_kernel_that_starts(execute, interruption)
         except _BetweenCells as error:
-            message = f"{notebook.stem}: SIGTERM came between two cells; what was done before is in {executed}"
-            raise StageInterrupted(message, executed=executed, ename="KeyboardInterrupt", evalue="") from error
+            raise StageInterrupted(
+                f"{notebook.stem}: SIGTERM came between two cells; finished cells are in {executed}"
+            ) from error
         except papermill.PapermillExecutionError as error:
             kind = StageInterrupted if interruption.is_set() else StageFailed
-            message = _short_failure(notebook, error, executed)
-            raise kind(message, executed=executed, ename=error.ename, evalue=error.evalue) from error
+            cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
+            raise kind(
+                f"{notebook.stem}: cell [{error.exec_count}] raised {error.ename}: {error.evalue}\n"
+                f"{cell}\nwhole traceback: {executed}"
+            ) from error
         except RuntimeError as error:  # nbclient's DeadKernelError is one
             if not str(error).startswith("Kernel died"):
                 raise
-            kind, why = StageFailed, "most often the system ends one for want of memory"
+            why = "most often because the system had no memory left and ended it"
             if NOT_STARTED in str(error):
-                why = f"{STARTS} times before its first cell; its own words are in the output above"
+                why = f"{STARTS} times before replying to its first cell; the output above shows why"
             if interruption.is_set():
-                kind, why = StageInterrupted, "SIGTERM has ended it as well"
-            message = f"{notebook.stem}: its kernel died ({why}); what was done before is in {executed}"
-            raise kind(message, executed=executed, ename="DeadKernelError", evalue=str(error)) from error
+                kind, why = StageInterrupted, "SIGTERM ended it too"
+            raise kind(f"{notebook.stem}: its kernel died ({why}); finished cells are in {executed}") from error
 
 
-def _with_a_kernel_that_starts(execute: Callable[[], object], interruption: threading.Event) -> None:
-    """A kernel takes ports that were free a moment before; on a busy machine another process can be quicker.
-    No cell has run by then, so another kernel is started."""
+class _Out:
+    """The file-like object that papermill wants for printed text."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self.write = write
+
+    def flush(self) -> None:
+        """``write`` keeps nothing back."""
+
+
+class _BetweenCells(Exception):
+    """A kernel that runs no cell ignores its interrupt, so the next cell is not started."""
+
+
+def _with_a_kernel_that_starts(execute: Callable[[], None], interruption: threading.Event) -> None:
+    """Start another kernel if one dies before its first cell.
+
+    A kernel takes ports that were free a moment before. On a busy machine another process can be quicker.
+    """
     for starts_left in reversed(range(STARTS)):
         try:
-            execute()
-            return
+            return execute()
         except RuntimeError as error:
             if interruption.is_set() or not starts_left or NOT_STARTED not in str(error):
                 raise
 
 
-class _BetweenCells(Exception):
-    """A kernel that runs no cell ignores its interrupt, so the next cell is not begun."""
-
-
-def _unless(interruption: threading.Event) -> Callable[..., None]:
-    def begin(**_: object) -> None:
-        if interruption.is_set():
-            raise _BetweenCells
-
-    return begin
-
-
 @contextlib.contextmanager
 def interrupted_by_sigterm() -> Iterator[threading.Event]:
-    """Meanwhile SIGTERM interrupts the kernels that are children of this process, a second one ends it.
+    """In this block SIGTERM interrupts the kernels of this process and sets the event; a second one ends the process.
 
-    Papermill alone would end at once and leave its kernel half a second. The event is set at the first one.
+    Papermill alone would end at once and leave its kernel half a second.
     """
     came = threading.Event()
 
@@ -251,7 +279,7 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
                     child.send_signal(signal.SIGINT)
 
     if threading.current_thread() is not threading.main_thread():
-        yield came
+        yield came  # only the main thread may handle signals
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -261,74 +289,8 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
 
 
 def glance_of(executed: Path) -> str:
-    """The table at the top of an executed notebook that says what came out; empty where it has none."""
+    """The summary at the top of an executed notebook as text; empty if it has none."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    texts = (
-        "".join(output.get("data", {}).get("text/plain", "")) for cell in cells for output in cell.get("outputs", [])
-    )
+    outputs = (output for cell in cells for output in cell.get("outputs", []))
+    texts = ("".join(output.get("data", {}).get("text/plain", "")) for output in outputs)
     return next((text for text in texts if text.startswith("at a glance")), "")
-
-
-def _short_failure(notebook: Path, error: Any, executed: Path) -> str:
-    cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
-    return (
-        f"{notebook.stem}: cell [{error.exec_count}] raised {error.ename}: {error.evalue}\n"
-        f"{cell}\nwhole traceback: {executed}"
-    )
-
-
-class _Sink:
-    """The file-like object that papermill wants for printed text."""
-
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self.write = write
-
-    def flush(self) -> None:
-        """Nothing is held back here."""
-
-
-LINE_EVERY_S = 30.0  # at most one line about cells in this time, where there is no terminal
-
-
-def for_stream(stream: TextIO) -> tuple[Callable[[str], object], dict[str, Any]]:
-    """(where printed text goes, settings of papermill's progress bar) that suit ``stream``."""
-    if stream.isatty():
-        return _above_the_bar, {"file": sys.stderr, "leave": False}
-    return _flushed(stream), {
-        "file": _Lines(stream),
-        "bar_format": "cell {n_fmt} of {total_fmt} after {elapsed}",
-        "mininterval": LINE_EVERY_S,
-        "delay": LINE_EVERY_S,
-        "leave": False,
-    }
-
-
-def _above_the_bar(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, end="")
-
-
-def _flushed(stream: TextIO) -> Callable[[str], object]:
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
-
-    return write
-
-
-class _Lines:
-    """Turns a bar that is redrawn in place into lines, each once."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.last = stream, ""
-
-    def write(self, text: str) -> None:
-        line = text.strip()
-        if line and line != self.last:
-            self.stream.write(f"{line}\n")
-            self.stream.flush()
-            self.last = line
-
-    def flush(self) -> None:
-        """Each line is flushed as it is written."""

@@ -1,23 +1,14 @@
-"""Passages with their questions, and the item files they come from and go to.
+"""Passages with their questions: the files they are read from, and the item files that are written.
 
-Read: the published item files (a list of ``{title, context, questions, completions?, prompt?}``), SQuAD
-v1.1 (Rajpurkar et al. 2016) in its own layout, both plain or gzip-compressed, one's own passages as CSV,
-JSONL or Markdown (``passage_files``), and the passages that ship with the project (``shipped:train``,
-``shipped:val``). A broken file is refused with its path, the item
-and the field. Nothing is repaired or guessed here, and no text is changed.
+- `.json`, also `.gz`: item file (a list of ``{title, context, questions, completions?, prompt?}``) or SQuAD v1.1
+- `.csv`, `.tsv`: columns ``title``, ``context``, ``question``, ``answer``; one question per row
+- `.jsonl`: one item per line
+- `.md`: a passage under each ``# title``; lines ``Q: …`` and ``A: …``, and ``I: …`` for implications
+- ``shipped:train``, ``shipped:val``: passages of this project, about things that do not exist
 
-One's own passages: CSV, JSONL and Markdown files as item objects, each with the line it stands on.
-
-CSV: a header with ``title``, ``context``, ``question``, ``answer``; a row a question; rows of equal title and
-context are one passage. JSONL: an item object a line. Markdown: a passage under each ``# title``; lines
-``Q: …`` and ``A: …`` below it are its questions, ``I: …`` an implication written by hand; the rest is text.
-Fields are checked by ``passages``, which alone makes records of them.
-
-SQuAD v1.1 from the Hugging Face hub, turned into item files as published (``seal-nb data squad``).
-
-Rajpurkar et al. 2016 (https://huggingface.co/datasets/rajpurkar/squad), CC BY-SA 4.0: name the source, share
-alike. One item a paragraph, in the order of the data set, the first answer as gold, as SEAL's own item files
-(arXiv 2506.10943) have it. The validation split gives SEAL's ``squad_val.json``.
+`fetch_squad` downloads SQuAD v1.1 (Rajpurkar et al. 2016, CC BY-SA 4.0,
+https://huggingface.co/datasets/rajpurkar/squad) and writes the item files that SEAL (arXiv 2506.10943) uses. A broken
+file is refused with its path, the item and the field. Nothing is repaired, and no text is changed.
 """
 
 import csv
@@ -32,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.storage import read_json, write_json
+from seal_nb.storage import read_json, runs_folder, write_json
 
 CSV_COLUMNS = ("title", "context", "question", "answer")
-SUFFIXES = (".csv", ".jsonl", ".md", ".markdown")
 _HEADING = re.compile(r"#\s+(?P<title>\S.*)")
 _ENTRY = re.compile(r"(?:[-*]\s+)?(?P<kind>[QAI]):\s*(?P<text>.*)")
 
@@ -43,26 +33,22 @@ Placed = tuple[str, dict[str, Any]]  # "line 3", and the item
 
 
 def read_passage_file(path: Path) -> list[Placed]:
-    """The items of a file by its suffix. Raises: DataError with path, line and field."""
-    text = _text(path)
-    readers = {".csv": _csv_items, ".jsonl": _jsonl_items, ".md": _markdown_items, ".markdown": _markdown_items}
-    items = list(readers[path.suffix.lower()](path, text))
+    """The items of a CSV, TSV, JSONL or Markdown file. Raises: DataError with path, line and field."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError("no such file", path=path, remedy="check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", path=path, remedy="save it as UTF-8") from error
+    items = list(READERS[path.suffix.lower()](path, text))
     if not items:
         raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
     return items
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError("no such file", path=path, remedy="check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", path=path, remedy="save it as UTF-8") from error
-
-
 def _csv_items(path: Path, text: str) -> Iterator[Placed]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    is_tsv = path.suffix.lower() == ".tsv"
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if is_tsv else ",")
     columns = [name.strip().lower() for name in rows.fieldnames or []]
     if missing := [name for name in CSV_COLUMNS if name not in columns]:
         raise DataError(
@@ -86,7 +72,10 @@ def _csv_items(path: Path, text: str) -> Iterator[Placed]:
             items.setdefault(key, new)[1]["questions"].append(asked)
     except csv.Error as error:
         raise DataError(
-            f"is no CSV: {error}", path=path, item=f"line {rows.line_num}", remedy="close the quotes"
+            f"is not {'TSV' if is_tsv else 'CSV'}: {error}",
+            path=path,
+            item=f"line {rows.line_num}",
+            remedy="close the quotes",
         ) from error
     yield from items.values()
 
@@ -117,7 +106,7 @@ def _markdown_items(path: Path, text: str) -> Iterator[Placed]:
             _add_line(item, line.strip(), path, here)
         elif line.strip():
             raise DataError(
-                "stands before the first title", path=path, item=here, field="title", remedy="begin with '# title'"
+                "is before the first title", path=path, item=here, field="title", remedy="begin with '# title'"
             )
     if item is not None:
         yield place, _closed(item)
@@ -144,7 +133,7 @@ def _add_line(item: dict[str, Any], line: str, path: Path, here: str) -> None:
 
 
 def _closed(item: dict[str, Any]) -> dict[str, Any]:
-    """Paragraphs of the text are joined by a line break; by-hand lines are what shipped passages have."""
+    """The item; lines of a paragraph are joined by spaces, paragraphs by a line break."""
     paragraphs = re.split(r"\n{2,}", "\n".join(item["lines"]).strip())
     text = "\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
     return {
@@ -155,6 +144,13 @@ def _closed(item: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+READERS = {
+    ".csv": _csv_items,
+    ".tsv": _csv_items,
+    ".jsonl": _jsonl_items,
+    ".md": _markdown_items,
+    ".markdown": _markdown_items,
+}
 SHIPPED_SPLITS = ("train", "val")
 PUBLISHED_ORDER_SEED = 42
 
@@ -169,11 +165,13 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A text that should end up in a model's weights, and the questions that tell whether it did.
+    """A text to train on, and closed-book questions about it.
 
-    ``completions`` are self-edits and ``prompt`` is what they complete, as in the published item files. Where
-    they complete different prompts (a family), ``prompts`` and ``prompt_keys`` have an entry for each.
-    ``hand_written`` holds implications written by a person, one a line.
+    Args:
+        completions: self-edits of the passage.
+        prompt: the prompt that they complete, as in the published item files.
+        prompts: the prompt of each self-edit, if they differ (a prompt family); ``prompt_keys`` names each.
+        hand_written: implications written by a person, one per line.
     """
 
     title: str
@@ -187,13 +185,18 @@ class Passage:
 
 
 def load_passages(source: str | Path) -> list[Passage]:
-    """The passages of an item file, a SQuAD v1.1 file, a CSV, JSONL or Markdown file, or of
-    ``shipped:train`` / ``shipped:val``, in file order.
+    """Read passages.
 
-    Raises: DataError with the path, the item (its index or line) and the field of what is wrong.
+    Args:
+        source: a file of one of the forms above, or ``shipped:train`` or ``shipped:val``. A path that begins with
+            ``runs/`` is in the project's ``runs`` folder (``storage.runs_folder``).
+
+    Returns: the passages in file order.
+
+    Raises: DataError with the path, the item (its index or line) and the wrong field.
     """
-    path = _shipped_path(source) if str(source).startswith("shipped:") else Path(source)
-    if path.suffix.lower() in SUFFIXES:
+    path = _shipped_path(source) if str(source).startswith("shipped:") else runs_folder(source)
+    if path.suffix.lower() in READERS:
         return [_passage(_Item(path, place, value)) for place, value in read_passage_file(path)]
     data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("data"), list):
@@ -208,7 +211,7 @@ def load_passages(source: str | Path) -> list[Passage]:
 
 
 def passage_at(passages: Sequence[Passage], index: int) -> Passage:
-    """The passage with this index. Raises: SettingsError where there is none."""
+    """The passage with this index. Raises: SettingsError if there is none."""
     if not 0 <= index < len(passages):
         raise SettingsError(f"passage is {index}; the dataset has {len(passages)}, counted from 0")
     return passages[index]
@@ -222,7 +225,7 @@ def published_order(passages: Sequence[Passage], seed: int = PUBLISHED_ORDER_SEE
 
 
 def to_item(passage: Passage) -> dict[str, Any]:
-    """The passage as an entry of a published item file; fields that are empty are left out."""
+    """The passage as an entry of a published item file, without its empty fields."""
     item: dict[str, Any] = {
         "title": passage.title,
         "context": passage.context,
@@ -240,7 +243,7 @@ def to_item(passage: Passage) -> dict[str, Any]:
 
 
 class _Item:
-    """One JSON object of a file, read field by field with errors that say where."""
+    """One JSON object of a file. Its errors name the file, the item and the field."""
 
     def __init__(self, path: Path, index: int | str, value: object, prefix: str = "") -> None:
         self.path, self.index, self.prefix = path, index, prefix
@@ -250,7 +253,7 @@ class _Item:
 
     def refused(self, name: str, problem: str) -> DataError:
         field = f"{self.prefix}{name}".rstrip(".")
-        return DataError(problem, path=self.path, item=self.index, field=field, remedy="mend or drop the item")
+        return DataError(problem, path=self.path, item=self.index, field=field, remedy="correct or remove the item")
 
     def text(self, name: str, *, default: str | None = None) -> str:
         value = self.value.get(name)
@@ -271,7 +274,7 @@ class _Item:
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; absent is empty."""
+        """A list of texts; empty if it is absent."""
         entries = self.entries(name, optional=True)
         for at, entry in enumerate(entries):
             if not isinstance(entry, str):
@@ -304,7 +307,7 @@ def _passage(item: _Item) -> Passage:
 
 
 def _squad_passages(path: Path, articles: list[Any]) -> list[Passage]:
-    """One passage a paragraph; titles with spaces and the first answer as gold, as in published items."""
+    """One passage per paragraph; the title with spaces and the first answer as gold, as in published items."""
     passages = []
     for index, value in enumerate(articles):
         article = _Item(path, index, value)
@@ -343,7 +346,7 @@ OUT_NAMES = {"train": "squad_train.json", "validation": "squad_val.json"}  # SEA
 
 
 def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
-    """One passage for each paragraph from the hub's rows, one a question, in order of first appearance."""
+    """One passage per paragraph, in order of first appearance, from the hub's rows (one per question)."""
     questions: dict[tuple[str, str], list[Question]] = {}
     for row in rows:
         key = (row["title"].replace("_", " "), row["context"])
@@ -355,7 +358,7 @@ def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
 
 
 def fetch_squad(split: str, folder: Path) -> Path:
-    """Write the split's item file into ``folder``. Raises: DataError where it cannot be had, with remedy."""
+    """Write a split as an item file into ``folder``. Raises: DataError if it cannot be downloaded."""
     rows = _rows(split)
     return write_json(folder / OUT_NAMES[split], [to_item(one) for one in passages_from_rows(rows)])
 
@@ -378,7 +381,7 @@ def _downloaded(file: str) -> str:
 
     try:
         return hf_hub_download(REPOSITORY, file, repo_type="dataset")
-    except (OSError, ValueError, RuntimeError) as error:  # what it raises for every kind of failure
+    except (OSError, ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise DataError(
             f"{REPOSITORY} could not be fetched from the hub ({said})",

@@ -1,7 +1,7 @@
-"""No process is left behind: end a tree of processes, and end with one's parent.
+"""End a tree of processes, and end a process when its parent ends.
 
-A stage is a tree (runner, Jupyter kernel, TTT server, workers), and each of them may live in a session of its
-own, so that neither a terminal's Ctrl-C nor the death of the root reaches the leaves by itself.
+A stage is a tree: runner, Jupyter kernel, TTT server, workers. Some of them have a session of their own, so neither
+Ctrl-C in a terminal nor the death of the root reaches all of them by itself.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ POLL_S = 0.5
 
 
 def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
-    """Terminate ``pid`` and all its descendants, and kill after ``grace_s`` what is still there."""
+    """Terminate ``pid`` and all its descendants; kill those that still run after ``grace_s`` seconds."""
     try:
         root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
@@ -36,32 +36,29 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def end_with_parent(parent_pid: int) -> threading.Thread:
+def end_with_parent(parent_pid: int) -> None:
     """From now on this process and its descendants end when ``parent_pid`` is no longer its parent.
 
-    A parent that is killed outright (kill -9) tells nobody; the change of the parent's number does.
+    A parent that is killed with signal 9 cannot end its children. They see that their parent's number changes.
     """
-    watch = threading.Thread(target=_watch, args=(parent_pid,), name="end-with-parent", daemon=True)
-    watch.start()
-    return watch
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(POLL_S)
+        # Kill at once: when its kernel dies, the main thread would end this process before a slower end is done.
+        _kill(psutil.Process().children(recursive=True))
+        os._exit(143)  # sys.exit would end only this thread
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def ending_with_me(command: list[str]) -> list[str]:
-    """The command line of a program that knows nothing of this, which then ends with this process too.
+    """The command line of another program that then ends with this process.
 
-    It ends in order (SIGTERM, then ten seconds), so that `srun` can take its nodes' processes with it. Killed
-    by a signal its exit code is 128 and the signal, as a shell has it.
+    It gets SIGTERM and ten seconds, so that `srun` can end its processes on other nodes. If a signal kills it, its
+    exit code is 128 and the signal's number, as in a shell.
     """
     return [sys.executable, "-m", "seal_nb.processes", str(os.getpid()), *command]
-
-
-def _watch(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(POLL_S)
-    # At once: with a dead kernel the main thread would end this process before anything slower is done.
-    _kill(psutil.Process().children(recursive=True))
-    # Not sys.exit, which would end this thread alone.
-    os._exit(143)
 
 
 def _run(parent_pid: int, command: list[str]) -> int:

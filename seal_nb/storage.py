@@ -1,15 +1,9 @@
-"""What a run leaves on disk: whole result files, a journal of paid-for work, and a record of what made them.
+"""Files of a run: where they are, results written whole, a journal of finished work, and a record of the settings.
 
-A result is written whole or not at all. A journal grows by one line for each finished unit of work,
-so that a run that died resumes from it. A record beside a result holds settings, seeds, package
-versions and the git revision. Keys and seeds are derived from content, never from a clock. What this
-module does not do: know any experiment, or keep anything that names a place (absolute paths, host
-names, environment variables). POSIX only: the journal's lock is ``flock``.
-
-Kept adapters that nobody needs any more: their folders go, what was answered with them stays.
-
-Workers write an adapter's folder and read it when a request names it; who deletes is the front end, which
-sees the same disk. A name is the protocol's (``protocol.Name``): it cannot lead out of the folder.
+A result file is written whole or not at all. A journal grows by one line for each finished unit of work, and a run
+that died continues from it. A record next to a result has settings, seeds, package versions and the git revision,
+and no absolute path, host name or environment variable. Keys and seeds are derived from content, never from a clock.
+POSIX only: the journal's lock is ``flock``.
 """
 
 import contextlib
@@ -41,11 +35,35 @@ RECORDED_PACKAGES = (
 _PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
-def canonical_json(obj: object) -> str:
-    """One spelling per value: sorted keys, no spaces, ASCII; 1 and 1.0 stay different.
+def runs_folder(path: str | Path = "") -> Path:
+    """The real place of a path under ``runs``, the same for JupyterLab, papermill, the command line and jobs.
 
-    Raises: DataError for what JSON cannot hold (NaN, objects).
+    Args:
+        path: a notebook's ``output_dir`` or ``runs_dir``, or a file in one, such as ``runs/03_query_server``.
+            Empty: the ``runs`` folder itself.
+
+    Returns:
+        A relative path whose first part is ``runs`` goes under ``$SEAL_RUNS``, or else under ``runs`` of the project:
+        the nearest parent of the current folder that is a checkout of seal-nb, or the current folder. It is
+        relative to the current folder where the project contains it. Any other path is returned unchanged.
     """
+    given = Path(path or "runs")
+    if given.parts[:1] != ("runs",):
+        return given
+    here = Path.cwd()
+    project = next((folder for folder in (here, *here.parents) if _is_project(folder)), here)
+    runs = project / Path(os.environ.get("SEAL_RUNS") or "runs").expanduser()
+    place = runs.joinpath(*given.parts[1:])
+    return Path(os.path.relpath(place)) if place.is_relative_to(project) else place
+
+
+def _is_project(folder: Path) -> bool:
+    settings = folder / "pyproject.toml"
+    return (folder / "notebooks").is_dir() and settings.is_file() and 'name = "seal-nb"' in settings.read_text()
+
+
+def canonical_json(obj: object) -> str:
+    """JSON with sorted keys, no spaces and only ASCII; 1 and 1.0 stay different. Raises: DataError for NaN, objects."""
     try:
         return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -53,22 +71,22 @@ def canonical_json(obj: object) -> str:
 
 
 def content_id(obj: object) -> str:
-    """24 hexadecimal digits that depend on the content alone: request ids, resume keys."""
+    """24 hexadecimal digits that depend only on the content, for request ids and journal keys."""
     return hashlib.sha256(canonical_json(obj).encode()).hexdigest()[:24]
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed below 2**31 for one unit of work, from what identifies it (run seed, indices, titles)."""
+    """A seed below 2**31 for one unit of work, derived from its run seed, indices and titles."""
     return int(hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:8], 16) & 0x7FFFFFFF
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all; an existing one stays as it was if anything fails (a full disk)."""
+    """Write a file whole or not at all: if anything fails (a full disk), an existing file stays as it was."""
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        # Half a surrogate pair has no UTF-8; as an escape it is still the same JSON.
+        # Half a surrogate pair has no UTF-8 form; its escape is the same JSON.
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.write(text)
@@ -133,7 +151,11 @@ class Journal:
 
     def append(self, key: str, record: object) -> None:
         """Add one record; on return it is on the disk. A failed write leaves no half line behind."""
-        line = f"{json.dumps({'key': key, 'record': record})}\n".encode()
+        self.append_json(key, json.dumps(record).encode())
+
+    def append_json(self, key: str, record: bytes) -> None:
+        """``append`` of a record that is JSON already, in one line."""
+        line = b"%b%b}\n" % (_line_start(key), record)
         try:
             written = 0
             while written < len(line):
@@ -150,8 +172,12 @@ class Journal:
         record = self._records[key]
         if self._in_memory:
             return record
-        offset, n_bytes = record
-        return json.loads(os.pread(self._file.fileno(), n_bytes, offset))["record"]
+        return json.loads(self.get_json(key))
+
+    def get_json(self, key: str) -> bytes:
+        """The latest record of a key as the JSON in the file; not with ``in_memory``. Raises: KeyError."""
+        offset, n_bytes = self._records[key]
+        return os.pread(self._file.fileno(), n_bytes, offset)[len(_line_start(key)) : -2]
 
     def __contains__(self, key: object) -> bool:
         return key in self._records
@@ -182,7 +208,7 @@ def read_journal(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What made a result: enough to make it again. Holds no place and no clock."""
+    """The settings, seeds and versions that made a result."""
 
     stage: str
     settings: Mapping[str, Any]
@@ -191,23 +217,23 @@ class RunRecord:
     git_revision: str = field(default_factory=lambda: git_revision())
 
     def to_json(self) -> dict[str, Any]:
-        """As written, with absolute paths cut to their last part and host names left out."""
+        """The JSON value, with absolute paths cut to their last part and without host names."""
         return {**asdict(self), "settings": _without_places(dict(self.settings))}
 
 
 def record_path(result: str | Path) -> Path:
-    """Where the record of a result lies: ``run_x.json`` → ``run_x.record.json``."""
+    """The record's path: ``run_x.json`` → ``run_x.record.json``."""
     name = Path(result).name.removesuffix(".gz")
     return Path(result).with_name(f"{name.rsplit('.', 1)[0]}.record.json")
 
 
 def write_record(result: str | Path, record: RunRecord) -> Path:
-    """Write a record beside its result."""
+    """Write the record of a result into the same folder."""
     return write_json(record_path(result), record.to_json())
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what is installed of RECORDED_PACKAGES, and Python's; imports none of them."""
+    """Versions of Python and of the installed RECORDED_PACKAGES; imports none of them."""
     versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:
@@ -218,9 +244,9 @@ def package_versions() -> dict[str, str]:
 
 
 def git_revision(root: Path = _PROJECT_ROOT) -> str:
-    """The commit of the project's own checkout, ``-dirty`` if files differ from it; else "unknown"."""
+    """The commit of the project's checkout, with ``-dirty`` if files differ from it; "unknown" without a checkout."""
     top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():  # installed inside somebody else's checkout
+    if top is None or Path(top).resolve() != root.resolve():  # installed inside another project's checkout
         return "unknown"
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
@@ -234,6 +260,10 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _line_start(key: str) -> bytes:
+    return f'{{"key": {json.dumps(key)}, "record": '.encode()
 
 
 def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
@@ -318,15 +348,15 @@ def _without_places(obj: object) -> object:
 
 
 def forget_adapters(folder: Path, names: Sequence[str]) -> list[str]:
-    """Delete the adapters in ``folder`` that are called so; the names of those that were there."""
-    return [name for name in names if _forget(folder / name)]
+    """Delete kept adapters. ``names`` are ``protocol.Name``s, which cannot lead out of ``folder``.
 
-
-def _forget(adapter: Path) -> bool:
-    """Out of the way at once, so that no worker finds half of it; then deleted."""
-    doomed = adapter.with_name(f".{adapter.name}.{uuid.uuid4().hex}.old")
-    with contextlib.suppress(FileNotFoundError):
-        adapter.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        return True
-    return False
+    Returns: the names of those that existed.
+    """
+    found = []
+    for name in names:
+        doomed = folder / f".{name}.{uuid.uuid4().hex}.old"
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).rename(doomed)  # first: no worker may find half of an adapter
+            shutil.rmtree(doomed, ignore_errors=True)
+            found.append(name)
+    return found

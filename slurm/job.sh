@@ -1,10 +1,10 @@
-# What the jobs of this folder have in common; sourced by their scripts, after which one function is called.
+# What all jobs of this folder share. Their scripts source this file and then call one function.
 #
-# Before its time limit (--signal of the scripts) a job gets USR1: the notebook is interrupted, closes its journal and
-# its server, and the job is queued again under its number. What the journal holds is not done again. After a lost node
-# or a preemption SLURM queues the job again by itself (--requeue).
+# Five minutes before its time limit (--signal in the scripts) a job gets USR1. It interrupts the notebook, which closes
+# its journal and its server, and queues itself again under its number. Work in the journal is not repeated. After a
+# lost node or a preemption SLURM queues the job again (--requeue).
 
-early='' # a signal that comes before there is a command to end
+early='' # a signal that came before there was a command to end
 trap 'early=USR1' USR1
 
 cd "$SLURM_SUBMIT_DIR" || exit 2
@@ -20,7 +20,15 @@ fi
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
-# parameter NAME DEFAULT [-p NAME VALUE]...: its value, the last one given.
+# in_runs PATH: its real place. A path in runs/ is in SEAL_RUNS, if that is set.
+in_runs() {
+    case $1 in
+    runs | runs/*) echo "${SEAL_RUNS:-runs}${1#runs}" ;;
+    *) echo "$1" ;;
+    esac
+}
+
+# parameter NAME DEFAULT [-p NAME VALUE]...: its value; the last one given counts.
 parameter() {
     local name=$1 value=$2
     shift 2
@@ -31,14 +39,14 @@ parameter() {
     echo "$value"
 }
 
-# gpus: the numbers of the GPUs of this job on this node, one a line.
+# gpus: the numbers of this job's GPUs on this node, one a line.
 gpus() { tr , '\n' <<<"${CUDA_VISIBLE_DEVICES:-}" | sed '/^$/d'; }
 
-# run_stage NOTEBOOK [-p NAME VALUE]...: executed notebook and log lie in output_dir, named by the job.
+# run_stage NOTEBOOK [-p NAME VALUE]...: the executed notebook and the log go to output_dir, named by the job.
 run_stage() {
     local notebook=$1 folder
     shift
-    folder=$(parameter output_dir "runs/$notebook" "$@")
+    folder=$(in_runs "$(parameter output_dir "runs/$notebook" "$@")")
     log_to "$folder/$notebook-$job.log"
     until_signalled seal-nb run "$notebook" "$@" --output "$folder/$notebook-$job.ipynb"
 }
@@ -50,7 +58,7 @@ log_to() {
     echo "job $job on $(uname -n), run $((${SLURM_RESTART_COUNT:-0} + 1))"
 }
 
-# until_signalled COMMAND...: run it; at USR1 end it and queue this job again, at TERM end it.
+# until_signalled COMMAND...: run it. USR1 ends it and queues this job again, TERM ends it.
 until_signalled() {
     local child watch='' status signalled='' again='' alone=''
     "$@" &
@@ -60,12 +68,12 @@ until_signalled() {
     trap 'signalled=yes; kill -TERM "$child"' TERM
     [ -z "$early" ] || kill -s "$early" $$
     if [ -n "${SEAL_SERVER_JOB:-}" ]; then
-        watch_server "$(dirname "$(parameter endpoint '' "$@")")" &
+        watch_server "$(dirname "$(in_runs "$(parameter endpoint '' "$@")")")" &
         watch=$!
     fi
     wait "$child"
     status=$?
-    while [ -n "$signalled" ]; do # a trap ends `wait` early; asked again, it tells how the command ended
+    while [ -n "$signalled" ]; do # a trap ends `wait` early; the second one gives the exit status of the command
         signalled=''
         wait "$child"
         status=$?
@@ -76,9 +84,9 @@ until_signalled() {
     exit "$status"
 }
 
-# watch_server FOLDER: while the command runs, look after the job of the server that it asks (seal-nb submit names it).
-# One that ended for want of clients is started again, since here is one, also after SLURM has forgotten its job; if it
-# has failed or cannot be started, USR2 goes to this job's shell.
+# watch_server FOLDER: while the command runs, watch the job of its server (`seal-nb submit` sets SEAL_SERVER_JOB). A
+# server that ended because it was idle is started again, also after SLURM has forgotten its job. If it failed or cannot
+# be started, USR2 goes to this job's shell.
 watch_server() {
     local server=$SEAL_SERVER_JOB started refused=0
     trap - USR1 USR2 TERM
@@ -96,7 +104,7 @@ watch_server() {
             fi
             ;;
         *JobState=*) kill -USR2 $$ && return ;;
-        esac # else the controller cannot be asked now
+        esac # anything else: the controller does not answer now
     done
 }
 

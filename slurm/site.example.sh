@@ -1,20 +1,23 @@
-# What is particular to your cluster. Copy to slurm/site.sh (git ignores it) and edit; nothing else here names a site.
-# Jobs read it, and `seal-nb submit` does. Before a plain sbatch: . slurm/site.sh
+# Settings of your cluster. Copy this file to slurm/site.sh (git ignores it) and edit it; no other file names a site.
+# Jobs and `seal-nb submit` read it. Before a plain sbatch: . slurm/site.sh
 
-# Read by sbatch itself, stronger than what a script asks for. More names: man sbatch, INPUT ENVIRONMENT VARIABLES.
+# Read by sbatch itself; they override the options in a script. More names: man sbatch, INPUT ENVIRONMENT VARIABLES.
 # export SBATCH_PARTITION=gpu
 # export SBATCH_ACCOUNT=my-project
 # export SBATCH_QOS=normal
 # export SBATCH_TIMELIMIT=08:00:00
 
-# GPUs on each node of a job that holds a model: 2, or a100:2. With 0 such jobs compute on CPUs.
-# `seal-nb submit` passes it on; a plain sbatch takes the one GPU of the script, or --gpus-per-node=…
+# GPUs of a node: 2, or a100:2. With 0 all jobs compute on CPUs. `seal-nb submit` asks for all of them for TTT servers
+# and trainings, and for one for self-edits. A plain sbatch takes the one GPU of the script, or --gpus-per-node=…
 export SEAL_GPUS=1
 
-# A job that its time limit ended goes on in a new one so many times at most.
+# A job that reaches its time limit is queued again at most so many times.
 export SEAL_MAX_RESTARTS=20
 
-# What a job does before its work: whatever puts `seal-nb` on the PATH. It starts in the project's folder.
+# Where results go instead of runs/ in the project, for example a scratch disk that all nodes see.
+# export SEAL_RUNS=/scratch/me/runs
+
+# Commands that put `seal-nb` on the PATH. A job runs them first, in the project's folder.
 seal_environment() {
     # module load cuda
     # source ~/miniconda3/etc/profile.d/conda.sh && conda activate seal-nb

@@ -50,8 +50,8 @@ def test_run_puts_the_executed_notebook_into_the_run_folder_and_says_so(notebook
 
 
 def test_a_run_ends_with_what_the_notebook_shows_at_its_top(tmp_path: Path) -> None:
-    first = "from seal_nb.views.live import Glance\nglance = Glance('best arm')\nglance"
-    last = "glance.fill({'best arm': 'hand-written 50 %'})"
+    first = "from seal_nb.views.live import Summary\nsummary = Summary('best arm')\nsummary"
+    last = "summary.fill({'best arm': 'hand-written 50 %'})"
     write_notebook(tmp_path / "notebooks", "01_look", 'output_dir: str = "runs/look"', first, last)
     done = seal_nb("run", "01", "--notebooks", tmp_path / "notebooks", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

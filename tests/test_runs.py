@@ -23,6 +23,7 @@ from seal_nb.storage import (
     read_journal,
     read_json,
     record_path,
+    runs_folder,
     write_json,
     write_record,
 )
@@ -37,6 +38,34 @@ JSON_VALUES = st.recursive(
 def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of ours, with the current folder in its notebooks."""
+    monkeypatch.delenv("SEAL_RUNS", raising=False)
+    (tmp_path / "project/notebooks").mkdir(parents=True)
+    (tmp_path / "project/pyproject.toml").write_text('[project]\nname = "seal-nb"\n')
+    monkeypatch.chdir(tmp_path / "project/notebooks")
+    return tmp_path / "project"
+
+
+def test_runs_are_in_one_folder_of_the_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs_folder("runs/03_query_server") == Path("../runs/03_query_server")
+    assert runs_folder() == Path("../runs")
+    for other in ("mine/runs", "../runs/x", "/data/runs"):
+        assert runs_folder(other) == Path(other)
+    monkeypatch.chdir(project)
+    assert runs_folder("runs/x") == Path("runs/x")
+    monkeypatch.chdir(project.parent)  # no project: the package is installed elsewhere
+    assert runs_folder("runs/x") == Path("runs/x")
+
+
+def test_seal_runs_is_where_runs_are(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEAL_RUNS", "/scratch/me")
+    assert runs_folder("runs/x") == Path("/scratch/me/x")
+    monkeypatch.setenv("SEAL_RUNS", str(project / "build/runs"))
+    assert runs_folder("runs/x") == Path("../build/runs/x")
 
 
 def test_json_is_written_as_published_and_read_back(tmp_path: Path) -> None:

@@ -1,229 +1,210 @@
-"""``seal-nb submit``, ``chain-status``, ``restart-server``: a table of stages, on a cluster or this machine.
-
-Prints; the work is in ``seal_nb.chain``.
-"""
+"""Commands on chains of stages: `submit`, `chain-status`, `restart-server`, `demo`. The work is in ``chain``."""
 
 import argparse
 import shlex
 import shutil
 import sys
-import typing
-from collections.abc import Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seal_nb.chain import slurm as slurm_again
-from seal_nb.chain import slurm as slurm_jobs
-from seal_nb.chain.local import run_chain
-from seal_nb.chain.record import read_record, record_of
-from seal_nb.chain.slurm import Cluster, dry_run, jobs_on_their_way, submit_chain
-from seal_nb.chain.stages import CHAINS, DEMO, Chain, ExperimentSettings, is_done
-from seal_nb.chain.status import chain_status as statuses_of
-from seal_nb.chain.status import status_lines
 from seal_nb.errors import RunMismatch, SettingsError
-from seal_nb.notebook_runner import default_notebooks_dir, format_value
-from seal_nb.prompts import find_prompts, self_edit_prompt
-from seal_nb.server.settings import option_type
+from seal_nb.storage import runs_folder
 
-SHIPPED = "shipped:"
-# Of settings whose default is another value than the published one.
-NOT_AS_PUBLISHED = {
-    "grader": "; published: GPT-4.1, judge:gpt-4.1",
-    "padding_in_loss": "; published: true",
-    "shuffle": "; true: the published order of plain SQuAD",
-    "cpt_lr": "; published for passage_only: 1e-4",
-    "engine": "; published: vLLM",
-}
+if TYPE_CHECKING:
+    from seal_nb.chain.slurm import Cluster
+    from seal_nb.chain.stages import Chain, ExperimentSettings
 
 
-def submit(argv: Sequence[str]) -> None:
-    """Raises SealError where something is wrong with settings, site, or what SLURM says."""
-    arguments = _parser().parse_args(argv)
-    run_dir: Path = arguments.run_dir
-    if arguments.executor == "local":
-        settings = _settings(arguments)
-        chain = CHAINS[arguments.chain](settings)
-        if arguments.dry_run:
+def add(commands: Any) -> None:
+    """Add the commands to the parser of ``seal-nb``."""
+    start = commands.add_parser("submit", help="run a chain of stages on a SLURM cluster, or here", add_help=False)
+    start.set_defaults(command=submit)
+    status = commands.add_parser("chain-status", help="show each stage of a chain, and why a stage failed")
+    status.add_argument("run_dir", metavar="RUN", help="the run folder of `seal-nb submit` or `seal-nb demo`")
+    status.set_defaults(command=_chain_status)
+    again = commands.add_parser("restart-server", help="start a chain's server again that ended because it was idle")
+    again.add_argument("folder", metavar="RUN/SERVER", help="the server's folder in the run folder")
+    again.set_defaults(command=_restart_server)
+    demo = commands.add_parser("demo", help="run notebooks 01 to 06 and 08 on the small model and shipped passages")
+    demo.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="folder for results (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+
+
+def submit(arguments: argparse.Namespace) -> None:
+    """``seal-nb submit``; ``arguments.rest`` is its command line."""
+    from seal_nb.chain.slurm import dry_run, submit_chain
+    from seal_nb.chain.stages import CHAINS
+
+    given = _submit_parser().parse_args(arguments.rest)
+    run_dir = runs_folder(given.run_dir)
+    if given.executor == "local":
+        settings = _settings(given)
+        chain = CHAINS[given.chain](settings)
+        if given.dry_run:
             return _show_commands(chain, run_dir)
         _check_inputs(settings, chain, Path.cwd())
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
-    cluster = _cluster(arguments)
-    settings = _settings(arguments, n_workers=cluster.workers_a_node)
-    if arguments.sft_processes is None:
-        processes = cluster.training_processes(settings.sft_accumulation)
-        settings = replace(settings, sft_processes=processes)
-    chain = CHAINS[arguments.chain](settings)
-    if arguments.dry_run:
-        return print(dry_run(chain, run_dir.resolve(), cluster))
+    cluster, run_dir = _cluster(given), run_dir.resolve()
+    settings = _settings(given, n_workers=cluster.workers_a_node)
+    if given.sft_processes is None:
+        settings = replace(settings, sft_processes=cluster.training_processes(settings.sft_accumulation))
+    chain = CHAINS[given.chain](settings)
+    if given.dry_run:
+        return print(dry_run(chain, run_dir, cluster))
     _check_inputs(settings, chain, cluster.project)
-    if submit_chain(chain, run_dir.resolve(), cluster, tell=lambda line: print(line, flush=True)):
-        print(f"what becomes of it: seal-nb chain-status {run_dir}")
+    if submit_chain(chain, run_dir, cluster, tell=lambda line: print(line, flush=True)):
+        print(f"to see its progress: seal-nb chain-status {given.run_dir}")
     else:
-        print(f"nothing to submit: all stages in {run_dir} are done, or their jobs are on their way")
+        print(f"nothing to submit: all stages in {given.run_dir} are done, or their jobs wait or run")
 
 
-def chain_status(run_dir: Path) -> int:
-    """Print the table; 1 if a stage went wrong."""
+def _chain_status(arguments: argparse.Namespace) -> int:
+    from seal_nb.chain.record import read_record
+    from seal_nb.chain.slurm import look_up
+    from seal_nb.chain.status import chain_status, status_lines
+
+    run_dir = runs_folder(arguments.run_dir)
     record = read_record(run_dir)
-    statuses = statuses_of(record, run_dir, look_up=slurm_jobs.look_up)
-    for line in status_lines(record, statuses, run_dir):
-        print(line)
+    statuses = chain_status(record, run_dir, look_up=look_up)
+    print("\n".join(status_lines(record, statuses, run_dir)))
     return int(any(status.is_bad for status in statuses))
 
 
-def restart_server(folder: Path) -> None:
-    """Print the number of its job and nothing else: a job's script reads it."""
-    project = Path.cwd()
-    print(slurm_again.restart_server(folder, project=project, tell=lambda line: print(line, file=sys.stderr)))
+def _restart_server(arguments: argparse.Namespace) -> None:
+    from seal_nb.chain.slurm import restart_server
+
+    folder = runs_folder(arguments.folder)
+    # A job's script reads the number: nothing else may go to standard output.
+    print(restart_server(folder, project=Path.cwd(), tell=lambda line: print(line, file=sys.stderr)))
 
 
-def run_here(chain: Chain, run_dir: Path, *, title: str) -> None:
-    """The chain on this machine, then one page of its plots. Raises: ChainFailed, ChainBusy, RunMismatch."""
+def _demo(arguments: argparse.Namespace) -> None:
+    from seal_nb.chain.stages import DEMO, rest_em_chain
+
+    run_here(rest_em_chain(DEMO), runs_folder(arguments.run_dir), title="Demo: self-edits on a small model")
+
+
+def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
+    """Run the chain on this machine, then write its index page. Raises: ChainFailed, ChainBusy, RunMismatch."""
     from seal_nb.chain.index import write_index
+    from seal_nb.chain.local import run_chain
+    from seal_nb.chain.slurm import jobs_on_their_way
+    from seal_nb.notebook_runner import default_notebooks_dir
 
-    # A SLURM that is there and does not answer is an error: its jobs may be at work in this folder.
+    # Where SLURM exists but does not answer, this raises: its jobs may be at work in this folder.
     if shutil.which("scontrol") and (jobs := jobs_on_their_way(chain, run_dir)):
         numbers = ", ".join(jobs.values())
         raise RunMismatch(f"{run_dir}: SLURM jobs {numbers} work here; wait for them or end them")
     try:
-        run_chain(
-            chain,
-            run_dir,
-            prepare=lambda: record_of(chain, executor="local", jobs={}).write(run_dir),
-            notebooks=default_notebooks_dir(),
-            tell=lambda line: print(line, flush=True),
-            stop_server=_shut_down,
-            at_work=_at_work,
-        )
+        run_chain(chain, run_dir, notebooks=default_notebooks_dir(), tell=lambda line: print(line, flush=True))
     except (KeyboardInterrupt, SystemExit):
-        print("stopped; the same command again continues: nothing finished is lost", file=sys.stderr)
+        print("stopped; the same command continues: nothing finished is lost", file=sys.stderr)
         raise
     index = write_index(run_dir, title=title)
-    print(f"executed notebooks: {run_dir}/*/*.ipynb\nall plots on one page: {index}")
+    print(f"executed notebooks: {run_dir}/*/*.ipynb\nmain figures, and each notebook as a page: {index}")
 
 
-def _show_commands(chain: Chain, run_dir: Path) -> None:
-    """One command a stage, in the order in which they would run here."""
+def _show_commands(chain: "Chain", run_dir: Path) -> None:
+    from seal_nb.chain.record import is_done
+    from seal_nb.notebook_runner import format_value
+
     for stage in chain:
         kept = not stage.background and is_done(chain, stage, run_dir)
         print(f"# {stage.name}: {'finished before, kept' if kept else stage.title}")
-        values = stage.values(run_dir).items()
-        words = [word for name, value in values for word in ("-p", name, format_value(value))]
+        words = [word for name, value in stage.values(run_dir).items() for word in ("-p", name, format_value(value))]
         print(shlex.join(["seal-nb", "run", stage.notebook, *words]))
 
 
-def _shut_down(endpoint_file: Path) -> None:
-    from seal_nb.server.client import TTTClient
+def _submit_parser() -> argparse.ArgumentParser:
+    from seal_nb.chain.stages import CHAINS, ExperimentSettings, declaration
+    from seal_nb.notebook_runner import default_notebooks_dir, format_value
 
-    with TTTClient(str(endpoint_file), wait_s=10) as client:
-        client.shutdown()
-
-
-def _at_work(endpoint_file: Path) -> str:
-    from seal_nb.server.status import at_work, look
-
-    status = look(str(endpoint_file))
-    return at_work(status) if status else ""
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="seal-nb submit", description="Submit a chain of stages, or continue one: what is done is kept."
+        prog="seal-nb submit",
+        description="Submit a chain of stages. The same command continues it: done stages are kept.",
     )
     parser.add_argument("chain", choices=CHAINS, metavar="CHAIN", help=", ".join(CHAINS))
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN")
-    parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="default: slurm")
+    parser.add_argument("--run-dir", required=True, metavar="RUN", help="folder for results, such as runs/qwen")
+    parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="show every script and command, submit nothing")
     parser.add_argument(
-        "--project",
-        type=Path,
-        metavar="FOLDER",
-        default=default_notebooks_dir().parent,
-        help="where jobs start, with slurm/ and its site.sh in it (default: the checkout)",
-    )
-    parser.add_argument("--server-nodes", type=int, default=1, help="nodes of a TTT server (default: 1)")
-    parser.add_argument("--sft-nodes", type=int, default=1, help="nodes of a ReST-EM training (default: 1)")
+        "--project", type=Path, metavar="FOLDER", default=default_notebooks_dir().parent,
+        help="where jobs start; has slurm/site.sh (default: the checkout)",
+    )  # fmt: skip
+    parser.add_argument("--server-nodes", type=int, default=1, help="nodes of a TTT server (default: %(default)s)")
+    parser.add_argument("--sft-nodes", type=int, default=1, help="nodes of a ReST-EM training (default: %(default)s)")
     parser.add_argument(
-        "--idle-timeout-s", type=float, default=1800.0, help="a server ends after so long without a client"
+        "--idle-timeout-s", type=float, default=1800.0,
+        help="a server without clients ends after so many seconds (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="settings of `seal-nb demo`: small model, small counts")
+    group = parser.add_argument_group(
+        "settings of the experiment",
+        "lists are written with commas; numbers in brackets: the notebooks that take the setting",
     )
-    parser.add_argument("--small", action="store_true", help="defaults of `seal-nb demo`: small model and counts")
-    settings = parser.add_argument_group("settings of the experiment")
-    hints = typing.get_type_hints(ExperimentSettings)
     for field in fields(ExperimentSettings):
-        default = "" if field.default is MISSING else f"default: {_text(field.default) or 'empty'}"
-        settings.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=_reader(hints[field.name]),
-            help=default + NOT_AS_PUBLISHED.get(field.name, ""),
-        )
+        about = declaration(field)
+        default = f"; default: {format_value(about.default)}" if about.default != "" else ""
+        text = f"{about.help}{default}".replace("%", "%%")
+        group.add_argument(f"--{field.name.replace('_', '-')}", metavar=about.type_name.upper(), help=text)
     return parser
 
 
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _settings(given: argparse.Namespace, **machine: int) -> "ExperimentSettings":
+    """``machine``: settings that the cluster decides unless the command line does."""
+    from seal_nb.chain.stages import DEMO, ExperimentSettings, declaration
+    from seal_nb.notebook_runner import parse_value
 
-
-def _reader(kind: Any) -> Any:
-    """How a command line's text becomes a field's value; a list is written with commas."""
-    if kind is bool:
-        return option_type(bool)
-    if typing.get_origin(kind) is tuple:
-        item = int if typing.get_args(kind)[0] is int else str
-        return lambda text: tuple(item(part.strip()) for part in text.split(",") if part.strip())
-    return kind if kind in (int, float) else str
-
-
-def _settings(arguments: argparse.Namespace, **machine: int) -> ExperimentSettings:
-    """``machine``: settings that hold where the command line says nothing."""
-    given = {
-        field.name: value
-        for field in fields(ExperimentSettings)
-        if (value := getattr(arguments, field.name)) is not None
-    }
+    values: dict[str, Any] = dict(machine)
+    for field in fields(ExperimentSettings):
+        if (text := getattr(given, field.name)) is not None:
+            value = parse_value(text, replace(declaration(field), name=field.name))
+            values[field.name] = tuple(value) if isinstance(value, list) else value
     for name in ("model", "train_dataset", "val_dataset", "prompt_key"):
-        if name in given and arguments.executor == "slurm":
-            given[name] = _seen_from(arguments.project.resolve(), given[name])
-    if arguments.small:
-        return replace(DEMO, **{**machine, **given})
-    given = {"n_workers": 1, "n_threads": 1, "sft_processes": 1, **machine, **given}
-    if arguments.chain != "rest_em" and "val_dataset" in given:
-        given.setdefault("train_dataset", given["val_dataset"])  # nothing is trained on it
-    required = [field.name for field in fields(ExperimentSettings) if field.default is MISSING]
-    if unsaid := [f"--{name.replace('_', '-')}" for name in required if name not in given]:
-        raise SettingsError(f"{', '.join(unsaid)} not given; give them, or --small for the demo's")
-    return ExperimentSettings(**given)
+        if name in values and given.executor == "slurm":
+            values[name] = _seen_from(given.project.resolve(), values[name])
+    if given.small:
+        return replace(DEMO, **values)
+    if given.chain != "rest_em":
+        values.setdefault("train_dataset", values.get("val_dataset"))  # nothing is trained on it
+    missing = [name for name in ("model", "train_dataset", "val_dataset") if not values.get(name)]
+    if missing:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise SettingsError(f"{options} not given; give them, or --small for those of the demo")
+    return ExperimentSettings(**values)
 
 
 def _seen_from(project: Path, name: str) -> str:
-    """A file or folder as jobs call it, who start in ``project``; anything else (a hub name) as it is."""
+    """A file or folder as jobs that start in ``project`` see it; any other name unchanged."""
     path = Path(name).resolve()
     if not path.exists():
         return name
     return str(path.relative_to(project) if path.is_relative_to(project) else path)
 
 
-def _cluster(arguments: argparse.Namespace) -> Cluster:
-    project = arguments.project.resolve()
+def _cluster(given: argparse.Namespace) -> "Cluster":
+    from seal_nb.chain.slurm import Cluster, read_site
+
+    project = given.project.resolve()
     site_file = project / "slurm/site.sh"
     return Cluster(
-        project=project,
-        site_file=site_file,
-        site=slurm_jobs.read_site(site_file),
-        server_nodes=arguments.server_nodes,
-        sft_nodes=arguments.sft_nodes,
-        idle_timeout_s=arguments.idle_timeout_s,
-    )
+        project=project, site_file=site_file, site=read_site(site_file), server_nodes=given.server_nodes,
+        sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
+    )  # fmt: skip
 
 
-def _check_inputs(settings: ExperimentSettings, chain: Chain, project: Path) -> None:
-    """Now, not after hours in a queue. Raises: SettingsError."""
-    in_file = project / settings.prompt_key
-    prompt_key = str(in_file) if in_file.is_file() else settings.prompt_key
-    find_prompts(prompt_key)
-    if settings.continual_arm == "self_edits" and any(stage.notebook.startswith("06") for stage in chain):
-        self_edit_prompt(prompt_key, title="", context="")  # one prompt for all edits: no family
+def _check_inputs(settings: "ExperimentSettings", chain: "Chain", project: Path) -> None:
+    """Find mistakes before the jobs wait in a queue for hours. Raises: SettingsError."""
+    from seal_nb.prompts import find_prompts, self_edit_prompt
+
+    if settings.prompt_key:
+        in_file = project / settings.prompt_key
+        prompt_key = str(in_file) if in_file.is_file() else settings.prompt_key
+        find_prompts(prompt_key)
+        if settings.continual_arm == "self_edits" and any(stage.notebook.startswith("06") for stage in chain):
+            self_edit_prompt(prompt_key, title="", context="")  # continual edits take one prompt, not a family
     for name in ("train_dataset", "val_dataset"):
         value = getattr(settings, name)
-        if not value.startswith(SHIPPED) and not (project / value).is_file():
+        if not value.startswith("shipped:") and not (project / runs_folder(value)).is_file():
             raise SettingsError(f"{name} is {value!r}, which is no file; give an item file, or shipped:train")

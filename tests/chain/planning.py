@@ -4,9 +4,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from seal_nb.chain.record import read_record
+from seal_nb.chain.record import read_record, stage_record
 from seal_nb.chain.slurm import Cluster, Job, plan, submit_chain
-from seal_nb.chain.stages import DEMO, Chain, continual_chain, mark_done
+from seal_nb.chain.stages import DEMO, Chain, continual_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = replace(DEMO, n_rounds=1, continual_seeds=(42, 43))
@@ -26,7 +26,7 @@ def finish(chain: Chain, run_dir: Path, *names: str) -> None:
         for file in chain[name].produces:
             (run_dir / name / file).parent.mkdir(parents=True, exist_ok=True)
             (run_dir / name / file).touch()
-        mark_done(chain, chain[name], run_dir, seconds=1)
+        stage_record(chain, chain[name]).mark_done(run_dir, seconds=1)
 
 
 def with_a_server(fakes: Path, nodes: int = 1) -> tuple[Path, str]:

@@ -1,4 +1,7 @@
-"""Tiny chains of real notebooks in real processes: order, resumption, servers, and nothing left running."""
+"""Tiny chains in real processes: order, resumption, servers, and nothing left running.
+
+A Python script stands in for a notebook, except where processes of a killed notebook must end.
+"""
 
 import json
 import os
@@ -12,12 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from seal_nb.chain import local
-from seal_nb.chain.local import ChainBusy, ChainFailed, run_chain
-from seal_nb.chain.stages import Chain, Stage, in_run, is_done, mark_done
+from seal_nb.chain import local, record
+from seal_nb.chain.local import ChainFailed, run_chain
+from seal_nb.chain.record import ChainBusy, is_done, stage_record
+from seal_nb.chain.stages import Chain, Stage, in_run
 from seal_nb.errors import SettingsError
+from tests.chain.planning import ROOT
 from tests.tiny_notebooks import write_notebook
 
+run_command = local.run_command
 HEAD = 'output_dir: str = "runs/x"\n'
 WRITE = "from pathlib import Path\nout = Path(output_dir)\nout.mkdir(parents=True, exist_ok=True)\n"
 # What a kernel starts may be in a session of its own and in no hurry to end, as a server that drains.
@@ -28,22 +34,48 @@ if seconds: subprocess.Popen([sys.executable, "-c", code], start_new_session=Tru
 """
 
 
+COUNT = WRITE + "with (out / 'runs.txt').open('a') as f: f.write('once\\n')\nprint('counted to', n)\n1 / n"
+ASK = WRITE + "assert Path(endpoint).exists(), 'server is down'\n(out / 'answer.txt').write_text('asked')"
+SERVE = (
+    WRITE + "import os, time\n(out / 'endpoint.json').write_text(str(os.getpid()))\n"
+    "if short_lived: raise RuntimeError('out of memory')\n"
+    "while not (out / 'stop').exists(): time.sleep(0.05)\n"
+    "(out / 'stop').unlink()\n(out / 'endpoint.json').unlink()\n(out / 'served.txt').write_text('yes')"
+)
+SLEEP = WRITE + STUBBORN + "(out / 'pid').write_text(str(os.getpid()))\ntime.sleep(seconds)"
+NOTEBOOKS = {
+    "count": ("n: int = 1", COUNT),
+    "ask": ('endpoint: str = ""', ASK),
+    "serve": ("short_lived: bool = False", SERVE),
+    "sleep": ("seconds: float = 60.0", SLEEP),
+}
+# Runs NAME.py of a folder as `seal-nb run NAME` runs a notebook: run_command's words follow.
+STAND_IN = """
+import ast, contextlib, sys
+from pathlib import Path
+from seal_nb.processes import end_with_parent
+_, name, _, folder, _, parent, *words = sys.argv[1:]
+end_with_parent(int(parent))
+values = {}
+exec((Path(folder) / f"{name}.py").read_text().partition("#---")[0], values)
+for name_, text in zip(words[1::3], words[2::3]):
+    values[name_] = {"true": True, "false": False}.get(text, text) if not text[0].isdigit() else ast.literal_eval(text)
+exec((Path(folder) / f"{name}.py").read_text().partition("#---")[2], values)
+"""
+
+
+def stand_in_command(stage: Stage, run_dir: Path, notebooks: Path) -> list[str]:
+    return [sys.executable, "-c", STAND_IN, *run_command(stage, run_dir, notebooks)[3:]]
+
+
 @pytest.fixture
-def notebooks(tmp_path: Path) -> Path:
+def notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scripts in place of notebooks."""
+    monkeypatch.setattr(local, "run_command", stand_in_command)
     folder = tmp_path / "notebooks"
-    count = WRITE + "with (out / 'runs.txt').open('a') as f: f.write('once\\n')\nprint('counted to', n)\n1 / n"
-    write_notebook(folder, "count", HEAD + "n: int = 1", count)
-    ask = WRITE + "assert Path(endpoint).exists(), 'server is down'\n(out / 'answer.txt').write_text('asked')"
-    write_notebook(folder, "ask", HEAD + 'endpoint: str = ""', ask)
-    serve = (
-        WRITE + "import os, time\n(out / 'endpoint.json').write_text(str(os.getpid()))\n"
-        "if short_lived: raise RuntimeError('out of memory')\n"
-        "while not (out / 'stop').exists(): time.sleep(0.1)\n"
-        "(out / 'stop').unlink()\n(out / 'endpoint.json').unlink()\n(out / 'served.txt').write_text('yes')"
-    )
-    write_notebook(folder, "serve", HEAD + "short_lived: bool = False", serve)
-    sleep = WRITE + STUBBORN + "(out / 'pid').write_text(str(os.getpid()))\ntime.sleep(seconds)"
-    write_notebook(folder, "sleep", HEAD + "seconds: float = 60.0", sleep)
+    folder.mkdir()
+    for name, (parameters, cell) in NOTEBOOKS.items():
+        (folder / f"{name}.py").write_text(f"{HEAD}{parameters}\n#---\n{cell}\n")
     return folder
 
 
@@ -112,7 +144,7 @@ def test_done_depends_on_parameters_on_what_came_before_and_on_the_results(tmp_p
     chain = chain_of(count("a"), count("b", needs=("a",)))
     (tmp_path / "b").mkdir()
     (tmp_path / "b/runs.txt").touch()
-    mark_done(chain, chain["b"], tmp_path, seconds=1)
+    stage_record(chain, chain["b"]).mark_done(tmp_path, seconds=1)
     assert is_done(chain, chain["b"], tmp_path)
     other_input = chain_of(count("a", n=2), count("b", needs=("a",)))
     assert not is_done(other_input, other_input["b"], tmp_path)
@@ -124,7 +156,7 @@ def test_done_depends_on_parameters_on_what_came_before_and_on_the_results(tmp_p
 
 def test_identity_does_not_depend_on_the_run_folder(tmp_path: Path) -> None:
     chain = chain_of(serve(), ask())
-    mark_done(chain, chain["ask"], tmp_path / "here", seconds=1)
+    stage_record(chain, chain["ask"]).mark_done(tmp_path / "here", seconds=1)
     (tmp_path / "here/ask").mkdir()
     (tmp_path / "here/ask/answer.txt").touch()
     (tmp_path / "here").rename(tmp_path / "there")
@@ -139,9 +171,9 @@ def test_finished_stages_are_kept_and_a_failed_one_is_repeated(tmp_path: Path, n
     assert not (run_dir / "c").exists()
     told = run(chain_of(count("a"), count("b", needs=("a",)), count("c")), run_dir, notebooks)
     assert [times_run(run_dir, name) for name in "abc"] == [1, 2, 1]
-    assert "[1/3] a: finished before, kept" in told
+    assert "[1/3] a (count): finished before, kept" in told
     assert "    counted to 1" in told
-    assert any(line.startswith("[3/3] c: done in ") for line in told)
+    assert any(line.startswith("[3/3] c (count): done in ") for line in told)
 
 
 def test_stage_that_does_not_write_its_result_has_failed(tmp_path: Path, notebooks: Path) -> None:
@@ -156,8 +188,8 @@ def test_server_is_up_for_those_who_need_it_and_ends_in_order_after_the_last(tmp
     assert (run_dir / "server/served.txt").exists()
     begin = [line for line in told if not line.startswith("    ")]
     stopped = begin.index("server: stopped")
-    assert begin[0] == "server: a server"
-    assert [line.split()[1] for line in begin[stopped - 1 : stopped + 2 : 2]] == ["again:", "later:"]
+    assert begin[0] == "server (serve): a server"
+    assert [line.split()[1] for line in begin[stopped - 1 : stopped + 2 : 2]] == ["again", "later"]
     (run_dir / "server/served.txt").unlink()
     run(chain_of(serve(), ask("ask"), ask("again"), count("later")), run_dir, notebooks)
     assert not (run_dir / "server/served.txt").exists(), "a server was started for finished stages"
@@ -168,7 +200,7 @@ def test_a_silent_stage_is_told_of_with_what_its_server_does(
 ) -> None:
     monkeypatch.setattr(local, "QUIET_S", 0.2)
     slow = Stage(
-        name="slow", notebook="sleep", title="", needs=("server",), produces=("pid",), parameters={"seconds": 3.0}
+        name="slow", notebook="sleep", title="", needs=("server",), produces=("pid",), parameters={"seconds": 1.5}
     )
     told: list[str] = []
     run_chain(
@@ -191,6 +223,10 @@ import sys
 from pathlib import Path
 from seal_nb.chain.stages import Chain, Stage
 from seal_nb.chain.local import run_chain
+if sys.argv[4] == "stand-in":
+    from seal_nb.chain import local
+    from tests.chain.test_local import stand_in_command
+    local.run_command = stand_in_command
 server = Stage(name="server", notebook="serve", title="", produces=("endpoint.json",), background=True)
 first = Stage(name="first", notebook="count", title="", produces=("runs.txt",))
 wait = {"seconds": float(sys.argv[3])}
@@ -206,8 +242,9 @@ run_chain(
 
 
 def start_chain(run_dir: Path, notebooks: Path, seconds: float = 60.0) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", CHAIN_PROCESS, str(run_dir), str(notebooks), str(seconds)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kind = "stand-in" if (notebooks / "count.py").exists() else "notebooks"
+    words = [sys.executable, "-c", CHAIN_PROCESS, str(run_dir), str(notebooks), str(seconds), kind]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
@@ -232,21 +269,23 @@ def test_chain_that_is_told_to_end_leaves_no_process(tmp_path: Path, notebooks: 
     wait_for(lambda: all_gone(tree), 20)
 
 
-def test_chain_that_is_killed_leaves_no_process_and_goes_on_when_started_again(tmp_path: Path, notebooks: Path) -> None:
-    run_dir = tmp_path / "run"
+def test_chain_that_is_killed_leaves_no_process_and_goes_on_when_started_again(tmp_path: Path) -> None:
+    run_dir, notebooks = tmp_path / "run", tmp_path / "notebooks"
+    for name, (parameters, cell) in NOTEBOOKS.items():
+        write_notebook(notebooks, name, f"{HEAD}{parameters}", cell)
     tree = end_in_the_middle(run_dir, notebooks, signal.SIGKILL)
     wait_for(lambda: all_gone(tree), 20)
     # The same experiment with a shorter wait: the first stage is kept.
     output, _ = (again := start_chain(run_dir, notebooks, seconds=0.0)).communicate(timeout=240)
     assert again.returncode == 0, output
-    assert "[1/2] first: finished before, kept" in output
+    assert "[1/2] first (count): finished before, kept" in output
     assert times_run(run_dir, "first") == 1
 
 
 def test_second_chain_in_the_same_folder_is_refused_while_the_first_runs(
     tmp_path: Path, notebooks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seal_nb.chain.local.TAKEOVER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(record, "TAKEOVER_TIMEOUT_S", 0.5)
     run_dir = tmp_path / "run"
     chain = start_chain(run_dir, notebooks)
     try:
@@ -261,7 +300,7 @@ def test_second_chain_in_the_same_folder_is_refused_while_the_first_runs(
 
 def test_marker_is_readable_json(tmp_path: Path) -> None:
     chain = chain_of(count("a"))
-    mark_done(chain, chain["a"], tmp_path, seconds=12.34)
+    stage_record(chain, chain["a"]).mark_done(tmp_path, seconds=12.34)
     marker = json.loads((tmp_path / ".done/a.json").read_text())
     assert marker["seconds"] == 12.3
     assert marker["notebook"] == "count"

@@ -106,6 +106,17 @@ def test_only_jobs_whose_script_wants_gpus_get_those_of_the_site() -> None:
     }  # fmt: skip
 
 
+def test_only_a_server_and_a_training_get_several_gpus() -> None:
+    jobs = jobs_of(rest_em_chain(replace(SMALL, sft_accumulation=2, sft_processes=2)))
+    several = {name for name, job in jobs.items() if "--gpus-per-node=a100:2" in job.options}
+    assert several == {"base_server", "round1_server", "round1_train"}
+    on_cpus = plan(rest_em_chain(SMALL), Path("/x"), cluster(site={"SEAL_GPUS": "0"}), on_their_way={})
+    assert [job.name for job in on_cpus if "--gpus-per-node=0" in job.options][:2] == [
+        "base_self_edits",
+        "round1_self_edits_train",
+    ]
+
+
 def test_finished_stages_are_not_submitted_again_and_nobody_waits_for_them(tmp_path: Path) -> None:
     chain = rest_em_chain(SMALL)
     finish(chain, tmp_path, "base_self_edits", "round1_self_edits_train", "base_evaluate", "base_cpt")

@@ -1,5 +1,6 @@
 """`seal-nb submit`: what is refused before the queue; and that scripts, pages and dry run say the same."""
 
+import argparse
 import re
 import shlex
 import shutil
@@ -17,6 +18,11 @@ from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
 from seal_nb.server.worker import WorkerSettings
 from tests.chain.planning import ROOT, SMALL, cluster, with_a_server
 from tests.chain.test_tables import PUBLISHED
+
+
+def run_submit(words: list[str]) -> None:
+    submit(argparse.Namespace(rest=words))
+
 
 DRY_RUN = ROOT / "docs/published_experiment.txt"
 
@@ -45,25 +51,25 @@ def test_dataset_that_is_no_file_is_refused_before_the_queue(fakes: Path) -> Non
     (fakes / "slurm/site.sh").write_text("true\n")
     words = ["evaluation", "--run-dir", "run", "--small", "--val-dataset", "squad.json"]
     with pytest.raises(SettingsError, match="val_dataset is 'squad.json', which is no file"):
-        submit([*words, "--project", str(fakes)])
+        run_submit([*words, "--project", str(fakes)])
 
 
 def test_prompt_that_there_is_not_is_refused_before_the_queue(fakes: Path) -> None:
     with_a_server(fakes)
     words = ["evaluation", "--run-dir", "other", "--small", "--project", str(fakes)]
     with pytest.raises(SettingsError, match="unknown prompt_key 'implicatons'"):
-        submit([*words, "--prompt-key", "implicatons"])
+        run_submit([*words, "--prompt-key", "implicatons"])
     with pytest.raises(SettingsError, match="prompt_key 'spa' is a family of 7 prompts"):
-        submit(["continual", *words[1:], "--prompt-key", "spa"])
+        run_submit(["continual", *words[1:], "--prompt-key", "spa"])
     (fakes / "mine.txt").write_text("{title}\n{context}\nIn short:")
     with pytest.raises(SlurmError, match="'base_cpt' was refused"):
-        submit([*words, "--prompt-key", "mine.txt"])
+        run_submit([*words, "--prompt-key", "mine.txt"])
     assert "-p prompt_key mine.txt" in (fakes / "submitted").read_text()
 
 
 def test_setting_without_a_default_is_asked_for(fakes: Path) -> None:
     with pytest.raises(SettingsError, match="--model, --train-dataset, --val-dataset not given"):
-        submit(["rest_em", "--run-dir", "run", "--executor", "local"])
+        run_submit(["rest_em", "--run-dir", "run", "--executor", "local"])
 
 
 def published() -> str:
@@ -90,7 +96,7 @@ def test_command_that_the_readme_shows_is_the_published_experiment(
     (fakes / "slurm").unlink()
     shutil.copytree(ROOT / "slurm", fakes / "slurm")
     (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2\n")
-    submit([*shlex.split(command), "--dry-run", "--project", str(fakes)])
+    run_submit([*shlex.split(command), "--dry-run", "--project", str(fakes)])
     assert capsys.readouterr().out.rstrip("\n") == published()
 
 
@@ -98,7 +104,7 @@ def test_chain_is_not_run_here_while_its_jobs_are_on_their_way(fakes: Path) -> N
     submit_chain(continual_chain(DEMO), fakes / "run", cluster(project=fakes), tell=print)
     (fakes / "job102").write_text("JobId=102 JobState=PENDING Reason=Resources\n")
     with pytest.raises(RunMismatch, match="SLURM jobs 102 work here"):
-        submit(["continual", "--run-dir", "run", "--small", "--executor", "local"])
+        run_submit(["continual", "--run-dir", "run", "--small", "--executor", "local"])
 
 
 def shown_calls() -> list[tuple[str, list[str]]]:
@@ -140,7 +146,7 @@ def test_workers_of_other_nodes_are_told_all_that_a_result_depends_on() -> None:
 def test_dry_run_here_shows_a_command_a_stage_and_starts_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    submit(["rest_em", "--small", "--executor", "local", "--run-dir", str(tmp_path / "run"), "--dry-run"])
+    run_submit(["rest_em", "--small", "--executor", "local", "--run-dir", str(tmp_path / "run"), "--dry-run"])
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     assert len(shown) == len(list(rest_em_chain(DEMO)))
     assert all(line.startswith("seal-nb run ") for line in shown)

@@ -65,7 +65,7 @@ def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(sa
     folder = project.path(RUN)
     for stage in read_record(folder).stages:
         assert f"job {stage.job} on node" in stage.log(folder).read_text(), stage.name
-        assert failing_cell(stage.executed(folder)) is None
+        assert failing_cell(stage.executed(folder)) == []
     assert project.path(f"{RUN}/continual_seed43").is_dir()
 
 
