@@ -1,17 +1,8 @@
-"""Numbers about answers: accuracies, intervals, differences of two runs, recitation, agreement of graders.
+"""Numbers about answers: accuracies, intervals, paired differences, power, recitation, agreement of graders.
 
-Accuracies are fractions. A verdict is True, False or None; None is an answer nobody could grade, and it is
-left out and counted, never taken for wrong. ``correct_P_Q`` is, for each passage, the verdicts of all its
-answers (questions × repeats × self-edits). The statistics of published run files, which must agree to the
-last bit, are in ``experiments.published_statistics``. Nothing is read from files or graded here.
-
-Numbers with their nouns, as sentences, figures and tables say them.
-
-What it would take to settle a difference: how many passages, or how many repeats of each.
-
-Normal approximation of a paired comparison over passages, two-sided at 5 %, found in 4 of 5 such runs unless
-said otherwise (Cohen 1988). A passage's difference varies because passages differ and because repeats of one
-do; more repeats remove the second part only. Passages are the units, as everywhere here.
+Accuracies are fractions. A verdict is True, False or None; None is an ungraded answer, which is left out and counted,
+never taken for wrong. ``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats ×
+self-edits). The statistics of published run files, which must agree in every bit, are in ``results.statistics``.
 """
 
 import math
@@ -27,7 +18,7 @@ from seal_nb.errors import DataError, SettingsError
 
 
 def counted(number: int, plural: str) -> str:
-    """``counted(1, "passages")`` is "1 passage"; the plural's last letter goes where there is one of it."""
+    """``counted(1, "passages")`` is "1 passage", ``counted(2, "passages")`` is "2 passages"."""
     return f"{number} {plural.removesuffix('s') if number == 1 else plural}"
 
 
@@ -42,7 +33,7 @@ MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond tha
 _CHUNK = 500  # resamples at a time, so that memory stays small
 
 
-def accuracy(correct: Verdicts) -> float | None:
+def accuracy(correct: Scores) -> float | None:
     """Share of graded answers that are correct: 0.0 without questions, None where none was graded."""
     graded = [verdict for verdict in correct if verdict is not None]
     if not correct:
@@ -72,16 +63,17 @@ class Estimate:
 class Difference(Estimate):
     """An Estimate of how much higher the first of two runs over the same passages is.
 
-    ``p_value``: how often a difference as large comes of swapping the runs passage by passage at random.
+    ``p_value``: how often randomly swapping the runs in each passage gives a difference at least as large.
     """
 
     p_value: float
 
     @property
     def is_real(self) -> bool:
-        """Whether interval and sign-flip test both say so: with few passages the bootstrap alone is too bold.
+        """Whether the interval excludes zero and the sign-flip test is significant.
 
-        At 6 passages without any effect its interval leaves out zero in one case of eight.
+        The bootstrap alone is too narrow with few passages: without any effect, its interval excludes zero in one of
+        eight runs of 6 passages.
         """
         return self._leaves_out_zero and self.n >= MIN_PASSAGES and self.p_value < SIGNIFICANCE
 
@@ -113,12 +105,20 @@ def mean_interval(
     n_resamples: int = N_RESAMPLES,
     unit: str = "passages",
 ) -> Estimate:
-    """Mean accuracy with a cluster bootstrap interval: whole passages are drawn again, with their questions.
+    """Mean accuracy with a cluster bootstrap interval: whole passages are resampled, with their questions.
 
-    ``weighting`` "passage" is the published mean (of passage means), "question" counts every answer once.
-    With one passage the interval is the whole range [0, 1]. ``unit`` names what the outer list is over.
+    Args:
+        correct_P_Q: for each passage its verdicts or scores; None is left out.
+        weighting: "passage" is the published mean (of passage means), "question" counts every answer once.
+        seed: of the bootstrap.
+        n_resamples: of the bootstrap.
+        unit: what the outer list is over, for sentences.
 
-    Raises: DataError where nothing was graded.
+    Returns:
+        The mean with its 95 % interval; with one passage the interval is [0, 1].
+
+    Raises:
+        DataError: nothing was graded.
     """
     known = [[score for score in scores if score is not None] for scores in correct_P_Q]
     sums_P, weights_P = _sums_and_weights([scores for scores in known if scores], weighting)
@@ -141,12 +141,13 @@ def paired_difference(
     n_resamples: int = N_RESAMPLES,
     unit: str = "passages",
 ) -> Difference:
-    """First minus second run over the same passages in the same order: paired bootstrap, sign-flip test.
+    """First minus second run over the same passages in the same order: paired bootstrap and sign-flip test.
 
-    Where a passage has as many answers in both, only those graded in both are compared, so that an answer
-    that one run lacks does not tilt the difference. With one passage the interval is [-1, 1].
+    If a passage has the same number of answers in both runs, only answers graded in both are compared. With one passage
+    the interval is [-1, 1]. The other arguments are those of ``mean_interval``.
 
-    Raises: DataError where the runs have other numbers of passages, or nothing was graded in both.
+    Raises:
+        DataError: the numbers of passages differ, or no passage was graded in both.
     """
     if len(correct_P_Q) != len(minus_P_Q):
         raise DataError(
@@ -177,7 +178,7 @@ def paired_difference(
 
 
 def graded_in_both(first: Scores, second: Scores) -> tuple[list[float], list[float]]:
-    """What both have of as many answers; of unlike numbers of answers what each has."""
+    """The scores known in both; if the numbers of answers differ, those known in each."""
     if len(first) == len(second):
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
         return [a for a, _ in pairs], [b for _, b in pairs]
@@ -239,11 +240,11 @@ def recitation_rate(
     *,
     passages: Sequence[int] | None = None,
 ) -> float:
-    """Share of answers that would be right for *another* question of the run.
+    """Share of answers that contain the gold answer of *another* question.
 
-    A model that recites its passage is flattered by every rule that looks for the gold answer in the text;
-    this rate says by how much. ``match(question, gold, answer)`` is that rule. ``passages``: where given,
-    only questions of the same passage are compared. Golds equal to the answer's own gold do not count.
+    A model that recites its passage profits from every rule that looks for the gold answer in the text; this rate
+    says how much. ``match(question, gold, answer)`` is that rule. With ``passages`` (one index per answer) only
+    questions of the same passage are compared. A gold answer equal to the answer's own does not count.
     """
     if not answers:
         return 0.0
@@ -251,12 +252,12 @@ def recitation_rate(
     asked: dict[int, set[tuple[str, str]]] = {}
     for place, question, gold in zip(places, questions, golds, strict=True):
         asked.setdefault(place, set()).add((question, gold))
-    flattered = sum(
+    recited = sum(
         any(match(question, other, answer) for question, other in asked[place] if other.casefold() != gold.casefold())
         for place, gold, answer in zip(places, golds, answers, strict=True)
         if answer.strip()
     )
-    return flattered / len(answers)
+    return recited / len(answers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,38 +304,29 @@ FEWEST_SPREAD = 2  # passages it takes to see a spread
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSummary:
-    """``spread``: standard deviation of the difference over passages, a fraction like ``difference``.
+    """What it would take to settle a difference: a paired comparison over passages, two-sided at 5 % (Cohen 1988).
 
-    ``passages_needed``: for a difference of the size seen, at least ``MIN_PASSAGES`` (with fewer nothing is
-    real), None where it is zero. ``smallest_found``: the smallest true difference that ``n_passages`` find.
-    ``spread_of_repeats``: the part of ``spread`` that is noise between repeats, None where passages have one
-    repeat; ``repeats_needed``: repeats a passage, with the passages at hand, None where even endless repeats
-    would not settle it or nothing is known of them.
+    ``spread``: standard deviation of the difference over passages. ``passages_needed``: for a difference of the size
+    seen, at least ``MIN_PASSAGES``; None if it is zero. ``smallest_found``: the smallest true difference that
+    ``n_passages`` find.
     """
 
     difference: float
     n_passages: int
-    n_repeats: int
     spread: float
     passages_needed: int | None
     smallest_found: float
-    spread_of_repeats: float | None
-    repeats_needed: int | None
     power: float
 
     @property
     def is_normal(self) -> bool:
-        """Whether the numbers mean something for an unsettled difference.
-
-        Passages that do not vary, or enough of them and nothing settled, contradict the approximation.
-        """
+        """Whether the normal approximation holds: passages vary, and there are not already enough of them."""
         enough = self.passages_needed is not None and self.passages_needed <= self.n_passages
         return round(self.spread, 12) > 0 and not enough
 
     def sentence(self) -> str:
-        """Of a difference that is not settled.
-
-        Such as "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points".
+        """For a difference that is not settled, such as
+        "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points".
         """
         if not self.is_normal:
             return (
@@ -347,76 +339,34 @@ class PowerSummary:
         if not self.passages_needed:
             return f"no difference to settle; {found} {power}"
         wanted = f"to settle {100 * self.difference:+.1f} points would take {self.passages_needed} passages"
-        said = f"{wanted} {power}; {found}"
-        if self.spread_of_repeats is None:
-            return said
-        if self.repeats_needed is None:
-            return f"{said}; more repeats of these passages would not do it"
-        return f"{said}; or {self.repeats_needed} repeats of these passages"
+        return f"{wanted} {power}; {found}"
 
 
 def power_of(differences_P: Sequence[float], *, power: float = POWER) -> PowerSummary:
-    """From one difference a passage. Raises: SettingsError for fewer than two passages, or no such power."""
-    return power_with_repeats([[difference] for difference in differences_P], power=power)
-
-
-def power_with_repeats(differences_P_R: Sequence[Sequence[float]], *, power: float = POWER) -> PowerSummary:
-    """From the difference of each repeat of each passage; passages may have other numbers of repeats."""
-    known = [list(repeats) for repeats in differences_P_R if repeats]
-    if len(known) < FEWEST_SPREAD or not 0 < power < 1:
+    """From one difference per passage. Raises: SettingsError for fewer than two passages or an impossible power."""
+    n = len(differences_P)
+    if n < FEWEST_SPREAD or not 0 < power < 1:
         raise SettingsError(
-            f"{len(known)} passages, power {power}: it takes at least {FEWEST_SPREAD} passages and a power "
-            "between 0 and 1"
+            f"{n} passages, power {power}: it takes at least {FEWEST_SPREAD} passages and a power between 0 and 1"
         )
-    means = [statistics.mean(repeats) for repeats in known]
-    difference, spread = statistics.mean(means), statistics.stdev(means)
-    reach = _reach(power)
-    several = [statistics.variance(repeats) for repeats in known if len(repeats) > 1]
-    n_repeats = min(map(len, known))
-    of_repeats = statistics.mean(several) if several else None
+    difference, spread = statistics.mean(differences_P), statistics.stdev(differences_P)
+    # How many standard errors a difference must be for the test to find it this often.
+    reach = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) + NormalDist().inv_cdf(power)
+    needed = math.ceil(round(spread**2 * reach**2 / difference**2, 9)) if difference else None
     return PowerSummary(
         difference=difference,
-        n_passages=len(known),
-        n_repeats=n_repeats,
+        n_passages=n,
         spread=spread,
-        passages_needed=max(MIN_PASSAGES, _at_least(spread**2 * reach**2 / difference**2)) if difference else None,
-        smallest_found=reach * spread / math.sqrt(len(known)),
-        spread_of_repeats=None if of_repeats is None else math.sqrt(of_repeats / n_repeats),
-        repeats_needed=_repeats_needed(spread**2, of_repeats, n_repeats, difference, len(known), reach),
+        passages_needed=None if needed is None else max(MIN_PASSAGES, needed),
+        smallest_found=reach * spread / math.sqrt(n),
         power=power,
     )
-
-
-def _reach(power: float) -> float:
-    """How many standard errors a difference must be for a two-sided test to find it so often."""
-    normal = NormalDist()
-    return normal.inv_cdf(1 - SIGNIFICANCE / 2) + normal.inv_cdf(power)
-
-
-def _repeats_needed(
-    variance: float, of_repeats: float | None, n_repeats: int, difference: float, n: int, reach: float
-) -> int | None:
-    """Repeats r with (variance of passages + of repeats / r) / n small enough for the difference seen."""
-    if of_repeats is None or not difference:
-        return None
-    of_passages = max(0.0, variance - of_repeats / n_repeats)
-    room = n * difference**2 / reach**2 - of_passages
-    return _at_least(of_repeats / room) if room > 0 else None
-
-
-def _at_least(number: float) -> int:
-    return max(1, math.ceil(round(number, 9)))
 
 
 def passage_differences(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores]) -> list[float]:
     """First minus second run for each passage, over what both have graded, as ``paired_difference`` does."""
     both = [graded_in_both(*scores) for scores in zip(correct_P_Q, minus_P_Q, strict=True)]
     return [statistics.fmean(a) - statistics.fmean(b) for a, b in both if a and b]
-
-
-def settled_sentence(difference: Difference, power: PowerSummary) -> str:
-    """The difference in plain words, and what would settle it where it is not settled."""
-    return difference.sentence() if difference.is_real else f"{difference.sentence()}; {power.sentence()}"
 
 
 def written_value(value: Any) -> str:

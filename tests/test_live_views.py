@@ -1,4 +1,4 @@
-"""Displays that change where somebody looks on, and what a notebook shows of an error."""
+"""Displays that change while a notebook runs, and what a notebook shows of an error."""
 
 import io
 import re
@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
+from tqdm.std import tqdm
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.views import tables
-from seal_nb.views.live import NOT_YET, Glance, Teller, right_of
-from seal_nb.views.tables import Table
+from seal_nb.views import live, tables
+from seal_nb.views.live import NOT_YET, Summary, Teller, progress, right_of
+from seal_nb.views.tables import as_html, mime_bundle, show
 
-TABLE = Table(rows=[{"arm": "b", "gain": 0.1}, {"arm": "a", "gain": None}], columns={"arm": "", "gain": "+.0%"})
+FRAME = pd.DataFrame({"arm": ["b", "a"], "gain": [0.1, None]})
 
 
 def executed(*sources: str) -> nbformat.NotebookNode:
@@ -25,51 +27,58 @@ def executed(*sources: str) -> nbformat.NotebookNode:
     return notebook
 
 
-def test_a_table_made_headless_has_no_script() -> None:
-    bundle = TABLE._repr_mimebundle_()
-    assert bundle == {"text/html": TABLE._repr_html_(), "text/plain": repr(TABLE)}
-    assert "<script" not in bundle["text/html"]
+def test_a_table_of_a_headless_run_has_no_script() -> None:
+    assert "<script" not in mime_bundle(FRAME)["text/html"]
 
 
-def test_a_table_that_somebody_looks_at_sorts_and_has_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "somebody_looks_on", lambda: True)
-    bundle = TABLE._repr_mimebundle_()
-    assert TABLE._repr_html_() in bundle["text/html"] and "<script>" in bundle["text/html"]
-    one_row = Table(rows=[{"arm": "b"}], columns={"arm": ""})
-    assert "<script" not in one_row._repr_mimebundle_()["text/html"], "nothing to sort"
+def test_a_table_in_jupyterlab_sorts_and_has_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "has_live_frontend", lambda: True)
+    bundle = mime_bundle(FRAME)
+    assert as_html(FRAME) in bundle["text/html"] and "<script>" in bundle["text/html"]
+    assert "<script" not in mime_bundle(FRAME.head(1))["text/html"], "nothing to sort"
 
 
-def test_headless_progress_is_one_line_each() -> None:
-    stream = io.StringIO()
-    tell = Teller(stream=stream)
-    tell("inner loops: 1 of 2")
-    tell("inner loops: 2 of 2")
-    assert stream.getvalue() == "inner loops: 1 of 2\ninner loops: 2 of 2\n"
+def test_a_frame_is_shown_as_html_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append((data, raw)))
+    show(FRAME, "arms")
+    assert shown == [(mime_bundle(FRAME, "arms"), True)] and shown[0][0]["text/plain"].startswith("arms\narm")
 
 
-def test_live_progress_is_one_display_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[tuple[str, str]] = []
-
-    class Handle:
-        def update(self, page: Any) -> None:
-            shown.append(("updated", page.data))
-
-    def display(page: Any, display_id: bool) -> Handle:
-        shown.append(("displayed", page.data))
-        return Handle()
-
-    monkeypatch.setattr("IPython.display.display", display)
-    tell = Teller(live=True)
-    tell("inner loops: 1 of 2")
-    tell("<done>")
-    assert [how for how, _ in shown] == ["displayed", "updated"]
-    assert 'value="1" max="2"' in shown[0][1] and re.search(r"&lt;done&gt;, \d+ s<", shown[1][1])
+def test_progress_of_a_headless_run_is_a_line_at_the_start_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(3, "inner loops") as bar:
+        for _ in range(3):
+            bar.update()
+    tell = Teller()
+    tell("passages: 1 of 2")
+    said = capsys.readouterr()
+    assert said.out == "inner loops: 0 of 3\ninner loops: 3 of 3\npassages: 1 of 2\n" and said.err == ""
 
 
-def test_a_glance_at_the_top_is_filled_in_by_a_later_cell_headless_too() -> None:
+def test_progress_in_jupyterlab_is_one_bar_per_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm] = []
+
+    def bar(**settings: Any) -> tqdm:
+        bars.append(tqdm(**settings, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(live, "has_live_frontend", lambda: True)
+    monkeypatch.setattr(live, "tqdm", bar)
+    progress(4, "requests").update(2)
+    tell = Teller()
+    for text in ("inner loops: 1 of 2", "inner loops: 2 of 2", "passages: 1 of 3"):
+        tell(text)
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
+        ("requests", 2, 4),
+        ("inner loops", 2, 2),
+        ("passages", 1, 3),
+    ]
+
+
+def test_a_summary_at_the_top_is_filled_in_by_a_later_cell_headless_too() -> None:
     notebook = executed(
-        "from seal_nb.views.live import Glance\nglance = Glance('gain', 'n')\nglance",
-        "glance.fill({'gain': '+12 %', 'new': 'yes'})",
+        "from seal_nb.views.live import Summary\nsummary = Summary('gain', 'n')\nsummary",
+        "summary.fill({'gain': '+12 %', 'new': 'yes'})",
     )
     (output,) = notebook.cells[0].outputs
     assert re.split(r"\s{2,}|\n", output["data"]["text/plain"]) == [
@@ -78,10 +87,10 @@ def test_a_glance_at_the_top_is_filled_in_by_a_later_cell_headless_too() -> None
     assert notebook.cells[1].outputs == []
 
 
-def test_a_glance_that_was_never_shown_can_be_filled() -> None:
-    glance = Glance("gain")
-    glance.fill({"gain": "1"})
-    assert glance.values == {"gain": "1"}
+def test_a_summary_that_was_never_shown_can_be_filled() -> None:
+    summary = Summary("gain")
+    summary.fill({"gain": "1"})
+    assert summary.values == {"gain": "1"}
 
 
 def test_ungraded_answers_are_neither_right_nor_counted() -> None:

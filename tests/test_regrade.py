@@ -19,10 +19,10 @@ from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Verdict
 from seal_nb.grading.choose import grader_of
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTRequest, build_reply
+from seal_nb.results.collect import read_run, run_of
 from seal_nb.results.continual import summarize_sequences
 from seal_nb.results.regrade import is_run_file, regrade, regrade_file
 from seal_nb.results.single_passage import run_from_json
-from seal_nb.results.summary import summarize
 
 PASSAGES = [
     Passage(title=title, context="c", questions=tuple(Question(question=f"{title}{n}?", answer="x") for n in range(k)))
@@ -40,6 +40,14 @@ class Says:
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
         self.asked += answered
         return [IN_WORDS[self.say(one)] for one in answered]
+
+
+class Again:
+    """A value graded again: the new value, and what the grading reports."""
+
+    def __init__(self, value: dict[str, Any], grader: Says, *, passages: Any = (), only_ungraded: bool = False) -> None:
+        self.done = regrade(run_of(value, passages=passages), grader, only_ungraded=only_ungraded)
+        self.run, self.verdicts, self.kinds = self.done.run.value, self.done.verdicts, self.done.kinds
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +83,7 @@ def test_published_verdicts_given_again_make_the_published_file_to_the_last_bit(
         for kind in ("baseline", "adapter")
     ]
     in_order = iter(verdicts)
-    done = regrade(ranking, Says(lambda _: next(in_order)))
+    done = Again(ranking, Says(lambda _: next(in_order)))
     assert len(verdicts) == len(done.verdicts) == 6750
     assert without_ours(done.run) == ranking
     assert (done.run["grader"], done.run["n_ungraded"]) == ("stub", 0)
@@ -85,7 +93,7 @@ def test_published_cpt_verdicts_given_again_make_the_published_numbers(cpt: dict
     reply = cpt["server_reply"]
     pairs = zip(reply["baseline_correct"], reply["adapter_correct"], strict=True)
     in_order = iter([verdict for pair in pairs for verdict in pair])
-    done = regrade(cpt, Says(lambda _: next(in_order)), passages=load_passages(golden / "eval/base_val.json.gz"))
+    done = Again(cpt, Says(lambda _: next(in_order)), passages=load_passages(golden / "eval/base_val.json.gz"))
     assert done.run["overall"] == cpt["overall"]
     again = without_ours(done.run)
     assert again["server_reply"] == reply
@@ -94,19 +102,19 @@ def test_published_cpt_verdicts_given_again_make_the_published_numbers(cpt: dict
 
 
 def test_a_run_graded_again_is_a_run_for_every_other_stage(ranking: dict[str, Any], tmp_path: Path) -> None:
-    done = regrade(ranking, Says(lambda one: "the" in one.answer))
+    done = Again(ranking, Says(lambda one: "the" in one.answer))
     path = tmp_path / "run_again.json"
     path.write_text(json.dumps(done.run))
-    said = summarize(path)
+    said = read_run(path).summary()
     assert said["disagreements"] == [] and said["overall"] == done.run["overall"]
     assert said["overall"] != ranking["overall"]
     assert len(select_best(run_from_json(done.run), k_best=1)) > 0
 
 
 def test_earlier_verdicts_stay_beside_by_the_name_of_their_grader(ranking: dict[str, Any]) -> None:
-    first = regrade(ranking, Says(lambda _: True, name="one")).run
-    second = regrade(first, Says(lambda _: None, name="two")).run
-    third = regrade(second, Says(lambda _: False, name="two")).run
+    first = Again(ranking, Says(lambda _: True, name="one")).run
+    second = Again(first, Says(lambda _: None, name="two")).run
+    third = Again(second, Says(lambda _: False, name="two")).run
     published = ranking["articles"][0]["completions"][0]["questions"][0]
     row = third["articles"][0]["completions"][0]["questions"][0]
     names = ("baseline_correct", "adapter_correct")
@@ -123,27 +131,27 @@ def test_ungraded_answers_are_counted_and_enter_no_mean(ranking: dict[str, Any])
     def say(one: Answered) -> bool | None:
         return len(one.answer) % 2 == 0 if one.title == title else None
 
-    done, expected = regrade(ranking, Says(say)), regrade(alone, Says(say))
+    done, expected = Again(ranking, Says(say)), Again(alone, Says(say))
     assert done.run["overall"]["adapter_mean_accuracy"] == expected.run["overall"]["adapter_mean_accuracy"]
     assert done.run["overall"]["mean_gain"] == expected.run["overall"]["mean_gain"]
     n_rows = sum(len(c["questions"]) for a in ranking["articles"] for c in a["completions"])
     n_graded = sum(len(c["questions"]) for a in alone["articles"] for c in a["completions"])
     assert done.run["n_ungraded"] == n_rows - n_graded > 0
     assert done.run["articles"][-1]["stats"]["mean_gain"] is None
-    assert "UNGRADED" in done.lines()[0] and "--only-ungraded" in done.lines()[1]
+    assert "UNGRADED" in done.done.lines()[0] and "--only-ungraded" in done.done.lines()[1]
 
 
 def test_with_nothing_graded_there_is_no_number_and_no_zero(ranking: dict[str, Any]) -> None:
-    done = regrade(ranking, Says(lambda _: None))
+    done = Again(ranking, Says(lambda _: None))
     assert set(done.run["overall"].values()) == {None}
     assert {c["stats"]["gain_mean"] for a in done.run["articles"] for c in a["completions"]} == {None}
 
 
 def test_only_ungraded_asks_for_those_alone_and_leaves_the_others(ranking: dict[str, Any]) -> None:
-    outage = regrade(ranking, Says(lambda one: True if "a" in one.answer else None, name="judge"))
+    outage = Again(ranking, Says(lambda one: True if "a" in one.answer else None, name="judge"))
     n_missing = sum(verdict is None for verdict in outage.verdicts)
     later = Says(lambda _: False, name="judge")
-    done = regrade(outage.run, later, only_ungraded=True)
+    done = Again(outage.run, later, only_ungraded=True)
     assert len(later.asked) == n_missing > 0
     assert not any("a" in one.answer for one in later.asked)
     assert list(done.verdicts) == [verdict is True for verdict in outage.verdicts]
@@ -167,8 +175,8 @@ def test_whose_verdicts_a_file_has(run: dict[str, Any], grader: str) -> None:
 
 
 def test_two_graders_in_one_file_are_both_named(ranking: dict[str, Any]) -> None:
-    outage = regrade(ranking, Says(lambda one: True if "a" in one.answer else None, name="judge"))
-    done = regrade(outage.run, Says(lambda _: False, name="local"), only_ungraded=True)
+    outage = Again(ranking, Says(lambda one: True if "a" in one.answer else None, name="judge"))
+    done = Again(outage.run, Says(lambda _: False, name="local"), only_ungraded=True)
     assert done.run["grader"] == "judge, what it left: local"
 
 
@@ -187,7 +195,7 @@ def test_own_cpt_run_graded_again_is_what_it_would_have_been(tmp_path: Path) -> 
     first, second = [True, False, True, True, False, False], [False, True, None, True, True, False]
     pairs = zip(second, second[::-1], strict=True)
     in_order = iter([verdict for pair in pairs for verdict in pair])
-    done = regrade(own_cpt_run(first), Says(lambda _: next(in_order)), passages=PASSAGES)
+    done = Again(own_cpt_run(first), Says(lambda _: next(in_order)), passages=PASSAGES)
     again, expected = done.run, own_cpt_run(second)
     kept = again["server_reply"].pop("earlier")
     assert again.pop("grader") == "stub"
@@ -197,7 +205,7 @@ def test_own_cpt_run_graded_again_is_what_it_would_have_been(tmp_path: Path) -> 
 
 def test_cpt_run_with_other_passages_is_refused_with_the_remedy() -> None:
     with pytest.raises(DataError, match=r"has 6 entries, and the passages 5 questions; .*--dataset"):
-        regrade(own_cpt_run([True] * 6), Says(lambda _: True), passages=PASSAGES[:2])
+        Again(own_cpt_run([True] * 6), Says(lambda _: True), passages=PASSAGES[:2])
 
 
 def own_summary(step_verdicts: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
@@ -219,7 +227,7 @@ def test_continual_summary_graded_again_is_what_it_would_have_been() -> None:
     first = [[True, False, True, True, False], [True, False], [False, False, True, True, True]]
     second = [[False, False, True, None, False], [False, True], [True, True, False, False, None]]
     in_order = iter([verdict for step in second for verdict in step])
-    done = regrade(own_summary(first), Says(lambda _: next(in_order)))
+    done = Again(own_summary(first), Says(lambda _: next(in_order)))
     steps = done.run["sequences"][0]["steps"]
     assert [step.pop("earlier") for step in steps] == [{"earlier": {"correct": verdicts}} for verdicts in first]
     assert done.run.pop("grader") == "stub"
@@ -230,11 +238,11 @@ def test_continual_summary_graded_again_is_what_it_would_have_been() -> None:
 def test_an_older_summary_finds_its_questions_by_title_where_titles_do_not_repeat() -> None:
     summary = own_summary([[True] * 5, [True] * 2, [True] * 5])
     del summary["sequences"][0]["questions"]
-    done = regrade(summary, asked := Says(lambda _: False), passages=PASSAGES[:2])
+    done = Again(summary, asked := Says(lambda _: False), passages=PASSAGES[:2])
     assert {one.question for one in asked.asked} == {q.question for p in PASSAGES[:2] for q in p.questions}
     assert done.run["matrices"] == [[[0.0, 0.0], [0.0, None], [0.0, 0.0]]]
-    with pytest.raises(DataError, match="'A', which 2 passages"):
-        regrade(summary, Says(lambda _: False), passages=PASSAGES)
+    with pytest.raises(DataError, match="'A', which is the title of 2 passages"):
+        Again(summary, Says(lambda _: False), passages=PASSAGES)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +256,7 @@ def test_an_older_summary_finds_its_questions_by_title_where_titles_do_not_repea
 )
 def test_what_holds_no_answers_is_refused(value: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        regrade(value, Says(lambda _: True))
+        Again(value, Says(lambda _: True))
 
 
 def test_files_are_told_apart_and_written_whole(ranking: dict[str, Any], tmp_path: Path) -> None:
@@ -262,7 +270,7 @@ def test_files_are_told_apart_and_written_whole(ranking: dict[str, Any], tmp_pat
         regrade_file(run, out, Says(lambda _: bool(1 // 0)))
     assert out.read_text() == "before"
     done = regrade_file(run, out, Says(lambda _: True))
-    assert json.loads(out.read_text()) == json.loads(json.dumps(done.run))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(done.run.value))
 
 
 def test_what_an_outage_of_the_judge_left_is_graded_by_a_second_command_and_nothing_is_paid_twice(
@@ -284,7 +292,7 @@ def test_what_an_outage_of_the_judge_left_is_graded_by_a_second_command_and_noth
     assert {service.times[prompt] for prompt in paid} == {1}
     # An answer that failed was asked about again, once: refused once and answered once.
     assert {service.times[prompt] for prompt in service.times if prompt not in paid} == {2}
-    assert summarize(out)["disagreements"] == []
+    assert read_run(out).summary()["disagreements"] == []
     for row, earlier in zip(answered_rows(done), rows, strict=True):
         assert row["earlier"]["earlier"]["adapter_correct"] == earlier["adapter_correct"]
         assert None not in (row["baseline_correct"], row["adapter_correct"])

@@ -1,28 +1,17 @@
 """A folder of results, ours and published: what is found, which arm it is, and which differences are real."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from seal_nb.errors import DataError
 from seal_nb.prompts import self_edit_prompt
-from seal_nb.results.collect import ContinualResult, collect_results, results_in
-from seal_nb.results.compare import (
-    comparison_rows,
-    evaluations,
-    glance_rows,
-    left_out,
-    passage_accuracies,
-    prompt_keys,
-    round_estimates,
-    rounds,
-    seen_estimates,
-    seen_rows,
-)
-from seal_nb.results.single_passage import run_from_json
-from seal_nb.results.tables import answer_rows
+from seal_nb.results.collect import Collection, collect, read_run, runs_in
+from seal_nb.results.continual import ContinualRun, summarize_sequences
+from seal_nb.results.cpt import CptRun
+from seal_nb.results.single_passage import SinglePassageRun, run_from_json
+from seal_nb.storage import write_json
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
 
@@ -67,14 +56,14 @@ def write(folder: Path, name: str, value: object) -> None:
     ],
 )
 def test_arm_and_round_follow_from_the_file(file: str, settings: dict, arm: str, number: int | None) -> None:
-    (result,) = results_in(run_file(("0", "1"), **settings), file)
+    (result,) = runs_in(run_file(("0", "1"), **settings), file=file)
     assert (result.arm, result.rest_em_round) == (arm, number)
 
 
 def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("00", "01")))
     write(tmp_path, "run_round1_rank.json", run_file(("00", "11"), k_completions=2))
-    assert list(evaluations(collect_results(tmp_path))) == ["self-edits, base model"]
+    assert list(collect(tmp_path).arms()) == ["self-edits, base model"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +78,7 @@ def test_rewards_are_no_evaluation(tmp_path: Path) -> None:
     ],
 )
 def test_several_self_edits_of_a_passage_are_still_an_evaluation(file: str, settings: dict, is_ranking: bool) -> None:
-    (result,) = results_in(run_file(("0", "1"), **settings), file)
+    (result,) = runs_in(run_file(("0", "1"), **settings), file=file)
     assert result.is_ranking == is_ranking
 
 
@@ -108,7 +97,7 @@ def test_self_edits_by_an_unknown_prompt_are_not_those_of_the_published_one(
 ) -> None:
     value = run_file(("0", "1"), **settings)
     value["articles"][0]["prompt"] = prompt  # type: ignore[index]
-    (result,) = results_in(value, "run_mine.json")
+    (result,) = runs_in(value, file="run_mine.json")
     assert result.prompt_key == key
 
 
@@ -118,136 +107,147 @@ def test_every_file_is_shown_or_left_out_with_its_reason(tmp_path: Path) -> None
     write(tmp_path, "run_round1_rank.json", run_file(("0", "1")))
     write(tmp_path, "run_round1.json", run_file(("0", "1"), prompt_key="rewrite"))
     write(tmp_path, "run_round2.json", run_file(("?", "?")))
-    found = collect_results(tmp_path)
-    assert [r.file for r in evaluations(found, prompt_key="implications").values()] == ["b/run_base.json"]
-    assert dict(left_out(found, prompt_key="implications")) == {
-        "a/run_base.json": "another file stands for this arm",
+    found = collect(tmp_path)
+    assert [run.file for run in found.arms("implications").values()] == ["b/run_base.json"]
+    assert dict(found.left_out("implications").to_numpy().tolist()) == {
+        "a/run_base.json": "another file is shown for this arm",
         "run_round1_rank.json": "rewards of a ReST-EM round",
         "run_round1.json": "prompt rewrite",
         "run_round2.json": "no answer graded",
     }
 
 
-def test_each_of_several_runs_in_one_file_is_left_out_by_name(golden: Path) -> None:
-    found = collect_results(golden)
-    shown, missing = evaluations(found, prompt_key="implications"), left_out(found, prompt_key="implications")
-    assert len(shown) + len(missing) == len(found.single) == len(set(missing)) + len(shown)
-    assert ("results/rank_iter0.json.gz", "rewards of a ReST-EM round") in missing
+@pytest.fixture(scope="module")
+def published(golden: Path) -> Collection:
+    return collect(golden)
+
+
+def test_each_of_several_runs_in_one_file_is_left_out_by_name(published: Collection) -> None:
+    shown, missing = published.arms("implications"), published.left_out("implications")
+    assert len(shown) + len(missing) == len(published.single_passage) == missing["file"].nunique() + len(shown)
+    assert ["results/rank_iter0.json.gz", "rewards of a ReST-EM round"] in missing.to_numpy().tolist()
 
 
 def test_ungraded_answers_are_left_out_of_an_estimate(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("0?", "1?"), ("00", "0?")))
-    (result,) = collect_results(tmp_path).single
-    assert result.adapter().mean == 0.5
+    (run,) = collect(tmp_path).single_passage
+    (row,) = run.accuracy().to_dict("records")
+    assert (row["n"], row["accuracy"], row["ungraded"], row["gain"]) == (2, 0.5, 2, 0.5)
 
 
-def test_files_that_are_no_results_are_passed_over_and_broken_ones_named(tmp_path: Path) -> None:
+def test_other_files_are_ignored_and_broken_results_are_listed(tmp_path: Path) -> None:
     write(tmp_path, "items.json", [{"title": "a"}])
     write(tmp_path, "run_base.record.json", {"stage": "03"})
     write(tmp_path, "server/run_x.json", run_file(("0", "1")))
     write(tmp_path, "run_bad.json", {"articles": [{"completions": 3}]})
     (tmp_path / "run_torn.json").write_text('{"articles": [')
-    found = collect_results(tmp_path)
-    assert not (found.single or found.cpt or found.continual)
+    found = collect(tmp_path)
+    assert found.runs == ()
     assert [file for file, _ in found.unread] == ["run_bad.json", "run_torn.json"]
     assert all(reason for _, reason in found.unread)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        collect_results(tmp_path / "nowhere")
+        collect(tmp_path / "nowhere")
+
+
+def test_a_file_is_read_as_its_form_and_written_as_it_was(tmp_path: Path, golden: Path) -> None:
+    summary = summarize_sequences([[[0.0], [1.0]]], dataset="d", base_model="m")
+    write(tmp_path, "summary_x.json", summary)
+    write(tmp_path, "run_x.json", run_file(("0", "1"), unknown={"kept": 1}))
+    forms = {"summary_x.json": ContinualRun, "run_x.json": SinglePassageRun}
+    for name, form in forms.items():
+        run = read_run(tmp_path / name)
+        assert type(run) is form
+        assert json.loads(run.write(tmp_path / "again.json").read_text()) == json.loads((tmp_path / name).read_text())
+    assert type(read_run(golden / "results/cpt_base.json")) is CptRun
+    with pytest.raises(DataError, match="is neither a single-passage run"):
+        read_run(write_json(tmp_path / "items.json", [{"title": "T"}]))
 
 
 def test_a_round_that_was_not_run_is_a_gap(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("0", "0")))
     write(tmp_path, "run_round2.json", run_file(("0", "1")))
-    results = rounds(collect_results(tmp_path), "implications")
-    assert [e and e.mean for e in round_estimates(results)] == [0.0, None, 1.0]
-    assert passage_accuracies(results) == []
+    results = collect(tmp_path).rounds("implications")
+    assert [run and run.estimate().mean for run in results] == [0.0, None, 1.0]
+    assert collect(tmp_path).passage_accuracies("implications") == []
 
 
 def test_passages_are_followed_over_rounds(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("00", "00"), ("00", "10")))
     write(tmp_path, "run_round1.json", run_file(("00", "11"), ("00", "10")))
-    assert passage_accuracies(rounds(collect_results(tmp_path), "implications")) == [[0.0, 1.0], [0.5, 0.5]]
+    assert collect(tmp_path).passage_accuracies("implications") == [[0.0, 1.0], [0.5, 0.5]]
 
 
 def test_arms_over_other_passages_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("0", "0"), ("0", "1")))
     write(tmp_path, "run_round1.json", run_file(("0", "1")))
-    assert comparison_rows(evaluations(collect_results(tmp_path))) == []
+    assert len(collect(tmp_path).differences()) == 0
 
 
-def test_published_comparisons_come_out_as_they_are(golden: Path) -> None:
-    found = collect_results(golden)
-    rows = comparison_rows(evaluations(found, prompt_key="implications"))
-    said = {(row["arm"], row["against"]): row["difference"] for row in rows}
-    assert said["self-edits, round 2", "self-edits, base model"].startswith("+7.3 points [2.")
-    assert said["self-edits, round 2", "self-edits, base model"].endswith("200 passages: real")
-    assert "not distinguishable" in said["texts of GPT-4.1", "self-edits, round 2"]
-    assert said["texts of GPT-4.1", "self-edits, round 2"].startswith("-0.7 points [-4.")
+def test_published_comparisons_come_out_as_they_are(published: Collection) -> None:
+    found = published.differences("implications").set_index(["arm", "against"])
+    settled = found.loc["self-edits, round 2", "self-edits, base model"]
+    assert settled.sentence.startswith("+7.3 points [2.") and settled.sentence.endswith("200 passages: real")
+    noise = found.loc["texts of GPT-4.1", "self-edits, round 2"]
+    assert noise.sentence.startswith("-0.7 points [-4.") and "not distinguishable" in noise.sentence
+    assert settled.is_real and not noise.is_real and "would take" in noise.to_settle
 
 
-def test_published_rounds_of_every_prompt_are_found(golden: Path) -> None:
-    found = collect_results(golden)
-    means = {key: round_estimates(rounds(found, key)) for key in prompt_keys(found)}
+def test_published_rounds_of_every_prompt_are_found(published: Collection) -> None:
+    means = {key: [run.estimate().mean for run in published.rounds(key)] for key in published.prompt_keys()}
     assert next(iter(means)) == "implications" and len(means) == 5
-    assert [round(e.mean, 3) for e in means["implications"]] == [0.397, 0.427, 0.47]
-    assert all(len(estimates) == 3 for estimates in means.values())
+    assert [round(mean, 3) for mean in means["implications"]] == [0.397, 0.427, 0.47]
+    assert all(len(rounds) == 3 for rounds in means.values())
 
 
-def test_published_continual_ends_below_never_editing(golden: Path) -> None:
-    (result,) = collect_results(golden).continual
-    last = seen_rows(result)[-1]
-    assert round(last["passages so far"], 3) == 0.247 and round(last["never edited"], 3) == 0.307
-    assert [e.low for e in seen_estimates(result)] == [e.mean for e in seen_estimates(result)]
+def test_published_continual_ends_below_never_editing(published: Collection) -> None:
+    (run,) = published.continual
+    last = run.curve().iloc[-1]
+    assert round(last.accuracy, 3) == 0.247 and round(last.never_edited, 3) == 0.307
+    assert run.curve()["low"].isna().all(), "no intervals without the matrices"
 
 
-def test_published_cpt_keeps_all_questions(golden: Path) -> None:
-    by_file = {result.file: result for result in collect_results(golden).cpt}
-    result = by_file["results/cpt_base.json"]
-    assert (result.n_passages, result.n_questions) == (200, 974)
-    assert round(result.adapter_accuracy, 4) == 0.4097
+def test_published_cpt_keeps_all_questions(published: Collection) -> None:
+    by_file = {run.file: run for run in published.cpt}
+    (row,) = by_file["results/cpt_base.json"].accuracy().to_dict("records")
+    assert (row["n"], row["questions"]) == (200, 974)
+    assert round(row["accuracy"], 4) == 0.4097
 
 
 def test_our_continual_summary_has_intervals(tmp_path: Path) -> None:
-    from seal_nb.results.continual import summarize_sequences
-
     matrices = [[[0.0], [1.0]], [[0.5], [0.5]]]
     write(tmp_path, "summary_continual.json", summarize_sequences(matrices, dataset="d", base_model="m"))
-    (result,) = collect_results(tmp_path).continual
-    (estimate,) = seen_estimates(result)
-    assert (estimate.mean, estimate.low, estimate.high, estimate.n) == (0.75, 0.5, 1.0, 2)
+    (run,) = collect(tmp_path).continual
+    (row,) = run.curve().to_dict("records")
+    assert (row["accuracy"], row["low"], row["high"], row["n"]) == (0.75, 0.5, 1.0, 2)
+    (row,) = run.accuracy().to_dict("records")
+    assert (row["accuracy"], row["baseline"], row["gain"], row["n"]) == (0.75, 0.25, 0.5, 2)
 
 
-def test_a_step_of_which_nothing_was_graded_is_not_known_and_not_zero() -> None:
+def test_a_step_without_a_verdict_is_missing_and_not_zero() -> None:
     value = {"mean_over_sequences": [[0.5], [None]], "std_over_sequences": [], "n_sequences": 3}
-    (result,) = results_in(value, "summary_x.json")
-    assert isinstance(result, ContinualResult)
-    (estimate,) = seen_estimates(result)
-    assert math.isnan(estimate.mean) and math.isnan(estimate.low)
+    (run,) = runs_in(value, file="summary_x.json")
+    assert isinstance(run, ContinualRun)
+    assert run.curve().accuracy.isna().all()
 
 
-def test_an_answer_nobody_could_grade_is_no_flip() -> None:
-    """UNGRADED to right is nothing that the adapter put right: it stands behind the flips."""
-    rows = answer_rows(run_from_json(run_file(("?01", "110"))), limit=9)
-    assert [row["verdicts"] for row in rows] == ["wrong → right", "right → wrong", "ungraded → right"]
+def test_answers_that_changed_come_first_and_ungraded_is_no_change() -> None:
+    answers = run_from_json(run_file(("?01", "110"))).answers(changed_first=True)
+    assert list(answers.verdicts) == ["wrong → right", "right → wrong", "ungraded → right"]
+    assert answers.passage[0] == "passage 0" and answers.adapter_answer[0] == "a"
 
 
-def test_a_glance_at_the_published_results_has_the_published_numbers(golden: Path, tmp_path: Path) -> None:
-    sources = {"ours": collect_results(tmp_path), "published": collect_results(golden)}
-    rows = {row["at a glance"]: row for row in glance_rows(sources, prompt_key="implications")}
-    assert {row["ours"] for row in rows.values()} == {None}, "an empty folder has no numbers"
-    said = {what: row["published"] for what, row in rows.items()}
+def test_the_summary_of_the_published_results_has_the_published_numbers(published: Collection, tmp_path: Path) -> None:
+    assert set(collect(tmp_path).summary().values()) == {None}, "an empty folder has no numbers"
+    said = published.summary("implications")
     assert said["ReST-EM rounds"] == "39.7% (n = 200) → 47.0% (n = 200)"
     assert said["after the last continual edit"] == "24.7%, never edited 30.7%"
-    assert said["best arm"].startswith("self-edits, round 2 47.0%") and "not adapted 32.3%" in said["best arm"]
-    pairs = comparison_rows(evaluations(sources["published"], prompt_key="implications"))
-    real = sum(row["difference"].endswith(": real") for row in pairs)
-    assert said["differences between arms"] == f"{real} of {len(pairs)} are real"
+    assert said["best arm"] == "self-edits, round 2 47.0% (n = 200), baseline 32.3% (n = 200)"
+    assert said["differences between arms"] == "5 of 6 are real"
 
 
-def test_a_glance_without_a_graded_answer_has_no_arm(tmp_path: Path) -> None:
+def test_a_summary_without_a_graded_answer_has_no_arm(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("?", "?")))
-    (first, *_) = glance_rows({"ours": collect_results(tmp_path)})
-    assert first == {"at a glance": "best arm", "ours": None}
+    assert collect(tmp_path).summary()["best arm"] is None

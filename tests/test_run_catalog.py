@@ -8,7 +8,8 @@ import pytest
 
 from seal_nb.cli import main
 from seal_nb.errors import DataError
-from seal_nb.results.compare import catalog_rows, compare_runs, settings_difference
+from seal_nb.results.collect import collect, read_run
+from seal_nb.results.compare import compare, difference_sentence, settings_difference
 from seal_nb.results.continual import summarize_sequences
 from seal_nb.storage import RunRecord, write_json, write_record
 
@@ -27,47 +28,67 @@ def run_file(path: Path, right_P: list[bool], **fields: Any) -> Path:
     return write_json(path, {"overall": {}, "arm": "hand_written", "articles": articles, **fields})
 
 
+def said(first: Path, second: Path) -> str:
+    return difference_sentence(read_run(first), read_run(second))
+
+
 def test_every_kind_of_result_is_listed_published_ones_too(golden: Path, tmp_path: Path) -> None:
     run_file(tmp_path / "run_mine.json", [True, False])
-    (row,) = catalog_rows(tmp_path)
-    assert (row["file"], row["kind"], row["passages"], row["accuracy"]) == (
-        "run_mine.json", "single passage", 2, 0.5,
-    )  # fmt: skip
-    published = {(one["kind"], one["file"]) for one in catalog_rows(golden)}
-    assert ("ranking", "results/rank_iter0.json.gz") in published
-    assert {"CPT", "continual", "single passage"} <= {kind for kind, _ in published}
+    ((file, kind, _, n, accuracy),) = collect(tmp_path).overview().to_numpy().tolist()
+    assert (file, kind, n, accuracy) == ("run_mine.json", "single passage", 2, 0.5)
+    published = collect(golden).overview()
+    assert list(published.kind[published.file == "results/rank_iter0.json.gz"]) == ["ranking"]
+    assert {"cpt", "continual", "single passage"} <= set(published.kind)
 
 
 def test_two_runs_are_compared_over_the_passages_that_both_have(tmp_path: Path) -> None:
     first = run_file(tmp_path / "a.json", [False] * 12)
     second = run_file(tmp_path / "b.json", [True] * 10)
-    assert compare_runs(first, second) == "0.0 % → 100.0 %: +100.0 points [100.0, 100.0], 10 passages: real"
+    assert said(first, second) == "0.0 % → 100.0 %: +100.0 points [100.0, 100.0], 10 passages: real"
 
 
 def test_what_is_not_settled_says_what_would_settle_it(tmp_path: Path) -> None:
     first = run_file(tmp_path / "a.json", [True, False] * 5)
     second = run_file(tmp_path / "b.json", [True, False, False, True] * 2 + [True, True])
-    assert "not distinguishable from noise; to settle" in compare_runs(first, second)
+    assert "not distinguishable from noise; to settle" in said(first, second)
 
 
 def test_runs_that_share_nothing_are_refused(tmp_path: Path) -> None:
     first, none = run_file(tmp_path / "a.json", [True]), run_file(tmp_path / "b.json", [])
-    with pytest.raises(DataError, match="no single-passage run with verdicts"):
-        compare_runs(first, none)
+    with pytest.raises(DataError, match="has no verdicts"):
+        said(first, none)
     value = json.loads(first.read_text())
     value["articles"][0]["title"] = "other"
     other = write_json(tmp_path / "c.json", value)
     with pytest.raises(DataError, match="shares no passage"):
-        compare_runs(first, other)
+        said(first, other)
+
+
+def test_a_comparison_is_paired_over_the_same_passages_and_refuses_others(tmp_path: Path) -> None:
+    worse, better = run_file(tmp_path / "a.json", [False] * 12), run_file(tmp_path / "b.json", [True] * 12)
+    (row,) = compare(read_run(better), read_run(worse)).to_dict("records")
+    assert (row["n"], row["difference"], row["p"], row["is_real"]) == (12, 1.0, 2 / 4096, True)
+    assert row["sentence"] == "+100.0 points [100.0, 100.0], 12 passages: real"
+    fewer = read_run(run_file(tmp_path / "c.json", [True] * 10))
+    with pytest.raises(DataError, match=r"shares 10 of 12 passages .* which has 10; .*shared_only=True"):
+        compare(fewer, read_run(worse))
+    assert compare(fewer, read_run(worse), shared_only=True).n[0] == 10
+    summary = summarize_sequences([[[0.0], [1.0]]], dataset="d", base_model="m")
+    with pytest.raises(DataError, match="is a single_passage run, not a continual run"):
+        compare(read_run(write_json(tmp_path / "s.json", summary)), fewer)
+
+
+def differing(*files: Path) -> list[list[str]]:
+    return settings_difference(*files).to_numpy().tolist()
 
 
 def test_settings_that_differ_are_told_by_dotted_name_from_the_record_or_the_file(tmp_path: Path) -> None:
     files = [run_file(tmp_path / f"{name}.json", [True], lora_params={"lr": lr}) for name, lr in (("a", 1), ("b", 2))]
-    assert settings_difference(*files) == [{"setting": "lora_params.lr", "first": 1, "second": 2}]
+    assert differing(*files) == [["lora_params.lr", "1", "2"]]
     for file, rank in zip(files, (8, 32), strict=True):
         write_record(file, RunRecord(stage="03", settings={"training": {"lora_rank": rank}}, seeds={"seed": 42}))
-    assert settings_difference(*files) == [{"setting": "settings.training.lora_rank", "first": 8, "second": 32}]
-    assert settings_difference(files[0], files[0]) == []
+    assert differing(*files) == [["settings.training.lora_rank", "8", "32"]]
+    assert differing(files[0], files[0]) == []
 
 
 def test_continual_summaries_of_several_seeds_are_pooled_into_one_file(
@@ -81,7 +102,7 @@ def test_continual_summaries_of_several_seeds_are_pooled_into_one_file(
     said = capsys.readouterr().out
     assert "2 runs, 4 sequences" in said and "14.1 points as published (mean over runs), 25.8 pooled" in said
     assert json.loads((tmp_path / "pooled.json").read_text())["n_sequences"] == 4
-    assert [row["kind"] for row in catalog_rows(tmp_path)] == ["continual"] * 3
+    assert list(collect(tmp_path).overview().kind) == ["continual"] * 3
 
 
 def test_the_commands_print_what_the_functions_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError
-from seal_nb.results.summary import summarize
+from seal_nb.results.collect import read_run
+from seal_nb.results.continual import summarize_sequences
 from seal_nb.storage import read_json, write_json
+
+
+def summarize(path: Path) -> dict[str, Any]:
+    return read_run(path).summary()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,12 @@ def test_a_broken_cpt_run_is_refused_with_path_and_field(tmp_path: Path, reply: 
         summarize(path)
 
 
-def test_a_file_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is neither a single-passage run"):
-        summarize(write_json(tmp_path / "items.json", [{"title": "T"}]))
+def test_a_continual_summary_is_confirmed_and_a_changed_cell_is_named(tmp_path: Path) -> None:
+    matrices = [[[0.0, 0.2], [0.5, None], [0.25, 0.75]], [[0.1, 0.2], [0.5, None], [0.5, 0.5]]]
+    made = summarize_sequences(matrices, dataset="d", base_model="m")
+    found = summarize(write_json(tmp_path / "summary_x.json", made))
+    assert (found["kind"], found["n_passages"], found["n_sequences"]) == ("continual", 2, 2)
+    assert found["overall"]["final"] == 0.5 and found["disagreements"] == found["notes"] == []
+    assert found["intervals"]["gain"]["sentence"].startswith("+37.5 points")
+    made["mean_over_sequences"][2][0] = 0.9
+    assert "mean_over_sequences is stored as" in summarize(write_json(tmp_path / "x.json", made))["disagreements"][0]

@@ -1,135 +1,100 @@
-"""Everything a folder holds about finished experiments, ours and published alike, as records to draw.
+"""Read one run file, or everything that a folder holds about finished experiments, ours and published.
 
-Walks a folder, tells result files by their content and leaves the others alone: single-passage runs, CPT
-runs, continual summaries, and two collections made from the release (verdicts of published evaluations,
-overall numbers of published runs). A file that looks like a result and cannot be read is named with its
-reason, never silently left out. Computes nothing but accuracies and intervals, draws nothing.
+Result files are recognised by their content; other files are ignored. A file that looks like a result and cannot be
+read is listed with its reason. Two collections from the release count as run files too: verdicts of published
+evaluations, and the overall numbers of published runs.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import resources
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import DataError, SealError
-from seal_nb.metrics import Estimate, Verdicts, accuracy, mean_interval
-from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
+from seal_nb.metrics import Difference, Estimate, PowerSummary, accuracy
+from seal_nb.passages import Passage
+from seal_nb.results.compare import comparison_frame, difference_of
+from seal_nb.results.continual import ContinualRun, continual_run_from_json
+from seal_nb.results.cpt import CptRun, cpt_run_from_json
+from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
+from seal_nb.results.run import Run, frame
 from seal_nb.results.single_passage import SinglePassageRun, run_from_json
 from seal_nb.storage import read_json
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
 MOST_BYTES = 200_000_000  # no result file is larger
-ROUND = re.compile(r"(?:iter|round)[_-]?(\d+)")
-RANKING = re.compile(r"(^|_)rank(_|$|\.)")
-PROMPT = re.compile(r"prompt-([a-z-]+)")
-PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names
-ARM_NAMES = {
-    "naive": "passage only",
-    "passage_only": "passage only",
-    "base": "self-edits, base model",
-    "gpt4_1": "texts of GPT-4.1",
-    "hand_written": "hand-written",
-    "in_context": "passage in the prompt",
-    "self_edits": "self-edits",
-}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SinglePassageResult:
-    """One evaluated arm: for each passage the verdicts of all its answers, without and with the adapter.
+def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
+    """Read one run file of this package or of the release, plain or gzip-compressed.
 
-    ``rest_em_round`` is 0 for the base model's self-edits and None for arms that no model wrote. Where a file
-    has no verdicts the two lists are empty and only the stored accuracies are known.
+    Args:
+        path: ``run_*.json``, ``cpt_run_*.json`` or ``summary_*.json``. "shipped:ranking" is a run of three repeats that
+            comes with the project.
+        passages: the passages that a CPT run or a continual run was asked about, in order. Published CPT files need
+            them for intervals and for grading, because they do not hold their questions.
+
+    Returns:
+        A SinglePassageRun, CptRun or ContinualRun, with ``accuracy()``, ``answers()`` and ``summary()``.
+
+    Raises:
+        DataError: the file is missing, broken (with item and field), or not one run.
     """
-
-    name: str
-    file: str
-    arm: str
-    prompt_key: str
-    rest_em_round: int | None
-    passages: tuple[tuple[str, str], ...]  # (title, context); empty where the file does not say
-    baseline_P_Q: tuple[Verdicts, ...]
-    adapter_P_Q: tuple[Verdicts, ...]
-    stored_baseline: float | None
-    stored_adapter: float | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_ranking(self) -> bool:
-        """A reward measurement on training passages, not an evaluation.
-
-        No file says so: its name does, or that several self-edits were each measured several times. Several
-        self-edits alone are an evaluation over more texts.
-        """
-        n_edits, n_repeats = (int(self.settings.get(key) or 1) for key in ("k_completions", "eval_times"))
-        return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
-
-    def adapter(self) -> Estimate | None:
-        return estimate(self.adapter_P_Q, self.stored_adapter, self.settings)
-
-    def baseline(self) -> Estimate | None:
-        return estimate(self.baseline_P_Q, self.stored_baseline, self.settings)
+    if str(path) == "shipped:ranking":
+        path = Path(str(resources.files("seal_nb") / "data" / "run_example.json"))
+    return run_of(read_json(path), path=path, passages=passages)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CptResult:
-    """One multi-passage adapter; verdicts are of all questions in order."""
-
-    name: str
-    file: str
-    arm: str
-    n_passages: int
-    n_questions: int
-    baseline_accuracy: float | None
-    adapter_accuracy: float | None
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinualResult:
-    """(K+1)×K mean accuracies and their standard deviations; the matrix of each sequence if known."""
-
-    name: str
-    file: str
-    n_sequences: int
-    mean: tuple[tuple[float | None, ...], ...]
-    std: tuple[tuple[float | None, ...], ...]
-    sequences: tuple[tuple[tuple[float | None, ...], ...], ...] = ()
+def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> Run:
+    """The run in a JSON value. Raises: DataError."""
+    if not is_run(value):
+        raise DataError(
+            "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary "
+            "(mean_over_sequences)",
+            path=path,
+            remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
+        )
+    if "articles" in value:
+        return run_from_json(value, path=path, file=file)
+    if "server_reply" in value:
+        return cpt_run_from_json(value, path=path, file=file, passages=passages)
+    return continual_run_from_json(value, path=path, file=file, passages=passages)
 
 
-Result = SinglePassageResult | CptResult | ContinualResult
+def is_run(value: Any) -> bool:
+    """Whether a JSON value is a file of one of the three forms."""
+    return isinstance(value, dict) and bool(value.keys() & {"articles", "server_reply", "mean_over_sequences"})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a folder holds; ``unread`` is (file, reason)."""
+def collect(folder: str | Path) -> "Collection":
+    """Read every result file below a folder, in the order of their paths.
 
-    single: tuple[SinglePassageResult, ...]
-    cpt: tuple[CptResult, ...]
-    continual: tuple[ContinualResult, ...]
-    unread: tuple[tuple[str, str], ...]
+    Args:
+        folder: such as "runs", or a checkout of the published repository.
 
+    Returns:
+        A Collection: the runs by form, tables over them, and ``unread``: files that could not be read, with the reason.
 
-def collect_results(folder: str | Path) -> Found:
-    """Every result file below a folder, by path. Raises: DataError where there is no such folder."""
+    Raises:
+        DataError: there is no such folder.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise DataError("no such folder", path=root, remedy="give a folder of runs")
-    results: list[Result] = []
+    runs: list[Run] = []
     unread: list[tuple[str, str]] = []
     for path in sorted(_json_files(root)):
         file = path.relative_to(root).as_posix()
         try:
-            results += results_in(read_json(path), file)
+            runs += runs_in(read_json(path), path=path, file=file)
         except SealError as error:
             unread.append((file, getattr(error, "problem", str(error))))
-    return Found(
-        single=tuple(r for r in results if isinstance(r, SinglePassageResult)),
-        cpt=tuple(r for r in results if isinstance(r, CptResult)),
-        continual=tuple(r for r in results if isinstance(r, ContinualResult)),
-        unread=tuple(unread),
-    )
+    return Collection(runs=tuple(runs), unread=tuple(unread))
 
 
 def _json_files(root: Path) -> Iterator[Path]:
@@ -140,172 +105,204 @@ def _json_files(root: Path) -> Iterator[Path]:
             yield path
 
 
-def results_in(value: Any, file: str) -> list[Result]:
-    """The results in one JSON value, none where it is something else."""
+def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
+    """The runs in one JSON value; none if it is something else."""
+    if is_run(value):
+        return [run_of(value, path=path, file=file)]
     if not isinstance(value, dict):
         return []
-    if "articles" in value:
-        return [single_passage_result(run_from_json(value, path=file), file)]
-    if isinstance(value.get("server_reply"), dict):
-        return [_cpt(value, file)]
-    if "mean_over_sequences" in value:
-        return [_continual(value, file)]
-    if "query_server" in value and "continual_overall_results" in value:
-        return _overall_numbers(value, file)
+    forms: list[tuple[str, dict[str, Any]]] = []
     runs = value.get("runs")
     if isinstance(runs, dict) and all(isinstance(run, dict) and "passages" in run for run in runs.values()):
-        return [_verdict_strings(name, run, file) for name, run in runs.items()]
-    return []
+        forms = [(name, _from_verdict_strings(run)) for name, run in runs.items()]
+    elif "query_server" in value and "continual_overall_results" in value:
+        no_verdicts: dict[str, list[bool]] = {"baseline_correct": [], "adapter_correct": []}
+        forms = [(run["file"], {**run, "articles": []}) for run in value["query_server"]]
+        forms += [(run["file"], {**run, "server_reply": no_verdicts}) for run in value.get("cpt", [])]
+        forms += [("continual_overall_results", value["continual_overall_results"])]
+    return [run_of(run, path=path, file=f"{file}: {name}") for name, run in forms]
 
 
-def estimate(correct_P_Q: Sequence[Verdicts], stored: float | None, settings: Mapping[str, Any]) -> Estimate | None:
-    """Mean with its interval from verdicts, else the stored mean without one (no width); None of nothing."""
-    if any(verdict is not None for verdicts in correct_P_Q for verdict in verdicts):
-        return mean_interval(correct_P_Q)
-    if stored is None:
-        return None
-    return Estimate(mean=stored, low=stored, high=stored, n=int(settings.get("n_articles") or 0))
+def _from_verdict_strings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A single-passage run from the verdicts of each passage as a string of 0 and 1."""
+    articles = []
+    for passage in run["passages"]:
+        marks = zip(passage["baseline"], passage["adapter"], strict=True)
+        questions = [{"baseline_correct": before == "1", "adapter_correct": after == "1"} for before, after in marks]
+        articles.append({"completions": [{"questions": questions}]})
+    return {"overall": run.get("overall") or {}, "n_articles": len(articles), "articles": articles}
 
 
-def single_passage_result(run: SinglePassageRun, file: str) -> SinglePassageResult:
-    """A run file as a result: verdicts of all self-edits and repeats of a passage together."""
-    name = _stem(file)
-    graded = any(edit.is_graded for passage in run.passages for edit in passage.self_edits)
-    return SinglePassageResult(
-        name=name,
-        file=file,
-        arm=_arm(str(run.settings.get("arm") or ""), name),
-        prompt_key=str(run.settings.get("prompt_key") or _named_prompt(name) or _recorded_prompt(run)),
-        rest_em_round=_round(str(run.settings.get("arm") or ""), name),
-        passages=tuple((passage.title, passage.context) for passage in run.passages),
-        baseline_P_Q=_verdicts(run, "baseline_correct") if graded else (),
-        adapter_P_Q=_verdicts(run, "adapter_correct") if graded else (),
-        stored_baseline=run.stored_overall.get("baseline_mean_accuracy"),
-        stored_adapter=run.stored_overall.get("adapter_mean_accuracy"),
-        settings=run.settings,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """The runs of a folder. ``unread``: (file, reason) of files that look like results and could not be read.
+
+    Several files may hold the same arm. ``arms`` picks one: files with verdicts before stored numbers, later before
+    earlier paths. Rewards of ReST-EM rounds are not evaluations and are left out.
+    """
+
+    runs: tuple[Run, ...]
+    unread: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def single_passage(self) -> list[SinglePassageRun]:
+        return [run for run in self.runs if isinstance(run, SinglePassageRun)]
+
+    @property
+    def cpt(self) -> list[CptRun]:
+        return [run for run in self.runs if isinstance(run, CptRun)]
+
+    @property
+    def continual(self) -> list[ContinualRun]:
+        return [run for run in self.runs if isinstance(run, ContinualRun)]
+
+    def overview(self) -> "pd.DataFrame":
+        """One row per run: ``file``, ``kind``, ``arm``, ``n`` (passages or sequences), ``accuracy``."""
+        rows = []
+        for run in self.runs:
+            is_ranking = isinstance(run, SinglePassageRun) and run.is_ranking
+            estimate = run.estimate()
+            about = {"file": run.file, "kind": "ranking" if is_ranking else run.form.replace("_", " "), "arm": run.arm}
+            rows.append({**about, "n": estimate and estimate.n, "accuracy": estimate and estimate.mean})
+        return frame(rows, ("file", "kind", "arm", "n", "accuracy"))
+
+    def arms(self, prompt_key: str = "") -> dict[str, SinglePassageRun]:
+        """One evaluation per arm, by its name; with ``prompt_key``, only those with this prompt."""
+        arms: dict[str, SinglePassageRun] = {}
+        for run in self.single_passage:
+            wanted = not run.is_ranking and prompt_key in ("", run.prompt_key)
+            if wanted and (run.has_verdicts or run.stored_mean("adapter") is not None):
+                earlier = arms.get(run.arm)
+                if earlier is None or run.has_verdicts or not earlier.has_verdicts:
+                    arms[run.arm] = run
+        return dict(sorted(arms.items(), key=lambda item: _order(item[1])))
+
+    def accuracy(self, prompt_key: str = "", *, form: str = "single_passage") -> "pd.DataFrame":
+        """The ``accuracy()`` of every arm as one DataFrame, or of all runs of the form "cpt" or "continual"."""
+        if form == "single_passage":
+            return stacked(self.arms(prompt_key).values())
+        return stacked(run for run in self.runs if run.form == form)
+
+    def left_out(self, prompt_key: str = "") -> "pd.DataFrame":
+        """``file`` and ``reason`` of every single-passage run that ``arms`` does not hold."""
+        shown = {run.file for run in self.arms(prompt_key).values()}
+        rows = [
+            {"file": run.file, "reason": _why_left_out(run, prompt_key)}
+            for run in self.single_passage
+            if run.file not in shown
+        ]
+        return frame(rows, ("file", "reason"))
+
+    def prompt_keys(self) -> list[str]:
+        """The prompt keys of all evaluations, `implications` first."""
+        keys = {run.prompt_key for run in self.single_passage if not run.is_ranking}
+        return sorted(keys, key=lambda key: (key != "implications", key))
+
+    def rounds(self, prompt_key: str) -> list[SinglePassageRun | None]:
+        """The evaluation of each ReST-EM round, None for a missing one; empty with fewer than two rounds."""
+        arms = self.arms(prompt_key).values()
+        by_round = {run.rest_em_round: run for run in arms if run.rest_em_round is not None}
+        return [by_round.get(number) for number in range(max(by_round) + 1)] if len(by_round) > 1 else []
+
+    def rounds_by_prompt(self) -> dict[str, list[SinglePassageRun | None]]:
+        """``rounds`` of every prompt that has some."""
+        return {key: runs for key in self.prompt_keys() if (runs := self.rounds(key))}
+
+    def rounds_accuracy(self) -> "pd.DataFrame":
+        """One row per prompt and round, as ``accuracy()`` of its run."""
+        return stacked(run for runs in self.rounds_by_prompt().values() for run in runs if run)
+
+    def passage_accuracies(self, prompt_key: str) -> list[list[float]]:
+        """For each passage its accuracy in each round; empty if rounds, passages or verdicts are missing."""
+        rounds = self.rounds(prompt_key)
+        columns = [[accuracy(verdicts) for verdicts in run.scores("adapter")] if run else [None] for run in rounds]
+        if not columns or len(set(map(len, columns))) != 1 or any(None in column for column in columns):
+            return []
+        return [[value for value in row if value is not None] for row in zip(*columns, strict=True)]
+
+    def published_arms(self, prompt_key: str = "") -> dict[str, float]:
+        """The published accuracy of every arm that was run on exactly the published passages."""
+        arms = self.arms(prompt_key).items()
+        return {arm: SINGLE_PASSAGE[arm] for arm, run in arms if arm in SINGLE_PASSAGE and _is_published(run)}
+
+    def published_rounds(self) -> dict[str, tuple[float, ...]]:
+        """The published accuracy of every round by prompt, if the rounds were run on the published passages."""
+        runs = [run for rounds in self.rounds_by_prompt().values() for run in rounds if run]
+        return ROUNDS_BY_PROMPT if runs and _is_published(runs[0]) else {}
+
+    def baseline(self, prompt_key: str = "") -> Estimate | None:
+        """The model without adapter, from the first arm that has it."""
+        return next((found for run in self.arms(prompt_key).values() if (found := run.estimate("baseline"))), None)
+
+    def differences(self, prompt_key: str = "") -> "pd.DataFrame":
+        """Every two arms over the same passages, as ``compare`` gives them."""
+        compared: list[tuple[Run, Run, Difference, PowerSummary | None]] = []
+        for second, first in combinations(self.arms(prompt_key).values(), 2):
+            try:
+                compared.append((first, second, *difference_of(first, second)))
+            except DataError:
+                continue  # other passages
+        return comparison_frame(compared)
+
+    def summary(self, prompt_key: str = "") -> dict[str, str | None]:
+        """The few numbers to look at first; None where there are no runs for one."""
+        cpt = [(run, estimate) for run in self.cpt if (estimate := run.estimate())]
+        differences, known = self.differences(prompt_key), [run for run in self.rounds(prompt_key) if run]
+        ends = [_percent(run.estimate()) for run in (known[:1] + known[-1:])]
+        best_cpt = max(cpt, key=lambda pair: pair[1].mean, default=None)
+        return {
+            "best arm": self._best_arm(prompt_key),
+            "differences between arms": (
+                f"{sum(differences['is_real'])} of {len(differences)} are real" if len(differences) else None
+            ),
+            "ReST-EM rounds": " → ".join(ends) or None,
+            "best of many passages in one adapter": (
+                f"{best_cpt[0].arm} {best_cpt[1].mean:.1%}, {best_cpt[1].n} passages" if best_cpt else None
+            ),
+            "after the last continual edit": self._last_edit(),
+        }
+
+    def _best_arm(self, prompt_key: str) -> str | None:
+        arms = {arm: estimate for arm, run in self.arms(prompt_key).items() if (estimate := run.estimate())}
+        if not arms:
+            return None
+        most = max(estimate.n for estimate in arms.values())  # one passage tried by hand is no evaluation
+        whole = [arm for arm in arms if arms[arm].n == most]
+        best = max(whole, key=lambda arm: arms[arm].mean)
+        runs = self.arms(prompt_key)
+        baseline = next((found for arm in whole if (found := runs[arm].estimate("baseline"))), None)
+        return f"{best} {_percent(arms[best])}, baseline {_percent(baseline)}"
+
+    def _last_edit(self) -> str | None:
+        ends = [(run.stored_mean("adapter"), run.stored_mean("baseline")) for run in self.continual]
+        known = [(after, before) for after, before in ends if after is not None and before is not None]
+        best = max(known, default=None)
+        return f"{best[0]:.1%}, never edited {best[1]:.1%}" if best else None
 
 
-def _verdicts(run: SinglePassageRun, which: str) -> tuple[Verdicts, ...]:
-    return tuple(
-        [getattr(answered, which) for edit in passage.self_edits for answered in edit.questions]
-        for passage in run.passages
-    )
+def stacked(runs: Iterable[Run]) -> "pd.DataFrame":
+    """The ``accuracy()`` rows of several runs as one DataFrame."""
+    return frame([row for run in runs for row in run.accuracy().to_dict("records")])
 
 
-def _verdict_strings(name: str, run: Mapping[str, Any], file: str) -> SinglePassageResult:
-    """Verdicts written as a string of 0 and 1 for each passage."""
-    stored = run.get("overall") or {}
-    return SinglePassageResult(
-        name=name,
-        file=file,
-        arm=_arm("", name),
-        prompt_key=_prompt_key(name),
-        rest_em_round=_round("", name),
-        passages=(),
-        baseline_P_Q=tuple([c == "1" for c in passage["baseline"]] for passage in run["passages"]),
-        adapter_P_Q=tuple([c == "1" for c in passage["adapter"]] for passage in run["passages"]),
-        stored_baseline=stored.get("baseline_mean_accuracy"),
-        stored_adapter=stored.get("adapter_mean_accuracy"),
-        settings={"n_articles": len(run["passages"])},
-    )
+def _is_published(run: SinglePassageRun) -> bool:
+    return are_published_passages(run.unit_keys())
 
 
-def _overall_numbers(value: Mapping[str, Any], file: str) -> list[Result]:
-    """Published runs of which only the overall numbers are at hand."""
-    single: list[Result] = []
-    for run in value["query_server"]:
-        name = _stem(run["file"])
-        single.append(
-            SinglePassageResult(
-                name=name,
-                file=f"{file}: {run['file']}",
-                arm=_arm("", name),
-                prompt_key=_prompt_key(name),
-                rest_em_round=_round("", name),
-                passages=(),
-                baseline_P_Q=(),
-                adapter_P_Q=(),
-                stored_baseline=run["overall"].get("baseline_mean_accuracy"),
-                stored_adapter=run["overall"].get("adapter_mean_accuracy"),
-                settings={key: entry for key, entry in run.items() if key != "overall"},
-            )
-        )
-    cpt = [
-        _cpt({**run, "server_reply": {}}, f"{file}: {run['file']}", n_questions=run.get("eval_questions"))
-        for run in value.get("cpt", [])
-    ]
-    return [*single, *cpt, _continual(value["continual_overall_results"], file)]
+def _why_left_out(run: SinglePassageRun, prompt_key: str) -> str:
+    if run.is_ranking:
+        return "rewards of a ReST-EM round"
+    if prompt_key not in ("", run.prompt_key):
+        return f"prompt {run.prompt_key}"
+    return "another file is shown for this arm" if run.estimate() else "no answer graded"
 
 
-def _cpt(value: Mapping[str, Any], file: str, n_questions: int | None = None) -> CptResult:
-    reply, stored = value["server_reply"], value.get("overall") or {}
-    before, after = reply.get("baseline_correct") or [], reply.get("adapter_correct") or []
-    name, full = _stem(file), value.get("method") == "full"
-    return CptResult(
-        name=name,
-        file=file,
-        arm=_arm(str(value.get("arm") or ""), name) + (", all weights" if full else ""),
-        n_passages=int(value.get("n_articles") or 0),
-        n_questions=n_questions or len(after),
-        baseline_accuracy=accuracy(before) if before else stored.get("baseline_accuracy"),
-        adapter_accuracy=accuracy(after) if after else stored.get("adapter_accuracy"),
-        settings={key: entry for key, entry in value.items() if key not in ("server_reply", "per_article")},
-    )
+def _order(run: SinglePassageRun) -> tuple[int, str]:
+    """Passage only first, self-edits by round, then texts that no round wrote."""
+    if run.arm == "passage only":
+        return 0, run.arm
+    return (100 if run.rest_em_round is None else 1 + run.rest_em_round), run.arm
 
 
-def _continual(value: Mapping[str, Any], file: str) -> ContinualResult:
-    rows = value.get("mean_over_sequences")
-    if not isinstance(rows, list) or not rows or len(rows) != len(rows[0]) + 1:
-        raise DataError("is not a (K+1)×K matrix", path=file, field="mean_over_sequences")
-    return ContinualResult(
-        name=_stem(file),
-        file=file,
-        n_sequences=int(value.get("n_sequences") or 0),
-        mean=_matrix(rows),
-        std=_matrix(value.get("std_over_sequences") or []),
-        sequences=tuple(_matrix(sequence) for sequence in value.get("matrices") or []),
-    )
-
-
-def _matrix(rows: Iterable[Sequence[float | None]]) -> tuple[tuple[float | None, ...], ...]:
-    return tuple(tuple(row) for row in rows)
-
-
-def _stem(file: str) -> str:
-    return Path(file.split(": ")[-1]).name.removesuffix(".gz").removesuffix(".json")
-
-
-def _round(arm: str, name: str) -> int | None:
-    """Which ReST-EM round's model wrote the self-edits: "iter2" and "round_2" are 2, "base" is 0."""
-    if arm not in ("", "self_edits"):
-        return None
-    found = ROUND.search(name)
-    return int(found[1]) if found else (0 if re.search(r"(^|_)base(_|$)", name) else None)
-
-
-def _prompt_key(name: str) -> str:
-    return _named_prompt(name) or DEFAULT_PROMPT_KEY
-
-
-def _named_prompt(name: str) -> str:
-    found = PROMPT.search(name)
-    return PROMPT_NAMES.get(found[1], found[1]) if found else ""
-
-
-def _recorded_prompt(run: SinglePassageRun) -> str:
-    """What the first prompt of a file that states no key is; the published one where it has none."""
-    if run.settings.get("arm") not in (None, "", "self_edits") or not run.passages:
-        return DEFAULT_PROMPT_KEY
-    first = run.passages[0]
-    keys = [str(edit.made["prompt_key"]) for edit in first.self_edits if edit.made.get("prompt_key")]
-    about = {"title": first.title, "context": first.context}
-    return recorded_key(first.prompt or "", keys, **about) or DEFAULT_PROMPT_KEY
-
-
-def _arm(arm: str, name: str) -> str:
-    """The arm in words: told by the file, else by a published file name."""
-    number = _round(arm, name)
-    if arm in ("", "self_edits") and number is not None:
-        return ARM_NAMES["base"] if number == 0 else f"self-edits, round {number}"
-    return ARM_NAMES.get(arm or name, arm or name)
+def _percent(estimate: Estimate | None) -> str:
+    return "–" if estimate is None else f"{estimate.mean:.1%} (n = {estimate.n})"

@@ -1,20 +1,223 @@
-"""Continual self-edits in numbers: the (K+1)×K accuracy matrix, its summary files, forgetting.
+"""Continual self-edits: the (K+1)×K accuracy matrix, its summary files, forgetting.
 
-Row t of a matrix is the accuracy on each passage after t edits, row 0 before any; passage j is edited in step
-j + 1 and asked from then on. A cell that was not asked or not graded is None; the published files (SEAL,
-arXiv 2506.10943, ``continual_self_edits.py``) write 0.0 where nothing was asked, and so do our summaries.
-Sequences, not passages, are drawn again for intervals. Nothing is trained or asked here.
+Row t of a matrix is the accuracy on each passage after t edits, row 0 before any. Step j + 1 edits passage j, which
+is asked from then on. A cell without an answer or a verdict is None in memory; the published files (SEAL, arXiv
+2506.10943, ``continual_self_edits.py``) and our summaries store 0.0 for a passage that was not asked. Intervals are
+over sequences.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from seal_nb.errors import DataError
-from seal_nb.metrics import Difference, Estimate, Verdicts, accuracy, mean_interval, paired_difference
+from seal_nb.grading.base import Answered
+from seal_nb.metrics import Difference, Estimate, Scores, Verdicts, accuracy, mean_interval, paired_difference
+from seal_nb.passages import Passage
+from seal_nb.results.cpt import check_length, split_by_passage
+from seal_nb.results.run import VERDICT_WORDS, Kind, Run, StoredVerdict, frame, unequal
 from seal_nb.results.statistics import mean, sample_std
+from seal_nb.storage import read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Matrix = Sequence[Sequence[float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualRun(Run):
+    """A ``summary_*.json``. ``passages``: needed only to grade older files, which do not hold their questions."""
+
+    passages: tuple[Passage, ...] = ()
+
+    form: ClassVar[str] = "continual"
+    unit: ClassVar[str] = "sequences"
+
+    @property
+    def mean(self) -> Matrix:
+        """(K+1)×K accuracies, averaged over sequences; 0.0 where a passage was not asked."""
+        found: Matrix = self.value["mean_over_sequences"]
+        return found
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The (K+1)×K matrix of each sequence; empty in published files."""
+        return list(self.value.get("matrices") or [])
+
+    @property
+    def n_sequences(self) -> int:
+        return int(self.value.get("n_sequences") or 0)
+
+    @property
+    def arm(self) -> str:
+        return self.name
+
+    def scores(self, kind: Kind) -> list[Scores]:
+        return [matrix[0 if kind == "baseline" else -1] for matrix in self.matrices]
+
+    def stored_mean(self, kind: Kind) -> float | None:
+        return mean(self.mean[0 if kind == "baseline" else -1])
+
+    def unit_keys(self) -> list[Any]:
+        return [tuple(sequence["titles"]) for sequence in self.value.get("sequences") or []]
+
+    def extra(self) -> dict[str, Any]:
+        return {"passages": len(self.mean) - 1}
+
+    def seen(self) -> list[Estimate]:
+        """After each edit the accuracy on the passages edited so far; without matrices, means without intervals."""
+        if self.matrices:
+            return seen_so_far(self.matrices)
+        means = [mean(self.mean[step][:step]) for step in range(1, len(self.mean))]
+        known = [math.nan if value is None else value for value in means]
+        return [Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit) for value in known]
+
+    def curve(self) -> "pd.DataFrame":
+        """Accuracy after each edit.
+
+        Returns:
+            One row per number of edits: ``edits``, ``accuracy`` (mean over the passages edited so far) with ``low`` and
+            ``high`` over sequences (missing without the matrices), ``never_edited`` (the same passages before any
+            edit), ``just_edited`` (the passage of this edit), ``n`` (sequences).
+        """
+        rows = [
+            {
+                "edits": step,
+                "accuracy": estimate.mean,
+                "low": estimate.low if self.matrices else None,
+                "high": estimate.high if self.matrices else None,
+                "never_edited": mean(self.mean[0][:step]),
+                "just_edited": self.mean[step][step - 1],
+                "n": self.n_sequences,
+            }
+            for step, estimate in enumerate(self.seen(), 1)
+        ]
+        return frame(rows)
+
+    def answers(self) -> "pd.DataFrame":
+        """All answers of the sequences; empty for published files.
+
+        Returns:
+            One row per question and step: ``sequence``, ``edits`` (0: before any), ``passage``, ``question``, ``gold``,
+            ``answer``, ``verdict``, ``correct`` (missing: ungraded).
+        """
+        return frame(
+            [
+                {
+                    "sequence": number,
+                    "edits": step,
+                    "passage": asked.title,
+                    "question": asked.question,
+                    "gold": asked.gold,
+                    "answer": record["texts"][at],
+                    "verdict": VERDICT_WORDS[record["correct"][at]],
+                    "correct": record["correct"][at],
+                }
+                for number, step, record, questions in self._steps()
+                for at, asked in enumerate(questions)
+            ]
+        )
+
+    def overall(self) -> dict[str, Any]:
+        """The means of ``continual_estimates``; of the stored matrix in files without sequences."""
+        stored = [[cell if was_asked(t, p) else None for p, cell in enumerate(row)] for t, row in enumerate(self.mean)]
+        return {name: one.mean for name, one in continual_estimates(self.matrices or [stored]).items()}
+
+    def counts(self) -> dict[str, Any]:
+        verdicts = [(step, verdict) for _, step, record, _ in self._steps() for verdict in record["correct"]]
+        return {
+            "n_passages": len(self.mean) - 1,
+            "n_sequences": self.n_sequences,
+            "n_answers": len(verdicts),
+            "n_ungraded_baseline": sum(verdict is None for step, verdict in verdicts if not step),
+            "n_ungraded_adapter": sum(verdict is None for step, verdict in verdicts if step),
+        }
+
+    def notes(self) -> list[str]:
+        return [] if self.matrices else ["the file has no matrix of each sequence: no intervals"]
+
+    def disagreements(self) -> list[str]:
+        if not self.matrices:
+            return []
+        names = ("mean_over_sequences", "std_over_sequences", "n_sequences", "n_datapoints")
+        computed = summarize_sequences(self.matrices, dataset="", base_model="")
+        return unequal("summary", self.value, {name: computed[name] for name in names})
+
+    def stored_verdicts(self) -> list[StoredVerdict]:
+        found = []
+        for number, step, record, questions in self._steps():
+            for name in ("texts", "correct"):
+                field = f"sequences[{number}].steps[{step}].{name}"
+                check_length(record.get(name), len(questions), path=self.path, field=field)
+            found += [
+                StoredVerdict(
+                    kind="adapter" if step else "baseline",
+                    answered=Answered(
+                        title=one.title, question=one.question, gold=one.gold, answer=record["texts"][at]
+                    ),
+                    holder=record,
+                    field="correct",
+                    index=at,
+                )
+                for at, one in enumerate(questions)
+            ]
+        return found
+
+    def _steps(self) -> list[tuple[int, int, dict[str, Any], list[Answered]]]:
+        """(sequence, number of edits, the stored step, its questions) of every step."""
+        return [
+            (number, step, record, [one for asked in (asked_P if step == 0 else asked_P[:step]) for one in asked])
+            for number, sequence in enumerate(self.value.get("sequences") or [])
+            for asked_P in [self._asked(number, sequence)]
+            for step, record in enumerate(sequence["steps"])
+        ]
+
+    def _asked(self, number: int, sequence: Mapping[str, Any]) -> list[list[Answered]]:
+        """The questions of each passage: from the file, else of the one passage with that title."""
+        asked_P = sequence.get("questions") or [self._questions_of(title, number) for title in sequence["titles"]]
+        return [
+            [Answered(title=title, question=one["question"], gold=one["answer"], answer="") for one in asked]
+            for title, asked in zip(sequence["titles"], asked_P, strict=True)
+        ]
+
+    def _questions_of(self, title: str, number: int) -> list[dict[str, str]]:
+        named = [passage for passage in self.passages if passage.title == title]
+        if len(named) != 1:
+            raise DataError(
+                f"was asked about {title!r}, which is the title of {len(named)} passages of the dataset",
+                path=self.path,
+                item=f"sequence {number}",
+                remedy="give the item file it was asked about (--dataset); if titles repeat, run it again",
+            )
+        return [{"question": one.question, "answer": one.answer} for one in named[0].questions]
+
+    def fill_statistics(self) -> None:
+        matrices = []
+        for number, sequence in enumerate(self.value["sequences"]):
+            counts = [len(asked) for asked in self._asked(number, sequence)]
+            rows: list[list[Verdicts | None]] = []
+            for step, record in enumerate(sequence["steps"]):
+                seen = len(counts) if step == 0 else step
+                rows.append([*split_by_passage(record["correct"], counts[:seen]), *[None] * (len(counts) - seen)])
+                record["n_ungraded"] = sum(verdict is None for verdict in record["correct"])
+            matrices.append(continual_matrix(rows))
+        about = {name: self.value.get(name, "") for name in ("dataset", "base_model")}
+        self.value.update(summarize_sequences(matrices, **about))
+
+
+def continual_run_from_json(
+    value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()
+) -> ContinualRun:
+    """A continual summary from its JSON value. Raises: DataError if its matrix is not (K+1)×K."""
+    rows = value.get("mean_over_sequences") if isinstance(value, dict) else None
+    if not isinstance(rows, list) or not rows or {len(row) for row in rows} != {len(rows) - 1}:
+        raise DataError(
+            "is not a (K+1)×K matrix", path=path, field="mean_over_sequences", remedy="write the file again"
+        )
+    return ContinualRun(value=value, path=Path(path), file=file, passages=tuple(passages))
 
 
 def continual_matrix(verdicts_T_P: Sequence[Sequence[Verdicts | None]]) -> list[list[float | None]]:
@@ -57,11 +260,11 @@ def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model:
 
 
 def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs as published: the mean of their means and the mean of their stds, 4 decimals.
+    """Pool several runs as published: the mean of their means and the mean of their stds, 4 decimals.
 
-    ``pooled_std_over_sequences`` (ours) is the standard deviation over all sequences of all runs; the mean of
-    stds leaves out how much the runs differ among themselves. Raises: DataError for runs of other sizes,
-    datasets, base models or strategies.
+    ``pooled_std_over_sequences`` (ours) is the standard deviation over all sequences of all runs; the mean of stds
+    leaves out the differences between runs. Raises: DataError for different sizes, datasets, base models or
+    strategies.
     """
     means = [_published_matrix(summary, "mean_over_sequences") for summary in summaries]
     stds = [_published_matrix(summary, "std_over_sequences") for summary in summaries]
@@ -83,6 +286,19 @@ def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ],
         "matrices": [matrix for summary in summaries for matrix in summary.get("matrices") or []],
     }
+
+
+def pool_summaries(paths: Sequence[str | Path], out: str | Path) -> str:
+    """Write the pooled summary of several files; returns a sentence about the spread. Raises: DataError."""
+    pooled = aggregate_summaries([read_json(path) for path in paths])
+    write_json(out, pooled)
+    last, n = pooled["n_datapoints"] - 1, pooled["n_datapoints"]
+    stds = (pooled[name][n][last] for name in ("std_over_sequences", "pooled_std_over_sequences"))
+    mean_of_stds, pooled_std = (f"{100 * std:.1f}" if std is not None else "–" for std in stds)
+    return (
+        f"{pooled['n_runs']} runs, {pooled['n_sequences']} sequences; last passage after the last edit: "
+        f"standard deviation {mean_of_stds} points as published (mean over runs), {pooled_std} pooled"
+    )
 
 
 def _shared(summaries: Sequence[dict[str, Any]], field: str) -> str:

@@ -1,18 +1,195 @@
-"""CPT run files: accuracy overall and per passage."""
+"""CPT run files (many passages in one adapter), published and ours: read, written, recomputed.
 
-from collections.abc import Sequence
+The published form: ``{overall, …, per_article, server_reply: {baseline_texts, adapter_texts, baseline_correct,
+adapter_correct, …}}``. It does not say which question belongs to which passage, so intervals and regrading need the
+passages; our files add ``per_passage``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from seal_nb.errors import DataError
-from seal_nb.metrics import Verdicts, accuracy, gain
+from seal_nb.grading.base import IN_WORDS, Answered
+from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
 from seal_nb.passages import Passage
+from seal_nb.protocol import Answers, build_reply
+from seal_nb.results.run import KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_PUBLISHED_NUMBERS = {"baseline_accuracy", "adapter_accuracy", "adapter_gain", "gains"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CptRun(Run):
+    """A ``cpt_run_*.json``. ``passages`` are what it was asked about, in order; empty: as far as the file says."""
+
+    passages: tuple[Passage, ...] = ()
+
+    form: ClassVar[str] = "cpt"
+    weighting: ClassVar[Weighting] = "question"
+
+    @property
+    def arm(self) -> str:
+        return super().arm + (", all weights" if self.value.get("method") == "full" else "")
+
+    def verdicts(self, kind: Kind) -> list[bool | None]:
+        """Of all questions in order."""
+        found: list[bool | None] = self.value["server_reply"][f"{kind}_correct"]
+        return found
+
+    def scores(self, kind: Kind) -> list[Scores]:
+        counts = [n for _, n in self.unit_keys()]
+        return list(split_by_passage(self.verdicts(kind), counts)) if counts else []
+
+    def stored_mean(self, kind: Kind) -> float | None:
+        verdicts = self.verdicts(kind)
+        return accuracy(verdicts) if verdicts else (self.value.get("overall") or {}).get(f"{kind}_accuracy")
+
+    def unit_keys(self) -> list[Any]:
+        """(title, number of questions) of each passage."""
+        if self.passages:
+            return [(passage.title, len(passage.questions)) for passage in self.passages]
+        return [(entry.get("title"), entry["n_questions"]) for entry in self.value.get("per_passage") or []]
+
+    def extra(self) -> dict[str, Any]:
+        n_questions = len(self.verdicts("adapter")) or self.value.get("eval_questions")
+        return {"questions": n_questions, "lr": (self.value.get("lora_params") or {}).get("lr")}
+
+    def answers(self) -> "pd.DataFrame":
+        """All answers of the run.
+
+        Returns:
+            One row per question: ``passage``, ``question``, ``gold`` (both missing unless the run was read with its
+            passages), ``baseline_answer``, ``adapter_answer``, ``verdicts``, ``baseline_correct``, ``adapter_correct``.
+        """
+        reply, asked = self.value["server_reply"], self._asked()
+        titles = [title for title, n in self.unit_keys() for _ in range(n)]
+        rows = []
+        for at, (before, after) in enumerate(zip(self.verdicts("baseline"), self.verdicts("adapter"), strict=True)):
+            rows.append(
+                {
+                    "passage": titles[at] if titles else None,
+                    "question": asked[at].question if asked else None,
+                    "gold": asked[at].gold if asked else None,
+                    "baseline_answer": (reply.get("baseline_texts") or {at: None})[at],
+                    "adapter_answer": (reply.get("adapter_texts") or {at: None})[at],
+                    "verdicts": f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}",
+                    "baseline_correct": before,
+                    "adapter_correct": after,
+                }
+            )
+        return frame(rows)
+
+    def overall(self) -> dict[str, float | None]:
+        return build_overall(self.verdicts("baseline"), self.verdicts("adapter"))
+
+    def counts(self) -> dict[str, Any]:
+        before, after = (self.verdicts(kind) for kind in KINDS)
+        return {
+            "n_passages": self.value.get("n_articles") or len(self.unit_keys()) or None,
+            "n_answers": len(after),
+            "n_ungraded_baseline": before.count(None),
+            "n_ungraded_adapter": after.count(None),
+            "n_train_sequences": self.value.get("train_sequences"),
+        }
+
+    def notes(self) -> list[str]:
+        if self.unit_keys():
+            return []
+        return ["the file does not say which question belongs to which passage: no intervals without its item file"]
+
+    def stored_verdicts(self) -> list[StoredVerdict]:
+        reply, asked = self.value["server_reply"], self._asked()
+        for kind in KINDS:
+            for name in (f"{kind}_texts", f"{kind}_correct"):
+                check_length(reply.get(name), len(asked), path=self.path, field=f"server_reply.{name}")
+        return [
+            StoredVerdict(
+                kind=kind,
+                answered=Answered(
+                    title=one.title, question=one.question, gold=one.gold, answer=reply[f"{kind}_texts"][at]
+                ),
+                holder=reply,
+                field=f"{kind}_correct",
+                index=at,
+            )
+            for at, one in enumerate(asked)
+            for kind in KINDS
+        ]
+
+    def _asked(self) -> list[Answered]:
+        return [
+            Answered(title=passage.title, question=question.question, gold=question.answer, answer="")
+            for passage in self.passages
+            for question in passage.questions
+        ]
+
+    def fill_statistics(self) -> None:
+        reply = self.value["server_reply"]
+        sides = [
+            Answers(texts=reply[f"{kind}_texts"], verdicts=[IN_WORDS[one] for one in self.verdicts(kind)])
+            for kind in KINDS
+        ]
+        built = build_reply(baseline=sides[0], adapter=sides[1])
+        reply |= built.model_dump(mode="json", include=_PUBLISHED_NUMBERS)
+        per_passage = per_passage_results(self.passages, *(self.verdicts(kind) for kind in KINDS))
+        self.value.update(
+            overall=self.overall(),
+            n_ungraded=built.n_ungraded,
+            per_article=by_title(per_passage),
+            per_passage=per_passage,
+        )
+
+
+def cpt_run_from_json(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> CptRun:
+    """A CPT run from its JSON value. Raises: DataError with path and field for broken verdicts."""
+    reply = value.get("server_reply") if isinstance(value, dict) else None
+    if not isinstance(reply, dict):
+        raise DataError("is not an object", path=path, field="server_reply", remedy="write the file again")
+    counts = {kind: _check_verdicts(reply, f"{kind}_correct", path) for kind in KINDS}
+    if counts["baseline"] != counts["adapter"]:
+        raise DataError(
+            f"has {counts['adapter']} entries, not {counts['baseline']}",
+            path=path,
+            field="server_reply.adapter_correct",
+            remedy="write the file again",
+        )
+    asked = tuple(passages)[: value.get("n_articles") or None]
+    return CptRun(value=value, path=Path(path), file=file, passages=asked)
+
+
+def _check_verdicts(reply: Mapping[str, Any], name: str, path: str | Path) -> int:
+    verdicts, remedy = reply.get(name), "write the file again"
+    if not isinstance(verdicts, list):
+        raise DataError("is not a list", path=path, field=f"server_reply.{name}", remedy=remedy)
+    for at, verdict in enumerate(verdicts):
+        if verdict is not None and not isinstance(verdict, bool):
+            problem = f"is {str(verdict)[:40]!r}, not true, false or null"
+            raise DataError(problem, path=path, field=f"server_reply.{name}[{at}]", remedy=remedy)
+    return len(verdicts)
+
+
+def check_length(values: Any, n_questions: int, *, path: str | Path, field: str) -> None:
+    """Refuse answers or verdicts that are not one per question. Raises: DataError."""
+    n_there = len(values) if isinstance(values, list) else 0
+    if n_there != n_questions or not n_questions:
+        raise DataError(
+            f"has {n_there} entries, and the passages {n_questions} questions",
+            path=path,
+            field=field,
+            remedy="give the item file that this run was asked about (--dataset)",
+        )
 
 
 def per_passage_results(
     passages: Sequence[Passage], baseline_correct: Verdicts, adapter_correct: Verdicts
 ) -> list[dict[str, Any]]:
-    """One entry a passage, by its index; titles repeat and are no key."""
+    """One entry per passage, by its index, because titles repeat."""
     counts = [len(passage.questions) for passage in passages]
     baseline_P, adapter_P = (split_by_passage(baseline_correct, counts), split_by_passage(adapter_correct, counts))
     return [
@@ -49,13 +226,13 @@ def build_overall(baseline_correct: Verdicts, adapter_correct: Verdicts) -> dict
 
 
 def by_title(per_passage: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[bool | None]]]:
-    """Published ``per_article``: passages of one title together."""
-    by_title: dict[str, dict[str, list[bool | None]]] = {}
+    """Published ``per_article``: the verdicts of all passages of one title."""
+    found: dict[str, dict[str, list[bool | None]]] = {}
     for entry in per_passage:
-        mine = by_title.setdefault(entry["title"], {"baseline_correct": [], "adapter_correct": []})
+        mine = found.setdefault(entry["title"], {"baseline_correct": [], "adapter_correct": []})
         for name, verdicts in mine.items():
             verdicts += entry[name]
-    return by_title
+    return found
 
 
 def _rounded(value: float | None) -> float | None:

@@ -8,10 +8,6 @@ runs over exactly these passages; `are_published_passages` tells. Does not read 
 import hashlib
 from collections.abc import Iterable
 
-SOURCE = "SEAL, arXiv 2506.10943"
-N_PASSAGES = 200
-N_QUESTIONS = 974
-
 # Single passage, prompt key `implications`. Qwen2.5-7B, verdicts by GPT-4.1.
 SINGLE_PASSAGE: dict[str, float] = {
     "not adapted": 0.327,

@@ -1,33 +1,34 @@
-"""A finished run graded again: no training, no answering, other verdicts, statistics by the published rule.
+"""Grade finished answers again, without training: run files, and files of answers; compare graders on one run.
 
-What an answer was called before stays beside it, in ``earlier`` by the grader's name, so that graders can be
-compared on the same answers; a grader's new verdicts replace its own. Whose verdicts a file has stands in its
-field ``grader`` or in the identity of its model; a published file has verdicts by "earlier".
+A regraded run keeps the earlier verdicts in ``earlier``, by the name of their grader; a grader that grades again
+replaces its own verdicts. The field ``grader`` (or the name of the model) says whose verdicts a file holds; published
+files do not say, and theirs are called "earlier".
 
-A file of answers graded: JSON lines of ``question``, ``gold``, ``answer`` in, the same with a verdict out.
-
-Order and every other field are kept. A ``verdict`` that comes in as true, false or null is somebody else's:
-it goes out as ``reference_verdict`` and the grader is measured against it, overall and by ``kind`` (baseline,
-adapter, or both) where rows have one, since a grader that is harder on one kind bends every gain. A broken
-row is refused, and then nothing is written.
+A file of answers is JSON lines of ``question``, ``gold``, ``answer``; the output has a ``verdict`` too, in the same
+order with all other fields. A ``verdict`` of true, false or null in the input is a reference: it becomes
+``reference_verdict``, and the grader is measured against it, overall and by ``kind`` (baseline, adapter, or both),
+because a grader that is stricter on one arm shifts every gain. A broken row is refused; then nothing is written.
 """
 
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Grader, Verdict
-from seal_nb.grading.choose import grader_of, make_grader
-from seal_nb.metrics import Agreement, Verdicts, accuracy, grader_agreement
+from seal_nb.grading.choose import GRADERS, grader_of, make_grader
+from seal_nb.metrics import Agreement, Verdicts, accuracy, gain, grader_agreement
 from seal_nb.passages import Passage, load_passages
-from seal_nb.results.verdicts import KINDS, Kind, Place, form_of, is_run
-from seal_nb.storage import read_json, write_json, write_text
+from seal_nb.results.collect import is_run, run_of
+from seal_nb.results.run import KINDS, Kind, Run, StoredVerdict, frame
+from seal_nb.storage import read_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TEXTS = ("question", "gold", "answer")
 _SETTLED = (Verdict.CORRECT, Verdict.INCORRECT)
@@ -35,7 +36,7 @@ _SETTLED = (Verdict.CORRECT, Verdict.INCORRECT)
 
 @dataclass(frozen=True, kw_only=True)
 class GradedFile:
-    """What a grader said about a file, and how that compares with the reference verdicts in it."""
+    """The verdicts of a grader on a file, and their agreement with the reference verdicts in it."""
 
     grader: str
     n_correct: int
@@ -50,7 +51,7 @@ class GradedFile:
         return self.n_correct + self.n_incorrect + self.n_ungraded
 
     def lines(self) -> list[str]:
-        """The text form: counts, then agreement where it can be had."""
+        """As text: counts, then agreement if there are reference verdicts."""
         counts = f"{self.n_correct} CORRECT, {self.n_incorrect} INCORRECT, {self.n_ungraded} UNGRADED"
         said = [f"{self.n} answers graded by {self.grader!r}: {counts}"]
         if self.n_ungraded:
@@ -130,7 +131,7 @@ def _answered(row: dict[str, Any]) -> Answered:
 
 
 def _graded_row(row: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """A verdict in words is that of an earlier grading: it is replaced, and never a reference."""
+    """A verdict in words comes from an earlier grading: it is replaced and is never a reference."""
     if "verdict" not in row or isinstance(row["verdict"], str):
         return row | {"verdict": verdict.value}
     return row | {"verdict": verdict.value, "reference_verdict": row["verdict"]}
@@ -171,14 +172,14 @@ def _described(one: Agreement) -> str:
     )
 
 
-UNNAMED = "earlier"  # the grader of a file that does not say
+UNNAMED = "earlier"  # the grader of a file that names none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regraded:
-    """The run with its new verdicts; of every answer in it the new and the old one, and whose it is."""
+    """A run with new verdicts, and for every answer its arm, its new and its earlier verdict."""
 
-    run: dict[str, Any]
+    run: Run
     grader: str
     earlier_grader: str
     kinds: tuple[Kind, ...]
@@ -186,17 +187,14 @@ class Regraded:
     earlier: Verdicts
 
     def lines(self) -> list[str]:
-        """The text form: counts, agreement with the earlier verdicts, and what that does to accuracies."""
+        """As text: counts, agreement with the earlier verdicts, and the accuracy by both."""
         pairs = zip(self.kinds, self.verdicts, self.earlier, strict=True)
         rows = [{"kind": k, "verdict": IN_WORDS[v], "reference_verdict": e} for k, v, e in pairs]
         said = graded_summary(self.grader, rows).lines()
         for name, verdicts in ((self.earlier_grader, self.earlier), (self.grader, self.verdicts)):
-            shares = {kind: accuracy(self._of(kind, verdicts)) for kind in KINDS}
-            said.append(f"{name}: " + ", ".join(f"{kind} {_percent(share)}" for kind, share in shares.items()))
+            own = _by_kind(self.kinds, verdicts)
+            said.append(f"{name}: " + ", ".join(f"{kind} {_percent(accuracy(own[kind]))}" for kind in KINDS))
         return said
-
-    def _of(self, kind: Kind, verdicts: Verdicts) -> Verdicts:
-        return [verdict for own, verdict in zip(self.kinds, verdicts, strict=True) if own == kind]
 
 
 def is_run_file(path: str | Path) -> bool:
@@ -212,58 +210,130 @@ def regrade_file(
 ) -> Regraded:
     """`regrade` from file to file, written whole or not at all.
 
-    ``dataset``: the items that a CPT run was asked about; empty: what the run itself names, if it is there.
+    ``dataset``: the items that a CPT run was asked about; empty: the shipped dataset that the run names, if it does.
     """
     value = read_json(path)
     passages: Sequence[Passage] = ()
     if "articles" not in value:
         named = str(dataset or value.get("dataset") or "")
         passages = load_passages(named) if dataset or named.startswith("shipped:") else ()
-    done = regrade(value, grader, passages=passages, only_ungraded=only_ungraded, path=str(path))
-    write_json(out, done.run)
+    done = regrade(run_of(value, path=path, passages=passages), grader, only_ungraded=only_ungraded)
+    done.run.write(out)
     return done
 
 
-def regrade(
-    value: dict[str, Any],
-    grader: Grader,
-    *,
-    passages: Sequence[Passage] = (),
-    only_ungraded: bool = False,
-    path: str = "",
-) -> Regraded:
-    """A run of the same form with verdicts by ``grader``; with ``only_ungraded`` those that are there stay.
+def regrade(run: Run, grader: Grader, *, only_ungraded: bool = False) -> Regraded:
+    """A copy of the run with verdicts by ``grader`` and the statistics that follow from them.
 
-    ``passages`` as in ``form_of``. Raises: DataError, and what the grader raises.
+    ``only_ungraded``: keep the verdicts that are there. Raises: DataError if the run has no answers, or its passages
+    are needed and missing; and what the grader raises.
     """
-    run = deepcopy(value)
-    form = form_of(run, passages, path=path)
-    earlier, named = [place.verdict for place in form.places], grader_of(run) or UNNAMED
-    wanted = [place for place in form.places if place.verdict is None or not only_ungraded]
-    if named != grader.name:
-        _keep_earlier(form.places, named)
-    for place, verdict in zip(wanted, grader.grade([place.answered for place in wanted]), strict=True):
-        place.put(AS_BOOLEAN[verdict])
-    mixed = named != grader.name and len(wanted) < len(form.places)
-    run["grader"] = f"{named}, what it left: {grader.name}" if mixed else grader.name
-    form.compute()
+    places, named = _answers_of(run), grader_of(run.value) or UNNAMED
+    earlier = [place.verdict for place in places]
+    wanted = [not only_ungraded or verdict is None for verdict in earlier]
+    new = iter(grader.grade([place.answered for place, is_wanted in zip(places, wanted, strict=True) if is_wanted]))
+    verdicts = [
+        AS_BOOLEAN[next(new)] if is_wanted else verdict for verdict, is_wanted in zip(earlier, wanted, strict=True)
+    ]
+    is_other = named != grader.name
+    name = f"{named}, what it left: {grader.name}" if is_other and not all(wanted) else grader.name
     return Regraded(
-        run=run,
-        grader=run["grader"],
+        run=run.graded(verdicts, grader=name, keep_as=named if is_other else ""),
+        grader=name,
         earlier_grader=named,
-        kinds=tuple(place.kind for place in form.places),
-        verdicts=[place.verdict for place in form.places],
+        kinds=tuple(place.kind for place in places),
+        verdicts=verdicts,
         earlier=earlier,
     )
 
 
-def _keep_earlier(places: Sequence[Place], named: str) -> None:
-    """The latest verdicts of each grader; a list of verdicts is copied once."""
-    fields = {(id(place.holder), place.field): place for place in places}
-    for place in fields.values():
-        kept = place.holder.setdefault("earlier", {}).setdefault(named, {})
-        kept[place.field] = deepcopy(place.holder[place.field])
+def _answers_of(run: Run) -> list[StoredVerdict]:
+    found = run.stored_verdicts()
+    if not found:
+        raise DataError("holds no answers", path=run.path, remedy="give a run file that has its answers")
+    return found
+
+
+def _by_kind(kinds: Sequence[Kind], verdicts: Verdicts) -> dict[Kind, Verdicts]:
+    return {kind: [v for k, v in zip(kinds, verdicts, strict=True) if k == kind] for kind in KINDS}
 
 
 def _percent(share: float | None) -> str:
     return "none graded" if share is None else f"{share:.1%} of answers correct"
+
+
+STORED = "in the file"
+ByGrader = Mapping[str, Mapping[Kind, Verdicts]]
+
+
+def verdicts_by_grader(run: Run) -> ByGrader:
+    """For each grader its verdicts on both arms, in the order of the run's answers.
+
+    The verdicts in the file come first, then its earlier verdicts, then those of the graders that need no service.
+    Raises: DataError for a run without answers.
+    """
+    places, own = _answers_of(run), grader_of(run.value)
+    answered, kinds = [place.answered for place in places], [place.kind for place in places]
+    verdicts: dict[str, Verdicts] = {f"{own} ({STORED})" if own else STORED: [place.verdict for place in places]}
+    for name in dict.fromkeys(name for place in places for name in place.holder.get("earlier", {})):
+        verdicts[f"{name} ({STORED})"] = [place.earlier(name) for place in places]
+    verdicts |= {name: [AS_BOOLEAN[v] for v in make_grader(name).grade(answered)] for name in GRADERS}
+    return {name: _by_kind(kinds, given) for name, given in verdicts.items()}
+
+
+def reference_of(by_grader: ByGrader) -> str:
+    """A judge's verdicts if there are any, else the first grading: the last kept verdicts, or the file's own."""
+    stored = [name for name in by_grader if name == STORED or name.endswith(f"({STORED})")]
+    return next((name for name in stored if name.startswith("judge")), stored[-1])
+
+
+def compare_graders(run: Run, *, reference: str = "") -> "pd.DataFrame":
+    """The graders on the answers of one run, measured against a reference grader.
+
+    A grader that is too strict on both arms moves both accuracies; one that is stricter on one arm shifts the gain.
+
+    Args:
+        run: a run with its answers; a CPT run must be read with its passages.
+        reference: a grader of the result; empty: a judge's verdicts in the file, else the first grading.
+
+    Returns:
+        One row per grader, over the answers that it and the reference judged: ``grader``, ``n``, ``ungraded``,
+        ``baseline`` and ``adapter`` (share called correct), ``agreement``, ``kappa``, ``baseline_bias``,
+        ``adapter_bias`` (share called correct minus the reference's), ``gain``, ``gain_bias``. Missing if the two
+        judged no answer of an arm in common.
+
+    Raises:
+        DataError: the run holds no answers. SettingsError: there is no such reference.
+    """
+    by_grader = verdicts_by_grader(run)
+    reference = reference or reference_of(by_grader)
+    if reference not in by_grader:
+        raise SettingsError(f"reference is {reference!r}; known are {', '.join(by_grader)}")
+    return frame([_grader_row(name, verdicts, by_grader[reference]) for name, verdicts in by_grader.items()])
+
+
+def _grader_row(name: str, own: Mapping[Kind, Verdicts], reference: Mapping[Kind, Verdicts]) -> dict[str, Any]:
+    pairs = {
+        kind: [(v, r) for v, r in zip(own[kind], reference[kind], strict=True) if v is not None and r is not None]
+        for kind in KINDS
+    }
+    (before, before_ref), (after, after_ref) = (([v for v, _ in of], [r for _, r in of]) for of in pairs.values())
+    row: dict[str, Any] = {
+        "grader": name,
+        "n": len(before) + len(after),
+        "ungraded": sum(verdict is None for kind in KINDS for verdict in own[kind]),
+        "baseline": accuracy(before) if before else None,
+        "adapter": accuracy(after) if after else None,
+    }
+    if not before or not after:
+        return row
+    agreed = grader_agreement(before + after, before_ref + after_ref)
+    own_gain, reference_gain = gain(before, after) or 0.0, gain(before_ref, after_ref) or 0.0
+    return row | {
+        "agreement": agreed.agreement,
+        "kappa": agreed.kappa,
+        "baseline_bias": grader_agreement(before, before_ref).bias,
+        "adapter_bias": grader_agreement(after, after_ref).bias,
+        "gain": own_gain,
+        "gain_bias": own_gain - reference_gain,
+    }

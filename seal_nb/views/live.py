@@ -1,54 +1,87 @@
-"""What depends on whether somebody looks on: displays that change in place in JupyterLab only.
+"""Displays that change while a notebook runs: the summary at its top, and progress.
 
-A notebook that runs in JupyterLab may redraw, sort and ask; the same notebook under papermill, nbval or
-nbconvert shows the same content as static output, so that what is committed is small and the same every time.
+JupyterLab gets bars and updated displays. Under papermill, nbval or nbconvert the same content is plain lines
+without times, so that what is committed is small and the same every time.
 """
 
-import html
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
-from seal_nb.views.tables import Table, somebody_looks_on
+from tqdm.auto import tqdm
 
-COUNTED = re.compile(r"(\d+) of (\d+)")
+from seal_nb.views.tables import has_live_frontend, mime_bundle
+
+COUNTED = re.compile(r"^(.*?):? *(\d+) of (\d+)$")
 NOT_YET = "not run yet"
-LONGEST_SENTENCE = 200  # characters; what a number lacks often stands at the end of its sentence
+LONGEST_SENTENCE = 200  # characters of a summary's line
+LINE_S = 30.0  # between lines in a log
+
+
+class _Lines:
+    """A file for tqdm that writes a line per update instead of rewriting one line."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self.last:
+            self.last = line
+            sys.stdout.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def progress(total: int, what: str) -> "tqdm[Any]":
+    """A progress bar; in a log a line at the start, about every 30 s, and at the end.
+
+    Args:
+        total: number of steps.
+        what: what is counted, such as "inner loops".
+
+    Returns:
+        A tqdm bar: call ``update()`` after each step and ``close()`` at the end, or use it in a ``with`` statement.
+    """
+    if has_live_frontend():
+        return tqdm(total=total, desc=what)
+    from tqdm.std import tqdm as plain
+
+    return plain(total=total, desc=what, file=_Lines(), mininterval=LINE_S, bar_format="{desc}: {n_fmt} of {total_fmt}")
 
 
 class Teller:
-    """Progress of a long cell: ``tell=Teller()``. One bar in place where somebody looks on, else a line each.
+    """Progress from sentences: "inner loops: 3 of 10" moves a bar in JupyterLab, every other text is a line."""
 
-    A text such as "inner loops: 3 of 10" moves the bar. Seconds are told where they are not saved.
-    """
-
-    def __init__(self, *, live: bool | None = None, stream: TextIO | None = None) -> None:
-        self.live = somebody_looks_on() if live is None else live
-        self.stream = stream or sys.stdout
-        self._handle: Any = None
-        self._began_at = time.monotonic()
+    def __init__(self) -> None:
+        self.live = has_live_frontend()
+        self._bar: Any = None
 
     def __call__(self, text: str) -> None:
-        if not self.live:
-            self.stream.write(f"{text}\n")
-            self.stream.flush()
+        counted = COUNTED.match(text) if self.live else None
+        if counted is None:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
             return
-        from IPython.display import HTML, display
+        what, done, total = counted[1], int(counted[2]), int(counted[3])
+        if self._bar is None or (self._bar.desc, self._bar.total) != (what, total):
+            self._bar = tqdm(total=total, desc=what)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
 
-        page = HTML(_bar(text, time.monotonic() - self._began_at))
-        if self._handle is None:
-            self._handle = display(page, display_id=True)
-        else:
-            self._handle.update(page)
 
+class Summary:
+    """The few numbers to look at first: shown at the top of a notebook, filled in by later cells.
 
-class Glance:
-    """The few numbers to look at first: shown at the top of a notebook, filled in by a cell further down.
+    ``summary = Summary("gain", "accuracy")`` and ``summary`` as the last line of an early cell, later
+    ``summary.fill({"gain": "+12 %"})``. The display of the early cell is updated, also in a headless run.
 
-    ``Glance("gain", "accuracy")`` as the last line of an early cell, ``glance.fill(gain="+12 %", …)`` when
-    they are known. Works headless too: the display of the early cell is updated.
+    Args:
+        names: the lines of the table; each says "not run yet" until it is filled.
     """
 
     def __init__(self, *names: str) -> None:
@@ -56,34 +89,24 @@ class Glance:
         self._handle: Any = None
 
     def fill(self, values: Mapping[str, str]) -> None:
-        """Set what is known now; names that are new come at the end."""
+        """Set lines of the table; new names are added at the end."""
         self.values |= values
         if self._handle is not None:
-            self._handle.update(self._table())
+            self._handle.update(self._bundle(), raw=True)
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        self._handle = display(self._table(), display_id=True)
+        self._handle = display(self._bundle(), raw=True, display_id=True)
 
-    def _table(self) -> Table:
-        return Table(
-            rows=[{"at a glance": name, "": value} for name, value in self.values.items()],
-            columns={"at a glance": "", "": ""},
-            longest_cell=LONGEST_SENTENCE,
-        )
+    def _bundle(self) -> dict[str, str]:
+        import pandas as pd
+
+        rows = pd.DataFrame({"at a glance": list(self.values), "": list(self.values.values())})
+        return mime_bundle(rows, longest_cell=LONGEST_SENTENCE)
 
 
 def right_of(correct: Sequence[bool | None]) -> str:
-    """Right answers of those that could be graded, for a glance: "3 of 5"."""
+    """Right answers among those with a verdict, for a summary: "3 of 5"."""
     graded = [one for one in correct if one is not None]
     return f"{sum(graded)} of {len(graded)}"
-
-
-def _bar(text: str, elapsed_s: float) -> str:
-    counted = COUNTED.search(text)
-    bar = ""
-    if counted:
-        done, total = counted.groups()
-        bar = f'<progress value="{done}" max="{total}" aria-label="progress"></progress> '
-    return f'<div role="status">{bar}{html.escape(text)}, {elapsed_s:.0f} s</div>'

@@ -1,28 +1,24 @@
-"""Figures of the experiments: plain records in, a matplotlib figure out.
+"""Figures of accuracy: by arm, ReST-EM round, passage, grader, swept setting and continual edit.
 
-Every axis names its unit and n, every figure draws the baseline it is compared with, every bar says what its
-interval is, and every figure carries its content in words (`Chart.alt`). Accuracies are fractions; per cent
-is formatting. Does not read files, compute intervals or show anything.
-
-What each grader makes of the same answers, as a figure. Takes plain rows; grades nothing.
-
-The figure of a sweep over inner-loop settings: accuracy of each point with its interval.
-
-Plain rows in, a matplotlib figure out. The x axis is the first swept setting, on a logarithmic scale where it
-spans a factor of ten; every other combination is a line. Computes nothing.
+Plain records in, a matplotlib Figure out. Every axis names its unit and n, every figure draws the baseline it is
+compared with, and every figure has its content in words (`Chart.alt`). Accuracies are fractions.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from seal_nb.metrics import written_value
+from seal_nb.metrics import counted, written_value
 from seal_nb.views.style import (
     BLUE,
     CYCLE,
     GREY,
+    HEAT_MAP,
     INK,
     LIGHT,
     ORANGE,
@@ -35,10 +31,14 @@ from seal_nb.views.style import (
     styled,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 INTERVAL = "95 % interval"
 Place = Literal["outside upper left", "outside right center"]
 
-MOST_DUMBBELLS = 40  # more passages than this are unreadable one by one: draw the histogram
+MOST_LINES = 30  # of single passages in one figure
+MOST_DUMBBELLS = 40  # with more passages, the histogram is drawn
 
 
 class Estimated(Protocol):
@@ -55,16 +55,23 @@ class Estimated(Protocol):
 
 
 @styled
-def accuracy_by_arm(
+def plot_accuracy(
     arms: Mapping[str, Estimated],
     *,
     baseline: Estimated | None = None,
     published: Mapping[str, float] | None = None,
     unit: str = "passages",
 ) -> Chart:
-    """One bar an arm with its 95 % interval; the model that was not adapted as a line across.
+    """One bar per arm with its 95 % interval, and the model without adapter as a line.
 
-    `published`: accuracy by arm name, a dashed mark on that arm's bar; only for the published passages.
+    Args:
+        arms: arm name → estimate, such as ``{run.arm: run.estimate()}``. Accuracies are fractions.
+        baseline: the estimate of the model without adapter.
+        published: arm name → published accuracy, drawn as a dashed mark; only for the published passages.
+        unit: what n counts.
+
+    Returns:
+        A matplotlib Figure.
     """
     chart, axes = new_chart(1.2 + 0.46 * max(len(arms), 1))
     names, values = list(arms), list(arms.values())
@@ -87,7 +94,7 @@ def accuracy_by_arm(
 
 
 @styled
-def accuracy_across_rounds(
+def plot_rounds(
     series: Mapping[str, Sequence[Estimated | None]],
     *,
     baseline: Estimated | None = None,
@@ -95,19 +102,27 @@ def accuracy_across_rounds(
     published: Mapping[str, Sequence[float]] | None = None,
     unit: str = "passages",
 ) -> Chart:
-    """QA accuracy against ReST-EM rounds: one line a prompt or run, 95 % intervals, round 0 the base model.
+    """Accuracy by ReST-EM round with 95 % intervals; round 0 is the base model.
 
-    `series`: an estimate for each round, None where a round was not run. `per_passage`: for each passage its
-    accuracy in each round, as thin lines behind. `published`: the same rounds as published, dashed; only for
-    the published passages.
+    Args:
+        series: name (such as a prompt key) → an estimate per round, None for a round that was not run. One line each.
+        baseline: the estimate of the model without adapter.
+        per_passage: for each passage its accuracy in each round: thin lines, if there is one series and at most 30.
+        published: name → published accuracy per round, dashed; only for the published passages.
+        unit: what n counts.
+
+    Returns:
+        A matplotlib Figure.
     """
     chart, axes = new_chart(3.6)
-    for accuracies in per_passage:
+    lines = per_passage if len(series) == 1 and len(per_passage) <= MOST_LINES else []
+    for accuracies in lines:
         axes.plot(range(len(accuracies)), accuracies, color=LIGHT, linewidth=0.9, zorder=1)
     _baseline_line(axes, baseline, vertical=False)
-    shift = 0.04  # intervals of several lines stand side by side
+    shift = 0.04  # so that the intervals of several lines do not cover each other
     for number, (name, estimates) in enumerate(series.items()):
-        _round_line(axes, name, estimates, CYCLE[number % len(CYCLE)], shift * (number - (len(series) - 1) / 2))
+        known = [(k + shift * (number - (len(series) - 1) / 2), e) for k, e in enumerate(estimates) if e is not None]
+        errorbars(axes, [x for x, _ in known], [e for _, e in known], CYCLE[number % len(CYCLE)], name)
     for number, name in enumerate(series):
         values = (published or {}).get(name)
         if values:
@@ -121,10 +136,10 @@ def accuracy_across_rounds(
     axes.set_xticks(range(n_rounds), ["0\n(base model)", *(str(k) for k in range(1, n_rounds))])
     axes.set_xlim(-0.3, n_rounds - 0.7)
     axes.set_xlabel("ReST-EM round")
-    known = [estimate for estimates in series.values() for estimate in estimates if estimate is not None]
-    accuracy_axis(axes, "y", f"QA accuracy\n({_n_label(known, unit)}, {INTERVAL})")
+    run = [estimate for estimates in series.values() for estimate in estimates if estimate is not None]
+    accuracy_axis(axes, "y", f"QA accuracy\n({_n_label(run, unit)}, {INTERVAL})")
     axes.set_ylim(bottom=0)
-    if per_passage:
+    if lines:
         axes.plot([], [], color=LIGHT, linewidth=0.9, label="one passage")
     legend_outside(chart, "outside right center", 1)
     chart.alt = "QA accuracy by ReST-EM round. " + " ".join(
@@ -135,11 +150,16 @@ def accuracy_across_rounds(
 
 
 @styled
-def gain_by_passage(titles: Sequence[str], baseline: Sequence[float | None], adapter: Sequence[float | None]) -> Chart:
-    """One line a passage from baseline to adapter accuracy, largest gain on top; lists run side by side.
+def plot_gains(titles: Sequence[str], baseline: Sequence[float | None], adapter: Sequence[float | None]) -> Chart:
+    """One line per passage from baseline to adapter accuracy, the largest gain on top.
 
-    A passage without a graded answer on one side is left out. Above 40 passages the lines are unreadable:
-    the histogram of the gains is drawn instead.
+    Args:
+        titles: (P,) passage titles.
+        baseline: (P,) accuracies without adapter, None for a passage without a graded answer (left out).
+        adapter: (P,) accuracies with adapter.
+
+    Returns:
+        A matplotlib Figure; a histogram of the gains for more than 40 passages.
     """
     sides = zip(titles, baseline, adapter, strict=True)
     known = [(title, b, a) for title, b, a in sides if b is not None and a is not None]
@@ -148,7 +168,7 @@ def gain_by_passage(titles: Sequence[str], baseline: Sequence[float | None], ada
 
 def _gains_of_known(titles: list[str], baseline: list[float], adapter: list[float]) -> Chart:
     if len(titles) > MOST_DUMBBELLS:
-        return gain_histogram([after - before for before, after in zip(baseline, adapter, strict=True)])
+        return plot_gain_histogram([after - before for before, after in zip(baseline, adapter, strict=True)])
     chart, axes = new_chart(1.3 + 0.26 * max(len(titles), 1))
     order = sorted(range(len(titles)), key=lambda i: (baseline[i] - adapter[i], -adapter[i], i))
     for row, i in enumerate(order):
@@ -171,8 +191,8 @@ def _gains_of_known(titles: list[str], baseline: list[float], adapter: list[floa
 
 
 @styled
-def gain_histogram(gains: Sequence[float]) -> Chart:
-    """How many passages gained how much: bins of ten points, zero and the mean drawn."""
+def plot_gain_histogram(gains: Sequence[float]) -> Chart:
+    """How many passages gained how much, in bins of ten points, with zero and the mean."""
     chart, axes = new_chart(2.8)
     edges = [tenth / 10 - 0.05 for tenth in range(-10, 12)]  # so that zero is the middle of a bin
     axes.hist(gains, bins=edges, color=SKY, edgecolor="white", linewidth=0.8)
@@ -192,25 +212,31 @@ def gain_histogram(gains: Sequence[float]) -> Chart:
 
 
 def _interval(axes: Axes, value: Estimated, row: float) -> None:
-    """The interval around a bar's end, and the mean in figures to its right."""
+    """The interval around a bar's end, and the mean as a number to its right."""
     below, above = max(value.mean - value.low, 0.0), max(value.high - value.mean, 0.0)
     axes.errorbar(value.mean, row, xerr=[[below], [above]], color=INK, capsize=3, linewidth=1.2)
     axes.annotate(f"{value.mean:.1%}", (value.high, row), (6, 0), textcoords="offset points", va="center", fontsize=9)
 
 
-def _round_line(axes: Axes, name: str, estimates: Sequence[Estimated | None], colour: str, shift: float) -> None:
-    known = [(k + shift, e) for k, e in enumerate(estimates) if e is not None]
-    means = [e.mean for _, e in known]
-    reach = [[max(e.mean - e.low, 0.0) for _, e in known], [max(e.high - e.mean, 0.0) for _, e in known]]
-    axes.errorbar([x for x, _ in known], means, yerr=reach, fmt="-o", color=colour, capsize=3, label=name)
+def errorbars(axes: Axes, xs: Sequence[float], estimates: Sequence[Estimated], colour: str, label: str) -> None:
+    """A line through the means with the 95 % intervals."""
+    reach = [[max(one.mean - one.low, 0.0) for one in estimates], [max(one.high - one.mean, 0.0) for one in estimates]]
+    axes.errorbar(
+        xs, [one.mean for one in estimates], yerr=reach, fmt="-o", color=colour, capsize=3, label=label or None
+    )
 
 
 def _baseline_line(axes: Axes, baseline: Estimated | None, *, vertical: bool = True) -> None:
     if baseline is None:
         return
     draw_line, draw_band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
-    draw_line(baseline.mean, color=INK, linestyle=":", linewidth=1.4, label=f"not adapted, {baseline.mean:.1%}")
+    draw_line(baseline.mean, color=INK, linestyle=":", linewidth=1.4, label=f"baseline, {baseline.mean:.1%}")
     draw_band(baseline.low, baseline.high, color=GREY, alpha=0.15, linewidth=0)
+
+
+def gaps(values: Iterable[float | None]) -> list[float]:
+    """None as NaN: a gap in a line."""
+    return [math.nan if value is None else value for value in values]
 
 
 def accuracy_axis(axes: Axes, which: str, label: str) -> None:
@@ -222,12 +248,12 @@ def accuracy_axis(axes: Axes, which: str, label: str) -> None:
 
 
 def _limit_to(axes: Axes, highest: Sequence[float]) -> None:
-    """Room to the right of the longest bar for its figures."""
+    """Leave room for the number to the right of the longest bar."""
     axes.set_xlim(0, max([*highest, 0.1]) * 1.16)
 
 
 def legend_outside(chart: Chart, place: Place = "outside upper left", columns: int = 4) -> None:
-    """The legend beside the axes, where the layout makes room for it and no data is covered."""
+    """The legend outside the axes, so that it covers no data."""
     if chart.axes[0].get_legend_handles_labels()[0]:
         chart.legend(loc=place, ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
@@ -243,23 +269,26 @@ def short(text: str, longest: int = 34) -> str:
 
 def _arms_in_words(arms: Mapping[str, Estimated], baseline: Estimated | None) -> str:
     parts = [f"{name} {e.mean:.1%} ({e.low:.1%} to {e.high:.1%})" for name, e in arms.items()]
-    against = f" Not adapted: {baseline.mean:.1%}." if baseline else ""
+    against = f" Baseline: {baseline.mean:.1%}." if baseline else ""
     return "QA accuracy with 95 % interval: " + "; ".join(parts) + "." + against
 
 
 @styled
-def accuracy_by_grader(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """A line a grader from the accuracy without adapter to that with it: its length is the gain.
+def plot_graders(graders: "pd.DataFrame") -> Chart:
+    """One line per grader from the accuracy without adapter to the accuracy with it; its length is the gain.
 
-    Rows with ``grader``, ``baseline``, ``adapter`` and ``n``, as of ``grader_comparison``; those without
-    accuracies are left out.
+    Args:
+        graders: the DataFrame of ``compare_graders``; rows without both accuracies are left out.
+
+    Returns:
+        A matplotlib Figure.
     """
-    shown = [row for row in rows if row.get("baseline") is not None and row.get("adapter") is not None]
+    shown = graders.dropna(subset=["baseline", "adapter"]).to_dict("records") if len(graders) else []
     chart, axes = new_chart(1.1 + 0.32 * max(len(shown), 1))
     for place, row in enumerate(reversed(shown)):
         before, after = row["baseline"], row["adapter"]
         axes.plot([before, after], [place, place], color=PALE, linewidth=4, zorder=1)
-        axes.scatter([before], [place], color=GREY, zorder=2, label="not adapted" if not place else None)
+        axes.scatter([before], [place], color=GREY, zorder=2, label="baseline" if not place else None)
         axes.scatter([after], [place], color=BLUE, zorder=3, label="with adapter" if not place else None)
         axes.annotate(
             f"{100 * (after - before):+.1f}", (max(before, after), place), xytext=(8, 0),
@@ -283,11 +312,17 @@ def accuracy_by_grader(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 @styled
-def sweep_accuracy(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, unit: str = "passages") -> Chart:
-    """QA accuracy with interval against the first of ``names``, a line for each combination of the others.
+def plot_sweep(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, unit: str = "passages") -> Chart:
+    """Accuracy against the first swept setting; one line per combination of the other settings.
 
-    ``rows``: as ``sweep_rows`` gives them, with ``estimate`` and a value for each name; rows without an
-    estimate are left out. Values that are not numbers stand side by side in order of appearance.
+    Args:
+        rows: one per point, with ``label``, ``estimate`` (None: left out) and the value of each setting.
+        names: the swept settings. The x axis is the first, logarithmic if it spans a factor of ten; values that are not
+            numbers are placed in order of appearance.
+        unit: what n counts.
+
+    Returns:
+        A matplotlib Figure.
     """
     chart, axes = new_chart(3.4)
     known = [row for row in rows if row["estimate"] is not None]
@@ -298,7 +333,8 @@ def sweep_accuracy(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, u
         axes.set_xscale("log")
     for number, (label, own) in enumerate(_lines(known, names[1:]).items()):
         own = sorted(own, key=lambda row: place[_key(row[names[0]])])
-        _line(axes, [place[_key(row[names[0]])] for row in own], [row["estimate"] for row in own], label, number)
+        xs = [place[_key(row[names[0]])] for row in own]
+        errorbars(axes, xs, [row["estimate"] for row in own], CYCLE[number % len(CYCLE)] if label else BLUE, label)
     axes.set_xticks([place[value] for value in values], [written_value(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(names[0])
@@ -318,12 +354,97 @@ def _lines(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str,
     return lines
 
 
-def _line(axes: Any, xs: Sequence[float], estimates: Sequence[Estimated], label: str, number: int) -> None:
-    colour = CYCLE[number % len(CYCLE)] if label else BLUE
-    means = [one.mean for one in estimates]
-    reach = [[max(one.mean - one.low, 0.0) for one in estimates], [max(one.high - one.mean, 0.0) for one in estimates]]
-    axes.errorbar(xs, means, yerr=reach, fmt="-o", color=colour, capsize=3, label=label or None)
-
-
 def _key(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+@styled
+def plot_continual_matrix(matrix: Sequence[Sequence[float | None]], *, n_sequences: int) -> Chart:
+    """The accuracy matrix as a heat map; the passage of each edit is outlined, cells that were not asked are blank.
+
+    Args:
+        matrix: (K+1)×K accuracies, such as ``ContinualRun.mean``.
+        n_sequences: number of sequences that the matrix is the mean of.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    k = len(matrix) - 1
+    chart, axes = new_chart(1.6 + 0.36 * (k + 1), 3.4 + 0.5 * k)
+    asked = asked_cells(matrix)
+    image = axes.imshow(asked, cmap=HEAT_MAP, vmin=0, vmax=max(float(asked.max() or 0.0), 0.1), aspect="auto")
+    axes.set_facecolor("#F2F2F2")
+    _write_cells(axes, asked)
+    for step in range(1, k + 1):
+        axes.add_patch(Rectangle((step - 1.5, step - 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2))
+    axes.set_yticks(range(k + 1), ["never edited", *(f"after edit {step}" for step in range(1, k + 1))])
+    axes.set_xticks(range(k), [str(column + 1) for column in range(k)])
+    axes.set_xlabel("passage, in order of editing\n(outlined: just edited; blank: not asked)")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = chart.colorbar(image, ax=axes, format=percent_ticks())
+    bar.set_label(f"QA accuracy\n(mean, n = {n_sequences} sequences)")
+    last = asked[k].mean() if k else 0.0
+    chart.alt = (
+        f"Accuracy after each of {k} edits over {n_sequences} sequences: never edited {asked[0].mean():.1%}, "
+        f"all {k} passages after the last edit {last:.1%}."
+    )
+    return chart
+
+
+@styled
+def plot_continual_curve(
+    seen: Sequence[Estimated],
+    never_edited: Iterable[float | None],
+    *,
+    just_edited: Iterable[float | None] = (),
+    published: Sequence[float] = (),
+) -> Chart:
+    """Mean accuracy on the passages edited so far by number of edits, and of the unedited model on the same passages.
+
+    Args:
+        seen: (K,) estimates after edit 1 … K, n = sequences.
+        never_edited: (K,) accuracy of the unedited model on the same passages.
+        just_edited: (K,) accuracy on the passage of each edit, right after it.
+        published: (K,) as `seen`, of the published run.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    chart, axes = new_chart(3.3)
+    edits = range(1, len(seen) + 1)
+    before = gaps(never_edited)
+    axes.plot(edits, before, ":", color=INK, linewidth=1.6, label="never edited, same passages")
+    if just := gaps(just_edited):
+        axes.plot(edits, just, "s", color=ORANGE, linestyle="none", label="passage just edited")
+    errorbars(axes, edits, seen, BLUE, "all passages so far")
+    if published:
+        axes.plot(range(1, len(published) + 1), published, "--o", color=GREY, mfc="white", label="published")
+    axes.set_xlabel("number of edits")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(f"QA accuracy\n(n = {seen[0].n if seen else 0} sequences, {INTERVAL})")
+    axes.yaxis.set_major_formatter(percent_ticks())
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color=PALE)
+    legend_outside(chart, columns=2)
+    chart.alt = "Accuracy on the passages edited in so far: " + "; ".join(
+        f"after {counted(t, 'edits')} {e.mean:.1%}, never edited {unedited:.1%}"
+        for t, (e, unedited) in enumerate(zip(seen, before, strict=True), 1)
+    )
+    return chart
+
+
+def asked_cells(matrix: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray:
+    """(K+1, K) accuracies; masked where the passage was not asked or not graded."""
+    values = np.array([[np.nan if cell is None else cell for cell in row] for row in matrix], dtype=float)
+    rows, columns = np.indices(values.shape)
+    return np.ma.array(values, mask=((rows >= 1) & (columns >= rows)) | np.isnan(values))
+
+
+def _write_cells(axes: Axes, asked: np.ma.MaskedArray) -> None:
+    """The numbers in the cells, dark on light and light on dark."""
+    middle = (asked.max() or 0.1) / 2
+    for (row, column), value in np.ndenumerate(asked.filled(np.nan)):
+        if not np.isnan(value):
+            colour = "white" if value < middle else INK
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=9)

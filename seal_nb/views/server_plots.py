@@ -1,15 +1,14 @@
-"""A server over time: figure and table of sampled status records, and both of them live in a notebook.
+"""A server over time: figure and table of sampled status records, live in JupyterLab.
 
-Where somebody looks on (JupyterLab) one display is updated in place. Headless (papermill, a batch job) there
-are plain lines, more and more seldom, since a server may be up for days; a log cannot be redrawn. Samples
-nothing itself: records of ``seal_nb.server.status`` come in.
+JupyterLab gets one display that is updated. A headless run prints lines, less and less often, because a server may
+run for days. Records of ``seal_nb.server.status`` come in; nothing is sampled here.
 """
 
 import sys
 import time
 from base64 import b64encode
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from matplotlib.ticker import MaxNLocator
 
@@ -17,14 +16,17 @@ from seal_nb.metrics import counted
 from seal_nb.server.status import History, Sample
 from seal_nb.views.plots import legend_outside
 from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, png_bytes, styled
-from seal_nb.views.tables import Table, somebody_looks_on
+from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle, show
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
 FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0
 
 
 @styled
-def server_activity(samples: Sequence[Sample]) -> Chart:
+def plot_server_activity(samples: Sequence[Sample]) -> Chart:
     """Requests that wait, slots in use (and slots), and jobs per minute, over the time of watching."""
     chart = Chart(figsize=(WIDTH_IN, 3.8), dpi=DPI)
     above, below = chart.subplots(2, 1, sharex=True)
@@ -48,14 +50,16 @@ def server_activity(samples: Sequence[Sample]) -> Chart:
     return chart
 
 
-def server_table(samples: Sequence[Sample]) -> Table:
-    """The state at the end, and the most there was of it."""
+def server_frame(samples: Sequence[Sample]) -> "pd.DataFrame":
+    """The last state and the maximum of each number: columns ``""`` (what), ``now``, ``most``."""
+    import pandas as pd
+
     rows = [
-        {"": _LABELS[name], "now": _shown(samples[-1], name), "most": _shown(_most(samples, name), name)}
+        {"": _LABELS[name], **{at: f"{_shown(one, name):,.0f}" for at, one in _last_and_most(samples, name)}}
         for name in _LABELS
         if samples and (name != "gpu_bytes" or _most(samples, name).gpu_bytes)
     ]
-    return Table(rows=rows, columns={"": "", "now": ",.0f", "most": ",.0f"})
+    return pd.DataFrame(rows)
 
 
 def status_line(sample: Sample) -> str:
@@ -72,14 +76,14 @@ class ServerView:
     """Call ``show`` for every sample and ``close`` at the end, both with what is kept of them."""
 
     def __init__(self, *, live: bool | None = None, stream: TextIO | None = None) -> None:
-        self.live = somebody_looks_on() if live is None else live
+        self.live = has_live_frontend() if live is None else live
         self.stream = stream or sys.stdout
         self._handle: Any = None
         self._image, self._redraw_at = "", 0.0
         self._line_at, self._pause_s = 0.0, FIRST_LINE_S
 
     def show(self, history: History) -> None:
-        """In place, or a line if it is time for one."""
+        """Update the display, or print a line if it is time for one."""
         now = time.monotonic()
         if self.live:
             self._show_in_place(history.samples(), now)
@@ -89,25 +93,25 @@ class ServerView:
             self._line_at, self._pause_s = now + self._pause_s, min(2 * self._pause_s, LONGEST_LINE_S)
 
     def close(self, history: History) -> None:
-        """The table and the figure that stay: static, as GitHub and a run folder show them."""
+        """Show the final table and figure."""
         from IPython.display import display
 
         if not (samples := history.samples()):
             return
         if self._handle is None:
-            display(server_table(samples))
+            show(server_frame(samples))
         else:
-            self._handle.update(server_table(samples))
-        display(server_activity(samples))
+            self._handle.update(mime_bundle(server_frame(samples)), raw=True)
+        display(plot_server_activity(samples))
 
     def _show_in_place(self, samples: Sequence[Sample], now: float) -> None:
         from IPython.display import HTML, display
 
         if now >= self._redraw_at:
-            image = b64encode(png_bytes(server_activity(samples))).decode()
+            image = b64encode(png_bytes(plot_server_activity(samples))).decode()
             self._image = f'<img alt="the server over time" src="data:image/png;base64,{image}">'
             self._redraw_at = now + REDRAW_S
-        page = HTML(server_table(samples)._repr_html_() + self._image)
+        page = HTML(as_html(server_frame(samples)) + self._image)
         if self._handle is None:
             self._handle = display(page, display_id=True)
         else:
@@ -129,6 +133,10 @@ _LABELS = {
 }
 
 
+def _last_and_most(samples: Sequence[Sample], name: str) -> list[tuple[str, Sample]]:
+    return [("now", samples[-1]), ("most", _most(samples, name))]
+
+
 def _most(samples: Sequence[Sample], name: str) -> Sample:
     return max(samples, key=lambda sample: getattr(sample, name))
 
@@ -140,7 +148,7 @@ def _shown(sample: Sample, name: str) -> float:
 
 def _in_words(samples: Sequence[Sample]) -> str:
     if not samples:
-        return "A server that was not seen."
+        return "No status of the server was sampled."
     return (
         f"A server over {samples[-1].at_s - samples[0].at_s:.0f} s: at most "
         f"{_most(samples, 'queued').queued} requests waiting, "

@@ -61,9 +61,21 @@ P = ParamSpec("P")
 
 
 class Chart(Figure):
-    """A figure that says in words what it shows (`alt`) and shows itself in a notebook with those words."""
+    """A matplotlib Figure with its content in words (`alt`), which notebooks show as alternative text."""
 
     alt: str = ""
+
+    def save(self, path: str | Path, formats: str = "png") -> list[Path]:
+        """Write the figure as files.
+
+        Args:
+            path: without ending; folders are made.
+            formats: comma list of png, svg, pdf.
+
+        Returns:
+            The files. Raises SettingsError for another format.
+        """
+        return [save_figure(self, Path(f"{path}.{ending.strip()}")) for ending in formats.split(",")]
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
         image = base64.b64encode(png_bytes(self)).decode("ascii")

@@ -1,87 +1,139 @@
-"""Tables of plain records: HTML in a notebook, aligned text in a terminal, CSV in a file.
+"""DataFrames shown in a notebook: HTML by a pandas Styler, and aligned text for terminals, logs and nbval.
 
-The text form is what nbval compares, so it holds data only. Every cell is escaped. Where somebody looks on, a
-click on a heading sorts; a table that is made headless has no script. Does not compute anything.
+The column names choose the number format. Every cell and heading is escaped. In JupyterLab a click on a heading
+sorts; a table of a headless run has no script, so that saved outputs are small and the same every time.
 """
 
-import csv
 import html
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOT_KNOWN = "–"
 LONGEST_CELL = 80
+_SHARES = "accuracy low high baseline adapter never_edited just_edited final agreement recited reward mean"
+_CHANGES = "gain gain_low gain_high difference baseline_bias adapter_bias gain_bias"
+FORMATS = {
+    **dict.fromkeys(_SHARES.split(), ".1%"),
+    **dict.fromkeys(_CHANGES.split(), "+.1%"),
+    **{"p": ".2g", "p_value": ".2g", "kappa": ".2f", "lr": "g", "loss": ".3f", "soft_gain": "+.2f"},
+}  # by column name; other fractions are shown with four digits
+_STYLES = [
+    {"selector": "th, td", "props": "text-align: left; vertical-align: top; white-space: pre-wrap"},
+    {"selector": "caption", "props": "text-align: left; caption-side: top"},
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of records and how each column is written.
+def show(frame: "pd.DataFrame", caption: str = "", *, formats: Mapping[str, str] | None = None) -> None:
+    """Display a DataFrame in a notebook.
 
-    `columns`: record key → format, such as `{"arm": "", "accuracy": ".1%"}`; the key is the heading.
-    A value of None is written as a dash: not known is not zero. The text form cuts what is longer than
-    `longest_cell` characters, so that a line stays one.
+    Args:
+        frame: any DataFrame. Columns such as ``accuracy`` or ``gain`` are shown as percentages (``FORMATS``); missing
+            values as "–".
+        caption: a line above the table.
+        formats: format specifications for further columns, such as ``{"loss": ".2f"}``.
     """
+    from IPython.display import display
 
-    rows: Sequence[Mapping[str, Any]]
-    columns: Mapping[str, str]
-    caption: str = ""
-    longest_cell: int = LONGEST_CELL
+    display(mime_bundle(frame, caption, formats=formats), raw=True)
 
-    def cells(self) -> list[list[str]]:
-        return [[_written(row.get(key), form) for key, form in self.columns.items()] for row in self.rows]
 
-    def to_csv(self, path: Path) -> Path:
-        """Writes the unformatted values: a fraction stays a fraction."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            writer.writerows([[row.get(key) for key in self.columns] for row in self.rows])
-        return path
+def mime_bundle(
+    frame: "pd.DataFrame",
+    caption: str = "",
+    *,
+    formats: Mapping[str, str] | None = None,
+    longest_cell: int = LONGEST_CELL,
+) -> dict[str, str]:
+    """What ``show`` displays: ``text/html`` and ``text/plain``."""
+    if frame.empty:
+        nothing = f"{caption}: no rows" if caption else "no rows"
+        return {"text/html": f"<p>{html.escape(nothing)}</p>", "text/plain": nothing}
+    shown = as_html(frame, caption, formats=formats)
+    if has_live_frontend() and len(frame) > 1:
+        shown = sortable(shown)
+    return {"text/html": shown, "text/plain": as_text(frame, caption, formats=formats, longest_cell=longest_cell)}
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        shown = self._repr_html_()
-        if somebody_looks_on() and len(self.rows) > 1:
-            shown = sortable(shown)
-        return {"text/html": shown, "text/plain": repr(self)}
 
-    def _repr_html_(self) -> str:
-        numeric = self._numeric()
-        head = "".join(_cell("th", key, right) for key, right in zip(self.columns, numeric, strict=True))
-        body = "".join(
-            "<tr>" + "".join(_cell("td", text, right) for text, right in zip(cells, numeric, strict=True)) + "</tr>"
-            for cells in self.cells()
-        )
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def as_html(frame: "pd.DataFrame", caption: str = "", *, formats: Mapping[str, str] | None = None) -> str:
+    """The table as HTML, the same for the same data."""
+    cells, is_number = _cells(frame, formats), _number_columns(frame)
+    name = sha256(f"{caption}{cells.to_csv()}".encode()).hexdigest()[:8]
+    styler = cells.style.format(escape="html").format_index(escape="html", axis=1).set_uuid(name)
+    styler = styler.set_table_styles(
+        [
+            *_STYLES,
+            *(
+                {"selector": f"td.col{at}, th.col{at}", "props": "text-align: right"}
+                for at, one in enumerate(is_number)
+                if one
+            ),
+        ]
+    )
+    styler.cell_ids = False
+    styler = styler.hide(axis="index")
+    return str((styler.set_caption(html.escape(caption)) if caption else styler).to_html())
 
-    def __repr__(self) -> str:
-        grid = [list(self.columns), *([_one_line(text, self.longest_cell) for text in cells] for cells in self.cells())]
-        widths = [max(len(line[i]) for line in grid) for i in range(len(self.columns))]
-        lines = [self._aligned(line, widths) for line in grid]
-        return "\n".join(([self.caption] if self.caption else []) + lines)
 
-    def _aligned(self, line: Sequence[str], widths: Sequence[int]) -> str:
-        pieces = [
+def as_text(
+    frame: "pd.DataFrame",
+    caption: str = "",
+    *,
+    formats: Mapping[str, str] | None = None,
+    longest_cell: int = LONGEST_CELL,
+) -> str:
+    """The table as aligned text; longer cells are cut, so that a row is one line."""
+    cells = _cells(frame, formats).map(partial(_one_line, longest=longest_cell))
+    lines = [[str(name) for name in cells.columns], *cells.to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        "  ".join(
             text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, self._numeric(), strict=True)
-        ]
-        return "  ".join(pieces).rstrip()
-
-    def _numeric(self) -> list[bool]:
-        """Columns of numbers are set right; a format such as `.1%` says that a column is one."""
-        return [
-            bool(form) or any(isinstance(row.get(key), int | float) for row in self.rows)
-            for key, form in self.columns.items()
-        ]
+            for text, width, right in zip(line, widths, _number_columns(frame), strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([caption] * bool(caption) + aligned)
 
 
-def somebody_looks_on() -> bool:
-    """Whether this kernel's front end could ask its user something; papermill's and nbval's cannot."""
+def _cells(frame: "pd.DataFrame", formats: Mapping[str, str] | None) -> "pd.DataFrame":
+    """Every value as text."""
+    known = {**FORMATS, **(formats or {})}
+    cells = frame.astype(object)
+    for at, name in enumerate(frame.columns):
+        cells.isetitem(at, [_cell_text(value, known.get(str(name), "")) for value in frame.iloc[:, at]])
+    return cells
+
+
+def _cell_text(value: Any, form: str) -> str:
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return NOT_KNOWN
+    if isinstance(value, float) and not form:
+        form = ".4g" if abs(value) < 10_000 else ",.0f"  # an integer column with a gap is one of floats
+    return format(value, form) if form and not isinstance(value, str | bool) else str(value)
+
+
+def _number_columns(frame: "pd.DataFrame") -> list[bool]:
+    """Columns of numbers are aligned to the right."""
+    import pandas as pd
+
+    def is_number(values: Any) -> bool:
+        known = [value for value in values if not (pd.api.types.is_scalar(value) and pd.isna(value))]
+        return bool(known) and all(pd.api.types.is_number(value) and not isinstance(value, bool) for value in known)
+
+    return [str(name) in FORMATS or is_number(frame.iloc[:, at]) for at, name in enumerate(frame.columns)]
+
+
+def has_live_frontend() -> bool:
+    """Whether JupyterLab shows this kernel's output now; not so under papermill, nbval and nbconvert."""
     shell_module = sys.modules.get("IPython.core.getipython")
     shell = shell_module.get_ipython() if shell_module else None
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
@@ -119,15 +171,3 @@ def _one_line(text: str, longest: int) -> str:
     """A long text in one line of a terminal; the HTML has all of it."""
     flat = " ".join(text.split())
     return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
-
-
-def _written(value: Any, form: str) -> str:
-    if value is None:
-        return NOT_KNOWN
-    return format(value, form) if form and isinstance(value, int | float) else str(value)
-
-
-def _cell(tag: str, text: str, right: bool) -> str:
-    # Long texts (a self-edit) keep their lines; numbers stand under one another.
-    style = f"text-align:{'right' if right else 'left'};white-space:pre-wrap;vertical-align:top"
-    return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'

@@ -1,31 +1,35 @@
-"""Figures around training: self-edits and the rewards that choose among them, and the loss of adapters.
-
-Plain lists in, a figure out; choosing is done by the notebook, not here.
-"""
+"""Figures of training: self-edits and their rewards, the loss of adapters, log-probabilities of gold answers."""
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from seal_nb.metrics import counted
-from seal_nb.views.plots import accuracy_axis, legend_outside, short
+from seal_nb.views.plots import accuracy_axis, gaps, legend_outside, short
 from seal_nb.views.style import BLUE, CYCLE, GREY, INK, LIGHT, PALE, RED, Chart, new_chart, styled
 
 MOST_LOSS_CURVES = 6  # as many as there are colours
 
 
 @styled
-def self_edit_rewards(
+def plot_rewards(
     titles: Sequence[str],
     rewards: Sequence[Sequence[float | None]],
     chosen: Sequence[Sequence[int]],
     baseline: Sequence[float | None] | None = None,
 ) -> Chart:
-    """For each passage the reward (mean adapter accuracy) of each of its self-edits, and which were chosen.
+    """The reward (mean adapter accuracy) of each self-edit, and which were chosen.
 
-    `rewards[p][e]`: None where a self-edit could not be graded. `chosen[p]`: indices of the self-edits that
-    are kept, empty where the passage is dropped.
+    Args:
+        titles: (P,) passage titles.
+        rewards: for each passage the reward of each self-edit, None if it could not be graded.
+        chosen: for each passage the indices of the chosen self-edits; empty if the passage is dropped.
+        baseline: (P,) accuracy without adapter.
+
+    Returns:
+        A matplotlib Figure.
     """
     chart, axes = new_chart(1.4 + 0.3 * max(len(titles), 1))
     for row, (values, choices) in enumerate(zip(rewards, chosen, strict=True)):
@@ -56,21 +60,29 @@ def self_edit_rewards(
 
 
 @styled
-def training_loss(curves: Mapping[str, Sequence[float]], *, step: str = "epoch") -> Chart:
-    """Mean loss of each epoch (or `step`) of each adapter; many adapters are pale, with their mean drawn."""
+def plot_losses(curves: Mapping[str, Sequence[float | None]], *, step: str = "epoch") -> Chart:
+    """Training loss of each adapter by epoch; more than six adapters are drawn pale, with their mean.
+
+    Args:
+        curves: adapter name → mean loss per epoch, in nats per token; None where it is not known.
+        step: name of the x axis, if it is not epochs.
+
+    Returns:
+        A matplotlib Figure.
+    """
     chart, axes = new_chart(2.9)
-    many = len(curves) > MOST_LOSS_CURVES
-    for number, (name, losses) in enumerate(curves.items()):
+    known = {name: gaps(losses) for name, losses in curves.items()}
+    many = len(known) > MOST_LOSS_CURVES
+    for number, (name, losses) in enumerate(known.items()):
         epochs = range(1, len(losses) + 1)
         if many:
-            axes.plot(
-                epochs, losses, color=LIGHT, linewidth=0.9, label=f"one of {len(curves)}" if number == 0 else None
-            )
+            label = f"one of {len(known)}" if number == 0 else None
+            axes.plot(epochs, losses, color=LIGHT, linewidth=0.9, label=label)
         else:
             axes.plot(epochs, losses, "-o", color=CYCLE[number % len(CYCLE)], markersize=4, label=short(name))
     if many:
-        shared = min(len(losses) for losses in curves.values())
-        mean = [sum(losses[epoch] for losses in curves.values()) / len(curves) for epoch in range(shared)]
+        shared = min(map(len, known.values()))
+        mean = np.nanmean([losses[:shared] for losses in known.values()], axis=0).tolist()
         axes.plot(range(1, shared + 1), mean, "-o", color=BLUE, markersize=4, label="mean")
     n_adapters = counted(len(curves), "adapters")
     axes.set_xlabel(f"{step} (n = {n_adapters})")
@@ -81,20 +93,26 @@ def training_loss(curves: Mapping[str, Sequence[float]], *, step: str = "epoch")
     legend_outside(chart, "outside right center", 1)
     chart.alt = f"Training loss of {n_adapters} by {step}. " + " ".join(
         f"{name}: {losses[0]:.2f} to {losses[-1]:.2f}."
-        for name, losses in list(curves.items())[:MOST_LOSS_CURVES]
+        for name, losses in list(known.items())[:MOST_LOSS_CURVES]
         if losses
     )
     return chart
 
 
 def _spread(values: Sequence[float | None], row: int) -> list[float]:
-    """Heights at which equal rewards stand beside one another instead of on top."""
+    """Heights that keep equal values from covering each other."""
     return [row + 0.16 * sum(other == value for other in values[:i]) for i, value in enumerate(values)]
 
 
 @styled
-def gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Chart:
-    """Log-probability of each gold answer without and with the adapter: gains that no verdict shows yet."""
+def plot_gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Chart:
+    """Log-probability of each gold answer without and with the adapter: it changes before a verdict does.
+
+    Args:
+        questions: one label for each gold answer.
+        before: log-probabilities without the adapter, in nats.
+        after: with the adapter.
+    """
     chart, axes = new_chart(1.4 + 0.42 * max(len(questions), 1))
     for row, (low, high) in enumerate(zip(before, after, strict=True)):
         colour = BLUE if high > low else RED
@@ -115,8 +133,10 @@ def gold_logprobs(questions: Sequence[str], before: Sequence[float], after: Sequ
 
 
 @styled
-def self_edit_lengths(titles: Sequence[str], words_P_E: Sequence[Sequence[int]], passage_words: Sequence[int]) -> Chart:
-    """For each passage the length of each of its self-edits, beside the length of the passage itself."""
+def plot_self_edit_lengths(
+    titles: Sequence[str], words_P_E: Sequence[Sequence[int]], passage_words: Sequence[int]
+) -> Chart:
+    """For each passage the number of words of each self-edit, and of the passage itself."""
     chart, axes = new_chart(1.3 + 0.3 * max(len(titles), 1))
     for row, (lengths, own) in enumerate(zip(words_P_E, passage_words, strict=True)):
         axes.plot(lengths, _spread(lengths, row), "o", color=BLUE, linestyle="none", zorder=3)
