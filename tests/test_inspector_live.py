@@ -1,11 +1,11 @@
-"""Live edits against a real server around the stub inner loop: trained, asked, kept, cancelled, refused."""
+"""Live edits on a real server with the stub inner loop: trained, asked, kept, cancelled, refused."""
 
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,25 +13,23 @@ import pytest
 
 from seal_nb.errors import DataError, RemoteError, SettingsError
 from seal_nb.experiments.rerun import Item, stored_loop
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.inspector.inspection import EXAMPLE, Inspection, open_run
+from seal_nb.experiments.session import identified
+from seal_nb.experiments.settings import Training
+from seal_nb.inspector.inspection import EXAMPLE, GAINED, UNGRADED, Inspection, open_run
 from seal_nb.inspector.live_edit import (
     ARM,
     KEPT_EDITS,
     Edit,
-    LiveResult,
+    EditTrainer,
     Step,
-    Workbench,
+    TrainedEdit,
     edit_request,
-    evaluated_edit,
-    keep_arm,
-    kept_request,
     question_requests,
     settings_of_run,
 )
-from seal_nb.protocol import TTTReply
+from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.results.collect import read_run as read_any_run
 from seal_nb.results.single_passage import EvaluatedPassage, read_run, run_from_json
-from seal_nb.results.summary import summarize
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually, trained
 
@@ -53,33 +51,53 @@ RUN = run_from_json(
 CLOCK, OTHER = RUN.passages
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[TTTServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STUB_LOOP_LOG", str(folder / "trained.txt"))
+        with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=1, **HASTE) as server:
+            yield server
+
+
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
-    monkeypatch.setenv("STUB_LOOP_LOG", str(tmp_path / "trained.txt"))
-    with (
-        TTTServer(run_dir=tmp_path / "run", inner_loop=STUB, n_workers=1, **HASTE) as server,
-        Workbench(server.endpoint, run_dir=tmp_path, timeout_s=30) as bench,
-    ):
-        yield bench
+def trainer(server: TTTServer, folder: Path, tmp_path: Path) -> Iterator[EditTrainer]:
+    """A trainer on the server of this file. When it is closed, the server has none of its adapters."""
+    with EditTrainer(server.endpoint, folder=tmp_path, timeout_s=30) as trainer:
+        yield trainer
+    assert adapters(folder / "run") == set()
 
 
-def test_an_edit_is_trained_once_on_what_a_run_would_train_it_on(bench: Workbench, tmp_path: Path) -> None:
-    result = bench.train(CLOCK, Edit(text="one\ntwo"))
+@pytest.fixture
+def n_trained(folder: Path) -> Callable[[], int]:
+    """The number of trainings since the test began."""
+    before = len(trained(folder))
+    return lambda: len(trained(folder)) - before
+
+
+def test_an_edit_is_trained_once_on_what_a_run_would_train_it_on(
+    trainer: EditTrainer, n_trained: Callable[[], int]
+) -> None:
+    result = trainer.train(CLOCK, Edit(text="one\ntwo"))
     assert result.request.train_sequences == ["Clock\none", "Clock\ntwo", "Clock\nIlse built it in 1893."]
     assert [q.question for q in result.request.eval_questions] == [
         "Topic: Clock\nWho built it?",
         "Topic: Clock\nWhen?",
     ], "each question once, whatever the repeats of the run"
     assert result.reply.adapter_texts == ["Ilse", "1893"]
-    assert bench.train(CLOCK, Edit(text="one\ntwo")).reply == result.reply
-    assert len(trained(tmp_path)) == 1
+    assert trainer.train(CLOCK, Edit(text="one\ntwo")).reply == result.reply
+    assert n_trained() == 1
 
 
-def test_progress_ends_with_the_reply(bench: Workbench) -> None:
+def test_progress_ends_with_the_reply(trainer: EditTrainer) -> None:
     told: list[Step] = []
-    bench.train(OTHER, Edit(text="slow"), tell=told.append)
+    trainer.train(OTHER, Edit(text="slow"), tell=told.append)
     n_told = len(told)
-    time.sleep(1.2)
+    time.sleep(0.6)
     assert (told[0].state, told[-1].state) == ("starting", "done") and len(told) == n_told
 
 
@@ -89,34 +107,33 @@ def ordering(title: str) -> EvaluatedPassage:
     return run_from_json({"articles": [article]}).passages[0]
 
 
-def test_while_it_trains_it_says_so_and_it_can_be_cancelled(bench: Workbench) -> None:
+def test_while_it_trains_it_says_so_and_it_can_be_cancelled(trainer: EditTrainer) -> None:
     told: list[Step] = []
     failed: list[Exception] = []
 
     def train() -> None:
         try:
-            bench.train(ordering("sleep 60"), Edit(text=""), tell=told.append)
+            trainer.train(ordering("sleep 60"), Edit(text=""), tell=told.append)
         except RemoteError as error:
             failed.append(error)
 
     thread = threading.Thread(target=train)
     thread.start()
     eventually(lambda: any(step.state == "waiting" and step.elapsed_s > 0.4 for step in told))
-    assert eventually(bench.cancel)
+    assert eventually(trainer.cancel)
     thread.join(timeout=20)
     assert not thread.is_alive() and "Cancelled" in str(failed[0])
-    assert not bench.cancel(), "nothing is under way any more"
+    assert not trainer.cancel(), "nothing is under way any more"
 
 
-def test_a_failure_of_the_server_is_raised_with_its_remedy(bench: Workbench) -> None:
+def test_a_failure_of_the_server_is_raised_with_its_remedy(trainer: EditTrainer) -> None:
     with pytest.raises(RemoteError, match="lower finetune_lr"):
-        bench.train(ordering("fail x"), Edit(text=""))
-    assert bench.train(CLOCK, Edit(text="fine")).reply.adapter_accuracy == 1.0, "and the next one works"
+        trainer.train(ordering("fail x"), Edit(text=""))
+    assert trainer.train(CLOCK, Edit(text="fine")).reply.adapter_accuracy == 1.0, "and the next one works"
 
 
-def test_a_question_of_one_s_own_goes_to_the_base_and_to_the_kept_adapter() -> None:
-    request = kept_request(edit_request(CLOCK, Edit(text="one"), model_id="m"), "mine", model_id="m")
-    base, adapted = question_requests(CLOCK, "Where?", "", request, model_id="m")
+def test_a_question_of_one_s_own_goes_to_the_base_and_to_the_kept_adapter(result: TrainedEdit) -> None:
+    base, adapted = (identified(one, "m") for one in question_requests(result, "Where?", ""))
     assert (base.adapter_stack, adapted.adapter_stack) == ([], ["mine"])
     assert base.eval_questions == adapted.eval_questions
     assert base.eval_questions[0].question == "Topic: Clock\nWhere?" and not base.training_wanted
@@ -128,7 +145,7 @@ def test_other_settings_and_another_model_are_other_requests() -> None:
         edit_request(CLOCK, edit, model_id=model).request_id
         for model in ("m", "n")
         for edit in (Edit(text="a"), Edit(text="b"), Edit(text="a", seed=1),
-                     Edit(text="a", training=TrainingSettings(finetune_epochs=3)))
+                     Edit(text="a", training=Training(finetune_epochs=3)))
     }  # fmt: skip
     assert len(ids) == 8
 
@@ -138,48 +155,54 @@ def adapters(folder: Path) -> set[str]:
 
 
 def test_the_last_few_edits_can_be_asked_and_older_ones_leave_nothing_on_the_disk(
-    bench: Workbench, tmp_path: Path
+    trainer: EditTrainer, folder: Path
 ) -> None:
-    results = [bench.train(CLOCK, Edit(text=f"edit {n}")) for n in range(KEPT_EDITS + 2)]
+    results = [trainer.train(CLOCK, Edit(text=f"edit {n}")) for n in range(KEPT_EDITS + 2)]
     kept = [result.request.adapter_name for result in results[-KEPT_EDITS:]]
-    assert adapters(tmp_path / "run") == set(kept)
-    assert bench.ask(results[2], "Where?").adapter_verdict == "INCORRECT"
+    assert adapters(folder / "run") == set(kept)
+    assert trainer.ask(results[2], "Where?")["verdicts"].tolist() == ["wrong → wrong"]
     with pytest.raises(RemoteError, match="no adapter"):
-        bench.ask(results[0], "Where?")
+        trainer.ask(results[0], "Where?")
 
 
-def test_an_edit_whose_adapter_is_gone_is_trained_again(bench: Workbench, tmp_path: Path) -> None:
+def test_an_edit_whose_adapter_is_gone_is_trained_again(trainer: EditTrainer, n_trained: Callable[[], int]) -> None:
     for n in (*range(KEPT_EDITS + 1), 0):
-        last = bench.train(CLOCK, Edit(text=f"edit {n}"))
-    assert len(trained(tmp_path)) == KEPT_EDITS + 2
-    assert bench.ask(last, "Where?").question == "Where?"
+        last = trainer.train(CLOCK, Edit(text=f"edit {n}"))
+    assert n_trained() == KEPT_EDITS + 2
+    assert trainer.ask(last, "Where?")["question"].tolist() == ["Where?"]
 
 
-def test_what_was_just_asked_for_again_is_not_the_oldest(bench: Workbench, tmp_path: Path) -> None:
-    first = bench.train(CLOCK, Edit(text="edit 0"))
+def test_what_was_just_asked_for_again_is_not_the_oldest(
+    trainer: EditTrainer, folder: Path, n_trained: Callable[[], int]
+) -> None:
+    first = trainer.train(CLOCK, Edit(text="edit 0"))
     for n in (*range(1, KEPT_EDITS), 0, KEPT_EDITS):
-        bench.train(CLOCK, Edit(text=f"edit {n}"))
-    assert first.request.adapter_name in adapters(tmp_path / "run")
-    assert len(trained(tmp_path)) == KEPT_EDITS + 1
+        trainer.train(CLOCK, Edit(text=f"edit {n}"))
+    assert first.request.adapter_name in adapters(folder / "run")
+    assert n_trained() == KEPT_EDITS + 1
 
 
-def test_another_session_trains_for_itself_and_each_deletes_its_own(bench: Workbench, tmp_path: Path) -> None:
-    mine = bench.train(CLOCK, Edit(text="same"))
-    with Workbench(bench.endpoint, run_dir=tmp_path, timeout_s=30) as other:
+def test_another_session_trains_for_itself_and_each_deletes_its_own(
+    trainer: EditTrainer, folder: Path, tmp_path: Path
+) -> None:
+    mine = trainer.train(CLOCK, Edit(text="same"))
+    with EditTrainer(trainer.endpoint, folder=tmp_path, timeout_s=30) as other:
         theirs = other.train(CLOCK, Edit(text="same"))
-        assert adapters(tmp_path / "run") == {mine.request.adapter_name, theirs.request.adapter_name}
-    assert adapters(tmp_path / "run") == {mine.request.adapter_name}
+        assert adapters(folder / "run") == {mine.request.adapter_name, theirs.request.adapter_name}
+    assert adapters(folder / "run") == {mine.request.adapter_name}
 
 
-def test_a_kernel_that_ends_without_closing_anything_leaves_no_adapter(bench: Workbench, tmp_path: Path) -> None:
+def test_a_kernel_that_ends_without_closing_anything_leaves_no_adapter(
+    server: TTTServer, folder: Path, tmp_path: Path
+) -> None:
     code = (
-        "from tests.test_inspector_live import CLOCK, Edit, Workbench\n"
-        f"bench = Workbench({bench.endpoint!r}, run_dir={str(tmp_path)!r}, timeout_s=30)\n"
-        "print(bench.train(CLOCK, Edit(text='x')).request.adapter_name)"
+        "from tests.test_inspector_live import CLOCK, Edit, EditTrainer\n"
+        f"trainer = EditTrainer({server.endpoint!r}, folder={str(tmp_path)!r}, timeout_s=30)\n"
+        "print(trainer.train(CLOCK, Edit(text='x')).request.adapter_name)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("inspector-"), done.stderr
-    assert adapters(tmp_path / "run") == set()
+    assert adapters(folder / "run") == set()
 
 
 def test_a_server_of_one_s_own_begins_without_what_a_killed_kernel_left(tmp_path: Path) -> None:
@@ -187,43 +210,43 @@ def test_a_server_of_one_s_own_begins_without_what_a_killed_kernel_left(tmp_path
     left.mkdir(parents=True)
     other.mkdir()
     settings = {"inner_loop": STUB, "n_workers": 1, **HASTE}
-    with Workbench(run_dir=tmp_path, timeout_s=30, **settings) as bench:
-        bench.train(CLOCK, Edit(text="x"))
+    with EditTrainer(folder=tmp_path, timeout_s=30, **settings) as trainer:
+        trainer.train(CLOCK, Edit(text="x"))
         assert not left.exists() and other.is_dir()
     assert adapters(tmp_path / "server") == {"edit-1"}
 
 
 def test_a_server_that_cannot_delete_adapters_is_no_reason_to_fail(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    trainer: EditTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> None:
         raise RemoteError("ProtocolError: field 'cmd' is 'forget'")
 
     monkeypatch.setattr("seal_nb.server.client.TTTClient.forget", refused)
     for n in range(KEPT_EDITS + 1):
-        assert bench.train(CLOCK, Edit(text=f"edit {n}")).reply.adapter_accuracy == 1.0
+        assert trainer.train(CLOCK, Edit(text=f"edit {n}")).reply.adapter_accuracy == 1.0
 
 
 @pytest.fixture
-def result() -> LiveResult:
-    edit = Edit(text="Ilse built it.\nIn 1893.", seed=7, training=TrainingSettings(lora_rank=4))
-    request = kept_request(edit_request(CLOCK, edit, model_id="m"), "mine", model_id="m")
+def result() -> TrainedEdit:
+    edit = Edit(text="Ilse built it.\nIn 1893.", seed=7, training=Training(lora_rank=4))
+    request = renamed(edit_request(CLOCK, edit, model_id="m"), "mine")
     reply = TTTReply(
         baseline_accuracy=0.0, adapter_accuracy=0.5, adapter_gain=0.5, baseline_texts=["no", "no"],
         adapter_texts=["Ilse", "never"], baseline_correct=[False, False], adapter_correct=[True, None],
         gains=[1, None], request_id=request.request_id, seed=7, n_ungraded=1, model_id="m",
         epoch_losses=[2.0, None], train_steps=3,
     )  # fmt: skip
-    return LiveResult(passage=CLOCK, edit=edit, request=request, reply=reply)
+    return TrainedEdit(passage=CLOCK, edit=edit, request=request, reply=reply)
 
 
-def kept(path: Path, result: LiveResult) -> Path:
-    return keep_arm(path, result.passage, result.edit, result.request, result.reply)
+def renamed(request: TTTRequest, adapter_name: str) -> TTTRequest:
+    return identified(request.model_copy(update={"adapter_name": adapter_name}), "m")
 
 
-def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result: LiveResult) -> None:
-    path = kept(tmp_path / "new" / "run_inspector.json", result)
-    said = summarize(path)
+def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result: TrainedEdit) -> None:
+    path = result.keep(tmp_path / "new" / "run_inspector.json")
+    said = read_any_run(path).summary()
     assert (said["disagreements"], said["overall"]["adapter_mean_accuracy"]) == ([], 1.0)
     run = read_run(path)
     (edit,) = run.passages[0].self_edits
@@ -236,52 +259,52 @@ def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result:
     assert run.settings["n_ungraded"] == 1 and run.settings["arm"] == ARM
 
 
-def test_edits_are_appended_passage_by_passage_and_the_same_one_once(tmp_path: Path, result: LiveResult) -> None:
-    path = kept(tmp_path / "run.json", result)
+def test_edits_are_appended_passage_by_passage_and_the_same_one_once(tmp_path: Path, result: TrainedEdit) -> None:
+    path = result.keep(tmp_path / "run.json")
     before = path.read_bytes()
-    in_another_session = kept_request(result.request, "theirs", model_id="m")
-    assert kept(path, replace(result, request=in_another_session)).read_bytes() == before
+    in_another_session = replace(result, request=renamed(result.request, "theirs"))
+    assert in_another_session.keep(path).read_bytes() == before
     second = Edit(text="other")
     request = edit_request(OTHER, second, model_id="m")
     reply = result.reply.model_copy(update={"request_id": request.request_id})
-    keep_arm(path, OTHER, second, request, reply)
+    TrainedEdit(passage=OTHER, edit=second, request=request, reply=reply).keep(path)
     run = json.loads(path.read_text())
     assert [(one["title"], len(one["completions"])) for one in run["articles"]] == [("Clock", 1), ("Clock", 1)]
     assert (run["n_articles"], run["k_completions"], run["n_ungraded"]) == (2, 1, 2)
 
 
-def test_a_file_that_is_no_run_is_left_as_it_is(tmp_path: Path, result: LiveResult) -> None:
+def test_a_file_that_is_no_run_is_left_as_it_is(tmp_path: Path, result: TrainedEdit) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"important": 1}')
     with pytest.raises(DataError, match="has no list of articles"):
-        kept(path, result)
+        result.keep(path)
     assert path.read_text() == '{"important": 1}'
 
 
-def test_an_edit_is_inspected_like_any_self_edit(result: LiveResult) -> None:
-    edit = evaluated_edit(result.passage, result.edit, result.request, result.reply)
-    grown = Inspection(RUN, graders=()).with_self_edit(0, edit)
-    assert [row.is_best for row in grown.self_edits(0)] == [False, True]
-    assert [row.flip for row in grown.answers(0, 1)] == ["gained", "ungraded"]
-    assert [row.scored for row in grown.sequences(0, 1)][:2] == ["Clock\nIlse built it.", "Clock\nIn 1893."]
+def test_an_edit_is_inspected_like_any_self_edit(result: TrainedEdit) -> None:
+    assert result.summary() == "accuracy 0% → 50% after 3 steps, loss 2.00 → 2.00"
+    grown = Inspection(RUN, graders=()).with_self_edit(0, result.self_edit())
+    assert grown.self_edits(0)["best"].tolist() == [False, True]
+    assert grown.answers(0, 1)["flip"].tolist() == [GAINED, UNGRADED]
+    assert grown.sequences(0, 1)["train sequence"].tolist()[:2] == ["Clock\nIlse built it.", "Clock\nIn 1893."]
     assert len(RUN.passages[0].self_edits) == 1, "the run itself is as it was"
 
 
 def test_settings_come_from_the_file_under_the_published_names(golden: Path) -> None:
     published = read_run(golden / "results" / "rank_iter0.json.gz")
-    found = settings_of_run(published.settings, max_new_tokens=12)
+    found = settings_of_run(published.settings)
     assert (found.lora_rank, found.lora_alpha, found.finetune_epochs, found.finetune_lr) == (32, 64, 10, 1e-3)
-    assert (found.max_new_tokens, found.soft_scores, tuple(found.target_modules)) == (12, True, ())
+    assert (found.max_new_tokens, found.soft_scores, tuple(found.target_modules)) == (64, True, ())
     ours = settings_of_run(open_run(EXAMPLE).settings)
     assert tuple(ours.target_modules) == ("all-linear",) and ours.finetune_epochs == 5
 
 
-HIDDEN = {"chat": True, "padding_in_loss": True, "pad_to": 96, "pad_samples": 4, "max_seq_length": 512,
+HIDDEN = {"chat": True, "padding_in_loss": True, "pad_to": 96, "max_seq_length": 512,
           "lora_dropout": 0.1, "end_mask_substring": "A:", "max_new_tokens": 9}  # fmt: skip
 
 
 def test_an_edit_is_trained_with_all_that_the_run_was_trained_with() -> None:
-    of_run = TrainingSettings(**HIDDEN, soft_scores=True)
+    of_run = Training(**HIDDEN, soft_scores=True)
     stated = {"lora_params": of_run.lora_params(), "training": of_run.request_fields()}
     assert settings_of_run(stated) == of_run
     request = edit_request(CLOCK, Edit(text="x", training=settings_of_run(stated)), model_id="m")
@@ -289,7 +312,7 @@ def test_an_edit_is_trained_with_all_that_the_run_was_trained_with() -> None:
 
 
 def test_an_edit_kept_in_a_run_of_other_settings_has_its_own() -> None:
-    of_run, own = TrainingSettings(chat=True), TrainingSettings(lora_rank=2, pad_samples=3)
+    of_run, own = Training(chat=True), Training(lora_rank=2, pad_to=96)
     stated = {"lora_params": of_run.lora_params(), "training": of_run.request_fields()}
     made = {"lora_params": own.lora_params(), "training": own.request_fields()}
     assert settings_of_run({**stated, **made}) == replace(own, soft_scores=True)
@@ -300,7 +323,7 @@ def test_an_edit_kept_in_a_run_of_other_settings_has_its_own() -> None:
 
 def test_settings_that_nobody_knows_and_empty_ones_are_left_out() -> None:
     stated = {"training": {"of_another_version": 1, "pad_to": None, "chat": True}}
-    assert settings_of_run(stated) == TrainingSettings(chat=True, soft_scores=True)
+    assert settings_of_run(stated) == Training(chat=True, soft_scores=True)
 
 
 def test_a_file_with_impossible_settings_is_refused() -> None:

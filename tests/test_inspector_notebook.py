@@ -1,14 +1,16 @@
-"""The inspector's notebook headless: by papermill, on our runs and published ones, and as an HTML page."""
+"""The inspector's notebook with a published run, by papermill, and as an HTML page.
+
+With its defaults every notebook is executed by nbval.
+"""
 
 import json
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nbconvert import HTMLExporter
 
-from seal_nb.notebook_runner import StageFailed, default_notebooks_dir, run_notebook
+from seal_nb.notebook_runner import default_notebooks_dir, run_notebook
 from seal_nb.results.single_passage import read_run
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB
@@ -18,18 +20,21 @@ NAME = "07_passage_inspector"
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    folder = tmp_path_factory.mktemp("server")
+def executed(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspector")
     with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=1, **HASTE) as server:
-        yield server.endpoint
-
-
-def run(output_dir: Path, **values: Any) -> Path:
-    executed = output_dir / f"{NAME}.ipynb"
-    notebook = default_notebooks_dir() / f"{NAME}.ipynb"
-    values = {"output_dir": str(output_dir), **values}
-    run_notebook(notebook, values, executed, write=lambda _: None, progress_bar=False)
-    return executed
+        values = {
+            "run_json": str(golden / "results" / "rank_iter0.json.gz"),
+            "output_dir": str(folder),
+            "endpoint": server.endpoint,
+            "show": "ties",
+            "edited": "a\nb",
+            "question": "What?",
+            "gold": "that",
+        }
+        notebook, copy = default_notebooks_dir() / f"{NAME}.ipynb", folder / f"{NAME}.ipynb"
+        run_notebook(notebook, values, copy, write=lambda _: None, progress_bar=False)
+    return copy
 
 
 class Words(HTMLParser):
@@ -59,8 +64,7 @@ class Words(HTMLParser):
         return " ".join(" ".join(self.said).split())
 
 
-def test_the_exported_page_has_what_the_notebook_shows_without_widgets(endpoint: str, tmp_path: Path) -> None:
-    executed = run(tmp_path, endpoint=endpoint)
+def test_the_exported_page_has_what_the_notebook_shows_without_widgets(executed: Path) -> None:
     page, _ = HTMLExporter(template_name="classic").from_filename(str(executed))  # "lab" leaves alt texts out
     words = Words(page)
     assert "application/vnd.jupyter.widget-view+json" not in page
@@ -80,24 +84,15 @@ def test_the_exported_page_has_what_the_notebook_shows_without_widgets(endpoint:
     assert n_cells_checked >= 8
 
 
-def test_the_edit_stands_beside_the_old_answers_and_is_kept(endpoint: str, tmp_path: Path) -> None:
-    executed = run(tmp_path, endpoint=endpoint, edited="a\nb", question="What?", gold="that")
-    assert shown(executed, "edit").strip() == "a\nb"
-    assert "after the edit" in shown(executed, "beside")
-    assert "wrong → wrong" in shown(executed, "own"), "the stub's answer to a baseline question is wrong"
-    (edit,) = read_run(tmp_path / "run_inspector.json").passages[0].self_edits
-    assert (edit.text, edit.made["origin"]) == ("a\nb", "live_edit")
-
-
-def test_a_published_run_opens_at_the_passage_that_was_asked_for(golden: Path, endpoint: str, tmp_path: Path) -> None:
-    published = golden / "results" / "rank_iter0.json.gz"
-    executed = run(tmp_path, run_json=str(published), endpoint=endpoint, show="ties", sort="largest loss")
-    said = shown(executed, "inspector")
-    assert "22 passages, the first 15 shown" in said
-    assert "no values for single tokens" in shown(executed, "tokens")
+def test_the_published_run_is_shown_and_says_that_it_has_no_values_of_tokens(executed: Path) -> None:
+    assert "22 passages, the first 15 shown" in shown(executed, "inspector")
+    assert "no values of single tokens" in shown(executed, "tokens")
     assert "rank_iter0.json.gz" in shown(executed, "run")
 
 
-def test_a_passage_that_is_not_there_is_refused_in_a_sentence(endpoint: str, tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match="passage is 99; the run has 4, counted from 0"):
-        run(tmp_path, endpoint=endpoint, passage=99)
+def test_the_edit_is_shown_next_to_the_old_answers_and_kept(executed: Path) -> None:
+    assert shown(executed, "edit").strip() == "a\nb"
+    assert "after the edit" in shown(executed, "beside")
+    assert "wrong → wrong" in shown(executed, "own"), "the stub's answer to a baseline question is wrong"
+    (edit,) = read_run(executed.parent / "run_inspector.json").passages[0].self_edits
+    assert (edit.text, edit.made["origin"]) == ("a\nb", "live_edit")

@@ -9,10 +9,10 @@ import torch
 
 from seal_nb.inner_loop.loop import InnerLoop
 from seal_nb.inner_loop.scores import pieces
-from seal_nb.inspector.tokens import scored_tokens, token_chart, tokens_html, total_change
+from seal_nb.inspector.tokens import token_chart, tokens_html, tokens_of, total_change
 from seal_nb.protocol import ScoredText, TTTReply
 from seal_nb.ttt.trainer import Progress
-from tests.test_inner_loop import QUESTIONS, loop, request, run  # noqa: F401 - loop is a fixture
+from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures
 
 SEQUENCES = ["T\nthe lamp is on the hill", "T\nc"]
 
@@ -46,17 +46,11 @@ def test_values_without_an_adapter_are_those_of_the_model_itself(loop: InnerLoop
     one = texts(reply_of(loop), "train")[0]
     ids = torch.tensor([loop.base.encode(SEQUENCES[0])])
     with torch.no_grad():
-        hidden = loop.base.hidden([_plain(ids[0].tolist())], ())
+        hidden = loop.base.hidden(ids.tolist(), ())
     logprobs = loop.base.head(hidden).log_softmax(-1)
     expected = [float(logprobs[at, ids[0, at + 1]]) for at in range(ids.shape[1] - 1)]
     assert one.baseline_logprobs[0] is None, "nothing predicts the first token"
     assert one.baseline_logprobs[1:] == pytest.approx(expected, abs=1e-4)
-
-
-def _plain(ids: list[int]):  # type: ignore[no-untyped-def]
-    from seal_nb.ttt.base import RowTokens
-
-    return RowTokens.plain(ids)
 
 
 def test_training_makes_its_own_sequences_more_likely(loop: InnerLoop) -> None:  # noqa: F811
@@ -124,7 +118,7 @@ SCORED = ScoredText(
 
 
 def test_html_escapes_marks_and_names_the_numbers() -> None:
-    shown = tokens_html(SCORED)
+    shown = tokens_html([("Who?", SCORED)])
     assert "&lt;b&gt;wh" in shown and "<b>ale</b>" in shown and "<u>bone</u>" in shown
     assert 'title="-6.00 → -1.00 nats (+5.00)"' in shown and 'class="sn-none"' in shown
 
@@ -149,7 +143,7 @@ def test_chart_breaks_long_texts_into_lines_that_fit() -> None:
 
 def test_a_text_without_an_adapter_has_no_change() -> None:
     alone = ScoredText(kind="gold", index=0, tokens=["a"], baseline_logprobs=[-1.0])
-    assert scored_tokens(alone)[0].change is None and total_change(alone) is None
+    assert tokens_of(alone)[0].change is None and total_change(alone) is None
     assert "no values" in token_chart([("x", alone)]).alt
 
 

@@ -1,4 +1,4 @@
-"""The inspector on the screen: what a widget shows stands in its twin, and nothing is drawn unasked."""
+"""The inspector on the screen: the widget and the static view show the same, and only what is selected is rendered."""
 
 import re
 from collections.abc import Iterator
@@ -6,19 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.inspector import html as record
-from seal_nb.inspector import live as live_views
-from seal_nb.inspector import tokens, widgets
-from seal_nb.inspector import widgets as choices
-from seal_nb.inspector.html import RunLinks, sparkline
+from seal_nb.inspector import html, tokens
+from seal_nb.inspector.html import loss_curve, run_files
 from seal_nb.inspector.inspection import Inspection
 from seal_nb.inspector.live import LiveEdit
-from seal_nb.inspector.live_edit import Workbench
+from seal_nb.inspector.live_edit import EditTrainer
 from seal_nb.inspector.tokens import NO_VALUES, TokenTexts
-from seal_nb.inspector.widgets import VIEWS, Choice, PassageInspector, choose
+from seal_nb.inspector.widgets import VIEWS, PassageInspector, Selection, select
 from seal_nb.results.single_passage import SinglePassageRun, run_from_json
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually
@@ -49,7 +47,7 @@ def run_of(path: str = "") -> SinglePassageRun:
         {
             "articles": articles,
             "lora_params": params,
-            "training": {"chat": True, "pad_to": 96, "pad_samples": 4, "max_new_tokens": 9},
+            "training": {"chat": True, "pad_to": 96, "max_new_tokens": 9},
             "split_newlines": False,
             "model": "m-float32-local-2048",
         },
@@ -58,18 +56,18 @@ def run_of(path: str = "") -> SinglePassageRun:
 
 
 @pytest.fixture
-def choice() -> Choice:
-    return choose(Inspection(run_of()), -1, -1, -1, show="all", sort="largest gain")
+def selection() -> Selection:
+    return select(Inspection(run_of()), show="all", sort="largest gain")
 
 
 @pytest.fixture
-def looked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (widgets, live_views, record, tokens):
-        monkeypatch.setattr(module, "somebody_looks_on", lambda: True)
+def in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (html, tokens):
+        monkeypatch.setattr(module, "has_live_frontend", lambda: True)
 
 
-def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(choice: Choice) -> None:
-    assert (choice.passage, choice.self_edit, choice.against) == (1, 0, 1)
+def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(selection: Selection) -> None:
+    assert (selection.passage, selection.self_edit, selection.against) == (1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -80,157 +78,171 @@ def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(choice: 
         (0, 0, 5, "against is 5; passage 0 has 2"),
     ],
 )
-def test_an_index_that_is_not_there_is_refused(passage: int, self_edit: int, against: int, message: str) -> None:
+def test_an_index_that_does_not_exist_is_refused(passage: int, self_edit: int, against: int, message: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
-        choose(Inspection(run_of()), passage, self_edit, against, show="all", sort="file order")
+        select(Inspection(run_of()), passage, self_edit, against, show="all", sort="file order")
 
 
-def test_a_filter_that_nothing_passes_is_refused_where_a_passage_is_to_be_chosen() -> None:
+def test_a_filter_that_leaves_no_passage_is_refused() -> None:
     with pytest.raises(SettingsError, match="choose another filter"):
-        choose(Inspection(run_of()), -1, -1, -1, show="losses", sort="file order")
+        select(Inspection(run_of()), show="losses", sort="file order")
 
 
-def test_a_passage_without_a_self_edit_is_not_there_to_choose() -> None:
+def test_a_passage_without_a_self_edit_cannot_be_selected() -> None:
     bare = {"title": "bare", "context": "c", "completions": []}
     full = {"title": "full", "context": "c", "completions": [{"text": "t", "questions": [asked(False, True)]}]}
     inspection = Inspection(run_from_json({"articles": [bare, full]}), graders=())
-    choice = choose(inspection, -1, -1, -1, show="all", sort="file order")
-    assert choice.passage == 1 and [row.title for row in choice.rows] == ["full"]
+    selection = select(inspection, show="all", sort="file order")
+    assert selection.passage == 1 and selection.rows["passage"].tolist() == ["full"]
+    assert "choose two different" in selection.page("compare").lower()
     with pytest.raises(SettingsError, match="passage 0 has 0"):
-        choose(inspection, 0, -1, -1, show="all", sort="file order")
+        select(inspection, 0, show="all", sort="file order")
 
 
-def test_headless_there_is_no_widget_and_the_twin_has_every_view(choice: Choice) -> None:
-    inspector = PassageInspector(choice)
+def test_headless_there_is_no_widget_and_the_static_view_has_the_tables_of_all_views(selection: Selection) -> None:
+    inspector = PassageInspector(selection)
     bundle = inspector._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"} and "box" not in vars(inspector)
-    shown = bundle["text/html"].replace("\u00a0", " ")
     for text in ("▲ gained", "first 1", "second 1", "second − first", "train sequence", "3 passages"):
-        assert text in shown and text in bundle["text/plain"]
+        assert all(text in shown.replace("\u00a0", " ") for shown in bundle.values())
+    tables = [table for view in VIEWS for table in re.findall("<table.*?</table>", selection.page(view), re.DOTALL)]
+    assert len(tables) == 4 and all(table in bundle["text/html"] for table in tables)
 
 
-@pytest.mark.usefixtures("looked_on")
-def test_with_a_front_end_the_widget_comes_with_the_same_twin(choice: Choice) -> None:
-    bundle = PassageInspector(choice)._repr_mimebundle_()
+@pytest.mark.usefixtures("in_jupyterlab")
+def test_in_jupyterlab_the_widget_comes_with_the_same_static_view(selection: Selection) -> None:
+    bundle = PassageInspector(selection)._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert bundle["text/html"] == PassageInspector(choice).twin()._repr_mimebundle_()["text/html"]
+    assert bundle["text/html"].startswith(selection.static_view().html)
 
 
-def test_every_text_is_escaped_in_every_view(choice: Choice) -> None:
-    pages = [choice.page(view) for view in VIEWS]
-    twin = PassageInspector(choice)._repr_mimebundle_()["text/html"]
-    assert all("<script" not in page for page in [*pages, twin])
+def test_every_text_is_escaped_in_every_view(selection: Selection) -> None:
+    pages = [selection.page(view) for view in VIEWS]
+    static = PassageInspector(selection)._repr_mimebundle_()["text/html"]
+    assert all("<script" not in page and "<img" not in page for page in [*pages, static])
     assert all("&lt;script&gt;" in page for page in pages)
 
 
-def test_a_glance_says_what_is_chosen_and_follows_it(choice: Choice) -> None:
-    assert choice.glance() == {
+def test_long_texts_are_whole_in_html_and_cut_in_text() -> None:
+    view = html.static_tables({"<b>": pd.DataFrame([{"<i>": "word " * 60, "n": None}])})
+    assert "word " * 59 in view.html and "&lt;i&gt;" in view.html and "&lt;b&gt;" in view.html and "–" in view.html
+    assert max(map(len, view.text.splitlines())) < 100
+
+
+def test_the_summary_says_what_is_selected_and_follows_it(selection: Selection) -> None:
+    assert selection.summary() == {
         "passage": f"{EVIL}1",
         "self-edit": "0 (of 2), accuracy 0% → 100%",
         "flips": "1 to right, 0 to wrong, of 1 answers",
         "graders disagree": "on 1 of 1",
     }
-    choice.self_edit = 1
-    assert choice.glance()["self-edit"] == "1 (of 2), accuracy – → –"
+    selection.self_edit = 1
+    assert selection.summary()["self-edit"] == "1 (of 2), accuracy – → –"
 
 
-def test_an_unknown_view_is_refused(choice: Choice) -> None:
+def test_an_unknown_view_is_refused(selection: Selection) -> None:
     with pytest.raises(SettingsError, match="known are answers, self-edit, tokens, compare"):
-        choice.page("everything")
+        selection.page("everything")
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, str]]:
-    """What was rendered: (passage, self-edit, view)."""
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, str]]:
+    """(passage, self-edit, view) of each page that was rendered."""
     seen: list[tuple[int, int, str]] = []
-    page = choices.Choice.page
+    page = Selection.page
 
-    def counting(self: Choice, view: str) -> str:
+    def counting(self: Selection, view: str) -> str:
         seen.append((self.passage, self.self_edit, view))
         return page(self, view)
 
-    monkeypatch.setattr(choices.Choice, "page", counting)
+    monkeypatch.setattr(Selection, "page", counting)
     return seen
 
 
-def test_only_what_is_chosen_is_drawn(choice: Choice, drawn: list[tuple[int, int, str]]) -> None:
-    inspector = PassageInspector(choice)
+def test_only_what_is_selected_is_rendered(selection: Selection, rendered: list[tuple[int, int, str]]) -> None:
+    inspector = PassageInspector(selection)
     box = inspector.box
-    assert drawn == [(1, 0, "answers")] and box is inspector.box
+    assert rendered == [(1, 0, "answers")] and box is inspector.box
     inspector.passages.value = 2
     inspector.view.value = "compare"
     inspector.edits.value = 1
-    assert drawn[1:] == [(2, 0, "answers"), (2, 0, "compare"), (2, 1, "compare")]
-    assert EVIL not in inspector.page.value and "second 2" in inspector.page.value
+    assert rendered[1:] == [(2, 0, "answers"), (2, 0, "compare"), (2, 1, "compare")]
+    assert EVIL not in inspector.page.value
 
 
-def test_a_filter_keeps_what_is_chosen_if_it_can(choice: Choice, drawn: list[tuple[int, int, str]]) -> None:
-    inspector = PassageInspector(choice)
+def test_a_filter_keeps_the_selected_passage_if_it_is_listed(
+    selection: Selection, rendered: list[tuple[int, int, str]]
+) -> None:
+    inspector = PassageInspector(selection)
     assert inspector.box and inspector.passages.value == 1
     inspector.show.value = "gains"
-    assert [index for _, index in inspector.passages.options] == [1] and len(drawn) == 1
+    assert [index for _, index in inspector.passages.options] == [1] and len(rendered) == 1
     inspector.show.value = "all"
     inspector.search.value = f"{EVIL}2"
-    assert inspector.passages.value == 2 and choice.passage == 2 and drawn[-1][0] == 2
+    assert inspector.passages.value == 2 and selection.passage == 2 and rendered[-1][0] == 2
     inspector.search.value = "nowhere to be found"
     assert inspector.passages.options == () and "0 of 3 passages" in inspector.count.value
 
 
-def test_who_listens_hears_of_a_choice(choice: Choice) -> None:
-    inspector, heard = PassageInspector(choice), []
-    inspector.on_choice(lambda: heard.append((choice.passage, choice.self_edit)))
+def test_listeners_are_called_for_each_selection(selection: Selection) -> None:
+    inspector, heard = PassageInspector(selection), []
+    inspector.on_select(lambda: heard.append((selection.passage, selection.self_edit)))
     assert inspector.box
     inspector.passages.value = 0
     inspector.edits.value = 1
     assert heard == [(0, 0), (0, 1)]
 
 
-def test_token_values_are_coloured_and_a_file_without_says_how_to_get_them(choice: Choice) -> None:
-    assert "rgba(0,114,178" in choice.page("tokens")
-    choice.self_edit = 1
-    assert NO_VALUES in choice.page("tokens")
+def test_token_values_are_coloured_and_a_file_without_them_says_how_to_get_them(selection: Selection) -> None:
+    assert "rgba(0,114,178" in selection.page("tokens")
+    selection.self_edit = 1
+    assert NO_VALUES in selection.page("tokens")
     assert TokenTexts([])._repr_mimebundle_()["text/plain"] == NO_VALUES
 
 
-def test_tokens_are_a_picture_headless(choice: Choice) -> None:
-    data, metadata = TokenTexts(choice.named_texts())._repr_mimebundle_()
+def test_tokens_are_a_picture_headless(selection: Selection) -> None:
+    data, metadata = selection.tokens()._repr_mimebundle_()
     assert "text/html" not in data and "+4.0 nats" in metadata["image/png"]["alt"]
 
 
-@pytest.mark.usefixtures("looked_on")
-def test_tokens_are_text_where_somebody_looks_on(choice: Choice) -> None:
-    data = TokenTexts(choice.named_texts())._repr_mimebundle_()
+@pytest.mark.usefixtures("in_jupyterlab")
+def test_tokens_are_text_in_jupyterlab(selection: Selection) -> None:
+    data = selection.tokens()._repr_mimebundle_()
     assert "image/png" not in data and "<b>gold</b>" in data["text/html"]
 
 
-def test_links_name_no_place_headless(tmp_path: Path) -> None:
+def test_files_of_a_run_are_names_without_a_path_headless(tmp_path: Path) -> None:
     (tmp_path / "run_a.json").write_text("{}")
     (tmp_path / "run_a.record.json").write_text("{}")
-    bundle = RunLinks(tmp_path / "run_a.json")._repr_mimebundle_()
-    assert bundle["text/plain"] == "on disk: run_a.json, run_a.record.json"
-    assert str(tmp_path.name) not in bundle["text/html"]
+    view = run_files(tmp_path / "run_a.json")
+    assert view.text == "files of this run: run_a.json, run_a.record.json"
+    assert str(tmp_path.name) not in view.html
 
 
-@pytest.mark.usefixtures("looked_on")
-def test_links_can_be_followed_where_somebody_looks_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_jupyterlab")
+def test_files_of_a_run_are_links_in_jupyterlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run a.json").write_text("{}")
-    assert 'href="out/run%20a.json"' in RunLinks(Path("out/run a.json"))._repr_mimebundle_()["text/html"]
+    assert 'href="out/run%20a.json"' in run_files(Path("out/run a.json")).html
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=1, **HASTE) as server:
+        yield server.endpoint
 
 
 @pytest.fixture
-def edited(choice: Choice, tmp_path: Path) -> Iterator[LiveEdit]:
-    with (
-        TTTServer(run_dir=tmp_path / "run", inner_loop=STUB, n_workers=1, **HASTE) as server,
-        Workbench(server.endpoint, run_dir=tmp_path, timeout_s=30) as bench,
-    ):
-        edit = LiveEdit(PassageInspector(choice), bench, keep_path=tmp_path / "kept.json")
+def edited(selection: Selection, endpoint: str, tmp_path: Path) -> Iterator[LiveEdit]:
+    with EditTrainer(endpoint, folder=tmp_path, timeout_s=30) as trainer:
+        edit = LiveEdit(PassageInspector(selection), trainer, keep_path=tmp_path / "kept.json")
         assert edit.inspector.box and edit.box
         yield edit
 
 
-def test_controls_begin_with_the_self_edit_and_the_settings_of_the_run(edited: LiveEdit) -> None:
+def test_controls_start_with_the_self_edit_and_the_settings_of_the_run(edited: LiveEdit) -> None:
     edit = edited.edit()
     assert edit.text == f"first 1 {EVIL}" and not edit.split_newlines
     training = edit.training
@@ -238,73 +250,65 @@ def test_controls_begin_with_the_self_edit_and_the_settings_of_the_run(edited: L
     assert training.finetune_lr == 0.002 and tuple(training.target_modules) == ("all-linear",)
     assert (training.batch_size, training.gradient_accumulation_steps, training.lora_dropout) == (3, 2, 0.1)
     assert (training.end_mask_substring, training.padding_in_loss) == ("gold", True)
-    assert (training.chat, training.pad_to, training.pad_samples, training.max_new_tokens) == (True, 96, 4, 9)
-    for unseen in ("lora_dropout 0.1", "chat True", "pad_to 96", "end_mask_substring gold"):
-        assert unseen in edited.unseen.value
-    assert "lora_rank" not in edited.unseen.value
-    edited.rank.value = 2
+    assert (training.chat, training.pad_to, training.soft_scores, training.max_new_tokens) == (True, 96, True, 9)
+    for unshown in ("lora_dropout 0.1", "chat True", "pad_to 96", "end_mask_substring gold"):
+        assert unshown in edited.unshown.value
+    assert "lora_rank" not in edited.unshown.value
+    edited.controls["lora_rank"].value = 2
     assert edited.edit().training.lora_rank == 2
     edited.inspector.passages.value = 2
     assert edited.text.value == f"first 2 {EVIL}"
 
 
-def test_layers_that_only_the_run_names_stay_chosen(tmp_path: Path) -> None:
+def test_layers_that_only_the_run_names_stay_selected(tmp_path: Path) -> None:
     run = run_of()
     settings = {**run.settings, "lora_params": {"target_modules": ["q_proj", "up_proj"]}, "training": {}}
-    choice = choose(Inspection(replace(run, settings=settings)), -1, -1, -1, show="all", sort="file order")
-    with Workbench(run_dir=tmp_path) as bench:
-        edit = LiveEdit(PassageInspector(choice), bench, keep_path=tmp_path / "kept.json")
-        assert edit.inspector.box and edit.box
-        assert edit.edit().training.target_modules == ("q_proj", "up_proj")
-        assert edit.edit().training.max_new_tokens == 64 and edit.unseen.value == ""
+    selection = select(Inspection(replace(run, settings=settings)), show="all", sort="file order")
+    edit = LiveEdit(PassageInspector(selection), EditTrainer(folder=tmp_path), keep_path=tmp_path / "kept.json")
+    assert edit.inspector.box and edit.box
+    assert edit.edit().training.target_modules == ("q_proj", "up_proj")
+    assert edit.edit().training.max_new_tokens == 64 and edit.unshown.value == ""
 
 
-def test_training_shows_the_new_answers_beside_the_old_and_the_edit_in_the_list(edited: LiveEdit) -> None:
+def test_training_shows_the_new_answers_next_to_the_old_and_the_edit_in_the_list(edited: LiveEdit) -> None:
+    assert edited.ask_button.disabled and edited.keep_button.disabled
     edited.text.value = "other words"
     edited.train_button.click()
     assert edited.train_button.disabled and not edited.cancel_button.disabled
     eventually(lambda: not edited.train_button.disabled)
     shown = edited.outcome.value
     assert "after the edit" in shown and "gold\n[right]" in shown and "&lt;script&gt;" in shown
-    assert "verdicts before the edit by local, after it by a grader that is not recorded" in shown
+    assert "Verdicts before the edit by local, after the edit by an unknown grader" in shown
     assert "accuracy 0% → 100%" in edited.status.value
     options = [label for label, _ in edited.inspector.edits.options]
-    assert len(options) == 3 and "live edit" in options[2] and edited.inspector.choice.against == 2
+    assert len(options) == 3 and "live edit" in options[2] and edited.inspector.selection.against == 2
     edited.keep_button.click()
-    assert (edited.keep_path).is_file() and "kept in kept.json" in edited.status.value
+    assert edited.keep_path.is_file() and "kept in kept.json" in edited.status.value
+    edited._ask()
+    assert edited.own_answers.empty, "an empty question is not asked"
+    edited.question.value, edited.gold.value = f"Where {EVIL}?", "here"
+    edited.ask_button.click()
+    eventually(lambda: "&lt;script&gt;" in edited.answered.value)
 
 
-def test_an_error_shows_its_message_and_the_next_try_is_free(edited: LiveEdit) -> None:
-    edited.rate.value = -1.0
+def test_an_error_shows_its_message_and_training_can_be_tried_again(edited: LiveEdit) -> None:
+    edited.controls["finetune_lr"].value = -1.0
     edited.train_button.click()
     eventually(lambda: not edited.train_button.disabled)
     assert 'role="alert"' in edited.status.value and "finetune_lr" in edited.status.value
     assert edited.result is None and edited.keep_button.disabled and edited.ask_button.disabled
 
 
-def test_a_question_of_one_s_own_needs_a_trained_edit_and_a_question(edited: LiveEdit) -> None:
-    assert edited.ask_button.disabled
-    edited.train_button.click()
-    eventually(lambda: not edited.train_button.disabled)
-    edited._ask()
-    assert edited.own_answers == [], "nothing was asked"
-    edited.question.value, edited.gold.value = f"Where {EVIL}?", "here"
-    edited.ask_button.click()
-    eventually(lambda: edited.own_answers)
-    eventually(lambda: "&lt;script&gt;" in edited.answered.value)
-
-
-def test_live_edit_headless_says_what_it_would_begin_with(choice: Choice, tmp_path: Path) -> None:
-    with Workbench(run_dir=tmp_path) as bench:
-        edit = LiveEdit(PassageInspector(choice), bench, keep_path=tmp_path / "kept.json")
-        bundle = edit._repr_mimebundle_()
+def test_live_edit_headless_says_what_it_would_start_with(selection: Selection, tmp_path: Path) -> None:
+    edit = LiveEdit(PassageInspector(selection), EditTrainer(folder=tmp_path), keep_path=tmp_path / "kept.json")
+    bundle = edit._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"} and "box" not in vars(edit)
     assert "epochs" in bundle["text/plain"] and "first 1" in bundle["text/plain"]
 
 
 @pytest.mark.parametrize("values", [[], [2.0], [2.0, 1.0, 0.5], [0.0, 0.0]])
-def test_sparkline_draws_every_value_and_says_it(values: list[float]) -> None:
-    drawn = sparkline(values)
+def test_loss_curve_draws_every_value_and_names_it(values: list[float]) -> None:
+    drawn = loss_curve(values)
     if values:
         (points,) = re.findall(r'points="([^"]*)"', drawn)
         assert len(points.split()) == len(values)

@@ -1,43 +1,48 @@
-"""Fragments of HTML that the inspector is put together from, under one style; every text is escaped.
+"""HTML of the inspector: headings, tables (of `views.tables`) and loss curves. Every text is escaped.
 
-A loss curve the size of a word, as SVG: for a line of status that is redrawn while an adapter trains.
-
-Links to what made a run: its file, the record beside it, the executed notebook in its folder.
+``StaticView`` is what a headless notebook, GitHub and an exported page show. ``WidgetView`` shows a widget in
+JupyterLab together with its static view.
 """
 
-import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from seal_nb.storage import record_path
-from seal_nb.views.tables import SORTER, somebody_looks_on
+import pandas as pd
 
-# A table inside a widget cannot bring a script: it learns to sort when somebody comes near it.
+from seal_nb.storage import record_path
+from seal_nb.views.tables import SORTER, as_html, as_text, has_live_frontend
+
+FORMATS = {"best": ".1%", "right answers, second − first": "+.0f"}  # in addition to those of `views.tables`
+
+# HTML inside a widget cannot contain a script. This one makes a table sortable when the mouse or the focus enters it.
 TABLES_SORT = f"""<script>(function(){{if(window.sealNbTablesSort)return;window.sealNbTablesSort=true;
-const near=event=>{{const box=event.target.closest&&event.target.closest(".seal-nb-inspector,.seal-nb-live");
+const enter=event=>{{const box=event.target.closest&&event.target.closest(".seal-nb");
 if(box)box.querySelectorAll("table:not([data-sorts])").forEach(
  table=>{{table.dataset.sorts="yes";({SORTER})(table);}});}};
-document.addEventListener("mouseover",near);document.addEventListener("focusin",near);}})()</script>"""
+document.addEventListener("mouseover",enter);document.addEventListener("focusin",enter);}})()</script>"""
 
-# JupyterLab moves between cells by the arrow keys unless the element in focus says that keys are its own. No
-# widget can say that from Python. The view appears a little after its output, hence the repetition.
-KEYS_ARE_OURS = """<script>(function(){let n=0;const say=()=>{
+# JupyterLab uses the arrow keys to move between cells unless the focused element has this attribute, which cannot be
+# set from Python. The widget appears shortly after its output, so the script repeats for 20 seconds.
+OWN_ARROW_KEYS = """<script>(function(){let n=0;const mark=()=>{
 document.querySelectorAll(".seal-nb-inspector,.seal-nb-live").forEach(box=>
  box.querySelectorAll("select,button,input").forEach(
   one=>one.setAttribute("data-lm-suppress-shortcuts","true")));
-if(n++<100)setTimeout(say,200);};say();})()</script>"""
+if(n++<100)setTimeout(mark,200);};mark();})()</script>"""
 
 CSS = """<style>
 .seal-nb{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
  max-width:76rem}
-.seal-nb h4{margin:.9em 0 .3em;font-size:1.05em}.seal-nb p{margin:.3em 0}
+.seal-nb h4{margin:.9em 0 .3em;font-size:1.05em}
+.seal-nb caption{padding:.6em 0 .3em;font-size:1.05em;font-weight:600;color:inherit;white-space:normal}
+.seal-nb p{margin:.3em 0}
+.seal-nb .sn-table{overflow-x:auto}.seal-nb .sn-wide table{min-width:64em}
 .seal-nb table{border-collapse:collapse;font-size:.95em;margin:.2em 0 .8em}
 .seal-nb th,.seal-nb td{padding:.25em .7em .25em .2em;border-bottom:1px solid var(--jp-border-color2,#8884);
- max-width:30rem;vertical-align:top;text-align:left;overflow-wrap:break-word}
-.seal-nb caption{text-align:left;font-weight:600;padding:.2em 0}
+ max-width:30rem;overflow-wrap:break-word}
 .seal-nb .sn-text{white-space:pre-wrap;border-left:3px solid var(--jp-border-color1,#8886);padding-left:.7em;
  max-width:60rem}
 .seal-nb .sn-tokens{white-space:pre-wrap;line-height:1.75;font-size:1.05em}
@@ -50,75 +55,96 @@ CSS = """<style>
 
 
 def page(*parts: str) -> str:
-    """Fragments under one style, which follows JupyterLab's theme where there is one."""
+    """HTML fragments with the inspector's style, which follows JupyterLab's theme."""
     return f'{CSS}<div class="seal-nb">{"".join(parts)}</div>'
 
 
 def heading(text: str) -> str:
-    return f"<h4>{html.escape(text)}</h4>"
+    return f"<h4>{escape(text)}</h4>"
 
 
 def note(text: str) -> str:
-    return f'<p class="sn-soft">{html.escape(text)}</p>'
+    return f'<p class="sn-soft">{escape(text)}</p>'
 
 
-def failure(text: str) -> str:
-    """What went wrong, with its remedy; read out by screen readers at once."""
-    return f'<p class="sn-failure" role="alert">{html.escape(text)}</p>'
+def failure(error: Exception) -> str:
+    """An error message. Screen readers read it aloud at once."""
+    return f'<p class="sn-failure" role="alert">{escape(f"{type(error).__name__}: {error}")}</p>'
 
 
 def text_block(text: str) -> str:
-    return f'<div class="sn-text">{html.escape(text)}</div>'
+    return f'<div class="sn-text">{escape(text)}</div>'
 
 
-def show(bundle: dict[str, Any]) -> None:
-    """Display a widget with its twin; a widget has the arrow keys for itself, and tables that sort."""
-    from IPython.display import display
-
-    display(bundle, raw=True)
-    if len(bundle) > 2:  # more than HTML and text
-        display({"text/html": KEYS_ARE_OURS + TABLES_SORT, "text/plain": ""}, raw=True)
+def table_html(table: pd.DataFrame, caption: str = "") -> str:
+    wide = " sn-wide" if len(table.columns) > 7 else ""  # scrolls in a narrow window
+    return f'<div class="sn-table{wide}">{as_html(table, caption, formats=FORMATS)}</div>'
 
 
-WIDTH, HEIGHT, EDGE = 120, 26, 3  # pixels
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """An inline SVG in the colour of the text around it; its numbers are its label."""
-    if not values:
+def loss_curve(losses: Sequence[float]) -> str:
+    """A small loss curve for a line of text, as SVG; its label contains the numbers."""
+    if not losses:
         return ""
-    most = max([*values, 1e-9])
-    step = (WIDTH - 2 * EDGE) / max(len(values) - 1, 1)
-    points = [(EDGE + at * step, HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * value / most) for at, value in enumerate(values)]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    label = "loss by epoch: " + ", ".join(f"{value:.2f}" for value in values)
+    width, height, edge = 120, 26, 3  # pixels
+    highest, step = max([*losses, 1e-9]), (width - 2 * edge) / max(len(losses) - 1, 1)
+    points = [(edge + i * step, height - edge - (height - 2 * edge) * loss / highest) for i, loss in enumerate(losses)]
+    label = "loss by epoch: " + ", ".join(f"{loss:.2f}" for loss in losses)
     x, y = points[-1]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return (
-        f'<svg role="img" aria-label="{label}" width="{WIDTH}" height="{HEIGHT}" '
-        'style="vertical-align:middle">'
-        f"<title>{label}</title>"
-        f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+        f'<svg role="img" aria-label="{label}" width="{width}" height="{height}" style="vertical-align:middle">'
+        f'<title>{label}</title><polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="currentColor"/></svg>'
     )
 
 
-class RunLinks:
-    """Links where somebody can follow them; headless the names alone: a place means nothing elsewhere."""
+class StaticView:
+    """HTML and the same content as text. In JupyterLab its tables can be sorted by clicking a heading."""
 
-    def __init__(self, run: Path) -> None:
-        found = [run, record_path(run), *sorted(run.parent.glob("0*.ipynb"))]
-        self.files = [path for path in found if path.is_file()]
+    def __init__(self, html: str, text: str) -> None:
+        self.html, self.text = html, text
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        shown = ", ".join(map(_link if somebody_looks_on() else _name, self.files))
-        names = ", ".join(path.name for path in self.files)
-        return {"text/html": f"<p>On disk: {shown}</p>", "text/plain": f"on disk: {names}"}
+        script = TABLES_SORT if has_live_frontend() else ""
+        return {"text/html": self.html + script, "text/plain": self.text}
 
 
-def _name(path: Path) -> str:
-    return html.escape(path.name)
+def static_tables(tables: Mapping[str, pd.DataFrame], title: str = "") -> StaticView:
+    """A static view of one or several tables.
+
+    Args:
+        tables: Caption → table. An empty caption is not shown.
+        title: Heading above the tables.
+    """
+    html = [table_html(table, caption) for caption, table in tables.items()]
+    text = [as_text(table, caption, formats=FORMATS) for caption, table in tables.items()]
+    return StaticView(page(heading(title) if title else "", *html), "\n\n".join([title, *text]).strip())
 
 
-def _link(path: Path) -> str:
-    """Relative to the notebook's folder, as JupyterLab resolves it."""
-    return f'<a href="{quote(os.path.relpath(path))}" target="_blank">{_name(path)}</a>'
+def run_files(run: Path) -> StaticView:
+    """The run file, its record, and the executed notebooks in its folder: links in JupyterLab, elsewhere only names."""
+    found = [path for path in (run, record_path(run), *sorted(run.parent.glob("0*.ipynb"))) if path.is_file()]
+    links = names = [escape(path.name) for path in found]
+    if has_live_frontend():  # JupyterLab resolves links relative to the notebook's folder
+        links = [f'<a href="{quote(os.path.relpath(p))}" target="_blank">{escape(p.name)}</a>' for p in found]
+    return StaticView(f"<p>Files of this run: {', '.join(links)}</p>", f"files of this run: {', '.join(names)}")
+
+
+class WidgetView:
+    """Shows ``box`` (an ipywidget) in JupyterLab. Its static view is in the same output, and alone elsewhere."""
+
+    box: Any
+
+    def static_view(self) -> StaticView:
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle: dict[str, Any] = self.static_view()._repr_mimebundle_()
+        return bundle | self.box._repr_mimebundle_(**kwargs) if has_live_frontend() else bundle
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self._repr_mimebundle_(), raw=True)
+        if has_live_frontend():
+            display({"text/html": OWN_ARROW_KEYS + TABLES_SORT, "text/plain": ""}, raw=True)

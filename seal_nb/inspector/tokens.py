@@ -1,130 +1,153 @@
-"""Change in log-probability drawn over a text, token by token: coloured HTML, and the same as a picture.
+"""Change in log-probability of each token, drawn over the text: as coloured HTML, and as a picture.
 
-Blue: more likely with the adapter than without; orange: less likely. Colour is not alone: from one nat on a
-token is bold where it rose and underlined where it fell, and each carries its numbers. Pale tokens have no
-value: nothing predicts them, or they carry no loss. Records of ``seal_nb.protocol`` in, nothing computed.
+Blue means more likely with the adapter, orange less likely. Colour is not the only sign: from one nat on, a token is
+bold if it rose and underlined if it fell. Pale tokens have no value: nothing predicts them, or they carry no loss.
 """
 
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from html import escape
+from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from seal_nb.inspector.html import heading, note, page
+from seal_nb.inspector.html import StaticView, heading, note, page
 from seal_nb.protocol import ScoredText
 from seal_nb.views.style import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
-from seal_nb.views.tables import somebody_looks_on
+from seal_nb.views.tables import has_live_frontend
 
 FULL_NATS = 4.0  # a change this large has the full colour
 MARKED_NATS = 1.0
-STRONGEST = 0.6  # opacity of the full colour: text stays readable on light and on dark ground
+STRONGEST = 0.6  # opacity of the full colour: text stays readable on light and on dark background
 COLUMNS = 88  # characters in a line of the picture
 CHARACTER_IN, LINE_IN = 5.12 / 72, 0.2  # of DejaVu Sans Mono at 8.5 points
-NO_VALUES = "This run has no values for single tokens; train the self-edit below, and the new one has them."
+NO_VALUES = "This run has no values of single tokens. Train the self-edit below; the new one has them."
 LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredToken:
-    """One token; ``change`` in nats, None where there is no value."""
-
+class Token(NamedTuple):
     text: str
-    before: float | None
+    before: float | None  # nats, without the adapter; None: no value
     after: float | None
 
     @property
     def change(self) -> float | None:
         return None if self.before is None or self.after is None else self.after - self.before
 
+    @property
+    def opacity(self) -> float:
+        return STRONGEST * min(1.0, abs(self.change or 0.0) / FULL_NATS)
 
-def scored_tokens(scored: ScoredText) -> list[ScoredToken]:
-    """The tokens of one text; without an adapter nothing changed and nothing is coloured."""
+
+def tokens_of(scored: ScoredText) -> list[Token]:
+    """The tokens of one text. Without an adapter no token has a change."""
     after = scored.adapter_logprobs or [None] * len(scored.tokens)
-    return [
-        ScoredToken(text=text, before=b, after=a)
-        for text, b, a in zip(scored.tokens, scored.baseline_logprobs, after, strict=True)
-    ]
-
-
-def tokens_html(scored: ScoredText) -> str:
-    """The text with each token coloured; its numbers show on hovering."""
-    return f'<span class="sn-tokens">{"".join(_token_html(one) for one in scored_tokens(scored))}</span>'
-
-
-def tokens_page(texts: Sequence[tuple[str, ScoredText]]) -> str:
-    """Coloured texts under their headings, with the legend, in the inspector's style."""
-    parts = [f"{heading(name)}<div>{tokens_html(scored)}</div>" for name, scored in texts]
-    return page(note(LEGEND), *parts)
+    return [Token(*one) for one in zip(scored.tokens, scored.baseline_logprobs, after, strict=True)]
 
 
 def total_change(scored: ScoredText) -> float | None:
-    """Sum over the text's tokens, in nats; None where there is no value."""
-    known = [one.change for one in scored_tokens(scored) if one.change is not None]
+    """Sum over the text's tokens, in nats; None if no token has a value."""
+    known = [one.change for one in tokens_of(scored) if one.change is not None]
     return sum(known) if known else None
 
 
+def named_texts(
+    scored: Sequence[ScoredText], questions: Sequence[tuple[str, str]], kinds: Sequence[str] = ()
+) -> list[tuple[str, ScoredText]]:
+    """Each text with a heading: gold answers first, then the passage, then train sequences.
+
+    Args:
+        scored: Texts with a value for each token, as in ``TTTReply.token_logprobs``.
+        questions: (question, gold answer) in the order of the request. Topic lines are left out of the headings.
+        kinds: Of "gold", "passage" and "train"; empty: all.
+    """
+    order = ("gold", "passage", "train")
+    named = []
+    wanted = [one for one in scored if not kinds or one.kind in kinds]
+    for one in sorted(wanted, key=lambda one: (order.index(one.kind), one.index)):
+        names = {"passage": "The passage", "train": f"Train sequence {one.index + 1}"}
+        name = questions[one.index][0].rpartition("\n")[2] if one.kind == "gold" else names[one.kind]
+        change = total_change(one)
+        named.append((name if change is None else f"{name} ({change:+.1f} nats)", one))
+    return named
+
+
 class TokenTexts:
-    """Texts with values for their tokens: coloured HTML where somebody looks on, else the picture."""
+    """Shows texts token by token: coloured HTML in JupyterLab, a picture elsewhere.
+
+    Args:
+        texts: (heading, text) pairs, as ``named_texts`` gives them.
+    """
 
     def __init__(self, texts: Sequence[tuple[str, ScoredText]]) -> None:
         self.texts = texts
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if not self.texts:
-            return {"text/plain": NO_VALUES, "text/html": f"<p>{NO_VALUES}</p>"}
-        if somebody_looks_on():
-            return {"text/html": tokens_page(self.texts), "text/plain": token_chart(self.texts).alt}
+            return StaticView(page(note(NO_VALUES)), NO_VALUES)._repr_mimebundle_()
+        if has_live_frontend():
+            return {"text/html": page(tokens_html(self.texts)), "text/plain": token_chart(self.texts).alt}
         return token_chart(self.texts)._repr_mimebundle_()
+
+
+def tokens_html(texts: Sequence[tuple[str, ScoredText]]) -> str:
+    """Headings and coloured texts. Hovering over a token shows its numbers."""
+    if not texts:
+        return note(NO_VALUES)
+    coloured = ["".join(map(_token_html, tokens_of(scored))) for _, scored in texts]
+    names = [heading(name) for name, _ in texts]
+    parts = [f'{name}<div class="sn-tokens">{text}</div>' for name, text in zip(names, coloured, strict=True)]
+    return note(LEGEND) + "".join(parts)
+
+
+def _token_html(token: Token) -> str:
+    text, change = escape(token.text), token.change
+    if change is None:
+        return f'<span class="sn-none">{text}</span>'
+    colour = "0,114,178" if change > 0 else "230,159,0"
+    numbers = f"{token.before:.2f} → {token.after:.2f} nats ({change:+.2f})"
+    if abs(change) >= MARKED_NATS:
+        text = f"<b>{text}</b>" if change > 0 else f"<u>{text}</u>"
+    return f'<span title="{numbers}" style="background:rgba({colour},{token.opacity:.2f})">{text}</span>'
 
 
 @styled
 def token_chart(texts: Sequence[tuple[str, ScoredText]]) -> Chart:
-    """(heading, text) pairs below one another, each token on its colour: the twin of ``tokens_html``."""
-    lines: list[tuple[str, list[tuple[int, str, ScoredToken]]]] = []
+    """The same as a picture; ``alt`` describes it in words."""
+    lines: list[tuple[str, list[tuple[int, str, Token]]]] = []
     for name, scored in texts:
-        pieces = _wrapped(scored_tokens(scored))
-        lines += [(name if at == 0 else "", line) for at, line in enumerate(pieces)]
-    n_rows = len(lines) + sum(bool(name) for name, _ in lines) + 1
-    chart = Chart(figsize=(COLUMNS * CHARACTER_IN + 0.2, n_rows * LINE_IN + 0.15), dpi=DPI)
+        lines += [(name, [])] if name else []
+        lines += [("", line) for line in _wrapped(tokens_of(scored))]
+    chart = Chart(figsize=(COLUMNS * CHARACTER_IN + 0.2, (len(lines) + 1) * LINE_IN + 0.15), dpi=DPI)
     axes = chart.add_subplot()
     axes.set_axis_off()
     axes.set_xlim(0, COLUMNS)
-    axes.set_ylim(n_rows, 0)
-    row = 0
-    for name, line in lines:
+    axes.set_ylim(len(lines) + 1, 0)
+    for row, (name, line) in enumerate(lines):
         if name:
             axes.text(0, row + 0.5, name[:COLUMNS], fontsize=8.5, va="center", weight="bold", color=INK)
-            row += 1
         for column, text, token in line:
             _draw(axes, column, row, text, token)
-        row += 1
-    axes.text(0, row + 0.5, LEGEND, fontsize=7.5, va="center", color=GREY)
+    axes.text(0, len(lines) + 0.5, LEGEND, fontsize=7.5, va="center", color=GREY)
     chart.alt = " ".join(f"{name}: {_in_words(scored)}" for name, scored in texts)
     return chart
 
 
-def _draw(axes, column: int, row: int, text: str, token: ScoredToken) -> None:  # type: ignore[no-untyped-def]
-    change = token.change
-    if change is not None and _opacity(change) > 0.02:
-        colour = BLUE if change > 0 else ORANGE
-        axes.add_patch(
-            Rectangle((column, row + 0.06), len(text), 0.88, facecolor=colour, alpha=_opacity(change), linewidth=0)
-        )
-    is_up, is_down = (change is not None and sign * change >= MARKED_NATS for sign in (1, -1))
-    axes.text(
-        column, row + 0.5, text, family="DejaVu Sans Mono", fontsize=8.5, va="center",
-        weight="bold" if is_up else "normal",
-        color=INK if change is not None else GREY,
-    )  # fmt: skip
-    if is_down:
+def _draw(axes: Axes, column: int, row: int, text: str, token: Token) -> None:
+    change = token.change or 0.0
+    if token.opacity > 0.02:
+        style: dict[str, Any] = {"alpha": token.opacity, "linewidth": 0, "facecolor": BLUE if change > 0 else ORANGE}
+        axes.add_patch(Rectangle((column, row + 0.06), len(text), 0.88, **style))
+    weight, colour = "bold" if change >= MARKED_NATS else "normal", GREY if token.change is None else INK
+    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "va": "center"}
+    axes.text(column, row + 0.5, text, weight=weight, color=colour, **font)
+    if change <= -MARKED_NATS:
         axes.plot([column, column + len(text)], [row + 0.92] * 2, color=INK, linewidth=0.8)
 
 
-def _wrapped(tokens: Sequence[ScoredToken]) -> list[list[tuple[int, str, ScoredToken]]]:
-    """Lines of (column, text, token); a token that does not fit goes to the next line, newlines are kept."""
-    lines: list[list[tuple[int, str, ScoredToken]]] = [[]]
+def _wrapped(tokens: Sequence[Token]) -> list[list[tuple[int, str, Token]]]:
+    """Lines of (column, text, token). A token that does not fit goes to the next line; newlines are kept."""
+    lines: list[list[tuple[int, str, Token]]] = [[]]
     column = 0
     for token in tokens:
         for number, part in enumerate(token.text.split("\n")):
@@ -134,39 +157,23 @@ def _wrapped(tokens: Sequence[ScoredToken]) -> list[list[tuple[int, str, ScoredT
             if column and column + len(part) > COLUMNS:
                 lines.append([])
                 column, part = 0, part.lstrip(" ")
-            for start in range(0, len(part), COLUMNS):  # longer than a line only where a token is
+            for start in range(0, len(part), COLUMNS):  # more than one piece only if the token is longer than a line
                 if start:
                     lines.append([])
+                    column = 0
                 piece = part[start : start + COLUMNS]
-                lines[-1].append((0 if start else column, piece, token))
-                column = len(piece) if start else column + len(piece)
+                lines[-1].append((column, piece, token))
+                column += len(piece)
     return [line for line in lines if line] or [[]]
 
 
-def _opacity(change: float) -> float:
-    return STRONGEST * min(1.0, abs(change) / FULL_NATS)
-
-
-def _token_html(token: ScoredToken) -> str:
-    text = html.escape(token.text)
-    change = token.change
-    if change is None:
-        return f'<span class="sn-none">{text}</span>'
-    colour = "0,114,178" if change > 0 else "230,159,0"
-    numbers = f"{token.before:.2f} → {token.after:.2f} nats ({change:+.2f})"
-    if abs(change) >= MARKED_NATS:
-        text = f"<b>{text}</b>" if change > 0 else f"<u>{text}</u>"
-    return f'<span title="{numbers}" style="background:rgba({colour},{_opacity(change):.2f})">{text}</span>'
-
-
 def _in_words(scored: ScoredText) -> str:
-    changes = [(one.text.strip(), one.change) for one in scored_tokens(scored) if one.change is not None]
+    changes = [(change, one.text.strip()) for one in tokens_of(scored) if (change := one.change) is not None]
     if not changes:
         return "no values."
-    up, down = (sum(sign * change > 0 for _, change in changes) for sign in (1, -1))
-    most = max(changes, key=lambda pair: abs(pair[1]))
-    total = sum(change for _, change in changes)
+    largest, at = max(changes, key=lambda pair: abs(pair[0]))
     return (
-        f"{up} of {len(changes)} tokens more likely with the adapter, {down} less; {total:+.1f} nats in all, "
-        f"the largest change {most[1]:+.1f} at {most[0]!r}."
+        f"{sum(change > 0 for change, _ in changes)} of {len(changes)} tokens more likely with the adapter, "
+        f"{sum(change < 0 for change, _ in changes)} less; {total_change(scored):+.1f} nats in all, "
+        f"the largest change {largest:+.1f} at {at!r}."
     )
