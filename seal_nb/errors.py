@@ -1,8 +1,8 @@
-"""What can go wrong, by name: one base class and one class per kind of failure.
+"""The errors of this package: one base class, and one class for each kind of failure.
 
-Every class also inherits the standard-library error it specialises, so ``except ValueError`` and
-``except TimeoutError`` work for callers that know nothing of this package. A message says what
-happened, with the value, and what to do about it. Nothing is logged or printed here.
+Every class also inherits the standard-library error that it specialises, so ``except ValueError`` and
+``except TimeoutError`` work for callers that do not know this package. A message says what happened, with the value,
+and what to do about it.
 """
 
 import traceback
@@ -12,12 +12,12 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class SealError(Exception):
-    """Base of every error raised on purpose by seal_nb; catch it to catch them all."""
+    """Base of all errors that seal_nb raises on purpose."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the message with its remedy, then the way to it, one line a call.
+        """What IPython shows in a notebook: the message with its remedy, then one line for each call that led to it.
 
-        IPython asks for this method. The cause is told in the message; its own way is left out.
+        The traceback of the cause is left out; the message names the cause.
         """
         way = [_place(frame) for frame in traceback.extract_tb(self.__traceback__)]
         return [f"{type(self).__name__}: {self}", "", *filter(None, way)]
@@ -80,7 +80,7 @@ class RemoteError(SealError, RuntimeError):
 
 
 class RoundTimeout(SealError, TimeoutError):
-    """No reply came within the time given, or a round stood still for that long."""
+    """No reply came within the time given, or no reply of a round came for that long."""
 
 
 class GradingError(SealError, RuntimeError):
@@ -96,7 +96,7 @@ class RunMismatch(SealError, ValueError):
 
 
 def _place(frame: traceback.FrameSummary) -> str:
-    """Line and text of a frame in a cell or in this package; nothing of what lies between."""
+    """Line and text of a frame in a cell or in this package; empty for frames of other packages."""
     path = Path(frame.filename)
     if _PACKAGE in path.parents:
         return f"  {path.relative_to(_PACKAGE.parent).as_posix()}:{frame.lineno} in {frame.name}"

@@ -1,228 +1,232 @@
-"""Continual self-edits: sequences of passages, each edited into the weights on top of the edits before it.
+"""Continual self-edits: passages are edited into the weights one after the other (`continual`).
 
-SEAL, arXiv 2506.10943, ``continual_self_edits.py``: the model as it is now writes a self-edit of the next
-passage, an adapter is trained on it, and all passages so far are asked again. There the adapter is merged
-into the weights; here it stays, frozen, in a stack of adapters on one base, which gives the same outputs, and
-so all sequences advance side by side. Other strategies: merging as published (``continual_merged``), replay
-of earlier self-edits with each edit, one adapter a passage chosen by retrieval (``continual_retrieval``).
-Requests and records only: the loop over steps stands in the notebook, the matrix in ``continual_summary``.
+SEAL, arXiv 2506.10943, `continual_self_edits.py`: the model as it is now writes a self-edit of the next passage, an
+adapter is trained on it, and all passages so far are asked again. The published code merges each adapter into the
+weights. Here it stays as a frozen adapter in a stack, which gives the same outputs, so all sequences advance together.
+Other strategies are in `continual_strategies`; the matrix and its means are in `results.continual`.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from seal_nb.errors import RemoteError, SettingsError
-from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
-from seal_nb.experiments.single_passage import SinglePassageSettings, eval_questions, identified, self_edit_texts
+from seal_nb.experiments.continual_strategies import answers_by_retrieval, edit_and_merge
+from seal_nb.experiments.control import ask_control, control_frame
+from seal_nb.experiments.edits import (
+    ContinualSettings,
+    Edits,
+    draw_sequences,
+    edit_request,
+    texts_of_step,
+    unedited_request,
+)
+from seal_nb.experiments.session import TTT, ask, tell_work
+from seal_nb.experiments.settings import Arm, Training
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
-from seal_nb.prompts import self_edit_prompt
-from seal_nb.protocol import GenerateReply, GenerateRequest, TTTReply, TTTRequest
+from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.results.continual import (
+    continual_estimates,
+    continual_matrix,
+    never_edited_so_far,
+    seen_so_far,
+    strategy_rows,
+    summarize_sequences,
+)
 from seal_nb.results.cpt import split_by_passage
-from seal_nb.self_edits import train_sequences
-from seal_nb.server.client import TTTClient
-from seal_nb.storage import Journal, content_id, derived_seed
+from seal_nb.storage import Journal, RunRecord, runs_folder, write_json, write_record
+from seal_nb.views import plots
 
-Strategy = Literal["stacked", "merged", "replay", "retrieval"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinualSettings:
-    """What is run; defaults as published (one of its eight runs; run r has seed 42 + r)."""
-
-    n_sequences: int = 8
-    n_datapoints: int = 8  # passages of a sequence
-    strategy: Strategy = "stacked"  # how an edit is kept
-    replay_passages: int = 0  # with "replay": earlier passages trained on again with each edit; 0: all
-    arm: Arm = "self_edits"  # written by the model with all edits so far; the other arms are given texts
-    prompt_key: str = "implications"
-    max_tokens: int = 8192  # of one self-edit
-    temperature: float = 1.0
-    top_p: float = 0.95
-    split_newlines: bool = True
-    seed: int = 42
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-
-    def __post_init__(self) -> None:
-        if self.n_sequences < 1 or self.n_datapoints < 1:
-            raise SettingsError(f"{self.n_sequences=}, {self.n_datapoints=}: both must be at least 1")
-        if self.arm not in ARMS:
-            raise SettingsError(f"arm={self.arm!r}: known are {', '.join(ARMS)}")
-        if self.strategy not in STRATEGIES or self.replay_passages < 0:
-            raise SettingsError(
-                f"strategy={self.strategy!r}, {self.replay_passages=}: known are {', '.join(STRATEGIES)}, "
-                "and 0 or more passages"
-            )
-
-    def under(self, stack: Sequence[str]) -> list[str]:
-        """The adapters that lie under the next edit, and with which its self-edit is written."""
-        return list(stack) if self.strategy in ("stacked", "replay") else []
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
-@dataclass(kw_only=True)
-class ContinualRun:
-    """What has been done so far: for each sequence its adapters and self-edits, for each step all replies."""
+class Continual(dict[str, list[list[list[Verdicts | None]]]]):
+    """Verdicts after every edit, by strategy, with tables and figures.
 
-    stacks: list[list[str]]
-    written: list[list[str]]
-    requests: list[list[TTTRequest]] = field(default_factory=list)
-    replies: list[list[TTTReply]] = field(default_factory=list)
+    `continual["stacked"][s][t][p]` are the verdicts on passage p of sequence s after t edits; None where the passage
+    was not asked. `sequences[s]` are the passages of a sequence, `texts[strategy][s]` the self-edits.
+    """
 
-    @classmethod
-    def of(cls, sequences: Sequence[Sequence[Passage]]) -> "ContinualRun":
-        """Nothing done yet."""
-        return cls(stacks=[[] for _ in sequences], written=[[] for _ in sequences])
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[Passage]],
+        verdicts: Mapping[str, list[list[list[Verdicts | None]]]],
+        texts: Mapping[str, list[list[str]]],
+        control: Mapping[str, TTTReply],
+    ) -> None:
+        super().__init__(verdicts)
+        self.sequences, self.texts, self._control = sequences, texts, control
 
-    def write(self, texts: Sequence[str]) -> None:
-        """The next self-edit of each sequence."""
-        for written, text in zip(self.written, texts, strict=True):
-            written.append(text)
+    def matrices(self, strategy: str) -> list[list[list[float | None]]]:
+        """One matrix for each sequence: row t, column p is the accuracy on passage p after t edits."""
+        return [continual_matrix(rows) for rows in self[strategy]]
 
-    def keep(self, requests: Sequence[TTTRequest], replies: Sequence[TTTReply]) -> None:
-        """The edit of each sequence: its adapter goes on top of the sequence's others."""
-        for stack, request in zip(self.stacks, requests, strict=True):
-            stack.append(str(request.adapter_name))
-        self.requests.append(list(requests))
-        self.replies.append(list(replies))
+    def mean_matrix(self, strategy: str) -> list[list[float | None]]:
+        """The matrix averaged over sequences."""
+        means: list[list[float | None]] = summarize_sequences(self.matrices(strategy), dataset="", base_model="")[
+            "mean_over_sequences"
+        ]
+        return means
 
-    def replies_of(self, number: int) -> list[TTTReply]:
-        """The replies of one sequence, in order of its edits."""
-        return [replies[number] for replies in self.replies]
+    def estimates(self) -> "pd.DataFrame":
+        """Strategy, quantity, mean and 95 % interval; differences are paired over sequences."""
+        import pandas as pd
 
-    def requests_of(self, number: int) -> list[TTTRequest]:
-        return [requests[number] for requests in self.requests]
-
-
-def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> list[list[Passage]]:
-    """`n_sequences` random samples without repetition within a sequence. Raises: SettingsError."""
-    if len(passages) < settings.n_datapoints:
-        raise SettingsError(
-            f"n_datapoints={settings.n_datapoints}, but the dataset has {len(passages)} passages; lower it"
+        return pd.DataFrame(
+            {"strategy": name, "quantity": quantity, **asdict(estimate)}
+            for name in self
+            for quantity, estimate in continual_estimates(self.matrices(name)).items()
         )
-    generator = random.Random(settings.seed)
-    return [generator.sample(list(passages), settings.n_datapoints) for _ in range(settings.n_sequences)]
+
+    def strategies(self) -> "pd.DataFrame":
+        """Accuracy on all passages after the last edit, each strategy against the first."""
+        import pandas as pd
+
+        return pd.DataFrame(strategy_rows({name: self.matrices(name) for name in self}))
+
+    def unrelated(self) -> "pd.DataFrame":
+        """Accuracy on general questions before and after all edits; empty unless they were asked."""
+        return control_frame(self._control)
+
+    def plot_matrix(self, strategy: str) -> "Figure":
+        """The mean matrix as a heat map; cells of passages that were not asked are blank."""
+        return plots.plot_continual_matrix(self.mean_matrix(strategy), n_sequences=len(self.sequences))
+
+    def plot_curve(self, strategy: str) -> "Figure":
+        """Accuracy on all passages so far after each edit, and of the model that was never edited."""
+        own, means = self.matrices(strategy), self.mean_matrix(strategy)
+        just_edited = [means[t][t - 1] for t in range(1, len(means))]
+        return plots.plot_continual_curve(seen_so_far(own), never_edited_so_far(own), just_edited=just_edited)
 
 
-def unedited_request(sequence: Sequence[Passage], settings: ContinualSettings, *, model_id: str) -> TTTRequest:
-    """Row 0: all passages of a sequence asked of the untouched model."""
-    questions = [question for passage in sequence for question in eval_questions(passage)]
-    request = TTTRequest(
-        eval_questions=questions, skip_training=True, seed=settings.seed, **settings.training.request_fields()
-    )
-    return identified(request, model_id)
-
-
-def self_edit_request(
-    number: int, passage: Passage, stack: Sequence[str], settings: ContinualSettings, *, model_id: str
-) -> GenerateRequest:
-    """The model with all edits so far writes the next self-edit of sequence `number`.
-
-    `stack`: the adapters of the edits so far, whether or not they lie under the next one.
-    """
-    request = GenerateRequest(
-        prompts=[self_edit_prompt(settings.prompt_key, title=passage.title, context=passage.context)],
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        adapter_stack=settings.under(stack),
-        priority=0,
-        seed=derived_seed(settings.seed, "write", number, passage.title, len(stack)),
-    )
-    content = request.model_dump(mode="json", exclude={"request_id", "priority", "traceback"})
-    return request.model_copy(update={"request_id": content_id([model_id, content])})
-
-
-def edit_request(
-    number: int,
-    sequence: Sequence[Passage],
-    texts: Sequence[str],
-    stack: Sequence[str],
-    settings: ContinualSettings,
+def continual(
+    ttt: TTT,
+    passages: Sequence[Passage],
     *,
-    model_id: str,
-) -> TTTRequest:
-    """Edit the next passage in, keep the adapter, ask all passages so far.
+    strategies: str | Sequence[str] = "stacked",
+    n_sequences: int = 8,
+    n_datapoints: int = 8,
+    arm: Arm = "self_edits",
+    training: Training | None = None,
+    replay_passages: int = 0,
+    prompt_key: str = "implications",
+    max_tokens: int = 8192,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    split_newlines: bool = True,
+    check_unrelated: bool = False,
+    seed: int = 42,
+    folder: str | Path = "runs/continual",
+    dataset: str = "",
+    model: str = "",
+    price_per_hour: float = 0.0,
+) -> Continual:
+    """Edit the passages of random sequences into the weights one by one; ask all passages so far after each edit.
 
-    `texts`: the self-edits of all steps so far, the next one last; `stack`: the adapters before it. With
-    "retrieval" nothing is asked: which adapter answers is decided question by question.
+    Args:
+        ttt: the server (`ttt_server` or `connect`); it keeps the adapters.
+        passages: the sequences are drawn from them.
+        strategies: of stacked (frozen adapters on one base), merged (a model folder and a server for each edit, as
+            published), replay (each edit also trains on the self-edits before it), retrieval (one adapter for each
+            passage on the untouched model; BM25 chooses which one answers a question).
+        n_sequences: sequences.
+        n_datapoints: passages of a sequence.
+        arm: self_edits (the model writes them, as published), hand_written or passage_only.
+        training: settings of the adapters; the published ones unless given.
+        replay_passages: with replay: earlier passages trained on again with each edit; 0: all.
+        prompt_key: of the self-edits' prompt.
+        max_tokens: tokens of one self-edit at most.
+        temperature: of the self-edits.
+        top_p: of the self-edits.
+        split_newlines: each line of a self-edit is a train sequence (published: yes).
+        check_unrelated: ask twenty general questions before and after all edits (stacked and replay).
+        seed: draws the sequences and seeds all requests.
+        folder: for summaries, their records and the journal; a second call asks only for what is missing.
+        dataset: name of the data, for the summaries.
+        model: with merged: the model folder or hub name that the server holds; empty: that of a server started here.
+        price_per_hour: of the server; adds the cost to the line that says how much work it is.
+
+    Returns:
+        Verdicts by strategy. The summaries (`summary_continual.json` …) are in `folder`.
+
+    Raises:
+        SettingsError: for settings that do not fit, such as fewer passages than a sequence needs.
+        RemoteError: when a request failed on the server.
+
+    Source: SEAL, arXiv 2506.10943, "catastrophic forgetting".
     """
-    step = len(texts)
-    seen = [] if settings.strategy == "retrieval" else sequence[:step]
-    request = TTTRequest(
-        train_sequences=_edit_sequences(number, sequence, texts, settings),
-        eval_questions=[question for passage in seen for question in eval_questions(passage)],
-        adapter_stack=settings.under(stack),
-        skip_baseline=True,  # the row before has already asked the model without this edit
-        seed=derived_seed(settings.seed, "edit", number, sequence[step - 1].title, step),
-        **settings.training.request_fields(),
-    )
-    # Named after what it is, so that no two edits share a name and a resumed run finds its own.
-    name = f"edit-{identified(request, model_id).request_id}"
-    return identified(request.model_copy(update={"adapter_name": name}), model_id)
-
-
-def _edit_sequences(
-    number: int, sequence: Sequence[Passage], texts: Sequence[str], settings: ContinualSettings
-) -> list[str]:
-    """Train sequences of the last text, and before them those of the earlier edits that are replayed."""
-    last = len(texts) - 1
-    earlier: list[int] = []
-    if settings.strategy == "replay":
-        draws = random.Random(derived_seed(settings.seed, "replay", number, last))
-        earlier = sorted(draws.sample(range(last), min(last, settings.replay_passages or last)))
-    return [
-        line
-        for at in (*earlier, last)
-        for line in train_sequences(
-            texts[at], title=sequence[at].title, context=sequence[at].context, split_newlines=settings.split_newlines
+    folder, names = runs_folder(folder), strategies.split(",") if isinstance(strategies, str) else strategies
+    settings = {
+        name.strip(): ContinualSettings(
+            strategy=name.strip(),  # type: ignore[arg-type]
+            n_sequences=n_sequences,
+            n_datapoints=n_datapoints,
+            arm=arm,
+            replay_passages=replay_passages,
+            prompt_key=prompt_key,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            split_newlines=split_newlines,
+            seed=seed,
+            training=training or Training(),
         )
-    ]
-
-
-def texts_of_step(
-    client: TTTClient,
-    journal: Journal,
-    sequences: Sequence[Sequence[Passage]],
-    stacks: Sequence[Sequence[str]],
-    settings: ContinualSettings,
-    *,
-    model_id: str,
-    numbers: Sequence[int] = (),
-) -> list[str]:
-    """What the next edit of each sequence is trained on: new self-edits, or the texts of the arm.
-
-    `numbers`: which sequences of the experiment these are; empty: the first ones.
-    """
-    step = len(stacks[0])
-    if settings.arm != "self_edits":
-        given = SinglePassageSettings(arm=settings.arm)
-        return [self_edit_texts(sequence[step], step, given)[0] for sequence in sequences]
-    requests = [
-        self_edit_request(number, sequence[step], stack, settings, model_id=model_id)
-        for number, sequence, stack in zip(numbers or range(len(sequences)), sequences, stacks, strict=True)
-    ]
-    return write_self_edits(client, requests, journal)
-
-
-def write_self_edits(client: TTTClient, requests: Sequence[GenerateRequest], journal: Journal) -> list[str]:
-    """The text for each request, from the journal or from the server (all at once) and then into the journal.
-
-    Raises: RemoteError for the first that failed, once the others are kept.
-    """
-    missing = [request for request in requests if str(request.request_id) not in journal]
-    failures: list[RemoteError] = []
-    for index, reply in client.run_indexed(missing):
-        if isinstance(reply, RemoteError):
-            failures.append(reply)
-        else:
-            journal.append(str(missing[index].request_id), reply.model_dump(mode="json"))
-    if failures:
-        raise failures[0]
-    replies = [GenerateReply.model_validate(journal.get(str(request.request_id))) for request in requests]
-    return [reply.texts[0].strip() for reply in replies]
+        for name in names
+    }
+    first = next(iter(settings.values()))
+    sequences = draw_sequences(passages, first)
+    edits_of: dict[str, list[Edits]] = {}
+    with Journal(folder / "journal.jsonl") as journal:
+        row_zero = [unedited_request(sequence, first, model_id=ttt.model_id) for sequence in sequences]
+        unedited = [ask(ttt, row_zero, journal, what="never edited").of(request) for request in row_zero]
+        for name, one in settings.items():
+            if name == "merged":
+                edits_of[name] = edit_and_merge(ttt, sequences, one, journal, folder=folder / name, model=model)
+                continue
+            edits_of[name] = [Edits() for _ in sequences]
+            for step in range(1, n_datapoints + 1):
+                texts = texts_of_step(ttt, journal, sequences, edits_of[name], one)
+                requests = [
+                    edit_request(number, sequence, [*edits.texts, text], edits.stack, one, model_id=ttt.model_id)
+                    for number, (sequence, edits, text) in enumerate(zip(sequences, edits_of[name], texts, strict=True))
+                ]
+                what = f"{name}, edit {step} of {n_datapoints}"
+                tell_work(ttt, requests, journal, what=what, price_per_hour=price_per_hour)
+                collected = ask(ttt, requests, journal, what=f"{name}, edit {step}")
+                for edits, text, request in zip(edits_of[name], texts, requests, strict=True):
+                    edits.add(text, request, collected.of(request))
+                if name == "retrieval":
+                    stacks = [edits.stack for edits in edits_of[name]]
+                    answered = answers_by_retrieval(ttt, journal, sequences, stacks, settings=one)
+                    for edits, reply in zip(edits_of[name], answered, strict=True):
+                        edits.replies[-1] = reply
+        control = {}
+        if check_unrelated:
+            stacked = [name for name in settings if name in ("stacked", "replay")]
+            ends = {f"{name} {s + 1}": edits.stack for name in stacked for s, edits in enumerate(edits_of[name])}
+            control = ask_control(ttt, journal, ends, first.training, seed=seed)
+    verdicts = {
+        name: [
+            [verdict_row(reply, sequence, step) for step, reply in enumerate([unedited[s], *edits.replies])]
+            for s, (sequence, edits) in enumerate(zip(sequences, edits_S, strict=True))
+        ]
+        for name, edits_S in edits_of.items()
+    }
+    result = Continual(
+        sequences, verdicts, {name: [edits.texts for edits in edits_S] for name, edits_S in edits_of.items()}, control
+    )
+    for name, one in settings.items():
+        records = [
+            sequence_record(sequence, edits.texts, [row_zero[s], *edits.requests], [unedited[s], *edits.replies])
+            for s, (sequence, edits) in enumerate(zip(sequences, edits_of[name], strict=True))
+        ]
+        summary = summarize_sequences(result.matrices(name), dataset=Path(dataset).name, base_model=ttt.model_id)
+        path = write_json(folder / summary_file_name(name), summary | {"strategy": name, "sequences": records})
+        write_record(path, RunRecord(stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed}))
+    return result
 
 
 def verdict_row(reply: TTTReply, sequence: Sequence[Passage], step: int) -> list[Verdicts | None]:
@@ -254,24 +258,6 @@ def sequence_record(
             for request, reply in zip(requests, replies, strict=True)
         ],
     }
-
-
-def run_records(
-    run: ContinualRun,
-    sequences: Sequence[Sequence[Passage]],
-    row_zero: Sequence[TTTRequest],
-    unedited: Sequence[TTTReply],
-) -> list[dict[str, Any]]:
-    """``sequence_record`` of every sequence."""
-    return [
-        sequence_record(
-            sequence,
-            run.written[number],
-            [row_zero[number], *run.requests_of(number)],
-            [unedited[number], *run.replies_of(number)],
-        )
-        for number, sequence in enumerate(sequences)
-    ]
 
 
 def summary_file_name(strategy: str) -> str:

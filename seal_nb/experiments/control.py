@@ -1,21 +1,22 @@
 """Unrelated knowledge before and after edits: twenty general questions that no passage is about.
 
-Forgetting beyond the edited passages. The questions ship with the project; they are asked of the base and of
-kept adapters through the server, without training. Twenty questions see a collapse, not a few points.
+The questions ship with the project. They are asked of the base and of kept adapters, without training. Twenty
+questions show a collapse, not a change of a few points.
 """
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seal_nb.experiments.session import Tell, run_requests
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import identified
-from seal_nb.metrics import Verdicts, accuracy, paired_difference
+from seal_nb.experiments.session import TTT, ask_named, identified
+from seal_nb.experiments.settings import Training
+from seal_nb.metrics import accuracy, paired_difference
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.server.client import TTTClient
 from seal_nb.storage import Journal, read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def general_questions() -> list[EvalQuestion]:
@@ -24,50 +25,51 @@ def general_questions() -> list[EvalQuestion]:
     return [EvalQuestion(**entry) for entry in read_json(path)]
 
 
-def control_request(stack: Sequence[str], training: TrainingSettings, *, seed: int, model_id: str) -> TTTRequest:
-    """The general questions asked of the base with these kept adapters; none: of the untouched model."""
-    request = TTTRequest(
-        eval_questions=general_questions(),
-        adapter_stack=list(stack),
-        skip_training=True,
-        seed=seed,
-        **training.request_fields(),
-    )
-    return identified(request, model_id)
-
-
 def ask_control(
-    client: TTTClient,
-    journal: Journal,
-    stacks: Mapping[str, Sequence[str]],
-    training: TrainingSettings,
-    *,
-    seed: int,
-    model_id: str,
-    tell: Tell = lambda _: None,
+    ttt: TTT, journal: Journal, stacks: Mapping[str, Sequence[str]], training: Training, *, seed: int
 ) -> dict[str, TTTReply]:
-    """The reply of each named stack, "never edited" first. Raises: RemoteError where one failed."""
-    named = {"never edited": (), **stacks}
-    requests = {name: control_request(stack, training, seed=seed, model_id=model_id) for name, stack in named.items()}
-    collected = run_requests(client, list(requests.values()), journal, what="general questions", tell=tell)
-    return collected.all_replies(requests)
+    """The general questions asked of the base ("never edited") and of each named stack of kept adapters.
 
-
-def control_rows(replies: Mapping[str, TTTReply]) -> list[dict[str, Any]]:
-    """One line a stack: accuracy on the general questions, what changed, and an answer that was lost."""
-    (_, before), *_ = replies.items()
-    return [_row(name, reply.adapter_correct, before.adapter_correct) for name, reply in replies.items()]
-
-
-def _row(name: str, after: Verdicts, before: Verdicts) -> dict[str, Any]:
-    pairs = list(zip(before, after, strict=True))
-    graded = any(a is not None and b is not None for b, a in pairs)
-    change = paired_difference([[a] for a in after], [[b] for b in before], unit="questions") if graded else None
-    return {
-        "model": name,
-        "questions": len(after),
-        "accuracy": accuracy(after),
-        "lost": sum(b is True and a is False for b, a in pairs),
-        "won": sum(b is False and a is True for b, a in pairs),
-        "change": change.sentence() if change else None,
+    Raises: RemoteError where one failed.
+    """
+    requests = {
+        name: identified(
+            TTTRequest(
+                eval_questions=general_questions(),
+                adapter_stack=list(stack),
+                skip_training=True,
+                seed=seed,
+                **training.request_fields(),
+            ),
+            ttt.model_id,
+        )
+        for name, stack in {"never edited": (), **stacks}.items()
     }
+    return ask_named(ttt, requests, journal, what="general questions")
+
+
+def control_frame(replies: Mapping[str, TTTReply]) -> "pd.DataFrame":
+    """One row for each model: accuracy on the general questions, answers lost and won, the paired change."""
+    import pandas as pd
+
+    columns = ["model", "questions", "accuracy", "lost", "won", "change"]
+    if not replies:
+        return pd.DataFrame(columns=columns)
+    before = next(iter(replies.values())).adapter_correct
+    rows: list[dict[str, Any]] = []
+    for name, reply in replies.items():
+        after = reply.adapter_correct
+        pairs = list(zip(before, after, strict=True))
+        graded = any(a is not None and b is not None for b, a in pairs)
+        change = paired_difference([[a] for a in after], [[b] for b in before], unit="questions") if graded else None
+        rows.append(
+            {
+                "model": name,
+                "questions": len(after),
+                "accuracy": accuracy(after),
+                "lost": sum(b is True and a is False for b, a in pairs),
+                "won": sum(b is False and a is True for b, a in pairs),
+                "change": change.sentence() if change else None,
+            }
+        )
+    return pd.DataFrame(rows, columns=columns)

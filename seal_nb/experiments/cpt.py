@@ -1,36 +1,38 @@
-"""Multi-passage evaluation (CPT): one adapter for the self-edits of many passages, as a published run file.
+"""Multi-passage evaluation (CPT): one adapter for the self-edits of many passages, asked about all of them (`cpt`).
 
-Or all weights in place of the adapter: method "full", ours, which ``cpt_full`` trains and asks. Pure, as
-``single_passage``: passages become one request, the reply becomes a ``cpt_run_*.json``. The published
-``per_article`` is keyed by title and loses passages of equal titles (200 become 47); here it keeps all
-questions of a title, and ``per_passage`` has one entry a passage.
-
-CPT by full fine-tuning: all weights are trained on the train sequences, and the new model is asked.
-
-Published CPT trains one LoRA adapter (SEAL, arXiv 2506.10943); this is ours, for who wants to know what the
-low rank costs. The training is that of ``sft.train``, in processes of its own whose memory is free again
-before a server of the new model answers. All of it on this machine. Resumes: a finished model is taken as it
-is, an answer in the journal is not asked for again.
+Passages become one request for each arm, the reply becomes a `cpt_run_*.json` as published (SEAL, arXiv 2506.10943).
+The published `per_article` is keyed by title and loses passages of equal titles (200 become 47); here it keeps all
+questions of a title, and `per_passage` has one entry for each passage. Method "full" is ours: all weights are trained
+by `sft.train` in processes of their own, and a server of the new model is asked. A finished model is used again, and
+an answer in the journal is not asked for again.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.control import general_questions
-from seal_nb.experiments.session import Tell, run_requests, ttt_client
-from seal_nb.experiments.settings import ARMS, Arm, TrainingSettings
-from seal_nb.experiments.single_passage import check_answers, eval_questions, identified
+from seal_nb.errors import SettingsError
+from seal_nb.experiments.control import ask_control, control_frame, general_questions
+from seal_nb.experiments.session import TTT, ask_named, identified, tell_work, ttt_server
+from seal_nb.experiments.settings import ARMS, Arm, Training, texts_of_arm
+from seal_nb.experiments.single_passage import arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
-from seal_nb.results.cpt import build_overall, by_title, per_passage_results
-from seal_nb.self_edits import passage_only_sequences, train_sequences
-from seal_nb.server.client import TTTClient
+from seal_nb.results.cpt import CptRun, build_overall, by_title, cpt_run_from_json, per_passage_results
+from seal_nb.results.published import CPT, are_published_passages
+from seal_nb.results.run import KINDS
+from seal_nb.results.statistics import mean
 from seal_nb.sft.settings import METHODS, SftJob, SftResult, SftSettings
-from seal_nb.storage import Journal, derived_seed, write_text
+from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record, write_text
+from seal_nb.views import plots, training_plots
+from seal_nb.views.live import Teller
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
@@ -39,9 +41,9 @@ _PUBLISHED_REPLY = {
 _OUR_REPLY = {"baseline_gold_logprobs", "adapter_gold_logprobs", "epoch_losses", "train_steps", "train_tokens"}
 
 
-def published_cpt_training() -> TrainingSettings:
+def published_cpt_training() -> Training:
     """CPT as published: 3 epochs, batch 4, accumulation 2."""
-    return TrainingSettings(finetune_epochs=3, batch_size=4, gradient_accumulation_steps=2)
+    return Training(finetune_epochs=3, batch_size=4, gradient_accumulation_steps=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class CPTSettings:
     seed: int = 42
     arm: Arm = "self_edits"
     method: str = "lora"  # published; "full": all weights, with the schedule of `training` alone
-    training: TrainingSettings = field(default_factory=published_cpt_training)
+    training: Training = field(default_factory=published_cpt_training)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -65,13 +67,13 @@ class CPTSettings:
 
     def lora_params(self) -> dict[str, Any]:
         """The published key of a run file; without an adapter its shape is null."""
-        said = self.training.lora_params()
+        params = self.training.lora_params()
         shape = ("rank", "alpha", "dropout", "target_modules")
-        return said if self.method == "lora" else said | dict.fromkeys(shape)
+        return params if self.method == "lora" else params | dict.fromkeys(shape)
 
 
-def _refuse_what_only_adapters_have(training: TrainingSettings) -> None:
-    for name, off in (("padding_in_loss", False), ("pad_samples", 0), ("end_mask_substring", "")):
+def _refuse_what_only_adapters_have(training: Training) -> None:
+    for name, off in (("padding_in_loss", False), ("end_mask_substring", "")):
         if (value := getattr(training, name)) != off:
             raise SettingsError(
                 f"{name}={value!r} is a setting of adapters, and method is 'full'; leave it {off!r}, or "
@@ -84,33 +86,183 @@ def cpt_file_name(settings: CPTSettings) -> str:
     return f"cpt_run_{settings.arm}{'_full' * (settings.method == 'full')}.json"
 
 
+class Cpt(dict[str, CptRun]):
+    """The CPT runs by arm, as their run files say, with tables and figures; `losses`: by epoch, nats per token."""
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        runs: Mapping[str, CptRun],
+        losses: Mapping[str, Sequence[float | None]],
+        control: Mapping[str, TTTReply],
+    ) -> None:
+        super().__init__(runs)
+        self.passages, self.losses, self._control = list(passages), dict(losses), control
+
+    def accuracy(self) -> "pd.DataFrame":
+        """One row for each arm; every question counts once, the 95 % interval is over passages."""
+        import pandas as pd
+
+        return pd.concat([run.accuracy() for run in self.values()], ignore_index=True).drop(columns="file")
+
+    def unrelated(self) -> "pd.DataFrame":
+        """Accuracy on general questions of the base and of each arm; empty unless they were asked."""
+        return control_frame(self._control)
+
+    def plot_accuracy(self) -> "Figure":
+        """Accuracy of each arm with its interval, the baseline, and published values for the published passages."""
+        bars = {run.arm: estimate for run in self.values() if (estimate := run.estimate("adapter"))}
+        published = CPT if are_published_passages((p.title, p.context) for p in self.passages) else {}
+        baseline = next(iter(self.values())).estimate("baseline")
+        return plots.plot_accuracy(bars, baseline=baseline, published=published)
+
+    def plot_gains(self, arm: str = "") -> "Figure":
+        """Baseline and adapter accuracy of each passage; `arm`: the last one unless given."""
+        run = self[arm or list(self)[-1]]
+        before, after = ([mean(scores) for scores in run.scores(kind)] for kind in KINDS)
+        return plots.plot_gains([passage.title for passage in self.passages], before, after)
+
+    def plot_losses(self) -> "Figure":
+        """Training loss by epoch of each arm."""
+        return training_plots.plot_losses(self.losses)
+
+
+def cpt(
+    ttt: TTT,
+    passages: Sequence[Passage],
+    *,
+    arms: str | Sequence[str] = ("passage_only", "self_edits"),
+    method: str = "lora",
+    training: Training | None = None,
+    k_completions: int = 5,
+    split_newlines: bool = False,
+    check_unrelated: bool = False,
+    n_processes: int = 1,
+    n_threads: int = 1,
+    seed: int = 42,
+    folder: str | Path = "runs/cpt",
+    dataset: str = "",
+    price_per_hour: float = 0.0,
+) -> Cpt:
+    """Train one adapter (or with method "full" one model) for each arm on all passages; ask all questions.
+
+    Args:
+        ttt: the server (`ttt_server` or `connect`). With method "full" it must have been started here; it answers for
+            the untouched model and is then closed, so that the training has the memory.
+        passages: with questions; the arm `self_edits` needs their completions.
+        arms: of passage_only, self_edits, hand_written.
+        method: "lora" (published), or "full": all weights, on this machine.
+        training: settings; published CPT (3 epochs, batch 4, accumulation 2) unless given.
+        k_completions: self-edits used of each passage; 0 is the published passage-only baseline.
+        split_newlines: each line of a self-edit is a train sequence (published: no).
+        check_unrelated: ask twenty general questions of the base and of each arm.
+        n_processes: of the training with method "full", one GPU each.
+        n_threads: CPU threads of one of these processes.
+        seed: of the training.
+        folder: for run files, their records and the journal; a second call asks only for what is missing.
+        dataset: name of the data, for the run files.
+        price_per_hour: of the server; adds the cost to the line that says how much work it is.
+
+    Returns:
+        The runs by arm. Their run files (`cpt_run_<arm>.json`) are in `folder`.
+
+    Raises:
+        DataError: for a passage without what an arm needs.
+        SettingsError: for settings that do not fit.
+        RemoteError: when a training failed on the server.
+
+    Source: SEAL, arXiv 2506.10943, continued pretraining.
+    """
+    folder, names = runs_folder(folder), arms.split(",") if isinstance(arms, str) else arms
+    settings = {
+        name.strip(): CPTSettings(
+            arm=name.strip(),  # type: ignore[arg-type]
+            method=method,
+            k_completions=k_completions,
+            split_newlines=split_newlines,
+            seed=seed,
+            training=training or published_cpt_training(),
+        )
+        for name in names
+    }
+    if method == "full" and ttt.server is None:
+        raise SettingsError(
+            f"endpoint is {ttt.client.where!r}, and method 'full' trains and asks a model on this machine; "
+            "leave endpoint empty, or choose method 'lora'"
+        )
+    requests = {
+        arm: cpt_request(passages, one, model_id=ttt.model_id, keep=check_unrelated) for arm, one in settings.items()
+    }
+    control: dict[str, TTTReply] = {}
+    with Journal(folder / "journal.jsonl") as journal:
+        if method == "lora":
+            tell_work(ttt, list(requests.values()), journal, price_per_hour=price_per_hour)
+            replies = ask_named(ttt, requests, journal)
+            if check_unrelated:
+                stacks = {arm: [str(request.adapter_name)] for arm, request in requests.items()}
+                first = next(iter(settings.values()))
+                control = ask_control(ttt, journal, stacks, first.training, seed=seed)
+        else:
+            assert ttt.server is not None
+            for one in settings.values():
+                sft_settings(one, seed=seed, n_processes=n_processes)  # refuses what does not fit before any training
+            served, model_id = ttt.server.settings, ttt.model_id
+            asked = questions_only(next(iter(requests.values())), model_id, check_unrelated)
+            before = ask_named(ttt, asked, journal, what="questions")
+            if check_unrelated:
+                control["never edited"] = before["control"]
+            ttt.close()
+            replies = {}
+            for arm, one in settings.items():
+                how = {"model": served.model, "folder": folder, "n_processes": n_processes, "n_threads": n_threads}
+                trained, model_dir = train_all_weights(requests[arm], one, **how)  # type: ignore[arg-type]
+                Teller()(f"{arm}: {trained.n_steps} steps of all weights")
+                asked = questions_only(requests[arm], str(requests[arm].request_id), check_unrelated)
+                after = _ask_model(str(model_dir), asked, journal, ttt, folder / f"server_{arm}_full")
+                replies[arm] = full_reply(requests[arm], before["answers"], after["answers"], trained)
+                if check_unrelated:
+                    control[arm] = after["control"]
+    about = {"model": ttt.model_id, "dataset": Path(dataset).name, "timestamp": f"{datetime.now(UTC):%m%d_%H%M%S}"}
+    runs = {}
+    for arm, one in settings.items():
+        value = build_cpt_run(passages, requests[arm], replies[arm], one, **about)
+        path = write_json(folder / cpt_file_name(one), value)
+        write_record(path, RunRecord(stage="04_cpt", settings=asdict(one), seeds={"seed": seed}))
+        runs[arm] = cpt_run_from_json(value, path=path, passages=passages)
+    return Cpt(passages, runs, {arm: replies[arm].epoch_losses for arm in settings}, control)
+
+
+def _ask_model(
+    model: str, asked: Mapping[str, TTTRequest], journal: Journal, ttt: TTT, folder: Path
+) -> dict[str, TTTReply]:
+    """The questions put to a model folder, by a server like `ttt`'s; none is started where all are journalled."""
+    if all(str(request.request_id) in journal for request in asked.values()):
+        return {name: TTTReply.model_validate(journal.get(str(one.request_id))) for name, one in asked.items()}
+    assert ttt.server is not None
+    own = ttt.server.settings
+    with ttt_server(
+        model,
+        folder=folder,
+        grader=ttt.grader,
+        n_workers=own.n_workers,
+        n_threads=own.n_threads,
+        deterministic=own.deterministic,
+    ) as server:
+        return ask_named(server, asked, journal, what="questions")
+
+
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:
     """The sequences of all passages in order; a passage follows each of its k self-edits, as published."""
-    return [sequence for at, passage in enumerate(passages) for sequence in _sequences(passage, at, settings)]
-
-
-def _sequences(passage: Passage, index: int, settings: CPTSettings) -> list[str]:
-    if settings.arm == "passage_only":
-        return passage_only_sequences(title=passage.title, context=passage.context)
-    texts: tuple[str, ...] = ("",)
-    if settings.arm == "hand_written":
-        texts = (passage.hand_written,) if passage.hand_written else ()
-    elif settings.k_completions:
-        texts = passage.completions[: settings.k_completions]
-    if not texts:
-        raise DataError(
-            f"passage {passage.title!r} has nothing for the arm {settings.arm!r}",
-            item=index,
-            field="completions" if settings.arm == "self_edits" else "hand_written",
-            remedy="run 01_create_self_edits on the items first, or choose another arm",
-        )
-    return [
-        sequence
-        for text in texts
-        for sequence in train_sequences(
-            text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
-        )
-    ]
+    sequences = []
+    for at, passage in enumerate(passages):
+        texts = [""]  # k_completions 0: the published passage-only baseline
+        if settings.arm != "self_edits" or settings.k_completions:
+            texts = list(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions or 1))
+        for text in texts:
+            sequences += arm_sequences(
+                settings.arm, text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
+            )
+    return sequences
 
 
 def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id: str, keep: bool = False) -> TTTRequest:
@@ -171,39 +323,6 @@ def build_cpt_run(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class FullTraining:
-    """Where all weights are trained and asked. ``server``: what TTTServer takes beside model and run_dir.
-
-    ``check_unrelated``: ask the twenty general questions too.
-    """
-
-    model: str
-    folder: Path
-    server: Mapping[str, Any]
-    endpoint: str = ""  # there must be none
-    n_processes: int = 1  # of the training, one GPU each
-    n_threads: int = 1  # of one of them, on a CPU
-    check_unrelated: bool = False
-
-    def __post_init__(self) -> None:
-        if self.endpoint:
-            raise SettingsError(
-                f"endpoint is {self.endpoint!r}, and method 'full' trains and asks a model on this machine; "
-                "leave endpoint empty, or choose method 'lora'"
-            )
-        if self.n_processes < 1:
-            raise SettingsError(f"n_processes is {self.n_processes}; it must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What one model answered; ``control``: to the general questions, where they were asked."""
-
-    answers: TTTReply
-    control: TTTReply | None
-
-
 def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> SftSettings:
     """The schedule of a CPT run as one of all weights. Raises: SettingsError, before anything is trained."""
     training = settings.training
@@ -220,58 +339,36 @@ def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> S
     return sft
 
 
-def ask_model(
-    client: TTTClient, request: TTTRequest, journal: Journal, *, asked_of: str, control: bool, tell: Tell
-) -> Asked:
-    """The questions of ``request`` put to the server's model as it is, once. Raises: RemoteError.
-
-    ``asked_of``: names the model in the journal; ``control``: put the general questions too.
-    """
-    requests = questions_only(request, asked_of, control)
-    run_requests(client, requests, journal, what="questions", tell=tell).in_order(requests)
-    return _journalled(journal, requests)
-
-
-def questions_only(request: TTTRequest, asked_of: str, control: bool) -> list[TTTRequest]:
-    """The questions of a run without its training, and the general ones; ids of their own."""
+def questions_only(request: TTTRequest, asked_of: str, control: bool) -> dict[str, TTTRequest]:
+    """The questions of a run without its training, and with `control` the general ones; `asked_of`: the model."""
     plain = request.model_copy(update={"train_sequences": [], "skip_training": True})
-    asked = [identified(plain, asked_of)]
+    requests = {"answers": identified(plain, asked_of)}
     if control:
         general = plain.model_copy(update={"eval_questions": general_questions()})
-        asked.append(identified(general, asked_of))
-    return asked
+        requests["control"] = identified(general, asked_of)
+    return requests
 
 
-def train_and_ask(
-    request: TTTRequest, settings: CPTSettings, journal: Journal, place: FullTraining, *, tell: Tell = lambda _: None
-) -> tuple[SftResult, Asked]:
-    """The model of one arm and its answers, to the request that ``cpt_request`` made for it.
-
-    Rows, model and logs lie in ``place.folder``. Raises: SettingsError, EngineError, RemoteError.
-    """
+def train_all_weights(
+    request: TTTRequest, settings: CPTSettings, *, model: str, folder: Path, n_processes: int, n_threads: int
+) -> tuple[SftResult, Path]:
+    """Train the model of one arm on the request's sequences; the result and the new model's folder."""
     from seal_nb.sft.launch import train_in_processes
 
     name = f"{settings.arm}_full"
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
     job = SftJob(
-        sft_file=_write_rows(place.folder / f"cpt_train_{name}.jsonl", request.train_sequences),
-        model=place.model,
-        model_dir=place.folder / f"model_{name}",
-        settings=sft_settings(settings, seed=int(request.seed or 0), n_processes=place.n_processes),
-        n_threads=place.n_threads,
+        sft_file=write_text(folder / f"cpt_train_{name}.jsonl", rows),
+        model=model,
+        model_dir=folder / f"model_{name}",
+        settings=sft_settings(settings, seed=int(request.seed or 0), n_processes=n_processes),
+        n_threads=n_threads,
     )
-    result = train_in_processes(job, n_processes=place.n_processes)
-    tell(f"{settings.arm}: {result.n_steps} steps of all weights")
-    requests = questions_only(request, str(request.request_id), place.check_unrelated)
-    missing = [one for one in requests if str(one.request_id) not in journal]
-    if missing:
-        where: dict[str, Any] = {"run_dir": place.folder / f"server_{name}", "model": str(job.model_dir)}
-        with ttt_client("", **where, **place.server) as client:
-            run_requests(client, missing, journal, what="questions", tell=tell).in_order(missing)
-    return result, _journalled(journal, requests)
+    return train_in_processes(job, n_processes=n_processes), job.model_dir
 
 
 def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: SftResult) -> TTTReply:
-    """Answers of the base and of the new model as the reply to one request; no adapter made them."""
+    """Answers of the base and of the new model as the reply to one request."""
     return build_reply(
         baseline=_answers(before),
         adapter=_answers(after),
@@ -291,17 +388,8 @@ def epoch_means(losses: Sequence[float], n_epochs: int) -> list[float]:
     return [sum(losses[at * n : (at + 1) * n]) / n for at in range(n_epochs)] if n else []
 
 
-def _journalled(journal: Journal, requests: Sequence[TTTRequest]) -> Asked:
-    answers, *rest = (TTTReply.model_validate(journal.get(str(one.request_id))) for one in requests)
-    return Asked(answers=answers, control=rest[0] if rest else None)
-
-
 def _answers(reply: TTTReply) -> Answers:
-    """Those of a model as it is; they stand on the baseline's side."""
+    """The answers of a model as it is, which a reply has on the baseline's side."""
     return Answers(
         texts=reply.baseline_texts, verdicts=reply.baseline_verdicts, gold_logprobs=reply.baseline_gold_logprobs
     )
-
-
-def _write_rows(path: Path, sequences: Sequence[str]) -> Path:
-    return write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in sequences))

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import DataError, RunMismatch
-from seal_nb.experiments.session import served_model, ttt_client
-from seal_nb.experiments.settings import IN_CONTEXT, TrainingSettings
-from seal_nb.experiments.single_passage import arm_sequences, identified
+from seal_nb.experiments.session import TTT, identified, ttt_server
+from seal_nb.experiments.settings import IN_CONTEXT, Training
+from seal_nb.experiments.single_passage import arm_sequences
 from seal_nb.grading.choose import grader_of
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.server.client import TTTClient
 from seal_nb.storage import read_json
 
 OURS = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
@@ -78,7 +77,8 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
         article = run["articles"][item.passage]
         completion = article["completions"][item.self_edit]
         made = next(entry for entry in completion["repeats"] if entry["rep"] == item.repeat)
-        training, arm = TrainingSettings(**run["training"]), run["trained_on"]
+        stated = {name: value for name, value in run["training"].items() if name != "pad_samples"}  # of earlier files
+        training, arm = Training(**stated), run["trained_on"]
         split_newlines, model = run["split_newlines"], run["model"]
     except (KeyError, IndexError, TypeError, StopIteration) as error:
         raise DataError("has no such item, or not what made it", path=path, item=str(item), remedy=OURS) from error
@@ -109,17 +109,17 @@ def _asked(article: Mapping[str, Any], row: Mapping[str, Any]) -> EvalQuestion:
     )
 
 
-def rerun(client: TTTClient, stored: StoredLoop, *, model_id: str) -> list[Compared]:
+def rerun(ttt: TTT, stored: StoredLoop) -> list[Compared]:
     """Train and ask again; every answer without and with the adapter, then and now.
 
     Raises: RunMismatch where the server holds another model, RemoteError.
     """
-    if model_id != stored.model_id:
+    if ttt.model_id != stored.model_id:
         raise RunMismatch(
-            f"the run was made by model {stored.model_id}, the server has {model_id}; start it with that "
+            f"the run was made by model {stored.model_id}, the server has {ttt.model_id}; start it with that "
             "model, dtype and grader (seal-nb rerun --model FOLDER, of a round: its round1_train/model)"
         )
-    return compared(stored, client.evaluate(stored.request))
+    return compared(stored, ttt.client.evaluate(stored.request))
 
 
 def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[Compared]:
@@ -131,9 +131,9 @@ def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> l
     server = {"grader": grader_of({"model": stored.model_id}), **server}
     with (
         tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder,
-        ttt_client(endpoint, run_dir=folder, **server) as client,
+        ttt_server(endpoint=endpoint, folder=folder, **server) as ttt,
     ):
-        return rerun(client, stored, model_id=served_model(client))
+        return rerun(ttt, stored)
 
 
 def compared(stored: StoredLoop, reply: TTTReply) -> list[Compared]:

@@ -1,42 +1,40 @@
-"""The selection step of ReST-EM: from an evaluated run to the self-edits the model is fine-tuned on.
+"""A ReST-EM round: keep the best self-edits of an evaluated run, and fine-tune the model on them (`rest_em_round`).
 
-As published (SEAL, arXiv 2506.10943, ``build_SFT_dataset.py``): the best self-edits of each passage by mean
-adapter accuracy, the first in the file among equal means, in a file of {prompt, completion} lines. Options
-of ours drop passages that gain nothing and break ties by the soft score. How much such a ranking knows is
-in ``ranking``. Does not train.
-
-How much a ranking of self-edits knows, before anything is trained on it.
-
-A ReST-EM round (SEAL, arXiv 2506.10943) keeps the self-edit whose adapters answered best. Where repeats of
-one self-edit differ as much as two self-edits do, that choice is a coin toss and training on it teaches
-noise. Said here: ties, variance components, whether two repeats agree on the winner, and how many repeats
-would make the choice reliable. Selects nothing.
+As published (SEAL, arXiv 2506.10943, `build_SFT_dataset.py`): the best self-edits of each passage by mean adapter
+accuracy, the first in the file among equal means, in a file of {prompt, completion} lines. Options of ours drop
+passages that gain nothing and break ties by the soft score. `ranking_summary` and `winner_agreement` say how much the
+ranking knows: where repeats of one self-edit differ as much as two self-edits do, the choice is a coin toss and
+training on it teaches noise.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run
 from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, counted, mean_interval
-from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
-from seal_nb.protocol import TTTReply
-from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun, run_from_json
-from seal_nb.storage import write_text
+from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
+from seal_nb.sft.settings import SftJob, SftResult, SftSettings
+from seal_nb.storage import RunRecord, runs_folder, write_record, write_text
+from seal_nb.views import training_plots
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 TieBreak = Literal["order", "soft"]
+RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One decision on a passage: a self-edit that was picked, or why none was (``self_edit`` is None)."""
+    """A self-edit that is kept, or a passage that is left out (`self_edit` is None), and why."""
 
     passage: int
     title: str
@@ -51,15 +49,138 @@ class Choice:
         return self.self_edit is not None
 
 
+class RestEmRound:
+    """The choice of a round: which self-edits are kept and why, and the training on them.
+
+    `rows` are the {prompt, completion} examples, `sft_file` is where they were written.
+    """
+
+    def __init__(self, run: SinglePassageRun, choices: Sequence[Choice], rows: list[dict[str, str]], sft_file: Path):
+        self.run, self._choices, self.rows, self.sft_file = run, choices, rows, sft_file
+
+    def choices(self) -> "pd.DataFrame":
+        """One row for each kept self-edit or left-out passage, with the reason."""
+        import pandas as pd
+
+        columns = ["passage", "title", "self_edit", "reward", "gain", "reason"]
+        rows = [
+            [one.passage, one.title, one.self_edit, one.adapter_mean, one.gain_mean, one.reason]
+            for one in self._choices
+        ]
+        return pd.DataFrame(rows, columns=columns).astype({"self_edit": "Int64"})
+
+    def ranking(self) -> "pd.DataFrame":
+        """How much the ranking knows: ties, variances, reliability (see `RankingSummary`)."""
+        import pandas as pd
+
+        return pd.DataFrame(asdict(ranking_summary(self.run)).items(), columns=["quantity", "value"])
+
+    def sentences(self, *, reliability: float = RELIABLE) -> list[str]:
+        """Whether two repeats pick the same winner, and how many repeats `reliability` would take."""
+        agreement = winner_agreement(self.run)
+        return [
+            agreement.sentence() if agreement else "no passage has two self-edits with two repeats each",
+            repeats_sentence(ranking_summary(self.run), reliability=reliability),
+        ]
+
+    def plot_rewards(self) -> "Figure":
+        """The rewards of each passage's self-edits, the kept ones marked, with the baseline."""
+        chosen = [
+            [one.self_edit for one in self._choices if one.passage == passage.index and one.self_edit is not None]
+            for passage in self.run.passages
+        ]
+        return training_plots.plot_rewards(
+            [passage.title for passage in self.run.passages],
+            [[mean_reward(edit) for edit in passage.self_edits] for passage in self.run.passages],
+            chosen,
+            [p.self_edits[0].stats()["baseline_mean"] if p.self_edits else None for p in self.run.passages],
+        )
+
+    def train(
+        self,
+        model: str,
+        *,
+        settings: SftSettings,
+        model_dir: str | Path = "",
+        n_processes: int = 1,
+        n_threads: int = 1,
+        sharding: str = "fsdp",
+    ) -> SftResult:
+        """Fine-tune the model on the kept self-edits (LoRA, merged) and write the new model.
+
+        Args:
+            model: folder or hub name of the model that wrote the self-edits.
+            settings: schedule and adapter of the training.
+            model_dir: folder for the new model; `model` in the folder of the training set unless given.
+            n_processes: one GPU each, started by accelerate on all nodes of the job.
+            n_threads: CPU threads of one of them.
+            sharding: "fsdp" or "deepspeed" (ZeRO-3), how several GPUs share the model.
+
+        Returns:
+            The new model's folder, the loss by optimiser step (nats per token), and counts.
+
+        Raises:
+            SettingsError: for settings that do not fit.
+            EngineError: when a training process failed; the message has the end of its log.
+        """
+        from seal_nb.sft.launch import run_job
+
+        place = Path(model_dir) if model_dir else self.sft_file.parent / "model"
+        job = SftJob(sft_file=self.sft_file, model=model, model_dir=place, settings=settings, n_threads=n_threads)
+        result = run_job(job, n_processes=n_processes, sharding=sharding)
+        made = {"model": model, "n_processes": n_processes, "sharding": sharding, **asdict(settings)}
+        record = RunRecord(stage="05_rest_em_round", settings=made, seeds={"seed": settings.seed})
+        write_record(place.with_suffix(".json"), record)
+        return result
+
+
+def rest_em_round(
+    run: SinglePassageRun,
+    *,
+    k_best: int = 1,
+    drop_no_gain: bool = False,
+    tie_break: TieBreak = "order",
+    prompt_key: str | None = "implications",
+    folder: str | Path = "runs/rest_em",
+    exp_name: str = "",
+) -> RestEmRound:
+    """Keep the best self-edits of each passage and write the training set; `.train(...)` then fine-tunes on it.
+
+    Args:
+        run: an evaluated single-passage run (`read_run`), published or ours.
+        k_best: self-edits kept of each passage.
+        drop_no_gain: leave out passages whose best self-edit gains nothing (published: kept).
+        tie_break: "order" (the first in the file, as published) or "soft" (log-probability of the gold answers).
+        prompt_key: prompt of the examples where the run file does not have it.
+        folder: for the training set (`sft_best<k>of<n>_<name>.jsonl`), its record, and later the model.
+        exp_name: in the name of the training set; the run's time stamp unless given.
+
+    Returns:
+        The choice and the examples.
+
+    Raises:
+        SettingsError: for settings that do not fit.
+        DataError: where the prompt of a self-edit is unknown.
+
+    Source: SEAL, arXiv 2506.10943, section 3.1.
+    """
+    choices = select_best(run, k_best=k_best, drop_no_gain=drop_no_gain, tie_break=tie_break)
+    rows = sft_rows(run, choices, prompt_key=prompt_key)
+    path = runs_folder(folder) / sft_file_name(run, k_best=k_best, exp_name=exp_name)
+    write_sft_file(path, rows)
+    rule = {"run_json": run.path.name, "k_best": k_best, "drop_no_gain": drop_no_gain, "tie_break": tie_break}
+    write_record(path, RunRecord(stage="05_rest_em_round", settings=rule))
+    return RestEmRound(run, choices, rows, path)
+
+
 def select_best(
     run: SinglePassageRun, *, k_best: int = 1, drop_no_gain: bool = False, tie_break: TieBreak = "order"
 ) -> list[Choice]:
-    """The ``k_best`` self-edits of each passage, best first, passages in file order; each with its reason.
+    """The `k_best` self-edits of each passage, best first, passages in file order; each with its reason.
 
-    ``tie_break`` "order" is as published; "soft" takes the larger mean change in log-probability of the gold
-    answers among equal means, and file order where there is none. ``drop_no_gain`` leaves out a passage whose
-    best self-edit gains nothing. A self-edit without a graded answer or stored mean cannot be ranked, nor one
-    with an UNGRADED answer: the mean of the others would be a reward for what nobody could judge.
+    `tie_break` "soft" takes the larger mean change in log-probability of the gold answers among equal means, and file
+    order where there is none. A self-edit without a graded answer or stored mean cannot be ranked. Neither can one
+    with an UNGRADED answer: the mean of the other answers would be a reward for an answer that was not graded.
     """
     if k_best < 1 or tie_break not in ("order", "soft"):
         raise SettingsError(f"{k_best=}, {tie_break=}: k_best is at least 1, tie_break is 'order' or 'soft'")
@@ -67,7 +188,7 @@ def select_best(
     for passage in run.passages:
         best_first = ranked(passage, tie_break)
         if not best_first:
-            why = _ungraded_said(passage) or "no graded answer, no stored mean"
+            why = _ungraded_sentence(passage) or "no graded answer, no stored mean"
             choices.append(_left_out(passage, f"no self-edit can be ranked: {why}"))
         elif drop_no_gain and gains_nothing(best_first[0]):
             gain = 100 * (mean_gain(best_first[0]) or 0.0)
@@ -90,21 +211,21 @@ def ranked(passage: EvaluatedPassage, tie_break: TieBreak = "order") -> list[Eva
 
 
 def is_partly_graded(edit: EvaluatedSelfEdit) -> bool:
-    """Whether some adapter answers have a verdict and some have none."""
+    """Some adapter answers have a verdict and some have none."""
     return edit.is_graded and any(answered.adapter_correct is None for answered in edit.questions)
 
 
-def _ungraded_said(passage: EvaluatedPassage) -> str:
-    """Which self-edits UNGRADED answers keep out, and what to do; empty for none."""
-    out = [
+def _ungraded_sentence(passage: EvaluatedPassage) -> str:
+    """Which self-edits have UNGRADED answers, and what to do; empty for none."""
+    indices = [
         str(edit.index)
         for edit in passage.self_edits
         if any(answered.adapter_correct is None for answered in edit.questions)
         and (edit.is_graded or mean_reward(edit) is None)
     ]
-    if not out:
+    if not indices:
         return ""
-    return f"UNGRADED answers in self-edit {', '.join(out)}; grade it again: seal-nb grade --only-ungraded"
+    return f"UNGRADED answers in self-edit {', '.join(indices)}; grade it again: seal-nb grade --only-ungraded"
 
 
 def mean_reward(edit: EvaluatedSelfEdit) -> float | None:
@@ -117,7 +238,6 @@ def mean_gain(edit: EvaluatedSelfEdit) -> float | None:
 
 
 def gains_nothing(edit: EvaluatedSelfEdit) -> bool:
-    """A gain that is not known is not "nothing"."""
     gain = mean_gain(edit)
     return gain is not None and gain <= 0
 
@@ -138,7 +258,7 @@ def _picked(
         reason += f", equal to {len(equals) - 1} more, " + ("by soft score" if by_soft else "by file order")
     if not edit.is_graded:
         reason += ", from the stored mean (no verdicts in the file)"
-    if ungraded := _ungraded_said(passage):
+    if ungraded := _ungraded_sentence(passage):
         reason += f"; left out: {ungraded}"
     return Choice(
         passage=passage.index,
@@ -204,9 +324,6 @@ def sft_file_name(run: SinglePassageRun, *, k_best: int, exp_name: str = "") -> 
 def write_sft_file(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:
     """One JSON object a line, real characters, whole or not at all: the published file byte for byte."""
     return write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,24 +476,10 @@ def eval_times_wanted(run: SinglePassageRun, *, reliability: float, most: int) -
     return min(max(wanted, has), max(most, has))
 
 
-def wanted_repeats(
-    passages: Sequence[Passage],
-    loops: Sequence[PlannedLoop],
-    replies: Mapping[str, TTTReply],
-    settings: SinglePassageSettings,
-    *,
-    reliability: float,
-    most: int,
-) -> int:
-    """``eval_times_wanted`` of a run that is under way: no file of it is written yet."""
-    run = build_run(passages, loops, replies, settings, model="", dataset="", timestamp="")
-    return eval_times_wanted(run_from_json(run), reliability=reliability, most=most)
-
-
 def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) -> str:
     """What the ranking knows and what it would take, in words."""
     if summary.reliability is None:
-        return "how much the ranking knows cannot be told: it takes two self-edits and two repeats (eval_times)"
+        return "it is not known how much the ranking knows: that takes two self-edits and two repeats (eval_times)"
     n = counted(summary.n_ranked, "passages")
     has = f"{summary.n_repeats:g} repeats on {n} give a reliability of {summary.reliability:.2f}"
     needed = repeats_needed(summary, reliability=reliability)

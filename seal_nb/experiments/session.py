@@ -1,131 +1,284 @@
-"""Sends what a journal lacks to a TTT server, and journals each reply as it comes.
+"""A TTT server as experiments use it (`ttt_server`, `connect`), and requests that are never sent twice (`ask`).
 
-This is what makes a run resumable: a request is known by its id, which follows from its content and the
-model (`single_passage.identified`), so a notebook that was killed asks only for what it does not have. A
-failure that the server reports is kept apart and not journalled: it is missing, and asked for again by the
-next run. Decides nothing about statistics and writes no result file.
+A request is known by its id, which follows from its content and the model. The journal of a run folder has every
+reply that came, so a notebook that was stopped sends only what is missing. A request that failed on the server
+is not journalled: the next run sends it again. Statistics and result files are made elsewhere.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 from seal_nb.errors import RemoteError, RoundTimeout
 from seal_nb.grading.choose import check_grader
-from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.protocol import GenerateReply, GenerateRequest, TTTReply, TTTRequest
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
-from seal_nb.storage import Journal
+from seal_nb.server.status import ServerStatus
+from seal_nb.storage import Journal, content_id, runs_folder
+from seal_nb.views.live import Teller
 
-Tell = Callable[[str], object]
-TOLD_TIMES = 10  # lines of progress a round at most, so that an executed notebook stays short
+CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
+SHORT_HOURS = 5 / 60  # a shorter run needs no estimate of its time
+READY_TIMEOUT_S = 900.0  # a 7B model from a slow disk takes minutes to load
+_NOT_CONTENT = {"request_id", "priority", "traceback"}  # fields that change nothing in the result
+SomeRequest = TypeVar("SomeRequest", TTTRequest, GenerateRequest)
+SomeReply = TypeVar("SomeReply", TTTReply, GenerateReply)
+
+
+class TTT:
+    """A TTT server to work with: its client, and the server itself where it was started here.
+
+    Use it as a context manager, or call `close`. A server that was started here ends with it, and with the
+    notebook's kernel.
+    """
+
+    def __init__(self, client: TTTClient, *, server: TTTServer | None = None, grader: str = "") -> None:
+        self.client, self.server, self.grader = client, server, grader
+
+    @cached_property
+    def model_id(self) -> str:
+        """The identity of the served model (weights, dtype, grader); waits until a worker is ready.
+
+        Raises:
+            RoundTimeout: when no worker became ready.
+            SettingsError: when the server's grader is not the one that was asked for.
+        """
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not (model_id := self.client.status().model_id):
+            if time.monotonic() > deadline:
+                raise RoundTimeout(
+                    f"no worker of the server at {self.client.where} was ready within {READY_TIMEOUT_S:g} s; "
+                    "look at its log (server.log in its run folder)"
+                )
+            time.sleep(0.5)
+        check_grader(self.grader, model_id, where=self.client.where)
+        return model_id
+
+    def ready(self) -> TTTClient:
+        """The client, once a worker is ready. Raises: RoundTimeout, SettingsError (see `model_id`)."""
+        assert self.model_id
+        return self.client
+
+    def identified(self, request: SomeRequest) -> SomeRequest:
+        """The request with the id that its content and the served model give it."""
+        return identified(request, self.model_id)
+
+    def generate(
+        self, prompt: str, *, max_tokens: int = 64, temperature: float = 1.0, top_p: float = 0.95, seed: int = 0
+    ) -> str:
+        """Text that the served model writes after `prompt`, stripped; temperature 0 is greedy."""
+        request = GenerateRequest(
+            prompts=[prompt], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, priority=0
+        )
+        return self.client.generate(request).texts[0].strip()
+
+    def close(self) -> None:
+        """Disconnect; end the server if it was started here. Repeated calls do nothing."""
+        self.client.close()
+        if self.server is not None:
+            self.server.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def ttt_server(
+    model: str = "embedded",
+    *,
+    endpoint: str = "",
+    listen: str = "tcp://127.0.0.1:0",
+    folder: str | Path = "runs/server",
+    grader: str = "",
+    wait_s: float = DEFAULT_WAIT_S,
+    **settings: Any,
+) -> TTT:
+    """Start a TTT server on this machine, or connect to the one at `endpoint` if an endpoint is given.
+
+    Args:
+        model: model folder, hub name, or "embedded" (SmolLM2-135M-Instruct).
+        endpoint: address ("tcp://gpu07:5555") or endpoint file of a running server; empty: start one.
+        listen: address of a server started here; port 0: a free one; other hosts need keys.
+        folder: run folder of a server started here (log, kept adapters, results).
+        grader: "local", "exact", "f1", "recall" or a judge (docs/graders.md); empty: the server's.
+        wait_s: seconds to wait for the server at `endpoint`.
+        **settings: other fields of `server.settings.ServeSettings`, such as n_workers, n_threads, n_slots, dtype,
+            deterministic. They are used only for a server started here.
+
+    Returns:
+        The server; close it, or use it in a `with` block.
+
+    Raises:
+        RoundTimeout: when no server answers at `endpoint`.
+        ServerFailed: when the started server does not become ready; the message has the end of its log.
+    """
+    if endpoint:
+        return connect(endpoint, grader=grader, wait_s=wait_s)
+    given = settings | ({"grader": grader} if grader else {})
+    server = TTTServer(run_dir=runs_folder(folder), model=model, endpoint=listen, **given).start()
+    with ExitStack() as undo:
+        undo.callback(server.stop)
+        client = TTTClient(server.endpoint)
+        undo.pop_all()
+    return TTT(client, server=server, grader=grader)
+
+
+def connect(endpoint: str, *, grader: str = "", wait_s: float = DEFAULT_WAIT_S) -> TTT:
+    """Connect to a running TTT server.
+
+    Args:
+        endpoint: address ("tcp://gpu07:5555") or endpoint file.
+        grader: the grader that the run states; empty: any.
+        wait_s: seconds to wait for the server.
+
+    Raises:
+        RoundTimeout: when no server answers there.
+    """
+    return TTT(TTTClient(endpoint, wait_s=wait_s), grader=grader)
+
+
+def identified(request: SomeRequest, model_id: str) -> SomeRequest:
+    """The request with the id of its content and its model: the same work has the same id."""
+    content = request.model_dump(mode="json", exclude=_NOT_CONTENT)
+    return request.model_copy(update={"request_id": content_id([model_id, content])})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collected:
-    """Replies by request id, and what the server reported for the requests that failed."""
+class Collected(Generic[SomeReply]):
+    """Replies, and the error texts of requests that failed on the server, both by request id."""
 
-    replies: dict[str, TTTReply]
-    failures: dict[str, str]
+    replies: dict[str, SomeReply] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
-    def in_order(self, requests: Sequence[TTTRequest]) -> list[TTTReply]:
-        """The reply to each request. Raises: RemoteError where one failed."""
-        return list(self.all_replies({str(at): request for at, request in enumerate(requests)}).values())
-
-    def all_replies(self, requests: Mapping[str, TTTRequest]) -> dict[str, TTTReply]:
-        """The reply to each named request. Raises: RemoteError where one failed."""
-        for name, request in requests.items():
-            if (failure := self.failures.get(_key(request))) is not None:
-                raise RemoteError(f"request {name}: {failure}", request_id=_key(request))
-        return {name: self.replies[_key(request)] for name, request in requests.items()}
+    def of(self, request: TTTRequest | GenerateRequest) -> SomeReply:
+        """The reply to a request. Raises: RemoteError where it failed."""
+        key = _key(request)
+        if (failure := self.failures.get(key)) is not None:
+            raise RemoteError(failure, request_id=key)
+        return self.replies[key]
 
 
-@contextmanager
-def ttt_client(
-    endpoint: str, *, run_dir: str | Path, wait_s: float = DEFAULT_WAIT_S, **server: Any
-) -> Iterator[TTTClient]:
-    """A client of the server at `endpoint` (address or endpoint file), or of a server started for the block.
+def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: str = "adapters") -> Collected[Any]:
+    """The reply to every request: from the journal, or from the server and then into the journal.
 
-    `wait_s`: how long the server at `endpoint` is waited for, if it is not there yet or is away.
-    `server`: what `TTTServer` takes (model, n_workers, n_threads, …); unused where there is an endpoint. An
-    empty grader is the server's default.
+    Args:
+        ttt: the server.
+        requests: with ids (`identified`); equal ids are sent once.
+        journal: of the run folder.
+        what: the noun in the progress line.
+
+    Raises:
+        RoundTimeout: when the server went away and did not come back.
     """
-    if endpoint:
-        with TTTClient(endpoint, wait_s=wait_s) as client:
-            yield client
-        return
-    given = {name: value for name, value in server.items() if name != "grader" or value}
-    with TTTServer(run_dir=Path(run_dir), **given) as own, TTTClient(own.endpoint) as client:
-        yield client
-
-
-def served_model(client: TTTClient, *, grader: str = "", timeout_s: float = 900.0) -> str:
-    """The id of the model that the server's workers hold, waited for until one is ready.
-
-    `grader`: the one that the run states; empty: none, any will do. Raises: RoundTimeout, and SettingsError
-    where the server grades by another, before anything is sent.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not (model_id := client.status().model_id):
-        if time.monotonic() > deadline:
-            raise RoundTimeout(
-                f"no worker of the server at {client.where} was ready within {timeout_s:g} s; "
-                "look at its log (server.log in its run folder), or raise timeout_s"
-            )
-        time.sleep(0.5)
-    check_grader(grader, model_id, where=client.where)
-    return model_id
-
-
-def each_reply(
-    client: TTTClient, requests: Sequence[TTTRequest], journal: Journal
-) -> Iterator[tuple[str, TTTReply | RemoteError]]:
-    """(request id, reply or failure): first what the journal holds, then the others as they come."""
-    missing: dict[str, TTTRequest] = {}
-    for key, request in {_key(request): request for request in requests}.items():
-        if key in journal:
-            yield key, TTTReply.model_validate(journal.get(key))
+    wanted = {_key(request): request for request in requests}
+    missing = [key for key in wanted if key not in journal]
+    failures: dict[str, str] = {}
+    tell, n_known = Teller(), len(wanted) - len(missing)
+    replies_now = ttt.client.run_indexed([wanted[key] for key in missing])
+    for done, (index, reply) in enumerate(replies_now, start=n_known + 1):
+        if isinstance(reply, RemoteError):
+            failures[missing[index]] = str(reply)
         else:
-            missing[key] = request
-    for index, reply in client.run_indexed(list(missing.values())):
-        key = list(missing)[index]
-        if isinstance(reply, TTTReply):
-            journal.append(key, reply.model_dump(mode="json"))
-        yield key, reply
+            journal.append(missing[index], reply.model_dump(mode="json"))
+        if done * 10 // len(wanted) > (done - 1) * 10 // len(wanted):
+            tell(f"{what}: {done} of {len(wanted)}")
+    replies = {
+        key: (TTTReply if isinstance(request, TTTRequest) else GenerateReply).model_validate(journal.get(key))
+        for key, request in wanted.items()
+        if key in journal
+    }
+    return Collected(replies=replies, failures=failures)
 
 
-def run_requests(
-    client: TTTClient,
-    requests: Sequence[TTTRequest],
-    journal: Journal,
-    *,
-    what: str = "inner loops",
-    tell: Tell = lambda _: None,
-) -> Collected:
-    """All replies, in the order of the requests; `tell` gets a line of progress now and then."""
-    total = len({_key(request) for request in requests})
-    collected = Collected(replies={}, failures={})
-    for done, (key, reply) in enumerate(each_reply(client, requests, journal), start=1):
-        if isinstance(reply, TTTReply):
-            collected.replies[key] = reply
-        else:
-            collected.failures[key] = str(reply)
-        if _is_told(done, total):
-            tell(f"{what}: {done} of {total}")
-    order = [_key(request) for request in requests]
-    return Collected(
-        replies={key: collected.replies[key] for key in order if key in collected.replies}, failures=collected.failures
-    )
+def tell_work(
+    ttt: TTT, requests: Sequence[TTTRequest], journal: Journal, *, what: str = "to do", price_per_hour: float = 0.0
+) -> None:
+    """One line: how much work the requests are that the journal has no reply to; nothing where there are none."""
+    if left := [request for request in requests if _key(request) not in journal]:
+        work = work_of(left).sentence(ttt.client.status(), price_per_hour=price_per_hour)
+        Teller()(f"{what}: {work}")
 
 
-def _key(request: TTTRequest) -> str:
+def ask_named(
+    ttt: TTT, requests: Mapping[str, SomeRequest], journal: Journal, *, what: str = "adapters"
+) -> dict[str, Any]:
+    """The reply to each named request. Raises: RemoteError for one that failed, once the others are journalled."""
+    collected = ask(ttt, list(requests.values()), journal, what=what)
+    return {name: collected.of(request) for name, request in requests.items()}
+
+
+def _key(request: TTTRequest | GenerateRequest) -> str:
     if request.request_id is None:
-        raise ValueError("a request has no id; make it with requests_for_run or single_passage.identified")
+        raise ValueError("the request has no id; make one with session.identified")
     return request.request_id
 
 
-def _is_told(done: int, total: int) -> bool:
-    return done * TOLD_TIMES // max(total, 1) > (done - 1) * TOLD_TIMES // max(total, 1)
+def n_tokens(text: str) -> int:
+    return max(1, round(len(text) / CHARACTERS_A_TOKEN))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What some requests add up to; a question's baseline answer is generated once."""
+
+    n_adapters: int
+    n_steps: int
+    train_tokens: int
+    n_answers: int
+
+    def sentence(self, status: ServerStatus | None = None, *, price_per_hour: float = 0.0) -> str:
+        """Such as "8 adapters, 320 optimiser steps, about 15,000 tokens, at most 80 answers".
+
+        Args:
+            status: of the server; adds the time of a long training if the server trained in the last minute.
+            price_per_hour: of the server, in any currency; adds the cost of that time.
+        """
+        text = (
+            f"{self.n_adapters:,} adapters, {self.n_steps:,} optimiser steps, about {self.train_tokens:,} tokens, "
+            f"at most {self.n_answers:,} answers"
+        )
+        if status is None or not status.tokens_per_s or not self.train_tokens:
+            return text
+        hours = self.train_tokens / status.tokens_per_s / 3600
+        if hours < SHORT_HOURS:
+            return text
+        text += f"; {hours * 60:.0f} min of training at the {status.tokens_per_s:,.0f} tokens/s of the last minute"
+        return f"{text}, {price_per_hour * hours:.2f} at {price_per_hour:g} an hour" if price_per_hour else text
+
+
+def work_of(requests: Iterable[TTTRequest]) -> Work:
+    """The counts of requests that are not answered yet."""
+    adapters = steps = tokens = answers = 0
+    of_base: set[tuple[str, ...]] = set()
+    for request in requests:
+        if not request.skip_baseline:
+            of_base |= {(*request.adapter_stack, question.question) for question in request.eval_questions}
+        if request.training_wanted:
+            adapters += 1
+            batches = -(-len(request.train_sequences) // request.batch_size)
+            steps += request.finetune_epochs * -(-batches // request.gradient_accumulation_steps)
+            tokens += request.finetune_epochs * sum(_trained(request, text) for text in request.train_sequences)
+            answers += len(request.eval_questions)
+    return Work(n_adapters=adapters, n_steps=steps, train_tokens=tokens, n_answers=answers + len(of_base))
+
+
+def _trained(request: TTTRequest, text: str) -> int:
+    return request.pad_to if request.padding_in_loss else min(n_tokens(text), request.max_seq_length)
+
+
+def work_of_texts(
+    prompts: Sequence[str], *, k_completions: int, max_tokens: int, price_in: float = 0.0, price_out: float = 0.0
+) -> str:
+    """What writing `k_completions` texts for each prompt takes at most; prices are of a million tokens."""
+    n_texts = k_completions * len(prompts)
+    n_in, n_out = k_completions * sum(map(n_tokens, prompts)), n_texts * max_tokens
+    text = f"{n_texts:,} texts, about {n_in:,} prompt tokens, at most {n_out:,} new tokens"
+    cost = (price_in * n_in + price_out * n_out) / 1e6
+    return f"{text}, cost at most {cost:.2f}" if cost else text

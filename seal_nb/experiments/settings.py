@@ -1,66 +1,98 @@
-"""How one adapter is trained and asked: the inner loop's settings as experiments state them.
+"""Settings of one adapter (`Training`), and the arms of an evaluation with the texts they train on.
 
-Names are those of the published system and of ``protocol.TTTRequest``; defaults are the published ones for
-single passages (SEAL, arXiv 2506.10943; ``lora_params`` of the published run files). Declared once: requests
-and result files are both written from here.
-
-Which arms a notebook was asked for, and where each has its self-edits from.
-
-An arm is one of ``passage_only``, ``self_edits``, ``hand_written``, ``in_context``, or a name with a file:
-``gpt4_1:gpt4_1_val.json`` takes the self-edits of an item file, published or ours, for the same passages.
-So another model's texts and another prompt key stand beside the model's own. Trains and asks nothing.
+Field names and defaults are the published ones for single passages (SEAL, arXiv 2506.10943; `lora_params` of the
+published run files). They are declared here once: notebooks, requests and run files all take them from here.
 """
 
 import re
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.passages import Passage, load_passages
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
 ARMS: tuple[Arm, ...] = ("self_edits", "passage_only", "hand_written")
-SingleArm = Literal[Arm, "in_context"]  # single passages also have a ceiling: the passage in the prompt
+SingleArm = Literal[Arm, "in_context"]  # in_context trains nothing: the passage is in the prompt
 IN_CONTEXT: SingleArm = "in_context"
+_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes part of a file name
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """One adapter: LoRA, optimiser schedule and answering; every field is one of the request's."""
+class Training:
+    """How one adapter is trained and how its answers are generated.
+
+    Args:
+        lora_rank: rank of the adapter.
+        lora_alpha: LoRA scale is `lora_alpha / lora_rank`.
+        lora_dropout: in [0, 1).
+        target_modules: names of layers; empty: PEFT's default for the architecture; `["all-linear"]`: all.
+        finetune_epochs: passes over the train sequences.
+        finetune_lr: peak learning rate of AdamW, which falls linearly to zero.
+        batch_size: train sequences of a micro-batch.
+        gradient_accumulation_steps: micro-batches of an optimiser step.
+        end_mask_substring: tokens of a sequence up to and including this text carry no loss.
+        max_seq_length: tokens; longer sequences are cut.
+        padding_in_loss: pad each sequence to `pad_to` tokens and train on the padding, as published.
+        max_new_tokens: tokens of an answer.
+        soft_scores: also compute log-probabilities of the gold answers, in nats.
+        chat: ask questions through the model's chat template.
+
+    Raises:
+        SettingsError: for a value that cannot be trained with.
+
+    Source: SEAL, arXiv 2506.10943, `lora_params` of the published run files.
+    """
 
     lora_rank: int = 32
     lora_alpha: float = 64
     lora_dropout: float = 0.0
-    target_modules: Sequence[str] = ()  # empty: PEFT's default for the architecture; ("all-linear",)
+    target_modules: Sequence[str] = ()
     finetune_epochs: int = 10
     finetune_lr: float = 1e-3
     batch_size: int = 1
     gradient_accumulation_steps: int = 1
     end_mask_substring: str = ""
-    max_seq_length: int = 2048  # tokens
-    padding_in_loss: bool = False  # True: the published training
-    pad_to: int = 2048  # tokens, with padding_in_loss
-    pad_samples: int = 0
+    max_seq_length: int = 2048
+    padding_in_loss: bool = False
+    pad_to: int = 2048
     max_new_tokens: int = 64
     soft_scores: bool = False
     chat: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lora_rank", "finetune_epochs", "batch_size", "gradient_accumulation_steps"):
+        for name in ("lora_rank", "finetune_epochs", "batch_size", "gradient_accumulation_steps", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
         if isinstance(self.target_modules, str):
             raise SettingsError(f"target_modules={self.target_modules!r}: give a list of module names")
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **settings: Any) -> Self:
+        """The settings that a notebook's parameters name; the others keep their defaults.
+
+        Args:
+            parameters: the notebook's `globals()`.
+            **settings: fields that are no parameters of the notebook.
+
+        Raises:
+            SettingsError: for a parameter of the wrong type; the message names it.
+        """
+        hints = typing.get_type_hints(cls)
+        given = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
+        for name, value in given.items():
+            _check_type(name, value, hints[name])
+        return cls(**{**given, **settings})
+
     def request_fields(self) -> dict[str, Any]:
-        """As fields of a TTTRequest."""
+        """As fields of a `protocol.TTTRequest`."""
         return asdict(self) | {"target_modules": list(self.target_modules)}
 
     def lora_params(self) -> dict[str, Any]:
-        """As result files state them: the published keys first, then ours."""
+        """As run files state them: the published keys first, then ours."""
         return {
             "rank": self.lora_rank,
             "alpha": self.lora_alpha,
@@ -75,30 +107,40 @@ class TrainingSettings:
         }
 
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # part of a file name
+_EXAMPLES = {int: "a whole number such as 32", float: "a number such as 1e-3", bool: "True or False", str: "a text"}
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if kind in _EXAMPLES:
+        kinds = (int, float) if kind is float else (kind,)
+        is_right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        wanted = _EXAMPLES[kind]
+    else:
+        is_right = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+        wanted = 'a list of texts such as ["q_proj", "v_proj"]'
+    if not is_right:
+        raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSource:
-    """An arm, what it trains on, and the item file of its self-edits ("" : those of the dataset)."""
+    """An arm by name, what it trains on, and the item file of its self-edits (empty: those of the dataset)."""
 
     name: str
     arm: SingleArm
     file: str = ""
 
-    @property
-    def settings_fields(self) -> dict[str, str]:
-        """As SinglePassageSettings has them."""
-        own = {"label": self.name, "texts_from": Path(self.file).name} if self.file else {}
-        return {"arm": self.arm, **own}
 
+def parse_arms(arms: str | Sequence[str]) -> list[ArmSource]:
+    """Arms in order: `passage_only`, `self_edits`, `hand_written`, `in_context`, or `NAME:FILE` for the
+    self-edits of another item file on the same passages, such as `gpt4_1:gpt4_1_val.json`.
 
-def parse_arms(text: str) -> list[ArmSource]:
-    """``passage_only,gpt4_1:FILE`` as arms, in order. Raises: SettingsError for what is no arm."""
-    sources = [_parse(entry.strip()) for entry in text.split(",") if entry.strip()]
-    names = [source.name for source in sources]
-    if not sources or len(set(names)) < len(names):
-        raise SettingsError(f"arms={text!r}: give at least one arm, each name once")
+    Raises: SettingsError for an unknown arm and for a name that occurs twice.
+    """
+    entries = arms.split(",") if isinstance(arms, str) else arms
+    sources = [_parse(entry.strip()) for entry in entries if entry.strip()]
+    if not sources or len({source.name for source in sources}) < len(sources):
+        raise SettingsError(f"arms={arms!r}: give at least one arm, each name once")
     return sources
 
 
@@ -107,7 +149,7 @@ def _parse(entry: str) -> ArmSource:
     name, has_file, file = (part.strip() for part in entry.partition(":"))
     if not has_file and name in known:
         return ArmSource(name=name, arm=name)
-    if has_file and file and _NAME.fullmatch(name) and name not in known:
+    if has_file and file and _ARM_NAME.fullmatch(name) and name not in known:
         return ArmSource(name=name, arm="self_edits", file=file)
     raise SettingsError(
         f"arms has {entry!r}: known are {', '.join(known)}, or a name of your own with an item file: "
@@ -115,21 +157,8 @@ def _parse(entry: str) -> ArmSource:
     )
 
 
-def unused_self_edits(
-    sources: Sequence[ArmSource], texts: Mapping[str, Sequence[Passage]], k_completions: int
-) -> list[str]:
-    """A line for each arm whose file holds more self-edits of a passage than are asked for."""
-    arms = [source.name for source in sources if source.arm == "self_edits"]
-    most = {arm: max((len(one.completions) for one in texts[arm]), default=0) for arm in arms}
-    return [
-        f"{arm}: the file holds {n} self-edits of a passage; k_completions = {k_completions} takes the first"
-        for arm, n in most.items()
-        if n > k_completions
-    ]
-
-
 def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Passage]:
-    """The passages with the arm's own self-edits. Raises: DataError where its file lacks a passage."""
+    """The passages with the self-edits of the arm. Raises: DataError where its file lacks a passage."""
     if not source.file:
         return list(passages)
     texts = {(one.title, one.context): one for one in load_passages(source.file)}
@@ -145,3 +174,21 @@ def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Pass
         replace(passage, completions=one.completions, prompt=one.prompt)
         for passage, one in zip(passages, own, strict=True)
     ]
+
+
+def texts_of_arm(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:
+    """The texts an arm trains on besides the passage, one adapter each; `passage_only` has one empty text.
+
+    Raises: DataError for a passage without such a text.
+    """
+    if arm in ("passage_only", IN_CONTEXT):
+        return ("",)
+    texts = passage.completions if arm == "self_edits" else (passage.hand_written,)
+    if not texts or (arm == "hand_written" and not texts[0]):
+        raise DataError(
+            f"passage {passage.title!r} has nothing for the arm {arm!r}",
+            item=index,
+            field="completions" if arm == "self_edits" else "hand_written",
+            remedy="run 01_create_self_edits on the items first, or choose another arm",
+        )
+    return texts[:k_completions]

@@ -1,44 +1,56 @@
-"""Single-passage evaluation: k self-edits × repeats per passage, one adapter each, as a published run file.
+"""Single-passage evaluation: one adapter for each arm, passage, self-edit and repeat, then all questions (`evaluate`).
 
-Pure: passages and settings become requests, replies become the ``run_*.json`` of SEAL (arXiv 2506.10943, the
-published query client) with verdicts, soft scores, seeds and request ids added. Every request has a seed and
-an id of its own, derived from what it is, so that any single number can be made again alone. Sending requests
-and keeping replies is somebody else's work.
-
-The ceiling of single-passage evaluation: the same questions with the passage in the prompt, untrained.
-
-What an adapter could at best have put into the weights (SEAL, arXiv 2506.10943, does not report it). The
-server generates the answers; it grades only what was asked without the passage, so the answers are graded
-here, by the grader that the server has: arms with verdicts of two graders cannot be compared. Greedy, as all
-answers.
+Passages become requests, replies become the `run_*.json` of SEAL (arXiv 2506.10943, the published query client)
+with verdicts, soft scores, seeds and request ids added. Every request has a seed and an id that follow from its
+content, so any single number can be made again alone. The arm `in_context` trains nothing: its questions are asked
+with the passage in the prompt.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.settings import ARMS, IN_CONTEXT, SingleArm, TrainingSettings
+from seal_nb.experiments.rest_em import eval_times_wanted
+from seal_nb.experiments.session import TTT, ask, ask_named, identified, tell_work
+from seal_nb.experiments.settings import (
+    ARMS,
+    IN_CONTEXT,
+    SingleArm,
+    Training,
+    parse_arms,
+    passages_of_arm,
+    texts_of_arm,
+)
 from seal_nb.grading.base import Answered, Grader
-from seal_nb.grading.choose import check_grader
+from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, build_reply
-from seal_nb.results.statistics import published_statistics, repeat_stats
-from seal_nb.self_edits import passage_only_sequences, train_sequences
-from seal_nb.server.client import TTTClient
-from seal_nb.storage import Journal, content_id, derived_seed
+from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
+from seal_nb.results.run import KINDS, VERDICT_WORDS, frame
+from seal_nb.results.single_passage import SinglePassageRun, read_run, run_file_name, run_from_json
+from seal_nb.results.statistics import mean, published_statistics, repeat_stats
+from seal_nb.self_edits import passage_only_sequences
+from seal_nb.self_edits import train_sequences as sequences_of_text
+from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record
+from seal_nb.views import plots, training_plots
+from seal_nb.views.live import Teller
 
-_NOT_CONTENT = {"request_id", "priority", "traceback"}  # change nothing in the result
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinglePassageSettings:
-    """What is run; defaults as published for evaluation (ranking: ``eval_times`` 3).
+    """One arm of an evaluation; defaults as published for evaluation (ranking: `eval_times` 3).
 
-    ``label`` names an arm whose self-edits come from a file of its own, ``texts_from``.
+    `label` names an arm whose self-edits come from a file of its own, `texts_from`.
     """
 
     k_completions: int = 5
@@ -48,7 +60,7 @@ class SinglePassageSettings:
     arm: SingleArm = "self_edits"
     label: str = ""
     texts_from: str = ""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
         if self.arm not in (*ARMS, IN_CONTEXT):
@@ -69,17 +81,235 @@ class PlannedLoop:
 
     @property
     def request_id(self) -> str:
-        assert self.request.request_id is not None  # set by requests_for_run
-        return self.request.request_id
+        return str(self.request.request_id)
+
+
+class Evaluation(dict[str, SinglePassageRun]):
+    """The runs of an evaluation by arm, as their run files say, with tables and figures.
+
+    `losses` has the training loss by epoch (nats per token) of each inner loop.
+    """
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        runs: Mapping[str, SinglePassageRun],
+        losses: Mapping[str, Sequence[float | None]],
+    ) -> None:
+        super().__init__(runs)
+        self.passages, self.losses = list(passages), dict(losses)
+
+    def accuracy(self) -> "pd.DataFrame":
+        """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p.
+
+        `recited`: share of adapter answers that contain the gold answer of another question of the passage.
+        """
+        import pandas as pd
+
+        frame = pd.concat([run.accuracy() for run in self.values()], ignore_index=True)
+        return frame.drop(columns=["prompt", "file"], errors="ignore")
+
+    def answers(self, arm: str = "") -> "pd.DataFrame":
+        """One row for each question and repeat, changed verdicts first; `arm`: the last one unless given."""
+        frame = self[arm or list(self)[-1]].answers(changed_first=True)
+        return frame.drop(columns=["baseline_correct", "adapter_correct"])
+
+    def plot_accuracy(self) -> "Figure":
+        """Accuracy of each arm with its interval, the baseline, and published values for the published passages."""
+        bars = {run.arm: estimate for run in self.values() if (estimate := run.estimate("adapter"))}
+        published = SINGLE_PASSAGE if are_published_passages((p.title, p.context) for p in self.passages) else {}
+        baseline = list(self.values())[-1].estimate("baseline")
+        return plots.plot_accuracy(bars, baseline=baseline, published=published)
+
+    def plot_gains(self, arm: str = "") -> "Figure":
+        """Baseline and adapter accuracy of each passage; `arm`: the last one unless given."""
+        run = self[arm or list(self)[-1]]
+        before, after = ([mean(scores) for scores in run.scores(kind)] for kind in KINDS)
+        return plots.plot_gains([passage.title for passage in self.passages], before, after)
+
+    def plot_losses(self) -> "Figure":
+        """Training loss by epoch of each inner loop, named passage.self_edit.repeat."""
+        return training_plots.plot_losses(self.losses)
+
+
+def evaluate(
+    ttt: TTT,
+    passages: Sequence[Passage],
+    *,
+    arms: str | Sequence[str] = ("passage_only", "self_edits"),
+    training: Training | None = None,
+    k_completions: int = 1,
+    eval_times: int = 1,
+    split_newlines: bool = True,
+    reliability: float = 0.0,
+    most_eval_times: int = 9,
+    seed: int = 42,
+    folder: str | Path = "runs/evaluation",
+    exp_name: str = "base",
+    dataset: str = "",
+    price_per_hour: float = 0.0,
+) -> Evaluation:
+    """Train one adapter for each arm, passage, self-edit and repeat; ask the passage's questions without and with it.
+
+    Args:
+        ttt: the server (`ttt_server` or `connect`).
+        passages: with questions; the arm `self_edits` needs their completions.
+        arms: of passage_only, self_edits, hand_written, in_context (the passage in the prompt, no training), and
+            NAME:FILE for the self-edits of an item file.
+        training: settings of the adapters; the published ones unless given.
+        k_completions: self-edits used of each passage.
+        eval_times: adapters trained for each self-edit.
+        split_newlines: each line of a self-edit is a train sequence (published: yes).
+        reliability: in (0, 1): add repeats of the arm self_edits until the ranking is this reliable; 0: off.
+        most_eval_times: most repeats with `reliability`.
+        seed: every inner loop derives its own from it.
+        folder: for run files, their records and the journal; a second call asks only for what is missing.
+        exp_name: in the names of the run files.
+        dataset: name of the data, for the run files.
+        price_per_hour: of the server; adds the cost to the line that says how much work it is.
+
+    Returns:
+        The runs by arm. Their run files (`run_<exp_name>.json` …) are in `folder`.
+
+    Raises:
+        DataError: for a passage without what an arm needs.
+        SettingsError: for settings that do not fit, and for a server with another grader.
+
+    Source: SEAL, arXiv 2506.10943, section 3.1, single passage.
+    """
+    folder, sources = runs_folder(folder), parse_arms(arms)
+    common = {"k_completions": k_completions, "eval_times": eval_times, "split_newlines": split_newlines, "seed": seed}
+    settings = {
+        source.name: SinglePassageSettings(
+            arm=source.arm,
+            label=source.name if source.file else "",
+            texts_from=Path(source.file).name if source.file else "",
+            training=training or Training(),
+            **common,  # type: ignore[arg-type]
+        )
+        for source in sources
+    }
+    texts = {source.name: passages_of_arm(passages, source) for source in sources}
+    tell = Teller()
+    for source in sources:
+        n_texts = (
+            max((len(one.completions) for one in texts[source.name]), default=0) if source.arm == "self_edits" else 0
+        )
+        if n_texts > k_completions:
+            tell(
+                f"{source.name}: a passage has {n_texts} self-edits; the first {k_completions} are used (k_completions)"
+            )
+    grader = make_grader(ttt.grader or "local") if IN_CONTEXT in settings else None
+    if grader is not None:  # verdicts of two graders cannot be compared
+        check_grader(grader.name, ttt.model_id, where=ttt.client.where)
+    with Journal(folder / "journal.jsonl") as journal:
+        while True:
+            loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
+            requests = [loop.request for arm_loops in loops.values() for loop in arm_loops]
+            tell_work(ttt, requests, journal, price_per_hour=price_per_hour)
+            collected = ask(ttt, requests, journal)
+            one = settings.get("self_edits")
+            if one is None or not reliability:
+                break
+            ranked = build_run(texts["self_edits"], loops["self_edits"], collected.replies, one)
+            wanted = eval_times_wanted(run_from_json(ranked), reliability=reliability, most=most_eval_times)
+            if wanted <= one.eval_times:
+                break
+            settings["self_edits"] = replace(one, eval_times=wanted)
+        replies = collected.replies
+        if grader is not None:
+            replies = with_in_context(ttt, passages, loops[IN_CONTEXT], replies, journal, grader)
+    about = {"model": ttt.model_id, "dataset": Path(dataset).name, "timestamp": f"{datetime.now(UTC):%m%d_%H%M%S}"}
+    runs, losses = {}, {}
+    for arm, one in settings.items():
+        value = build_run(texts[arm], loops[arm], replies, one, failures=collected.failures, **about)
+        path = write_json(folder / run_file_name(exp_name, arm), value)
+        write_record(path, RunRecord(stage="03_query_server", settings=asdict(one), seeds={"seed": seed}))
+        runs[arm] = read_run(path)
+        for loop in loops[arm]:
+            if (reply := replies.get(loop.request_id)) is not None and reply.epoch_losses:
+                name = f"{loop.passage}.{loop.self_edit}.{loop.repeat} {arm}, {passages[loop.passage].title}"
+                losses[name] = reply.epoch_losses
+    return Evaluation(passages, runs, losses)
+
+
+def train_and_ask(
+    ttt: TTT,
+    sequences: Mapping[str, Sequence[str]],
+    questions: Sequence[EvalQuestion],
+    *,
+    training: Training | None = None,
+    token_logprobs: bool = False,
+    keep: bool = False,
+    seed: int = 42,
+    folder: str | Path = "runs/adapters",
+) -> dict[str, TTTReply]:
+    """Train one adapter on each list of train sequences; ask all of them the same questions. Writes no run file.
+
+    Args:
+        ttt: the server (`ttt_server` or `connect`).
+        sequences: name of an adapter → its train sequences; empty: the untouched model alone is asked.
+        questions: asked without and with each adapter (`eval_questions(passage)`).
+        training: settings of the adapters; the published ones unless given.
+        token_logprobs: also score every token of train sequences, gold answers and passages, in nats.
+        keep: the server keeps each adapter, in PEFT's format; its folder is the reply's `adapter_path`.
+        seed: of the initial weights and the order of train sequences, the same for all.
+        folder: of the journal; a second call asks only for what is missing.
+
+    Returns:
+        The reply by name: both answers and verdicts, losses, counts.
+
+    Raises:
+        RemoteError: when a request failed on the server.
+    """
+    requests = {}
+    for name, texts in sequences.items():
+        request = TTTRequest(
+            train_sequences=list(texts),
+            eval_questions=list(questions),
+            skip_training=not texts,
+            return_token_logprobs=token_logprobs,
+            seed=seed,
+            **(training or Training()).request_fields(),
+        )
+        request = ttt.identified(request)
+        if keep:
+            request = ttt.identified(request.model_copy(update={"adapter_name": f"kept-{request.request_id}"}))
+        requests[name] = request
+    with Journal(runs_folder(folder) / "journal.jsonl") as journal:
+        return ask_named(ttt, requests, journal)
+
+
+def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> "pd.DataFrame":
+    """The answers of one reply.
+
+    Args:
+        asked: questions with ``question`` and ``answer``, such as ``passage.questions``.
+        reply: the reply of the TTT server.
+        start: index in the reply of the first of these questions.
+
+    Returns:
+        One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``.
+    """
+    rows = []
+    for at, one in enumerate(asked, start=start):
+        before, after = reply.baseline_correct[at], reply.adapter_correct[at]
+        rows.append(
+            {
+                "question": one.question,
+                "gold": one.answer,
+                "baseline_answer": reply.baseline_texts[at],
+                "adapter_answer": reply.adapter_texts[at],
+                "verdicts": f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}",
+            }
+        )
+    return frame(rows)
 
 
 def requests_for_run(
     passages: Sequence[Passage], settings: SinglePassageSettings, *, model_id: str
 ) -> list[PlannedLoop]:
-    """Every inner loop of a run, passages outermost, repeats innermost.
-
-    Raises: DataError for a passage without what the arm trains on.
-    """
+    """Every inner loop of one arm, passages outermost, repeats innermost. Raises: DataError."""
     return [
         PlannedLoop(
             passage=at,
@@ -89,24 +319,9 @@ def requests_for_run(
             request=_request(passage, text, settings, model_id=model_id, place=(at, self_edit, repeat)),
         )
         for at, passage in enumerate(passages)
-        for self_edit, text in enumerate(self_edit_texts(passage, at, settings))
+        for self_edit, text in enumerate(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions))
         for repeat in range(1 if settings.arm == IN_CONTEXT else settings.eval_times)
     ]
-
-
-def self_edit_texts(passage: Passage, index: int, settings: SinglePassageSettings) -> tuple[str, ...]:
-    """What the arm trains on beside the passage; an arm without self-edits has one empty one."""
-    if settings.arm in ("passage_only", IN_CONTEXT):
-        return ("",)
-    texts = passage.completions if settings.arm == "self_edits" else (passage.hand_written,)
-    if not texts or (settings.arm == "hand_written" and not texts[0]):
-        raise DataError(
-            f"passage {passage.title!r} has nothing for the arm {settings.arm!r}",
-            item=index,
-            field="completions" if settings.arm == "self_edits" else "hand_written",
-            remedy="run 01_create_self_edits on the items first, or choose another arm",
-        )
-    return texts[: settings.k_completions]
 
 
 def _request(
@@ -125,12 +340,34 @@ def _request(
 
 
 def arm_sequences(arm: str, text: str, *, title: str, context: str, split_newlines: bool) -> list[str]:
-    """What one adapter of an arm is trained on; nothing where the arm trains none."""
+    """What one adapter of an arm is trained on; nothing for in_context."""
     if arm == IN_CONTEXT:
         return []
     if arm == "passage_only":
         return passage_only_sequences(title=title, context=context)
-    return train_sequences(text, title=title, context=context, split_newlines=split_newlines)
+    return sequences_of_text(text, title=title, context=context, split_newlines=split_newlines)
+
+
+def train_sequences(
+    passage: Passage, arm: str = "self_edits", *, self_edit: int = 0, split_newlines: bool = True
+) -> list[str]:
+    """The train sequences of one adapter: title and text each, the passage itself last.
+
+    Args:
+        passage: with what the arm needs (completions for self_edits).
+        arm: as in `evaluate`, one of them.
+        self_edit: index of the self-edit, for arms that have several.
+        split_newlines: one sequence for each line of the self-edit (published: yes).
+
+    Raises:
+        DataError: for a passage without such a text.
+
+    Source: SEAL, arXiv 2506.10943, the published query client.
+    """
+    (source,) = parse_arms([arm])
+    (passage,) = passages_of_arm([passage], source)
+    text = texts_of_arm(source.arm, passage, 0, k_completions=self_edit + 1)[self_edit]
+    return arm_sequences(source.arm, text, title=passage.title, context=passage.context, split_newlines=split_newlines)
 
 
 def eval_questions(passage: Passage) -> list[EvalQuestion]:
@@ -146,26 +383,20 @@ def eval_questions(passage: Passage) -> list[EvalQuestion]:
     ]
 
 
-def identified(request: TTTRequest, model_id: str) -> TTTRequest:
-    """The request with the id of its content and its model: the same work has the same id."""
-    content = request.model_dump(mode="json", exclude=_NOT_CONTENT)
-    return request.model_copy(update={"request_id": content_id([model_id, content])})
-
-
 def build_run(
     passages: Sequence[Passage],
     loops: Sequence[PlannedLoop],
     replies: Mapping[str, TTTReply],
     settings: SinglePassageSettings,
     *,
-    model: str,
-    dataset: str,
-    timestamp: str,
+    model: str = "",
+    dataset: str = "",
+    timestamp: str = "",
     failures: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The run file: published keys first. ``replies`` and ``failures`` (error texts) are by request id.
+    """The run file: published keys first. `replies` and `failures` (error texts) are by request id.
 
-    An inner loop without a reply is missing, listed under ``missing`` with its failure, and enters no mean.
+    An inner loop without a reply is listed under `missing` with its failure and enters no mean.
     """
     by_self_edit: dict[tuple[int, int], list[PlannedLoop]] = defaultdict(list)
     for loop in loops:
@@ -200,7 +431,7 @@ def build_run(
 
 
 def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) -> dict[str, str]:
-    """What the self-edits complete, where it is recorded; for texts under a label only a known key."""
+    """The key of the prompt that the self-edits complete, if it is recorded; under a label only a known key."""
     first = passages[0] if passages and settings.arm == "self_edits" else None
     key = first and recorded_key(first.prompt, first.prompt_keys, title=first.title, context=first.context)
     return {"prompt_key": key} if key and not (settings.label and key == OTHER_PROMPT) else {}
@@ -234,7 +465,7 @@ def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping
 
 
 def _question_rows(passage: Passage, loop: PlannedLoop, reply: TTTReply) -> list[dict[str, Any]]:
-    """One row a question of one repeat: the published keys, then verdicts and soft scores."""
+    """One row for each question of one repeat: the published keys, then verdicts and soft scores."""
     check_answers(reply, len(passage.questions))
     rows = []
     for at, question in enumerate(passage.questions):
@@ -267,7 +498,7 @@ def check_answers(reply: TTTReply, n_questions: int) -> None:
 
 
 def _repeat(loop: PlannedLoop, reply: TTTReply | None) -> dict[str, Any]:
-    """What made one repeat: enough to make it again alone."""
+    """Seed and request id of one repeat, enough to run it again alone, and what its training was."""
     made: dict[str, Any] = {"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id}
     if reply is not None:
         made |= {
@@ -294,66 +525,49 @@ def _missing(
     ]
 
 
-def in_context_prompts(passage: Passage) -> list[str]:
-    """The answer prompt of each question behind title and passage."""
-    return [
-        f"{passage.title}\n{passage.context.strip()}\n\n{answer_prompt(passage.title, question.question)}"
-        for question in passage.questions
-    ]
-
-
 def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) -> GenerateRequest:
-    """All questions of one passage. Raises: SettingsError where prompts would go through a chat template."""
+    """All questions of one passage, each with title and passage before it. Raises: SettingsError with `chat`."""
     if loop.request.chat:
         raise SettingsError("chat=True: the arm in_context has no chat form; leave it out, or set chat to False")
     request = GenerateRequest(
-        prompts=in_context_prompts(passage),
+        prompts=[
+            f"{passage.title}\n{passage.context.strip()}\n\n{answer_prompt(passage.title, question.question)}"
+            for question in passage.questions
+        ],
         max_tokens=loop.request.max_new_tokens,
         temperature=0.0,
         top_p=1.0,
         seed=loop.request.seed,
         priority=0,
     )
-    content = request.model_dump(mode="json", exclude={"request_id", "priority", "traceback"})
-    return request.model_copy(update={"request_id": content_id([model_id, content])})
+    return identified(request, model_id)
 
 
 def with_in_context(
-    replies: Mapping[str, TTTReply],
-    client: TTTClient,
+    ttt: TTT,
     passages: Sequence[Passage],
     loops: Sequence[PlannedLoop],
+    replies: Mapping[str, TTTReply],
     journal: Journal,
-    *,
-    model_id: str,
-    grader: Grader | None,
+    grader: Grader,
 ) -> dict[str, TTTReply]:
-    """`replies` with those to `loops` completed: baseline and in-context answers as one reply, by its id.
+    """`replies` with the in-context answers as the adapter's answers of `loops`.
 
-    What the server could not generate is left out, and so missing in the run. ``grader``: not needed without
-    loops. Raises: SettingsError where the server behind ``model_id`` grades by another one.
+    The server grades only what it asks without the passage, so these answers are graded here, by the server's
+    grader. A passage whose answers failed is missing in the run.
     """
-    if not loops:
-        return dict(replies)
-    if grader is None:
-        raise SettingsError("the arm in_context is graded here; give the grader that the server has")
-    check_grader(grader.name, model_id, where=client.where)
     answered = [loop for loop in loops if loop.request_id in replies]
-    requests = [in_context_request(passages[loop.passage], loop, model_id=model_id) for loop in answered]
-    missing = [request for request in requests if str(request.request_id) not in journal]
-    for index, reply in client.run_indexed(missing):
-        if isinstance(reply, GenerateReply):
-            journal.append(str(missing[index].request_id), reply.model_dump(mode="json"))
+    requests = [in_context_request(passages[loop.passage], loop, model_id=ttt.model_id) for loop in answered]
+    generated = ask(ttt, requests, journal, what="passages in the prompt").replies
     completed = {key: reply for key, reply in replies.items() if key not in {loop.request_id for loop in loops}}
     for loop, request in zip(answered, requests, strict=True):
-        if str(request.request_id) in journal:
-            generated = GenerateReply.model_validate(journal.get(str(request.request_id)))
+        if (texts := generated.get(str(request.request_id))) is not None:
             baseline = replies[loop.request_id]
-            completed[loop.request_id] = _reply(baseline, generated, passages[loop.passage], grader)
+            completed[loop.request_id] = _in_context_reply(baseline, texts, passages[loop.passage], grader)
     return completed
 
 
-def _reply(baseline: TTTReply, generated: GenerateReply, passage: Passage, grader: Grader) -> TTTReply:
+def _in_context_reply(baseline: TTTReply, generated: GenerateReply, passage: Passage, grader: Grader) -> TTTReply:
     texts = [text.strip() for text in generated.texts]
     verdicts = grader.grade(
         [

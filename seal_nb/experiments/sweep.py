@@ -1,22 +1,29 @@
-"""A sweep over inner-loop settings: every combination on the same passages, all in one batch on the server.
+"""A sweep over settings of the inner loop: every combination on the same passages, all in one batch (`sweep`).
 
-Each point is a single-passage arm with its own settings and the same seeds, so that points differ by their
-settings alone. Points are requests and rows here; the figure is in ``views.sweep_plots``. A best point of
-many is partly luck: evaluate it on other passages before believing it.
+Each point is a single-passage arm with its own settings and the same seeds, so points differ by their settings alone.
+The best of many points is partly luck: evaluate it on other passages.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.session import TTT, ask, tell_work
+from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, requests_for_run
-from seal_nb.metrics import Estimate, mean_interval, paired_difference, written_value
+from seal_nb.metrics import mean_interval, paired_difference, written_value
 from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply
+from seal_nb.storage import Journal, RunRecord, runs_folder, write_record
+from seal_nb.views import plots
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 MOST_POINTS = 200
 GRID_REMEDY = 'write settings with their values, such as {"lora_rank": [8, 32]}'
@@ -24,19 +31,91 @@ GRID_REMEDY = 'write settings with their values, such as {"lora_rank": [8, 32]}'
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """One combination: the values that are swept, and all settings."""
+    """One combination: the swept values, and all settings."""
 
     values: Mapping[str, Any]
     settings: SinglePassageSettings
 
-    @property
-    def label(self) -> str:
-        """Such as "finetune_lr 0.001, lora_rank 32"."""
-        return ", ".join(f"{name} {written_value(value)}" for name, value in self.values.items())
+
+class Sweep:
+    """The points of a sweep with their accuracy; `frame` and `plot` show them."""
+
+    def __init__(self, points: Sequence[SweepPoint], rows: list[dict[str, Any]]) -> None:
+        self.points, self.rows, self.names = points, rows, list(points[0].values)
+
+    def frame(self) -> "pd.DataFrame":
+        """One row for each point: its values, accuracy with 95 % interval, soft gain (nats), difference from the first.
+
+        `passages` have a graded answer; `ungraded` counts answers; `missing` counts inner loops without a reply.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.rows).drop(columns=["label", "estimate"])
+
+    def best(self) -> dict[str, Any]:
+        """The row of the point with the highest accuracy, the first of equals."""
+        return max(self.rows, key=lambda row: row["accuracy"] or 0.0)
+
+    def plot(self) -> "Figure":
+        """Accuracy of each point with its interval."""
+        return plots.plot_sweep(self.rows, self.names)
+
+
+def sweep(
+    ttt: TTT,
+    passages: Sequence[Passage],
+    grid: str | Mapping[str, Sequence[Any]],
+    *,
+    arm: str = "hand_written",
+    training: Training | None = None,
+    eval_times: int = 1,
+    seed: int = 42,
+    folder: str | Path = "runs/sweep",
+    dataset: str = "",
+) -> Sweep:
+    """Evaluate every combination of some training settings on the same passages.
+
+    Args:
+        ttt: the server (`ttt_server` or `connect`).
+        passages: with questions.
+        grid: field of `Training` → values, or the same as JSON. `lora_alpha` follows `lora_rank` at the ratio of
+            `training` unless it is swept itself, so that another rank is not another learning rate as well.
+        arm: what adapters are trained on: passage_only, self_edits (the first of each passage), hand_written.
+        training: settings that are not swept.
+        eval_times: adapters trained for each point and passage.
+        seed: every inner loop derives its own from it, the same at every point.
+        folder: for `sweep.csv`, `sweep.png`, their record and the journal.
+        dataset: name of the data, for the record.
+
+    Raises:
+        SettingsError: for a name that is no setting, and for more than 200 points.
+    """
+    folder, values = runs_folder(folder), grid_of(grid) if isinstance(grid, str) else grid
+    fixed = SinglePassageSettings(
+        arm=arm,  # type: ignore[arg-type]
+        k_completions=1,
+        eval_times=eval_times,
+        seed=seed,
+        training=training or Training(),
+    )
+    points = sweep_points(fixed, values)
+    loops = [requests_for_run(passages, point.settings, model_id=ttt.model_id) for point in points]
+    requests = [loop.request for of_point in loops for loop in of_point]
+    with Journal(folder / "journal.jsonl") as journal:
+        tell_work(ttt, requests, journal)
+        replies = ask(ttt, requests, journal).replies
+    result = Sweep(points, sweep_rows(points, loops, replies, len(passages)))
+    result.frame().to_csv(folder / "sweep.csv", index=False)
+    result.plot().savefig(folder / "sweep.png")
+    made = {"dataset": Path(dataset).name, "n_articles": len(passages), "model": ttt.model_id, **asdict(fixed)}
+    write_record(
+        folder / "sweep.csv", RunRecord(stage="09_sweep", settings={"grid": values, **made}, seeds={"seed": seed})
+    )
+    return result
 
 
 def grid_of(text: str) -> dict[str, list[Any]]:
-    """The grid that a notebook's parameter says as JSON. Raises: SettingsError where it says none."""
+    """The grid in a JSON text. Raises: SettingsError."""
     try:
         grid = json.loads(text)
     except ValueError as error:
@@ -47,34 +126,20 @@ def grid_of(text: str) -> dict[str, list[Any]]:
 
 
 def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
-    """Every combination of the grid's values, the last name varying fastest.
-
-    ``grid``: field of TrainingSettings → values. ``lora_alpha`` follows ``lora_rank`` at the ratio of
-    ``settings`` where it is not swept itself, so that another rank is not another learning rate as well.
-    Raises: SettingsError for a name that is no setting, or too many points.
-    """
-    known = {field.name for field in fields(TrainingSettings)}
+    """Every combination of the grid's values, the last name varying fastest. Raises: SettingsError."""
+    known = {field.name for field in fields(Training)}
     if unknown := sorted(set(grid) - known):
-        raise SettingsError(f"cannot sweep {unknown[0]!r}; inner-loop settings are {', '.join(sorted(known))}")
+        raise SettingsError(f"cannot sweep {unknown[0]!r}; settings of the inner loop are {', '.join(sorted(known))}")
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if not grid or not 1 <= len(combinations) <= MOST_POINTS:
         raise SettingsError(f"the grid has {len(combinations)} points; 1 to {MOST_POINTS} can be run")
-    return [
-        SweepPoint(values=values, settings=replace(settings, training=_training(settings.training, values)))
-        for values in combinations
-    ]
-
-
-def _training(base: TrainingSettings, values: Mapping[str, Any]) -> TrainingSettings:
-    changed = dict(values)
-    if "lora_rank" in values and "lora_alpha" not in values:
-        changed["lora_alpha"] = base.lora_alpha / base.lora_rank * values["lora_rank"]
-    return replace(base, **changed)
-
-
-def sweep_loops(passages: Sequence[Passage], points: Iterable[SweepPoint], *, model_id: str) -> list[list[PlannedLoop]]:
-    """The inner loops of each point."""
-    return [requests_for_run(passages, point.settings, model_id=model_id) for point in points]
+    base, points = settings.training, []
+    for values in combinations:
+        changed = dict(values)
+        if "lora_rank" in values and "lora_alpha" not in values:
+            changed["lora_alpha"] = base.lora_alpha / base.lora_rank * values["lora_rank"]
+        points.append(SweepPoint(values=values, settings=replace(settings, training=replace(base, **changed))))
+    return points
 
 
 def sweep_rows(
@@ -83,55 +148,37 @@ def sweep_rows(
     replies: Mapping[str, TTTReply],
     n_passages: int,
 ) -> list[dict[str, Any]]:
-    """One line a point: its values, accuracy with interval, soft gain, difference from the first point.
-
-    ``passages`` have a graded answer; ``ungraded`` counts answers, ``missing`` inner loops without a reply.
-    """
-    answered = [_correct_P(loops, replies, n_passages) for loops in loops_of_points]
-    return [
-        {
-            **point.values,
-            "label": point.label,
-            "estimate": (estimate := _estimate(correct_P)),
-            "accuracy": estimate and estimate.mean,
-            "low": estimate and estimate.low,
-            "high": estimate and estimate.high,
-            "soft gain": _soft_gain(loops, replies),
-            "passages": estimate.n if estimate else 0,
-            "ungraded": sum(verdict is None for verdicts in correct_P for verdict in verdicts),
-            "missing": sum(loop.request_id not in replies for loop in loops),
-            "against the first": _against(correct_P, answered[0]) if at and estimate else None,
-        }
-        for at, (point, loops, correct_P) in enumerate(zip(points, loops_of_points, answered, strict=True))
-    ]
-
-
-def _correct_P(
-    loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply], n_passages: int
-) -> list[list[bool | None]]:
-    correct_P: list[list[bool | None]] = [[] for _ in range(n_passages)]
-    for loop in loops:
-        if loop.request_id in replies:
-            correct_P[loop.passage] += replies[loop.request_id].adapter_correct
-    return correct_P
-
-
-def _estimate(correct_P: Sequence[Sequence[bool | None]]) -> Estimate | None:
-    known = any(verdict is not None for verdicts in correct_P for verdict in verdicts)
-    return mean_interval(correct_P) if known else None
+    """One row for each point, as `Sweep.frame` shows them, with its label and estimate for the figure."""
+    rows: list[dict[str, Any]] = []
+    first: list[list[bool | None]] = []
+    for point, loops in zip(points, loops_of_points, strict=True):
+        correct_P: list[list[bool | None]] = [[] for _ in range(n_passages)]
+        soft_gains = []
+        for loop in loops:
+            if (reply := replies.get(loop.request_id)) is not None:
+                correct_P[loop.passage] += reply.adapter_correct
+                pairs = zip(reply.baseline_gold_logprobs, reply.adapter_gold_logprobs, strict=True)
+                soft_gains += [after - before for before, after in pairs if before is not None and after is not None]
+        estimate = mean_interval(correct_P) if _is_graded(correct_P) else None
+        against = paired_difference(correct_P, first).sentence() if rows and estimate and _is_graded(first) else None
+        first = first if rows else correct_P
+        rows.append(
+            {
+                **point.values,
+                "label": ", ".join(f"{name} {written_value(value)}" for name, value in point.values.items()),
+                "estimate": estimate,
+                "accuracy": estimate and estimate.mean,
+                "low": estimate and estimate.low,
+                "high": estimate and estimate.high,
+                "soft gain": sum(soft_gains) / len(soft_gains) if soft_gains else None,
+                "passages": estimate.n if estimate else 0,
+                "ungraded": sum(verdict is None for verdicts in correct_P for verdict in verdicts),
+                "missing": sum(loop.request_id not in replies for loop in loops),
+                "against the first": against,
+            }
+        )
+    return rows
 
 
-def _against(correct_P: Sequence[Sequence[bool | None]], first_P: Sequence[Sequence[bool | None]]) -> str | None:
-    return paired_difference(correct_P, first_P).sentence() if _estimate(first_P) else None
-
-
-def _soft_gain(loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> float | None:
-    """Mean change in log-probability of the gold answers, nats; None where none was taken."""
-    gains = [
-        after - before
-        for loop in loops
-        if (reply := replies.get(loop.request_id)) is not None
-        for before, after in zip(reply.baseline_gold_logprobs, reply.adapter_gold_logprobs, strict=True)
-        if before is not None and after is not None
-    ]
-    return sum(gains) / len(gains) if gains else None
+def _is_graded(correct_P: Sequence[Sequence[bool | None]]) -> bool:
+    return any(verdict is not None for verdicts in correct_P for verdict in verdicts)

@@ -1,0 +1,169 @@
+"""Creating self-edits: a model or service writes texts about passages (`create_self_edits`)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seal_nb.engines.base import Sampling, contents
+from seal_nb.engines.choose import chosen_engine
+from seal_nb.experiments.session import work_of_texts
+from seal_nb.passages import Passage, to_item
+from seal_nb.prompts import SelfEditPrompt, find_prompts
+from seal_nb.self_edits import create_self_edits as written_by
+from seal_nb.self_edits import train_sequences
+from seal_nb.storage import Journal, RunRecord, read_journal, runs_folder, write_json, write_record
+from seal_nb.views import training_plots
+from seal_nb.views.live import Teller
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class SelfEdits:
+    """The passages with their self-edits (`passages`), and the item file that was written (`path`)."""
+
+    def __init__(self, passages: Sequence[Passage], path: Path, *, n_texts: int, n_tokens: int, n_cut: int) -> None:
+        self.passages, self.path = list(passages), path
+        self.n_texts, self.n_tokens, self.n_cut = n_texts, n_tokens, n_cut
+
+    def frame(self) -> "pd.DataFrame":
+        """One row for each self-edit: words, train sequences, share of words that the passage does not have."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "passage": passage.title,
+                "self_edit": number,
+                "words": len(text.split()),
+                "train_sequences": len(
+                    train_sequences(text, title=passage.title, context=passage.context, split_newlines=True)
+                ),
+                "new_words": _share_of_new_words(text, passage.context),
+            }
+            for passage in self.passages
+            for number, text in enumerate(passage.completions)
+        )
+
+    def plot_lengths(self) -> "Figure":
+        """Words of each self-edit, and of its passage."""
+        return training_plots.plot_self_edit_lengths(
+            [passage.title for passage in self.passages],
+            [[len(text.split()) for text in passage.completions] for passage in self.passages],
+            [len(passage.context.split()) for passage in self.passages],
+        )
+
+
+def _share_of_new_words(text: str, context: str) -> float | None:
+    words, known = re.findall(r"\w+", text.casefold()), set(re.findall(r"\w+", context.casefold()))
+    return sum(word not in known for word in words) / len(words) if words else None
+
+
+def create_self_edits(
+    passages: Sequence[Passage],
+    *,
+    model: str = "embedded",
+    engine: str = "local",
+    prompt_key: str | Sequence[SelfEditPrompt] = "implications",
+    k_completions: int = 5,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    max_tokens: int = 8192,
+    chat: bool = False,
+    engine_url: str = "",
+    api_key_env: str = "",
+    max_parallel: int = 32,
+    n_threads: int = 1,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+    seed: int = 42,
+    folder: str | Path = "runs/self_edits",
+    dataset: str = "",
+) -> SelfEdits:
+    """Have a model write self-edits of each passage, and write them to an item file (`self_edits.json`).
+
+    Args:
+        passages: to write about.
+        model: folder or hub name, or the model's name at a service.
+        engine: "local" (transformers, in this process), "vllm" (a server), "openai" (any compatible service).
+        prompt_key: key of a published prompt, path of a text file, or prompts; a family takes turns.
+        k_completions: self-edits of each passage.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        max_tokens: tokens of one self-edit at most; a longer text is cut and used, as published.
+        chat: through the model's chat template.
+        engine_url: of a running server; empty: a vLLM server started here, or OpenAI.
+        api_key_env: name of the environment variable that holds the key.
+        max_parallel: requests at a time (vllm, openai).
+        n_threads: CPU threads (local).
+        price_in: of a million prompt tokens, for the line that says how much work it is.
+        price_out: of a million new tokens.
+        seed: every text derives its own from it.
+        folder: for the item file, its record and the journal; a second call writes only what is missing.
+        dataset: name of the data, for the record.
+
+    Returns:
+        The passages with their self-edits.
+
+    Raises:
+        EngineError: when texts are missing in the end; the others are in the journal.
+        SettingsError: for settings that do not fit.
+
+    Source: SEAL, arXiv 2506.10943: five self-edits of each passage at temperature 1.
+    """
+    folder = runs_folder(folder)
+    prompts = find_prompts(prompt_key) if isinstance(prompt_key, str) else list(prompt_key)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    if engine == "local":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # a bar in a saved notebook is out of date at once
+    tell = Teller()
+    asked = [contents(prompts[0].asked(title=one.title, context=one.context, chat=chat)) for one in passages]
+    work = work_of_texts(
+        asked, k_completions=k_completions, max_tokens=max_tokens, price_in=price_in, price_out=price_out
+    )
+    tell(f"to do: {work}")
+    with (
+        Journal(folder / "journal.jsonl") as journal,
+        chosen_engine(
+            engine,
+            model=model,
+            run_dir=folder,
+            url=engine_url,
+            api_key_env=api_key_env,
+            max_parallel=max_parallel,
+            chat=chat,
+            n_threads=n_threads,
+        ) as writer,
+    ):
+        written = written_by(
+            writer,
+            passages,
+            prompts=prompts,
+            k_completions=k_completions,
+            sampling=sampling,
+            seed=seed,
+            chat=chat,
+            journal=journal,
+            tell=tell,
+        )
+        model_id = writer.model_id
+    path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
+    made = {
+        "engine": engine,
+        "model": model_id,
+        "dataset": Path(dataset).name,
+        "prompt_key": prompt_key if isinstance(prompt_key, str) else "",
+        "prompts": [asdict(prompt) for prompt in prompts],
+        "chat": chat,
+        "k_completions": k_completions,
+        "sampling": asdict(sampling),
+    }
+    write_record(path, RunRecord(stage="01_create_self_edits", settings=made, seeds={"seed": seed}))
+    texts = list(read_journal(folder / "journal.jsonl").values())
+    cut = sum(text["finish_reason"] == "length" for text in texts)
+    n_tokens = sum(text["n_tokens"] for text in texts)
+    return SelfEdits(written, path, n_texts=len(texts), n_tokens=n_tokens, n_cut=cut)
