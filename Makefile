@@ -1,34 +1,43 @@
-# Every target makes what it needs: on a fresh machine `make demo` and `make test` are all there is to type.
+# Every target installs what it needs. On a fresh machine `make demo` and `make test` work at once.
 
 VENV  ?= .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
-RUNS  ?= runs
-# Notebooks run in a copy, so that what a user's own runs left beside them neither helps nor suffers.
-FRESH_NOTEBOOKS := rm -rf build/notebooks && mkdir -p build/notebooks && cp notebooks/*.ipynb build/notebooks/
+# `make demo RUNS=/scratch/runs`: results go there instead of runs/.
+ifdef RUNS
+export SEAL_RUNS := $(abspath $(RUNS))
+endif
+# Notebooks run in a copy of the project, which has a runs/ folder of its own, apart from the user's runs.
+FRESH_NOTEBOOKS := rm -rf build/notebooks build/runs && mkdir -p build/notebooks && cp pyproject.toml build/ && \
+	cp notebooks/*.ipynb build/notebooks/
 LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab kernel docs bench vllm-env lint notebooks clean
+.PHONY: help demo check test lab kernel docs bench vllm-env lint notebooks clean
 
 help:
-	@echo "make demo       stages 1 to 5 on the small model and the shipped passages (about 15 minutes on 2 cores)"
+	@echo "make demo       notebooks 01 to 06 and 08 on the small model and shipped passages (about 15 minutes on 2 cores)"
+	@echo "make check      ruff, mypy and the fast tests (under 3 minutes on 2 cores)"
 	@echo "make test       ruff, mypy, all tests and all notebooks"
 	@echo "make lab        JupyterLab at the tour (LAB_FLAGS=... for jupyter lab)"
-	@echo "make kernel     this environment as a kernel for a JupyterLab that lives elsewhere"
+	@echo "make kernel     register this environment as a kernel for another JupyterLab"
 	@echo "make docs       the documentation site, in build/docs"
 	@echo "make bench      speed on this machine: inner loop (25 minutes), server, graders, engines, continual edits, inspector"
 	@echo "make vllm-env   vLLM for a machine without a GPU, in $(VLLM_VENV) (for tests/vllm and engine=vllm)"
-	@echo "make lint       ruff and mypy alone"
+	@echo "make lint       ruff and mypy"
 	@echo "make notebooks  run the committed notebooks again and show what changed"
-	@echo "make clean      remove $(VENV) and caches (never $(RUNS))"
+	@echo "make clean      remove $(VENV) and caches (never runs/)"
 
 demo: $(STAMP)
-	@$(BIN)/seal-nb demo --run-dir $(RUNS)/demo
+	@$(BIN)/seal-nb demo
 
-# One pytest for everything, last, so that its closing line counts everything and closes the output. Two processes:
-# one has the tests that mostly wait (tests/conftest.py).
+# What to run while you write code. Tests marked `slow` are left out (tests/conftest.py says which).
+check: $(STAMP)
+	@$(LINT) && $(BIN)/python -m pytest -q -n 2 -m "not slow" tests
+
+# One pytest runs everything, so that its last line counts everything. It has two processes: one takes the tests that
+# mostly wait (tests/conftest.py).
 test: $(STAMP)
 	@$(LINT); lint=$$?; \
 	$(FRESH_NOTEBOOKS); \
@@ -37,7 +46,7 @@ test: $(STAMP)
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests
 
-# lab/ holds the settings by which JupyterLab opens at the tour and asks nobody for news, updates or extensions.
+# With the settings in lab/, JupyterLab opens the tour and does not ask for news, updates or extensions.
 lab: $(STAMP)
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/lab" $(BIN)/jupyter lab $(LAB_FLAGS)
 
@@ -56,7 +65,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.continual
 	@$(BIN)/python -m benchmarks.inspector
 
-# A vLLM for machines without a GPU, beside the default environment; tests/vllm starts its server from it.
+# A vLLM for machines without a GPU, in an environment of its own; tests/vllm starts its server from it.
 vllm-env:
 	@.ci/vllm.sh $(VLLM_VENV)
 
@@ -78,7 +87,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find seal_nb tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last: an interrupted installation is taken up again by the next make.
+# The stamp is written last, so that the next make continues an interrupted installation.
 $(STAMP): pyproject.toml
 	@python=""; \
 	for candidate in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The browser that tests/browser drives: Debian's chromium, unless there is one. Needs root only to install.
+# Installs the browser for tests/browser, Debian's chromium, unless one is installed. Only the installation needs root.
 set -euo pipefail
 command -v chromium >/dev/null && exit 0
 export DEBIAN_FRONTEND=noninteractive

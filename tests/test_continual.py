@@ -3,13 +3,13 @@
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual import (
+from seal_nb.experiments.continual import verdict_row
+from seal_nb.experiments.edits import (
     ContinualSettings,
     draw_sequences,
     edit_request,
     self_edit_request,
     unedited_request,
-    verdict_row,
 )
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, build_reply

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seal_nb.errors import RunMismatch
-from seal_nb.experiments.continual import ContinualSettings, draw_sequences, edit_request
-from seal_nb.experiments.continual_strategies import _content, edit_and_merge
-from seal_nb.experiments.session import run_requests, served_model, ttt_client
-from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.continual_strategies import content_of, edit_and_merge
+from seal_nb.experiments.edits import ContinualSettings, draw_sequences, edit_request
+from seal_nb.experiments.session import ask, ttt_server
+from seal_nb.experiments.settings import Training
 from seal_nb.passages import Passage, Question
 from seal_nb.storage import Journal
-from seal_nb.ttt.adapters import merge_stack
+from seal_nb.ttt.lora import merge_stack
 from tests.ttt.tiny import save_tiny_model
 
 PASSAGES = [
@@ -26,7 +26,7 @@ PASSAGES = [
     )
     for n, word in enumerate(("lamp", "goat", "mill"))
 ]
-TRAINING = TrainingSettings(
+TRAINING = Training(
     lora_rank=4, lora_alpha=8, target_modules=("all-linear",), finetune_epochs=4, finetune_lr=5e-3, max_new_tokens=8
 )
 SETTINGS = {"n_sequences": 1, "n_datapoints": 3, "arm": "hand_written", "training": TRAINING}
@@ -45,24 +45,23 @@ def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -
     (sequence,) = sequences = draw_sequences(PASSAGES, stacked)
     with Journal(tmp_path / "j.jsonl") as journal:
         stack: list[str] = []
-        with ttt_client("", run_dir=tmp_path / "server", model=str(base), **SERVER) as client:
-            model_id = served_model(client)
-            where = {"model": str(base), "folder": tmp_path / "merged", "server": SERVER}
+        with ttt_server(str(base), folder=tmp_path / "server", **SERVER) as ttt:
+            where = {"model": str(base), "folder": tmp_path / "merged"}
+            ttt.model_id, model_id = "another", ttt.model_id
             with pytest.raises(RunMismatch, match=f"asked of model another, .* has {model_id}"):
-                edit_and_merge(sequences, merged, journal, **where, model_id="another")
-            done = edit_and_merge(sequences, merged, journal, **where, model_id=model_id)
-            again = edit_and_merge(sequences, merged, journal, **where, model_id=model_id)
+                edit_and_merge(ttt, sequences, merged, journal, **where)
+            ttt.model_id = model_id
+            (done,) = edit_and_merge(ttt, sequences, merged, journal, **where)
+            (again,) = edit_and_merge(ttt, sequences, merged, journal, **where)
             for step in range(1, 4):
-                texts = done.written[0][:step]
-                request = edit_request(0, sequence, texts, stack, stacked, model_id=model_id)
-                (reply,) = run_requests(client, [request], journal).in_order([request])
+                request = edit_request(0, sequence, done.texts[:step], stack, stacked, model_id=model_id)
+                reply = ask(ttt, [request], journal).of(request)
                 stack.append(str(request.adapter_name))
-                theirs = done.replies[step - 1][0]
+                theirs = done.replies[step - 1]
                 assert reply.adapter_texts == theirs.adapter_texts, f"step {step}"
-                assert reply.epoch_losses == torch.tensor(theirs.epoch_losses).tolist() or torch.allclose(
-                    torch.tensor(reply.epoch_losses), torch.tensor(theirs.epoch_losses), rtol=1e-4
-                )
-    assert again.stacks == done.stacks and again.replies == done.replies
+                losses, their_losses = torch.tensor(reply.epoch_losses), torch.tensor(theirs.epoch_losses)
+                assert torch.allclose(losses, their_losses, rtol=1e-4)
+    assert again.stack == done.stack and again.replies == done.replies
     adapters = [tmp_path / "server" / "adapters" / name for name in stack]
     at_once = merge_stack(str(base), adapters, tmp_path / "at_once")
     (step_by_step,) = (tmp_path / "merged").glob("sequence_1_*/model_3")
@@ -78,13 +77,13 @@ def test_another_setting_passage_place_or_model_has_a_folder_of_its_own() -> Non
     trained_more = replace(merged, training=replace(TRAINING, finetune_epochs=5))
     same_title = [replace(PASSAGES[0], context="Another text."), *PASSAGES[1:]]
     contents = [
-        _content(0, PASSAGES, merged, "m"),
-        _content(0, PASSAGES, merged, "other weights, grader or dtype"),
-        _content(1, PASSAGES, merged, "m"),
-        _content(0, PASSAGES[::-1], merged, "m"),
-        _content(0, same_title, merged, "m"),
-        _content(0, PASSAGES, replace(merged, seed=merged.seed + 1), "m"),
-        _content(0, PASSAGES, trained_more, "m"),
+        content_of(0, PASSAGES, merged, "m"),
+        content_of(0, PASSAGES, merged, "other weights, grader or dtype"),
+        content_of(1, PASSAGES, merged, "m"),
+        content_of(0, PASSAGES[::-1], merged, "m"),
+        content_of(0, same_title, merged, "m"),
+        content_of(0, PASSAGES, replace(merged, seed=merged.seed + 1), "m"),
+        content_of(0, PASSAGES, trained_more, "m"),
     ]
     assert len(set(contents)) == len(contents)
-    assert _content(0, list(PASSAGES), merged, "m") == contents[0]
+    assert content_of(0, list(PASSAGES), merged, "m") == contents[0]

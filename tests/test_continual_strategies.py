@@ -7,17 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual import (
-    STRATEGIES,
-    ContinualRun,
-    ContinualSettings,
-    edit_request,
-    self_edit_request,
-    summary_file_name,
-)
+from seal_nb.experiments.continual import summary_file_name
 from seal_nb.experiments.continual_strategies import Bm25, retrieval_accuracy, route
-from seal_nb.experiments.control import control_request, control_rows, general_questions
-from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.control import control_frame, general_questions
+from seal_nb.experiments.edits import STRATEGIES, ContinualSettings, edit_request, self_edit_request
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTReply, build_reply
 from seal_nb.results.continual import strategy_rows
@@ -70,24 +63,24 @@ def test_replay_trains_on_the_earlier_self_edits_too() -> None:
 def test_with_retrieval_an_edit_asks_nothing_and_each_question_goes_to_the_adapter_of_its_passage() -> None:
     assert third_edit("retrieval").eval_questions == []
     routed = route(SEQUENCE, [*STACK, "edit-3"], settings("retrieval"), model_id="m")
-    places = sorted(place for one in routed for place in one.places)
+    places = sorted(place for places, _ in routed for place in places)
     assert places == list(range(sum(len(p.questions) for p in SEQUENCE[:3])))
-    of_first = next(one for one in routed if one.adapter == "edit-1")
-    assert of_first.request.adapter_stack == ["edit-1"] and not of_first.request.training_wanted
-    assert set(range(len(SEQUENCE[0].questions))) <= set(of_first.places)
+    of_first, request = next(one for one in routed if one[1].adapter_stack == ["edit-1"])
+    assert not request.training_wanted
+    assert set(range(len(SEQUENCE[0].questions))) <= set(of_first)
 
 
 def test_a_question_that_shares_no_word_goes_to_the_base() -> None:
     odd = Passage(title="Xylo", context="zzz", questions=(Question(question="Quid?", answer="a"),))
-    (one,) = route([odd], ["edit-1"], settings("retrieval"), model_id="m")
-    assert one.adapter is None and one.request.adapter_stack == []
+    ((places, request),) = route([odd], ["edit-1"], settings("retrieval"), model_id="m")
+    assert places == [0] and request.adapter_stack == []
 
 
 def test_the_topic_line_does_not_give_the_passage_away() -> None:
     question = Question(question="Quid?", answer="a")
     titled = [Passage(title=t, context="nothing here", questions=(question,)) for t in ("Alpha", "Beta")]
     routed = route(titled, ["a", "b"], settings("retrieval"), model_id="m")
-    assert [(one.adapter, one.places) for one in routed] == [(None, (0, 1))]
+    assert [(request.adapter_stack, places) for places, request in routed] == [([], [0, 1])]
 
 
 def test_bm25_finds_most_shipped_passages_from_their_questions() -> None:
@@ -113,18 +106,6 @@ def test_scores_are_never_negative_and_the_best_is_one_of_them(texts: list[str],
     assert best is None or scores[best] == max(scores) > 0
 
 
-def test_a_run_keeps_adapters_and_replies_by_sequence() -> None:
-    run = ContinualRun.of([SEQUENCE, SEQUENCE])
-    for step in (1, 2):
-        run.write([f"a{step}", f"b{step}"])
-        on = {"settings": settings("stacked"), "model_id": "m"}
-        edits = [edit_request(s, SEQUENCE, run.written[s], run.stacks[s], **on) for s in (0, 1)]
-        run.keep(edits, [graded("CORRECT"), graded("INCORRECT")])
-    assert [len(stack) for stack in run.stacks] == [2, 2] and len({*run.stacks[0], *run.stacks[1]}) == 4
-    assert [one.adapter_correct for one in run.replies_of(1)] == [[False], [False]]
-    assert run.requests_of(0)[1].adapter_stack == run.stacks[0][:1]
-
-
 def graded(*words: str) -> TTTReply:
     return build_reply(baseline=None, adapter=Answers(texts=["t"] * len(words), verdicts=words))
 
@@ -146,7 +127,7 @@ def test_a_strategy_that_is_not_known_is_refused() -> None:
     assert summary_file_name("stacked") == "summary_continual.json"
 
 
-def test_twenty_general_questions_are_asked_without_training_of_base_and_stack() -> None:
+def test_the_twenty_general_questions_are_about_no_shipped_passage() -> None:
     assert len(general_questions()) == len({one.question for one in general_questions()}) == 20
     passages = " ".join(one.title + one.context for one in [*SHIPPED, *load_passages("shipped:train")])
     assert not [
@@ -154,16 +135,15 @@ def test_twenty_general_questions_are_asked_without_training_of_base_and_stack()
         for one in general_questions()
         if one.answer[0].isupper() and len(one.answer) > 1 and one.answer in passages
     ]
-    request = control_request(STACK, TrainingSettings(), seed=1, model_id="m")
-    assert not request.training_wanted and request.adapter_stack == STACK
 
 
 def test_what_was_lost_is_counted_apart_from_what_was_won() -> None:
     before = graded("CORRECT", "CORRECT", "INCORRECT", "UNGRADED")
     after = graded("CORRECT", "INCORRECT", "CORRECT", "CORRECT")
-    first, second = control_rows({"never edited": before, "stacked 1": after})
+    first, second = control_frame({"never edited": before, "stacked 1": after}).to_dict("records")
     assert (first["lost"], first["won"], first["accuracy"]) == (0, 0, pytest.approx(2 / 3))
     assert (second["lost"], second["won"]) == (1, 1)
     assert second["change"].startswith("+0.0 points")
     nothing = {"never edited": graded("UNGRADED"), "x": graded("UNGRADED")}
-    assert control_rows(nothing)[1]["change"] is None
+    assert control_frame(nothing)["change"].isna().all()
+    assert control_frame({}).empty

@@ -10,8 +10,8 @@ from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request, cpt_train_sequences
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, build_reply
+from seal_nb.results.collect import read_run as read_any_run
 from seal_nb.results.cpt import per_passage_results
-from seal_nb.results.summary import summarize
 from seal_nb.storage import read_json, write_json
 
 PASSAGES = [
@@ -62,7 +62,7 @@ def test_published_counts_and_accuracies_follow_from_the_booleans(
     by_passage = per_passage_results(items, reply["baseline_correct"], reply["adapter_correct"])
     assert len(by_passage) == 200
     assert sum(entry["n_questions"] for entry in by_passage) == 974
-    found = summarize(golden / "results/cpt_base.json", passages=items)
+    found = read_any_run(golden / "results/cpt_base.json", passages=items).summary()
     assert found["overall"] == published["overall"]
     # Every question counts once, in the interval as in `overall`; passages only tell how sure it is.
     for side, n_correct in (("baseline", 317), ("adapter", 399)):
@@ -107,7 +107,7 @@ def test_no_question_is_lost_where_titles_repeat_and_ungraded_is_counted() -> No
 
 
 def test_our_run_files_give_intervals_without_their_item_file(tmp_path: Path) -> None:
-    found = summarize(write_json(tmp_path / "cpt_run_x.json", built()))
+    found = read_any_run(write_json(tmp_path / "cpt_run_x.json", built())).summary()
     assert found["intervals"]["adapter"]["n"] == 2
     assert (found["n_ungraded_adapter"], found["n_answers"], found["notes"]) == (1, 3, [])
 

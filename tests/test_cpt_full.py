@@ -11,29 +11,22 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.cpt import (
-    CPTSettings,
-    FullTraining,
-    cpt_file_name,
-    cpt_request,
-    epoch_means,
-    sft_settings,
-    train_and_ask,
-)
-from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.cpt import CPTSettings, cpt, cpt_file_name, cpt_request, epoch_means, sft_settings
+from seal_nb.experiments.session import TTT
+from seal_nb.experiments.settings import Training
 from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import EvalQuestion
-from seal_nb.results.summary import summarize
-from seal_nb.results.tables import cpt_row
+from seal_nb.results.collect import read_run
+from seal_nb.server.client import TTTClient
+from seal_nb.server.launch import TTTServer
 from seal_nb.sft.settings import SftSettings
 from seal_nb.sft.train import train_sft
-from seal_nb.storage import Journal
 from tests.test_notebooks import run, shown
 from tests.ttt.tiny import save_tiny_model
 
 SCHEDULE = {"finetune_epochs": 2, "finetune_lr": 3e-3, "batch_size": 2, "gradient_accumulation_steps": 2}
-TRAINING = TrainingSettings(max_new_tokens=8, **SCHEDULE)
+TRAINING = Training(max_new_tokens=8, **SCHEDULE)
 TEXTS = ["The lamp is on the hill.", "A hill.", "There is a goat in the old mill.", "Mills grind.", "So it is."]
 
 
@@ -110,11 +103,11 @@ def test_the_notebook_writes_a_run_of_the_same_form_that_names_the_method(finish
     reply = written["server_reply"]
     assert len(reply["epoch_losses"]) == 2 and reply["epoch_losses"][1] < reply["epoch_losses"][0]
     assert reply["train_steps"] == 2 and len(reply["adapter_gold_logprobs"]) == 10
-    assert cpt_row(written)["arm"] == "hand-written, all weights"
-    found = summarize(finished / "cpt_run_hand_written_full.json")
+    run = read_run(finished / "cpt_run_hand_written_full.json")
+    assert run.arm == "hand-written, all weights"
+    found = run.summary()
     assert (found["n_answers"], found["notes"], found["disagreements"]) == (10, [], [])
     notebook = finished / "04_cpt.ipynb"
-    assert "GB, without activations" in shown(notebook, "estimate")
     assert "never edited" in shown(notebook, "unrelated") and "hand_written" in shown(notebook, "unrelated")
 
 
@@ -135,9 +128,7 @@ def generated(folder: Path, question: EvalQuestion) -> str:
 
 
 def settings_of_run() -> CPTSettings:
-    training = TrainingSettings(
-        lora_rank=32, target_modules=("all-linear",), max_new_tokens=8, soft_scores=True, **SCHEDULE
-    )
+    training = Training(lora_rank=32, target_modules=("all-linear",), max_new_tokens=8, soft_scores=True, **SCHEDULE)
     return CPTSettings(k_completions=1, arm="hand_written", method="full", training=training)
 
 
@@ -149,39 +140,48 @@ def request_of(finished: Path) -> Any:
 
 
 def test_what_is_finished_is_neither_trained_nor_asked_again(finished: Path) -> None:
-    """A server could not even be started: there is no such inner loop."""
-    request = request_of(finished)
-    own = {"model": str(finished.parent / "tiny"), "server": {"inner_loop": "no_such:module"}}
-    place = FullTraining(folder=finished, check_unrelated=True, **own)
+    """No server could be started again: the finished model would be trained first."""
     weights = finished / "model_hand_written_full" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
-    with Journal(finished / "journal.jsonl") as journal:
-        result, asked = train_and_ask(request, settings_of_run(), journal, place)
-    assert weights.stat().st_mtime_ns == before and result.n_steps == 2
-    assert len(asked.answers.baseline_texts) == 10
-    assert asked.control is not None and len(asked.control.baseline_texts) == 20
+    before, written = weights.stat().st_mtime_ns, (finished / "cpt_run_hand_written_full.json").read_text()
+    own = {"model": str(finished.parent / "tiny"), "run_dir": finished / "server", "inner_loop": "no_such:module"}
+    ttt = TTT(TTTClient("tcp://127.0.0.1:1"), server=TTTServer(**own), grader="local")
+    ttt.model_id = json.loads(written)["model"]
+    settings = settings_of_run()
+    again = cpt(
+        ttt,
+        load_passages("shipped:val")[:2],
+        arms="hand_written",
+        method="full",
+        training=settings.training,
+        k_completions=1,
+        check_unrelated=True,
+        folder=finished,
+    )
+    assert weights.stat().st_mtime_ns == before
+    assert again["hand_written"].value["server_reply"] == json.loads(written)["server_reply"]
+    assert list(again.unrelated()["model"]) == ["never edited", "hand_written"]
 
 
 @pytest.mark.parametrize(
     ("training", "said"),
     [
         ({"padding_in_loss": True}, "padding_in_loss=True is a setting of adapters"),
-        ({"pad_samples": 16}, "pad_samples=16 is a setting of adapters"),
         ({"end_mask_substring": "x"}, "end_mask_substring='x' is a setting of adapters.*leave it ''"),
     ],
 )
 def test_what_only_adapters_have_is_refused_with_the_remedy(training: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        CPTSettings(method="full", training=TrainingSettings(**training))
+        CPTSettings(method="full", training=Training(**training))
 
 
 def test_an_unknown_method_a_far_server_and_a_step_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="method='lorra': known are lora, full"):
         CPTSettings(method="lorra")  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match=r"endpoint is 'runs/e.json'.*leave endpoint empty"):
-        FullTraining(model="m", folder=tmp_path, server={}, endpoint="runs/e.json")
-    with pytest.raises(SettingsError, match="n_processes is 0"):
-        FullTraining(model="m", folder=tmp_path, server={}, n_processes=0)
+    with (
+        TTT(TTTClient("tcp://127.0.0.1:1")) as far,
+        pytest.raises(SettingsError, match=r"endpoint is 'tcp://.*leave endpoint empty"),
+    ):
+        cpt(far, load_passages("shipped:val")[:1], arms="hand_written", method="full", folder=tmp_path)
     with pytest.raises(SettingsError, match="gradient_accumulation_steps is 2, which 3 processes cannot"):
         sft_settings(CPTSettings(method="full", training=TRAINING), seed=1, n_processes=3)
 

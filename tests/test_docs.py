@@ -1,4 +1,4 @@
-"""The documentation site: built of what is committed, nothing run, nothing fetched; its links hold."""
+"""The documentation site builds without warnings, executes nothing, and its links work."""
 
 import html
 import os
@@ -11,13 +11,13 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("index", "concepts", "stages", "lab", "file_formats", "protocol", "inner_loop")
+PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
 OUTSIDE = {"http", "https", "mailto"}
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built with warnings as errors, as `make docs` does."""
+    """Warnings are errors, as in `make docs`."""
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "auto", "-b", "html", "-d",
@@ -29,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Links(HTMLParser):
-    """Where a page points, and what can be pointed at in it."""
+    """The links of a page, and the anchors that links can name."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_the_api_has_every_module(pages: dict[Path, Links]) -> None:
     named = [path.relative_to(ROOT).with_suffix("") for path in files if path.name != "__init__.py"]
     modules = {".".join(path.parts) for path in named} - {"seal_nb.ttt.kernels"}  # its import needs Triton
     anchors = {anchor for path, page in pages.items() if path.parent.name == "api" for anchor in page.anchors}
-    assert len(modules) > 150 and {f"module-{name}" for name in modules} - anchors == set()
+    assert modules and {f"module-{name}" for name in modules} - anchors == set()
 
 
 def test_internal_links_reach_a_file_and_its_anchor(pages: dict[Path, Links]) -> None:
@@ -91,12 +91,11 @@ def test_notebooks_are_shown_with_their_committed_outputs(pages: dict[Path, Link
 
 
 def test_pictures_have_alt_texts(site: Path) -> None:
-    """Of the site's own pages; what a picture of a notebook shows stands in its output as text."""
+    """On the site's own pages; test_notebook_outputs.py checks the pictures of notebooks."""
     for name in PAGES:
         for tag in (site / f"{name}.html").read_text().split("<img")[1:]:
             assert 'alt="' in tag.split(">")[0]
 
 
-def test_the_api_has_what_a_docstring_says(site: Path) -> None:
-    said = (site / "api" / "seal_nb.html").read_text()
-    assert "One inner loop: train a temporary adapter on some sequences" in said
+def test_the_api_has_docstrings(site: Path) -> None:
+    assert "One inner loop: train a temporary adapter on some sequences" in (site / "api" / "seal_nb.html").read_text()

@@ -1,4 +1,4 @@
-"""environment.yml (conda) and pyproject.toml (pip) name the same set, and what runs here is that set."""
+"""environment.yml (conda) and pyproject.toml (pip) name the same packages, and these are installed here."""
 
 import tomllib
 from importlib import metadata
@@ -37,8 +37,8 @@ def test_conda_s_python_is_the_one_required() -> None:
 
 
 @pytest.mark.parametrize("requirement", OURS, ids=lambda requirement: requirement.name)
-def test_installed_version_is_one_that_is_asked_for(requirement: Requirement) -> None:
-    # A CPU wheel says 2.13.0+cpu, which `==2.13.0` takes.
+def test_installed_version_is_one_that_is_required(requirement: Requirement) -> None:
+    # The CPU wheel has the version 2.13.0+cpu, which `==2.13.0` accepts.
     assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
 
 

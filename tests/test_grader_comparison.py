@@ -1,7 +1,6 @@
 """Graders side by side on the same answers: biases of a made-up run by hand, of published runs measured."""
 
-import gzip
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import pytest
 from seal_nb.errors import SettingsError
 from seal_nb.grading.choose import GRADERS
 from seal_nb.passages import load_passages
-from seal_nb.results.graders import comparison, reference_of, verdicts_by_grader
-from seal_nb.results.regrade import regrade
-from seal_nb.views.plots import accuracy_by_grader
+from seal_nb.results.collect import read_run, run_of
+from seal_nb.results.regrade import compare_graders, reference_of, regrade, verdicts_by_grader
+from seal_nb.views.plots import plot_graders
 from tests.test_regrade import Says
 
 
@@ -25,7 +24,7 @@ def row(baseline: str, adapter: str, *verdicts: bool | None) -> dict[str, Any]:
 
 
 RIGHT, WRONG, SENTENCE = "Ilse Corvandt", "Pell Oduya", "It was built by Ilse Corvandt."
-RUN: dict[str, Any] = {
+RUN = run_of({
     "articles": [
         {
             "title": "Clock", "context": "c",
@@ -35,31 +34,32 @@ RUN: dict[str, Any] = {
             ]}],
         }
     ]
-}  # fmt: skip
+})  # fmt: skip
 
 
-def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["grader"]: row for row in rows}
+def by_name(graders: Any) -> dict[str, dict[str, Any]]:
+    return {row["grader"]: row for row in graders.to_dict("records")}
 
 
 def test_bias_of_each_arm_and_of_the_gain_by_hand() -> None:
-    rows = by_name(comparison(verdicts_by_grader(RUN)))
+    rows = by_name(compare_graders(RUN))
     assert set(rows) == {"in the file", *GRADERS}
     own, exact, local = rows["in the file"], rows["exact"], rows["local"]
     # The reference calls 2 of 4 and 3 of 3 correct; exact match 0 of 4 and 1 of 3.
     assert (own["n"], own["ungraded"], own["gain"]) == (7, 1, 0.5)
-    assert (exact["baseline bias"], exact["adapter bias"]) == (-0.5, pytest.approx(-2 / 3))
-    assert exact["gain bias"] == pytest.approx(1 / 3 - 0.5)
+    assert (exact["baseline_bias"], exact["adapter_bias"]) == (-0.5, pytest.approx(-2 / 3))
+    assert exact["gain_bias"] == pytest.approx(1 / 3 - 0.5)
     assert (local["agreement"], local["gain"]) == (pytest.approx(6 / 7), 0.75)
 
 
 def test_an_answer_that_one_side_left_ungraded_counts_for_neither() -> None:
     silent = regrade(RUN, Says(lambda _: None, name="judge:m")).run
-    rows = by_name(comparison(verdicts_by_grader(silent), "earlier (in the file)"))
+    graders = compare_graders(silent, reference="earlier (in the file)")
+    rows = by_name(graders)
     judge = rows["judge:m (in the file)"]
-    assert (judge["n"], judge["ungraded"], judge["baseline"]) == (0, 8, None)
-    assert "kappa" not in judge
-    assert "judge" not in accuracy_by_grader(list(rows.values())).alt
+    assert (judge["n"], judge["ungraded"]) == (0, 8)
+    assert math.isnan(judge["baseline"]) and math.isnan(judge["kappa"])
+    assert "judge" not in plot_graders(graders).alt
 
 
 def test_a_judge_is_the_reference_where_one_has_graded_and_else_the_first_grading() -> None:
@@ -70,25 +70,24 @@ def test_a_judge_is_the_reference_where_one_has_graded_and_else_the_first_gradin
     for run in (judged, again):
         assert reference_of(verdicts_by_grader(run)) == "judge:m (in the file)"
     with pytest.raises(SettingsError, match="known are f1"):
-        comparison(verdicts_by_grader(again), "oracle")
+        compare_graders(again, reference="oracle")
 
 
 @pytest.mark.parametrize("name", ["rank_iter0", "cpt_base"])
 def test_on_whole_published_runs_the_local_grader_bends_the_gain_least(golden: Path, name: str) -> None:
     path = next((golden / "results").glob(f"{name}.json*"))
-    raw = path.read_bytes()
-    run = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
     asked = load_passages(golden / "eval/base_val.json.gz") if name == "cpt_base" else ()
-    rows = by_name(comparison(verdicts_by_grader(run, asked)))
-    sizes = {grader: abs(rows[grader]["gain bias"]) for grader in GRADERS}
+    run = read_run(path, passages=asked)
+    rows = by_name(compare_graders(run))
+    sizes = {grader: abs(rows[grader]["gain_bias"]) for grader in GRADERS}
     assert min(sizes, key=sizes.__getitem__) == "local"
     assert sizes["local"] <= 0.015
-    stored = run["overall"]
+    stored = run.value["overall"]
     published = stored.get("gain", stored.get("mean_gain"))
     assert rows["in the file"]["gain"] == pytest.approx(published, abs=0.005)
 
 
 def test_figure_says_in_words_what_each_grader_makes_of_it() -> None:
-    chart = accuracy_by_grader(comparison(verdicts_by_grader(RUN)))
+    chart = plot_graders(compare_graders(RUN))
     assert "in the file: 50.0% to 100.0%" in chart.alt
-    assert accuracy_by_grader([]).alt == "No grader has judged both arms."
+    assert plot_graders(compare_graders(RUN).head(0)).alt == "No grader has judged both arms."

@@ -1,7 +1,7 @@
-"""What goes wrong in a notebook is told in a sentence with its remedy, never as a wall of traceback.
+"""A mistake in a notebook's parameters shows one sentence with its remedy, not a long traceback.
 
-One kernel a notebook, as JupyterLab and papermill have it; each case runs the cells from the top until one
-fails. No server is there: what is wrong is found before one is needed, or is that it is not there.
+Each notebook has one kernel; each case runs the cells from the top until one fails. Most mistakes are found before a
+server is needed. Cases with GRADES_BY_RECALL ask a server without a model that has another grader.
 """
 
 import re
@@ -17,10 +17,15 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from seal_nb.notebook_runner import default_notebooks_dir
+from seal_nb.server.client import TTTClient
+from seal_nb.server.launch import TTTServer
+from tests.server.conftest import HASTE, STUB
 
 LONGEST = 20  # lines of an error
 NOWHERE = {"endpoint": "tcp://127.0.0.1:9", "wait_s": 0.3}
 NO_FILE = {"endpoint": "nowhere/endpoint.json", "wait_s": 0.3}
+GRADES_BY_RECALL = "an endpoint of a server that grades by recall"
+OTHER_GRADER = "grades by 'recall'; give grader 'recall', or start a server"
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("00_tour", {"dataset": "missing.json"}, "missing.json: no such file; check the path"),
     ("00_tour", {"passage": 99}, "passage is 99; the dataset has 12, counted from 0"),
@@ -35,11 +40,14 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("02_ttt_server", {"grader": "guess"}, "guess"),
     ("03_query_server", {"dataset": "missing.json"}, "check the path"),
     ("03_query_server", {"arms": "magic"}, "magic"),
+    ("03_query_server", {"arms": "self_edits"}, "run 01_create_self_edits"),
     ("03_query_server", {"finetune_epochs": 0}, "finetune_epochs=0: must be at least 1"),
     ("03_query_server", NO_FILE, "start it (seal-nb serve)"),
+    ("03_query_server", {"arms": "in_context", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
     ("04_cpt", {"dataset": "missing.json"}, "check the path"),
     ("04_cpt", {"arms": "magic"}, "magic"),
     ("04_cpt", NOWHERE, "start it (seal-nb serve)"),
+    ("04_cpt", {"grader": "local", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
     ("05_rest_em_round", {"run_json": "missing.json"}, "check the path"),
     ("05_rest_em_round", {"tie_break": "dice"}, "dice"),
     ("05_rest_em_round", {"k_best": 0}, "k_best"),
@@ -47,6 +55,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("06_continual_self_edits", {"strategies": "magic"}, "magic"),
     ("06_continual_self_edits", {"n_datapoints": 500}, "500"),
     ("06_continual_self_edits", NOWHERE, "start it (seal-nb serve)"),
+    ("06_continual_self_edits", {"grader": "judge", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
     ("07_passage_inspector", {"run_json": "missing.json"}, "check the path"),
     ("07_passage_inspector", {"show": "everything"}, "known are all, gains"),
     ("07_passage_inspector", {"passage": 99}, "passage is 99; the run has 4, counted from 0"),
@@ -59,6 +68,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("09_sweep", {"grid": '{"colour": [1]}'}, "colour"),
     ("09_sweep", NO_FILE, "start it (seal-nb serve)"),
     ("09_sweep", {"grid": "{"}, "grid is no JSON"),
+    ("09_sweep", {"grader": "local", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
 ]
 
 
@@ -105,13 +115,27 @@ class Kernels:
         return "", []
 
 
+@pytest.fixture(scope="module")
+def recall_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The model id of a server names its grader."""
+    folder, model = tmp_path_factory.mktemp("recall"), "stub-float32-recall-2048"
+    with TTTServer(run_dir=folder, inner_loop=STUB, model=model, n_workers=1, **HASTE) as server:
+        yield server.endpoint
+
+
 @pytest.mark.parametrize(
     ("name", "values", "remedy"), CASES, ids=[f"{name[:2]}-{next(iter(values))}" for name, values, _ in CASES]
 )
 def test_a_mistake_is_a_sentence_with_its_remedy(
-    kernels: Kernels, name: str, values: dict[str, Any], remedy: str
+    kernels: Kernels, request: pytest.FixtureRequest, name: str, values: dict[str, Any], remedy: str
 ) -> None:
+    if asks_a_server := values.get("endpoint") == GRADES_BY_RECALL:
+        # The case before holds the journal in the notebook's own folder.
+        values = {**values, "endpoint": request.getfixturevalue("recall_endpoint"), "output_dir": "other"}
     kind, lines = kernels.first_error(name, values)
     assert kind in ("DataError", "SettingsError", "GradingError", "RoundTimeout", "ServerFailed"), lines
     assert lines[0].startswith(f"{kind}: ") and re.search(re.escape(remedy), lines[0]), lines[0]
     assert len(lines) <= LONGEST, lines
+    if asks_a_server:
+        with TTTClient(values["endpoint"]) as client:
+            assert client.status().counts.get("answered", 0) == 0

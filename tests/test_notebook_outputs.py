@@ -1,4 +1,4 @@
-"""What the committed notebooks show to everybody: nothing of a machine, nothing secret, no widget state."""
+"""The outputs of the committed notebooks: no path or address of a machine, no secret, no widget state, alt texts."""
 
 import json
 import re
@@ -30,13 +30,13 @@ def outputs(notebook: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def words(output: dict[str, Any]) -> str:
-    """All text of an output; pictures are not text."""
+    """All text of an output, without its pictures."""
     data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
     return json.dumps([output.get("text"), data, output.get("traceback"), output.get("metadata")])
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_hold_nothing_of_a_machine(notebook: Path) -> None:
+def test_outputs_name_no_machine(notebook: Path) -> None:
     host = socket.gethostname()
     found = [
         f"{cell}: {what} {match.group()}"
@@ -50,7 +50,7 @@ def test_outputs_hold_nothing_of_a_machine(notebook: Path) -> None:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_a_cell_prints_is_one_output_however_it_came_in(notebook: Path) -> None:
+def test_what_a_cell_prints_is_one_output(notebook: Path) -> None:
     printed = [(cell, output["name"]) for cell, output in outputs(notebook) if "name" in output]
     assert len(printed) == len(set(printed))
 
@@ -58,12 +58,12 @@ def test_what_a_cell_prints_is_one_output_however_it_came_in(notebook: Path) -> 
 @pytest.mark.parametrize(
     "text", ["/home/someone/runs", "tcp://127.0.0.1:4711", "2026-11-24 05:34", "token=0123456789abcdef", "pid 4711"]
 )
-def test_what_would_be_found_is_found(text: str) -> None:
+def test_the_patterns_match(text: str) -> None:
     assert any(pattern.search(json.dumps(["said", f"x {text}"])) for pattern in OF_A_MACHINE.values())
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_there_small_static_and_without_errors(notebook: Path) -> None:
+def test_every_notebook_has_small_static_outputs_without_errors(notebook: Path) -> None:
     kinds = {kind for _, output in outputs(notebook) for kind in output.get("data", {})}
     assert kinds, "committed with outputs, so that GitHub shows them"
     assert not {kind for kind in kinds if "widget" in kind or "javascript" in kind}
@@ -75,7 +75,7 @@ def test_outputs_are_there_small_static_and_without_errors(notebook: Path) -> No
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_pictures_have_words(notebook: Path) -> None:
+def test_pictures_have_alt_texts(notebook: Path) -> None:
     for cell, output in outputs(notebook):
         if "image/png" in output.get("data", {}):
             assert len(output["metadata"].get("image/png", {}).get("alt", "")) > 10, cell

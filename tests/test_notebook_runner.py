@@ -152,7 +152,6 @@ def test_failing_cell_is_reported_with_its_error_and_the_executed_notebook(tmp_p
     executed = tmp_path / "out" / "01_bad.ipynb"
     with pytest.raises(StageFailed, match="raised ZeroDivisionError: division by zero") as caught:
         run(notebook, executed)
-    assert caught.value.executed == executed
     assert str(executed) in str(caught.value)
     assert "1 / n" in str(caught.value)
     assert "not reached" not in str(nbformat.read(executed, as_version=4).cells[-1].get("outputs"))
@@ -195,5 +194,5 @@ if "ipykernel_launcher" in sys.orig_argv:
     else:
         with pytest.raises(StageFailed, match="its kernel died") as failure:
             run(tiny, executed)
-        assert "before replying" in failure.value.evalue
+        assert "before replying" in str(failure.value)
     assert len(log.read_text()) == starts

@@ -29,9 +29,9 @@ def written(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def as_csv(passages: list[Passage]) -> str:
+def as_csv(passages: list[Passage], delimiter: str = ",") -> str:
     out = io.StringIO()
-    rows = csv.writer(out)
+    rows = csv.writer(out, delimiter=delimiter)
     rows.writerow(["title", "context", "question", "answer"])
     for one in passages:
         rows.writerows([one.title, one.context, q.question, q.answer] for q in one.questions)
@@ -61,6 +61,7 @@ A: a moon
     ("name", "text"),
     [
         ("own.csv", as_csv([ORLE, ZOR])),
+        ("own.tsv", as_csv([ORLE, ZOR], delimiter="\t")),
         ("own.jsonl", "\n".join(json.dumps(to_item(one)) for one in (ORLE, ZOR)) + "\n\n"),
         ("own.md", MARKDOWN),
         ("OWN.CSV", "\ufeff" + as_csv([ORLE, ZOR]).replace("title,context", "Title, Context ")),
@@ -104,11 +105,11 @@ HEAD = "title,context,question,answer\n"
         ("a.csv", HEAD, "holds no passage"),
         ("a.csv", HEAD + 'a,"b\nc",d,e\nT,C,,A\n', "line 4, field 'question': is empty; fill it in"),
         ("a.csv", HEAD + "T,C,Q\n", "line 2, field 'answer': is empty"),
-        ("a.csv", HEAD + 'T,"C,Q,A\n', "is no CSV"),
+        ("a.csv", HEAD + 'T,"C,Q,A\n', "is not CSV"),
         ("a.jsonl", '{"title": "T"}\n{oops\n', "line 2: is not JSON"),
         ("a.jsonl", '\n{"title": "T", "questions": []}\n', "line 2, field 'context': is missing"),
         ("a.jsonl", "[1]\n", "line 1: is a number, not an object|line 1.*not an object"),
-        ("a.md", "text\n# T\n", "line 1, field 'title': stands before the first title"),
+        ("a.md", "text\n# T\n", "line 1, field 'title': is before the first title"),
         ("a.md", "# T\nC\nQ: one?\nQ: two?\n", "line 4, field 'answer': is missing before this line"),
         ("a.md", "# T\nC\nA: one\n", "line 3, field 'question': is missing before this line"),
         ("a.md", "# T\nC\nQ: one?\n", "line 1, field 'questions.0..answer': is missing"),

@@ -24,7 +24,7 @@ from seal_nb.protocol import (
 )
 from seal_nb.server.client import DEFAULT_WAIT_S
 from seal_nb.server.endpoint import Endpoint
-from seal_nb.server.settings import Limits, ServeSettings
+from seal_nb.server.settings import ServeSettings
 from seal_nb.server.status import ServerStatus, WorkerStatus
 
 PAGE_PATH = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
@@ -239,7 +239,7 @@ def test_the_defaults_on_the_page_are_those_of_the_records():
     none = {"none": None, "derived": None, '""': "", "[]": [], "true": True, "false": False}
     for name, field in TTTRequest.model_fields.items():
         assert (none[said[name]] if said[name] in none else float(said[name])) == field.default, name
-    settings = {**vars(Limits()), **vars(ServeSettings()), "wait_s": DEFAULT_WAIT_S}
+    settings = {**vars(ServeSettings()), "wait_s": DEFAULT_WAIT_S}
     settings |= {name: field.default for name, field in GenerateRequest.model_fields.items()}
     quoted = re.findall(r"`(\w+)` \((\d[\d.]*)[;:)]", PAGE)
     assert {"lease_s", "idle_timeout_s", "top_p"} <= {name for name, _ in quoted}
@@ -247,7 +247,7 @@ def test_the_defaults_on_the_page_are_those_of_the_records():
 
 
 def test_every_counter_of_the_server_is_on_the_page():
-    folder = PAGE_PATH.parent.parent / "seal_nb" / "service"
+    folder = PAGE_PATH.parent.parent / "seal_nb" / "server"
     counted = {name for path in folder.glob("*.py") for name in re.findall(r'\.count\("(\w+)"', path.read_text())}
     assert {"answered", "requeued"} <= counted
     assert not [name for name in counted if f"`{name}`" not in PAGE]

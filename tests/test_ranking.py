@@ -103,7 +103,7 @@ def test_one_repeat_says_nothing_and_wants_a_second() -> None:
     run = run_of([[[0.1], [0.9]]] * 3)
     assert winner_agreement(run) is None
     assert repeats_needed(ranking_summary(run)) is None
-    assert "cannot be told" in repeats_sentence(ranking_summary(run))
+    assert "is not known" in repeats_sentence(ranking_summary(run))
     assert eval_times_wanted(run, reliability=0.8, most=9) == 2
 
 

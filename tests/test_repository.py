@@ -1,4 +1,4 @@
-"""What a visitor finds: notebooks that run by name, no path of anybody's machine, make targets that work."""
+"""Notebooks run by name, no file contains a path of a machine, and the targets of make work."""
 
 import json
 import os
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.notebook_runner import declared_parameters
+from seal_nb.chain.stages import RUN
+from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir, find_notebook, format_value
+from tests.chain.test_tables import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -65,6 +67,22 @@ def test_notebook_has_one_parameters_cell_of_typed_literals_with_help(notebook: 
         assert re.match(r"\w+: (int|float|bool|str|list\[(int|float|str)\]) = ", line), line
 
 
+# README.md and docs/deviations.md say that their comments need not name a value; the last two name it in other words.
+NOT_NAMED = {"model", "dataset", "arms", "exp_name", "n_workers", "gradient_accumulation_steps", "seed"}
+
+
+def test_comment_of_a_parameter_names_the_published_value_where_the_default_differs() -> None:
+    published: dict[tuple[str, str, str], set[str]] = {}
+    for stage in PUBLISHED:
+        declared = declared_parameters(find_notebook(stage.notebook, default_notebooks_dir()))
+        for name, value in stage.parameters.items():
+            if name not in NOT_NAMED and RUN not in str(value) and value != declared[name].default:
+                key = (stage.notebook, name, declared[name].help.lower())
+                published.setdefault(key, set()).add(format_value(value).lower())
+    assert len(published) > 10
+    assert [key for key, values in published.items() if not any(value in key[2] for value in values)] == []
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_has_the_kernel_python3_and_is_small(notebook: Path) -> None:
     metadata = json.loads(notebook.read_text())["metadata"]
@@ -75,7 +93,7 @@ def test_notebook_has_the_kernel_python3_and_is_small(notebook: Path) -> None:
 
 
 MAKE_TARGETS = (
-    "demo", "test", "lab", "kernel", "docs", "bench", "vllm-env", "lint", "notebooks", "clean",
+    "demo", "check", "test", "lab", "kernel", "docs", "bench", "vllm-env", "lint", "notebooks", "clean",
 )  # fmt: skip
 
 

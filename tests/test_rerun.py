@@ -10,7 +10,7 @@ import pytest
 from seal_nb.cli import main
 from seal_nb.errors import DataError, RunMismatch
 from seal_nb.experiments.rerun import Item, compared, rerun, rerun_lines, stored_loop
-from seal_nb.experiments.session import run_requests
+from seal_nb.experiments.session import TTT, ask
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.passages import Passage, Question
 from seal_nb.server.client import TTTClient
@@ -30,16 +30,16 @@ SETTINGS = SinglePassageSettings(k_completions=2, eval_times=2)
 
 
 @pytest.fixture
-def client(server):  # noqa: F811
-    with TTTClient(server.endpoint, timeout_s=30, wait_s=10) as client:
-        yield client
+def ttt(server):  # noqa: F811
+    with TTT(TTTClient(server.endpoint, timeout_s=30, wait_s=10)) as ttt:
+        yield ttt
 
 
 @pytest.fixture
-def run_file(client: TTTClient, tmp_path: Path) -> Path:
+def run_file(ttt: TTT, tmp_path: Path) -> Path:
     loops = requests_for_run(PASSAGES, SETTINGS, model_id="stub")
     with Journal(tmp_path / "j.jsonl") as journal:
-        replies = run_requests(client, [loop.request for loop in loops], journal).replies
+        replies = ask(ttt, [loop.request for loop in loops], journal).replies
     run = build_run(PASSAGES, loops, replies, SETTINGS, model="stub", dataset="d", timestamp="0101_000000")
     return write_json(tmp_path / "run_x.json", run)
 
@@ -51,27 +51,28 @@ def test_the_request_of_an_item_is_rebuilt_from_the_file_alone(run_file: Path) -
         assert stored_loop(run_file, item).request == loop.request.model_copy(update={"request_id": None})
 
 
-def test_a_number_made_again_trains_again_and_is_the_same(client: TTTClient, run_file: Path) -> None:
-    trained = client.status().counts["answered"]
-    answers = rerun(client, stored_loop(run_file, Item.parse("1.0.1")), model_id="stub")
-    assert client.status().counts["answered"] == trained + 1
+def test_a_number_made_again_trains_again_and_is_the_same(ttt: TTT, run_file: Path) -> None:
+    trained = ttt.client.status().counts["answered"]
+    answers = rerun(ttt, stored_loop(run_file, Item.parse("1.0.1")))
+    assert ttt.client.status().counts["answered"] == trained + 1
     assert len(answers) == 4 and all(one.is_same for one in answers)
     said = rerun_lines(answers, Item.parse("1.0.1"))
     assert said == ["item 1.0.1: 2 of 2 right with the adapter then, 2 now; every answer is the same"]
 
 
-def test_an_answer_that_differs_is_shown_then_and_now(client: TTTClient, run_file: Path) -> None:
+def test_an_answer_that_differs_is_shown_then_and_now(ttt: TTT, run_file: Path) -> None:
     stored = stored_loop(run_file, Item.parse("0.1.0"))
-    reply = client.evaluate(stored.request)
+    reply = ttt.client.evaluate(stored.request)
     other = reply.model_copy(update={"adapter_texts": ["a", "else"], "adapter_correct": [True, False]})
     said = rerun_lines(compared(stored, other), stored.item)
     assert "2 of 2 right with the adapter then, 1 now; 1 of 4 answers differ" in said[0]
     assert said[1:4] == ["  adapter: r?", "    then: 'b'", "    now:  'else'"]
 
 
-def test_another_model_is_refused(client: TTTClient, run_file: Path) -> None:
+def test_another_model_is_refused(ttt: TTT, run_file: Path) -> None:
+    ttt.model_id = "other"
     with pytest.raises(RunMismatch, match="made by model stub, the server has other"):
-        rerun(client, stored_loop(run_file, Item.parse("0.0.0")), model_id="other")
+        rerun(ttt, stored_loop(run_file, Item.parse("0.0.0")))
 
 
 def changed(run_file: Path, change: Any) -> Path:

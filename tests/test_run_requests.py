@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
-from seal_nb.experiments.session import run_requests, served_model, ttt_client
-from seal_nb.experiments.single_passage import identified
+from seal_nb.experiments.session import TTT, ask, connect, identified, ttt_server
 from seal_nb.grading.choose import check_grader
 from seal_nb.protocol import EvalQuestion, TTTRequest
 from seal_nb.server.client import TTTClient
@@ -24,67 +23,62 @@ def request(text: str) -> TTTRequest:
 
 
 @pytest.fixture
-def client(server):  # noqa: F811
-    with TTTClient(server.endpoint, timeout_s=30, wait_s=10) as client:
-        yield client
+def ttt(server):  # noqa: F811
+    with TTT(TTTClient(server.endpoint, timeout_s=30, wait_s=10)) as ttt:
+        yield ttt
 
 
-def test_replies_come_in_the_order_of_the_requests_and_are_journalled(client, tmp_path: Path) -> None:
+def test_replies_come_in_the_order_of_the_requests_and_are_journalled(ttt, tmp_path: Path) -> None:
     requests = [request("sleep 0.3"), request("b"), request("c")]
     with Journal(tmp_path / "j.jsonl") as journal:
-        collected = run_requests(client, requests, journal)
+        collected = ask(ttt, requests, journal)
         assert list(collected.replies) == [r.request_id for r in requests]
         assert all(r.request_id in journal for r in requests)
-    assert [reply.adapter_texts for reply in collected.in_order(requests)] == [["a"]] * 3
+    assert [collected.of(request).adapter_texts for request in requests] == [["a"]] * 3
 
 
-def test_what_the_journal_holds_is_not_asked_again(client, tmp_path: Path) -> None:
-    class Unasked:
-        def run_indexed(self, requests: list[TTTRequest]) -> list[object]:
-            assert requests == []
-            return []
-
+def test_what_the_journal_holds_is_not_asked_again(ttt, tmp_path: Path) -> None:
     with Journal(tmp_path / "j.jsonl") as journal:
-        first = run_requests(client, [request("d")], journal)
-        again = run_requests(Unasked(), [request("d")], journal)  # type: ignore[arg-type]
-    assert again == first
+        first = ask(ttt, [request("d")], journal)
+        answered = ttt.client.status().counts["answered"]
+        assert ask(ttt, [request("d")], journal) == first
+        assert ttt.client.status().counts["answered"] == answered
 
 
-def test_a_failure_is_kept_apart_and_asked_for_again(client, tmp_path: Path) -> None:
+def test_a_failure_is_kept_apart_and_asked_for_again(ttt, tmp_path: Path) -> None:
     requests = [request("fail"), request("e")]
     with Journal(tmp_path / "j.jsonl") as journal:
-        collected = run_requests(client, requests, journal)
+        collected = ask(ttt, requests, journal)
         assert requests[0].request_id not in journal
     assert list(collected.replies) == [requests[1].request_id]
     assert "the loss is not a number" in collected.failures[str(requests[0].request_id)]
     with pytest.raises(RemoteError, match="the loss is not a number"):
-        collected.in_order(requests)
+        collected.of(requests[0])
 
 
-def test_equal_requests_are_one_inner_loop(client, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_equal_requests_are_one_inner_loop(ttt, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Journal(tmp_path / "j.jsonl") as journal:
-        collected = run_requests(client, [request("f"), request("f")], journal, tell=told.append)
-    assert len(collected.replies) == 1 and told == ["inner loops: 1 of 1"]
+        collected = ask(ttt, [request("f"), request("f")], journal)
+    assert len(collected.replies) == 1
+    assert "adapters: 1 of 1" in capsys.readouterr().out
 
 
-def test_progress_is_short_however_many_there_are(client, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_progress_is_short_however_many_there_are(ttt, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Journal(tmp_path / "j.jsonl") as journal:
-        run_requests(client, [request(f"n{i}") for i in range(57)], journal, tell=told.append)
-    assert len(told) == 10 and told[-1] == "inner loops: 57 of 57"
+        ask(ttt, [request(f"n{i}") for i in range(57)], journal)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[-1] == "adapters: 57 of 57"
 
 
 def test_an_endpoint_is_used_and_no_server_started(server, tmp_path: Path) -> None:  # noqa: F811
-    with ttt_client(server.endpoint, run_dir=tmp_path / "own", model="missing") as client:
-        assert served_model(client) == "stub"
+    with ttt_server("missing", endpoint=server.endpoint, folder=tmp_path / "own") as ttt:
+        assert ttt.model_id == "stub" and ttt.server is None
     assert not (tmp_path / "own").exists()
 
 
-def test_a_server_that_is_not_there_is_waited_for_as_long_as_is_said(tmp_path: Path) -> None:
-    where = str(tmp_path / "endpoint.json")
-    with ttt_client(where, run_dir=tmp_path, wait_s=0.3) as client, pytest.raises(RoundTimeout, match="within 0.3 s"):
-        served_model(client)
+def test_a_missing_server_is_waited_for_wait_s(tmp_path: Path) -> None:
+    with connect(str(tmp_path / "endpoint.json"), wait_s=0.3) as ttt, pytest.raises(RoundTimeout, match="within 0.3 s"):
+        _ = ttt.model_id
 
 
 @pytest.mark.parametrize(
@@ -109,11 +103,10 @@ def test_a_model_id_that_names_no_grader_fits_any() -> None:
 
 
 def test_an_empty_grader_starts_a_server_with_the_default_one(tmp_path: Path) -> None:
-    own = {"inner_loop": STUB, "model": "stub-own", "grader": "", **HASTE}
-    with ttt_client("", run_dir=tmp_path, **own) as client:
-        assert served_model(client) == "stub-own"
+    with ttt_server("stub-own", folder=tmp_path, inner_loop=STUB, **HASTE) as ttt:
+        assert ttt.model_id == "stub-own"
 
 
-def test_a_request_without_an_id_is_a_mistake(client, tmp_path: Path) -> None:
+def test_a_request_without_an_id_is_a_mistake(ttt, tmp_path: Path) -> None:
     with Journal(tmp_path / "j.jsonl") as journal, pytest.raises(ValueError, match="no id"):
-        run_requests(client, [TTTRequest(train_sequences=["x"])], journal)
+        ask(ttt, [TTTRequest(train_sequences=["x"])], journal)

@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 
 from seal_nb.server.status import History
-from seal_nb.views import server_plots
-from seal_nb.views.server_plots import ServerView, server_activity, server_table
+from seal_nb.views.server_plots import ServerView, plot_server_activity, server_frame
 from seal_nb.views.style import Chart
-from seal_nb.views.tables import Table
 from tests.server.test_watch import sample
 
 Shown = tuple[str, Any]  # how, and what
@@ -34,10 +32,10 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
     told: list[Shown] = []
 
     class Handle:
-        def update(self, what: Any) -> None:
+        def update(self, what: Any, raw: bool = False) -> None:
             told.append(("updated", what))
 
-    def display(what: Any, display_id: bool = False) -> Handle | None:
+    def display(what: Any, display_id: bool = False, raw: bool = False) -> Handle | None:
         told.append(("displayed", what))
         return Handle() if display_id else None
 
@@ -46,7 +44,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Shown]:
 
 
 def test_figure_carries_queue_slots_and_rate_over_time() -> None:
-    chart = server_activity(SAMPLES)
+    chart = plot_server_activity(SAMPLES)
     drawn = {
         line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
         for axes in chart.axes
@@ -64,7 +62,7 @@ def test_figure_carries_queue_slots_and_rate_over_time() -> None:
 
 
 def test_table_has_the_newest_state_and_the_most_there_was() -> None:
-    cells = {row[0]: row[1:] for row in server_table(SAMPLES).cells()}
+    cells = {row[0]: row[1:] for row in server_frame(SAMPLES).to_numpy().tolist()}
     assert cells["requests waiting"] == ["2", "7"]
     assert cells["memory, front end and workers (MiB)"] == ["2", "3"]
     assert {"failed", "workers", "trained tokens per second", "slots in use"} <= set(cells)
@@ -79,7 +77,7 @@ def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(history
     view.close(history)
     (line,) = stream.getvalue().splitlines()  # the next one is due after some seconds
     assert "2 waiting, 3/4 slots, 9.5 jobs/min" in line
-    assert [(how, type(what)) for how, what in shown] == [("displayed", Table), ("displayed", Chart)]
+    assert [(how, type(what)) for how, what in shown] == [("displayed", dict), ("displayed", Chart)]
 
 
 def test_live_there_is_one_display_that_is_updated(history: History, shown: list[Shown]) -> None:
@@ -90,11 +88,7 @@ def test_live_there_is_one_display_that_is_updated(history: History, shown: list
     view.close(history)
     assert [how for how, _ in shown] == ["displayed", "updated", "updated", "displayed"]
     assert "image/png" in shown[1][1].data and "requests waiting" in shown[1][1].data
-    assert [type(what) for _, what in shown[2:]] == [Table, Chart] and stream.getvalue() == ""
-
-
-def test_a_process_without_a_front_end_has_nobody_looking_on() -> None:
-    assert not server_plots.somebody_looks_on()
+    assert [type(what) for _, what in shown[2:]] == [dict, Chart] and stream.getvalue() == ""
 
 
 def test_a_server_that_was_never_seen_leaves_nothing_to_show(shown: list[Shown]) -> None:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import select_best
-from seal_nb.experiments.settings import TrainingSettings
+from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
+from seal_nb.results.collect import read_run as read_any_run
 from seal_nb.results.single_passage import read_run, run_from_json
-from seal_nb.results.summary import summarize
 from seal_nb.storage import read_json, write_json
 
 PASSAGES = [
@@ -97,7 +97,7 @@ def test_ids_and_seeds_follow_from_content_alone() -> None:
 
 @given(st.sampled_from(["lora_rank", "finetune_epochs", "batch_size", "max_new_tokens"]), st.integers(100, 1000))
 def test_another_setting_is_another_request(name: str, value: int) -> None:
-    changed = replace(SETTINGS, training=TrainingSettings(**{name: value}))
+    changed = replace(SETTINGS, training=Training(**{name: value}))
     assert loops_of(changed)[0].request_id != loops_of()[0].request_id
     assert getattr(loops_of(changed)[0].request, name) == value
 
@@ -116,9 +116,9 @@ def test_settings_that_make_no_run_are_refused() -> None:
     with pytest.raises(SettingsError, match="eval_times=0"):
         SinglePassageSettings(eval_times=0)
     with pytest.raises(SettingsError, match="lora_rank=0"):
-        TrainingSettings(lora_rank=0)
+        Training(lora_rank=0)
     with pytest.raises(SettingsError, match="give a list"):
-        TrainingSettings(target_modules="all-linear")
+        Training(target_modules="all-linear")
 
 
 def test_a_built_run_has_the_published_form_and_reads_back(golden: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_built_run_has_the_published_form_and_reads_back(golden: Path, tmp_pat
     assert published["lora_params"].items() <= run["lora_params"].items()
     read = read_run(write_json(tmp_path / "run_x.json", run))
     assert read.passages[0].self_edits[0].soft_gain() == 7.0
-    assert summarize(tmp_path / "run_x.json")["disagreements"] == []
+    assert read_any_run(tmp_path / "run_x.json").summary()["disagreements"] == []
 
 
 def test_every_repeat_says_what_made_it() -> None:

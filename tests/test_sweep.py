@@ -6,19 +6,23 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.settings import TrainingSettings
-from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings
-from seal_nb.experiments.sweep import SweepPoint, grid_of, sweep_loops, sweep_points, sweep_rows
+from seal_nb.experiments.settings import Training
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, requests_for_run
+from seal_nb.experiments.sweep import SweepPoint, grid_of, sweep_points, sweep_rows
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
-from seal_nb.views.plots import sweep_accuracy
+from seal_nb.views.plots import plot_sweep
 
 PASSAGES = [
     Passage(title=f"T{n}", context="C", questions=(Question(question="q", answer="a"),), hand_written="x")
     for n in range(8)
 ]
-SETTINGS = SinglePassageSettings(arm="hand_written", eval_times=2, training=TrainingSettings(lora_rank=4, lora_alpha=8))
+SETTINGS = SinglePassageSettings(arm="hand_written", eval_times=2, training=Training(lora_rank=4, lora_alpha=8))
 GRID = {"finetune_lr": [1e-4, 1e-3], "lora_rank": [2, 16], "target_modules": [[], ["all-linear"]]}
+
+
+def planned(points: Sequence[SweepPoint]) -> list[list[PlannedLoop]]:
+    return [requests_for_run(PASSAGES, point.settings, model_id="m") for point in points]
 
 
 def answered(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]]) -> dict[str, TTTReply]:
@@ -49,15 +53,14 @@ def test_a_grid_is_read_as_it_is_written() -> None:
 
 def test_every_combination_is_a_point_and_alpha_follows_the_rank() -> None:
     points = sweep_points(SETTINGS, GRID)
-    assert len(points) == 8 and len({point.label for point in points}) == 8
-    assert points[0].label == "finetune_lr 0.0001, lora_rank 2, target_modules default"
+    assert len(points) == 8 and len({str(point.values) for point in points}) == 8
     assert {(p.settings.training.lora_rank, p.settings.training.lora_alpha) for p in points} == {(2, 4), (16, 32)}
     fixed = sweep_points(SETTINGS, {"lora_rank": [2], "lora_alpha": [64]})
     assert fixed[0].settings.training.lora_alpha == 64
 
 
 def test_points_share_passages_and_seeds_and_no_request() -> None:
-    loops = sweep_loops(PASSAGES, sweep_points(SETTINGS, GRID), model_id="m")
+    loops = planned(sweep_points(SETTINGS, GRID))
     seeds = [[loop.request.seed for loop in own] for own in loops]
     assert all(one == seeds[0] for one in seeds) and len(seeds[0]) == 16
     assert len({loop.request_id for own in loops for loop in own}) == 8 * 16
@@ -65,13 +68,14 @@ def test_points_share_passages_and_seeds_and_no_request() -> None:
 
 def test_rows_compare_every_point_with_the_first_and_the_figure_says_the_same() -> None:
     points = sweep_points(SETTINGS, GRID)
-    loops = sweep_loops(PASSAGES, points, model_id="m")
+    loops = planned(points)
     rows = sweep_rows(points, loops, answered(points, loops), len(PASSAGES))
     assert [row["accuracy"] for row in rows] == [0.0] * 4 + [1.0] * 4
     assert [row["soft gain"] for row in rows] == [2.0, 2.0, 16.0, 16.0] * 2
     assert rows[0]["against the first"] is None
+    assert rows[0]["label"] == "finetune_lr 0.0001, lora_rank 2, target_modules default"
     assert rows[7]["against the first"] == "+100.0 points [100.0, 100.0], 8 passages: real"
-    chart = sweep_accuracy(rows, list(GRID))
+    chart = plot_sweep(rows, list(GRID))
     assert f"{rows[7]['label']}: 100.0%" in chart.alt
     (axes,) = chart.axes
     assert len(axes.containers) == 4 and axes.get_xscale() == "log"
@@ -79,29 +83,29 @@ def test_rows_compare_every_point_with_the_first_and_the_figure_says_the_same() 
 
 def test_what_enters_no_mean_is_counted() -> None:
     points = sweep_points(SETTINGS, {"finetune_epochs": [1]})
-    loops = sweep_loops(PASSAGES, points, model_id="m")
+    loops = planned(points)
     replies = answered(points, loops)
     del replies[loops[0][0].request_id]
     for loop in loops[0][2:4]:  # both repeats of the second passage
-        nobody = Answers(texts=["y"], verdicts=["UNGRADED"])
-        replies[loop.request_id] = build_reply(baseline=nobody, adapter=nobody, request_id=loop.request_id)
+        ungraded = Answers(texts=["y"], verdicts=["UNGRADED"])
+        replies[loop.request_id] = build_reply(baseline=ungraded, adapter=ungraded, request_id=loop.request_id)
     (row,) = sweep_rows(points, loops, replies, len(PASSAGES))
     assert (row["passages"], row["ungraded"], row["missing"]) == (7, 2, 1)
 
 
 def test_a_point_without_any_reply_is_blank_and_not_zero() -> None:
     points = sweep_points(SETTINGS, {"finetune_epochs": [1, 2]})
-    loops = sweep_loops(PASSAGES, points, model_id="m")
+    loops = planned(points)
     rows = sweep_rows(points, loops, {}, len(PASSAGES))
     assert [row["accuracy"] for row in rows] == [None, None]
     assert [(row["passages"], row["missing"]) for row in rows] == [(0, 16), (0, 16)]
-    assert sweep_accuracy(rows, ["finetune_epochs"]).alt == "QA accuracy by setting: "
+    assert plot_sweep(rows, ["finetune_epochs"]).alt == "QA accuracy by setting: "
 
 
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
-        ({"learning_rate": [1]}, "cannot sweep 'learning_rate'; inner-loop settings are batch_size"),
+        ({"learning_rate": [1]}, "cannot sweep 'learning_rate'; settings of the inner loop are batch_size"),
         ({}, "the grid has 1 points"),
         ({"lora_rank": []}, "the grid has 0 points"),
         ({"lora_rank": range(1, 300)}, "the grid has 299 points; 1 to 200"),

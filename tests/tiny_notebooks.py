@@ -1,4 +1,4 @@
-"""Notebooks of a few lines, written by the tests and executed by a real kernel."""
+"""Writes notebooks of a few lines, which tests execute with a real kernel."""
 
 from pathlib import Path
 

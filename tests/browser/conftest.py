@@ -1,13 +1,13 @@
 """One chromium, one JupyterLab and one TTT server with the small model for all browser tests.
 
-The notebooks are copies with small counts and few epochs, all on that one server: what they compute with
-their defaults is nbval's affair, here it is whether a person can use them.
+JupyterLab has copies of the notebooks without outputs. The inspector's copy asks that server and trains little.
 """
 
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -15,15 +15,10 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from seal_nb.notebook_runner import declared_parameters
 from seal_nb.server.launch import TTTServer
 from tests.browser.lab import ROOT, Lab, jupyter_lab
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SMALL = {
-    "n_articles": 1, "k_completions": 1, "eval_times": 1, "n_sequences": 1, "n_datapoints": 2,
-    "finetune_epochs": 1, "max_tokens": 12, "max_new_tokens": 12, "arms": "hand_written",
-}  # fmt: skip
+INSPECTOR = {"finetune_epochs": 1, "max_new_tokens": 12}
 CHROMIUM_FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -31,7 +26,7 @@ CHROMIUM_FLAGS = [
 
 
 def chromium_path() -> str:
-    """Debian's chromium. In continuous integration it must be there: .ci/browser.sh installs it."""
+    """Debian's chromium. In continuous integration the tests fail without it: .ci/browser.sh installs it."""
     found = shutil.which("chromium")
     if found is None:
         missing = "no chromium; on Debian: sudo .ci/browser.sh"
@@ -52,7 +47,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def ttt_server(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[TTTServer]:
-    """The small model, real; asked for after the browser, which may not be there."""
+    """With the small model. It starts after the browser, without which the tests are skipped."""
     with TTTServer(run_dir=tmp_path_factory.mktemp("ttt") / "run", n_workers=1, n_threads=1) as server:
         yield server
 
@@ -62,8 +57,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory, ttt_server: TTTServer) -> Iter
     folder = tmp_path_factory.mktemp("lab")
     notebooks = folder / "checkout" / "notebooks"
     notebooks.mkdir(parents=True)
-    for notebook in NOTEBOOKS:
-        nbformat.write(_small(notebook, ttt_server), notebooks / notebook.name)
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        values = {**INSPECTOR, "endpoint": ttt_server.endpoint} if notebook.stem == "07_passage_inspector" else {}
+        nbformat.write(_without_outputs(notebook, values), notebooks / notebook.name)
     with jupyter_lab(folder / "jupyter", notebooks.parent) as lab:
         yield lab
 
@@ -80,17 +76,11 @@ def new_page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
-def _small(notebook: Path, server: TTTServer) -> nbformat.NotebookNode:
-    """A copy without outputs whose injected parameters make it small, as papermill would."""
-    declared = declared_parameters(notebook)
-    values = {name: value for name, value in SMALL.items() if name in declared}
-    where = "attach_to" if "attach_to" in declared else "endpoint"
-    values |= {where: server.endpoint} if where in declared else {}
+def _without_outputs(notebook: Path, values: dict[str, Any]) -> nbformat.NotebookNode:
     copy = parameterize_notebook(load_notebook_node(str(notebook)), values)
     for cell in copy.cells:
+        cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     copy.metadata.pop("papermill", None)
-    for cell in copy.cells:
-        cell.metadata.pop("papermill", None)
     return copy

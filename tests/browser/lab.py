@@ -1,7 +1,7 @@
-"""A JupyterLab of its own for tests, and a notebook in it as a person has it before them: open, run, look.
+"""A JupyterLab for the tests, and a notebook that is open in it.
 
-The server keeps settings, workspaces and history in a folder of the test and listens on loopback under a
-random token. What a notebook holds is read from JupyterLab's own model, so that cells out of sight count too.
+The server keeps settings, workspaces and history in a folder of the test and listens on loopback with a random token.
+Cells are read from JupyterLab's own model, so that cells outside the window count too.
 """
 
 import json
@@ -41,7 +41,7 @@ class Lab:
 
 @contextmanager
 def jupyter_lab(folder: Path, checkout: Path) -> Iterator[Lab]:
-    """JupyterLab over ``checkout``, which has notebooks/; what it keeps for itself goes under ``folder``."""
+    """JupyterLab on ``checkout``, which contains notebooks/. Its own files go to ``folder``."""
     port, token = _free_port(), secrets.token_hex(16)
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}",
@@ -82,7 +82,7 @@ class OpenNotebook:
         )
 
     def run_all(self) -> None:
-        """Every cell, as the menu does; returns when the last one is done."""
+        """Run every cell, as the menu does. Returns when the last one is done."""
         self.page.set_default_timeout(RUN_MS)
         self.page.evaluate(RUN_ALL)
 
@@ -96,13 +96,6 @@ class OpenNotebook:
             for cell in self.cells()
             for output in cell.get("outputs", [])
             if output["output_type"] == "error"
-        ]
-
-    def not_run(self) -> list[str]:
-        return [
-            str(cell.get("id"))
-            for cell in self.cells()
-            if cell["cell_type"] == "code" and "".join(cell["source"]).strip() and not cell["execution_count"]
         ]
 
     def theme(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The passage inspector as a person uses it: mouse, keyboard, and an edit that is trained while they wait."""
+"""The passage inspector in a browser: mouse, keyboard, and an edit that is trained."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from tests.browser.conftest import new_page
 from tests.browser.lab import Lab, OpenNotebook
 
 NAME = "07_passage_inspector.ipynb"
-SCREENSHOTS = os.environ.get("SEAL_NB_SCREENSHOTS", "")  # a folder: keep pictures of what was tested
-TRAIN_MS = 300_000  # a machine that others use too
+SCREENSHOTS = os.environ.get("SEAL_NB_SCREENSHOTS", "")  # a folder for screenshots
+TRAIN_MS = 300_000  # the machine may be busy
 
 
 @pytest.fixture(scope="module")
 def page(browser: Browser) -> Iterator[Page]:
-    """One for all tests: what they ask of the inspector does not depend on what others left in it."""
+    """One page for all tests; none depends on the state that another one leaves."""
     yield from new_page(browser)
 
 
@@ -44,7 +44,7 @@ def passages(page: Page) -> Locator:
 
 
 def title_of(label: str) -> str:
-    """The list has the gain in front and marks behind."""
+    """The label without the gain at its start and the marks at its end."""
     return re.sub(r"^\S+\s+", "", label.strip()).rstrip("≈? ")
 
 
@@ -54,7 +54,7 @@ def picture(page: Page, name: str) -> None:
 
 
 def check_that_a_heading_sorts(page: Page) -> None:
-    """The table of what made the run: by its first column, both ways, by mouse and by keyboard."""
+    """The table of the run is sorted by its first column, both ways, by mouse and by keyboard."""
     heading = page.locator(".jp-OutputArea th", has_text=re.compile("^run$")).first
     first = heading.locator("xpath=ancestor::table").locator("tbody td").first
     expect(first).to_have_text("file")
@@ -77,13 +77,13 @@ def check_that_a_table_in_the_widget_sorts(page: Page) -> None:
 
 
 def check_that_the_top_follows(page: Page, title: str, edit: str) -> None:
-    """The table at a glance, of the notebook's first cells, says what is chosen further down."""
+    """The table at the top of the notebook shows what is selected further down."""
     top = page.locator("table", has_text="at a glance").first
     expect(top).to_contain_text(title)
     expect(top).to_contain_text(edit)
 
 
-def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Page) -> None:
+def test_select_sort_edit_and_train(notebook: OpenNotebook, page: Page) -> None:
     check_that_a_heading_sorts(page)
     inspector(page).scroll_into_view_if_needed()
     listed = passages(page).locator("option")
@@ -117,7 +117,7 @@ def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Pag
     picture(page, "inspector_answers")
 
     for view, seen in (
-        ("self-edit", "The train sequences it became"), ("compare", "second − first"), ("tokens", "nats")
+        ("self-edit", "Train sequences of self-edit"), ("compare", "second − first"), ("tokens", "nats")
     ):  # fmt: skip
         inspector(page).get_by_role("button", name=view, exact=True).click()
         expect(inspector(page).get_by_text(seen).first).to_be_visible()
@@ -135,7 +135,7 @@ def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Pag
         box.get_by_label(name).press("Tab")
     box.get_by_role("button", name="Train and ask").click()
     expect(box.get_by_role("button", name="Cancel")).to_be_enabled()
-    expect(box.get_by_text("after the edit")).to_be_visible(timeout=TRAIN_MS)
+    expect(box.get_by_role("columnheader", name="after the edit")).to_be_visible(timeout=TRAIN_MS)
     rows = box.locator("table").first.locator("tbody tr")
     answers = [row.locator("td").all_inner_texts() for row in rows.all()]
     assert answers and any(row[4] != row[5] for row in answers), "no answer changed"
@@ -157,7 +157,7 @@ def test_a_person_picks_sorts_edits_and_trains(notebook: OpenNotebook, page: Pag
         picture(page, "inspector_dark")
 
 
-def test_a_bad_setting_is_answered_with_the_remedy(notebook: OpenNotebook, page: Page) -> None:
+def test_a_bad_setting_shows_its_message(notebook: OpenNotebook, page: Page) -> None:
     box = live(page)
     box.scroll_into_view_if_needed()
     box.get_by_label("lr").fill("-1")

@@ -1,30 +1,19 @@
-"""JupyterLab in a real browser: notebooks with widgets open and run there, and it asks nobody for anything.
+"""What only a real browser shows of JupyterLab: it opens the tour and makes no requests to other addresses.
 
-That the cells of every notebook run is nbval's affair, and the inspector has a test file of its own.
+nbval executes the cells of every notebook. The inspector's test runs a notebook with widgets in the browser.
 """
 
-import pytest
 from playwright.sync_api import Page
 
-from tests.browser.conftest import NOTEBOOKS
 from tests.browser.lab import Lab, OpenNotebook
 
 
-@pytest.mark.parametrize("name", ["00_tour.ipynb", "02_ttt_server.ipynb"])
-def test_a_notebook_with_widgets_opens_and_runs_from_top_to_bottom(page: Page, lab: Lab, name: str) -> None:
-    notebook = OpenNotebook(page, lab, name)
-    notebook.run_all()
-    assert notebook.errors() == []
-    assert notebook.not_run() == []
-    notebook.close()
-
-
-def test_jupyterlab_asks_nobody_for_news_or_updates(page: Page, lab: Lab) -> None:
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    OpenNotebook(page, lab, NOTEBOOKS[-1].name).close()
-    assert asked and [url for url in asked if not url.startswith((lab.url, "data:", "blob:"))] == []
-    assert [url for url in asked if "/lab/api/news" in url or "/lab/api/update" in url] == []
+def test_jupyterlab_makes_no_request_for_news_or_updates(page: Page, lab: Lab) -> None:
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
+    OpenNotebook(page, lab, "09_sweep.ipynb").close()
+    assert urls and [url for url in urls if not url.startswith((lab.url, "data:", "blob:"))] == []
+    assert [url for url in urls if "/lab/api/news" in url or "/lab/api/update" in url] == []
 
 
 def test_the_address_that_is_printed_opens_the_tour(page: Page, lab: Lab) -> None:
