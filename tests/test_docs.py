@@ -98,4 +98,4 @@ def test_pictures_have_alt_texts(site: Path) -> None:
 
 
 def test_the_api_has_docstrings(site: Path) -> None:
-    assert "One inner loop: train a temporary adapte" in (site / "api" / "seal_nb.html").read_text()
+    assert "One inner loop: train a temporary adapter" in (site / "api" / "seal_nb.html").read_text()
