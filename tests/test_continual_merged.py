@@ -46,7 +46,7 @@ def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -
     with Journal(tmp_path / "j.jsonl") as journal:
         stack: list[str] = []
         with ttt_server(str(base), folder=tmp_path / "server", **SERVER) as ttt:
-            where = {"model": str(base), "folder": tmp_path / "merged"}
+            where = {"folder": tmp_path / "merged"}
             ttt.model_id, model_id = "another", ttt.model_id
             with pytest.raises(RunMismatch, match=f"asked of model another, .* has {model_id}"):
                 edit_and_merge(ttt, sequences, merged, journal, **where)

@@ -15,7 +15,7 @@ from tqdm.std import tqdm
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.views import live, tables
-from seal_nb.views.live import NOT_YET, Summary, Teller, progress, right_of
+from seal_nb.views.live import NOT_YET, Summary, Teller
 from seal_nb.views.tables import as_html, mime_bundle, show
 
 FRAME = pd.DataFrame({"arm": ["b", "a"], "gain": [0.1, None]})
@@ -45,14 +45,11 @@ def test_a_frame_is_shown_as_html_and_text(monkeypatch: pytest.MonkeyPatch) -> N
     assert shown == [(mime_bundle(FRAME, "arms"), True)] and shown[0][0]["text/plain"].startswith("arms\narm")
 
 
-def test_progress_of_a_headless_run_is_a_line_at_the_start_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(3, "inner loops") as bar:
-        for _ in range(3):
-            bar.update()
+def test_progress_of_a_headless_run_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     tell = Teller()
     tell("passages: 1 of 2")
     said = capsys.readouterr()
-    assert said.out == "inner loops: 0 of 3\ninner loops: 3 of 3\npassages: 1 of 2\n" and said.err == ""
+    assert said.out == "passages: 1 of 2\n" and said.err == ""
 
 
 def test_progress_in_jupyterlab_is_one_bar_per_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,15 +61,10 @@ def test_progress_in_jupyterlab_is_one_bar_per_count(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(live, "has_live_frontend", lambda: True)
     monkeypatch.setattr(live, "tqdm", bar)
-    progress(4, "requests").update(2)
     tell = Teller()
     for text in ("inner loops: 1 of 2", "inner loops: 2 of 2", "passages: 1 of 3"):
         tell(text)
-    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
-        ("requests", 2, 4),
-        ("inner loops", 2, 2),
-        ("passages", 1, 3),
-    ]
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("inner loops", 2, 2), ("passages", 1, 3)]
 
 
 def test_a_summary_at_the_top_is_filled_in_by_a_later_cell_headless_too() -> None:
@@ -91,10 +83,6 @@ def test_a_summary_that_was_never_shown_can_be_filled() -> None:
     summary = Summary("gain")
     summary.fill({"gain": "1"})
     assert summary.values == {"gain": "1"}
-
-
-def test_ungraded_answers_are_neither_right_nor_counted() -> None:
-    assert (right_of([True, None, False]), right_of([None]), right_of([])) == ("1 of 2", "0 of 0", "0 of 0")
 
 
 def test_an_error_of_ours_is_its_message_and_the_way_to_it_without_a_wall() -> None:

@@ -107,6 +107,22 @@ def test_an_empty_grader_starts_a_server_with_the_default_one(tmp_path: Path) ->
         assert ttt.model_id == "stub-own"
 
 
+def test_another_server_has_the_settings_of_this_one(server, tmp_path: Path) -> None:  # noqa: F811
+    own = {"inner_loop": STUB, "n_threads": 2, **HASTE}
+    with (
+        ttt_server("stub-own", endpoint=server.endpoint, folder=tmp_path, **own) as ttt,
+        ttt.another("stub-other", folder=tmp_path / "other") as other,
+    ):
+        assert other.model_id == "stub-other" and other.settings.n_threads == 2
+    with connect(server.endpoint) as ttt, pytest.raises(SettingsError, match="are not known; open it with ttt_server"):
+        ttt.another("stub-other", folder=tmp_path / "third")
+
+
+def test_a_setting_that_is_unknown_is_refused_with_an_endpoint_too(server, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(SettingsError, match="does not know .'n_worker'"):
+        ttt_server(endpoint=server.endpoint, folder=tmp_path, n_worker=2)
+
+
 def test_a_request_without_an_id_is_a_mistake(ttt, tmp_path: Path) -> None:
     with Journal(tmp_path / "j.jsonl") as journal, pytest.raises(ValueError, match="no id"):
         ask(ttt, [TTTRequest(train_sequences=["x"])], journal)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +120,32 @@ def test_settings_that_make_no_run_are_refused() -> None:
         Training(lora_rank=0)
     with pytest.raises(SettingsError, match="give a list"):
         Training(target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "example"),
+    [
+        ("lora_rank", "8", "a whole number"),
+        ("lora_rank", True, "a whole number"),
+        ("finetune_epochs", 2.5, "a whole number"),
+        ("finetune_lr", "1e-3", "a number"),
+        ("padding_in_loss", "false", "True or False"),
+        ("end_mask_substring", None, "a text"),
+        ("target_modules", [1], "a list of texts"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_wherever_settings_are_made(name: str, value: Any, example: str) -> None:
+    for make in (lambda: Training(**{name: value}), lambda: Training.from_parameters({name: value, "seed": 1})):
+        with pytest.raises(
+            SettingsError,
+            match=rf"{name}={value!r} is of type {type(value).__name__}; give {example}".replace("[", r"\["),
+        ):
+            make()
+
+
+def test_numbers_of_numpy_and_parameters_that_are_no_settings_are_taken() -> None:
+    training = Training.from_parameters({"lora_rank": np.int64(4), "finetune_lr": np.float64(0.1), "dataset": "x"})
+    assert (training.lora_rank, training.finetune_lr, training.lora_alpha) == (4, 0.1, 64)
 
 
 def test_a_built_run_has_the_published_form_and_reads_back(golden: Path, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_point_without_any_reply_is_blank_and_not_zero() -> None:
         ({"lora_rank": []}, "the grid has 0 points"),
         ({"lora_rank": range(1, 300)}, "the grid has 299 points; 1 to 200"),
         ({"lora_rank": [0]}, "lora_rank=0: must be at least 1"),
+        ({"lora_rank": ["8"]}, "lora_rank='8' is of type str; give a whole number"),
     ],
 )
 def test_a_grid_that_is_none_is_refused(grid: dict[str, Any], said: str) -> None:

@@ -22,7 +22,7 @@ from seal_nb.experiments.edits import (
     unedited_request,
 )
 from seal_nb.experiments.session import TTT, ask, tell_work
-from seal_nb.experiments.settings import Arm, Training
+from seal_nb.experiments.settings import Arm, Training, names_in
 from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply, TTTRequest
@@ -121,13 +121,13 @@ def continual(
     seed: int = 42,
     folder: str | Path = "runs/continual",
     dataset: str = "",
-    model: str = "",
     price_per_hour: float = 0.0,
 ) -> Continual:
     """Edit the passages of random sequences into the weights one by one; ask all passages so far after each edit.
 
     Args:
-        ttt: the server (`ttt_server` or `connect`); it keeps the adapters.
+        ttt: the server; it keeps the adapters. The strategy merged starts others like it, so it must come from
+            `ttt_server`.
         passages: the sequences are drawn from them.
         strategies: of stacked (frozen adapters on one base), merged (a model folder and a server for each edit, as
             published), replay (each edit also trains on the self-edits before it), retrieval (one adapter for each
@@ -146,7 +146,6 @@ def continual(
         seed: draws the sequences and seeds all requests.
         folder: for summaries, their records and the journal; a second call asks only for what is missing.
         dataset: name of the data, for the summaries.
-        model: with merged: the model folder or hub name that the server holds; empty: that of a server started here.
         price_per_hour: of the server; adds the cost to the line that says how much work it is.
 
     Returns:
@@ -158,10 +157,10 @@ def continual(
 
     Source: SEAL, arXiv 2506.10943, "catastrophic forgetting".
     """
-    folder, names = runs_folder(folder), strategies.split(",") if isinstance(strategies, str) else strategies
+    folder = runs_folder(folder)
     settings = {
-        name.strip(): ContinualSettings(
-            strategy=name.strip(),  # type: ignore[arg-type]
+        name: ContinualSettings(
+            strategy=name,  # type: ignore[arg-type]
             n_sequences=n_sequences,
             n_datapoints=n_datapoints,
             arm=arm,
@@ -174,7 +173,7 @@ def continual(
             seed=seed,
             training=training or Training(),
         )
-        for name in names
+        for name in names_in("strategies", strategies)
     }
     first = next(iter(settings.values()))
     sequences = draw_sequences(passages, first)
@@ -184,7 +183,7 @@ def continual(
         unedited = [ask(ttt, row_zero, journal, what="never edited").of(request) for request in row_zero]
         for name, one in settings.items():
             if name == "merged":
-                edits_of[name] = edit_and_merge(ttt, sequences, one, journal, folder=folder / name, model=model)
+                edits_of[name] = edit_and_merge(ttt, sequences, one, journal, folder=folder / name)
                 continue
             edits_of[name] = [Edits() for _ in sequences]
             for step in range(1, n_datapoints + 1):

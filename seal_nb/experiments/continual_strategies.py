@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from seal_nb.errors import RunMismatch, SettingsError
+from seal_nb.errors import RunMismatch
 from seal_nb.experiments.edits import ContinualSettings, Edits, edit_request, texts_of_step
-from seal_nb.experiments.session import TTT, ask, identified, ttt_server
+from seal_nb.experiments.session import TTT, ask, identified
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
@@ -30,41 +30,25 @@ _WORD = re.compile(r"\w+")
 
 
 def edit_and_merge(
-    ttt: TTT,
-    sequences: Sequence[Sequence[Passage]],
-    settings: ContinualSettings,
-    journal: Journal,
-    *,
-    folder: Path,
-    model: str = "",
+    ttt: TTT, sequences: Sequence[Sequence[Passage]], settings: ContinualSettings, journal: Journal, *, folder: Path
 ) -> list[Edits]:
     """All edits of each sequence, each on the model that the edit before it was merged into.
 
     `ttt`: the server that row 0 was asked of; the servers of the merged models take its settings. `folder`: has models
     and servers, in a subfolder for each content of a sequence, so that a merged model is never used for other passages
-    or settings. The last model of a sequence stays. `model`: what the server holds; empty: known from its settings.
+    or settings. The last model of a sequence stays.
 
     Raises: RunMismatch where the server for the first edit holds another model, RemoteError, SettingsError.
     """
-    own = ttt.server.settings if ttt.server else None
-    model = model or (own.model if own else "")
-    if not model:
-        raise SettingsError(f"strategy 'merged' needs the model of the server at {ttt.client.where}: give model")
     edits_S = []
     for number, sequence in enumerate(sequences):
         content = content_of(number, sequence, settings, ttt.model_id)
-        place, edits, now = folder / f"sequence_{number + 1}_{content}", Edits(), model
+        place, edits = folder / f"sequence_{number + 1}_{content}", Edits()
+        now = ttt.settings.model if ttt.settings else ""  # without settings, `another` raises
         for step in range(1, len(sequence) + 1):
             key, run_dir = content_id(["merged", content, step]), place / f"server_{step}"
             if key not in journal:
-                with ttt_server(
-                    now,
-                    folder=run_dir,
-                    grader=ttt.grader,
-                    n_threads=own.n_threads if own else 1,
-                    dtype=own.dtype if own else "auto",
-                    deterministic=own.deterministic if own else False,
-                ) as served:
+                with ttt.another(now, folder=run_dir) as served:
                     if step == 1 and served.model_id != ttt.model_id:
                         raise RunMismatch(
                             f"row 0 was asked of model {ttt.model_id}, the server for the merged edits has "

@@ -16,23 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.control import ask_control, control_frame, general_questions
-from seal_nb.experiments.session import TTT, ask_named, identified, tell_work, ttt_server
-from seal_nb.experiments.settings import ARMS, Arm, Training, texts_of_arm
-from seal_nb.experiments.single_passage import arm_sequences, check_answers, eval_questions
+from seal_nb.experiments.session import TTT, ask_named, identified, tell_work
+from seal_nb.experiments.settings import ARMS, Arm, Training, names_in, texts_of_arm
+from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.results.cpt import CptRun, build_overall, by_title, cpt_run_from_json, per_passage_results
-from seal_nb.results.published import CPT, are_published_passages
-from seal_nb.results.run import KINDS
-from seal_nb.results.statistics import mean
+from seal_nb.results.published import CPT
 from seal_nb.sft.settings import METHODS, SftJob, SftResult, SftSettings
 from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record, write_text
-from seal_nb.views import plots, training_plots
 from seal_nb.views.live import Teller
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
@@ -86,8 +82,10 @@ def cpt_file_name(settings: CPTSettings) -> str:
     return f"cpt_run_{settings.arm}{'_full' * (settings.method == 'full')}.json"
 
 
-class Cpt(dict[str, CptRun]):
-    """The CPT runs by arm, as their run files say, with tables and figures; `losses`: by epoch, nats per token."""
+class Cpt(Arms[CptRun]):
+    """What `cpt` returns: the runs by arm, with tables and figures. Every question counts once."""
+
+    published = CPT
 
     def __init__(
         self,
@@ -96,35 +94,12 @@ class Cpt(dict[str, CptRun]):
         losses: Mapping[str, Sequence[float | None]],
         control: Mapping[str, TTTReply],
     ) -> None:
-        super().__init__(runs)
-        self.passages, self.losses, self._control = list(passages), dict(losses), control
-
-    def accuracy(self) -> "pd.DataFrame":
-        """One row for each arm; every question counts once, the 95 % interval is over passages."""
-        import pandas as pd
-
-        return pd.concat([run.accuracy() for run in self.values()], ignore_index=True).drop(columns="file")
+        super().__init__(passages, runs, losses)
+        self._control = control
 
     def unrelated(self) -> "pd.DataFrame":
         """Accuracy on general questions of the base and of each arm; empty unless they were asked."""
         return control_frame(self._control)
-
-    def plot_accuracy(self) -> "Figure":
-        """Accuracy of each arm with its interval, the baseline, and published values for the published passages."""
-        bars = {run.arm: estimate for run in self.values() if (estimate := run.estimate("adapter"))}
-        published = CPT if are_published_passages((p.title, p.context) for p in self.passages) else {}
-        baseline = next(iter(self.values())).estimate("baseline")
-        return plots.plot_accuracy(bars, baseline=baseline, published=published)
-
-    def plot_gains(self, arm: str = "") -> "Figure":
-        """Baseline and adapter accuracy of each passage; `arm`: the last one unless given."""
-        run = self[arm or list(self)[-1]]
-        before, after = ([mean(scores) for scores in run.scores(kind)] for kind in KINDS)
-        return plots.plot_gains([passage.title for passage in self.passages], before, after)
-
-    def plot_losses(self) -> "Figure":
-        """Training loss by epoch of each arm."""
-        return training_plots.plot_losses(self.losses)
 
 
 def cpt(
@@ -173,17 +148,17 @@ def cpt(
 
     Source: SEAL, arXiv 2506.10943, continued pretraining.
     """
-    folder, names = runs_folder(folder), arms.split(",") if isinstance(arms, str) else arms
+    folder = runs_folder(folder)
     settings = {
-        name.strip(): CPTSettings(
-            arm=name.strip(),  # type: ignore[arg-type]
+        name: CPTSettings(
+            arm=name,  # type: ignore[arg-type]
             method=method,
             k_completions=k_completions,
             split_newlines=split_newlines,
             seed=seed,
             training=training or published_cpt_training(),
         )
-        for name in names
+        for name in names_in("arms", arms)
     }
     if method == "full" and ttt.server is None:
         raise SettingsError(
@@ -238,16 +213,8 @@ def _ask_model(
     """The questions put to a model folder, by a server like `ttt`'s; none is started where all are journalled."""
     if all(str(request.request_id) in journal for request in asked.values()):
         return {name: TTTReply.model_validate(journal.get(str(one.request_id))) for name, one in asked.items()}
-    assert ttt.server is not None
-    own = ttt.server.settings
-    with ttt_server(
-        model,
-        folder=folder,
-        grader=ttt.grader,
-        n_workers=own.n_workers,
-        n_threads=own.n_threads,
-        deterministic=own.deterministic,
-    ) as server:
+    assert ttt.settings is not None
+    with ttt.another(model, folder=folder, n_workers=ttt.settings.n_workers) as server:
         return ask_named(server, asked, journal, what="questions")
 
 

@@ -448,14 +448,19 @@ def _winning_shares(rewards: Sequence[float]) -> list[float]:
     return [is_best / sum(best) for is_best in best]
 
 
+def check_reliability(reliability: float) -> None:
+    """Raises: SettingsError for a number that no share of a variance can be asked to be."""
+    if not 0 < reliability < 1:
+        raise SettingsError(f"reliability is {reliability}; it is between 0 and 1")
+
+
 def repeats_needed(summary: RankingSummary, *, reliability: float = RELIABLE) -> int | None:
     """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown).
 
     None where the run cannot say (one repeat only), or self-edits do not differ beyond noise: then no number
     of repeats is known to help.
     """
-    if not 0 < reliability < 1:
-        raise SettingsError(f"reliability is {reliability}; it is between 0 and 1")
+    check_reliability(reliability)
     between, within = summary.variance_between_self_edits, summary.variance_between_repeats
     if between is None or within is None or between <= 0:
         return None

@@ -8,16 +8,17 @@ is not journalled: the next run sends it again. Statistics and result files are 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
-from seal_nb.errors import RemoteError, RoundTimeout
+from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.grading.choose import check_grader
 from seal_nb.protocol import GenerateReply, GenerateRequest, TTTReply, TTTRequest
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
+from seal_nb.server.settings import ServeSettings, SharedSettings
 from seal_nb.server.status import ServerStatus
 from seal_nb.storage import Journal, content_id, runs_folder
 from seal_nb.views.live import Teller
@@ -37,8 +38,16 @@ class TTT:
     notebook's kernel.
     """
 
-    def __init__(self, client: TTTClient, *, server: TTTServer | None = None, grader: str = "") -> None:
+    def __init__(
+        self,
+        client: TTTClient,
+        *,
+        server: TTTServer | None = None,
+        settings: ServeSettings | None = None,
+        grader: str = "",
+    ) -> None:
         self.client, self.server, self.grader = client, server, grader
+        self.settings = server.settings if server else settings
 
     @cached_property
     def model_id(self) -> str:
@@ -61,8 +70,22 @@ class TTT:
 
     def ready(self) -> TTTClient:
         """The client, once a worker is ready. Raises: RoundTimeout, SettingsError (see `model_id`)."""
-        assert self.model_id
+        _ = self.model_id
         return self.client
+
+    def another(self, model: str, *, folder: str | Path, n_workers: int = 1) -> "TTT":
+        """Start a server of another model with the settings of this one (dtype, threads, grader, …).
+
+        Raises: SettingsError where they are not known, which is so after `connect`.
+        """
+        if self.settings is None:
+            raise SettingsError(
+                f"the settings of the server at {self.client.where} are not known; open it with "
+                "ttt_server(model, endpoint=…, …) and the settings that it was started with"
+            )
+        names = {field.name for field in fields(SharedSettings)} - {"model"}
+        shared = {name: getattr(self.settings, name) for name in names}
+        return ttt_server(model, folder=folder, n_workers=n_workers, **shared)
 
     def identified(self, request: SomeRequest) -> SomeRequest:
         """The request with the id that its content and the served model give it."""
@@ -108,21 +131,22 @@ def ttt_server(
         listen: address of a server started here; port 0: a free one; other hosts need keys.
         folder: run folder of a server started here (log, kept adapters, results).
         grader: "local", "exact", "f1", "recall" or a judge (docs/graders.md); empty: the server's.
-        wait_s: seconds to wait for the server at `endpoint`.
+        wait_s: seconds that requests wait for the server at `endpoint` before they raise RoundTimeout.
         **settings: other fields of `server.settings.ServeSettings`, such as n_workers, n_threads, n_slots, dtype,
-            deterministic. They are used only for a server started here.
+            deterministic. With an endpoint they say how that server was started (see `TTT.another`).
 
     Returns:
         The server; close it, or use it in a `with` block.
 
     Raises:
-        RoundTimeout: when no server answers at `endpoint`.
+        SettingsError: for a setting that is unknown or out of range.
         ServerFailed: when the started server does not become ready; the message has the end of its log.
     """
-    if endpoint:
-        return connect(endpoint, grader=grader, wait_s=wait_s)
     given = settings | ({"grader": grader} if grader else {})
-    server = TTTServer(run_dir=runs_folder(folder), model=model, endpoint=listen, **given).start()
+    server = TTTServer(run_dir=runs_folder(folder), model=model, endpoint=listen, **given)
+    if endpoint:
+        return TTT(TTTClient(endpoint, wait_s=wait_s), settings=server.settings, grader=grader)
+    server.start()
     with ExitStack() as undo:
         undo.callback(server.stop)
         client = TTTClient(server.endpoint)
@@ -136,10 +160,7 @@ def connect(endpoint: str, *, grader: str = "", wait_s: float = DEFAULT_WAIT_S) 
     Args:
         endpoint: address ("tcp://gpu07:5555") or endpoint file.
         grader: the grader that the run states; empty: any.
-        wait_s: seconds to wait for the server.
-
-    Raises:
-        RoundTimeout: when no server answers there.
+        wait_s: seconds that requests wait for the server before they raise RoundTimeout.
     """
     return TTT(TTTClient(endpoint, wait_s=wait_s), grader=grader)
 
@@ -179,22 +200,22 @@ def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: st
     """
     wanted = {_key(request): request for request in requests}
     missing = [key for key in wanted if key not in journal]
-    failures: dict[str, str] = {}
-    tell, n_known = Teller(), len(wanted) - len(missing)
-    replies_now = ttt.client.run_indexed([wanted[key] for key in missing])
-    for done, (index, reply) in enumerate(replies_now, start=n_known + 1):
-        if isinstance(reply, RemoteError):
-            failures[missing[index]] = str(reply)
-        else:
-            journal.append(missing[index], reply.model_dump(mode="json"))
-        if done * 10 // len(wanted) > (done - 1) * 10 // len(wanted):
-            tell(f"{what}: {done} of {len(wanted)}")
-    replies = {
+    replies: dict[str, TTTReply | GenerateReply] = {
         key: (TTTReply if isinstance(request, TTTRequest) else GenerateReply).model_validate(journal.get(key))
         for key, request in wanted.items()
         if key in journal
     }
-    return Collected(replies=replies, failures=failures)
+    failures: dict[str, str] = {}
+    tell, arriving = Teller(), ttt.client.run_indexed([wanted[key] for key in missing])
+    for done, (index, reply) in enumerate(arriving, start=len(replies) + 1):
+        if isinstance(reply, RemoteError):
+            failures[missing[index]] = str(reply)
+        else:
+            journal.append(missing[index], reply.model_dump(mode="json"))
+            replies[missing[index]] = reply
+        if done * 10 // len(wanted) > (done - 1) * 10 // len(wanted):
+            tell(f"{what}: {done} of {len(wanted)}")
+    return Collected(replies={key: replies[key] for key in wanted if key in replies}, failures=failures)
 
 
 def tell_work(

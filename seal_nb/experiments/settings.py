@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 from seal_nb.errors import DataError, SettingsError
@@ -63,11 +64,11 @@ class Training:
     chat: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            _check_type(name, getattr(self, name), kind)
         for name in ("lora_rank", "finetune_epochs", "batch_size", "gradient_accumulation_steps", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
-        if isinstance(self.target_modules, str):
-            raise SettingsError(f"target_modules={self.target_modules!r}: give a list of module names")
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
 
     @classmethod
@@ -81,11 +82,8 @@ class Training:
         Raises:
             SettingsError: for a parameter of the wrong type; the message names it.
         """
-        hints = typing.get_type_hints(cls)
-        given = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
-        for name, value in given.items():
-            _check_type(name, value, hints[name])
-        return cls(**{**given, **settings})
+        named = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
+        return cls(**(named | settings))
 
     def request_fields(self) -> dict[str, Any]:
         """As fields of a `protocol.TTTRequest`."""
@@ -107,19 +105,31 @@ class Training:
         }
 
 
-_EXAMPLES = {int: "a whole number such as 32", float: "a number such as 1e-3", bool: "True or False", str: "a text"}
+_KINDS: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number such as 32"),
+    float: (Real, "a number such as 1e-3"),
+    bool: (bool, "True or False"),
+    str: (str, "a text"),
+}
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
-    if kind in _EXAMPLES:
-        kinds = (int, float) if kind is float else (kind,)
-        is_right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-        wanted = _EXAMPLES[kind]
+    if kind in _KINDS:
+        wanted, example = _KINDS[kind]
+        is_right = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
     else:
         is_right = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
-        wanted = 'a list of texts such as ["q_proj", "v_proj"]'
+        example = 'a list of texts such as ["q_proj", "v_proj"]'
     if not is_right:
-        raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {wanted}")
+        raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {example}")
+
+
+def names_in(parameter: str, value: str | Sequence[str]) -> list[str]:
+    """The names in a comma list or a list. Raises: SettingsError for none, and for a name that occurs twice."""
+    names = [one.strip() for one in (value.split(",") if isinstance(value, str) else value) if one.strip()]
+    if not names or len(set(names)) < len(names):
+        raise SettingsError(f"{parameter}={value!r}: give at least one, each name once")
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +147,8 @@ def parse_arms(arms: str | Sequence[str]) -> list[ArmSource]:
 
     Raises: SettingsError for an unknown arm and for a name that occurs twice.
     """
-    entries = arms.split(",") if isinstance(arms, str) else arms
-    sources = [_parse(entry.strip()) for entry in entries if entry.strip()]
-    if not sources or len({source.name for source in sources}) < len(sources):
-        raise SettingsError(f"arms={arms!r}: give at least one arm, each name once")
+    sources = [_parse(entry) for entry in names_in("arms", arms)]
+    names_in("arms", [source.name for source in sources])  # two files under one name
     return sources
 
 

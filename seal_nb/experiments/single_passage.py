@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.rest_em import eval_times_wanted
+from seal_nb.experiments.rest_em import check_reliability, eval_times_wanted
 from seal_nb.experiments.session import TTT, ask, ask_named, identified, tell_work
 from seal_nb.experiments.settings import (
     ARMS,
@@ -32,7 +32,7 @@ from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import KINDS, VERDICT_WORDS, frame
+from seal_nb.results.run import KINDS, VERDICT_WORDS, Run, frame
 from seal_nb.results.single_passage import SinglePassageRun, read_run, run_file_name, run_from_json
 from seal_nb.results.statistics import mean, published_statistics, repeat_stats
 from seal_nb.self_edits import passage_only_sequences
@@ -44,6 +44,8 @@ from seal_nb.views.live import Teller
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+SomeRun = TypeVar("SomeRun", bound=Run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +86,16 @@ class PlannedLoop:
         return str(self.request.request_id)
 
 
-class Evaluation(dict[str, SinglePassageRun]):
-    """The runs of an evaluation by arm, as their run files say, with tables and figures.
+class Arms(dict[str, SomeRun]):
+    """The runs of an experiment by arm, as their run files say, with tables and figures.
 
-    `losses` has the training loss by epoch (nats per token) of each inner loop.
+    `losses`: the training loss by epoch (nats per token) of each adapter.
     """
 
+    published: ClassVar[Mapping[str, float]]  # accuracy of each arm on the 200 published passages
+
     def __init__(
-        self,
-        passages: Sequence[Passage],
-        runs: Mapping[str, SinglePassageRun],
-        losses: Mapping[str, Sequence[float | None]],
+        self, passages: Sequence[Passage], runs: Mapping[str, SomeRun], losses: Mapping[str, Sequence[float | None]]
     ) -> None:
         super().__init__(runs)
         self.passages, self.losses = list(passages), dict(losses)
@@ -102,24 +103,20 @@ class Evaluation(dict[str, SinglePassageRun]):
     def accuracy(self) -> "pd.DataFrame":
         """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p.
 
-        `recited`: share of adapter answers that contain the gold answer of another question of the passage.
+        `recited` (single passages): share of adapter answers that contain the gold answer of another question of the
+        passage.
         """
         import pandas as pd
 
         frame = pd.concat([run.accuracy() for run in self.values()], ignore_index=True)
         return frame.drop(columns=["prompt", "file"], errors="ignore")
 
-    def answers(self, arm: str = "") -> "pd.DataFrame":
-        """One row for each question and repeat, changed verdicts first; `arm`: the last one unless given."""
-        frame = self[arm or list(self)[-1]].answers(changed_first=True)
-        return frame.drop(columns=["baseline_correct", "adapter_correct"])
-
     def plot_accuracy(self) -> "Figure":
         """Accuracy of each arm with its interval, the baseline, and published values for the published passages."""
         bars = {run.arm: estimate for run in self.values() if (estimate := run.estimate("adapter"))}
-        published = SINGLE_PASSAGE if are_published_passages((p.title, p.context) for p in self.passages) else {}
+        are_published = are_published_passages((p.title, p.context) for p in self.passages)
         baseline = list(self.values())[-1].estimate("baseline")
-        return plots.plot_accuracy(bars, baseline=baseline, published=published)
+        return plots.plot_accuracy(bars, baseline=baseline, published=self.published if are_published else {})
 
     def plot_gains(self, arm: str = "") -> "Figure":
         """Baseline and adapter accuracy of each passage; `arm`: the last one unless given."""
@@ -128,8 +125,19 @@ class Evaluation(dict[str, SinglePassageRun]):
         return plots.plot_gains([passage.title for passage in self.passages], before, after)
 
     def plot_losses(self) -> "Figure":
-        """Training loss by epoch of each inner loop, named passage.self_edit.repeat."""
+        """Training loss by epoch of each adapter; those of single passages are named passage.self_edit.repeat."""
         return training_plots.plot_losses(self.losses)
+
+
+class Evaluation(Arms[SinglePassageRun]):
+    """What `evaluate` returns: the runs by arm, with tables and figures."""
+
+    published = SINGLE_PASSAGE
+
+    def answers(self, arm: str = "") -> "pd.DataFrame":
+        """One row for each question and repeat, changed verdicts first; `arm`: the last one unless given."""
+        frame = self[arm or list(self)[-1]].answers(changed_first=True)
+        return frame.drop(columns=["baseline_correct", "adapter_correct"])
 
 
 def evaluate(
@@ -178,6 +186,8 @@ def evaluate(
     Source: SEAL, arXiv 2506.10943, section 3.1, single passage.
     """
     folder, sources = runs_folder(folder), parse_arms(arms)
+    if reliability:
+        check_reliability(reliability)
     common = {"k_completions": k_completions, "eval_times": eval_times, "split_newlines": split_newlines, "seed": seed}
     settings = {
         source.name: SinglePassageSettings(
@@ -192,13 +202,9 @@ def evaluate(
     texts = {source.name: passages_of_arm(passages, source) for source in sources}
     tell = Teller()
     for source in sources:
-        n_texts = (
-            max((len(one.completions) for one in texts[source.name]), default=0) if source.arm == "self_edits" else 0
-        )
-        if n_texts > k_completions:
-            tell(
-                f"{source.name}: a passage has {n_texts} self-edits; the first {k_completions} are used (k_completions)"
-            )
+        most = max((len(one.completions) for one in texts[source.name]), default=0)
+        if source.arm == "self_edits" and most > k_completions:
+            tell(f"{source.name}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
     grader = make_grader(ttt.grader or "local") if IN_CONTEXT in settings else None
     if grader is not None:  # verdicts of two graders cannot be compared
         check_grader(grader.name, ttt.model_id, where=ttt.client.where)

@@ -135,10 +135,10 @@ def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[An
         raise SettingsError(f"the grid has {len(combinations)} points; 1 to {MOST_POINTS} can be run")
     base, points = settings.training, []
     for values in combinations:
-        changed = dict(values)
+        training = replace(base, **values)
         if "lora_rank" in values and "lora_alpha" not in values:
-            changed["lora_alpha"] = base.lora_alpha / base.lora_rank * values["lora_rank"]
-        points.append(SweepPoint(values=values, settings=replace(settings, training=replace(base, **changed))))
+            training = replace(training, lora_alpha=base.lora_alpha / base.lora_rank * training.lora_rank)
+        points.append(SweepPoint(values=values, settings=replace(settings, training=training)))
     return points
 
 

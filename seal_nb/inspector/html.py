@@ -5,6 +5,7 @@ JupyterLab together with its static view.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -130,13 +131,14 @@ def run_files(run: Path) -> StaticView:
     return StaticView(f"<p>Files of this run: {', '.join(links)}</p>", f"files of this run: {', '.join(names)}")
 
 
-class WidgetView:
+class WidgetView(ABC):
     """Shows ``box`` (an ipywidget) in JupyterLab. Its static view is in the same output, and alone elsewhere."""
 
     box: Any
 
+    @abstractmethod
     def static_view(self) -> StaticView:
-        raise NotImplementedError
+        """The same content without a widget."""
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = self.static_view()._repr_mimebundle_()

@@ -5,6 +5,7 @@ of its file with all fields, known and unknown, and knows where the verdicts are
 nothing.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +73,7 @@ class StoredVerdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(ABC):
     """One run file. ``file`` is its name in tables: its path below a collected folder."""
 
     value: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -95,33 +96,33 @@ class Run:
         arm = str(self.value.get("arm") or "") or self.name
         return ARM_NAMES.get(arm, arm)
 
+    @abstractmethod
     def scores(self, kind: Kind) -> list[Scores]:
         """For each unit (passage or sequence) its verdicts or accuracies; empty if the file has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored_mean(self, kind: Kind) -> float | None:
         """The accuracy that the file states, used where it has no verdicts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored_verdicts(self) -> list[StoredVerdict]:
         """All verdicts in the order of the file. Raises: DataError if it is not known what was asked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fill_statistics(self) -> None:
         """Compute every statistic in ``value`` from its verdicts by the published rule."""
-        raise NotImplementedError
 
+    @abstractmethod
     def overall(self) -> dict[str, Any]:
         """The published ``overall`` numbers, computed from the verdicts; None where there are none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unit_keys(self) -> list[Any]:
         """What identifies each unit, so that two runs can be paired; empty if the file does not say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self) -> "pd.DataFrame":
         """One row per answered question."""
-        raise NotImplementedError
 
     def disagreements(self) -> list[str]:
         """Stored numbers that differ from the computed ones."""

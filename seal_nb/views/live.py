@@ -6,7 +6,7 @@ without times, so that what is committed is small and the same every time.
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -16,40 +16,6 @@ from seal_nb.views.tables import has_live_frontend, mime_bundle
 COUNTED = re.compile(r"^(.*?):? *(\d+) of (\d+)$")
 NOT_YET = "not run yet"
 LONGEST_SENTENCE = 200  # characters of a summary's line
-LINE_S = 30.0  # between lines in a log
-
-
-class _Lines:
-    """A file for tqdm that writes a line per update instead of rewriting one line."""
-
-    def __init__(self) -> None:
-        self.last = ""
-
-    def write(self, text: str) -> None:
-        line = text.strip()
-        if line and line != self.last:
-            self.last = line
-            sys.stdout.write(f"{line}\n")
-
-    def flush(self) -> None:
-        sys.stdout.flush()
-
-
-def progress(total: int, what: str) -> "tqdm[Any]":
-    """A progress bar; in a log a line at the start, about every 30 s, and at the end.
-
-    Args:
-        total: number of steps.
-        what: what is counted, such as "inner loops".
-
-    Returns:
-        A tqdm bar: call ``update()`` after each step and ``close()`` at the end, or use it in a ``with`` statement.
-    """
-    if has_live_frontend():
-        return tqdm(total=total, desc=what)
-    from tqdm.std import tqdm as plain
-
-    return plain(total=total, desc=what, file=_Lines(), mininterval=LINE_S, bar_format="{desc}: {n_fmt} of {total_fmt}")
 
 
 class Teller:
@@ -104,9 +70,3 @@ class Summary:
 
         rows = pd.DataFrame({"at a glance": list(self.values), "": list(self.values.values())})
         return mime_bundle(rows, longest_cell=LONGEST_SENTENCE)
-
-
-def right_of(correct: Sequence[bool | None]) -> str:
-    """Right answers among those with a verdict, for a summary: "3 of 5"."""
-    graded = [one for one in correct if one is not None]
-    return f"{sum(graded)} of {len(graded)}"
