@@ -24,14 +24,12 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import zmq
 
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.storage import write_json
-from seal_nb.views.tables import as_text
 
 OUT = Path(__file__).with_name("service_load.json")
 
@@ -201,6 +199,10 @@ def main() -> None:
         result["growth"] = growth_rows(server, n_requests=options.requests // 5)
         bare_endpoint = f"tcp://127.0.0.1:{ours.recv()}"
         result["load"] = load_rows(server.info.endpoint, bare_endpoint, seconds=options.seconds)
+    import pandas as pd  # not at the top: the worker loads this module, and its memory is measured
+
+    from seal_nb.views.tables import as_text
+
     for name in ("load", "memory", "growth"):
         print(as_text(pd.DataFrame(result[name])), end="\n\n")
     write_json(options.out, result)

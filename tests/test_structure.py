@@ -127,3 +127,9 @@ def test_each_folder_says_in_five_lines_what_it_is_for() -> None:
         text = path.read_text()
         (only,) = ast.parse(text).body or [None]
         assert isinstance(only, ast.Expr) and len(text.strip().splitlines()) <= 5, path
+
+
+def test_processes_of_the_server_do_not_import_numpy_or_tables() -> None:
+    code = "import sys, seal_nb.server.main, seal_nb.server.worker; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "pandas", "matplotlib", "IPython"} & set(done.stdout.split())

@@ -16,7 +16,6 @@ from typing import Any, Self
 import zmq
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.metrics import counted
 from seal_nb.server.endpoint import ask, find_endpoint
 
 WINDOW_S = 60.0
@@ -135,6 +134,8 @@ def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
 
 def at_work(status: ServerStatus) -> str:
     """What is in training now, in one line; empty if nothing is."""
+    from seal_nb.metrics import counted  # brings numpy, which front end and workers do not need
+
     jobs = [job for worker in status.workers for job in worker.stats.get("training", {}).values()]
     step, n_steps = (sum(job[name] for job in jobs) for name in ("step", "n_steps"))
     return f"{counted(len(jobs), 'adapters')} in training, step {step:,} of {n_steps:,}" if jobs else ""
