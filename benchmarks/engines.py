@@ -27,7 +27,6 @@ from seal_nb.passages import load_passages
 from seal_nb.prompts import find_prompts
 from seal_nb.self_edits import create_self_edits
 from seal_nb.storage import Journal, write_json
-from seal_nb.views.style import save_figure
 
 OUT = Path(__file__).with_name("engines.json")
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "engines.png"
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     result = measure(quick=arguments.quick)
     write_json(arguments.out, result)
-    save_figure(engine_throughput(result), arguments.figure)
+    engine_throughput(result).save(arguments.figure.with_suffix(""))
     print(markdown(result))
 
 

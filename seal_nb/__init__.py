@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from seal_nb.sft.settings import SftSettings as SftSettings
     from seal_nb.storage import runs_folder as runs_folder
     from seal_nb.views.live import Summary as Summary
+    from seal_nb.views.plots import plot_gold_logprobs as plot_gold_logprobs
+    from seal_nb.views.plots import plot_losses as plot_losses
     from seal_nb.views.tables import show as show
-    from seal_nb.views.training_plots import plot_gold_logprobs as plot_gold_logprobs
-    from seal_nb.views.training_plots import plot_losses as plot_losses
 
 _MODULES = {
     "EvalQuestion": "protocol",
@@ -52,8 +52,8 @@ _MODULES = {
     "eval_questions": "experiments.single_passage",
     "evaluate": "experiments.single_passage",
     "load_passages": "passages",
-    "plot_gold_logprobs": "views.training_plots",
-    "plot_losses": "views.training_plots",
+    "plot_gold_logprobs": "views.plots",
+    "plot_losses": "views.plots",
     "read_run": "results.collect",
     "reply_frame": "experiments.single_passage",
     "rest_em_round": "experiments.rest_em",

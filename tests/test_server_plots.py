@@ -1,11 +1,11 @@
 """The figure and the table of a server over time carry its samples; live in place, headless in lines."""
 
-import io
 from typing import Any
 
 import pytest
 
 from seal_nb.server.status import History
+from seal_nb.views import server_plots
 from seal_nb.views.server_plots import ServerView, plot_server_activity, server_frame
 from seal_nb.views.style import Chart
 from tests.server.test_watch import sample
@@ -68,29 +68,32 @@ def test_table_has_the_newest_state_and_the_most_there_was() -> None:
     assert {"failed", "workers", "trained tokens per second", "slots in use"} <= set(cells)
 
 
-def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(history: History, shown: list[Shown]) -> None:
-    stream = io.StringIO()
-    view = ServerView(live=False, stream=stream)
+def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(
+    history: History, shown: list[Shown], capsys: pytest.CaptureFixture[str]
+) -> None:
+    view = ServerView()
     for _ in range(5):
         view.show(history)
     assert shown == []
     view.close(history)
-    (line,) = stream.getvalue().splitlines()  # the next one is due after some seconds
+    (line,) = capsys.readouterr().out.splitlines()  # the next one is due after some seconds
     assert "2 waiting, 3/4 slots, 9.5 jobs/min" in line
     assert [(how, type(what)) for how, what in shown] == [("displayed", dict), ("displayed", Chart)]
 
 
-def test_live_there_is_one_display_that_is_updated(history: History, shown: list[Shown]) -> None:
-    stream = io.StringIO()
-    view = ServerView(live=True, stream=stream)
+def test_live_there_is_one_display_that_is_updated(
+    history: History, shown: list[Shown], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_plots, "has_live_frontend", lambda: True)
+    view = ServerView()
     view.show(history)
     view.show(history)
     view.close(history)
     assert [how for how, _ in shown] == ["displayed", "updated", "updated", "displayed"]
     assert "image/png" in shown[1][1].data and "requests waiting" in shown[1][1].data
-    assert [type(what) for _, what in shown[2:]] == [dict, Chart] and stream.getvalue() == ""
+    assert [type(what) for _, what in shown[2:]] == [dict, Chart] and capsys.readouterr().out == ""
 
 
 def test_a_server_that_was_never_seen_leaves_nothing_to_show(shown: list[Shown]) -> None:
-    ServerView(live=False).close(History())
+    ServerView().close(History())
     assert shown == []

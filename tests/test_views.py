@@ -4,7 +4,6 @@ import base64
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,6 +13,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from seal_nb.errors import SettingsError
+from seal_nb.metrics import Estimate
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.plots import (
     asked_cells,
@@ -22,23 +22,19 @@ from seal_nb.views.plots import (
     plot_continual_matrix,
     plot_gain_histogram,
     plot_gains,
+    plot_losses,
+    plot_rewards,
     plot_rounds,
 )
-from seal_nb.views.style import STYLE, Chart, png_bytes, save_figure
+from seal_nb.views.style import STYLE, Chart
 from seal_nb.views.tables import as_html, as_text, mime_bundle
-from seal_nb.views.training_plots import plot_losses, plot_rewards
 
 
-@dataclass(frozen=True)
-class Estimate:
-    mean: float
-    low: float
-    high: float
-    n: int = 6
+def estimate(mean: float, low: float, high: float, n: int = 6, unit: str = "passages") -> Estimate:
+    return Estimate(mean=mean, low=low, high=high, n=n, unit=unit)
 
 
-ARMS = {"passage only": Estimate(0.2, 0.1, 0.35), "hand-written": Estimate(0.6, 0.45, 0.7)}
-PIXEL = base64.b64encode(png_bytes(plot_losses({"a": [1.0]}))).decode()
+ARMS = {"passage only": estimate(0.2, 0.1, 0.35), "hand-written": estimate(0.6, 0.45, 0.7)}
 
 
 def lines_labelled(axes: Axes, label: str) -> list[list[float]]:
@@ -46,10 +42,10 @@ def lines_labelled(axes: Axes, label: str) -> list[list[float]]:
 
 
 def test_arm_bars_end_at_the_means_and_intervals_at_the_bounds() -> None:
-    axes = plot_accuracy(ARMS, baseline=Estimate(0.05, 0.0, 0.1)).axes[0]
+    axes = plot_accuracy(ARMS, baseline=estimate(0.05, 0.0, 0.1)).axes[0]
     assert [bar.get_width() for bar in axes.patches[:2]] == [0.2, 0.6]
     assert [text.get_text() for text in axes.get_yticklabels()] == list(ARMS)
-    spans = [bars.get_segments()[0] for container in axes.containers[1:] for bars in container.lines[2]]
+    spans = axes.containers[0].lines[2][0].get_segments()
     assert np.allclose([[span[0][0], span[1][0]] for span in spans], [[0.1, 0.35], [0.45, 0.7]])
 
 
@@ -59,12 +55,12 @@ def test_arm_axis_names_n_and_what_the_bars_are() -> None:
 
 
 def test_arms_over_different_numbers_of_passages_say_so() -> None:
-    axes = plot_accuracy({**ARMS, "own": Estimate(0.3, 0.2, 0.4, n=2)}).axes[0]
+    axes = plot_accuracy({**ARMS, "own": estimate(0.3, 0.2, 0.4, n=2)}).axes[0]
     assert "n = 2 to 6 passages" in axes.get_xlabel()
 
 
 def test_baseline_is_a_line_at_its_mean() -> None:
-    axes = plot_accuracy(ARMS, baseline=Estimate(0.05, 0.0, 0.1)).axes[0]
+    axes = plot_accuracy(ARMS, baseline=estimate(0.05, 0.0, 0.1)).axes[0]
     (line,) = [one for one in axes.get_lines() if str(one.get_label()).startswith("baseline")]
     assert list(line.get_xdata()) == [0.05, 0.05]
 
@@ -77,7 +73,7 @@ def test_published_marks_stand_only_on_arms_that_were_published() -> None:
 
 
 def test_rounds_carry_estimates_published_values_and_passages() -> None:
-    estimates = [Estimate(0.3, 0.2, 0.4), None, Estimate(0.5, 0.4, 0.6)]
+    estimates = [estimate(0.3, 0.2, 0.4), None, estimate(0.5, 0.4, 0.6)]
     chart = plot_rounds({"implications": estimates}, per_passage=[[0.0, 0.5, 1.0]], published=ROUNDS_BY_PROMPT)
     axes = chart.axes[0]
     assert lines_labelled(axes, "published") == [[0.397, 0.427, 0.47]]
@@ -106,11 +102,11 @@ def test_continual_matrix_names_its_rows_and_sequences() -> None:
 
 
 def test_a_matrix_of_zeros_is_drawn() -> None:
-    assert png_bytes(plot_continual_matrix([[0.0], [0.0]], n_sequences=1)).startswith(b"\x89PNG")
+    assert plot_continual_matrix([[0.0], [0.0]], n_sequences=1).drawn().startswith(b"\x89PNG")
 
 
 def test_continual_curve_stands_beside_never_edited() -> None:
-    seen = [Estimate(0.4, 0.3, 0.5, n=2), Estimate(0.3, 0.2, 0.4, n=2)]
+    seen = [estimate(0.4, 0.3, 0.5, 2, "sequences"), estimate(0.3, 0.2, 0.4, 2, "sequences")]
     axes = plot_continual_curve(seen, [0.1, 0.15], just_edited=[0.4, 0.6]).axes[0]
     assert lines_labelled(axes, "never edited, same passages") == [[0.1, 0.15]]
     assert lines_labelled(axes, "passage just edited") == [[0.4, 0.6]]
@@ -163,21 +159,21 @@ def test_a_figure_shows_itself_as_a_picture_and_in_words() -> None:
 def test_drawing_leaves_the_global_style_alone_and_needs_no_pyplot() -> None:
     before = dict(mpl.rcParams)
     plot_accuracy(ARMS)
-    assert dict(mpl.rcParams) == before and mpl.rcParams["axes.titlesize"] != STYLE["axes.titlesize"]
+    assert dict(mpl.rcParams) == before and mpl.rcParams["legend.frameon"] != STYLE["legend.frameon"]
     check = "import sys, seal_nb.views.plots; "
     check += "sys.exit(bool({'matplotlib.pyplot', 'torch', 'seaborn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_equal_figures_are_equal_files(tmp_path: Path, ending: str) -> None:
-    first = save_figure(plot_accuracy(ARMS), tmp_path / f"a{ending}").read_bytes()
-    assert first == save_figure(plot_accuracy(ARMS), tmp_path / f"b{ending}").read_bytes()
+    (first,), (second,) = (plot_accuracy(ARMS).save(tmp_path / "new" / name, ending) for name in "ab")
+    assert first.name == f"a.{ending}" and first.read_bytes() == second.read_bytes() != b""
 
 
 def test_an_unknown_figure_format_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="figure format is 'bmp'; known are svg, pdf, png"):
-        save_figure(plot_accuracy(ARMS), tmp_path / "a.bmp")
+    with pytest.raises(SettingsError, match="figure format is 'bmp'; known are png, svg, pdf"):
+        plot_accuracy(ARMS).save(tmp_path / "a", "bmp")
 
 
 def test_a_table_is_the_same_in_text_and_html_and_everything_is_escaped() -> None:

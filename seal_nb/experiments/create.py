@@ -14,7 +14,7 @@ from seal_nb.prompts import SelfEditPrompt, find_prompts
 from seal_nb.self_edits import create_self_edits as written_by
 from seal_nb.self_edits import train_sequences
 from seal_nb.storage import Journal, RunRecord, read_journal, runs_folder, write_json, write_record
-from seal_nb.views import training_plots
+from seal_nb.views import plots
 from seal_nb.views.live import Teller
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class SelfEdits:
 
     def plot_lengths(self) -> "Figure":
         """Words of each self-edit, and of its passage."""
-        return training_plots.plot_self_edit_lengths(
+        return plots.plot_self_edit_lengths(
             [passage.title for passage in self.passages],
             [[len(text.split()) for text in passage.completions] for passage in self.passages],
             [len(passage.context.split()) for passage in self.passages],

@@ -22,7 +22,7 @@ from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
 from seal_nb.storage import RunRecord, runs_folder, write_record, write_text
-from seal_nb.views import training_plots
+from seal_nb.views import plots
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ class RestEmRound:
             [one.self_edit for one in self._choices if one.passage == passage.index and one.self_edit is not None]
             for passage in self.run.passages
         ]
-        return training_plots.plot_rewards(
+        return plots.plot_rewards(
             [passage.title for passage in self.run.passages],
             [[mean_reward(edit) for edit in passage.self_edits] for passage in self.run.passages],
             chosen,

@@ -38,7 +38,7 @@ from seal_nb.results.statistics import mean, published_statistics, repeat_stats
 from seal_nb.self_edits import passage_only_sequences
 from seal_nb.self_edits import train_sequences as sequences_of_text
 from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record
-from seal_nb.views import plots, training_plots
+from seal_nb.views import plots
 from seal_nb.views.live import Teller
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Arms(dict[str, SomeRun]):
 
     def plot_losses(self) -> "Figure":
         """Training loss by epoch of each adapter; those of single passages are named passage.self_edit.repeat."""
-        return training_plots.plot_losses(self.losses)
+        return plots.plot_losses(self.losses)
 
 
 class Evaluation(Arms[SinglePassageRun]):

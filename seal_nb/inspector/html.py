@@ -15,24 +15,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from seal_nb.storage import record_path
-from seal_nb.views.tables import SORTER, as_html, as_text, has_live_frontend
-
-FORMATS = {"best": ".1%", "right answers, second − first": "+.0f"}  # in addition to those of `views.tables`
-
-# HTML inside a widget cannot contain a script. This one makes a table sortable when the mouse or the focus enters it.
-TABLES_SORT = f"""<script>(function(){{if(window.sealNbTablesSort)return;window.sealNbTablesSort=true;
-const enter=event=>{{const box=event.target.closest&&event.target.closest(".seal-nb");
-if(box)box.querySelectorAll("table:not([data-sorts])").forEach(
- table=>{{table.dataset.sorts="yes";({SORTER})(table);}});}};
-document.addEventListener("mouseover",enter);document.addEventListener("focusin",enter);}})()</script>"""
-
-# JupyterLab uses the arrow keys to move between cells unless the focused element has this attribute, which cannot be
-# set from Python. The widget appears shortly after its output, so the script repeats for 20 seconds.
-OWN_ARROW_KEYS = """<script>(function(){let n=0;const mark=()=>{
-document.querySelectorAll(".seal-nb-inspector,.seal-nb-live").forEach(box=>
- box.querySelectorAll("select,button,input").forEach(
-  one=>one.setAttribute("data-lm-suppress-shortcuts","true")));
-if(n++<100)setTimeout(mark,200);};mark();})()</script>"""
+from seal_nb.views.tables import SCRIPT, as_html, as_text, has_live_frontend
 
 CSS = """<style>
 .seal-nb{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
@@ -79,24 +62,16 @@ def text_block(text: str) -> str:
 
 def table_html(table: pd.DataFrame, caption: str = "") -> str:
     wide = " sn-wide" if len(table.columns) > 7 else ""  # scrolls in a narrow window
-    return f'<div class="sn-table{wide}">{as_html(table, caption, formats=FORMATS)}</div>'
+    return f'<div class="sn-table{wide}">{as_html(table, caption)}</div>'
 
 
 def loss_curve(losses: Sequence[float]) -> str:
-    """A small loss curve for a line of text, as SVG; its label contains the numbers."""
+    """A small loss curve in a line of text; its label contains the numbers."""
     if not losses:
         return ""
-    width, height, edge = 120, 26, 3  # pixels
-    highest, step = max([*losses, 1e-9]), (width - 2 * edge) / max(len(losses) - 1, 1)
-    points = [(edge + i * step, height - edge - (height - 2 * edge) * loss / highest) for i, loss in enumerate(losses)]
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * loss / max([*losses, 1e-9]))] for loss in losses)
     label = "loss by epoch: " + ", ".join(f"{loss:.2f}" for loss in losses)
-    x, y = points[-1]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return (
-        f'<svg role="img" aria-label="{label}" width="{width}" height="{height}" style="vertical-align:middle">'
-        f'<title>{label}</title><polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="currentColor"/></svg>'
-    )
+    return f'<span role="img" aria-label="{label}" title="{label}">{bars}</span>'
 
 
 class StaticView:
@@ -106,8 +81,7 @@ class StaticView:
         self.html, self.text = html, text
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        script = TABLES_SORT if has_live_frontend() else ""
-        return {"text/html": self.html + script, "text/plain": self.text}
+        return {"text/html": self.html + (SCRIPT if has_live_frontend() else ""), "text/plain": self.text}
 
 
 def static_tables(tables: Mapping[str, pd.DataFrame], title: str = "") -> StaticView:
@@ -118,7 +92,7 @@ def static_tables(tables: Mapping[str, pd.DataFrame], title: str = "") -> Static
         title: Heading above the tables.
     """
     html = [table_html(table, caption) for caption, table in tables.items()]
-    text = [as_text(table, caption, formats=FORMATS) for caption, table in tables.items()]
+    text = [as_text(table, caption) for caption, table in tables.items()]
     return StaticView(page(heading(title) if title else "", *html), "\n\n".join([title, *text]).strip())
 
 
@@ -149,4 +123,4 @@ class WidgetView(ABC):
 
         display(self._repr_mimebundle_(), raw=True)
         if has_live_frontend():
-            display({"text/html": OWN_ARROW_KEYS + TABLES_SORT, "text/plain": ""}, raw=True)
+            display({"text/html": SCRIPT, "text/plain": ""}, raw=True)

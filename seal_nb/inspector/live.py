@@ -116,7 +116,7 @@ class LiveEdit(WidgetView):
             self.answered,
         ]
         box = w.VBox(parts, layout=w.Layout(width="100%", overflow="hidden"))
-        box.add_class("seal-nb-live")
+        box.add_class("seal-nb-widget").add_class("seal-nb-live")
         return box
 
     def fill(self) -> None:

@@ -252,7 +252,7 @@ class PassageInspector(WidgetView):
         )
         # Without "hidden", margins of a few pixels would give the whole widget a scroll bar; the page has its own.
         box = w.HBox([left, right], layout=w.Layout(width="100%", overflow="hidden"))
-        box.add_class("seal-nb-inspector")
+        box.add_class("seal-nb-widget").add_class("seal-nb-inspector")
         return box
 
     def _fill_passages(self) -> None:

@@ -10,10 +10,9 @@ import io
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -29,26 +28,20 @@ HEAT_MAP = "cividis"  # even in lightness, safe for colour-blind readers
 WIDTH_IN = 6.4  # a text column of a notebook
 DPI = 110
 STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
     "axes.facecolor": "white",
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=CYCLE),
     "axes.axisbelow": True,
-    "font.size": 10,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "grid.color": PALE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
-    "lines.markersize": 6,
     "text.color": INK,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
@@ -56,6 +49,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "svg.hashsalt": "seal-nb",  # the same figure gives the same file
 }
+UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 P = ParamSpec("P")
 
@@ -70,15 +64,29 @@ class Chart(Figure):
 
         Args:
             path: without ending; folders are made.
-            formats: comma list of png, svg, pdf.
+            formats: comma list of png, svg, pdf (the last two for papers).
 
         Returns:
             The files. Raises SettingsError for another format.
         """
-        return [save_figure(self, Path(f"{path}.{ending.strip()}")) for ending in formats.split(",")]
+        files = [Path(f"{path}.{ending.strip()}") for ending in formats.split(",")]
+        for file in files:
+            drawn = self.drawn(file.suffix[1:], dpi=2 * DPI)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(drawn)
+        return files
+
+    def drawn(self, ending: str = "png", *, dpi: int = DPI) -> bytes:
+        """The content of a file without date or program name, so that equal figures are equal files."""
+        if ending not in UNDATED:
+            raise SettingsError(f"figure format is {ending!r}; known are {', '.join(UNDATED)}")
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.savefig(buffer, format=ending, dpi=dpi, facecolor="white", metadata=UNDATED[ending])
+        return buffer.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-        image = base64.b64encode(png_bytes(self)).decode("ascii")
+        image = base64.b64encode(self.drawn()).decode("ascii")
         return {"image/png": image, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
@@ -99,29 +107,14 @@ def new_chart(height_in: float, width_in: float = WIDTH_IN) -> tuple[Chart, Axes
     return chart, chart.add_subplot()
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG without date or program name, so that equal figures are equal files."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a figure in the format of the path's ending: .png, .svg or .pdf (the last two for papers).
-
-    Raises: SettingsError for any other ending.
-    """
-    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {"Software": None}}
-    if path.suffix not in undated:
-        known = ", ".join(ending[1:] for ending in undated)
-        raise SettingsError(f"figure format is {path.suffix[1:]!r}; known are {known}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        figure.savefig(path, dpi=2 * DPI, facecolor="white", metadata=undated[path.suffix])
-    return path
+def legend_outside(
+    chart: Chart, place: Literal["outside upper left", "outside right center"] = "outside upper left", columns: int = 4
+) -> None:
+    """The legend outside the axes, so that it covers no data."""
+    if chart.axes[0].get_legend_handles_labels()[0]:
+        chart.legend(loc=place, ncols=columns, handletextpad=0.4, columnspacing=1.4)
 
 
 def percent_ticks() -> FuncFormatter:
-    """Fractions as percentages, with as many digits as the tick has: rounded ones would stand twice."""
+    """Fractions as percentages, with as many digits as the tick has, so that no two ticks read the same."""
     return FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
