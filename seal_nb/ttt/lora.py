@@ -18,8 +18,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULT_TARGETS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +89,7 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
 def _matching(names: Sequence[str], targets: Sequence[str], model_type: str) -> list[str]:
     if tuple(targets) == (ALL_LINEAR,):
         return list(names)
-    wanted = list(targets) or list(PEFT_DEFAULT_TARGETS.get(model_type, ()))
+    wanted = list(targets) or _peft_targets(model_type)
     if not wanted:
         raise SettingsError(
             f"target_modules is empty and PEFT has no default for {model_type!r}; name them, or 'all-linear'"
@@ -104,6 +102,13 @@ def _matching(names: Sequence[str], targets: Sequence[str], model_type: str) -> 
             f"target_modules has {missing[0]!r}, which is no Linear of this model; it has {', '.join(known)}"
         )
     return matched
+
+
+def _peft_targets(model_type: str) -> list[str]:
+    # Here and below PEFT is imported when it is needed: with bitsandbytes its import takes a fifth of a worker's start.
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+
+    return list(DEFAULT_TARGETS.get(model_type, ()))
 
 
 def initial_weights(layout: Layout, seed: int) -> Tensor:
@@ -143,6 +148,8 @@ def peft_weights(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
     """Write an adapter in PEFT's format. The folder appears whole or not at all; an existing one is replaced."""
+    from peft import LoraConfig
+
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     weights = peft_weights(adapter.layout, adapter.flat.detach().cpu())
