@@ -1,4 +1,4 @@
-"""End a tree of processes, and end a process when its parent ends.
+"""End a tree of processes, end a process when its parent ends, and threads that keep no process alive.
 
 A stage is a tree: runner, Jupyter kernel, TTT server, workers. Some of them have a session of their own, so neither
 Ctrl-C in a terminal nor the death of the root reaches all of them by itself.
@@ -6,14 +6,19 @@ Ctrl-C in a terminal nor the death of the root reaches all of them by itself.
 
 import contextlib
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import psutil
 
 POLL_S = 0.5
+T = TypeVar("T")
 
 
 def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
@@ -71,6 +76,38 @@ def _run(parent_pid: int, command: list[str]) -> int:
             if os.getppid() != parent_pid:
                 end_tree(child.pid)
                 return 143
+
+
+class DaemonThreads:
+    """At most ``n_threads`` daemon threads, started as calls come. A call that has not begun can be cancelled.
+
+    The threads of a ThreadPoolExecutor would keep the process alive until a slow service has answered every call.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._n_started = 0
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((future, call))
+        with self._starting:
+            if self._n_started < self.n_threads:
+                threading.Thread(target=self._run, name="requests", daemon=True).start()
+                self._n_started += 1
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - the caller of result() gets it
+                future.set_exception(error)
 
 
 if __name__ == "__main__":

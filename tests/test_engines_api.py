@@ -31,7 +31,7 @@ KEY = "sk-nobody-may-see-this"
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("seal_nb.engines.api.FIRST_PAUSE_S", 0.01)
 
 
 def settings_of(service: StandIn, **changed: object) -> ApiSettings:

@@ -11,9 +11,9 @@ from benchmarks.stand_in import stand_in
 from seal_nb.errors import GradingError
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import grader_of
-from seal_nb.grading.judge import GradingThreads
 from seal_nb.inner_loop.loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
 from seal_nb.inner_loop.settings import InnerLoopSettings
+from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import ErrorReply, TTTReply, TTTRequest
 from tests.ttt.tiny import save_tiny_model
 
@@ -175,7 +175,7 @@ def test_a_judge_grades_what_the_loop_answers(tmp_path: Path) -> None:
 
 
 def test_threads_start_as_they_are_needed_and_raise_where_the_result_is_asked_for() -> None:
-    threads = GradingThreads(3)
+    threads = DaemonThreads(3)
     assert [threads.submit(lambda at=at: at * at).result(10) for at in range(5)] == [0, 1, 4, 9, 16]  # type: ignore[misc]
     failed = threads.submit(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
@@ -183,7 +183,7 @@ def test_threads_start_as_they_are_needed_and_raise_where_the_result_is_asked_fo
 
 
 def test_a_call_not_yet_begun_can_be_cancelled() -> None:
-    threads, held, ran = GradingThreads(1), threading.Event(), []
+    threads, held, ran = DaemonThreads(1), threading.Event(), []
     first = threads.submit(lambda: held.wait(10))
     second = threads.submit(lambda: ran.append(1))
     assert second.cancel()

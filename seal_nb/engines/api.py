@@ -1,31 +1,30 @@
 """Texts from an OpenAI-compatible service: OpenAI itself, a vLLM server, a gateway.
 
-The official async client (https://github.com/openai/openai-python) sends the requests and retries after connection
-errors, time-outs, 429 and 5xx. Added here is what concerns many requests together: a limit of requests at a time,
-patience with rate limits, the end of a round, Ctrl-C. Only a finished text counts as a reply. Engines and judges use
-the same client. It runs on one event loop in a thread of its own, so that it works in plain code and in notebooks,
-whose event loop is already running.
+The official client (https://github.com/openai/openai-python) sends the requests, from as many threads as requests may
+be under way. Added here: other attempts after failures that may pass, patience with rate limits, the end of a round,
+Ctrl-C. Only a finished text counts as a reply. Engines and judges use the same client.
 """
 
-import asyncio
 import json
 import os
+import random
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import openai
 from dotenv import dotenv_values, find_dotenv
-from openai import RequestOptions
 
 from seal_nb.engines.base import Completion, NotAsked, OnText, Prompt, Sampling, adapter_of_each, contents, in_order
 from seal_nb.errors import EngineError, SettingsError
+from seal_nb.processes import DaemonThreads
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 FINISHED = ("stop", "length")
@@ -33,10 +32,9 @@ CONCERNS_ALL = {401, 402, 403, 404}  # key, money, permission, address or model:
 OUT_OF_MONEY = "insufficient_quota"  # OpenAI sends it with status 429, and waiting does not help
 MOST_FAILURES_IN_A_ROW = 16  # or max_parallel, if that is more
 CONNECT_TIMEOUT_S = 10.0
-RATE_LIMIT_PAUSE_S = 10.0  # if the service does not say how long to wait
+MAY_PASS = {408, 409, 429}  # and 5xx
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0  # after a failure, if the service does not say how long to wait
 LONGEST_MESSAGE = 400  # characters of a service's message in an error
-
-T = TypeVar("T")
 
 
 class Refused(EngineError):
@@ -115,33 +113,6 @@ def api_key(variable: str) -> str:
     return key.strip()
 
 
-_starting = threading.Lock()  # `cache` alone would let two threads start two loops
-
-
-@cache
-def _started_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="http requests", daemon=True).start()
-    return loop
-
-
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all clients of this process."""
-    with _starting:
-        return _started_loop()
-
-
-@dataclass
-class _Round:
-    """Requests of one call of ``ApiClient.each``. A stopped round sends no further request."""
-
-    outcomes: dict[int, Completion | EngineError] = field(default_factory=dict)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    n_failed_in_a_row: int = 0
-    stopped: bool = False
-
-
 class ApiClient:
     """Sends requests to one service; may be used from many threads.
 
@@ -152,32 +123,27 @@ class ApiClient:
     """
 
     def __init__(
-        self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] | None = None
+        self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] = lambda: None
     ) -> None:
         self.settings, self.check, self.usage = settings, check, Usage()
+        self.threads = DaemonThreads(settings.max_parallel)
         if key is None:
             key = api_key(settings.api_key_env) if settings.api_key_env else ""
         self._key = key
         timeout = openai.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
-        transport = openai.DefaultAsyncHttpxClient(
-            timeout=timeout,
-            # A proxy of the environment is not for servers on this machine.
-            trust_env=urlsplit(settings.base_url).hostname not in LOOPBACK,
-            event_hooks={"request": [self._before_attempt], "response": [self._after_attempt]},
-        )
-        self._client = openai.AsyncOpenAI(
+        # A proxy of the environment is not for servers on this machine.
+        trust_env = urlsplit(settings.base_url).hostname not in LOOPBACK
+        self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=key or "none",
+            max_retries=0,  # `_answer` repeats: it can be stopped, and waits longer for a rate limit
             timeout=timeout,
-            max_retries=settings.max_attempts - 1,
-            http_client=transport,
+            http_client=openai.DefaultHttpxClient(timeout=timeout, trust_env=trust_env),
         )
-        self._free = asyncio.Semaphore(settings.max_parallel)
-        self._between_attempts: set[asyncio.Task[Any] | None] = set()
 
     def one(self, ask: Ask) -> Completion:
         """The text of one request. Raises: Refused, Unavailable, UnusableReply."""
-        return self._run(self._one(ask))
+        return self._answer(ask, threading.Event())
 
     def each(self, asks: Mapping[int, Ask], on_text: OnText | None = None) -> dict[int, Completion | EngineError]:
         """The outcome of each request, ``max_parallel`` at a time.
@@ -186,85 +152,53 @@ class ApiClient:
         interrupt it. After a failure that concerns all requests, after many failures in a row, and after Ctrl-C no
         further request is sent, and the replies under way are waited for. A second Ctrl-C ends at once.
         """
-        round_ = _Round()
-        running = asyncio.run_coroutine_threadsafe(self._each(asks, on_text, round_), _event_loop())
+        stopped, one_at_a_time, n_failed_in_a_row = threading.Event(), threading.Lock(), 0
+
+        def outcome(index: int, ask: Ask) -> Completion | EngineError:
+            nonlocal n_failed_in_a_row
+            try:
+                found: Completion | EngineError = self._answer(ask, stopped)
+            except EngineError as error:
+                found = error
+            with one_at_a_time:
+                # A service that refuses one prompt still works for the next one.
+                n_failed_in_a_row = 0 if isinstance(found, Completion | Refused) else n_failed_in_a_row + 1
+                concerns_all = isinstance(found, Refused) and found.status in CONCERNS_ALL
+                if concerns_all or n_failed_in_a_row > max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel):
+                    stopped.set()
+                if isinstance(found, Completion) and on_text is not None:
+                    try:
+                        on_text(index, found)
+                    except BaseException:
+                        stopped.set()
+                        raise
+            return found
+
+        calls = {index: self.threads.submit(partial(outcome, index, ask)) for index, ask in asks.items()}
         try:
-            running.result()
-        except KeyboardInterrupt:
-            _event_loop().call_soon_threadsafe(self._stop, round_)
-            running.result()
+            return {index: call.result() for index, call in calls.items()}
+        except BaseException:
+            stopped.set()
+            wait([call for call in calls.values() if not call.cancel()])
             raise
-        finally:
-            running.cancel()  # does nothing unless this is the second Ctrl-C
-        return round_.outcomes
 
     def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
         """The server's reply at ``path`` (from its root) to one GET, or to one POST with a body.
 
         Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection.
         """
-        return self._run(self._control(path, body))
-
-    def _run(self, request: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(request, _event_loop()).result()
-
-    async def _control(self, path: str, body: Mapping[str, Any] | None) -> str:
-        url, options = urljoin(self.settings.base_url, path), RequestOptions(max_retries=0)
+        url = urljoin(self.settings.base_url, path)
         try:
             if body is None:
-                return await self._client.get(url, cast_to=str, options=options)
-            return await self._client.post(url, cast_to=str, body=dict(body), options=options)
+                return self._client.get(url, cast_to=str)
+            return self._client.post(url, cast_to=str, body=dict(body))
         except openai.APIStatusError as error:
             raise Refused(self._shown(str(error)), status=error.status_code) from None
         except openai.APIConnectionError as error:
             raise Unavailable(self._shown(f"{path}: {error}")) from None
 
-    async def _each(self, asks: Mapping[int, Ask], on_text: OnText | None, round_: _Round) -> None:
-        calls = (self._outcome(index, ask, on_text, round_) for index, ask in asks.items())
-        round_.tasks = {asyncio.create_task(call) for call in calls}
-        try:
-            await asyncio.gather(*round_.tasks)
-        finally:
-            for task in round_.tasks:
-                task.cancel()
-
-    async def _outcome(self, index: int, ask: Ask, on_text: OnText | None, round_: _Round) -> None:
-        outcome: Completion | EngineError = NotAsked("not sent: earlier requests failed, or the user interrupted")
-        try:
-            async with self._free:
-                if not round_.stopped:
-                    outcome = await self._answer(ask)
-        except EngineError as error:
-            outcome = error
-        except asyncio.CancelledError:
-            if not round_.stopped:
-                raise
-        finally:
-            self._between_attempts.discard(asyncio.current_task())
-        round_.outcomes[index] = outcome
-        if isinstance(outcome, Completion) and on_text is not None:
-            async with round_.saving:
-                await asyncio.to_thread(on_text, index, outcome)
-        # A service that refuses one prompt still works for the next one.
-        is_alive = isinstance(outcome, Completion | Refused)
-        round_.n_failed_in_a_row = 0 if is_alive else round_.n_failed_in_a_row + 1
-        concerns_all = isinstance(outcome, Refused) and outcome.status in CONCERNS_ALL
-        if concerns_all or round_.n_failed_in_a_row > max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel):
-            self._stop(round_)
-
-    def _stop(self, round_: _Round) -> None:
-        """Send nothing more. Requests that wait before another attempt are cancelled; the others go on."""
-        round_.stopped = True
-        for task in round_.tasks & self._between_attempts:
-            task.cancel()
-
-    async def _one(self, ask: Ask) -> Completion:
-        async with self._free:
-            return await self._answer(ask)
-
-    async def _answer(self, ask: Ask) -> Completion:
+    def _answer(self, ask: Ask, stopped: threading.Event) -> Completion:
         """One text. Errors are not chained, because a service's message may hold the key."""
-        given_up_s = time.monotonic() + self.settings.patience_s
         is_text = isinstance(ask.prompt, str)
         body = {
             "model": ask.model,
@@ -277,31 +211,29 @@ class ApiClient:
             **ask.extra,
         }
         path = "/completions" if is_text else "/chat/completions"
-        while True:
-            try:
-                return self._completion(await self._client.post(path, cast_to=str, body=body))
-            except openai.RateLimitError as error:
-                pause_s = _retry_after_s(error)
-                if time.monotonic() + pause_s > given_up_s:
-                    limit = f"rate-limited for longer than patience_s={self.settings.patience_s:g}"
-                    raise Unavailable(f"{self._shown(str(error))}; {limit}; run again later") from None
-                await asyncio.sleep(pause_s)
-            except (openai.APIConnectionError, openai.InternalServerError) as error:
-                attempts = f"up to {self.settings.max_attempts} attempts"
-                raise Unavailable(f"{self._shown(str(error))} ({attempts})") from None
-            except openai.APIStatusError as error:
-                raise Refused(self._shown(str(error)), status=error.status_code) from None
-
-    async def _before_attempt(self, request: Any) -> None:
-        self._between_attempts.discard(asyncio.current_task())
-        if self.check is not None:
+        given_up_s, n_failed, pause_s = time.monotonic() + self.settings.patience_s, 0, FIRST_PAUSE_S
+        while not stopped.is_set():
             self.check()
-
-    async def _after_attempt(self, response: Any) -> None:
-        if response.status_code >= 400:
-            self._between_attempts.add(asyncio.current_task())
-        if response.status_code == 429 and OUT_OF_MONEY.encode() in (body := await response.aread()):
-            raise Refused(self._shown(f"429: {body.decode(errors='replace')}"), status=402)
+            try:
+                return self._completion(self._client.post(path, cast_to=str, body=body))
+            except openai.APIConnectionError as error:
+                shown, asked_pause_s, status = self._shown(str(error)), None, 0
+            except openai.APIStatusError as error:
+                shown, asked_pause_s, status = self._shown(str(error)), _retry_after_s(error), error.status_code
+                if status == 429 and OUT_OF_MONEY in error.response.text:
+                    status = 402
+            if status and status not in MAY_PASS and status < 500:
+                raise Refused(shown, status=status)
+            wait_s = pause_s * random.uniform(0.75, 1) if asked_pause_s is None else asked_pause_s
+            if status == 429 and time.monotonic() + wait_s > given_up_s:
+                limit = f"rate-limited for longer than patience_s={self.settings.patience_s:g}"
+                raise Unavailable(f"{shown}; {limit}; run again later")
+            n_failed += status != 429
+            if n_failed == self.settings.max_attempts:
+                raise Unavailable(f"{shown} ({n_failed} attempts)")
+            stopped.wait(wait_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        raise NotAsked("not sent: earlier requests failed, or the user interrupted")
 
     def _completion(self, raw: str) -> Completion:
         """The text in the body of a reply. Raises: UnusableReply."""
@@ -328,11 +260,12 @@ class ApiClient:
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
 
 
-def _retry_after_s(error: openai.APIStatusError) -> float:
+def _retry_after_s(error: openai.APIStatusError) -> float | None:
+    """How long to wait, if the service says so."""
     try:
         return max(0.0, float(error.response.headers.get("retry-after", "")))
     except ValueError:
-        return RATE_LIMIT_PAUSE_S
+        return None
 
 
 class OpenAIEngine:

@@ -13,15 +13,14 @@ import fcntl
 import json
 import logging
 import os
-import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl
 
 from seal_nb.engines.api import CONCERNS_ALL, ApiClient, ApiSettings, Ask, Refused
@@ -33,42 +32,9 @@ from seal_nb.prompts import grading_prompt
 from seal_nb.storage import content_id
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LOGGED_FAILURES = 10  # different messages; an outage repeats the same one
 _YES_OR_NO = re.compile(r"\b(yes|no)\b")
-
-
-class GradingThreads:
-    """At most ``n_threads`` daemon threads, started as calls come. A call that has not begun can be cancelled.
-
-    The threads of a ThreadPoolExecutor would keep the process alive until a slow judge has answered every call.
-    """
-
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._starting = threading.Lock()
-        self._n_started = 0
-
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._calls.put((future, call))
-        with self._starting:
-            if self._n_started < self.n_threads:
-                threading.Thread(target=self._run, name="grading", daemon=True).start()
-                self._n_started += 1
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, call = self._calls.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - the caller of result() gets it
-                future.set_exception(error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +98,6 @@ class JudgeGrader:
         self.name = f"judge:{settings.model}"
         self.client = ApiClient(settings.api)
         self.failures: Counter[str] = Counter()
-        self._threads = GradingThreads(settings.api.max_parallel)
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
         """One verdict for each answer. An interrupt ends the calls that have not begun.
@@ -143,7 +108,7 @@ class JudgeGrader:
         calls: dict[str, Future[Verdict]] = {}
         prompts = [_prompt(one) for one in answered]
         for prompt in dict.fromkeys(filter(None, prompts)):
-            calls[prompt] = self._threads.submit(lambda prompt=prompt: self._verdict(prompt, no_use))  # type: ignore[misc]
+            calls[prompt] = self.client.threads.submit(lambda prompt=prompt: self._verdict(prompt, no_use))  # type: ignore[misc]
         try:
             verdicts = {prompt: call.result() for prompt, call in calls.items()}
         finally:

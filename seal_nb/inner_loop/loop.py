@@ -20,7 +20,6 @@ import torch
 from seal_nb.errors import SealError, SettingsError
 from seal_nb.grading.base import Grader
 from seal_nb.grading.choose import make_grader
-from seal_nb.grading.judge import GradingThreads
 from seal_nb.inner_loop.evaluation import (
     Evaluation,
     Generation,
@@ -33,6 +32,7 @@ from seal_nb.inner_loop.evaluation import (
 from seal_nb.inner_loop.scores import GoldScores, gold_scores, token_scores
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
+from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_reply
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, GroupedDecoder
@@ -69,7 +69,7 @@ class InnerLoop:
         self.baselines: dict[Question, str] = {}  # the base's answers
         self.gold_scores: GoldScores = {}
         self.kept = KeptAdapters(settings.adapters_dir, base.load_adapter, base.name)
-        self.grading_threads = GradingThreads(MOST_GRADED_AT_ONCE)
+        self.grading_threads = DaemonThreads(MOST_GRADED_AT_ONCE)
         self.done: deque[Reply] = deque()
         self.progress = Progress()
         self.answering = False
