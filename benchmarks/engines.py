@@ -21,7 +21,7 @@ from benchmarks.engine_plots import engine_throughput
 from benchmarks.stand_in import stand_in_process
 from seal_nb.engines.api import ApiSettings, OpenAIEngine
 from seal_nb.engines.base import Engine, Sampling
-from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer, vllm_python
+from seal_nb.engines.vllm import VllmEngine, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 from seal_nb.passages import load_passages
 from seal_nb.prompts import find_prompts
@@ -71,18 +71,13 @@ def service_rows(parallel: Sequence[int], *, service_time_s: float, lanes: int) 
 
 def vllm_rows(parallel: Sequence[int], *, lanes: int, max_tokens: int) -> list[dict[str, Any]]:
     """A real server on this machine's processor, one thread."""
-    options = VllmOptions(
-        model="embedded",
-        dtype="float32",
-        max_model_len=1024,
-        max_lora_rank=0,
-        enforce_eager=True,
-        cpu_threads=1,
-        cpu_kv_cache_gib=1,
-        extra_arguments=(f"--max-num-seqs={lanes}", "--no-enable-prefix-caching"),
-    )
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    arguments = ("--max-model-len=1024", "--enforce-eager", f"--max-num-seqs={lanes}", "--no-enable-prefix-caching")
     rows = []
-    with tempfile.TemporaryDirectory() as folder, VllmServer(options, run_dir=Path(folder)) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        VllmServer("embedded", run_dir=Path(folder), dtype="float32", arguments=arguments) as server,
+    ):
         stage_1(VllmEngine.of(server), n_texts=8, max_tokens=4)  # the first call is slow
         for n in parallel:
             engine = VllmEngine.of(server, max_parallel=n)

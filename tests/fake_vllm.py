@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Stands in for an interpreter that has vLLM: started with that command line, it does what FAKE_VLLM says.
 
-"ready" (the default) serves; "crash" says a line and exits with 3; "silent" never becomes ready; "no-reload"
-refuses weights in place, "too-long" the prompt "long". What it was started and asked with goes into the file
-FAKE_VLLM_NOTES. Standard library only: on the server's PYTHONPATH there is nothing else.
+"ready" (the default) serves; "crash" says a line and exits with 3; "silent" never becomes ready; "too-long" refuses
+the prompt "long". What it was started and asked with goes into the file FAKE_VLLM_NOTES. Standard library only: on
+the server's PYTHONPATH there is nothing else.
 """
 
 import json
@@ -38,8 +38,7 @@ class Handler(BaseHTTPRequestHandler):
             choice = {"text": f"{body['model']}: {body['prompt']}", "finish_reason": "stop"}
             said = {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
         raw = json.dumps(said).encode()
-        refused = {"/collective_rpc": "no-reload", "/v1/completions": "too-long"}.get(self.path)
-        is_refused = refused == MODE and body.get("prompt", "long") == "long"
+        is_refused = MODE == "too-long" and body.get("prompt") == "long"
         self.send_response(400 if is_refused else 200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(raw)))

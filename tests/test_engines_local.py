@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from seal_nb.engines.base import Sampling, closed_book_answers
+from seal_nb.engines.base import Sampling
 from seal_nb.engines.local import LocalEngine
 from seal_nb.errors import SettingsError
-from seal_nb.passages import Passage, Question
-from seal_nb.prompts import answer_prompt
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import save_adapter
@@ -50,9 +48,8 @@ def test_an_adapter_for_each_prompt_gives_what_it_gives_alone(base: FrozenBase, 
         adapters=[None, folder, folder, None],
         on_text=lambda i, c: told.update({i: c.text}),
     )
-    with_adapter = LocalEngine(base, model_id="tiny", adapters=(base.load_adapter(folder),))
     plain = engine.generate(prompts, SAMPLING, seeds=seeds)
-    adapted = with_adapter.generate(prompts, SAMPLING, seeds=seeds)
+    adapted = engine.generate(prompts, SAMPLING, seeds=seeds, adapters=[folder] * 4)
     assert mixed == [plain[0], adapted[1], adapted[2], plain[3]]
     assert plain[0] != adapted[1]
     assert told == {i: c.text for i, c in enumerate(mixed)}
@@ -61,18 +58,6 @@ def test_an_adapter_for_each_prompt_gives_what_it_gives_alone(base: FrozenBase, 
 def test_a_number_of_adapters_that_does_not_fit_is_refused(base: FrozenBase, folder: Path) -> None:
     with pytest.raises(SettingsError, match="1 adapters for 2 prompts"):
         LocalEngine(base, model_id="tiny").generate(["a", "b"], SAMPLING, seeds=[1, 2], adapters=[folder])
-
-
-def test_kept_adapters_answer_the_questions_of_passages_as_the_inner_loop_asks_them(
-    base: FrozenBase, folder: Path
-) -> None:
-    engine = LocalEngine(base, model_id="tiny")
-    questions = (Question(question="What is Zor?", answer="a moon"), Question(question="Where?", answer="x"))
-    passages = [Passage(title=t, context="c", questions=questions) for t in ("Zor", "Pellanmoor")]
-    plain, adapted = closed_book_answers(engine, passages, [None, folder], max_tokens=6)
-    greedy = Sampling(max_tokens=6, temperature=0.0, top_p=1.0)
-    (alone,) = engine.generate([answer_prompt("Pellanmoor", "What is Zor?")], greedy, seeds=[0], adapters=[folder])
-    assert adapted[2] == alone.text.strip() and len(plain) == len(adapted) == 4 and plain != adapted
 
 
 def test_a_chat_needs_a_template_and_goes_through_it(base: FrozenBase) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from seal_nb.errors import EngineError, SettingsError
-from seal_nb.passages import Passage
-from seal_nb.prompts import answer_prompt
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | tuple[Message, ...]  # a text to continue, or a chat to answer
@@ -128,22 +126,3 @@ def adapter_of_each(prompts: Sequence[Prompt], adapters: Sequence[Path | None]) 
     if adapters and len(adapters) != len(prompts):
         raise SettingsError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none")
     return list(adapters) or [None] * len(prompts)
-
-
-def closed_book_answers(
-    engine: Engine, passages: Sequence[Passage], adapters: Sequence[Path | None], *, max_tokens: int = 64
-) -> list[list[str]]:
-    """For each adapter folder (None: the base) the answers to all questions of all passages, stripped.
-
-    Greedy, 64 tokens as published (SEAL, arXiv 2506.10943). Raises: Incomplete, EngineError.
-    """
-    prompts = [answer_prompt(passage.title, q.question) for passage in passages for q in passage.questions]
-    n = len(prompts)
-    completions = engine.generate(
-        prompts * len(adapters),
-        Sampling(max_tokens=max_tokens, temperature=0.0, top_p=1.0),
-        seeds=[0] * (n * len(adapters)),
-        adapters=[adapter for adapter in adapters for _ in range(n)],
-    )
-    answers = [completion.text.strip() for completion in completions]
-    return [answers[at * n : (at + 1) * n] for at in range(len(adapters))]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from seal_nb.engines.api import ApiSettings, OpenAIEngine
 from seal_nb.engines.base import Engine
-from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer
+from seal_nb.engines.vllm import VllmEngine, VllmServer
 from seal_nb.errors import SettingsError
 
 ENGINES = ("local", "vllm", "openai")
@@ -50,7 +50,7 @@ def chosen_engine(
 
         yield load_local_engine(model, n_threads=n_threads)
     elif name == "vllm" and not url:
-        with VllmServer(VllmOptions(model=model), run_dir=run_dir) as server:
+        with VllmServer(model, run_dir=run_dir) as server:
             yield VllmEngine.of(server, max_parallel=max_parallel)
     else:
         settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)

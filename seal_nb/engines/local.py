@@ -10,21 +10,15 @@ from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
-from seal_nb.ttt.lora import Adapter
+
+ROWS = 64  # texts that are generated at a time
 
 
 class LocalEngine:
-    """Completes prompts with a base model, or with adapters on it.
+    """Completes prompts with a loaded model; ``model_id`` as in Engine."""
 
-    Args:
-        base: the loaded model.
-        model_id: see Engine.
-        adapters: adapters that are active for every prompt; `generate` takes one more for each prompt.
-        rows: texts that are generated at a time.
-    """
-
-    def __init__(self, base: FrozenBase, *, model_id: str, adapters: tuple[Adapter, ...] = (), rows: int = 64):
-        self.base, self.model_id, self.adapters, self.rows = base, model_id, adapters, rows
+    def __init__(self, base: FrozenBase, *, model_id: str) -> None:
+        self.base, self.model_id = base, model_id
 
     def generate(
         self,
@@ -38,13 +32,13 @@ class LocalEngine:
         """See Engine. Prompts with different adapters share a batch."""
         folders = adapter_of_each(prompts, adapters)
         loaded = {folder: self.base.load_adapter(folder) for folder in dict.fromkeys(folders) if folder}
-        decoder = GroupedDecoder(self.base, max_rows=self.rows)
+        decoder = GroupedDecoder(self.base, max_rows=ROWS)
         for index, (prompt, seed, folder) in enumerate(zip(prompts, seeds, folders, strict=True)):
             row = DecodeRow(
                 key=index,
                 # The template has added the special tokens of a chat.
                 token_ids=self.base.encode(self.text_of(prompt), special_tokens=isinstance(prompt, str)),
-                adapters=(*self.adapters, loaded[folder]) if folder else self.adapters,
+                adapters=(loaded[folder],) if folder else (),
                 max_new_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,

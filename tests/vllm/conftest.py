@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from seal_nb.engines.local import LocalEngine, load_local_engine
-from seal_nb.engines.vllm import VllmEngine, VllmOptions, VllmServer, vllm_python
+from seal_nb.engines.vllm import VllmEngine, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import save_adapter
@@ -27,22 +27,12 @@ LESSONS = {
 }
 
 
-def on_cpu(model: str, **changed: object) -> VllmOptions:
+def on_cpu(model: str, *, run_dir: Path) -> VllmServer:
     """Small and quick to start."""
-    settings = {
-        "dtype": "float32",
-        "max_model_len": 512,
-        "max_lora_rank": 16,
-        "max_loras": 4,
-        "max_cpu_loras": 4,
-        "enforce_eager": True,
-        "hot_reload": True,
-        "cpu_threads": 1,
-        "cpu_kv_cache_gib": 1,
-        "python": vllm_python(),
-        "start_timeout_s": 400.0,
-    }
-    return VllmOptions(model=model, **(settings | changed))  # type: ignore[arg-type]
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    arguments = ("--max-model-len=512", "--enforce-eager")
+    small = {"dtype": "float32", "max_adapters": 4, "max_lora_rank": 16, "arguments": arguments}
+    return VllmServer(model, run_dir=run_dir, start_timeout_s=400.0, **small)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +48,7 @@ def vllm_is_there() -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, small_model_dir: str) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("vllm")
-    with VllmServer(on_cpu(small_model_dir), run_dir=folder) as server:
+    with on_cpu(small_model_dir, run_dir=folder) as server:
         yield server
 
 
