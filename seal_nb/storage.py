@@ -105,20 +105,24 @@ def write_json(path: str | Path, obj: object) -> Path:
     return write_text(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON value in a file, plain or gzip-compressed.
-
-    Raises: DataError with the path for a missing, unreadable or broken file.
-    """
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, plain or gzip-compressed. Raises: DataError with the path for a missing or unreadable file."""
     try:
         raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
-        return json.loads(text)
+        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise DataError("no such file", path=path, remedy="check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}", path=path, remedy="write the file again") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", path=path, remedy="copy the file again") from error
-    except ValueError as error:
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in a file, plain or gzip-compressed. Raises: DataError with the path."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise DataError(f"not valid JSON: {error}", path=path, remedy="write the file again") from error
 
 

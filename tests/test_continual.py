@@ -3,7 +3,6 @@
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual import verdict_row
 from seal_nb.experiments.edits import (
     ContinualSettings,
     draw_sequences,
@@ -13,6 +12,7 @@ from seal_nb.experiments.edits import (
 )
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, build_reply
+from seal_nb.results.continual import verdict_row
 
 PASSAGES = [
     Passage(
@@ -70,6 +70,6 @@ def test_the_model_with_all_edits_so_far_writes_the_next_self_edit() -> None:
 
 def test_a_row_of_the_matrix_has_the_verdicts_of_the_passages_asked_and_none_for_the_others() -> None:
     reply = build_reply(adapter=Answers(texts=["a"] * 3, verdicts=["CORRECT", "UNGRADED", "INCORRECT"]), baseline=None)
-    assert verdict_row(reply, PASSAGES[:3], 2) == [[True], [None, False], None]
+    assert verdict_row(reply.adapter_correct, [1, 2, 3], 2) == [[True], [None, False], None]
     everything = build_reply(baseline=Answers(texts=["a"] * 6, verdicts=["CORRECT"] * 6))
-    assert verdict_row(everything, PASSAGES[:3], 0) == [[True], [True] * 2, [True] * 3]
+    assert verdict_row(everything.adapter_correct, [1, 2, 3], 0) == [[True], [True] * 2, [True] * 3]

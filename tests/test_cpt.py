@@ -1,5 +1,6 @@
 """CPT as published: counts and accuracies from the data and the booleans, passages kept by index."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request, cpt_train_sequences
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, build_reply
-from seal_nb.results.collect import read_run as read_any_run
-from seal_nb.results.cpt import per_passage_results
+from seal_nb.results.collect import read_run
+from seal_nb.results.cpt import CptRun
 from seal_nb.storage import read_json, write_json
 
 PASSAGES = [
@@ -59,10 +60,10 @@ def test_published_counts_and_accuracies_follow_from_the_booleans(
 ) -> None:
     reply = published["server_reply"]
     assert (sum(reply["baseline_correct"]), sum(reply["adapter_correct"])) == (317, 399)
-    by_passage = per_passage_results(items, reply["baseline_correct"], reply["adapter_correct"])
+    by_passage = read_run(golden / "results/cpt_base.json", passages=items).unit_keys()
     assert len(by_passage) == 200
-    assert sum(entry["n_questions"] for entry in by_passage) == 974
-    found = read_any_run(golden / "results/cpt_base.json", passages=items).summary()
+    assert sum(n_questions for _, n_questions in by_passage) == 974
+    found = read_run(golden / "results/cpt_base.json", passages=items).summary()
     assert found["overall"] == published["overall"]
     # Every question counts once, in the interval as in `overall`; passages only tell how sure it is.
     for side, n_correct in (("baseline", 317), ("adapter", 399)):
@@ -75,8 +76,9 @@ def test_published_counts_and_accuracies_follow_from_the_booleans(
 def test_the_published_per_article_is_the_last_passage_of_each_title(
     items: list[Passage], published: dict[str, Any]
 ) -> None:
-    reply = published["server_reply"]
-    by_passage = per_passage_results(items, reply["baseline_correct"], reply["adapter_correct"])
+    run = CptRun(value=deepcopy(published), passages=items)
+    run.fill_statistics()
+    by_passage = run.value["per_passage"]
     last = {entry["title"]: entry["adapter_correct"] for entry in by_passage}
     assert len(last) == 47
     assert last == {title: entry["adapter_correct"] for title, entry in published["per_article"].items()}
@@ -107,7 +109,7 @@ def test_no_question_is_lost_where_titles_repeat_and_ungraded_is_counted() -> No
 
 
 def test_our_run_files_give_intervals_without_their_item_file(tmp_path: Path) -> None:
-    found = read_any_run(write_json(tmp_path / "cpt_run_x.json", built())).summary()
+    found = read_run(write_json(tmp_path / "cpt_run_x.json", built())).summary()
     assert found["intervals"]["adapter"]["n"] == 2
     assert (found["n_ungraded_adapter"], found["n_answers"], found["notes"]) == (1, 3, [])
 
@@ -133,6 +135,5 @@ def test_the_request_is_one_and_the_same_each_time() -> None:
 
 
 def test_verdicts_of_other_passages_are_refused(items: list[Passage], published: dict[str, Any]) -> None:
-    reply = published["server_reply"]
     with pytest.raises(DataError, match="974 verdicts for 5 questions"):
-        per_passage_results(items[:1], reply["baseline_correct"], reply["adapter_correct"])
+        CptRun(value=published, passages=items[:1]).accuracy()

@@ -10,7 +10,8 @@ from seal_nb.errors import SettingsError
 from seal_nb.grading.choose import GRADERS
 from seal_nb.passages import load_passages
 from seal_nb.results.collect import read_run, run_of
-from seal_nb.results.regrade import compare_graders, reference_of, regrade, verdicts_by_grader
+from seal_nb.results.regrade import compare_graders, regrade
+from seal_nb.results.run import Run
 from seal_nb.views.plots import plot_graders
 from tests.test_regrade import Says
 
@@ -62,13 +63,18 @@ def test_an_answer_that_one_side_left_ungraded_counts_for_neither() -> None:
     assert "judge" not in plot_graders(graders).alt
 
 
+def reference_of(run: Run) -> list[str]:
+    graders = compare_graders(run)
+    return list(graders.grader[graders.agreement == 1])
+
+
 def test_a_judge_is_the_reference_where_one_has_graded_and_else_the_first_grading() -> None:
     local = regrade(RUN, Says(lambda _: True, name="local")).run
-    assert reference_of(verdicts_by_grader(local)) == "earlier (in the file)"
-    judged = regrade(local, Says(lambda _: True, name="judge:m")).run
+    assert reference_of(local) == ["earlier (in the file)"]
+    judged = regrade(local, Says(lambda one: one.answer == WRONG, name="judge:m")).run
     again = regrade(judged, Says(lambda _: True, name="f1")).run
     for run in (judged, again):
-        assert reference_of(verdicts_by_grader(run)) == "judge:m (in the file)"
+        assert reference_of(run) == ["judge:m (in the file)"]
     with pytest.raises(SettingsError, match="known are f1"):
         compare_graders(again, reference="oracle")
 

@@ -300,15 +300,15 @@ def test_rows_come_out_in_order_with_a_verdict_and_nothing_lost(tmp_path: Path, 
     assert [{**row, "verdict": row["reference_verdict"]} for row in out] == [
         {**row, "reference_verdict": row["verdict"]} for row in ROWS
     ]
-    assert (done.n, done.n_correct, done.n_incorrect, done.n_ungraded) == (4, 2, 2, 0)
+    assert done.verdicts == [True, False, True, False]
 
 
 def test_bias_is_given_overall_and_by_kind_and_for_the_gain(tmp_path: Path) -> None:
     done = grade_file(write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl")
-    assert done.overall is not None
-    assert (done.overall.n, done.overall.n_left_out) == (3, 1)
-    assert done.by_kind["adapter"].bias == 0.0
-    assert done.by_kind["baseline"].bias == 1.0
+    overall, adapter, baseline = done.agreement(), done.agreement("adapter"), done.agreement("baseline")
+    assert overall and adapter and baseline
+    assert (overall.n, overall.n_left_out) == (3, 1)
+    assert (adapter.bias, baseline.bias) == (0.0, 1.0)
     assert done.gain_bias == -1.0
     assert "100.0 points too low" in done.lines()[-1]
 
@@ -322,7 +322,7 @@ def test_rows_of_both_kinds_count_on_both_sides_of_the_gain(tmp_path: Path) -> N
 def test_without_reference_verdicts_agreement_is_unknown(tmp_path: Path) -> None:
     rows = [{"question": WHO, "gold": "Ilse", "answer": "Ilse"}]
     done = grade_file(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
-    assert done.overall is None
+    assert done.agreement() is None
     assert done.gain_bias is None
     assert "reference_verdict" not in read_rows(tmp_path / "out.jsonl")[0]
     assert done.lines()[-1] == "no reference verdicts in the file: agreement unknown"
@@ -333,8 +333,8 @@ def test_graded_file_can_be_graded_again(tmp_path: Path) -> None:
     grade_file(write_rows(tmp_path / "in.jsonl", ROWS), first, grader="exact")
     again = grade_file(first, first)
     assert [row["verdict"] for row in read_rows(first)] == ["CORRECT", "INCORRECT", "CORRECT", "INCORRECT"]
-    assert again.overall is not None
-    assert again.overall.n == 3
+    overall = again.agreement()
+    assert overall is not None and overall.n == 3
 
 
 GOOD = {"question": "q", "gold": "g", "answer": "a"}
@@ -347,7 +347,7 @@ BROKEN = [
     (json.dumps(GOOD | {"verdict": []}), "line 2, field 'verdict'"),
     (json.dumps(GOOD | {"reference_verdict": "CORRECT"}), "line 2, field 'reference_verdict'"),
     (json.dumps(GOOD | {"kind": 3}), "line 2, field 'kind'"),
-    ("[1]", "line 2: is a JSON list"),
+    ("[1]", "line 2: is [1], not an object"),
     ('{"question": "q"', "line 2: not valid JSON"),
 ]
 
@@ -378,7 +378,7 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_empty_file_and_line_separators_inside_texts(tmp_path: Path) -> None:
-    assert grade_file(write_rows(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl").n == 0
+    assert grade_file(write_rows(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl").verdicts == []
     rows = [GOOD | {"answer": "one\u2028two\x85three"}]
     grade_file(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
     assert read_rows(tmp_path / "out.jsonl")[0]["answer"] == "one\u2028two\x85three"
@@ -387,12 +387,14 @@ def test_empty_file_and_line_separators_inside_texts(tmp_path: Path) -> None:
 def test_published_file_reports_kappa_and_bias(golden: Path, tmp_path: Path) -> None:
     """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.771."""
     done = grade_file(golden / "graded_answers.jsonl.gz", tmp_path / "out.jsonl")
-    assert done.n == 23_671
-    assert done.overall is not None
-    assert done.overall.n_left_out == 12
-    assert done.overall.kappa > 0.775
-    assert abs(done.overall.bias) < 0.018
-    assert {kind: round(one.bias, 2) for kind, one in done.by_kind.items()} == {
+    assert len(done.verdicts) == 23_671
+    overall = done.agreement()
+    assert overall is not None
+    assert overall.n_left_out == 12
+    assert overall.kappa > 0.775
+    assert abs(overall.bias) < 0.018
+    found = {kind: done.agreement(kind) for kind in done.kinds}
+    assert {kind: round(one.bias, 2) for kind, one in found.items() if one} == {
         "adapter": -0.01, "baseline": -0.04, "adapter+baseline": -0.03,
     }  # fmt: skip
     assert done.gain_bias == pytest.approx(0.029, abs=0.005)

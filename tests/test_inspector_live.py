@@ -28,8 +28,8 @@ from seal_nb.inspector.live_edit import (
     settings_of_run,
 )
 from seal_nb.protocol import TTTReply, TTTRequest
-from seal_nb.results.collect import read_run as read_any_run
-from seal_nb.results.single_passage import EvaluatedPassage, read_run, run_from_json
+from seal_nb.results.collect import read_run
+from seal_nb.results.single_passage import EvaluatedPassage, SinglePassageRun
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually, trained
 
@@ -38,7 +38,7 @@ QUESTIONS = [
      "baseline_correct": False, "adapter_correct": False}
     for rep in (0, 1) for question, gold in (("Who built it?", "Ilse"), ("When?", "1893"))
 ]  # fmt: skip
-RUN = run_from_json(
+RUN = SinglePassageRun(value=
     {
         "articles": [
             {"title": "Clock", "context": "Ilse built it in 1893.", "prompt": "p",
@@ -104,7 +104,7 @@ def test_progress_ends_with_the_reply(trainer: EditTrainer) -> None:
 def ordering(title: str) -> EvaluatedPassage:
     """A passage whose title is an order to the stub, which reads the first line of the first sequence."""
     article = {"title": title, "context": "", "completions": [{"questions": QUESTIONS}]}
-    return run_from_json({"articles": [article]}).passages[0]
+    return SinglePassageRun(value={"articles": [article]}).passages[0]
 
 
 def test_while_it_trains_it_says_so_and_it_can_be_cancelled(trainer: EditTrainer) -> None:
@@ -246,7 +246,7 @@ def renamed(request: TTTRequest, adapter_name: str) -> TTTRequest:
 
 def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result: TrainedEdit) -> None:
     path = result.keep(tmp_path / "new" / "run_inspector.json")
-    said = read_any_run(path).summary()
+    said = read_run(path).summary()
     assert (said["disagreements"], said["overall"]["adapter_mean_accuracy"]) == ([], 1.0)
     run = read_run(path)
     (edit,) = run.passages[0].self_edits

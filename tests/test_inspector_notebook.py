@@ -11,7 +11,7 @@ import pytest
 from nbconvert import HTMLExporter
 
 from seal_nb.notebook_runner import default_notebooks_dir, run_notebook
-from seal_nb.results.single_passage import read_run
+from seal_nb.results.collect import read_run
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB
 from tests.test_notebooks import shown

@@ -26,8 +26,8 @@ from seal_nb.inspector.inspection import (
     open_run,
 )
 from seal_nb.inspector.widgets import select
-from seal_nb.results.collect import read_run as read_any_run
-from seal_nb.results.single_passage import AnsweredQuestion, read_run, run_from_json
+from seal_nb.results.collect import read_run
+from seal_nb.results.single_passage import AnsweredQuestion, SinglePassageRun
 
 
 def answered(**values: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def article(title: str, *completions: list[dict[str, Any]], texts: tuple[str, ..
 
 
 def inspect(*articles: dict[str, Any], graders: tuple[str, ...] = (), **settings: Any) -> Inspection:
-    return Inspection(run_from_json({"articles": list(articles), **settings}), graders=graders)
+    return Inspection(SinglePassageRun(value={"articles": list(articles), **settings}), graders=graders)
 
 
 WORSE = answered(baseline_correct=True, adapter_correct=False, adapter_answer="1893")
@@ -248,7 +248,7 @@ def test_published_ranking_opens_with_its_22_ties_and_its_gains(golden: Path) ->
 
 def test_the_run_that_ships_is_whole_and_says_what_its_verdicts_say() -> None:
     run = open_run(EXAMPLE)
-    said = read_any_run(run.path).summary()
+    said = read_run(run.path).summary()
     assert (said["disagreements"], said["notes"]) == ([], [])
     assert run.settings["training"]["max_new_tokens"] == 32, "an edit is asked as the run was"
     assert [len(one.self_edits) for one in run.passages] == [3, 3, 3, 3]

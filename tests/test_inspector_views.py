@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from seal_nb.inspector.live import LiveEdit
 from seal_nb.inspector.live_edit import EditTrainer
 from seal_nb.inspector.tokens import NO_VALUES, TokenTexts
 from seal_nb.inspector.widgets import VIEWS, PassageInspector, Selection, select
-from seal_nb.results.single_passage import SinglePassageRun, run_from_json
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually
 
@@ -43,8 +42,8 @@ def run_of(path: str = "") -> SinglePassageRun:
     params = {"rank": 8, "alpha": 16, "epochs": 4, "lr": 0.002, "target_modules": ["all-linear"],
               "batch_size": 3, "grad_accum_steps": 2, "dropout": 0.1, "end_mask_substring": "gold",
               "padding_in_loss": True}  # fmt: skip
-    return run_from_json(
-        {
+    return SinglePassageRun(
+        value={
             "articles": articles,
             "lora_params": params,
             "training": {"chat": True, "pad_to": 96, "max_new_tokens": 9},
@@ -91,7 +90,7 @@ def test_a_filter_that_leaves_no_passage_is_refused() -> None:
 def test_a_passage_without_a_self_edit_cannot_be_selected() -> None:
     bare = {"title": "bare", "context": "c", "completions": []}
     full = {"title": "full", "context": "c", "completions": [{"text": "t", "questions": [asked(False, True)]}]}
-    inspection = Inspection(run_from_json({"articles": [bare, full]}), graders=())
+    inspection = Inspection(SinglePassageRun(value={"articles": [bare, full]}), graders=())
     selection = select(inspection, show="all", sort="file order")
     assert selection.passage == 1 and selection.rows["passage"].tolist() == ["full"]
     assert "choose two different" in selection.page("compare").lower()
@@ -262,8 +261,8 @@ def test_controls_start_with_the_self_edit_and_the_settings_of_the_run(edited: L
 
 def test_layers_that_only_the_run_names_stay_selected(tmp_path: Path) -> None:
     run = run_of()
-    settings = {**run.settings, "lora_params": {"target_modules": ["q_proj", "up_proj"]}, "training": {}}
-    selection = select(Inspection(replace(run, settings=settings)), show="all", sort="file order")
+    run.value |= {"lora_params": {"target_modules": ["q_proj", "up_proj"]}, "training": {}}
+    selection = select(Inspection(run), show="all", sort="file order")
     edit = LiveEdit(PassageInspector(selection), EditTrainer(folder=tmp_path), keep_path=tmp_path / "kept.json")
     assert edit.inspector.box and edit.box
     assert edit.edit().training.target_modules == ("q_proj", "up_proj")

@@ -11,15 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError
-from seal_nb.metrics import (
-    Difference,
-    accuracy,
-    gain,
-    grader_agreement,
-    mean_interval,
-    paired_difference,
-    recitation_rate,
-)
+from seal_nb.metrics import Difference, accuracy, gain, mean_interval, paired_difference
 
 VERDICTS = st.lists(st.sampled_from([True, False, None]), max_size=12)
 
@@ -76,8 +68,7 @@ def test_intervals_repeat_exactly_and_cover_the_truth_as_often_as_they_say() -> 
         estimate = mean_interval(correct, n_resamples=500)
         covered += estimate.low <= 0.5 <= estimate.high
     assert 0.90 <= covered / 200 <= 0.98
-    assert mean_interval(correct, seed=3) == mean_interval(correct, seed=3)
-    assert mean_interval(correct, seed=3) != mean_interval(correct, seed=4)
+    assert mean_interval(correct) == mean_interval(correct)
 
 
 def test_pairing_makes_a_constant_difference_certain() -> None:
@@ -155,42 +146,3 @@ def test_without_an_effect_one_difference_in_twenty_is_called_real(n: int) -> No
     assert statistics.mean(difference.is_real for difference in called) <= 0.07
     if n == 6:
         assert statistics.mean(not d.low <= 0 <= d.high for d in called) > 0.10
-
-
-def contained(question: str, gold: str, answer: str) -> bool:
-    return gold.lower() in answer.lower()
-
-
-def test_a_reciting_model_is_found_out_and_a_terse_one_is_not() -> None:
-    questions = ["Who built it?", "When?", "Of what?"]
-    golds = ["Ilse Corvandt", "1893", "brass"]
-    reciting = ["Ilse Corvandt built it in 1893 of brass."] * 3
-    assert recitation_rate(questions, golds, reciting, contained) == 1.0
-    assert recitation_rate(questions, golds, golds, contained) == 0.0
-    assert recitation_rate(questions, golds, ["1893", "", "brass"], contained) == pytest.approx(1 / 3)
-
-
-def test_recitation_passes_over_equal_golds_and_over_other_passages_when_told() -> None:
-    questions, golds, answers = ["q1", "q2", "q3"], ["Paris", "paris", "Rome"], ["Paris", "Paris", "Paris"]
-    assert recitation_rate(questions, golds, answers, contained) == pytest.approx(1 / 3)
-    assert recitation_rate(questions, golds, answers, contained, passages=[0, 0, 1]) == 0.0
-    assert recitation_rate([], [], [], contained) == 0.0
-
-
-def test_grader_agreement_of_a_worked_example() -> None:
-    verdicts = [True] * 20 + [True] * 5 + [False] * 10 + [False] * 15 + [None, True]
-    reference = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15 + [True, None]
-    found = grader_agreement(verdicts, reference)
-    assert (found.n, found.n_left_out) == (50, 2)
-    assert found.agreement == pytest.approx(0.7)
-    assert found.kappa == pytest.approx(0.4)
-    assert found.bias == pytest.approx((25 - 30) / 50)
-    assert (found.precision, found.recall) == (pytest.approx(0.8), pytest.approx(2 / 3))
-
-
-def test_grader_agreement_of_one_sided_verdicts_is_defined() -> None:
-    always_no = grader_agreement([False, False], [True, False])
-    assert (always_no.kappa, always_no.precision, always_no.recall) == (0.0, None, 0.0)
-    assert grader_agreement([True], [True]).kappa == 1.0
-    with pytest.raises(DataError):
-        grader_agreement([None], [True])

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from seal_nb.results.single_passage import read_run
+from seal_nb.results.collect import read_run
 from seal_nb.results.statistics import published_statistics, repeat_stats
 
 

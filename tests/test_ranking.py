@@ -16,7 +16,8 @@ from seal_nb.experiments.rest_em import (
     repeats_sentence,
     winner_agreement,
 )
-from seal_nb.results.single_passage import SinglePassageRun, read_run, run_from_json
+from seal_nb.results.collect import read_run
+from seal_nb.results.single_passage import SinglePassageRun
 
 
 def run_of(rewards_P_E_R: list[list[list[float]]], n_questions: int = 10) -> SinglePassageRun:
@@ -29,8 +30,8 @@ def run_of(rewards_P_E_R: list[list[list[float]]], n_questions: int = 10) -> Sin
             for question in range(n_questions)
         ]
 
-    return run_from_json(
-        {
+    return SinglePassageRun(
+        value={
             "articles": [
                 {"title": "T", "completions": [{"text": "e", "questions": rows(r)} for r in rewards_E_R]}
                 for rewards_E_R in rewards_P_E_R
@@ -121,5 +122,5 @@ def test_a_reliability_that_cannot_be_is_refused() -> None:
 
 
 def test_a_run_without_any_answer_has_no_repeats() -> None:
-    summary = ranking_summary(run_from_json({"articles": [{"title": "T", "completions": []}]}))
+    summary = ranking_summary(SinglePassageRun(value={"articles": [{"title": "T", "completions": []}]}))
     assert (summary.reliability, summary.n_ranked) == (None, 0)

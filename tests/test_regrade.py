@@ -20,9 +20,9 @@ from seal_nb.grading.choose import grader_of
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTRequest, build_reply
 from seal_nb.results.collect import read_run, run_of
-from seal_nb.results.continual import summarize_sequences
-from seal_nb.results.regrade import is_run_file, regrade, regrade_file
-from seal_nb.results.single_passage import run_from_json
+from seal_nb.results.continual import continual_matrix, summarize_sequences, verdict_row
+from seal_nb.results.regrade import agreement_of, is_run_file, regrade, regrade_file
+from seal_nb.results.single_passage import SinglePassageRun
 
 PASSAGES = [
     Passage(title=title, context="c", questions=tuple(Question(question=f"{title}{n}?", answer="x") for n in range(k)))
@@ -108,7 +108,7 @@ def test_a_run_graded_again_is_a_run_for_every_other_stage(ranking: dict[str, An
     said = read_run(path).summary()
     assert said["disagreements"] == [] and said["overall"] == done.run["overall"]
     assert said["overall"] != ranking["overall"]
-    assert len(select_best(run_from_json(done.run), k_best=1)) > 0
+    assert len(select_best(SinglePassageRun(value=done.run), k_best=1)) > 0
 
 
 def test_earlier_verdicts_stay_beside_by_the_name_of_their_grader(ranking: dict[str, Any]) -> None:
@@ -209,15 +209,13 @@ def test_cpt_run_with_other_passages_is_refused_with_the_remedy() -> None:
 
 
 def own_summary(step_verdicts: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
-    from seal_nb.experiments.continual import verdict_row
-    from seal_nb.results.continual import continual_matrix
-
     sequence = PASSAGES[:2]
     replies = [
         build_reply(baseline=None, adapter=Answers(texts=["x"] * len(v), verdicts=[IN_WORDS[one] for one in v]))
         for v in step_verdicts
     ]
-    rows = [verdict_row(reply, sequence, step) for step, reply in enumerate(replies)]
+    counts = [len(passage.questions) for passage in sequence]
+    rows = [verdict_row(reply.adapter_correct, counts, step) for step, reply in enumerate(replies)]
     summary = summarize_sequences([continual_matrix(rows)], dataset="d", base_model="m")
     requests = [TTTRequest(train_sequences=["x"], request_id=str(n), seed=n) for n in range(3)]
     return {**summary, "sequences": [sequence_record(sequence, ["t"] * 2, requests, replies)]}
@@ -233,16 +231,6 @@ def test_continual_summary_graded_again_is_what_it_would_have_been() -> None:
     assert done.run.pop("grader") == "stub"
     assert done.run == own_summary(second)
     assert done.kinds.count("baseline") == 5 and done.kinds.count("adapter") == 7
-
-
-def test_an_older_summary_finds_its_questions_by_title_where_titles_do_not_repeat() -> None:
-    summary = own_summary([[True] * 5, [True] * 2, [True] * 5])
-    del summary["sequences"][0]["questions"]
-    done = Again(summary, asked := Says(lambda _: False), passages=PASSAGES[:2])
-    assert {one.question for one in asked.asked} == {q.question for p in PASSAGES[:2] for q in p.questions}
-    assert done.run["matrices"] == [[[0.0, 0.0], [0.0, None], [0.0, 0.0]]]
-    with pytest.raises(DataError, match="'A', which is the title of 2 passages"):
-        Again(summary, Says(lambda _: False), passages=PASSAGES)
 
 
 @pytest.mark.parametrize(
@@ -304,3 +292,25 @@ def answered_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_verdict_words_and_booleans_are_each_others_inverse() -> None:
     assert {verdict: IN_WORDS[boolean] for verdict, boolean in AS_BOOLEAN.items()} == {v: v for v in Verdict}
+
+
+def test_agreement_of_a_worked_example() -> None:
+    verdicts = [True] * 20 + [True] * 5 + [False] * 10 + [False] * 15 + [None, True]
+    reference = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15 + [True, None]
+    found = agreement_of(verdicts, reference)
+    assert found is not None
+    assert (found.n, found.n_left_out) == (50, 2)
+    assert found.agreement == pytest.approx(0.7)
+    assert found.kappa == pytest.approx(0.4)
+    assert found.bias == pytest.approx((25 - 30) / 50)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "reference", "kappa"),
+    [([False, False], [True, False], 0.0), ([True], [True], 1.0), ([None], [True], None)],
+)
+def test_kappa_of_one_sided_verdicts_is_defined(
+    verdicts: list[bool | None], reference: list[bool | None], kappa: float | None
+) -> None:
+    found = agreement_of(verdicts, reference)
+    assert (found and found.kappa) == kappa

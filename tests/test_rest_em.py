@@ -10,7 +10,8 @@ import pytest
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import ranking_summary, select_best, sft_file_name, sft_rows, write_sft_file
-from seal_nb.results.single_passage import SinglePassageRun, read_run, run_from_json
+from seal_nb.results.collect import read_run
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import read_json
 
 
@@ -26,7 +27,7 @@ def one_passage(*means: float | None, **fields: Any) -> SinglePassageRun:
         for n, mean in enumerate(means)
     ]
     article = {"title": "T", "context": "C", "prompt": "P", "completions": completions} | fields
-    return run_from_json({"articles": [article]})
+    return SinglePassageRun(value={"articles": [article]})
 
 
 def question(adapter: bool | None, *, rep: int = 0, soft: float | None = None) -> dict[str, Any]:
@@ -52,13 +53,13 @@ def test_the_published_selection_survives_without_per_question_records(published
     for article in bare["articles"]:
         for completion in article["completions"]:
             completion["questions"] = None
-    whole, stored = run_from_json(published), run_from_json(bare)
+    whole, stored = SinglePassageRun(value=published), SinglePassageRun(value=bare)
     assert sft_rows(stored, select_best(stored)) == sft_rows(whole, select_best(whole))
     assert all("from the stored mean" in choice.reason for choice in select_best(stored))
 
 
 def test_22_of_50_published_passages_tie_and_10_gain_nothing(published: dict[str, Any]) -> None:
-    run = run_from_json(published)
+    run = SinglePassageRun(value=published)
     summary = ranking_summary(run)
     assert (summary.n_passages, summary.n_tied_best, summary.n_best_without_gain) == (50, 22, 10)
     assert sum(choice.is_kept for choice in select_best(run, drop_no_gain=True)) == 40
@@ -66,7 +67,7 @@ def test_22_of_50_published_passages_tie_and_10_gain_nothing(published: dict[str
 
 
 def test_a_stamp_names_the_file_where_no_experiment_does(published: dict[str, Any]) -> None:
-    assert sft_file_name(run_from_json(published), k_best=2) == "sft_best2of5_0508_015401.jsonl"
+    assert sft_file_name(SinglePassageRun(value=published), k_best=2) == "sft_best2of5_0508_015401.jsonl"
 
 
 def test_the_first_of_equals_wins_and_says_so() -> None:
@@ -90,7 +91,7 @@ def test_a_null_mean_is_unrankable_and_said() -> None:
 
 
 def test_null_records_anywhere_are_absent_records() -> None:
-    run = run_from_json({"overall": None, "articles": [None, {"completions": [None, {"text": None}]}]})
+    run = SinglePassageRun(value={"overall": None, "articles": [None, {"completions": [None, {"text": None}]}]})
     assert [choice.is_kept for choice in select_best(run)] == [False, False]
 
 
@@ -177,5 +178,5 @@ def test_a_broken_run_file_is_refused_with_path_item_and_field(tmp_path: Path, a
 def test_a_file_that_is_no_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "items.json"
     path.write_text("[]")
-    with pytest.raises(DataError, match="has no list of articles"):
+    with pytest.raises(DataError, match="is neither a single-passage run"):
         read_run(path)

@@ -10,7 +10,7 @@ from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.collect import Collection, collect, read_run, runs_in
 from seal_nb.results.continual import ContinualRun, summarize_sequences
 from seal_nb.results.cpt import CptRun
-from seal_nb.results.single_passage import SinglePassageRun, run_from_json
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import write_json
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
@@ -234,7 +234,7 @@ def test_a_step_without_a_verdict_is_missing_and_not_zero() -> None:
 
 
 def test_answers_that_changed_come_first_and_ungraded_is_no_change() -> None:
-    answers = run_from_json(run_file(("?01", "110"))).answers(changed_first=True)
+    answers = SinglePassageRun(value=run_file(("?01", "110"))).answers(changed_first=True)
     assert list(answers.verdicts) == ["wrong → right", "right → wrong", "ungraded → right"]
     assert answers.passage[0] == "passage 0" and answers.adapter_answer[0] == "a"
 
@@ -251,3 +251,27 @@ def test_the_summary_of_the_published_results_has_the_published_numbers(publishe
 def test_a_summary_without_a_graded_answer_has_no_arm(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("?", "?")))
     assert collect(tmp_path).summary()["best arm"] is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "recited"),
+    [
+        (["Ilse Corvandt built it in 1893 of brass."] * 3, 1.0),
+        (["Ilse Corvandt", "1893", "brass"], 0.0),
+        (["1893", "", "brass"], pytest.approx(1 / 3)),
+        (["", "", ""], None),
+    ],
+)
+def test_a_reciting_model_is_found_out_and_a_terse_one_is_not(answers: list[str], recited: float | None) -> None:
+    asked = zip(["Who built it?", "When?", "Of what?"], ["Ilse Corvandt", "1893", "brass"], answers, strict=True)
+    rows = [{"question": question, "answer": gold, "adapter_answer": answer} for question, gold, answer in asked]
+    assert SinglePassageRun(value={"articles": [{"completions": [{"questions": rows}]}]}).recited() == recited
+
+
+def test_only_another_answer_of_the_same_passage_is_recited() -> None:
+    rows = [
+        {"question": f"q{n}", "answer": gold, "adapter_answer": "Paris"} for n, gold in enumerate(["Paris", "paris"])
+    ]
+    other = [{"question": "q2", "answer": "Rome", "adapter_answer": "Paris"}]
+    articles = [{"completions": [{"questions": one}]} for one in (rows, other)]
+    assert SinglePassageRun(value={"articles": articles}).recited() == 0.0

@@ -15,7 +15,7 @@ from seal_nb.errors import DataError, EngineError, SettingsError
 from seal_nb.experiments.rest_em import select_best, sft_rows
 from seal_nb.passages import Passage, Question, load_passages, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
-from seal_nb.results.single_passage import run_from_json
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.self_edits import create_self_edits, passage_only_sequences, train_sequences
 from seal_nb.storage import Journal, write_json
 
@@ -217,8 +217,8 @@ def test_a_family_goes_through_file_and_run_to_the_training_set(tmp_path: Path) 
     made = written(RecordingEngine(), PASSAGES[:1], prompts=find_prompts("active-reading"))
     path = write_json(tmp_path / "self_edits.json", [to_item(passage) for passage in made])
     assert load_passages(path) == made
-    run = run_from_json(
-        {
+    run = SinglePassageRun(
+        value={
             "articles": [
                 {
                     "title": "T0",

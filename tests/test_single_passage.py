@@ -15,8 +15,8 @@ from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
-from seal_nb.results.collect import read_run as read_any_run
-from seal_nb.results.single_passage import read_run, run_from_json
+from seal_nb.results.collect import read_run
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import read_json, write_json
 
 PASSAGES = [
@@ -164,7 +164,7 @@ def test_a_built_run_has_the_published_form_and_reads_back(golden: Path, tmp_pat
     assert published["lora_params"].items() <= run["lora_params"].items()
     read = read_run(write_json(tmp_path / "run_x.json", run))
     assert read.passages[0].self_edits[0].soft_gain() == 7.0
-    assert read_any_run(tmp_path / "run_x.json").summary()["disagreements"] == []
+    assert read_run(tmp_path / "run_x.json").summary()["disagreements"] == []
 
 
 def test_every_repeat_says_what_made_it() -> None:
@@ -189,7 +189,7 @@ def test_verdicts_become_the_numbers_of_the_run() -> None:
     stats = run["articles"][1]["completions"][0]["stats"]
     assert stats["adapter_mean"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert run["overall"]["baseline_mean_accuracy"] == 0.0
-    assert select_best(run_from_json(run))[1].self_edit == 1
+    assert select_best(SinglePassageRun(value=run))[1].self_edit == 1
 
 
 def test_ungraded_answers_are_null_counted_and_in_no_mean() -> None:
@@ -205,7 +205,7 @@ def test_ungraded_answers_are_null_counted_and_in_no_mean() -> None:
     assert run["articles"][2]["completions"][0]["stats"]["adapter_mean"] == 0.0
     assert run["articles"][0]["completions"][0]["stats"]["adapter_mean"] is None
     assert run["articles"][0]["stats"]["adapter_mean_accuracy"] == 1.0
-    assert select_best(run_from_json(run))[0].self_edit == 1
+    assert select_best(SinglePassageRun(value=run))[0].self_edit == 1
 
 
 def test_an_inner_loop_without_a_reply_is_missing_and_not_wrong() -> None:
@@ -226,7 +226,7 @@ def test_an_inner_loop_without_a_reply_is_missing_and_not_wrong() -> None:
 def test_a_run_without_any_reply_has_null_numbers() -> None:
     run = built(loops_of(), {})
     assert set(run["overall"].values()) == {None}
-    assert not any(choice.is_kept for choice in select_best(run_from_json(run)))
+    assert not any(choice.is_kept for choice in select_best(SinglePassageRun(value=run)))
 
 
 def test_a_reply_to_other_questions_is_refused() -> None:

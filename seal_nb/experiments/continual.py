@@ -33,8 +33,8 @@ from seal_nb.results.continual import (
     seen_so_far,
     strategy_rows,
     summarize_sequences,
+    verdict_row,
 )
-from seal_nb.results.cpt import split_by_passage
 from seal_nb.storage import Journal, RunRecord, runs_folder, write_json, write_record
 from seal_nb.views import plots
 
@@ -209,7 +209,10 @@ def continual(
             control = ask_control(ttt, journal, ends, first.training, seed=seed)
     verdicts = {
         name: [
-            [verdict_row(reply, sequence, step) for step, reply in enumerate([unedited[s], *edits.replies])]
+            [
+                verdict_row(reply.adapter_correct, [len(passage.questions) for passage in sequence], step)
+                for step, reply in enumerate([unedited[s], *edits.replies])
+            ]
             for s, (sequence, edits) in enumerate(zip(sequences, edits_S, strict=True))
         ]
         for name, edits_S in edits_of.items()
@@ -226,13 +229,6 @@ def continual(
         path = write_json(folder / summary_file_name(name), summary | {"strategy": name, "sequences": records})
         write_record(path, RunRecord(stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed}))
     return result
-
-
-def verdict_row(reply: TTTReply, sequence: Sequence[Passage], step: int) -> list[Verdicts | None]:
-    """The verdicts of every passage after `step` edits; None for those that were not asked."""
-    seen = sequence if step == 0 else sequence[:step]
-    correct = split_by_passage(reply.adapter_correct, [len(passage.questions) for passage in seen])
-    return [*correct, *[None] * (len(sequence) - len(seen))]
 
 
 def sequence_record(

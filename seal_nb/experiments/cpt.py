@@ -21,7 +21,7 @@ from seal_nb.experiments.settings import ARMS, Arm, Training, names_in, texts_of
 from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
-from seal_nb.results.cpt import CptRun, build_overall, by_title, cpt_run_from_json, per_passage_results
+from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import CPT
 from seal_nb.sft.settings import METHODS, SftJob, SftResult, SftSettings
 from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record, write_text
@@ -203,7 +203,7 @@ def cpt(
         value = build_cpt_run(passages, requests[arm], replies[arm], one, **about)
         path = write_json(folder / cpt_file_name(one), value)
         write_record(path, RunRecord(stage="04_cpt", settings=asdict(one), seeds={"seed": seed}))
-        runs[arm] = cpt_run_from_json(value, path=path, passages=passages)
+        runs[arm] = CptRun(value=value, path=path, passages=passages)
     return Cpt(passages, runs, {arm: replies[arm].epoch_losses for arm in settings}, control)
 
 
@@ -266,9 +266,8 @@ def build_cpt_run(
     """The CPT run file: published keys first, then per-passage results, seed and request id."""
     n_questions = sum(len(passage.questions) for passage in passages)
     check_answers(reply, n_questions)
-    per_passage = per_passage_results(passages, reply.baseline_correct, reply.adapter_correct)
-    return {
-        "overall": build_overall(reply.baseline_correct, reply.adapter_correct),
+    value = {
+        "overall": {},
         "timestamp": timestamp,
         "model": model,
         "dataset": dataset,
@@ -282,12 +281,14 @@ def build_cpt_run(
         "request_seed": request.seed,
         "request_id": request.request_id,
         "n_ungraded": reply.n_ungraded,
-        "per_article": by_title(per_passage),
-        "per_passage": per_passage,
+        "per_article": {},
+        "per_passage": [],
         "train_sequences": len(request.train_sequences),
         "eval_questions": n_questions,
         "server_reply": reply.model_dump(mode="json", include=_PUBLISHED_REPLY | _OUR_REPLY),
     }
+    CptRun(value=value, passages=passages).fill_statistics()
+    return value
 
 
 def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> SftSettings:

@@ -27,14 +27,13 @@ from seal_nb.experiments.settings import (
 )
 from seal_nb.grading.base import Answered, Grader
 from seal_nb.grading.choose import check_grader, make_grader
-from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import KINDS, VERDICT_WORDS, Run, frame
-from seal_nb.results.single_passage import SinglePassageRun, read_run, run_file_name, run_from_json
-from seal_nb.results.statistics import mean, published_statistics, repeat_stats
+from seal_nb.results.single_passage import SinglePassageRun, run_file_name
+from seal_nb.results.statistics import mean
 from seal_nb.self_edits import passage_only_sequences
 from seal_nb.self_edits import train_sequences as sequences_of_text
 from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record
@@ -218,7 +217,7 @@ def evaluate(
             if one is None or not reliability:
                 break
             ranked = build_run(texts["self_edits"], loops["self_edits"], collected.replies, one)
-            wanted = eval_times_wanted(run_from_json(ranked), reliability=reliability, most=most_eval_times)
+            wanted = eval_times_wanted(SinglePassageRun(value=ranked), reliability=reliability, most=most_eval_times)
             if wanted <= one.eval_times:
                 break
             settings["self_edits"] = replace(one, eval_times=wanted)
@@ -231,7 +230,7 @@ def evaluate(
         value = build_run(texts[arm], loops[arm], replies, one, failures=collected.failures, **about)
         path = write_json(folder / run_file_name(exp_name, arm), value)
         write_record(path, RunRecord(stage="03_query_server", settings=asdict(one), seeds={"seed": seed}))
-        runs[arm] = read_run(path)
+        runs[arm] = SinglePassageRun(value=value, path=path)
         for loop in loops[arm]:
             if (reply := replies.get(loop.request_id)) is not None and reply.epoch_losses:
                 name = f"{loop.passage}.{loop.self_edit}.{loop.repeat} {arm}, {passages[loop.passage].title}"
@@ -410,9 +409,8 @@ def build_run(
     completions_P: list[list[dict[str, Any]]] = [[] for _ in passages]
     for (at, _), mine in by_self_edit.items():
         completions_P[at].append(_completion(passages[at], mine, replies))
-    stats_P, overall = published_statistics([[c["stats"] for c in completions] for completions in completions_P])
-    return {
-        "overall": overall,
+    value = {
+        "overall": {},
         "timestamp": timestamp,
         "model": model,
         "dataset": dataset,
@@ -427,13 +425,21 @@ def build_run(
         **_prompt_key(passages, settings),
         "seed": settings.seed,
         "training": settings.training.request_fields(),
-        "n_ungraded": sum(replies[loop.request_id].n_ungraded for loop in loops if loop.request_id in replies),
+        "n_ungraded": 0,
         "missing": _missing(loops, replies, failures or {}),
         "articles": [
-            _article(passage, stats, completions)
-            for passage, stats, completions in zip(passages, stats_P, completions_P, strict=True)
+            {
+                "stats": {},
+                "title": passage.title,
+                "context": passage.context,
+                "completions": completions,
+                "prompt": passage.prompt,
+            }
+            for passage, completions in zip(passages, completions_P, strict=True)
         ],
     }
+    SinglePassageRun(value=value).fill_statistics()
+    return value
 
 
 def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) -> dict[str, str]:
@@ -443,28 +449,15 @@ def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) ->
     return {"prompt_key": key} if key and not (settings.label and key == OTHER_PROMPT) else {}
 
 
-def _article(passage: Passage, stats: Mapping[str, float | None], completions: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "stats": stats,
-        "title": passage.title,
-        "context": passage.context,
-        "completions": completions,
-        "prompt": passage.prompt,
-    }
-
-
 def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> dict[str, Any]:
     answered = [(loop, replies[loop.request_id]) for loop in loops if loop.request_id in replies]
-    verdicts: list[tuple[Verdicts, Verdicts]] = [
-        (reply.baseline_correct, reply.adapter_correct) for _, reply in answered
-    ]
     # Self-edits of a family complete different prompts; a ReST-EM round trains each on its own.
     at, text = loops[0].self_edit, loops[0].text
     of_family = at < len(passage.prompts) and passage.completions[at] == text
     return {
         "text": text,
         **({"prompt": passage.prompts[at], "prompt_key": passage.prompt_keys[at]} if of_family else {}),
-        "stats": repeat_stats(verdicts),
+        "stats": {},
         "questions": [row for loop, reply in answered for row in _question_rows(passage, loop, reply)],
         "repeats": [_repeat(loop, replies.get(loop.request_id)) for loop in loops],
     }

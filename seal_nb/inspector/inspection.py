@@ -7,7 +7,7 @@ wrong answer is the gold answer of another question. These are observations, not
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from copy import copy
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -20,14 +20,9 @@ from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import normalised
 from seal_nb.inspector.html import StaticView, run_files
 from seal_nb.passages import Passage, Question
-from seal_nb.results.single_passage import (
-    AnsweredQuestion,
-    EvaluatedPassage,
-    EvaluatedSelfEdit,
-    SinglePassageRun,
-    read_run,
-)
+from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.self_edits import passage_only_sequences, train_sequences
+from seal_nb.storage import read_json
 
 EXAMPLE = "shipped:example"  # the run that comes with the project
 OTHER_GRADERS = ("local", "recall")  # judge in addition to the file's verdicts; both work offline
@@ -49,7 +44,8 @@ def open_run(source: str | Path) -> SinglePassageRun:
     Raises: DataError.
     """
     shipped = resources.files("seal_nb") / "data" / "inspector_run.json.gz"
-    return read_run(str(shipped) if str(source) == EXAMPLE else source)
+    path = Path(str(shipped) if str(source) == EXAMPLE else source)
+    return SinglePassageRun(value=read_json(path), path=path)
 
 
 def flip_of(one: AnsweredQuestion) -> str:
@@ -276,10 +272,11 @@ class Inspection:
     def with_self_edit(self, passage: int, edit: EvaluatedSelfEdit) -> "Inspection":
         """The same run with one more self-edit of a passage. No file is written."""
         evaluated = self.run.passages[passage]
-        added = replace(edit, index=len(evaluated.self_edits))
-        grown = replace(evaluated, self_edits=(*evaluated.self_edits, added))
-        passages = (*self.run.passages[:passage], grown, *self.run.passages[passage + 1 :])
-        one = Inspection(replace(self.run, passages=passages), graders=())
+        added = edit.model_copy(update={"index": len(evaluated.self_edits)})
+        run = copy(self.run)
+        run.passages = list(run.passages)
+        run.passages[passage] = evaluated.model_copy(update={"self_edits": [*evaluated.self_edits, added]})
+        one = Inspection(run, graders=())
         one.graders, one._answers = self.graders, dict(self._answers)
         return one
 

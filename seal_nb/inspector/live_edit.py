@@ -26,7 +26,7 @@ from seal_nb.inspector.inspection import VERDICTS, as_passage, sequences_of
 from seal_nb.inspector.tokens import TokenTexts, named_texts
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
-from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, run_from_json
+from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.status import look
 from seal_nb.storage import forget_adapters, read_json, write_json
@@ -121,7 +121,7 @@ class TrainedEdit:
     def self_edit(self) -> EvaluatedSelfEdit:
         """The edit as a run file would give it back; no file is written."""
         article = {"title": self.passage.title, "completions": [self._completion()]}
-        return run_from_json({"articles": [article]}).passages[0].self_edits[0]
+        return SinglePassageRun(value={"articles": [article]}).passages[0].self_edits[0]
 
     def keep(self, path: str | Path) -> Path:
         """Appends the edit to a run file, or makes the file. Keeping the same edit again replaces it.
@@ -130,7 +130,7 @@ class TrainedEdit:
         """
         target = Path(path)
         value = read_json(target) if target.exists() else {**self._run(), "articles": []}
-        run = run_from_json(value, path=target)  # raises if it is not a run
+        run = SinglePassageRun(value=value, path=target)  # raises if it is not a run
         article = self._article_in(value["articles"])
         mine = self._completion()
         ids = _request_ids(mine)

@@ -6,6 +6,7 @@ evaluations, and the overall numbers of published runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from itertools import combinations
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import DataError, SealError
-from seal_nb.metrics import Difference, Estimate, PowerSummary, accuracy
+from seal_nb.metrics import Estimate, accuracy
 from seal_nb.passages import Passage
-from seal_nb.results.compare import comparison_frame, difference_of
-from seal_nb.results.continual import ContinualRun, continual_run_from_json
-from seal_nb.results.cpt import CptRun, cpt_run_from_json
+from seal_nb.results.compare import COMPARED, comparison
+from seal_nb.results.continual import ContinualRun
+from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import Run, frame
-from seal_nb.results.single_passage import SinglePassageRun, run_from_json
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import read_json
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
     Args:
         path: ``run_*.json``, ``cpt_run_*.json`` or ``summary_*.json``. "shipped:ranking" is a run of three repeats that
             comes with the project.
-        passages: the passages that a CPT run or a continual run was asked about, in order. Published CPT files need
-            them for intervals and for grading, because they do not hold their questions.
+        passages: the passages that a CPT run was asked about, in order. Without them it has no questions to grade, and
+            a published file no intervals.
 
     Returns:
         A SinglePassageRun, CptRun or ContinualRun, with ``accuracy()``, ``answers()`` and ``summary()``.
@@ -52,18 +53,20 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
 
 def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> Run:
     """The run in a JSON value. Raises: DataError."""
-    if not is_run(value):
-        raise DataError(
-            "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary "
-            "(mean_over_sequences)",
-            path=path,
-            remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
-        )
-    if "articles" in value:
-        return run_from_json(value, path=path, file=file)
-    if "server_reply" in value:
-        return cpt_run_from_json(value, path=path, file=file, passages=passages)
-    return continual_run_from_json(value, path=path, file=file, passages=passages)
+    path = Path(path)
+    if isinstance(value, dict):
+        if "articles" in value:
+            return SinglePassageRun(value=value, path=path, file=file)
+        if "server_reply" in value:
+            return CptRun(value=value, path=path, file=file, passages=passages)
+        if "mean_over_sequences" in value:
+            return ContinualRun(value=value, path=path, file=file)
+    raise DataError(
+        "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary "
+        "(mean_over_sequences)",
+        path=path,
+        remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
+    )
 
 
 def is_run(value: Any) -> bool:
@@ -236,13 +239,11 @@ class Collection:
 
     def differences(self, prompt_key: str = "") -> "pd.DataFrame":
         """Every two arms over the same passages, as ``compare`` gives them."""
-        compared: list[tuple[Run, Run, Difference, PowerSummary | None]] = []
+        rows = []
         for second, first in combinations(self.arms(prompt_key).values(), 2):
-            try:
-                compared.append((first, second, *difference_of(first, second)))
-            except DataError:
-                continue  # other passages
-        return comparison_frame(compared)
+            with suppress(DataError):  # other passages
+                rows.append(comparison(first, second))
+        return frame(rows, COMPARED)
 
     def summary(self, prompt_key: str = "") -> dict[str, str | None]:
         """The few numbers to look at first; None where there are no runs for one."""

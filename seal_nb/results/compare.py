@@ -5,23 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import DataError
-from seal_nb.metrics import (
-    Difference,
-    PowerSummary,
-    Scores,
-    mean_interval,
-    paired_difference,
-    passage_differences,
-    power_of,
-)
+from seal_nb.metrics import Scores, mean_interval, paired_difference, to_settle
 from seal_nb.results.run import Run, frame
 from seal_nb.storage import read_json, record_path
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CLOCKS = {"timestamp"}  # differs between all runs
-_NUMBERS = ("overall", "server_reply", "per_article")  # results, not settings
+COMPARED = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence", "to_settle")
+_NO_SETTINGS = {"timestamp", "overall", "server_reply", "per_article"}
 
 
 def compare(a: Run, b: Run, *, shared_only: bool = False) -> "pd.DataFrame":
@@ -40,36 +32,25 @@ def compare(a: Run, b: Run, *, shared_only: bool = False) -> "pd.DataFrame":
     Raises:
         DataError: the runs have different forms or passages, or a run has no verdicts.
     """
-    difference, power = difference_of(a, b, shared_only=shared_only)
-    return comparison_frame([(a, b, difference, power)])
+    return frame([comparison(a, b, shared_only=shared_only)])
 
 
-def comparison_frame(compared: "list[tuple[Run, Run, Difference, PowerSummary | None]]") -> "pd.DataFrame":
-    """The rows of ``compare`` for several pairs."""
-    columns = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence", "to_settle")
-    rows = [
-        (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), power and power.sentence())
-        for a, b, d, power in compared
-    ]
-    return frame([dict(zip(columns, row, strict=True)) for row in rows], columns)
-
-
-def difference_of(a: Run, b: Run, *, shared_only: bool = False) -> tuple[Difference, PowerSummary | None]:
-    """The paired difference of two runs, and what would settle it if it is not settled. Raises: DataError."""
+def comparison(a: Run, b: Run, *, shared_only: bool = False) -> dict[str, Any]:
+    """The row of ``compare``."""
     first, second = paired_scores(a, b, shared_only=shared_only)
-    difference = paired_difference(first, second, weighting=a.weighting, unit=a.unit)
-    differences = passage_differences(first, second)
-    power = power_of(differences) if len(differences) > 1 and not difference.is_real else None
-    return difference, power
+    d = paired_difference(first, second, weighting=a.weighting, unit=a.unit)
+    unsettled = None if d.is_real else to_settle(first, second) or None
+    row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), unsettled)
+    return dict(zip(COMPARED, row, strict=True))
 
 
 def difference_sentence(first: Run, second: Run) -> str:
     """Second minus first run over the passages that both have, and both means, in one line. Raises: DataError."""
-    after, before = paired_scores(second, first, shared_only=True)
-    means = [mean_interval(scores, weighting=first.weighting, n_resamples=1).mean for scores in (before, after)]
-    difference, power = difference_of(second, first, shared_only=True)
-    said = difference.sentence() + (f"; {power.sentence()}" if power else "")
-    return f"{100 * means[0]:.1f} % → {100 * means[1]:.1f} %: {said}"
+    row = comparison(second, first, shared_only=True)
+    scores = paired_scores(first, second, shared_only=True)
+    before, after = (mean_interval(of, weighting=first.weighting, n_resamples=1).mean for of in scores)
+    said = "; ".join(filter(None, (row["sentence"], row["to_settle"])))
+    return f"{100 * before:.1f} % → {100 * after:.1f} %: {said}"
 
 
 def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Scores], list[Scores]]:
@@ -121,8 +102,11 @@ def _settings_of(path: str | Path) -> Mapping[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise DataError("is not a result file", path=path, remedy="give a run file")
-    skipped = {*CLOCKS, *_NUMBERS}
-    return {k: v for k, v in value.items() if isinstance(v, str | int | float | bool | dict) and k not in skipped}
+    return {
+        name: entry
+        for name, entry in value.items()
+        if isinstance(entry, str | int | float | bool | dict) and name not in _NO_SETTINGS
+    }
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

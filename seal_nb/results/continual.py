@@ -7,18 +7,17 @@ over sequences.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Verdicts, accuracy, mean_interval, paired_difference
-from seal_nb.passages import Passage
 from seal_nb.results.cpt import check_length, split_by_passage
 from seal_nb.results.run import VERDICT_WORDS, Kind, Run, StoredVerdict, frame, unequal
-from seal_nb.results.statistics import mean, sample_std
+from seal_nb.results.statistics import mean, rounded, sample_std
 from seal_nb.storage import read_json, write_json
 
 if TYPE_CHECKING:
@@ -27,20 +26,16 @@ if TYPE_CHECKING:
 Matrix = Sequence[Sequence[float | None]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class ContinualRun(Run):
-    """A ``summary_*.json``. ``passages``: needed only to grade older files, which do not hold their questions."""
-
-    passages: tuple[Passage, ...] = ()
+    """A ``summary_*.json``. Raises: DataError if its matrix is not (K+1)×K."""
 
     form: ClassVar[str] = "continual"
     unit: ClassVar[str] = "sequences"
 
-    @property
-    def mean(self) -> Matrix:
-        """(K+1)×K accuracies, averaged over sequences; 0.0 where a passage was not asked."""
-        found: Matrix = self.value["mean_over_sequences"]
-        return found
+    def __post_init__(self) -> None:
+        # (K+1)×K accuracies, averaged over sequences; 0.0 where a passage was not asked.
+        self.mean: Matrix = published_matrix(self.value, "mean_over_sequences", path=self.path)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -155,9 +150,7 @@ class ContinualRun(Run):
             found += [
                 StoredVerdict(
                     kind="adapter" if step else "baseline",
-                    answered=Answered(
-                        title=one.title, question=one.question, gold=one.gold, answer=record["texts"][at]
-                    ),
+                    answered=replace(one, answer=record["texts"][at]),
                     holder=record,
                     field="correct",
                     index=at,
@@ -169,55 +162,40 @@ class ContinualRun(Run):
     def _steps(self) -> list[tuple[int, int, dict[str, Any], list[Answered]]]:
         """(sequence, number of edits, the stored step, its questions) of every step."""
         return [
-            (number, step, record, [one for asked in (asked_P if step == 0 else asked_P[:step]) for one in asked])
+            (
+                number,
+                step,
+                record,
+                [
+                    Answered(title=title, question=one["question"], gold=one["answer"], answer="")
+                    for at, (title, asked) in enumerate(zip(sequence["titles"], sequence["questions"], strict=True))
+                    if was_asked(step, at)
+                    for one in asked
+                ],
+            )
             for number, sequence in enumerate(self.value.get("sequences") or [])
-            for asked_P in [self._asked(number, sequence)]
             for step, record in enumerate(sequence["steps"])
         ]
 
-    def _asked(self, number: int, sequence: Mapping[str, Any]) -> list[list[Answered]]:
-        """The questions of each passage: from the file, else of the one passage with that title."""
-        asked_P = sequence.get("questions") or [self._questions_of(title, number) for title in sequence["titles"]]
-        return [
-            [Answered(title=title, question=one["question"], gold=one["answer"], answer="") for one in asked]
-            for title, asked in zip(sequence["titles"], asked_P, strict=True)
-        ]
-
-    def _questions_of(self, title: str, number: int) -> list[dict[str, str]]:
-        named = [passage for passage in self.passages if passage.title == title]
-        if len(named) != 1:
-            raise DataError(
-                f"was asked about {title!r}, which is the title of {len(named)} passages of the dataset",
-                path=self.path,
-                item=f"sequence {number}",
-                remedy="give the item file it was asked about (--dataset); if titles repeat, run it again",
-            )
-        return [{"question": one.question, "answer": one.answer} for one in named[0].questions]
-
     def fill_statistics(self) -> None:
         matrices = []
-        for number, sequence in enumerate(self.value["sequences"]):
-            counts = [len(asked) for asked in self._asked(number, sequence)]
-            rows: list[list[Verdicts | None]] = []
+        for sequence in self.value["sequences"]:
+            counts, rows = [len(asked) for asked in sequence["questions"]], []
             for step, record in enumerate(sequence["steps"]):
-                seen = len(counts) if step == 0 else step
-                rows.append([*split_by_passage(record["correct"], counts[:seen]), *[None] * (len(counts) - seen)])
-                record["n_ungraded"] = sum(verdict is None for verdict in record["correct"])
+                rows.append(verdict_row(record["correct"], counts, step))
+                record["n_ungraded"] = record["correct"].count(None)
             matrices.append(continual_matrix(rows))
         about = {name: self.value.get(name, "") for name in ("dataset", "base_model")}
         self.value.update(summarize_sequences(matrices, **about))
 
 
-def continual_run_from_json(
-    value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()
-) -> ContinualRun:
-    """A continual summary from its JSON value. Raises: DataError if its matrix is not (K+1)×K."""
-    rows = value.get("mean_over_sequences") if isinstance(value, dict) else None
-    if not isinstance(rows, list) or not rows or {len(row) for row in rows} != {len(rows) - 1}:
-        raise DataError(
-            "is not a (K+1)×K matrix", path=path, field="mean_over_sequences", remedy="write the file again"
-        )
-    return ContinualRun(value=value, path=Path(path), file=file, passages=tuple(passages))
+def verdict_row(correct: Verdicts, counts: Sequence[int], step: int) -> list[Verdicts | None]:
+    """The verdicts of every passage after ``step`` edits, from those of all questions; None if it was not asked.
+
+    ``counts``: the number of questions of each passage.
+    """
+    n_asked = sum(was_asked(step, at) for at in range(len(counts)))
+    return [*split_by_passage(correct, counts[:n_asked]), *[None] * (len(counts) - n_asked)]
 
 
 def continual_matrix(verdicts_T_P: Sequence[Sequence[Verdicts | None]]) -> list[list[float | None]]:
@@ -246,17 +224,29 @@ def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model:
     Means and sample standard deviations over the sequences, 4 decimals; 0.0 where nothing was asked. (The
     released files do not show whether the published deviations are sample or population ones.)
     """
-    n_passages = _check_equal_sizes(matrices)
-    cells = [[[matrix[t][p] for matrix in matrices] for p in range(n_passages)] for t in range(n_passages + 1)]
     return {
-        "mean_over_sequences": _cellwise(cells, mean),
-        "std_over_sequences": _cellwise(cells, sample_std),
+        "mean_over_sequences": _cellwise(mean, matrices),
+        "std_over_sequences": _cellwise(sample_std, matrices),
         "n_sequences": len(matrices),
-        "n_datapoints": n_passages,
+        "n_datapoints": _check_equal_sizes(matrices),
         "dataset": dataset,
         "base_model": base_model,
         "matrices": [[list(row) for row in matrix] for matrix in matrices],
     }
+
+
+def _cellwise(
+    statistic: Callable[[list[float | None]], float | None], matrices: Sequence[Matrix]
+) -> list[list[float | None]]:
+    """A statistic of each cell over several matrices, as files store it."""
+    n_passages = _check_equal_sizes(matrices)
+    return [
+        [
+            rounded(statistic([matrix[step][at] for matrix in matrices])) if was_asked(step, at) else 0.0
+            for at in range(n_passages)
+        ]
+        for step in range(n_passages + 1)
+    ]
 
 
 def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -266,19 +256,19 @@ def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     leaves out the differences between runs. Raises: DataError for different sizes, datasets, base models or
     strategies.
     """
-    means = [_published_matrix(summary, "mean_over_sequences") for summary in summaries]
-    stds = [_published_matrix(summary, "std_over_sequences") for summary in summaries]
+    means = [published_matrix(summary, "mean_over_sequences") for summary in summaries]
+    stds = [published_matrix(summary, "std_over_sequences") for summary in summaries]
+    counts = [int(summary["n_sequences"]) for summary in summaries]
     n_passages = _check_equal_sizes([*means, *stds])
     about = {name: _shared(summaries, name) for name in ("dataset", "base_model", "strategy")}
-    counts = [int(summary["n_sequences"]) for summary in summaries]
+    if not about["strategy"]:
+        del about["strategy"]
     return {
-        "mean_over_sequences": _over_runs(means),
-        "std_over_sequences": _over_runs(stds),
+        "mean_over_sequences": _cellwise(mean, means),
+        "std_over_sequences": _cellwise(mean, stds),
         "n_sequences": sum(counts),
         "n_datapoints": n_passages,
-        "dataset": about["dataset"],
-        "base_model": about["base_model"],
-        **({"strategy": about["strategy"]} if about["strategy"] else {}),
+        **about,
         "n_runs": len(summaries),
         "pooled_std_over_sequences": [
             [_pooled_std(counts, [m[t][p] for m in means], [s[t][p] for s in stds]) for p in range(n_passages)]
@@ -321,8 +311,8 @@ def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate | Diff
     the last passage left out); ``forgetting`` the best since its edit minus final, the same passages.
     """
     n_passages = _check_equal_sizes(matrices)
-    never, own = [list(matrix[0]) for matrix in matrices], [_after_own_edit(matrix) for matrix in matrices]
-    final = [list(matrix[n_passages]) for matrix in matrices]
+    never, final = [matrix[0] for matrix in matrices], [matrix[-1] for matrix in matrices]
+    own = [[matrix[at + 1][at] for at in range(n_passages)] for matrix in matrices]
     estimates: dict[str, Estimate | Difference] = {
         "never_edited": mean_interval(never, unit="sequences"),
         "after_own_edit": mean_interval(own, unit="sequences"),
@@ -330,17 +320,20 @@ def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate | Diff
         "final_minus_never_edited": paired_difference(final, never, unit="sequences"),
     }
     if n_passages > 1:
-        earlier = [row[:-1] for row in final]
-        best = [_best_before_last(matrix) for matrix in matrices]
-        own_earlier = [row[:-1] for row in own]
+        earlier, own_earlier = ([row[:-1] for row in rows] for rows in (final, own))
+        best = [[_best(row[at] for row in matrix[at + 1 : -1]) for at in range(n_passages - 1)] for matrix in matrices]
         estimates["backward_transfer"] = paired_difference(earlier, own_earlier, unit="sequences")
         estimates["forgetting"] = paired_difference(best, earlier, unit="sequences")
     return estimates
 
 
+def _best(accuracies: Iterable[float | None]) -> float | None:
+    return max((value for value in accuracies if value is not None), default=None)
+
+
 def strategy_rows(matrices_of: Mapping[str, Sequence[Matrix]]) -> list[dict[str, Any]]:
     """One line a strategy: accuracy on all passages after the last edit, paired difference to the first."""
-    finals = {name: [list(matrix[-1]) for matrix in matrices] for name, matrices in matrices_of.items()}
+    finals = {name: [matrix[-1] for matrix in matrices] for name, matrices in matrices_of.items()}
     first = next(iter(finals.values()))
     return [
         {
@@ -357,7 +350,7 @@ def strategy_rows(matrices_of: Mapping[str, Sequence[Matrix]]) -> list[dict[str,
 def seen_so_far(matrices: Sequence[Matrix]) -> list[Estimate]:
     """After edit 1, 2, …: mean accuracy on the passages edited so far, with intervals over sequences."""
     return [
-        mean_interval([list(matrix[step][:step]) for matrix in matrices], unit="sequences")
+        mean_interval([matrix[step][:step] for matrix in matrices], unit="sequences")
         for step in range(1, _check_equal_sizes(matrices) + 1)
     ]
 
@@ -367,37 +360,6 @@ def never_edited_so_far(matrices: Sequence[Matrix]) -> list[float | None]:
     return [
         mean([value for matrix in matrices for value in matrix[0][:step]])
         for step in range(1, _check_equal_sizes(matrices) + 1)
-    ]
-
-
-def _after_own_edit(matrix: Matrix) -> list[float | None]:
-    return [matrix[passage + 1][passage] for passage in range(len(matrix) - 1)]
-
-
-def _best_before_last(matrix: Matrix) -> list[float | None]:
-    """For all passages but the last: the best accuracy from its edit to the last edit but one."""
-    n_passages = len(matrix) - 1
-    columns = [[row[p] for row in matrix[p + 1 : n_passages]] for p in range(n_passages - 1)]
-    return [max((value for value in column if value is not None), default=None) for column in columns]
-
-
-def _cellwise(cells: Sequence[Sequence[Sequence[float | None]]], statistic: Any) -> list[list[float | None]]:
-    return [
-        [_cell(statistic(values), was_asked(step, passage)) for passage, values in enumerate(row)]
-        for step, row in enumerate(cells)
-    ]
-
-
-def _cell(value: float | None, asked: bool) -> float | None:
-    if not asked:
-        return 0.0
-    return None if value is None else round(value, 4)
-
-
-def _over_runs(matrices: Sequence[Matrix]) -> list[list[float | None]]:
-    return [
-        [_cell(mean([matrix[step][p] for matrix in matrices]), was_asked(step, p)) for p in range(len(matrices[0]) - 1)]
-        for step in range(len(matrices[0]))
     ]
 
 
@@ -412,10 +374,11 @@ def _pooled_std(counts: Sequence[int], means: Sequence[float | None], stds: Sequ
     return round(math.sqrt(squares / (total - 1)), 4)
 
 
-def _published_matrix(summary: dict[str, Any], field: str) -> Matrix:
+def published_matrix(summary: Mapping[str, Any], field: str, *, path: str | Path = "") -> Matrix:
+    """A matrix of a summary. Raises: DataError if it is not (K+1)×K."""
     rows = summary.get(field)
-    if not isinstance(rows, list) or not rows or any(not isinstance(row, list) for row in rows):
-        raise DataError("is not a (K+1)×K matrix", field=field, remedy="give summaries of continual runs")
+    if not isinstance(rows, list) or {len(row) if isinstance(row, list) else None for row in rows} != {len(rows) - 1}:
+        raise DataError("is not a (K+1)×K matrix", path=path, field=field, remedy="give a summary of a continual run")
     return rows
 
 

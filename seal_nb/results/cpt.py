@@ -5,18 +5,21 @@ adapter_correct, …}}``. It does not say which question belongs to which passag
 passages; our files add ``per_passage``.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from seal_nb.errors import DataError
 from seal_nb.grading.base import IN_WORDS, Answered
 from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, build_reply
-from seal_nb.results.run import KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame
+from seal_nb.results.run import KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame, refused
+from seal_nb.results.statistics import rounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,14 +27,43 @@ if TYPE_CHECKING:
 _PUBLISHED_NUMBERS = {"baseline_accuracy", "adapter_accuracy", "adapter_gain", "gains"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class CptRun(Run):
-    """A ``cpt_run_*.json``. ``passages`` are what it was asked about, in order; empty: as far as the file says."""
+class _Reply(BaseModel):
+    model_config = ConfigDict(strict=True)
 
-    passages: tuple[Passage, ...] = ()
+    baseline_correct: list[bool | None]
+    adapter_correct: list[bool | None]
+
+
+class _File(BaseModel):
+    server_reply: _Reply
+
+
+@dataclass(kw_only=True, eq=False)
+class CptRun(Run):
+    """A ``cpt_run_*.json``. ``passages`` are what it was asked about, in order; empty: as far as the file says.
+
+    Raises: DataError with path and field for broken verdicts.
+    """
+
+    passages: Sequence[Passage] = ()
 
     form: ClassVar[str] = "cpt"
     weighting: ClassVar[Weighting] = "question"
+
+    def __post_init__(self) -> None:
+        try:
+            reply = _File.model_validate(self.value).server_reply
+        except ValidationError as error:
+            raise refused(error, path=self.path) from None
+        n_before, n_after = len(reply.baseline_correct), len(reply.adapter_correct)
+        if n_before != n_after:
+            raise DataError(
+                f"has {n_after} entries, not {n_before}",
+                path=self.path,
+                field="server_reply.adapter_correct",
+                remedy="write the file again",
+            )
+        self.passages = tuple(self.passages)[: self.value.get("n_articles") or None]
 
     @property
     def arm(self) -> str:
@@ -86,7 +118,14 @@ class CptRun(Run):
         return frame(rows)
 
     def overall(self) -> dict[str, float | None]:
-        return build_overall(self.verdicts("baseline"), self.verdicts("adapter"))
+        """Published ``overall``: 4 decimals, the gain from unrounded accuracies."""
+        before, after = (self.verdicts(kind) for kind in KINDS)
+        numbers = {
+            "baseline_accuracy": accuracy(before),
+            "adapter_accuracy": accuracy(after),
+            "gain": gain(before, after),
+        }
+        return {name: rounded(number) for name, number in numbers.items()}
 
     def counts(self) -> dict[str, Any]:
         before, after = (self.verdicts(kind) for kind in KINDS)
@@ -111,9 +150,7 @@ class CptRun(Run):
         return [
             StoredVerdict(
                 kind=kind,
-                answered=Answered(
-                    title=one.title, question=one.question, gold=one.gold, answer=reply[f"{kind}_texts"][at]
-                ),
+                answered=replace(one, answer=reply[f"{kind}_texts"][at]),
                 holder=reply,
                 field=f"{kind}_correct",
                 index=at,
@@ -131,79 +168,50 @@ class CptRun(Run):
 
     def fill_statistics(self) -> None:
         reply = self.value["server_reply"]
-        sides = [
+        before, after = (
             Answers(texts=reply[f"{kind}_texts"], verdicts=[IN_WORDS[one] for one in self.verdicts(kind)])
             for kind in KINDS
-        ]
-        built = build_reply(baseline=sides[0], adapter=sides[1])
+        )
+        built = build_reply(baseline=before, adapter=after)
         reply |= built.model_dump(mode="json", include=_PUBLISHED_NUMBERS)
-        per_passage = per_passage_results(self.passages, *(self.verdicts(kind) for kind in KINDS))
+        per_passage = self._per_passage()
+        per_article: dict[str, dict[str, list[bool | None]]] = {}  # of all passages of one title
+        for entry in per_passage:
+            mine = per_article.setdefault(entry["title"], {"baseline_correct": [], "adapter_correct": []})
+            for name, verdicts in mine.items():
+                verdicts += entry[name]
         self.value.update(
-            overall=self.overall(),
-            n_ungraded=built.n_ungraded,
-            per_article=by_title(per_passage),
-            per_passage=per_passage,
+            overall=self.overall(), n_ungraded=built.n_ungraded, per_article=per_article, per_passage=per_passage
         )
 
-
-def cpt_run_from_json(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> CptRun:
-    """A CPT run from its JSON value. Raises: DataError with path and field for broken verdicts."""
-    reply = value.get("server_reply") if isinstance(value, dict) else None
-    if not isinstance(reply, dict):
-        raise DataError("is not an object", path=path, field="server_reply", remedy="write the file again")
-    counts = {kind: _check_verdicts(reply, f"{kind}_correct", path) for kind in KINDS}
-    if counts["baseline"] != counts["adapter"]:
-        raise DataError(
-            f"has {counts['adapter']} entries, not {counts['baseline']}",
-            path=path,
-            field="server_reply.adapter_correct",
-            remedy="write the file again",
-        )
-    asked = tuple(passages)[: value.get("n_articles") or None]
-    return CptRun(value=value, path=Path(path), file=file, passages=asked)
-
-
-def _check_verdicts(reply: Mapping[str, Any], name: str, path: str | Path) -> int:
-    verdicts, remedy = reply.get(name), "write the file again"
-    if not isinstance(verdicts, list):
-        raise DataError("is not a list", path=path, field=f"server_reply.{name}", remedy=remedy)
-    for at, verdict in enumerate(verdicts):
-        if verdict is not None and not isinstance(verdict, bool):
-            problem = f"is {str(verdict)[:40]!r}, not true, false or null"
-            raise DataError(problem, path=path, field=f"server_reply.{name}[{at}]", remedy=remedy)
-    return len(verdicts)
+    def _per_passage(self) -> list[dict[str, Any]]:
+        """One entry per passage, by its index, because titles repeat."""
+        return [
+            {
+                "index": at,
+                "title": passage.title,
+                "n_questions": len(passage.questions),
+                "baseline_correct": before,
+                "adapter_correct": after,
+                "baseline_accuracy": rounded(accuracy(before)),
+                "adapter_accuracy": rounded(accuracy(after)),
+            }
+            for at, (passage, before, after) in enumerate(
+                zip(self.passages, self.scores("baseline"), self.scores("adapter"), strict=True)
+            )
+        ]
 
 
 def check_length(values: Any, n_questions: int, *, path: str | Path, field: str) -> None:
     """Refuse answers or verdicts that are not one per question. Raises: DataError."""
     n_there = len(values) if isinstance(values, list) else 0
-    if n_there != n_questions or not n_questions:
+    if n_there != n_questions:
         raise DataError(
             f"has {n_there} entries, and the passages {n_questions} questions",
             path=path,
             field=field,
             remedy="give the item file that this run was asked about (--dataset)",
         )
-
-
-def per_passage_results(
-    passages: Sequence[Passage], baseline_correct: Verdicts, adapter_correct: Verdicts
-) -> list[dict[str, Any]]:
-    """One entry per passage, by its index, because titles repeat."""
-    counts = [len(passage.questions) for passage in passages]
-    baseline_P, adapter_P = (split_by_passage(baseline_correct, counts), split_by_passage(adapter_correct, counts))
-    return [
-        {
-            "index": at,
-            "title": passage.title,
-            "n_questions": counts[at],
-            "baseline_correct": list(baseline_P[at]),
-            "adapter_correct": list(adapter_P[at]),
-            "baseline_accuracy": _rounded(accuracy(baseline_P[at])),
-            "adapter_accuracy": _rounded(accuracy(adapter_P[at])),
-        }
-        for at, passage in enumerate(passages)
-    ]
 
 
 def split_by_passage(verdicts: Verdicts, counts: Sequence[int]) -> list[Verdicts]:
@@ -214,26 +222,3 @@ def split_by_passage(verdicts: Verdicts, counts: Sequence[int]) -> list[Verdicts
             remedy="give the passages of this run, in its order",
         )
     return [verdicts[end - n : end] for end, n in zip(accumulate(counts), counts, strict=True)]
-
-
-def build_overall(baseline_correct: Verdicts, adapter_correct: Verdicts) -> dict[str, float | None]:
-    """Published ``overall``: 4 decimals, the gain from unrounded accuracies."""
-    return {
-        "baseline_accuracy": _rounded(accuracy(baseline_correct)),
-        "adapter_accuracy": _rounded(accuracy(adapter_correct)),
-        "gain": _rounded(gain(baseline_correct, adapter_correct)),
-    }
-
-
-def by_title(per_passage: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[bool | None]]]:
-    """Published ``per_article``: the verdicts of all passages of one title."""
-    found: dict[str, dict[str, list[bool | None]]] = {}
-    for entry in per_passage:
-        mine = found.setdefault(entry["title"], {"baseline_correct": [], "adapter_correct": []})
-        for name, verdicts in mine.items():
-            verdicts += entry[name]
-    return found
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

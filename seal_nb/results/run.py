@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from pydantic import ValidationError
+
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference
@@ -72,11 +74,11 @@ class StoredVerdict:
         return verdict
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Run(ABC):
     """One run file. ``file`` is its name in tables: its path below a collected folder."""
 
-    value: dict[str, Any] = field(default_factory=dict, repr=False)
+    value: dict[str, Any] = field(repr=False)
     path: Path = Path()
     file: str = ""
 
@@ -223,7 +225,7 @@ class Run(ABC):
             grader: the name of the grader, written to the field ``grader``.
             keep_as: if given, the old verdicts are kept in ``earlier`` under this grader name.
         """
-        copy = self.with_value(deepcopy(self.value))
+        copy = replace(self, value=deepcopy(self.value))
         places = copy.stored_verdicts()
         for holder, name in {(id(one.holder), one.field): (one.holder, one.field) for one in places}.values():
             if keep_as:
@@ -232,15 +234,32 @@ class Run(ABC):
             place.replace(verdict)
         copy.value["grader"] = grader
         copy.fill_statistics()
-        return copy.with_value(copy.value)
+        return replace(copy)
 
     def write(self, path: str | Path) -> Path:
         """Write the run in its published form, whole or not at all."""
         return write_json(path, self.value)
 
-    def with_value(self, value: dict[str, Any]) -> Self:
-        """The same run with another JSON value."""
-        return replace(self, value=value)
+
+_WANTED = {"string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number", "list": "a list"}
+
+
+def refused(error: ValidationError, *, path: str | Path, item: int | str | None = None) -> DataError:
+    """The first error of a file's check, with item, field and value."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    wanted = _WANTED.get(first["type"].partition("_")[0], "an object")
+    place = list(first["loc"])
+    if item is not None:
+        place = place[:1]
+    elif place[0] == "articles" and len(place) > 1:
+        item, place = place[1], place[2:]
+    return DataError(
+        "is missing" if first["type"] == "missing" else f"is {repr(first['input'])[:40]}, not {wanted}",
+        path=path,
+        item=item,
+        field="".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place).removeprefix("."),
+        remedy="correct the file or write it again",
+    )
 
 
 def unequal(where: str, stored: Mapping[str, Any], computed: Mapping[str, Any]) -> list[str]:

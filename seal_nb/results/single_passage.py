@@ -8,18 +8,17 @@ are read as absent. A value of another kind is refused with path, item and field
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from seal_nb.errors import DataError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
-from seal_nb.metrics import Scores, Verdicts, recitation_rate
+from seal_nb.metrics import Scores, Verdicts
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame, unequal
+from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame, refused, unequal
 from seal_nb.results.statistics import mean, published_statistics, repeat_stats
-from seal_nb.storage import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,34 +36,67 @@ def run_file_name(exp_name: str, arm: str) -> str:
     return f"run_{exp_name}.json" if arm == "self_edits" else f"run_{exp_name}_{arm}.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnsweredQuestion:
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+def _numbered(entries: list[Any]) -> list[Any]:
+    return [entry.model_copy(update={"index": at}) for at, entry in enumerate(entries)]
+
+
+Number = Annotated[float | None, AfterValidator(_finite)]
+
+
+class _Entry(BaseModel):
+    """Part of a run file; null means absent everywhere."""
+
+    model_config = ConfigDict(strict=True, frozen=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: entry for name, entry in value.items() if entry is not None}
+        return {} if value is None else value
+
+
+class AnsweredQuestion(_Entry):
     """One question in one repeat, without and with the adapter; a verdict of None is ungraded."""
 
-    repeat: int
-    question: str
-    gold: str
-    baseline_answer: str
-    adapter_answer: str
-    baseline_correct: bool | None
-    adapter_correct: bool | None
-    soft_gain: float | None  # nats: change in log-probability of the gold answer; not in published files
+    repeat: int = Field(0, alias="rep")
+    question: str = ""
+    gold: str = Field("", alias="answer")
+    baseline_answer: str = ""
+    adapter_answer: str = ""
+    baseline_correct: bool | None = None
+    adapter_correct: bool | None = None
+    baseline_gold_logprob: Number = None  # nats; not in published files
+    adapter_gold_logprob: Number = None
+
+    @property
+    def soft_gain(self) -> float | None:
+        """Change in log-probability of the gold answer, in nats."""
+        before, after = self.baseline_gold_logprob, self.adapter_gold_logprob
+        return None if before is None or after is None else after - before
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluatedSelfEdit:
-    """A self-edit with its answers.
+class EvaluatedSelfEdit(_Entry):
+    """A self-edit with its answers; ``stored_stats`` are the numbers of the file, None where it has none."""
 
-    ``stored_stats`` are the numbers of the file, None where it has none. ``made`` is everything else that the file says
-    about the self-edit: seeds, settings, scores of tokens.
-    """
+    model_config = ConfigDict(extra="allow")
 
-    index: int
-    text: str | None
-    questions: tuple[AnsweredQuestion, ...]
-    stored_stats: Mapping[str, float | None]
+    index: int = 0
+    text: str | None = None
     prompt: str | None = None  # set if the self-edits of one passage complete different prompts
-    made: Mapping[str, Any] = field(default_factory=dict)
+    questions: list[AnsweredQuestion] = []
+    stored_stats: Annotated[dict[str, Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
+        dict.fromkeys(STATS), alias="stats"
+    )
+
+    @property
+    def made(self) -> Mapping[str, Any]:
+        """Everything else that the file says about the self-edit: seeds, settings, scores of tokens."""
+        return self.model_extra or {}
 
     def repeats(self) -> list[tuple[Verdicts, Verdicts]]:
         """(baseline, adapter) verdicts of each repeat, in file order."""
@@ -89,31 +121,48 @@ class EvaluatedSelfEdit:
         return mean([answered.soft_gain for answered in self.questions])
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluatedPassage:
+class EvaluatedPassage(_Entry):
     """A passage of a run with its evaluated self-edits; ``prompt`` is None if the file has none."""
 
-    index: int
-    title: str
-    context: str
-    prompt: str | None
-    self_edits: tuple[EvaluatedSelfEdit, ...]
-    stored_stats: Mapping[str, Any]
+    index: int = 0
+    title: str = ""
+    context: str = ""
+    prompt: str | None = None
+    self_edits: Annotated[list[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
+    stored_stats: dict[str, Any] = Field({}, alias="stats")
 
-    def verdicts(self, kind: Kind) -> Verdicts:
-        """Of all answers: self-edits, repeats and questions in file order."""
-        return [getattr(one, f"{kind}_correct") for edit in self.self_edits for one in edit.questions]
+    def questions(self) -> list[AnsweredQuestion]:
+        """Of all self-edits and repeats, in file order."""
+        return [one for edit in self.self_edits for one in edit.questions]
 
 
-@dataclass(frozen=True, kw_only=True)
+class _Articles(BaseModel):
+    articles: Annotated[list[EvaluatedPassage], AfterValidator(_numbered)]
+
+
+@dataclass(kw_only=True, eq=False)
 class SinglePassageRun(Run):
-    """A ``run_*.json``: each passage has its own adapter per self-edit. ``settings``: all fields but the results."""
+    """A ``run_*.json``: each passage has its own adapter per self-edit.
 
-    passages: tuple[EvaluatedPassage, ...]
-    stored_overall: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    Raises: DataError with path, item and field for a value of another kind.
+    """
 
     form: ClassVar[str] = "single_passage"
+
+    def __post_init__(self) -> None:
+        try:
+            self.passages = _Articles.model_validate(self.value).articles
+        except ValidationError as error:
+            raise refused(error, path=self.path) from None
+
+    @property
+    def stored_overall(self) -> Mapping[str, Any]:
+        return self.value.get("overall") or {}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All fields but the results."""
+        return {name: entry for name, entry in self.value.items() if name not in ("overall", "articles")}
 
     @property
     def n_completions(self) -> int:
@@ -163,7 +212,7 @@ class SinglePassageRun(Run):
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
     def scores(self, kind: Kind) -> list[Scores]:
-        return [passage.verdicts(kind) for passage in self.passages]
+        return [[getattr(one, f"{kind}_correct") for one in passage.questions()] for passage in self.passages]
 
     def stored_mean(self, kind: Kind) -> float | None:
         return self.stored_overall.get(f"{kind}_mean_accuracy")
@@ -230,23 +279,21 @@ class SinglePassageRun(Run):
     def recited(self) -> float | None:
         """Share of adapter answers that contain the gold answer of another question of the same passage.
 
-        The local grader decides what an answer contains. None without answers.
+        A model that recites its passage profits from every grader that looks for the gold answer in the text. The local
+        grader decides what an answer contains. None without answers.
         """
-        answered = [(p.index, one) for p in self.passages for edit in p.self_edits for one in edit.questions]
-        if not any(one.adapter_answer for _, one in answered):
-            return None
-        grader = make_grader("local")
-
-        def match(question: str, gold: str, answer: str) -> bool:
-            return grader.grade([Answered(question=question, gold=gold, answer=answer)]) == [Verdict.CORRECT]
-
-        return recitation_rate(
-            [one.question for _, one in answered],
-            [one.gold for _, one in answered],
-            [one.adapter_answer for _, one in answered],
-            match,
-            passages=[passage for passage, _ in answered],
-        )
+        grader, recited = make_grader("local"), []
+        for passage in self.passages:
+            asked = dict.fromkeys((one.question, one.gold) for one in passage.questions())
+            for one in passage.questions():
+                others = [
+                    Answered(question=question, gold=gold, answer=one.adapter_answer)
+                    for question, gold in asked
+                    if gold.casefold() != one.gold.casefold()
+                ]
+                recited.append(Verdict.CORRECT in grader.grade(others))
+        has_answers = any(one.adapter_answer for passage in self.passages for one in passage.questions())
+        return sum(recited) / len(recited) if has_answers else None
 
     def overall(self) -> dict[str, float | None]:
         return self._statistics()[1]
@@ -281,7 +328,17 @@ class SinglePassageRun(Run):
 
     def stored_verdicts(self) -> list[StoredVerdict]:
         return [
-            StoredVerdict(kind=kind, answered=_answered(row, article, kind), holder=row, field=f"{kind}_correct")
+            StoredVerdict(
+                kind=kind,
+                answered=Answered(
+                    title=article.get("title") or "",
+                    question=row.get("question") or "",
+                    gold=row.get("answer") or "",
+                    answer=row.get(f"{kind}_answer") or "",
+                ),
+                holder=row,
+                field=f"{kind}_correct",
+            )
             for article in self.value["articles"]
             for completion in article.get("completions") or []
             for row in completion.get("questions") or []
@@ -289,122 +346,12 @@ class SinglePassageRun(Run):
         ]
 
     def fill_statistics(self) -> None:
-        run = run_from_json(self.value, path=self.path)
-        stats_P_E = [[dict(repeat_stats(edit.repeats())) for edit in passage.self_edits] for passage in run.passages]
+        passages = SinglePassageRun(value=self.value, path=self.path).passages
+        stats_P_E = [[repeat_stats(edit.repeats()) for edit in passage.self_edits] for passage in passages]
         stats_P, self.value["overall"] = published_statistics(stats_P_E)
         for article, stats, stats_E in zip(self.value["articles"], stats_P, stats_P_E, strict=True):
             article["stats"] = stats
             for completion, own in zip(article.get("completions") or [], stats_E, strict=True):
                 completion["stats"] = own
-        pairs = zip(*(([one for unit in run.scores(kind) for one in unit]) for kind in KINDS), strict=True)
-        self.value["n_ungraded"] = sum(None in pair for pair in pairs)
-
-    def with_value(self, value: dict[str, Any]) -> Self:
-        return type(self)(**vars(run_from_json(value, path=self.path, file=self.file)))
-
-
-def _answered(row: Mapping[str, Any], article: Mapping[str, Any], kind: Kind) -> Answered:
-    return Answered(
-        title=article.get("title") or "",
-        question=row.get("question") or "",
-        gold=row.get("answer") or "",
-        answer=row.get(f"{kind}_answer") or "",
-    )
-
-
-def read_run(path: str | Path) -> SinglePassageRun:
-    """A single-passage run file, published or ours, plain or .gz. Raises: DataError."""
-    return run_from_json(read_json(path), path=path)
-
-
-def run_from_json(value: Any, *, path: str | Path = "", file: str = "") -> SinglePassageRun:
-    """The same from a value in memory; ``path`` is used in messages, ``file`` in tables."""
-    if not isinstance(value, dict) or not isinstance(value.get("articles"), list):
-        raise DataError(
-            "has no list of articles", path=path, field="articles", remedy="give a single-passage run_*.json"
-        )
-    reader = _Reader(Path(path))
-    return SinglePassageRun(
-        value=value,
-        path=Path(path),
-        file=file,
-        passages=tuple(reader.passage(at, article) for at, article in enumerate(value["articles"])),
-        stored_overall=value.get("overall") or {},
-        settings={name: entry for name, entry in value.items() if name not in ("overall", "articles")},
-    )
-
-
-class _Reader:
-    """Reads articles and names path, item and field in its messages. Null means absent everywhere."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.item = path, 0
-
-    def passage(self, item: int, value: Any) -> EvaluatedPassage:
-        self.item = item
-        article = self._of(dict, value, "") or {}
-        completions = self._of(list, article.get("completions"), "completions") or []
-        return EvaluatedPassage(
-            index=item,
-            title=self._of(str, article.get("title"), "title") or "",
-            context=self._of(str, article.get("context"), "context") or "",
-            prompt=self._of(str, article.get("prompt"), "prompt"),
-            self_edits=tuple(self._self_edit(at, entry, f"completions[{at}]") for at, entry in enumerate(completions)),
-            stored_stats=self._of(dict, article.get("stats"), "stats") or {},
-        )
-
-    def _self_edit(self, index: int, value: Any, where: str) -> EvaluatedSelfEdit:
-        completion = self._of(dict, value, where) or {}
-        stats = self._of(dict, completion.get("stats"), f"{where}.stats") or {}
-        questions = self._of(list, completion.get("questions"), f"{where}.questions") or []
-        return EvaluatedSelfEdit(
-            index=index,
-            text=self._of(str, completion.get("text"), f"{where}.text"),
-            prompt=self._of(str, completion.get("prompt"), f"{where}.prompt"),
-            questions=tuple(self._question(entry, f"{where}.questions[{at}]") for at, entry in enumerate(questions)),
-            stored_stats={name: self._number(stats.get(name), f"{where}.stats.{name}") for name in STATS},
-            made={key: kept for key, kept in completion.items() if key not in ("text", "stats", "questions")},
-        )
-
-    def _question(self, value: Any, where: str) -> AnsweredQuestion:
-        entry = self._of(dict, value, where) or {}
-        texts = {
-            name: self._of(str, entry.get(name), f"{where}.{name}") or ""
-            for name in ("question", "answer", "baseline_answer", "adapter_answer")
-        }
-        before, after = (
-            self._number(entry.get(f"{arm}_gold_logprob"), f"{where}.{arm}_gold_logprob")
-            for arm in ("baseline", "adapter")
-        )
-        return AnsweredQuestion(
-            repeat=self._of(int, entry.get("rep"), f"{where}.rep") or 0,
-            question=texts["question"],
-            gold=texts["answer"],
-            baseline_answer=texts["baseline_answer"],
-            adapter_answer=texts["adapter_answer"],
-            baseline_correct=self._of(bool, entry.get("baseline_correct"), f"{where}.baseline_correct"),
-            adapter_correct=self._of(bool, entry.get("adapter_correct"), f"{where}.adapter_correct"),
-            soft_gain=None if before is None or after is None else after - before,
-        )
-
-    def _of(self, kind: type, value: Any, field: str) -> Any:
-        if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
-            return value
-        named = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
-        raise self._refused(value, field, named[kind])
-
-    def _number(self, value: Any, field: str) -> float | None:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self._refused(value, field, "a number")
-        return float(value) if math.isfinite(value) else None
-
-    def _refused(self, value: Any, field: str, wanted: str) -> DataError:
-        return DataError(
-            f"is {str(value)[:40]!r}, not {wanted} or null",
-            path=self.path,
-            item=self.item,
-            field=field,
-            remedy="mend the file or write it again",
-        )
+        answered = [one for passage in passages for one in passage.questions()]
+        self.value["n_ungraded"] = sum(None in (one.baseline_correct, one.adapter_correct) for one in answered)

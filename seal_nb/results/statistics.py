@@ -21,14 +21,14 @@ def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, floa
     numbers are None.
     """
     pairs = list(repeats)
-    before = [_rounded(accuracy(baseline)) for baseline, _ in pairs]
-    after = [_rounded(accuracy(adapter)) for _, adapter in pairs]
+    before = [rounded(accuracy(baseline)) for baseline, _ in pairs]
+    after = [rounded(accuracy(adapter)) for _, adapter in pairs]
     return {
         "baseline_mean": mean(before),
         "baseline_std": sample_std(before),
         "adapter_mean": mean(after),
         "adapter_std": sample_std(after),
-        "gain_mean": mean([_rounded(_paired_gain(baseline, adapter)) for baseline, adapter in pairs]),
+        "gain_mean": mean([rounded(_paired_gain(baseline, adapter)) for baseline, adapter in pairs]),
     }
 
 
@@ -90,9 +90,9 @@ def sample_std(values: Scores) -> float | None:
     return statistics.stdev(known) if len(known) > 1 else (0.0 if known else None)
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
 def _all_rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: _rounded(value) for name, value in values.items()}
+    return {name: rounded(value) for name, value in values.items()}
