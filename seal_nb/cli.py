@@ -6,11 +6,9 @@ stage exit code 1.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from seal_nb.commands import results, submit
@@ -118,7 +116,7 @@ def _status(arguments: argparse.Namespace) -> None:
     with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
         status = client.status()
     if arguments.json or not sys.stdout.isatty():
-        print(json.dumps(asdict(status), indent=2))
+        print(status.model_dump_json(indent=2))
         return
     for name, text in status_rows(status):
         print(f"{name}: {text}")

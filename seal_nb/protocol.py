@@ -18,16 +18,9 @@ from seal_nb.errors import ProtocolError
 PROTOCOL_VERSION = "1.0"
 MAX_SEED = 2**32 - 1  # the most that NumPy and torch both accept
 NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a safe file name: no separator, no leading dot
+MAX_ITEMS = 20_000  # sequences, questions or prompts of one request
+MAX_LENGTH = 2**20  # tokens of one sequence
 VerdictWord = Literal["CORRECT", "INCORRECT", "UNGRADED"]
-
-
-def _whole(value: object) -> object:
-    """An int, or a float without a fraction: some JSON writers have only floats."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool | str | bytes | float):
-        raise ValueError("a whole number is required")
-    return value
 
 
 def _number(value: object) -> object:
@@ -46,19 +39,22 @@ def _not_sampled(value: int) -> int:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-NotSampled = Annotated[Whole, AfterValidator(_not_sampled)]
+Whole = Annotated[int, BeforeValidator(_number)]  # 32.0 too: some JSON writers have only floats
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Measured = Annotated[float | None, BeforeValidator(_finite)]  # None: not finite, as after a divergence
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-\x7e]+$")]
+NotSampled = Annotated[Whole, AfterValidator(_not_sampled)]
+T = TypeVar("T")
+Items = Annotated[list[T], Field(max_length=MAX_ITEMS)]
+Stack = Annotated[list[Name], Field(max_length=1000)]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 
 
 class _Received(BaseModel):
     """A record from the wire: unknown fields are ignored, and null means "use the default"."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
@@ -78,30 +74,30 @@ class EvalQuestion(_Received):
 class TTTRequest(_Received):
     """One inner loop: train a temporary adapter on sequences, answer questions without it and with it."""
 
-    train_sequences: list[str] = Field(default=[], description="texts to train on; none: baseline only")
-    eval_questions: list[EvalQuestion] = Field(default=[], description="asked without and with the adapter")
-    lora_rank: Whole = Field(32, ge=1)
+    train_sequences: Items[str] = Field(default=[], description="texts to train on; none: baseline only")
+    eval_questions: Items[EvalQuestion] = Field(default=[], description="asked without and with the adapter")
+    lora_rank: Whole = Field(32, ge=1, le=512)
     lora_alpha: Number = Field(64.0, gt=0)
     lora_dropout: Number = Field(0.0, ge=0, lt=1)
-    finetune_epochs: Whole = Field(10, ge=1)
+    finetune_epochs: Whole = Field(10, ge=1, le=1000)
     finetune_lr: Number = Field(1e-3, ge=0)
-    batch_size: Whole = Field(1, ge=1, description="sequences of a micro-batch")
-    gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-batches of an optimiser step")
+    batch_size: Whole = Field(1, ge=1, le=MAX_ITEMS, description="sequences of a micro-batch")
+    gradient_accumulation_steps: Whole = Field(1, ge=1, le=MAX_ITEMS, description="micro-batches of an optimiser step")
     end_mask_substring: str = Field("", description="no loss up to the end of its first occurrence")
     skip_training: bool = Field(False, description="true: baseline only")
 
     request_id: RequestId | None = Field(None, description="the same id gets the same result again")
     seed: Seed | None = Field(None, description="none: derived from the server's seed and the content")
-    target_modules: list[str] = Field(default=[], description='empty: PEFT\'s default; ["all-linear"]: all')
-    max_seq_length: Whole = Field(2048, ge=1, description="tokens; longer sequences are cut")
+    target_modules: Items[str] = Field(default=[], description='empty: PEFT\'s default; ["all-linear"]: all')
+    max_seq_length: Whole = Field(2048, ge=1, le=MAX_LENGTH, description="tokens; longer sequences are cut")
     padding_in_loss: bool = Field(False, description="true: the published training, with padding")
-    pad_to: Whole = Field(2048, ge=1, description="tokens; with padding_in_loss")
+    pad_to: Whole = Field(2048, ge=1, le=MAX_LENGTH, description="tokens; with padding_in_loss")
     pad_samples: NotSampled = Field(0, description="must be 0; sampled padding is no longer supported")
-    max_new_tokens: Whole = Field(64, ge=1, description="tokens of an answer")
+    max_new_tokens: Whole = Field(64, ge=1, le=8192, description="tokens of an answer")
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
     return_token_logprobs: bool = Field(False, description="true: token scores of sequences, gold answers, passages")
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
-    adapter_stack: list[Name] = Field(default=[], description="kept adapters below the new one, frozen, in order")
+    adapter_stack: Stack = Field(default=[], description="kept adapters below the new one, frozen, in order")
     skip_baseline: bool = Field(False, description="true: only the adapter answers")
     priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
@@ -116,14 +112,14 @@ class GenerateRequest(_Received):
     """Text from the server's model, without or with kept adapters."""
 
     cmd: Literal["generate"] = "generate"
-    prompts: list[str] = Field(min_length=1)
-    max_tokens: Whole = Field(64, ge=1, description="tokens of one text")
+    prompts: Items[str] = Field(min_length=1)
+    max_tokens: Whole = Field(64, ge=1, le=8192, description="tokens of one text")
     temperature: Number = Field(1.0, ge=0, description="0: greedy")
     top_p: Number = Field(1.0, gt=0, le=1)
     stop: list[str] = Field(default=[], description="texts that end a completion, not part of it")
     seed: Seed | None = None
     request_id: RequestId | None = None
-    adapter_stack: list[Name] = Field(default=[])
+    adapter_stack: Stack = Field(default=[])
     priority: Whole = Field(0, ge=-100, le=100)
     traceback: bool = False
 
@@ -223,6 +219,42 @@ class ErrorReply(_Sent):
 Reply = TTTReply | GenerateReply | ErrorReply
 
 
+class WorkerStatus(_Received):
+    """One worker process, as the front end knows it."""
+
+    worker_id: str
+    host: str
+    pid: int
+    n_running: int
+    capacity: int
+    silent_s: float  # since its last heartbeat
+    no_step_s: float = 0.0  # since its last step; 0 without work
+    model_id: str = ""
+    stats: dict[str, Any] = {}
+
+
+class ServerStatus(_Received):
+    """The reply to `status`: one server at one moment."""
+
+    server_id: str
+    model_id: str
+    pid: int
+    uptime_s: float
+    draining: bool
+    n_queued: int
+    n_running: int
+    n_slots: int
+    n_results: int
+    n_unsaved: int
+    queued_bytes: int
+    jobs_per_min: float
+    tokens_per_s: float
+    rss_bytes: int
+    counts: dict[str, int]
+    workers: list[WorkerStatus]
+    trouble: str = ""
+
+
 def error_reply(error: BaseException, **known: Any) -> ErrorReply:
     """The reply that reports `error`, with its `field` if it has one. `known`: other fields of ErrorReply."""
     return ErrorReply(error=f"{type(error).__name__}: {error}", field=getattr(error, "field", "") or None, **known)
@@ -296,9 +328,9 @@ def read_json(message: bytes) -> dict[str, Any]:
     return fields
 
 
-def parse_request(message: bytes) -> Request:
-    """Parse and validate a request. Raises ProtocolError naming the field, its value and the remedy."""
-    fields = read_json(message)
+def parse_request(message: bytes | dict[str, Any]) -> Request:
+    """Validate a request (or its decoded fields). Raises ProtocolError naming the field, its value and the remedy."""
+    fields = read_json(message) if isinstance(message, bytes) else message
     if (cmd := fields.get("cmd")) is not None:
         return _validated(GenerateRequest, fields) if cmd == "generate" else _validated(Command, fields)
     if fields.get("train_sequences") is None and fields.get("eval_questions") is None:

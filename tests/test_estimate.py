@@ -1,12 +1,9 @@
 """How much work a run is: counts that follow from its requests, time only at a measured speed."""
 
-from dataclasses import replace
-
 import pytest
 
 from seal_nb.experiments.session import n_tokens, work_of, work_of_texts
-from seal_nb.protocol import EvalQuestion, TTTRequest
-from seal_nb.server.status import ServerStatus, read_status
+from seal_nb.protocol import EvalQuestion, ServerStatus, TTTRequest
 
 QUESTIONS = [EvalQuestion(question=text, answer="a") for text in ("one?", "two?")]
 TEXT = "word " * 84  # 420 characters: 100 tokens
@@ -18,8 +15,8 @@ def request(**fields: object) -> TTTRequest:
 
 
 def status(tokens_per_s: float) -> ServerStatus:
-    empty = read_status({name: 0 for name in ServerStatus.__annotations__ if name != "workers"})
-    return replace(empty, tokens_per_s=tokens_per_s)
+    fields = dict.fromkeys(ServerStatus.model_fields, 0)
+    return ServerStatus.model_construct(**{**fields, "tokens_per_s": tokens_per_s})
 
 
 def test_steps_tokens_and_answers_are_counted_and_a_baseline_answer_once() -> None:

@@ -15,8 +15,10 @@ from seal_nb.protocol import (
     ErrorReply,
     GenerateReply,
     GenerateRequest,
+    ServerStatus,
     TTTReply,
     TTTRequest,
+    WorkerStatus,
     build_reply,
     error_reply,
     parse_request,
@@ -25,7 +27,6 @@ from seal_nb.protocol import (
 from seal_nb.server.client import DEFAULT_WAIT_S
 from seal_nb.server.endpoint import Endpoint
 from seal_nb.server.settings import ServeSettings
-from seal_nb.server.status import ServerStatus, WorkerStatus
 
 PAGE_PATH = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 PAGE = PAGE_PATH.read_text()
@@ -90,6 +91,10 @@ def test_escaped_and_plain_unicode_are_the_same_text():
         (sent(lora_rank=True), "lora_rank", "True"),
         (sent(lora_rank=1.5), "lora_rank", "1.5"),
         (sent(lora_dropout=1), "lora_dropout", "1"),
+        (sent(lora_rank=513), "lora_rank", "513"),
+        (sent(finetune_epochs=1001), "finetune_epochs", "1001"),
+        (sent(train_sequences=[""] * 20_001), "train_sequences", "at most 20000"),
+        (b'{"cmd": "generate", "prompts": ["a"], "max_tokens": 8193}', "max_tokens", "8193"),
         (sent(finetune_lr="fast"), "finetune_lr", "'fast'"),
         (sent(train_sequences="one text"), "train_sequences", "'one text'"),
         (sent(train_sequences=[1]), "train_sequences.0", "1"),
@@ -227,10 +232,9 @@ def test_an_error_reply_names_type_message_and_field_and_omits_what_is_absent():
 
 def test_the_page_on_the_protocol_names_every_field_and_the_version():
     assert f"Version {PROTOCOL_VERSION}" in PAGE
-    for kind in (TTTRequest, GenerateRequest, TTTReply, GenerateReply, ErrorReply):
+    for kind in (TTTRequest, GenerateRequest, TTTReply, GenerateReply, ErrorReply, ServerStatus, WorkerStatus):
         assert not [name for name in kind.model_fields if f"`{name}`" not in PAGE and f'"{name}"' not in PAGE]
-    for kind in (ServerStatus, WorkerStatus, Endpoint):
-        assert not [name for name in kind.__dataclass_fields__ if f"`{name}`" not in PAGE]
+    assert not [name for name in Endpoint.__dataclass_fields__ if f"`{name}`" not in PAGE]
 
 
 def test_the_defaults_on_the_page_are_those_of_the_records():
@@ -248,6 +252,8 @@ def test_the_defaults_on_the_page_are_those_of_the_records():
 
 def test_every_counter_of_the_server_is_on_the_page():
     folder = PAGE_PATH.parent.parent / "seal_nb" / "server"
-    counted = {name for path in folder.glob("*.py") for name in re.findall(r'\.count\("(\w+)"', path.read_text())}
+    counted = {
+        name for path in folder.glob("*.py") for name in re.findall(r'\.counts\["(\w+)"\] \+=', path.read_text())
+    }
     assert {"answered", "requeued"} <= counted
     assert not [name for name in counted if f"`{name}`" not in PAGE]

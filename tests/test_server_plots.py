@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from seal_nb.server.status import History
 from seal_nb.views import server_plots
 from seal_nb.views.server_plots import ServerView, plot_server_activity, server_frame
 from seal_nb.views.style import Chart
@@ -16,14 +15,6 @@ SAMPLES = [
     sample(1.0, slots=4, queued=7, slots_in_use=4, jobs_per_min=3.0, workers=1, memory_bytes=3 * 2**20),
     sample(2.5, slots=4, queued=2, slots_in_use=3, jobs_per_min=9.5, workers=1, memory_bytes=2 * 2**20),
 ]
-
-
-@pytest.fixture
-def history() -> History:
-    history = History()
-    for one in SAMPLES:
-        history.add(one)
-    return history
 
 
 @pytest.fixture
@@ -69,31 +60,31 @@ def test_table_has_the_newest_state_and_the_most_there_was() -> None:
 
 
 def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(
-    history: History, shown: list[Shown], capsys: pytest.CaptureFixture[str]
+    shown: list[Shown], capsys: pytest.CaptureFixture[str]
 ) -> None:
     view = ServerView()
     for _ in range(5):
-        view.show(history)
+        view.show(SAMPLES)
     assert shown == []
-    view.close(history)
+    view.close(SAMPLES)
     (line,) = capsys.readouterr().out.splitlines()  # the next one is due after some seconds
     assert "2 waiting, 3/4 slots, 9.5 jobs/min" in line
     assert [(how, type(what)) for how, what in shown] == [("displayed", dict), ("displayed", Chart)]
 
 
 def test_live_there_is_one_display_that_is_updated(
-    history: History, shown: list[Shown], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shown: list[Shown], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_plots, "has_live_frontend", lambda: True)
     view = ServerView()
-    view.show(history)
-    view.show(history)
-    view.close(history)
+    view.show(SAMPLES)
+    view.show(SAMPLES)
+    view.close(SAMPLES)
     assert [how for how, _ in shown] == ["displayed", "updated", "updated", "displayed"]
     assert "image/png" in shown[1][1].data and "requests waiting" in shown[1][1].data
     assert [type(what) for _, what in shown[2:]] == [dict, Chart] and capsys.readouterr().out == ""
 
 
 def test_a_server_that_was_never_seen_leaves_nothing_to_show(shown: list[Shown]) -> None:
-    ServerView().close(History())
+    ServerView().close([])
     assert shown == []

@@ -15,11 +15,10 @@ from typing import Any, Generic, Self, TypeVar
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.grading.choose import check_grader
-from seal_nb.protocol import GenerateReply, GenerateRequest, TTTReply, TTTRequest
+from seal_nb.protocol import GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
-from seal_nb.server.status import ServerStatus
 from seal_nb.storage import Journal, content_id, runs_folder
 from seal_nb.views.live import Teller
 

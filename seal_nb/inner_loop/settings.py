@@ -1,37 +1,63 @@
-"""Settings of the inner loop. This module does not import torch, so a server's front end can use it."""
+"""Settings of the inner loop. This module does not import torch, so a server's front end can use it.
 
-from dataclasses import dataclass
+Each setting is declared once, with its help text. `seal_nb.server.settings` adds those of a server and of a worker.
+"""
+
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import DTYPES
 
 
-@dataclass(frozen=True, kw_only=True)
-class InnerLoopSettings:
-    """What one worker process runs. Raises SettingsError if a value is out of its range."""
+def setting(default: Any, text: str, *, least: float | None = None) -> Any:
+    """A dataclass field with its help text and its lower bound."""
+    return field(default=default, metadata={"text": text, "least": least})
 
-    model: str = "embedded"  # folder, hub name, or "embedded": the small model
-    device: str = "auto"  # "auto": CUDA if there is one
-    dtype: str = "auto"  # of the base; adapters are float32. "auto": bfloat16 if the device multiplies it natively
-    n_slots: int = 0  # adapters in training at a time; 0: 8 on a CPU, 88 on a GPU
-    n_threads: int = 1  # of torch on a CPU
-    grader: str = "local"
-    adapters_dir: Path = Path("adapters")  # adapters kept by name, PEFT's format
-    max_seq_length: int = 2048  # tokens; the upper bound of any request's
-    token_budget: int = 4096  # tokens of one training pass
-    decode_rows: int = 0  # texts generated at a time; 0: 64 on a CPU, 320 on a GPU
-    deterministic: bool = False  # one adapter and one text at a time, so that passes always have the same content
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Raises SettingsError if a value is below its bound."""
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["least"]
+            if one.type in (Path, Path | None) and value is not None:
+                object.__setattr__(self, one.name, Path(value))
+            elif least is not None and value < least:
+                raise SettingsError(f"{one.name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The model, and how it is trained and graded."""
+
+    model: str = setting("embedded", "model folder or hub name; embedded: the small model that the package fetches")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto: CUDA where there is a GPU")
+    dtype: str = setting("auto", "of the base model: auto, float32, bfloat16, float64 or 4bit")
+    deterministic: bool = setting(False, "true: one adapter and one text at a time, so results are equal bit by bit")
+    n_slots: int = setting(0, "adapters trained at the same time in one worker; 0: 8 on a CPU, 88 on a GPU", least=0)
+    n_threads: int = setting(1, "CPU threads of one worker", least=1)
+    max_seq_length: int = setting(2048, "tokens; longer train sequences are cut", least=1)
+    grader: str = setting("local", "local, exact or a judge such as judge:gpt-4.1 (docs/graders.md)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        for name in ("n_slots", "decode_rows"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be 1 or more, or 0 for the usual number")
-        for name in ("n_threads", "max_seq_length", "token_budget"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerLoopSettings(ModelSettings):
+    """What one worker process runs."""
+
+    adapters_dir: Path = setting(Path("adapters"), "folder of kept adapters, in PEFT's format")  # noqa: RUF009
+    token_budget: int = setting(4096, "tokens of one training pass", least=1)
+    decode_rows: int = setting(0, "texts generated at a time; 0: 64 on a CPU, 320 on a GPU", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.deterministic:
             object.__setattr__(self, "n_slots", 1)
             object.__setattr__(self, "decode_rows", 1)

@@ -8,21 +8,31 @@ Each message has a mark in its envelope, which comes back with the reply. A ping
 one it is: no request is sent to a server that the endpoint file does not name.
 """
 
+import itertools
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout, SettingsError
-from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, Reply, TTTReply, TTTRequest, Work, read_reply
-from seal_nb.server.endpoint import Endpoint, Socket, client_socket, find_endpoint, is_loopback, this_node
-from seal_nb.server.status import ServerStatus, read_status
+from seal_nb.protocol import (
+    ErrorReply,
+    GenerateReply,
+    GenerateRequest,
+    Reply,
+    ServerStatus,
+    TTTReply,
+    TTTRequest,
+    Work,
+    read_reply,
+)
+from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, is_loopback, this_node
 
 DEFAULT_WINDOW = 256  # requests in flight
 DEFAULT_WAIT_S = 60.0
@@ -37,8 +47,6 @@ HANDSHAKE_FAILED = (
 )
 DENIED = "it denied our key; put its public half into keys/allowed_clients/ of the server's run folder"
 
-R = TypeVar("R", TTTReply, GenerateReply)
-
 
 @dataclass(kw_only=True)
 class OpenMessage:
@@ -51,30 +59,144 @@ class OpenMessage:
     again_at: float | None = None
 
 
-class Connection:
-    """The connection to the server at `where`, an endpoint file or an address. It may be away for `wait_s`."""
+class TTTClient:
+    """A client of one server.
 
-    def __init__(self, where: str, *, wait_s: float, key_file: Path | None, server_key: str) -> None:
-        self.where, self.wait_s, self.key_file, self.server_key = where, wait_s, key_file, server_key
-        self.server_id = ""
+    Args:
+        endpoint: Endpoint file (it survives a restart of the server), or `tcp://host:port`.
+        timeout_s: Seconds for one reply, or for the next reply of a round, while the server is there.
+        wait_s: Seconds that the server may be away, at the start or later: a batch job may wait or be requeued.
+            Nothing is sent to another server in the meantime.
+        key_file: A `.key_secret` file. None: the one in the run folder that the endpoint file names.
+        server_key: Public key of the server, if `endpoint` is an address outside this machine.
+        window: Requests in flight at most, 1 to 256.
+
+    Raises:
+        SettingsError: `window` is out of range.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | Path,
+        *,
+        timeout_s: float = 3600.0,
+        wait_s: float = DEFAULT_WAIT_S,
+        key_file: str | Path | None = None,
+        server_key: str = "",
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
+        if not 1 <= window <= DEFAULT_WINDOW:
+            raise SettingsError(f"window is {window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
+        self.where, self.timeout_s, self.wait_s, self.window = str(endpoint), timeout_s, wait_s, window
+        self.server_id = ""  # of the server that answered last
+        self._key_file, self._server_key = key_file, server_key
         self._name = b"c" + uuid.uuid4().bytes
         self._open: dict[bytes, OpenMessage] = {}
-        self._n_sent = 0
+        self._numbers = itertools.count(1)
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
-        self._greeted = False
+        self._greeted = False  # this connection's server answered a ping and is the right one
         self._endpoint: Endpoint | None = None
         self._trouble = ""
         self._heard_at = self._looked_at = time.monotonic()
         self._pinged_at: float | None = None  # the first ping without an answer
         self._lost_at: float | None = None  # since when the server does not answer
 
+    def evaluate(self, request: TTTRequest, *, timeout_s: float | None = None) -> TTTReply:
+        """Train an adapter and answer the questions. Raises RemoteError, RoundTimeout."""
+        reply: TTTReply
+        (reply,) = self.run_round([request], timeout_s=timeout_s)
+        return reply
+
+    def generate(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateReply:
+        """Generate text. Raises RemoteError, RoundTimeout."""
+        reply: GenerateReply
+        (reply,) = self.run_round([request], timeout_s=timeout_s)
+        return reply
+
+    def run_round(
+        self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
+    ) -> Iterator[Any]:
+        """Send requests and yield replies as they come; `request_id` tells which is which.
+
+        Args:
+            requests: Any number; the window limits what is in flight.
+            timeout_s: Seconds for the next reply; None: the client's.
+            progress: Show a progress bar.
+
+        Yields:
+            A TTTReply for a TTTRequest, a GenerateReply for a GenerateRequest.
+
+        Raises:
+            RemoteError: the first failure that the server reports. What is in work goes on: sent again with its id, a
+                request is joined or already answered.
+            RoundTimeout: no reply within `timeout_s`.
+        """
+        for _, reply in self.run_indexed(requests, timeout_s=timeout_s, progress=progress):
+            if isinstance(reply, RemoteError):
+                raise reply
+            yield reply
+
+    def run_indexed(
+        self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
+        bodies = (request.model_dump_json(exclude_none=True).encode() for request in requests)
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        replies = self._exchange(bodies, timeout_s=limit_s, window=self.window)
+        if progress:
+            from tqdm.auto import tqdm
+
+            replies = tqdm(replies, total=len(requests), unit="reply")
+        for index, reply in replies:
+            expected = TTTReply if isinstance(requests[index], TTTRequest) else GenerateReply
+            if isinstance(reply, ErrorReply):
+                yield index, remote_error(reply)
+            elif isinstance(reply, expected):
+                yield index, reply
+            else:
+                raise ProtocolError(f"the server answered with a {type(reply).__name__}, not a {expected.__name__}")
+
+    def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
+        """What the server is doing."""
+        return ServerStatus.model_validate(self._command("status", timeout_s))
+
+    def cancel(self, request_id: str, *, timeout_s: float = 10.0) -> bool:
+        """Cancel a request; clients that wait for it get an error. False if it is not in work."""
+        return self._command("cancel", timeout_s, request_id=request_id)["status"] == "cancelled"
+
+    def forget(self, adapter_names: Sequence[str], *, timeout_s: float = 10.0) -> list[str]:
+        """Delete kept adapters. Returns the names of those that existed. Requests that name one then fail."""
+        forgotten: list[str] = self._command("forget", timeout_s, adapter_names=list(adapter_names))["forgotten"]
+        return forgotten
+
+    def shutdown(self, *, timeout_s: float = 10.0) -> None:
+        """Ask the server to end; running requests may finish."""
+        self._command("shutdown", timeout_s)
+
     def close(self) -> None:
+        """Close the sockets. Work that is in flight goes on in the server."""
         self._disconnect()
         self._context.destroy(linger=200)
 
-    def exchange(
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _command(self, cmd: str, timeout_s: float, **fields: Any) -> dict[str, Any]:
+        """The reply to a command. Only `status` is sent to a server that takes over, too."""
+        body = json.dumps({"cmd": cmd, **fields}).encode()
+        ((_, reply),) = self._exchange([body], timeout_s=timeout_s, repeat=cmd == "status")
+        if isinstance(reply, ErrorReply):
+            raise remote_error(reply)
+        if not isinstance(reply, dict):
+            raise ProtocolError(f"the server answered {cmd!r} with a {type(reply).__name__}")
+        return reply
+
+    def _exchange(
         self, bodies: Iterable[bytes], *, timeout_s: float, window: int = 1, repeat: bool = True
     ) -> Iterator[tuple[int, Reply | dict[str, Any]]]:
         """Send messages, at most `window` at once, and yield (index, reply) as they come. Raises RoundTimeout.
@@ -86,10 +208,9 @@ class Connection:
         try:
             while True:
                 while len(marks) < window and (following := next(unsent, None)) is not None:
-                    self._n_sent += 1
-                    marks.add(mark := self._n_sent.to_bytes(8, "big"))
+                    marks.add(mark := next(self._numbers).to_bytes(8, "big"))
                     self._open[mark] = OpenMessage(body=following[1], index=following[0], repeat=repeat)
-                    if self._socket is not None and self._greeted:
+                    if self._greeted:
                         self._send(mark)
                 if not marks:
                     return
@@ -145,8 +266,8 @@ class Connection:
             self._connect(now)
         elif self._pinged_at is None and now - self._heard_at > PING_S:
             self._ping(self._socket)
-        if self._socket is not None and self._greeted:
-            for mark in [m for m, message in self._open.items() if message.again_at and now >= message.again_at]:
+        for mark, message in self._open.items():
+            if self._greeted and message.again_at and now >= message.again_at:
                 self._send(mark)
 
     def _connect(self, now: float) -> None:
@@ -154,14 +275,15 @@ class Connection:
         if self._lost_at is None:
             self._lost_at = now
         self._disconnect()
+        self._looked_at = now
         try:
-            self._endpoint = self._find()
+            self._endpoint = find_endpoint(self.where, server_key=self._server_key)
         except DataError as error:
             self._trouble = str(error)
             time.sleep(0.1)
             return
         self._trouble = self._trouble if self._trouble == DENIED else ""
-        self._socket = client_socket(self._context, self._endpoint, self.key_file, name=self._name)
+        self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self._key_file)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._ping(self._socket)
 
@@ -175,11 +297,6 @@ class Connection:
                 "--endpoint tcp://0.0.0.0:0"
             )
         return f" ({'; '.join(known)})" if known else ""
-
-    def _find(self) -> Endpoint:
-        """Where the server is. Raises DataError while there is no endpoint file."""
-        self._looked_at = time.monotonic()
-        return find_endpoint(self.where, server_key=self.server_key)
 
     def _greet(self, server_id: str) -> None:
         """A ping was answered: by the server that we look for, or by another one that has its port now."""
@@ -208,10 +325,11 @@ class Connection:
 
     def _has_moved(self, now: float) -> bool:
         """Whether the endpoint file names another server now."""
-        if "://" in self.where or now - self._looked_at < PING_S:
+        if "://" in self.where or self._endpoint is None or now - self._looked_at < PING_S:
             return False
+        self._looked_at = now
         try:
-            return self._endpoint is None or self._find().server_id != self._endpoint.server_id
+            return find_endpoint(self.where).server_id != self._endpoint.server_id
         except DataError:
             return False
 
@@ -227,142 +345,6 @@ class Connection:
         self._heard_at = time.monotonic()
 
 
-class TTTClient:
-    """A client of one server.
-
-    Args:
-        endpoint: Endpoint file (it survives a restart of the server), or `tcp://host:port`.
-        timeout_s: Seconds for one reply, or for the next reply of a round, while the server is there.
-        wait_s: Seconds that the server may be away, at the start or later: a batch job may wait or be requeued.
-            Nothing is sent to another server in the meantime.
-        key_file: A `.key_secret` file. None: the one in the run folder that the endpoint file names.
-        server_key: Public key of the server, if `endpoint` is an address outside this machine.
-        window: Requests in flight at most, 1 to 256.
-
-    Raises:
-        SettingsError: `window` is out of range.
-    """
-
-    def __init__(
-        self,
-        endpoint: str | Path,
-        *,
-        timeout_s: float = 3600.0,
-        wait_s: float = DEFAULT_WAIT_S,
-        key_file: str | Path | None = None,
-        server_key: str = "",
-        window: int = DEFAULT_WINDOW,
-    ) -> None:
-        if not 1 <= window <= DEFAULT_WINDOW:
-            raise SettingsError(f"window is {window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
-        self.where, self.timeout_s, self.window = str(endpoint), timeout_s, window
-        key_path = Path(key_file) if key_file else None
-        self._connection = Connection(self.where, wait_s=wait_s, key_file=key_path, server_key=server_key)
-
-    @property
-    def server_id(self) -> str:
-        """The id of the server that answered last; empty before the first answer."""
-        return self._connection.server_id
-
-    def evaluate(self, request: TTTRequest, *, timeout_s: float | None = None) -> TTTReply:
-        """Train an adapter and answer the questions. Raises RemoteError, RoundTimeout."""
-        (_, reply), = self._round([request], timeout_s)  # fmt: skip
-        return _checked(reply, TTTReply)
-
-    def generate(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateReply:
-        """Generate text. Raises RemoteError, RoundTimeout."""
-        (_, reply), = self._round([request], timeout_s)  # fmt: skip
-        return _checked(reply, GenerateReply)
-
-    def run_round(
-        self, requests: Sequence[TTTRequest], *, timeout_s: float | None = None, progress: bool = False
-    ) -> Iterator[TTTReply]:
-        """Send requests and yield replies as they come; `request_id` tells which is which.
-
-        Args:
-            requests: Any number; the window limits what is in flight.
-            timeout_s: Seconds for the next reply; None: the client's.
-            progress: Show a progress bar.
-
-        Raises:
-            RemoteError: the first failure that the server reports. What is in work goes on: sent again with its id, a
-                request is joined or already answered.
-            RoundTimeout: no reply within `timeout_s`.
-        """
-        for _, reply in self.run_indexed(requests, timeout_s=timeout_s, progress=progress):
-            if isinstance(reply, RemoteError):
-                raise reply
-            yield reply
-
-    @overload
-    def run_indexed(
-        self, requests: Sequence[TTTRequest], *, timeout_s: float | None = None, progress: bool = False
-    ) -> Iterator[tuple[int, TTTReply | RemoteError]]: ...
-    @overload
-    def run_indexed(
-        self, requests: Sequence[GenerateRequest], *, timeout_s: float | None = None, progress: bool = False
-    ) -> Iterator[tuple[int, GenerateReply | RemoteError]]: ...
-    def run_indexed(
-        self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
-    ) -> Iterator[tuple[int, Any]]:
-        """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
-        replies = self._round(requests, timeout_s)
-        if progress:
-            from tqdm.auto import tqdm
-
-            replies = tqdm(replies, total=len(requests), unit="reply")
-        for index, reply in replies:
-            if isinstance(reply, ErrorReply):
-                yield index, remote_error(reply)
-            elif isinstance(requests[index], TTTRequest):
-                yield index, _checked(reply, TTTReply)
-            else:
-                yield index, _checked(reply, GenerateReply)
-
-    def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
-        """What the server is doing."""
-        return read_status(self._command({"cmd": "status"}, timeout_s, repeat=True))
-
-    def cancel(self, request_id: str, *, timeout_s: float = 10.0) -> bool:
-        """Cancel a request; clients that wait for it get an error. False if it is not in work."""
-        return self._command({"cmd": "cancel", "request_id": request_id}, timeout_s)["status"] == "cancelled"
-
-    def forget(self, adapter_names: Sequence[str], *, timeout_s: float = 10.0) -> list[str]:
-        """Delete kept adapters. Returns the names of those that existed. Requests that name one then fail."""
-        message = {"cmd": "forget", "adapter_names": list(adapter_names)}
-        forgotten: list[str] = self._command(message, timeout_s)["forgotten"]
-        return forgotten
-
-    def shutdown(self, *, timeout_s: float = 10.0) -> None:
-        """Ask the server to end; running requests may finish."""
-        self._command({"cmd": "shutdown"}, timeout_s)
-
-    def close(self) -> None:
-        """Close the sockets. Work that is in flight goes on in the server."""
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _command(self, message: Mapping[str, Any], timeout_s: float, *, repeat: bool = False) -> dict[str, Any]:
-        """`repeat`: send it to a server that takes over, too."""
-        body = json.dumps(message).encode()
-        (_, reply), = self._connection.exchange([body], timeout_s=timeout_s, repeat=repeat)  # fmt: skip
-        if isinstance(reply, ErrorReply):
-            raise remote_error(reply)
-        if not isinstance(reply, dict):
-            raise ProtocolError(f"the server answered {message['cmd']!r} with a {type(reply).__name__}")
-        return reply
-
-    def _round(self, requests: Sequence[Work], timeout_s: float | None) -> Iterator[tuple[int, Any]]:
-        bodies = (request.model_dump_json(exclude_none=True).encode() for request in requests)
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
-        return self._connection.exchange(bodies, timeout_s=limit_s, window=self.window)
-
-
 def remote_error(reply: ErrorReply) -> RemoteError:
     """What the server reported, as an exception."""
     name, _, value = reply.error.partition(": ")
@@ -374,11 +356,3 @@ def remote_error(reply: ErrorReply) -> RemoteError:
         request_id=reply.request_id or "",
         remote_traceback=reply.traceback or "",
     )
-
-
-def _checked(reply: Reply | dict[str, Any], kind: type[R]) -> R:
-    if isinstance(reply, ErrorReply):
-        raise remote_error(reply)
-    if not isinstance(reply, kind):
-        raise ProtocolError(f"the server answered with a {type(reply).__name__}, expected a {kind.__name__}")
-    return reply

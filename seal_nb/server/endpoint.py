@@ -1,7 +1,7 @@
-"""Where a server is, and who may connect: the endpoint file, one question to a server, CURVE keys.
+"""Where a server is, and who may connect: the endpoint file and CURVE keys.
 
-The server writes the endpoint file when it listens and removes it when it ends. A file that an older server left behind
-is recognised with a `ping`: the reply must have the `server_id` of the file.
+The server writes the endpoint file when it listens and removes it when it ends. A client recognises a file that an
+older server left behind: the server that answers there has another `server_id`.
 
 A server that other machines can reach uses keys. They are made on first use in `keys/` of the run folder, readable by
 their owner only: one pair each for the server, its clients and its workers. Only the public keys in `allowed_clients/`
@@ -10,22 +10,20 @@ the folder to let them in, remove it to lock them out: the folder is read at eac
 """
 
 import ipaddress
-import json
 import logging
 import os
 import re
 import socket
 import stat
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import zmq
 import zmq.auth
-from zmq.utils import z85
+from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, SettingsError
@@ -34,9 +32,10 @@ from seal_nb.storage import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-ROLES = ("client", "worker")
 LOUD = 100  # log lines before they become rare
+Role = Literal["client", "worker"]
 Socket = zmq.Socket[bytes]
+Pair = tuple[bytes, bytes]  # public and secret key, as ZMQ takes them (Z85 text)
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.%a-z]+\]|[^:/\[\]]+):(?P<port>\d{1,5}|\*)$")
 
 
@@ -59,10 +58,6 @@ class Endpoint:
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
-
-    @property
-    def secure(self) -> bool:
-        return bool(self.public_key)
 
 
 def read_endpoint(path: str | Path) -> Endpoint:
@@ -118,49 +113,36 @@ def this_node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def ask(endpoint: Endpoint, message: dict[str, Any], *, timeout_s: float, key_file: Path | None = None) -> Any:
-    """The reply to one command; None if there is none in time."""
-    with zmq.Context() as context, client_socket(context, endpoint, key_file) as socket:
-        socket.send_multipart([b"", json.dumps(message).encode()])
-        return json.loads(socket.recv_multipart()[-1]) if socket.poll(int(timeout_s * 1000)) else None
-
-
-def client_socket(
-    context: "zmq.Context[Socket]", endpoint: Endpoint, key_file: Path | None = None, *, name: bytes = b""
+def connected(
+    context: "zmq.Context[Socket]", endpoint: Endpoint, role: Role, *, name: bytes, key_file: str | Path | None = None
 ) -> Socket:
-    """A connected DEALER, with the client's keys if the server needs them.
+    """A DEALER to the server, with keys if the server needs them.
 
     Args:
         context: ZMQ context of the socket.
         endpoint: The server.
-        key_file: The client's secret key; None: the one in the server's run folder.
-        name: Identity. A client that connects again under its name gets the replies to its earlier connection.
+        role: Which of the server's two addresses, and whose keys.
+        name: Identity. A peer that connects again under its name gets the messages to its earlier connection.
+        key_file: Secret key; None or empty: the one in the server's run folder.
     """
+    address = endpoint.endpoint if role == "client" else endpoint.worker_endpoint
     socket = context.socket(zmq.DEALER)
-    if name:
-        socket.setsockopt(zmq.ROUTING_ID, name)
+    socket.setsockopt(zmq.ROUTING_ID, name)
     socket.linger = 0
     socket.sndhwm = 0  # a send never blocks; the client's window limits what is open
-    if "[" in endpoint.endpoint:
-        socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.ipv6 = "[" in address
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-    if endpoint.secure:
-        default = keys_dir(Path(endpoint.run_dir)) / "client.key_secret"
-        secure_client(socket, load_pair(key_file or default), server_key=endpoint.public_key)
-    socket.connect(endpoint.endpoint)
+    if endpoint.public_key:
+        secret = load_pair(Path(key_file or Path(endpoint.run_dir) / "keys" / f"{role}.key_secret"))
+        secure(socket, secret, server_key=endpoint.public_key)
+    socket.connect(address)
     return socket
 
 
-class KeyPair(NamedTuple):
-    """CURVE keys as ZMQ takes them (Z85 text)."""
-
-    public: bytes
-    secret: bytes
-
-
-def keys_dir(run_dir: Path) -> Path:
-    return run_dir / "keys"
+def secure(socket: Socket, pair: Pair, *, server_key: str) -> None:
+    """Use these keys; call it before connect."""
+    socket.curve_publickey, socket.curve_secretkey = pair
+    socket.curve_serverkey = server_key.encode()
 
 
 def make_keys(folder: Path) -> None:
@@ -168,35 +150,26 @@ def make_keys(folder: Path) -> None:
     if not zmq.has("curve"):
         raise SettingsError("this ZMQ has no CURVE; bind to 127.0.0.1, or install pyzmq from its wheel")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("server", *ROLES):
+    for name in ("server", "client", "worker"):
         if not (folder / f"{name}.key_secret").exists():
             make_pair(folder, name)
-    for role in ROLES:
-        allowed = folder / f"allowed_{role}s"
-        if not allowed.exists():
-            part = folder / f".{allowed.name}.partial"  # a list without the owner's key would lock the owner out
-            part.mkdir(mode=0o700, exist_ok=True)
-            (part / f"{role}.key").write_text((folder / f"{role}.key").read_text())
-            part.rename(allowed)
+        allowed = folder / f"allowed_{name}s"
+        if name != "server" and not allowed.exists():
+            with TemporaryDirectory(dir=folder) as part:  # a list without the owner's key would lock the owner out
+                (Path(part) / "keys").mkdir(mode=0o700)
+                (Path(part) / "keys" / f"{name}.key").write_text((folder / f"{name}.key").read_text())
+                (Path(part) / "keys").rename(allowed)
 
 
 def make_pair(folder: Path, name: str) -> None:
-    """Write both files of a new pair, under a private name first: never readable by others, never incomplete."""
-    public, secret = (key.decode() for key in zmq.curve_keypair())
-    head = f'metadata\ncurve\n    public-key = "{public}"\n'
-    texts = {
-        "key": f"# public key of the {name}\n{head}",
-        "key_secret": f'# secret key of the {name}; do not share it\n{head}    secret-key = "{secret}"\n',
-    }
-    for kind, text in texts.items():
-        fresh = folder / f".{name}.{kind}.new"
-        fresh.unlink(missing_ok=True)
-        fresh.touch(mode=0o600)
-        fresh.write_text(text)
-        fresh.rename(folder / f"{name}.{kind}")
+    """Write both files of a new pair, in a private folder first: never readable by others, never incomplete."""
+    with TemporaryDirectory(dir=folder) as private:
+        for path in map(Path, zmq.auth.create_certificates(private, name)):
+            path.chmod(0o600)
+            path.rename(folder / path.name)
 
 
-def load_pair(path: Path) -> KeyPair:
+def load_pair(path: Path) -> Pair:
     """The pair in `NAME.key_secret`. Raises SettingsError if it is missing, broken, or readable by others."""
     try:
         mode = path.stat().st_mode
@@ -215,67 +188,60 @@ def load_pair(path: Path) -> KeyPair:
         raise SettingsError(f"{path} holds no key: {error}") from error
     if secret is None:
         raise SettingsError(f"{path} holds no secret key; give the .key_secret file")
-    return KeyPair(public, secret)
+    return public, secret
 
 
-def allowed_keys(folder: Path) -> dict[bytes, str]:
-    """Public key → file name, for every `*.key` in `folder`. A broken file allows no key."""
-    found = {}
-    for path in sorted(folder.glob("*.key")):
+def allowed_keys(folder: Path) -> set[bytes]:
+    """The public keys in all `*.key` files of `folder`. A broken file allows no key."""
+    found = set()
+    for path in folder.glob("*.key"):
         try:
-            found[zmq.auth.load_certificate(path)[0]] = path.stem
+            found.add(zmq.auth.load_certificate(path)[0])
         except (OSError, ValueError) as error:
             log.warning("%s is ignored: %s", path, error)
     return found
 
 
-def secure_client(socket: Socket, pair: KeyPair, *, server_key: str) -> None:
-    """Call this before connect."""
-    socket.curve_publickey, socket.curve_secretkey = pair
-    socket.curve_serverkey = server_key.encode()
-
-
-class KeyGate:
-    """Answers ZMQ's question whether a public key may connect (ZAP, RFC 27). Make it before any socket binds."""
+class KeyGate(ThreadAuthenticator):
+    """Lets peers with an allowed key connect, and logs who is denied. Make it before any socket binds."""
 
     def __init__(self, context: "zmq.Context[Socket]", folder: Path) -> None:
+        super().__init__(context)
         make_keys(folder)
         self.folder, self.n_denied = folder, 0
         self.pair = load_pair(folder / "server.key_secret")
-        self._socket = context.socket(zmq.REP)
-        self._socket.linger = 0
-        self._socket.bind("inproc://zeromq.zap.01")
-        self.sources: dict[Socket, Callable[[], None]] = {self._socket: self._answer}  # to poll, and what to call then
+        self._monitors: dict[str, Socket] = {}
+        self._address = ""
+        self.start()
 
-    def guard(self, socket: Socket, domain: str) -> None:
-        """Before bind: accept CURVE only, and only keys on the list. Failed handshakes are counted and logged."""
-        events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        monitor = socket.get_monitor_socket(events)
-        self.sources[monitor] = partial(self._failed, monitor, domain)
+    def guard(self, socket: Socket, role: Role) -> None:
+        """Before bind: accept CURVE only, and only keys on the list of this role."""
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = self.pair
-        socket.zap_domain = domain.encode()
+        socket.zap_domain = role.encode()
+        self.configure_curve_callback(role, self)
+        events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self._monitors[role] = socket.get_monitor_socket(events)
 
-    def _failed(self, monitor: Socket, domain: str) -> None:
-        event = zmq.Event(recv_monitor_message(monitor)["event"]).name
-        self._log(domain, f"it does not use CURVE, or has another server's key ({event})")
+    async def handle_zap_message(self, msg: list[bytes]) -> None:
+        self._address = msg[3].decode(errors="replace")
+        await super().handle_zap_message(msg)
 
-    def _answer(self) -> None:
-        """Answer one question. Everything that is not understood is denied."""
-        frames = self._socket.recv_multipart()
-        _, sequence, domain, address, _, mechanism, credentials, *_ = (*frames, *[b""] * 7)
-        key = z85.encode(credentials) if len(credentials) == 32 else b""
-        who = domain.decode(errors="replace")
-        known = mechanism == b"CURVE" and who in {f"{role}s" for role in ROLES}
-        name = allowed_keys(self.folder / f"allowed_{who}").get(key) if known else None
-        if name is None:
-            host = address.decode(errors="replace")
-            self._log(who, f"public key {key.decode() or 'none'} of {host} is not in allowed_{who}")
-            self._socket.send_multipart([b"1.0", sequence, b"400", b"key not allowed", b"", b""])
-        else:
-            self._socket.send_multipart([b"1.0", sequence, b"200", b"OK", name.encode(), b""])
+    def callback(self, role: str, key: bytes) -> bool:
+        """Whether this public key may connect. It is called in the thread of the authenticator."""
+        if key in allowed_keys(self.folder / f"allowed_{role}s"):
+            return True
+        self._log(role, f"public key {key.decode()} of {self._address} is not in allowed_{role}s")
+        return False
 
-    def _log(self, domain: str, why: str) -> None:
+    def look(self) -> None:
+        """Log the handshakes that failed since the last call, before a key was looked up."""
+        for role, monitor in self._monitors.items():
+            while monitor.poll(0):
+                event = zmq.Event(recv_monitor_message(monitor)["event"]).name
+                self._log(role, f"it does not use CURVE, or has another server's key ({event})")
+
+    def _log(self, role: str, why: str) -> None:
         self.n_denied += 1
         if self.n_denied <= LOUD or self.n_denied % 1000 == 0:  # a denied peer tries again and again
-            log.warning("denied one of %s: %s; denied so far: %d", domain, why, self.n_denied)
+            log.warning("denied one of the %ss: %s; denied so far: %d", role, why, self.n_denied)

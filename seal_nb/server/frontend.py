@@ -5,27 +5,22 @@ receives, sends, and watches the time. It logs no content of requests. A client 
 or does not read cannot stop the loop.
 """
 
-import contextlib
 import json
 import logging
-import math
 import os
 import socket as sockets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import zmq
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
-from seal_nb.protocol import PROTOCOL_VERSION, Command, parse_request, read_json
+from seal_nb.protocol import PROTOCOL_VERSION, Command, Request, ServerStatus, WorkerStatus, parse_request, read_json
 from seal_nb.server.endpoint import LOUD, KeyGate, Socket
-from seal_nb.server.queue import Envelope, Request, Worker
-from seal_nb.server.requests import Cancelled, RequestTable, Results, ServerStopping, WorkerLost
-from seal_nb.server.settings import ServeSettings
-from seal_nb.server.status import ServerStatus, WorkerStatus, rss_bytes
-from seal_nb.server.worker import Message, pack, unpack
+from seal_nb.server.queue import Envelope, Worker
+from seal_nb.server.requests import Cancelled, RequestTable, ServerStopping, WorkerLost
+from seal_nb.server.worker import Message, pack, rss_bytes, unpack
 from seal_nb.storage import forget_adapters
 
 log = logging.getLogger(__name__)
@@ -59,8 +54,8 @@ class Workers:
         try:
             message = unpack(frames[1:])
             self._handlers[message.kind](frames[0], message)
-        except (ProtocolError, KeyError, TypeError, ValueError) as error:
-            self.meter.count("rubbish_of_workers")
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            self.meter.counts["rubbish_of_workers"] += 1
             if self.meter.counts["rubbish_of_workers"] <= LOUD:
                 log.warning("a worker sent a message that cannot be read (%s)", type(error).__name__)
         except Exception as error:
@@ -71,17 +66,20 @@ class Workers:
         """Send each request that can start now to its worker."""
         for request in self.queue.assignments(time.monotonic()):
             assert request.worker is not None
-            known = {"key": request.key, "seed": request.seed, "server_id": self.table.server_id}
-            known["queue_s"] = round(request.assigned_at - request.submitted_at, 6)
-            self.tell(request.worker, pack("job", request.message, token=request.token, **known))
+            header = {"key": request.key, "seed": request.seed, "token": request.token}
+            queue_s = round(request.assigned_at - request.submitted_at, 6)
+            job = pack("job", request.message, **header, server_id=self.table.server_id, queue_s=queue_s)
+            self.tell(request.worker, job)
 
     def check_leases(self, now: float) -> None:
+        stall_s, lease_s = self.table.settings.stall_s, self.table.settings.lease_s
         for identity in self.queue.expired(now):
-            self._kill_later(identity, at=now + (self.table.settings.stall_s or math.inf))  # it may come back
-            self._lose(identity, f"silent for more than {self.table.settings.lease_s:g} s")
+            about = self.queue.workers[identity].about
+            if stall_s and about["host"] == HERE:  # it may come back until then
+                self._given_up[about["pid"]] = now + stall_s
+            self._lose(identity, f"silent for more than {lease_s:g} s")
         for identity, why in self.queue.stuck(now).items():
-            self.tell(identity, pack("abort", why=why))
-            self._kill_later(identity, at=now)
+            self.tell(identity, pack("abort", why=why))  # it still sends heartbeats, so it can end itself
             self._lose(identity, why)
 
     def to_kill(self, now: float) -> list[int]:
@@ -104,6 +102,9 @@ class Workers:
             if pids_here is None or (worker.about["host"] == HERE and worker.about["pid"] in pids_here):
                 self.tell(identity, pack("stop", why=why))
 
+    def pids(self) -> set[int]:
+        return {worker.about["pid"] for worker in self.queue.workers.values()}
+
     def tell(self, identity: bytes, frames: list[bytes]) -> None:
         try:
             self.socket.send_multipart([identity, *frames], zmq.NOBLOCK)
@@ -115,8 +116,8 @@ class Workers:
             return ""
         return f"requests wait and no worker is there (the last one that was lost: {self.last_loss or 'none'})"
 
-    def status(self, now: float) -> tuple[WorkerStatus, ...]:
-        return tuple(
+    def status(self, now: float) -> list[WorkerStatus]:
+        return [
             WorkerStatus(
                 **{name: worker.about[name] for name in ("worker_id", "host", "pid", "model_id")},
                 n_running=len(worker.requests),
@@ -126,7 +127,7 @@ class Workers:
                 stats=worker.stats,
             )
             for worker in self.queue.workers.values()
-        )
+        ]
 
     def _on_ready(self, identity: bytes, message: Message) -> None:
         header, now, known = message.header, time.monotonic(), self.queue.workers.get(identity)
@@ -135,7 +136,6 @@ class Workers:
             if not self._has_our_model(identity, about):
                 return
             worker = Worker(capacity=int(header["capacity"]), seen_at=now, stepped_at=now, about=about)
-            worker.stats = dict(header.get("stats", {}))
             self._lose(identity, f"worker {about['worker_id']} started again")
             self.queue.join(identity, worker)
             self._given_up.pop(about["pid"], None)
@@ -168,7 +168,7 @@ class Workers:
         token, error, tokens = message.header["token"], str(message.header["error"]), int(message.header["tokens"])
         request = self.queue.finish(identity, token)
         if request is None:
-            self.meter.count("void_results")
+            self.meter.counts["void_results"] += 1
             log.info("a result of a try that is not current was dropped")
             return
         self.table.deliver(request, message.body, error=error, tokens=tokens, now=time.monotonic())
@@ -184,13 +184,8 @@ class Workers:
     def _on_leaving(self, identity: bytes, message: Message) -> None:
         name = self.queue.workers[identity].about["worker_id"]
         n_requeued = self.queue.leave(identity)
-        self.meter.count("requeued", n_requeued)
+        self.meter.counts["requeued"] += n_requeued
         log.info("worker %s leaves; %d requests wait again", name, n_requeued)
-
-    def _kill_later(self, identity: bytes, *, at: float) -> None:
-        about = self.queue.workers[identity].about
-        if about["host"] == HERE:
-            self._given_up[about["pid"]] = at
 
     def _lose(self, identity: bytes, why: str) -> None:
         if identity not in self.queue.workers:
@@ -199,8 +194,8 @@ class Workers:
         n_requeued, given_up = self.queue.lose(identity)
         log.warning("worker %s is lost; %d requests wait again", name, n_requeued)
         log.debug("it is lost because: %s", why)
-        self.meter.count("workers_lost")
-        self.meter.count("requeued", n_requeued)
+        self.meter.counts["workers_lost"] += 1
+        self.meter.counts["requeued"] += n_requeued
         for request in given_up:
             log.warning("a request is given up: it lost its worker %d times", request.tries)
             error = WorkerLost(
@@ -215,19 +210,17 @@ class FrontEnd:
 
     def __init__(
         self,
-        settings: ServeSettings,
-        server_id: str,
+        table: RequestTable,
         *,
         clients: Socket,
         workers: Socket,
         gate: KeyGate | None,
-        results: Results,
         watch: Callable[[float], None],
     ) -> None:
-        self.settings, self.clients, self.gate, self.watch = settings, clients, gate, watch
-        self.table = RequestTable(settings, server_id, results, self._send)
-        self.queue, self.meter = self.table.queue, self.table.meter
-        self.workers = Workers(workers, self.table)
+        self.table, self.clients, self.gate, self.watch = table, clients, gate, watch
+        self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
+        table.send = self._send
+        self.workers = Workers(workers, table)
         self.drain_until: float | None = None
         self.for_good = True
         self._client_seen_at = time.monotonic()
@@ -237,15 +230,11 @@ class FrontEnd:
     def run(self) -> None:
         poller = zmq.Poller()
         sources = {self.clients: self._on_client, self.workers.socket: self.workers.receive}
-        gates = self.gate.sources if self.gate else {}
-        for socket in (*sources, *gates):
+        for socket in sources:
             poller.register(socket, zmq.POLLIN)
         next_tick = time.monotonic()
         while not self._done:
             ready = dict(poller.poll(int(TICK_S * 1000)))
-            for socket, answer in gates.items():
-                if socket in ready:
-                    answer()
             for socket, handle in sources.items():
                 if socket in ready:
                     self._burst(socket, handle)
@@ -253,7 +242,7 @@ class FrontEnd:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_S
                 self._tick(time.monotonic())
-        self._turn_away(list(self.queue.requests.values()))
+        self._turn_away()
 
     def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True) -> None:
         """Drain at the next turn of the loop, or end at once if `impatient`. Safe in a signal handler.
@@ -281,7 +270,7 @@ class FrontEnd:
             rss_bytes=rss_bytes(),
             counts=dict(self.meter.counts) | ({"denied": self.gate.n_denied} if self.gate else {}),
             workers=self.workers.status(now),
-            trouble="; ".join(filter(None, (table.results.trouble, self.workers.trouble()))),
+            trouble="; ".join(filter(None, (table.trouble, self.workers.trouble()))),
             **self.meter.rates(now),
         )
 
@@ -296,28 +285,31 @@ class FrontEnd:
     def _on_client(self, frames: list[bytes]) -> None:
         *route, message = frames
         envelope: Envelope = tuple(route)
+        fields: dict[str, Any] = {}
         try:
             if not route or len(frames) > MAX_FRAMES or (len(route) > 1 and route[-1] != b""):
                 envelope = (frames[0], b"")
                 raise ProtocolError(f"a message is one frame of JSON, this one has {len(frames) - 1} frames")
-            self._answer(message, envelope)
+            if len(message) > (most := self.settings.max_message_bytes):
+                raise ProtocolError(f"the message has {len(message)} bytes, {most} are the most; send less at once")
+            fields = read_json(message)
+            self._answer(parse_request(fields), message, envelope)
         except SealError as error:
-            self._refuse(envelope, error, self._request_id(message))
+            self._refuse(envelope, error, fields.get("request_id"))
         except Exception as error:
             log.error("a fault of the front end: %s", type(error).__name__)
             log.debug("the fault", exc_info=True)
             self._refuse(envelope, InternalError(f"{type(error).__name__}: {error}"), None)
 
-    def _answer(self, message: bytes, envelope: Envelope) -> None:
-        if len(message) > (most := self.settings.max_message_bytes):
-            raise ProtocolError(f"the message has {len(message)} bytes, {most} are the most; send less at once")
-        request, now = parse_request(message), time.monotonic()
-        if not isinstance(request, Command) or request.cmd not in ("status", "shutdown"):
-            self._client_seen_at = now  # a status request does not keep the server running
-        if isinstance(request, Command):
-            self._send(envelope, self._obey(request))
-        else:
+    def _answer(self, request: Request, message: bytes, envelope: Envelope) -> None:
+        now = time.monotonic()
+        if not isinstance(request, Command):
+            self._client_seen_at = now
             self.table.accept(request, message, envelope, now)
+            return
+        if request.cmd in ("cancel", "forget"):  # looking at the server does not keep it running
+            self._client_seen_at = now
+        self._send(envelope, self._obey(request))
 
     def _obey(self, command: Command) -> bytes:
         reply: dict[str, Any] = {"status": "ok"}
@@ -325,24 +317,25 @@ class FrontEnd:
             self.ask_to_stop("a client sent shutdown")
             return b'{"status": "bye"}'  # exactly as published
         if command.cmd == "status":
-            reply |= asdict(self.status())
+            reply |= self.status().model_dump()
         elif command.cmd == "ping":
             reply["status"] = "alive"
         elif command.cmd == "forget":
-            reply["forgotten"] = forget_adapters(self.settings.adapters_dir, command.adapter_names)
+            reply["forgotten"] = forget_adapters(self.settings.run_dir / "adapters", command.adapter_names)
         elif command.request_id is None:
             raise ProtocolError("field 'request_id' is missing; send the id to cancel", field="request_id")
         else:
             reply = {"status": self._cancel(command.request_id), "request_id": command.request_id}
         return json.dumps({**reply, "server_id": self.table.server_id, "protocol_version": PROTOCOL_VERSION}).encode()
 
-    def _refuse(self, envelope: Envelope, error: SealError, request_id: str | None) -> None:
-        self.meter.count("refused")
+    def _refuse(self, envelope: Envelope, error: SealError, request_id: object) -> None:
+        self.meter.counts["refused"] += 1
         n = self.meter.counts["refused"]
         if n <= LOUD or n % 1000 == 0:
             log.info("refused %s: field %r (%d so far)", type(error).__name__, getattr(error, "field", ""), n)
         log.debug("refused because: %s", error)
-        self._send(envelope, self.table.error(error, request_id))
+        named = request_id if isinstance(request_id, str) and len(request_id) <= 200 else None
+        self._send(envelope, self.table.error(error, named))
 
     def _cancel(self, request_id: str) -> str:
         error = Cancelled(f"request {request_id!r} was cancelled; send it again to run it")
@@ -351,26 +344,20 @@ class FrontEnd:
             self.workers.tell(request.worker, pack("cancel", key=request.key))
         return "unknown" if request is None else "cancelled"
 
-    def _request_id(self, message: bytes) -> str | None:
-        """The id of the request that an error is about, if the message can be read."""
-        request_id = None
-        if len(message) <= self.settings.max_message_bytes:
-            with contextlib.suppress(ProtocolError):
-                request_id = read_json(message).get("request_id")
-        return request_id if isinstance(request_id, str) and len(request_id) <= 200 else None
-
     def _send(self, envelope: Envelope, reply: bytes) -> None:
         """Send to a client. One that is gone, or reads so slowly that its pipe is full, loses this message."""
         try:
             self.clients.send_multipart([*envelope, reply], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            self.meter.count("undelivered")
+            self.meter.counts["undelivered"] += 1
             log.debug("a reply found no client: %s", error)
 
     def _tick(self, now: float) -> None:
         self.workers.check_leases(now)
         self.watch(now)
         self.table.save()
+        if self.gate:
+            self.gate.look()
         if self.queue.requests or (self.settings.n_workers > 0 and not self.table.model_id):
             self._client_seen_at = now  # clients wait for work in progress, and for the model to load
         idle_s = now - self._client_seen_at
@@ -385,11 +372,12 @@ class FrontEnd:
             self.drain_until = now + self.settings.drain_s
             self.table.stopping = f"the server is ending: {self._stop_reason}"
             log.info("ending (%s): %d running requests may finish", self._stop_reason, self.queue.n_running)
-            self._turn_away([request for request in self.queue.requests.values() if request.worker is None])
+            self._turn_away(waiting_only=True)
         if self._impatient or now > self.drain_until or not self.queue.requests:
             self._done = True
 
-    def _turn_away(self, requests: list[Request]) -> None:
+    def _turn_away(self, *, waiting_only: bool = False) -> None:
         why = f"{self.table.stopping} before this request was done; send it again to the next server"
-        for request in requests:
-            self.table.cancel(request.key, ServerStopping(why))
+        for request in list(self.queue.requests.values()):
+            if request.worker is None or not waiting_only:
+                self.table.cancel(request.key, ServerStopping(why))

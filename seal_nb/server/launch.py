@@ -8,7 +8,6 @@ after each early end.
 import contextlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from seal_nb.errors import SealError, SettingsError
-from seal_nb.server.endpoint import Endpoint, ask, read_endpoint
-from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, options
+from seal_nb.server.endpoint import Endpoint, read_endpoint
+from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command
+from seal_nb.server.status import look
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,7 @@ class TTTServer:
         """End the server with SIGTERM, or kill it after `timeout_s` seconds. Returns its exit code."""
         if self.process is None:
             return 0
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
         try:
             return self.process.wait(self.settings.drain_s + 30 if timeout_s is None else timeout_s)
         except subprocess.TimeoutExpired:
@@ -109,20 +107,18 @@ class TTTServer:
         self.stop()
 
     def _wait_until_ready(self, process: "subprocess.Popen[bytes]") -> None:
+        """The endpoint file is this process's, the server answers, and a worker is ready if it starts any."""
         deadline = time.monotonic() + self.start_timeout_s
-        while not self._is_ready(process.pid):
+        while True:
+            if self.settings.endpoint_path.exists() and self.info.pid == process.pid:
+                status = look(self.endpoint)
+                if status and (status.workers or not self.settings.n_workers):
+                    return
             if process.poll() is not None:
                 raise ServerFailed(f"the server ended at its start (exit code {process.returncode}){self._tail()}")
             if time.monotonic() > deadline:
                 raise ServerFailed(f"the server was not ready within {self.start_timeout_s:g} s{self._tail()}")
             time.sleep(0.05)
-
-    def _is_ready(self, pid: int) -> bool:
-        """The endpoint file is this process's, the server answers, and a worker is ready if it starts any."""
-        if not self.settings.endpoint_path.exists() or self.info.pid != pid:
-            return False
-        status = ask(self.info, {"cmd": "status"}, timeout_s=5.0)
-        return status is not None and (bool(status["workers"]) or not self.settings.n_workers)
 
     def _tail(self) -> str:
         """The last error of this start, then the end of its log."""
@@ -130,12 +126,6 @@ class TTTServer:
         errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
         why = f": {errors[-1]}" if errors else ""
         return f"{why}; the end of its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
-
-
-def command(settings: ServeSettings | WorkerSettings) -> list[str]:
-    """The command line of a server or worker process."""
-    module = "main" if isinstance(settings, ServeSettings) else "worker"
-    return [sys.executable, "-m", f"seal_nb.server.{module}", *options(settings)]
 
 
 @dataclass(kw_only=True)
@@ -149,26 +139,19 @@ class WorkerProcess:
 
 
 class LocalWorkers:
-    """The workers that a server starts on its machine. `exited(pid, why)` is called for each one that ends by itself.
+    """The workers that a server starts on its machine. Calls `exited(pid, why)` for each one that ends by itself."""
 
-    `connect`: address of the front end; empty: the workers use the endpoint file, and its keys.
-    """
-
-    def __init__(self, settings: ServeSettings, connect: str, exited: Callable[[int, str], None]) -> None:
+    def __init__(self, settings: ServeSettings, exited: Callable[[int, str], None]) -> None:
         self.settings, self.exited = settings, exited
         shared = {one.name: getattr(settings, one.name) for one in fields(SharedSettings)}
-        shared |= {"parent_pid": os.getpid(), "adapters_dir": str(settings.adapters_dir.resolve())}
-        where = {"connect": connect} if connect else {"endpoint_file": str(settings.endpoint_path)}
-        self.command = command(WorkerSettings(**{**shared, **where}, beat_s=min(1.0, settings.lease_s / 5)))
+        shared |= {"parent_pid": os.getpid(), "endpoint_file": settings.endpoint_path}
+        self.command = command(WorkerSettings(**shared))
         self.workers = [WorkerProcess() for _ in range(settings.n_workers)]
         self._gpus = visible_gpus()
 
     @property
     def pids(self) -> set[int]:
         return {worker.process.pid for worker in self.workers if worker.process is not None}
-
-    def most_early_ends(self) -> int:
-        return max((worker.n_early_ends for worker in self.workers), default=0)
 
     def watch(self, now: float) -> None:
         """Notice workers that ended, start those that are due."""
@@ -198,11 +181,10 @@ class LocalWorkers:
                 continue
             if worker.process.pid not in told:
                 worker.process.kill()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+            worker.process.kill()
+            worker.process.wait()
             worker.process = None
 
     def _start(self, index: int) -> "subprocess.Popen[bytes]":

@@ -19,21 +19,12 @@ import zmq
 
 from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
-from seal_nb.server.endpoint import (
-    Endpoint,
-    KeyGate,
-    Socket,
-    ask,
-    is_loopback,
-    keys_dir,
-    read_endpoint,
-    split_tcp,
-    this_node,
-)
+from seal_nb.server.endpoint import Endpoint, KeyGate, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
 from seal_nb.server.frontend import FrontEnd
 from seal_nb.server.launch import LocalWorkers
-from seal_nb.server.requests import Results
+from seal_nb.server.requests import RequestTable
 from seal_nb.server.settings import ServeSettings, parse
+from seal_nb.server.status import look
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +54,19 @@ class Server:
         client_address, worker_address = settings.endpoint, settings.worker_endpoint
         worker_address = worker_address or f"tcp://{split_tcp(client_address)[0]}:0"
         local = all(is_loopback(split_tcp(address)[0]) for address in (client_address, worker_address))
-        self.gate = None if local else KeyGate(self.context, keys_dir(settings.run_dir))
+        self.gate = None if local else KeyGate(self.context, settings.run_dir / "keys")
+        if self.gate:
+            stack.callback(self.gate.stop)
         clients, workers = self._bound(client_address, "client"), self._bound(worker_address, "worker")
         self.endpoint = self._endpoint(clients, workers)
-        stack.callback(self._remove_endpoint_file)
+        stack.callback(lambda: settings.endpoint_path.unlink(missing_ok=True) if self._is_mine() else None)
         self.endpoint.write(settings.endpoint_path)
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
-        results = Results(settings.run_dir / "results.journal.jsonl", lock_wait_s=lock_wait_s)
-        stack.callback(results.close)
-        self.front = FrontEnd(
-            settings, self.server_id, clients=clients, workers=workers, gate=self.gate, results=results,
-            watch=self._watch,
-        )  # fmt: skip
-        stack.callback(self.front.table.counts.close)
-        connect = "" if self.gate else self.endpoint.worker_endpoint
-        self.local_workers = LocalWorkers(settings, connect, self._worker_exited)
-        stack.callback(self._end_workers)
+        table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
+        stack.callback(table.close)
+        self.front = FrontEnd(table, clients=clients, workers=workers, gate=self.gate, watch=self._watch)
+        self.local_workers = LocalWorkers(settings, self._worker_exited)
+        stack.callback(lambda: self.local_workers.end(told=self.front.workers.pids()))
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,19 +82,12 @@ class Server:
             self.exit_code = self.exit_code or 1
         return self.exit_code
 
-    def _end_workers(self) -> None:
-        self.local_workers.end(told={worker.about["pid"] for worker in self.front.queue.workers.values()})
-
-    def _remove_endpoint_file(self) -> None:
-        if self._is_mine():
-            self.settings.endpoint_path.unlink(missing_ok=True)
-
     def _on_signal(self, number: int, _: object) -> None:
         """Drain; a second Ctrl-C ends at once. A batch system may send SIGTERM more than once."""
         again = number == signal.SIGINT and self.front.drain_until is not None
         self.front.ask_to_stop(signal.Signals(number).name, impatient=again, for_good=False)
 
-    def _bound(self, address: str, role: str) -> Socket:
+    def _bound(self, address: str, role: Role) -> Socket:
         socket = self.context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that connects again takes over its identity
@@ -116,10 +97,9 @@ class Server:
             socket.sndhwm = 2 * DEFAULT_WINDOW  # replies that a client has not read yet
         else:
             socket.sndhwm = socket.rcvhwm = 0
-        if "[" in address:
-            socket.setsockopt(zmq.IPV6, 1)
+        socket.ipv6 = "[" in address
         if self.gate:
-            self.gate.guard(socket, f"{role}s")
+            self.gate.guard(socket, role)
         try:
             socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
         except zmq.ZMQError as error:
@@ -129,8 +109,12 @@ class Server:
         return socket
 
     def _endpoint(self, clients: Socket, workers: Socket) -> Endpoint:
-        bound = [socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0") for socket in (clients, workers)]
-        addresses = [self._advertised(address) for address in bound]
+        addresses = []
+        for socket in (clients, workers):
+            host, port = split_tcp(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+            # Others cannot use a wildcard: it becomes this node's name.
+            host = self.settings.advertise_host or (this_node() if host in WILDCARDS else host)
+            addresses.append(f"tcp://{host}:{port}")
         host, port = split_tcp(addresses[0])
         return Endpoint(
             endpoint=addresses[0],
@@ -141,15 +125,10 @@ class Server:
             job_id=os.environ.get("SLURM_JOB_ID", ""),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             server_id=self.server_id,
-            public_key=self.gate.pair.public.decode() if self.gate else "",
+            public_key=self.gate.pair[0].decode() if self.gate else "",
             run_dir=str(self.settings.run_dir.resolve()),
             node=this_node(),
         )
-
-    def _advertised(self, bound: str) -> str:
-        """The address that others use: a wildcard becomes this node's name."""
-        host, port = split_tcp(bound)
-        return f"tcp://{self.settings.advertise_host or (this_node() if host in WILDCARDS else host)}:{port}"
 
     def _watch(self, now: float) -> None:
         """At every tick: look after workers, the parent process and the endpoint file."""
@@ -180,7 +159,8 @@ class Server:
         if self.front.table.model_id:
             return  # workers can start, so only this one failed
         self._n_failed += bool(error)
-        if self._n_failed >= self.settings.n_workers or self.local_workers.most_early_ends() >= MAX_EARLY_ENDS:
+        n_early_ends = max(worker.n_early_ends for worker in self.local_workers.workers)
+        if self._n_failed >= self.settings.n_workers or n_early_ends >= MAX_EARLY_ENDS:
             log.error("no worker can start: %s", error or why)
             self._stop(f"no worker can start: {error or why}", exit_code=1)
 
@@ -202,11 +182,7 @@ def refuse_second_server(path: Path) -> bool:
         return False  # no file, or not an endpoint file
     if other.job_id and other.job_id == os.environ.get("SLURM_JOB_ID"):
         return True
-    try:
-        reply = ask(other, {"cmd": "ping"}, timeout_s=2.0)
-    except SettingsError:  # its keys are gone or not ours
-        return False
-    if isinstance(reply, dict) and reply.get("server_id") == other.server_id:
+    if look(str(path)) is not None:
         raise SettingsError(
             f"{path} belongs to server {other.server_id}, which is alive "
             f"(process {other.pid} on {other.host}); end it, or give this one another run_dir"

@@ -11,21 +11,22 @@ import hashlib
 import logging
 import struct
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic_core import to_json
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
-from seal_nb.protocol import GenerateRequest, Work, error_reply
+from seal_nb.protocol import Work, error_reply
 from seal_nb.server.queue import Envelope, Request, RequestQueue
-from seal_nb.server.settings import Limits, ServeSettings
-from seal_nb.server.status import Meter
+from seal_nb.server.settings import ServeSettings
 from seal_nb.storage import Journal, derived_seed, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 ENTRY = struct.Struct("<16sI")  # 16 bytes of the content's hash, the number
+RATE_S = 60.0  # rates are those of the last minute
 MAX_WAITERS = 1_000  # of one request
 
 
@@ -45,31 +46,42 @@ class Cancelled(SealError, RuntimeError):
     """A client cancelled this request."""
 
 
-def check_limits(request: Work, limits: Limits) -> None:
-    """Raises ProtocolError naming the field, its value and the limit."""
-    most = {
-        "train_sequences": limits.max_sequences, "batch_size": limits.max_sequences,
-        "gradient_accumulation_steps": limits.max_sequences, "lora_rank": limits.max_rank,
-        "eval_questions": limits.max_questions, "finetune_epochs": limits.max_epochs,
-        "max_new_tokens": limits.max_tokens, "max_seq_length": 2**20, "pad_to": 2**20,
-        "adapter_stack": 1_000, "target_modules": 1_000,
-    }  # fmt: skip
-    if isinstance(request, GenerateRequest):
-        most = {"prompts": limits.max_questions, "max_tokens": limits.max_tokens, "adapter_stack": 1_000}
-    for name, bound in most.items():
-        value = getattr(request, name)
-        size = len(value) if isinstance(value, list) else value
-        if size > bound:
-            raise ProtocolError(
-                f"field {name!r} is too large: {size}, this server takes {bound} at most; "
-                "send less, or raise the limit where the server is started",
-                field=name,
-            )
-
-
 def content_of(request: Work) -> str:
     """A hash of everything that the result depends on, including a given seed."""
     return hashlib.sha256(to_json(request, exclude={"request_id", "priority", "traceback"})).hexdigest()[:32]
+
+
+class Meter:
+    """Counts since the start, and what was answered in the last minute."""
+
+    def __init__(self, now: float) -> None:
+        self.started_at = now
+        self.counts: Counter[str] = Counter()
+        self._recent: deque[tuple[float, int]] = deque()  # when, and how many trained tokens
+
+    def answered(self, now: float, *, tokens: int) -> None:
+        self.counts["answered"] += 1
+        self.counts["train_tokens"] += tokens
+        self._recent.append((now, tokens))
+        self._forget(now)
+
+    def failed(self, error: str) -> None:
+        """`error`: its type only, because a message may contain private text."""
+        self.counts["failed"] += 1
+        self.counts[f"failed.{error[:60]}"] += 1
+
+    def rates(self, now: float) -> dict[str, float]:
+        """jobs_per_min and tokens_per_s over the last minute, or since the start if that is shorter."""
+        self._forget(now)
+        span_s = max(1.0, min(RATE_S, now - self.started_at))
+        tokens = sum(tokens for _, tokens in self._recent)
+        return {
+            "jobs_per_min": round(60 * len(self._recent) / span_s, 2), "tokens_per_s": round(tokens / span_s, 2),
+        }  # fmt: skip
+
+    def _forget(self, now: float) -> None:
+        while self._recent and now - self._recent[0][0] > RATE_S:
+            self._recent.popleft()
 
 
 class AnswerCounts:
@@ -82,68 +94,68 @@ class AnswerCounts:
         self._answered: dict[bytes, int] = {}
         self._in_work: dict[bytes, int] = {}
         raw = path.read_bytes() if path.exists() else b""
-        self._size = len(raw) - len(raw) % ENTRY.size  # a torn last entry is dropped
-        for content, number in ENTRY.iter_unpack(raw[: self._size]):
+        size = len(raw) - len(raw) % ENTRY.size  # a torn last entry is dropped
+        for content, number in ENTRY.iter_unpack(raw[:size]):
             self._answered[content] = self._answered.get(content, 0) | 1 << number
         self._unsaved = b""
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(self._size)
+        self._file.truncate(size)
+
+    @property
+    def trouble(self) -> str:
+        return f"{-(-len(self._unsaved) // ENTRY.size)} counts of answers are not on the disk" if self._unsaved else ""
 
     def take(self, content: str) -> int:
         """The smallest free number of this content; it is in work until `answered` or `dropped`."""
-        key = _key(content)
+        key = bytes.fromhex(content)
         used = self._answered.get(key, 0) | self._in_work.get(key, 0)
         free = ~used & (used + 1)
         self._in_work[key] = self._in_work.get(key, 0) | free
         return free.bit_length() - 1
 
     def answered(self, content: str, number: int) -> None:
-        """Raises OSError where the disk is full; the number counts anyway and is saved later."""
+        """The number counts from now on, also where the disk is full."""
         self.dropped(content, number)
-        self._answered[_key(content)] = self._answered.get(_key(content), 0) | 1 << number
-        self._unsaved += ENTRY.pack(_key(content), number)
+        key = bytes.fromhex(content)
+        self._answered[key] = self._answered.get(key, 0) | 1 << number
+        self._unsaved += ENTRY.pack(key, number)
         self.save()
 
     def dropped(self, content: str, number: int) -> None:
         """The request was not answered (an error, a cancel): its number is free again."""
-        left = self._in_work.pop(_key(content)) & ~(1 << number)
-        if left:
-            self._in_work[_key(content)] = left
+        key = bytes.fromhex(content)
+        if left := self._in_work.pop(key) & ~(1 << number):
+            self._in_work[key] = left
 
     def save(self) -> None:
-        """Write what is not written yet. Raises OSError, and then leaves no torn entry behind."""
-        try:
-            written = 0
-            while written < len(self._unsaved):
-                written += self._file.write(self._unsaved[written:])
-        except OSError:
-            self._file.truncate(self._size)
-            raise
-        self._size, self._unsaved = self._size + len(self._unsaved), b""
-
-    @property
-    def n_unsaved(self) -> int:
-        return len(self._unsaved) // ENTRY.size
+        """Write what is not written yet. A full disk may take a part of it; the rest follows later."""
+        with contextlib.suppress(OSError):
+            while self._unsaved:
+                self._unsaved = self._unsaved[self._file.write(self._unsaved) :]
 
     def close(self) -> None:
         self._file.close()
 
 
-def _key(content: str) -> bytes:
-    return bytes.fromhex(content)[:16]
-
-
 class Results:
-    """Replies by request id, in a journal in the run folder. Memory holds only where each one is.
+    """Replies by request id, in a journal in the run folder; memory holds only where each one is.
 
-    While the disk is full, replies stay in memory and `trouble` says so; writing is tried again.
+    While the disk is full, replies stay in memory and `trouble` says so; writing is tried again. Raises RunMismatch if
+    an earlier server still has the journal after `lock_wait_s`.
     """
 
-    def __init__(self, path: Path, *, lock_wait_s: float = 10.0) -> None:
-        self._journal = _open(path, lock_wait_s)
-        self._model_file = path.with_name("model.json")
-        self._unsaved: dict[str, bytes] = {}  # records
+    def __init__(self, path: Path, *, lock_wait_s: float) -> None:
         self.trouble = ""
+        deadline = time.monotonic() + lock_wait_s
+        while True:
+            try:
+                self._journal = Journal(path, in_memory=False)
+                break
+            except RunMismatch:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        self._unsaved: dict[str, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._journal) + len(self._unsaved)
@@ -156,45 +168,28 @@ class Results:
     def unsaved_bytes(self) -> int:
         return sum(map(len, self._unsaved.values()))
 
-    def claim(self, model_id: str) -> None:
-        """Reserve the run folder for this model. Raises RunMismatch if it holds another model's results."""
-        kept = read_json(self._model_file)["model_id"] if self._model_file.exists() else model_id
-        if kept != model_id and len(self._journal):
-            raise RunMismatch(
-                f"{self._model_file.parent} holds results of model {kept!r}, the workers have {model_id!r}; "
-                "give this server another run_dir"
-            )
-        try:
-            write_json(self._model_file, {"model_id": model_id})
-        except OSError as error:
-            log.error("%s cannot be written (%s)", self._model_file, error)
+    def get(self, key: str) -> bytes | None:
+        """The JSON of the latest record of this key, if there is one."""
+        if key in self._unsaved:
+            return self._unsaved[key]
+        return self._journal.get_json(key) if key in self._journal else None
 
-    def get(self, request_id: str, content: str) -> bytes | None:
-        """The reply to this request, if there is one. Raises ProtocolError if the id belongs to another request."""
-        if (record := self._unsaved.get(request_id)) is None:
-            if request_id not in self._journal:
-                return None
-            record = self._journal.get_json(request_id)
-        start, _, reply = record.partition(b'", "reply": ')
-        check_same(request_id, start.removeprefix(b'{"content": "').decode(), content)
-        return reply[:-1]
-
-    def put(self, request_id: str, content: str, reply: bytes) -> None:
-        """Keep a reply. It is JSON in one line and becomes part of the journal's line as it is."""
-        self._unsaved[request_id] = b'{"content": "%b", "reply": %b}' % (content.encode(), reply)
+    def put(self, key: str, record: bytes) -> None:
+        """Keep a record: JSON in one line, which becomes part of the journal's line as it is."""
+        self._unsaved[key] = record
         self.save()
 
     def save(self) -> None:
         """Write what is not written yet; if the disk refuses, say so in `trouble`."""
-        for request_id in list(self._unsaved):
+        for key in list(self._unsaved):
             try:
-                self._journal.append_json(request_id, self._unsaved[request_id])
+                self._journal.append_json(key, self._unsaved[key])
             except OSError as error:
                 if not self.trouble:
                     log.error("results cannot be written (%s); they stay in memory, free some space", error)
                 self.trouble = f"{self.n_unsaved} results are not on the disk: {error}"
                 return
-            del self._unsaved[request_id]
+            del self._unsaved[key]
         self.trouble = ""
 
     def close(self) -> None:
@@ -211,35 +206,27 @@ def check_same(request_id: str, kept_content: str, content: str) -> None:
         )
 
 
-def _open(path: Path, lock_wait_s: float) -> Journal:
-    """The journal. Raises RunMismatch if an earlier server still has it after `lock_wait_s`."""
-    deadline = time.monotonic() + lock_wait_s
-    while True:
-        try:
-            return Journal(path, in_memory=False)
-        except RunMismatch:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-
-
 class RequestTable:
-    """All requests in work, from acceptance to reply. `send` takes the envelope and the bytes of one reply."""
+    """All requests in work, from acceptance to reply. `send` gets the envelope and the bytes of each reply."""
 
-    def __init__(
-        self, settings: ServeSettings, server_id: str, results: Results, send: Callable[[Envelope, bytes], None]
-    ) -> None:
-        self.settings, self.server_id, self.results, self.send = settings, server_id, results, send
+    send: Callable[[Envelope, bytes], None]
+
+    def __init__(self, settings: ServeSettings, server_id: str, *, lock_wait_s: float) -> None:
+        self.settings, self.server_id = settings, server_id
         self.queue = RequestQueue(settings)
+        self.results = Results(settings.run_dir / "results.journal.jsonl", lock_wait_s=lock_wait_s)
         self.counts = AnswerCounts(settings.run_dir / "answer_counts.bin")
         self.meter = Meter(time.monotonic())
         self.stopping = ""  # why the server ends
         self.model_id = ""  # of the workers; empty until the first one is ready
         self._n_named = 0
 
+    @property
+    def trouble(self) -> str:
+        return self.results.trouble or self.counts.trouble
+
     def accept(self, work: Work, message: bytes, envelope: Envelope, now: float) -> None:
         """Answer, join or queue `work`, which was parsed from `message`. Raises SealError if it is refused."""
-        check_limits(work, self.settings)
         content = content_of(work)
         if (reply := self._kept(work.request_id, content)) is not None:
             return self.send(envelope, reply)
@@ -259,11 +246,21 @@ class RequestTable:
                 priority=work.priority, waiters=[envelope], submitted_at=now,
             )
         )  # fmt: skip
-        self.meter.count("accepted")
+        self.meter.counts["accepted"] += 1
 
     def set_model(self, model_id: str) -> None:
         """The first worker is ready: kept results are answers now. Raises RunMismatch if they are another model's."""
-        self.results.claim(model_id)
+        path = self.settings.run_dir / "model.json"
+        kept = read_json(path)["model_id"] if path.exists() else model_id
+        if kept != model_id and len(self.results):
+            raise RunMismatch(
+                f"{path.parent} holds results of model {kept!r}, the workers have {model_id!r}; "
+                "give this server another run_dir"
+            )
+        try:
+            write_json(path, {"model_id": model_id})
+        except OSError as error:
+            log.error("%s cannot be written (%s)", path, error)
         self.model_id = model_id
         for request in list(self.queue.requests.values()):
             if request.has_id and (reply := self._kept(request.key, request.content)) is not None:
@@ -278,13 +275,9 @@ class RequestTable:
             return self._end(request, reply, error)
         self.meter.answered(now, tokens=tokens)
         if request.has_id:
-            self.results.put(request.key, request.content, reply)
+            self.results.put(request.key, b'{"content": "%b", "reply": %b}' % (request.content.encode(), reply))
         elif request.number is not None:
-            try:
-                self.counts.answered(request.content, request.number)
-            except OSError as failure:
-                if self.counts.n_unsaved == 1:
-                    log.error("the count of answers cannot be written (%s); free some space", failure)
+            self.counts.answered(request.content, request.number)
         self._reply(request, reply)
 
     def fail(self, request: Request, error: SealError) -> None:
@@ -300,23 +293,26 @@ class RequestTable:
 
     def save(self) -> None:
         """Write what a full disk did not take earlier."""
-        if self.results.n_unsaved:
-            self.results.save()
-        if self.counts.n_unsaved:
-            with contextlib.suppress(OSError):
-                self.counts.save()
+        self.results.save()
+        self.counts.save()
+
+    def close(self) -> None:
+        self.results.close()
+        self.counts.close()
 
     def error(self, error: BaseException, request_id: str | None = None) -> bytes:
         """The bytes of an error reply."""
         return error_reply(error, request_id=request_id, server_id=self.server_id).to_json()
 
     def _kept(self, request_id: str | None, content: str) -> bytes | None:
-        if request_id is None or not self.model_id:
+        """The reply to this request, if there is one. Raises ProtocolError if the id belongs to another request."""
+        record = self.results.get(request_id) if request_id is not None and self.model_id else None
+        if record is None:
             return None
-        reply = self.results.get(request_id, content)
-        if reply is not None:
-            self.meter.count("from_journal")
-        return reply
+        start, _, reply = record.partition(b'", "reply": ')
+        check_same(str(request_id), start.removeprefix(b'{"content": "').decode(), content)
+        self.meter.counts["from_journal"] += 1
+        return reply[:-1]
 
     def _name(self, envelope: Envelope) -> str:
         """A name for a request without id. A message that TTTClient sends again has the same mark, so the same name."""
@@ -331,7 +327,7 @@ class RequestTable:
             if len(request.waiters) >= MAX_WAITERS:
                 raise QueueFull(f"{MAX_WAITERS} already wait for request {request.key!r}; send it again later")
             request.waiters.append(envelope)
-        self.meter.count("joined")
+        self.meter.counts["joined"] += 1
 
     def _check_room(self, envelope: Envelope) -> None:
         if self.stopping:
@@ -350,7 +346,7 @@ class RequestTable:
         if request.number is not None:
             self.counts.dropped(request.content, request.number)
         if error == Cancelled.__name__:
-            self.meter.count("cancelled")
+            self.meter.counts["cancelled"] += 1
         else:
             self.meter.failed(error)
         self._reply(request, reply)

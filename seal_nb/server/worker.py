@@ -24,18 +24,17 @@ import time
 import traceback
 import uuid
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import zmq
 
-from seal_nb.errors import ProtocolError, SealError
+from seal_nb.errors import SealError
 from seal_nb.protocol import ErrorReply, Reply, TTTReply, error_reply, parse_request
-from seal_nb.server.endpoint import Socket, keys_dir, load_pair, read_endpoint, secure_client, wait_for_endpoint
-from seal_nb.server.settings import SharedSettings, WorkerSettings, parse
-from seal_nb.server.status import rss_bytes
+from seal_nb.server.endpoint import Socket, connected, read_endpoint, wait_for_endpoint
+from seal_nb.server.settings import WorkerSettings, parse
 
 if TYPE_CHECKING:
     from seal_nb.inner_loop.loop import InnerLoop
@@ -59,16 +58,9 @@ def pack(kind: str, body: bytes = b"", **header: Any) -> list[bytes]:
 
 
 def unpack(frames: list[bytes]) -> Message:
-    """The message in `frames`. Raises ProtocolError."""
-    try:
-        kind, header, body = frames
-        fields = json.loads(header)
-        if not isinstance(fields, dict):
-            raise ValueError("the header is not an object")
-        return Message(kind.decode("ascii"), fields, body)
-    except (ValueError, RecursionError) as error:
-        sizes = [len(frame) for frame in frames]
-        raise ProtocolError(f"not a message between worker and front end: frames of {sizes} bytes ({error})") from error
+    """The message in `frames`. Raises ValueError or RecursionError."""
+    kind, header, body = frames
+    return Message(kind.decode("ascii"), json.loads(header), body)
 
 
 class Link(threading.Thread):
@@ -109,8 +101,7 @@ class Link(threading.Thread):
             os._exit(5)
 
     def _run(self) -> None:
-        if self.settings.endpoint_file:
-            wait_for_endpoint(Path(self.settings.endpoint_file), timeout_s=self.settings.patience_s)
+        wait_for_endpoint(self.settings.endpoint_file, timeout_s=self.settings.patience_s)
         dealer = self._connected()
         next_beat = 0.0
         while True:
@@ -123,26 +114,16 @@ class Link(threading.Thread):
             if dealer in ready:
                 self._receive(dealer)
             if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + self.settings.beat_s
+                next_beat = time.monotonic() + min(1.0, self.settings.lease_s / 5)
                 self._beat(dealer)
                 dealer = self._found_again(dealer)
         dealer.close(linger=2000)
         self._inside.close(0)
 
     def _connected(self) -> Socket:
-        dealer = self._context.socket(zmq.DEALER)
-        dealer.routing_id = self.worker_id.encode()[:255]
-        dealer.linger = 0
-        address = self.settings.connect
-        if self.settings.endpoint_file:
-            endpoint = read_endpoint(self.settings.endpoint_file)
-            address = endpoint.worker_endpoint
-            if endpoint.secure:
-                default = keys_dir(Path(endpoint.run_dir)) / "worker.key_secret"
-                pair = load_pair(Path(self.settings.key_file) if self.settings.key_file else default)
-                secure_client(dealer, pair, server_key=endpoint.public_key)
-        dealer.connect(address)
-        return dealer
+        endpoint = read_endpoint(self.settings.endpoint_file)
+        name = self.worker_id.encode()[:255]
+        return connected(self._context, endpoint, "worker", name=name, key_file=self.settings.key_file)
 
     def _pass_on(self, dealer: Socket) -> bool:
         """Send what the main thread has for the front end; False if it closes the link."""
@@ -150,23 +131,26 @@ class Link(threading.Thread):
             frames = self._inside.recv_multipart()
             if frames == [b""]:
                 return False
-            self._try_send(dealer, frames)
+            dealer.send_multipart(frames)
         return True
 
     def _receive(self, dealer: Socket) -> None:
         while dealer.poll(0):
             message = unpack(dealer.recv_multipart())
             self._heard_at = self._found_at = time.monotonic()
-            if message.kind == "welcome":
-                self._lease, self._was_welcome = message.header["lease"], True
-            elif message.kind == "expired":
-                if message.header["lease"] == self._lease:
+            header = message.header
+            match message.kind:
+                case "beat":
+                    pass
+                case "welcome":
+                    self._lease, self._was_welcome = header["lease"], True
+                case "expired" if header["lease"] == self._lease:
                     self._start_again("the front end gave up this worker's lease")
-            elif message.kind == "abort":
-                log.error("the front end gave up this worker: %s; ending", message.header["why"])
-                os._exit(6)  # the main thread is stuck
-            elif message.kind != "beat":
-                self.inbox.put(message)
+                case "abort":
+                    log.error("the front end gave up this worker: %s; ending", header["why"])
+                    os._exit(6)  # the main thread is stuck
+                case _:
+                    self.inbox.put(message)
 
     def _beat(self, dealer: Socket) -> None:
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
@@ -174,9 +158,9 @@ class Link(threading.Thread):
             os._exit(143)  # the main thread may be in a long slice
         now: dict[str, Any] = {"capacity": self.capacity, "stats": self.stats}
         if self._lease is not None:
-            self._try_send(dealer, pack("beat", lease=self._lease, steps=self.steps, **now))
+            dealer.send_multipart(pack("beat", lease=self._lease, steps=self.steps, **now))
         elif self.introduction is not None:
-            self._try_send(dealer, pack("ready", session=self._session, **self.introduction, **now))
+            dealer.send_multipart(pack("ready", session=self._session, **self.introduction, **now))
 
     def _found_again(self, dealer: Socket) -> Socket:
         """The same socket, or after a long silence a new one to the present front end."""
@@ -204,12 +188,6 @@ class Link(threading.Thread):
         self._session += 1
         self.inbox.put(Message("drop", {}))
 
-    def _try_send(self, dealer: Socket, frames: list[bytes]) -> None:
-        try:
-            dealer.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
-            log.warning("the front end accepts nothing; a message is dropped")
-
 
 class Worker:
     """The main thread: one inner loop, and the requests it has: the header of each job by request id."""
@@ -234,6 +212,10 @@ class Worker:
                     self._reply(reply)
             self.report()
 
+    def leave(self, *_: object) -> None:
+        """End soon, as a signal handler does."""
+        self.leaving = True
+
     def report(self) -> None:
         """What the next heartbeat says. One turn of the main thread is one step."""
         self.link.steps += 1
@@ -252,16 +234,18 @@ class Worker:
             return messages
 
     def _handle(self, message: Message) -> None:
-        if message.kind == "job":
-            self._submit(message.header, message.body)
-        elif message.kind == "cancel":
-            self._drop(message.header["key"])
-        elif message.kind == "drop":
-            for key in list(self.jobs):
-                self._drop(key)
-        elif message.kind == "stop":
-            log.info("told to stop: %s", message.header.get("why", ""))
-            self._stopped = True
+        header = message.header
+        match message.kind:
+            case "job":
+                self._submit(header, message.body)
+            case "cancel":
+                self._drop(header["key"])
+            case "drop":
+                for key in list(self.jobs):
+                    self._drop(key)
+            case "stop":
+                log.info("told to stop: %s", header.get("why", ""))
+                self._stopped = True
 
     def _submit(self, header: dict[str, Any], body: bytes) -> None:
         key, request = header["key"], None
@@ -293,6 +277,11 @@ class Worker:
             self.loop.cancel(key)
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def gpu_memory() -> dict[str, int]:
     """Bytes that torch holds on this worker's GPU now, held at most, and reserves; empty without a GPU."""
     torch = sys.modules.get("torch")  # imported by the inner loop if it is needed
@@ -305,25 +294,6 @@ def gpu_memory() -> dict[str, int]:
     }
 
 
-def load_inner_loop(settings: WorkerSettings) -> "InnerLoop":
-    """Load the real inner loop. This imports torch."""
-    from seal_nb.inner_loop.loop import load_inner_loop as load
-    from seal_nb.inner_loop.settings import InnerLoopSettings
-
-    shared = {one.name for one in fields(SharedSettings)} & {one.name for one in fields(InnerLoopSettings)}
-    chosen = {name: getattr(settings, name) for name in shared}
-    return load(InnerLoopSettings(adapters_dir=adapters_dir(settings), **chosen))
-
-
-def adapters_dir(settings: WorkerSettings) -> Path:
-    """The folder of kept adapters, which all workers of a server share on a common disk."""
-    if settings.adapters_dir or not settings.endpoint_file:
-        return Path(settings.adapters_dir or "adapters")
-    # On a cluster a worker may start before its server.
-    endpoint = wait_for_endpoint(Path(settings.endpoint_file), timeout_s=settings.patience_s)
-    return Path(endpoint.run_dir) / "adapters"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; returns its exit code."""
     settings = parse(WorkerSettings, argv, prog="python -m seal_nb.server.worker", description="Run one worker.")
@@ -334,7 +304,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     link = Link(settings)
     link.start()
     try:
-        return _work(resolve_name(settings.inner_loop)(settings), link, settings)
+        # On a cluster a worker may start before its server.
+        endpoint = wait_for_endpoint(settings.endpoint_file, timeout_s=settings.patience_s)
+        settings = replace(settings, adapters_dir=Path(endpoint.run_dir) / "adapters")
+        worker = Worker(resolve_name(settings.inner_loop)(settings), link)
+        # A server ends its own workers itself; Ctrl-C in a terminal reaches them too and is ignored.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN if settings.parent_pid else worker.leave)
+        worker.run()
+        if worker.leaving:
+            link.send(pack("leaving"))
+        return 0
     except Exception as error:  # the front end gives the requests to other workers
         log.error("ending: %s", type(error).__name__)
         log.debug("the error", exc_info=True)
@@ -343,21 +323,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         link.close()
-
-
-def _work(loop: "InnerLoop", link: Link, settings: WorkerSettings) -> int:
-    worker = Worker(loop, link)
-
-    def leave(*_: object) -> None:
-        worker.leaving = True
-
-    # A server ends its own workers itself; Ctrl-C in a terminal reaches them too and is ignored.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN if settings.parent_pid else leave)
-    worker.run()
-    if worker.leaving:
-        link.send(pack("leaving"))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """A server over time: figure and table of sampled status records, live in JupyterLab.
 
 JupyterLab gets one display that is updated. A headless run prints lines, less and less often, because a server may
-run for days. Records of ``seal_nb.server.status`` come in; nothing is sampled here.
+run for days. Samples of ``seal_nb.server.status.Watch`` come in; nothing is sampled here.
 """
 
 import time
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import MaxNLocator
 
 from seal_nb.metrics import counted
-from seal_nb.server.status import History, Sample
+from seal_nb.server.status import Sample
 from seal_nb.views.live import Teller
 from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, legend_outside, styled
 from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle, show
@@ -44,7 +43,7 @@ def plot_server_activity(samples: Sequence[Sample]) -> Chart:
     """Requests that wait, slots in use (and slots), and jobs per minute, over the time of watching."""
     chart = Chart(figsize=(WIDTH_IN, 3.8), dpi=DPI)
     above, below = chart.subplots(2, 1, sharex=True)
-    over = {name: [getattr(sample, name) for sample in samples] for name in ("at_s", *LABELS)}
+    over = {name: [sample[name] for sample in samples] for name in ("at_s", *LABELS)}
     for name, colour, style in (("slots", GREY, ":"), ("slots_in_use", BLUE, "-"), ("queued", ORANGE, "-")):
         # A count holds until the next sample: steps, not slopes.
         above.step(over["at_s"], over[name], style, where="post", color=colour, label=LABELS[name])
@@ -60,8 +59,8 @@ def plot_server_activity(samples: Sequence[Sample]) -> Chart:
     chart.alt = "No status of the server was sampled."
     if samples:
         chart.alt = (
-            f"A server over {samples[-1].at_s - samples[0].at_s:.0f} s: at most {max(over['queued'])} requests "
-            f"waiting, {max(over['slots_in_use'])} of {samples[-1].slots} slots in use, "
+            f"A server over {over['at_s'][-1] - over['at_s'][0]:.0f} s: at most {max(over['queued'])} requests "
+            f"waiting, {max(over['slots_in_use'])} of {over['slots'][-1]} slots in use, "
             f"{max(over['jobs_per_min']):g} jobs per minute."
         )
     return chart
@@ -71,7 +70,7 @@ def server_frame(samples: Sequence[Sample]) -> "pd.DataFrame":
     """The last state and the maximum of each number: columns ``""`` (what), ``now``, ``most``."""
     import pandas as pd
 
-    over = pd.DataFrame(map(asdict, samples))[list(LABELS)]
+    over = pd.DataFrame(samples)[list(LABELS)]
     over = over.assign(memory_bytes=over["memory_bytes"] / MIB, gpu_bytes=over["gpu_bytes"] / MIB)
     table = pd.DataFrame({"": LABELS, "now": over.iloc[-1], "most": over.max()})
     if not over["gpu_bytes"].any():
@@ -81,11 +80,12 @@ def server_frame(samples: Sequence[Sample]) -> "pd.DataFrame":
 
 def status_line(sample: Sample) -> str:
     """One sample for a log."""
-    on_gpu = f" (GPU {sample.gpu_bytes / MIB:.0f} MiB)" if sample.gpu_bytes else ""
+    on_gpu = f" (GPU {sample['gpu_bytes'] / MIB:.0f} MiB)" if sample["gpu_bytes"] else ""
     return (
-        f"{sample.at_s:.0f} s: {sample.queued} waiting, {sample.slots_in_use}/{sample.slots} slots, "
-        f"{sample.jobs_per_min:g} jobs/min, {sample.tokens_per_s:g} tokens/s, "
-        f"{sample.memory_bytes / MIB:.0f} MiB{on_gpu}, {sample.failed} failed, {counted(sample.workers, 'workers')}"
+        f"{sample['at_s']:.0f} s: {sample['queued']} waiting, {sample['slots_in_use']}/{sample['slots']} slots, "
+        f"{sample['jobs_per_min']:g} jobs/min, {sample['tokens_per_s']:g} tokens/s, "
+        f"{sample['memory_bytes'] / MIB:.0f} MiB{on_gpu}, {sample['failed']} failed, "
+        f"{counted(int(sample['workers']), 'workers')}"
     )
 
 
@@ -98,23 +98,23 @@ class ServerView:
         self._image = ""
         self._due_at, self._pause_s = 0.0, REDRAW_S if self.live else FIRST_LINE_S
 
-    def show(self, history: History) -> None:
+    def show(self, samples: Sequence[Sample]) -> None:
         """Update the display, or print a line if it is time for one."""
-        if history.last is None:
+        if not samples:
             return
         if is_due := time.monotonic() >= self._due_at:
             self._due_at = time.monotonic() + self._pause_s
         if self.live:
-            self._show_in_place(history.samples(), redraw=is_due)
+            self._show_in_place(samples, redraw=is_due)
         elif is_due:
-            Teller()(status_line(history.last))
+            Teller()(status_line(samples[-1]))
             self._pause_s = min(2 * self._pause_s, LONGEST_LINE_S)
 
-    def close(self, history: History) -> None:
+    def close(self, samples: Sequence[Sample]) -> None:
         """Show the final table and figure."""
         from IPython.display import display
 
-        if not (samples := history.samples()):
+        if not samples:
             return
         if self._handle is None:
             show(server_frame(samples))

@@ -115,7 +115,7 @@ def run_round(endpoint, requests, **settings):
 
 def remote_worker(server, **options):
     """The command line of a worker that joins from elsewhere."""
-    options = {"inner-loop": STUB, "endpoint-file": server.endpoint, "beat-s": 0.2, "lease-s": 1.0, **options}
+    options = {"inner-loop": STUB, "endpoint-file": server.endpoint, "lease-s": 1.0, **options}
     return [sys.executable, "-m", "seal_nb.server.worker", *(f"--{k}={v}" for k, v in options.items())]
 
 

@@ -26,7 +26,6 @@ from seal_nb.protocol import (
     build_reply,
     error_reply,
 )
-from seal_nb.server.worker import adapters_dir
 
 
 class StubLoop:
@@ -34,7 +33,7 @@ class StubLoop:
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
-        self.worker: Any = None  # its settings
+        self.adapters = Path()
         self.jobs: dict[str, tuple[TTTRequest | GenerateRequest, float]] = {}
 
     def submit(self, request: TTTRequest | GenerateRequest) -> None:
@@ -58,11 +57,11 @@ class StubLoop:
 
     def _answered(self, request: TTTRequest | GenerateRequest) -> TTTReply | GenerateReply | ErrorReply:
         for name in request.adapter_stack:
-            if not (adapters_dir(self.worker) / name).is_dir():
+            if not (self.adapters / name).is_dir():
                 return error_reply(EngineError(f"no adapter {name}"), request_id=request.request_id)
         reply = _reply(request)
         if isinstance(request, TTTRequest) and request.adapter_name and isinstance(reply, TTTReply):
-            (adapters_dir(self.worker) / request.adapter_name).mkdir(parents=True, exist_ok=True)
+            (self.adapters / request.adapter_name).mkdir(parents=True, exist_ok=True)
         return reply
 
     @property
@@ -88,7 +87,7 @@ def load(settings: Any) -> StubLoop:
     if settings.model == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     loop = StubLoop(settings.n_slots or 4)  # 0: measured, which a stub is not
-    loop.worker = settings
+    loop.adapters = settings.adapters_dir
     loop.model_id = settings.model if settings.model.startswith("stub") else "stub"
     return loop
 

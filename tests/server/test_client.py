@@ -172,5 +172,5 @@ def test_a_round_that_is_left_early_leaves_nothing_behind(in_haste):
         for _ in client.run_round([REQUEST.model_copy(update={"request_id": f"r{i}"}) for i in range(9)]):
             break
         assert client.evaluate(REQUEST).baseline_accuracy == 0.0
-        assert not client._connection._open
+        assert not client._open
     assert len(server.seen) <= 4

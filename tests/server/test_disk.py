@@ -9,8 +9,7 @@ import pytest
 
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import ServerFailed
-from seal_nb.server.requests import Results
-from seal_nb.storage import read_journal
+from seal_nb.storage import Journal, read_journal, write_json
 from tests.server.conftest import eventually, kill, not_here, plain_req, restart
 from tests.server.test_server import ask, sequence
 
@@ -97,10 +96,8 @@ def test_a_file_that_may_not_grow_loses_no_answer_and_is_told_and_written_later(
 
 
 def test_a_run_folder_with_another_models_results_is_refused(start_server, tmp_path):
-    (tmp_path / "run").mkdir()
-    results = Results(tmp_path / "run" / "results.journal.jsonl")
-    results.claim("stub-a")
-    results.put("r", "content", b"{}")
-    results.close()
+    with Journal(tmp_path / "run" / "results.journal.jsonl") as results:
+        results.append("r", {"content": "content", "reply": {}})
+    write_json(tmp_path / "run" / "model.json", {"model_id": "stub-a"})
     with pytest.raises(ServerFailed, match="holds results of model 'stub-a', the workers have 'stub-b'"):
         start_server(model="stub-b")

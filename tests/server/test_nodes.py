@@ -104,7 +104,7 @@ def _if_there(path: Path) -> Path | None:
 
 
 def work(node: Node, stack: ExitStack, endpoint: Path, log: Path) -> subprocess.Popen:
-    options = (f"--endpoint-file={endpoint}", f"--inner-loop={STUB}", "--beat-s=0.2", "--lease-s=2")
+    options = (f"--endpoint-file={endpoint}", f"--inner-loop={STUB}", "--lease-s=2")
     return node.start(stack, "-m", "seal_nb.server.worker", *options, log=log)
 
 
@@ -112,7 +112,7 @@ def test_workers_and_clients_on_another_node_come_in_with_their_keys_and_may_be_
     here, there = nodes
     endpoint = serve(here, stack, tmp_path, here.address)
     assert read_endpoint(endpoint).host == here.address and read_endpoint(endpoint).node == here.name
-    assert read_endpoint(endpoint).secure
+    assert read_endpoint(endpoint).public_key
     work(there, stack, endpoint, tmp_path / "worker.log")
     answer = there.ask(endpoint)
     assert answer == {"replies": [f"0.1-{i}" for i in range(6)], "hosts": [there.name]}

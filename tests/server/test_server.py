@@ -14,12 +14,12 @@ import zmq
 
 from seal_nb.cli import main as seal_nb
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
-from seal_nb.protocol import EvalQuestion, GenerateRequest, TTTRequest
+from seal_nb.protocol import EvalQuestion, GenerateRequest, ServerStatus, TTTRequest, WorkerStatus
 from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import read_endpoint
-from seal_nb.server.launch import ServerFailed, TTTServer, command
-from seal_nb.server.settings import ServeSettings, WorkerSettings, parse
-from seal_nb.server.status import ServerStatus, WorkerStatus, at_work, status_rows
+from seal_nb.server.launch import ServerFailed, TTTServer
+from seal_nb.server.settings import ServeSettings, WorkerSettings, command, parse
+from seal_nb.server.status import at_work, status_rows
 from seal_nb.server.worker import gpu_memory
 from tests.server.conftest import HASTE, STUB, eventually, is_running, plain_req
 
@@ -273,7 +273,7 @@ def test_the_endpoint_file_says_where_and_who(server):
     endpoint = read_endpoint(server.endpoint)
     assert endpoint.endpoint == f"tcp://{endpoint.host}:{endpoint.port}"
     assert endpoint.pid == server.process.pid and endpoint.server_id and endpoint.started_at
-    assert not endpoint.secure
+    assert not endpoint.public_key
 
 
 def test_private_text_of_a_request_never_reaches_the_log(start_server):
@@ -324,10 +324,10 @@ def test_what_is_in_training_is_said_with_its_steps():
 
 
 def status_of(*stats):
-    workers = tuple(
+    workers = [
         WorkerStatus(worker_id=f"w{i}", host="h", pid=i, n_running=0, capacity=1, silent_s=0.0, stats=one)
         for i, one in enumerate(stats)
-    )
+    ]
     numbers = dict.fromkeys(
         ["n_queued", "n_running", "n_slots", "n_results", "n_unsaved", "queued_bytes", "jobs_per_min",
          "tokens_per_s", "pid", "uptime_s"], 0,
@@ -365,10 +365,10 @@ def test_a_round_shows_a_progress_bar_if_asked(client, capsys):
 
 
 def test_a_command_line_gives_all_settings_back(tmp_path):
-    changed = {"run_dir": tmp_path, "n_workers": 3, "lease_s": 1.5, "max_rank": 7, "deterministic": True}
+    changed = {"run_dir": tmp_path, "n_workers": 3, "lease_s": 1.5, "max_queued": 7, "deterministic": True}
     settings = ServeSettings(**changed, endpoint_file=tmp_path / "e.json", grader="exact")
     assert parse(ServeSettings, command(settings)[3:], prog="", description="") == settings
-    worker = WorkerSettings(connect="tcp://127.0.0.1:1", n_slots=3)
+    worker = WorkerSettings(endpoint_file="e.json", n_slots=3)
     assert parse(WorkerSettings, command(worker)[3:], prog="", description="") == worker
 
 
@@ -377,7 +377,7 @@ def test_the_help_of_serve_has_a_text_for_each_setting_and_the_defaults_that_it_
         seal_nb(["serve", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "address for clients" in shown and "(default: tcp://127.0.0.1:5555)" in shown
-    assert "--max-rank RANK LoRA rank (default: 512)" in shown
+    assert "--max-queued QUEUED waiting requests of all clients together (default: 20000)" in shown
     assert all(f"--{name.replace('_', '-')}" in shown for name in ServeSettings.__dataclass_fields__)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.protocol import TTTRequest
+from seal_nb.protocol import ServerStatus, TTTRequest, WorkerStatus
+from seal_nb.server import status as server_status
 from seal_nb.server.client import TTTClient
-from seal_nb.server.status import History, Sample, ServerStatus, Watch, WorkerStatus, sample_of
+from seal_nb.server.status import Sample, Watch, sample_of
 from tests.server.conftest import eventually, kill, plain_req
 from tests.server.test_server import ask
 
@@ -28,15 +29,15 @@ STATUS = ServerStatus(
 
 
 def sample(at_s: float, **fields: float) -> Sample:
-    names = [name for name in Sample.__dataclass_fields__ if name != "at_s"]
-    return Sample(at_s=at_s, **{**dict.fromkeys(names, 0), **fields})
+    return {**dict.fromkeys(sample_of(STATUS, at_s), 0), "at_s": at_s, **fields}
 
 
 def test_sample_has_slots_of_the_inner_loops_and_memory_of_all_processes() -> None:
-    assert sample_of(STATUS, 1.5) == Sample(
-        at_s=1.5, queued=5, running=3, slots_in_use=2, slots=12, jobs_per_min=2.5, tokens_per_s=7.0,
-        memory_bytes=121, gpu_bytes=7, answered=4, failed=2, requeued=1, workers=3,
-    )  # fmt: skip
+    assert sample_of(STATUS, 1.5) == {
+        "at_s": 1.5, "queued": 5, "running": 3, "slots_in_use": 2, "slots": 12, "jobs_per_min": 2.5,
+        "tokens_per_s": 7.0,
+        "memory_bytes": 121, "gpu_bytes": 7, "answered": 4, "failed": 2, "requeued": 1, "workers": 3,
+    }  # fmt: skip
 
 
 def test_watching_sees_the_work_and_ends_when_the_server_does(start_server) -> None:
@@ -44,20 +45,20 @@ def test_watching_sees_the_work_and_ends_when_the_server_does(start_server) -> N
     with Watch(server.endpoint, alive=server.is_up, **QUICK) as watch:
         with TTTClient(server.endpoint) as client:
             client.evaluate(TTTRequest(train_sequences=["sleep 0.5"]))
-            eventually(lambda: watch.history.last and watch.history.last.answered == 1)
+            eventually(lambda: watch.last and watch.last["answered"] == 1)
         with plain_req(server.info.endpoint) as req:
             assert ask(req, {"cmd": "shutdown"}) == {"status": "bye"}
-        assert [seen.failed for seen in watch.follow()][-1] == 0
-    seen = watch.history.samples()
+        assert [seen["failed"] for seen in watch.follow()][-1] == 0
+    seen = watch.samples()
     assert server.process.poll() == 0 and not server.settings.endpoint_path.exists()
-    assert max(one.running for one in seen) == 1 and seen[0].answered == 0
-    assert [one.at_s for one in seen] == sorted(one.at_s for one in seen)
+    assert max(one["running"] for one in seen) == 1 and seen[0]["answered"] == 0
+    assert [one["at_s"] for one in seen] == sorted(one["at_s"] for one in seen)
 
 
 def test_a_server_whose_process_is_not_ours_has_ended_when_it_is_silent(start_server) -> None:
     server = start_server(n_workers=0)
     with Watch(server.info.endpoint, patience_s=0.5, **QUICK) as watch:
-        assert [sample.workers for sample in watch.follow(0.0)] == [0]  # for no time: one sample
+        assert [sample["workers"] for sample in watch.follow(0.0)] == [0]  # for no time: one sample
         kill(server)
         began = time.monotonic()
         list(watch.follow())
@@ -66,7 +67,7 @@ def test_a_server_whose_process_is_not_ours_has_ended_when_it_is_silent(start_se
 
 def test_where_no_server_is_there_is_nothing_to_follow(tmp_path: Path) -> None:
     with Watch(str(tmp_path / "endpoint.json"), patience_s=0.1, **QUICK) as watch:
-        assert list(watch.follow()) == [] and watch.history.samples() == []
+        assert list(watch.follow()) == [] and watch.samples() == []
 
 
 def test_looking_does_not_keep_an_idle_server_up(start_server) -> None:
@@ -85,11 +86,12 @@ def test_what_ended_the_watching_is_raised_to_who_follows() -> None:
         list(watch.follow())
 
 
-def test_history_is_bounded_even_in_time_and_has_first_and_newest() -> None:
-    history = History(most=8)
+def test_samples_are_bounded_even_in_time_with_first_and_newest(monkeypatch) -> None:
+    monkeypatch.setattr(server_status, "MOST_SAMPLES", 8)
+    watch = Watch("tcp://127.0.0.1:9")
     for second in range(1001):
-        history.add(sample(float(second), queued=second))
-        assert len(history.samples()) <= 9
-    kept = [one.at_s for one in history.samples()]
+        watch.add(sample(float(second), queued=second))
+        assert len(watch.samples()) <= 9
+    kept = [one["at_s"] for one in watch.samples()]
     assert (kept[0], kept[-1]) == (0.0, 1000.0)
     assert len({b - a for a, b in pairwise(kept[:-1])}) == 1
