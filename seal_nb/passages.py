@@ -20,7 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.storage import read_json, runs_folder, write_json
@@ -29,10 +32,10 @@ CSV_COLUMNS = ("title", "context", "question", "answer")
 _HEADING = re.compile(r"#\s+(?P<title>\S.*)")
 _ENTRY = re.compile(r"(?:[-*]\s+)?(?P<kind>[QAI]):\s*(?P<text>.*)")
 
-Placed = tuple[str, dict[str, Any]]  # "line 3", and the item
+Placed = tuple[int | str, Any]  # 0 or "line 3", and the item
 
 
-def read_passage_file(path: Path) -> list[Placed]:
+def _read_text_file(path: Path) -> list[Placed]:
     """The items of a CSV, TSV, JSONL or Markdown file. Raises: DataError with path, line and field."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -46,102 +49,81 @@ def read_passage_file(path: Path) -> list[Placed]:
     return items
 
 
-def _csv_items(path: Path, text: str) -> Iterator[Placed]:
-    is_tsv = path.suffix.lower() == ".tsv"
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if is_tsv else ",")
-    columns = [name.strip().lower() for name in rows.fieldnames or []]
-    if missing := [name for name in CSV_COLUMNS if name not in columns]:
-        raise DataError(
-            f"has no column {missing[0]!r} but {', '.join(columns) or 'no header'}",
-            path=path,
-            item="line 1",
-            field=missing[0],
-            remedy=f"give a header with {', '.join(CSV_COLUMNS)}",
-        )
-    rows.fieldnames = columns
+def _by_passage(rows: Iterable[tuple[int | str, Mapping[str, str]]]) -> list[Placed]:
+    """One item per title and context, in order of first appearance, from rows of one question each."""
     items: dict[tuple[str, str], Placed] = {}
+    for place, row in rows:
+        new: Placed = (place, {"title": row["title"], "context": row["context"], "questions": []})
+        _, item = items.setdefault((row["title"], row["context"]), new)
+        item["questions"].append({"question": row["question"], "answer": row["answer"]})
+    return list(items.values())
+
+
+def _csv_items(path: Path, text: str) -> list[Placed]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    columns = table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
+    if missing := [name for name in CSV_COLUMNS if name not in columns]:
+        problem = f"has no column {missing[0]!r} but {', '.join(columns) or 'no header'}"
+        remedy = f"give a header with {', '.join(CSV_COLUMNS)}"
+        raise DataError(problem, path=path, item="line 1", field=missing[0], remedy=remedy)
+    rows = []
     try:
-        for row in rows:
-            place = f"line {rows.line_num}"
-            for name in CSV_COLUMNS:
-                if not (row[name] or "").strip():
-                    raise DataError("is empty", path=path, item=place, field=name, remedy="fill it in")
-            key = (row["title"].strip(), row["context"].strip())
-            new: Placed = (place, {"title": key[0], "context": key[1], "questions": []})
-            asked = {"question": row["question"].strip(), "answer": row["answer"].strip()}
-            items.setdefault(key, new)[1]["questions"].append(asked)
+        for cells in table:
+            row, place = {name: (cells[name] or "").strip() for name in CSV_COLUMNS}, f"line {table.line_num}"
+            if empty := [name for name, value in row.items() if not value]:
+                raise DataError("is empty", path=path, item=place, field=empty[0], remedy="fill it in")
+            rows.append((place, row))
     except csv.Error as error:
-        raise DataError(
-            f"is not {'TSV' if is_tsv else 'CSV'}: {error}",
-            path=path,
-            item=f"line {rows.line_num}",
-            remedy="close the quotes",
-        ) from error
-    yield from items.values()
+        place = f"line {table.line_num}"
+        raise DataError(f"is not CSV or TSV: {error}", path=path, item=place, remedy="close the quotes") from error
+    return _by_passage(rows)
 
 
 def _jsonl_items(path: Path, text: str) -> Iterator[Placed]:
     # Only line feeds end a JSON line: a string may hold other characters that Python calls line ends.
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+        place = f"line {number}"
         try:
-            yield f"line {number}", json.loads(line)
+            if line.strip():
+                yield place, json.loads(line)
         except ValueError as error:
-            raise DataError(
-                f"is not JSON: {error}", path=path, item=f"line {number}", remedy="write one object a line"
-            ) from error
+            raise DataError(f"is not JSON: {error}", path=path, item=place, remedy="write one object a line") from error
 
 
-def _markdown_items(path: Path, text: str) -> Iterator[Placed]:
-    item: dict[str, Any] | None = None
-    place = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        here = f"line {number}"
-        if heading := _HEADING.fullmatch(line.strip()):
-            if item is not None:
-                yield place, _closed(item)
-            place, item = here, {"title": heading["title"], "lines": [], "questions": [], "by_hand": []}
-        elif item is not None:
-            _add_line(item, line.strip(), path, here)
-        elif line.strip():
-            raise DataError(
-                "is before the first title", path=path, item=here, field="title", remedy="begin with '# title'"
-            )
-    if item is not None:
-        yield place, _closed(item)
+def _markdown_items(path: Path, text: str) -> list[Placed]:
+    """Lines of a paragraph are joined by spaces, paragraphs by a line break."""
+    items: list[Placed] = []
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        place = f"line {number}"
+        if heading := _HEADING.fullmatch(line):
+            items.append((place, {"title": heading["title"], "context": "", "questions": [], "hand_written": ""}))
+        elif items:
+            _add_line(items[-1][1], line, path, place)
+        elif line:
+            remedy = "begin with '# title'"
+            raise DataError("is before the first title", path=path, item=place, field="title", remedy=remedy)
+    for _, item in items:
+        paragraphs = re.split(r"\n{2,}", item["context"].strip())
+        item["context"] = "\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+        item["hand_written"] = item["hand_written"].rstrip("\n")
+    return items
 
 
-def _add_line(item: dict[str, Any], line: str, path: Path, here: str) -> None:
-    entry = _ENTRY.fullmatch(line)
-    if entry is None:
-        item["lines"].append(line)
-        return
-    questions: list[dict[str, str]] = item["questions"]
+def _add_line(item: dict[str, Any], line: str, path: Path, place: str) -> None:
+    entry, questions = _ENTRY.fullmatch(line), item["questions"]
     is_answered = not questions or "answer" in questions[-1]
-    if entry["kind"] == "I":
-        item["by_hand"].append(entry["text"])
+    if entry is None:
+        item["context"] += f"{line}\n"
+    elif entry["kind"] == "I":
+        item["hand_written"] += f"{entry['text']}\n"
     elif entry["kind"] == "Q" and is_answered:
         questions.append({"question": entry["text"]})
     elif entry["kind"] == "A" and not is_answered:
         questions[-1]["answer"] = entry["text"]
     else:
-        field = "answer" if entry["kind"] == "Q" else "question"
-        raise DataError(
-            "is missing before this line", path=path, item=here, field=field, remedy="write Q: and A: in turn"
-        )
-
-
-def _closed(item: dict[str, Any]) -> dict[str, Any]:
-    """The item; lines of a paragraph are joined by spaces, paragraphs by a line break."""
-    paragraphs = re.split(r"\n{2,}", "\n".join(item["lines"]).strip())
-    text = "\n".join(" ".join(paragraph.split("\n")) for paragraph in paragraphs)
-    return {
-        "title": item["title"],
-        "context": text,
-        "questions": item["questions"],
-        "hand_written": "\n".join(item["by_hand"]),
-    }
+        field, remedy = "answer" if entry["kind"] == "Q" else "question", "write Q: and A: in turn"
+        raise DataError("is missing before this line", path=path, item=place, field=field, remedy=remedy)
 
 
 READERS = {
@@ -155,12 +137,21 @@ SHIPPED_SPLITS = ("train", "val")
 PUBLISHED_ORDER_SEED = 42
 
 
+def _not_empty(value: Any) -> Any:
+    if not (value.strip() if isinstance(value, str) else value):
+        raise PydanticCustomError("empty", "is empty")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_empty)]  # checked where a file is read
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """A closed-book question and its one gold answer."""
 
-    question: str
-    answer: str
+    question: Text
+    answer: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +165,8 @@ class Passage:
         hand_written: implications written by a person, one per line.
     """
 
-    title: str
-    context: str
+    title: Text
+    context: Text
     questions: tuple[Question, ...]
     completions: tuple[str, ...] = ()
     prompt: str = ""
@@ -197,17 +188,16 @@ def load_passages(source: str | Path) -> list[Passage]:
     """
     path = _shipped_path(source) if str(source).startswith("shipped:") else runs_folder(source)
     if path.suffix.lower() in READERS:
-        return [_passage(_Item(path, place, value)) for place, value in read_passage_file(path)]
+        return _passages(_read_text_file(path), path)
     data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("data"), list):
-        return _squad_passages(path, data["data"])
+        return _passages(_squad_items(path, data["data"]), path)
     if isinstance(data, dict) and "articles" in data:
         raise DataError("is a run file, not an item file", path=path, remedy="give it to 05_rest_em_round")
     if not isinstance(data, list):
-        raise DataError(
-            f"holds {_kind(data)}, not a list of items", path=path, remedy="give an item or SQuAD v1.1 file"
-        )
-    return [_passage(_Item(path, index, value)) for index, value in enumerate(data)]
+        problem = f"holds {_kind(data)}, not a list of items"
+        raise DataError(problem, path=path, remedy="give an item or SQuAD v1.1 file")
+    return _passages(enumerate(data), path)
 
 
 def passage_at(passages: Sequence[Passage], index: int) -> Passage:
@@ -242,87 +232,64 @@ def to_item(passage: Passage) -> dict[str, Any]:
     return item
 
 
-class _Item:
-    """One JSON object of a file. Its errors name the file, the item and the field."""
-
-    def __init__(self, path: Path, index: int | str, value: object, prefix: str = "") -> None:
-        self.path, self.index, self.prefix = path, index, prefix
-        if not isinstance(value, dict):
-            raise self.refused("", f"is {_kind(value)}, not an object")
-        self.value: dict[str, Any] = value
-
-    def refused(self, name: str, problem: str) -> DataError:
-        field = f"{self.prefix}{name}".rstrip(".")
-        return DataError(problem, path=self.path, item=self.index, field=field, remedy="correct or remove the item")
-
-    def text(self, name: str, *, default: str | None = None) -> str:
-        value = self.value.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, str):
-            raise self.refused(name, "is missing" if value is None else f"is {_kind(value)}, not a text")
-        if default is None and not value.strip():
-            raise self.refused(name, "is empty")
-        return value
-
-    def entries(self, name: str, *, optional: bool = False) -> list[Any]:
-        value = self.value.get(name)
-        if value is None and optional:
-            return []
-        if not isinstance(value, list):
-            raise self.refused(name, "is missing" if value is None else f"is {_kind(value)}, not a list")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; empty if it is absent."""
-        entries = self.entries(name, optional=True)
-        for at, entry in enumerate(entries):
-            if not isinstance(entry, str):
-                raise self.refused(f"{name}[{at}]", f"is {_kind(entry)}, not a text")
-        return tuple(entries)
-
-    def objects(self, name: str) -> list["_Item"]:
-        entries = enumerate(self.entries(name))
-        return [_Item(self.path, self.index, entry, f"{self.prefix}{name}[{at}].") for at, entry in entries]
+class _SquadAnswer(BaseModel):
+    text: Text
 
 
-def _passage(item: _Item) -> Passage:
-    completions = item.texts("completions")
-    for name in ("prompts", "prompt_keys"):
-        if (n := len(item.texts(name))) not in (0, len(completions)):
-            raise item.refused(name, f"has {n} entries for {len(completions)} completions")
-    return Passage(
-        title=item.text("title"),
-        context=item.text("context"),
-        questions=tuple(
-            Question(question=entry.text("question"), answer=entry.text("answer"))
-            for entry in item.objects("questions")
-        ),
-        completions=completions,
-        prompt=item.text("prompt", default=""),
-        prompts=item.texts("prompts"),
-        prompt_keys=item.texts("prompt_keys"),
-        hand_written=item.text("hand_written", default=""),
-    )
+class _SquadQuestion(BaseModel):
+    question: Text
+    answers: Annotated[list[_SquadAnswer], AfterValidator(_not_empty)]  # SQuAD v2 has questions without an answer
 
 
-def _squad_passages(path: Path, articles: list[Any]) -> list[Passage]:
-    """One passage per paragraph; the title with spaces and the first answer as gold, as in published items."""
+class _SquadParagraph(BaseModel):
+    context: Text
+    qas: list[_SquadQuestion]
+
+
+class _SquadArticle(BaseModel):
+    title: Text
+    paragraphs: list[_SquadParagraph]
+
+
+_PASSAGE = TypeAdapter(Passage)
+_SQUAD_ARTICLE = TypeAdapter(_SquadArticle)
+T = TypeVar("T")
+
+
+def _passages(items: Iterable[Placed], path: Path | str) -> list[Passage]:
     passages = []
-    for index, value in enumerate(articles):
-        article = _Item(path, index, value)
-        for paragraph in article.objects("paragraphs"):
-            questions = tuple(_squad_question(entry) for entry in paragraph.objects("qas"))
-            title = article.text("title").replace("_", " ")
-            passages.append(Passage(title=title, context=paragraph.text("context"), questions=questions))
+    for place, value in items:
+        if isinstance(value, dict):  # null means absent
+            value = {name: entry for name, entry in value.items() if entry is not None}
+        one = _checked(_PASSAGE, value, path, place)
+        for name in ("prompts", "prompt_keys"):
+            if (n := len(getattr(one, name))) not in (0, len(one.completions)):
+                problem = f"has {n} entries for {len(one.completions)} completions"
+                raise DataError(problem, path=path, item=place, field=name, remedy="correct or remove the item")
+        passages.append(one)
     return passages
 
 
-def _squad_question(entry: _Item) -> Question:
-    answers = entry.objects("answers")
-    if not answers:
-        raise entry.refused("answers", "is empty (SQuAD v2 has such questions; v1.1 does not)")
-    return Question(question=entry.text("question"), answer=answers[0].text("text"))
+def _checked(kind: TypeAdapter[T], value: object, path: Path | str, place: int | str) -> T:
+    """The value of this kind. Raises: DataError with path, item and the first wrong field."""
+    try:
+        return kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+    wanted = {"string_type": "a text", "tuple_type": "a list", "list_type": "a list"}.get(first["type"], "an object")
+    problem = first["msg"] if first["type"] == "empty" else f"is {_kind(first['input'])}, not {wanted}"
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
+    problem = "is missing" if first["type"] == "missing" else problem
+    raise DataError(problem, path=path, item=place, field=field, remedy="correct or remove the item")
+
+
+def _squad_items(path: Path, articles: list[Any]) -> Iterator[Placed]:
+    """One item per paragraph; the title with spaces and the first answer as gold, as in published items."""
+    for index, value in enumerate(articles):
+        article = _checked(_SQUAD_ARTICLE, value, path, index)
+        for paragraph in article.paragraphs:
+            asked = [{"question": one.question, "answer": one.answers[0].text} for one in paragraph.qas]
+            yield index, {"title": article.title.replace("_", " "), "context": paragraph.context, "questions": asked}
 
 
 def _shipped_path(source: str | Path) -> Path:
@@ -347,14 +314,8 @@ OUT_NAMES = {"train": "squad_train.json", "validation": "squad_val.json"}  # SEA
 
 def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
     """One passage per paragraph, in order of first appearance, from the hub's rows (one per question)."""
-    questions: dict[tuple[str, str], list[Question]] = {}
-    for row in rows:
-        key = (row["title"].replace("_", " "), row["context"])
-        gold = Question(question=row["question"], answer=row["answers"]["text"][0])
-        questions.setdefault(key, []).append(gold)
-    return [
-        Passage(title=title, context=context, questions=tuple(asked)) for (title, context), asked in questions.items()
-    ]
+    named = ({**row, "title": row["title"].replace("_", " "), "answer": row["answers"]["text"][0]} for row in rows)
+    return _passages(_by_passage(enumerate(named)), REPOSITORY)
 
 
 def fetch_squad(split: str, folder: Path) -> Path:

@@ -7,7 +7,8 @@ are part of the published numbers. No model is loaded or trained here.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 from seal_nb.engines.base import Completion, Engine, Incomplete, Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
@@ -45,13 +46,11 @@ def train_sequences(completion: str, *, title: str, context: str, split_newlines
 
 
 def passage_only_sequences(*, title: str, context: str) -> list[str]:
-    """The training sequences of the passage-only arm: no self-edit, the passage once."""
     return train_sequences("", title=title, context=context, split_newlines=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """One self-edit to write; ``key`` is its name in the journal."""
+class _Wanted(NamedTuple):
+    """One self-edit to write; `key` is its name in the journal."""
 
     key: str
     title: str
@@ -72,66 +71,33 @@ def create_self_edits(
     journal: Journal | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> list[Passage]:
-    """Write self-edits of every passage.
+    """The passages with `k_completions` new self-edits each, for which `prompts` take turns.
 
-    Each text has a seed of its own, derived from ``seed``, its prompt and its number. A resumed run, a run with one
-    passage, and a run with more self-edits therefore write the same texts.
-
-    Args:
-        engine: writes the texts.
-        passages: what they are about.
-        prompts: one prompt, or a family, which the self-edits of a passage use in turn.
-        k_completions: self-edits of each passage.
-        sampling: how to sample.
-        seed: of the run.
-        chat: put the prompts through the model's chat template.
-        journal: saves each text as it comes. Texts that it holds are not requested again.
-        tell: is called with lines of progress.
-
-    Returns:
-        The passages with the new self-edits, stripped as published, and their prompts.
-
-    Raises:
-        EngineError: texts are missing at the end; the journal has the others.
+    Each text has a seed of its own, from `seed`, its prompt and its number, so that a resumed run, a run with one
+    passage, and a run with more self-edits write the same texts. `journal` keeps each text as it comes; a text that it
+    has is not requested again. Raises: EngineError where texts are missing in the end.
     """
     if k_completions < 1 or not prompts:
         raise SettingsError(f"{k_completions=}, {len(prompts)} prompts: both must be at least 1")
     if len({prompt.key for prompt in prompts}) < len(prompts):
         raise SettingsError(f"prompts share keys: {[prompt.key for prompt in prompts]}; give each its own")
-    model_id, how = engine.model_id, asdict(sampling)
-    wanted_P: list[list[_Wanted]] = []
-    for passage in passages:
-        wanted_P.append([])
-        for nth in range(k_completions):
-            prompt = prompts[nth % len(prompts)]
-            asked = prompt.asked(title=passage.title, context=passage.context, chat=chat)
-            key = content_id([model_id, asked, nth, seed, how])
-            text_seed = derived_seed(seed, asked, nth)
-            wanted_P[-1].append(_Wanted(key=key, title=passage.title, prompt=prompt, asked=asked, seed=text_seed))
-    every = list({one.key: one for wanted in wanted_P for one in wanted}.values())
-    texts = _texts(engine, every, sampling, journal, tell)
-    return [
-        _with_texts(engine, passage, wanted, [texts[one.key] for one in wanted])
-        for passage, wanted in zip(passages, wanted_P, strict=True)
-    ]
 
+    def wanted_of(passage: Passage, nth: int) -> _Wanted:
+        prompt = prompts[nth % len(prompts)]
+        asked = prompt.asked(title=passage.title, context=passage.context, chat=chat)
+        key = content_id([engine.model_id, asked, nth, seed, asdict(sampling)])
+        return _Wanted(key, passage.title, prompt, asked, derived_seed(seed, asked, nth))
 
-def _texts(
-    engine: Engine,
-    wanted: Sequence[_Wanted],
-    sampling: Sampling,
-    journal: Journal | None,
-    tell: Callable[[str], None] | None,
-) -> dict[str, str]:
-    """The text of each key, from the journal, or from the engine and at once into the journal."""
-    texts = {} if journal is None else {one.key: journal.get(one.key)["text"] for one in wanted if one.key in journal}
-    missing = [one for one in wanted if one.key not in texts]
+    wanted_P = [[wanted_of(passage, nth) for nth in range(k_completions)] for passage in passages]
+    every = {one.key: one for wanted in wanted_P for one in wanted}
+    texts = {key: journal.get(key)["text"] for key in every if key in journal} if journal is not None else {}
+    missing = [one for key, one in every.items() if key not in texts]
 
     def keep(index: int, completion: Completion) -> None:
         texts[missing[index].key] = completion.text
         if journal is not None:
             journal.append(missing[index].key, asdict(completion))
-        done, total = len(texts), len(wanted)
+        done, total = len(texts), len(every)
         if tell is not None and done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
             tell(f"self-edits: {done} of {total}")
 
@@ -143,20 +109,22 @@ def _texts(
         titles = ", ".join(dict.fromkeys(missing[index].title for index in error.failures))
         kept = "" if journal is None else "; the others are in the journal, run again to get the missing ones"
         raise EngineError(f"{error}{kept}; missing are self-edits of: {titles}") from error
-    if len(texts) != len(wanted):
-        raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(wanted)} were requested")
-    return texts
+    if len(texts) != len(every):
+        raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(every)} were requested")
+    return [
+        _with_texts(engine, passage, wanted, [texts[one.key].strip() for one in wanted])
+        for passage, wanted in zip(passages, wanted_P, strict=True)
+    ]
 
 
 def _with_texts(engine: Engine, passage: Passage, wanted: Sequence[_Wanted], texts: Sequence[str]) -> Passage:
-    prompts = {one.prompt.key: engine.text_of(one.asked) for one in wanted}
-    keys = [one.prompt.key for one in wanted]
-    # The text of a single shipped prompt identifies it.
-    has_known_text = len(prompts) == 1 and keys[0] in SELF_EDIT_PROMPTS and "/" not in keys[0]
+    prompts, keys = [engine.text_of(one.asked) for one in wanted], [one.prompt.key for one in wanted]
+    is_family = len(set(keys)) > 1
+    has_known_text = not is_family and keys[0] in SELF_EDIT_PROMPTS and "/" not in keys[0]  # which names its prompt
     return replace(
         passage,
-        completions=tuple(text.strip() for text in texts),
-        prompt=prompts[keys[0]],
-        prompts=tuple(prompts[key] for key in keys) if len(prompts) > 1 else (),
+        completions=tuple(texts),
+        prompt=prompts[0],
+        prompts=tuple(prompts) if is_family else (),
         prompt_keys=() if has_known_text else tuple(keys),
     )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seal_nb.engines.base import Sampling, contents
 from seal_nb.engines.choose import chosen_engine
@@ -38,9 +38,7 @@ class SelfEdits:
                 "passage": passage.title,
                 "self_edit": number,
                 "words": len(text.split()),
-                "train_sequences": len(
-                    train_sequences(text, title=passage.title, context=passage.context, split_newlines=True)
-                ),
+                "train_sequences": len(train_sequences(text, title=passage.title, context="", split_newlines=True)),
                 "new_words": _share_of_new_words(text, passage.context),
             }
             for passage in self.passages
@@ -122,10 +120,8 @@ def create_self_edits(
         logging.disable_progress_bar()  # a bar in a saved notebook is out of date at once
     tell = Teller()
     asked = [contents(prompts[0].asked(title=one.title, context=one.context, chat=chat)) for one in passages]
-    work = work_of_texts(
-        asked, k_completions=k_completions, max_tokens=max_tokens, price_in=price_in, price_out=price_out
-    )
-    tell(f"to do: {work}")
+    prices = {"price_in": price_in, "price_out": price_out}
+    tell(f"to do: {work_of_texts(asked, k_completions=k_completions, max_tokens=max_tokens, **prices)}")
     with (
         Journal(folder / "journal.jsonl") as journal,
         chosen_engine(
@@ -139,17 +135,8 @@ def create_self_edits(
             n_threads=n_threads,
         ) as writer,
     ):
-        written = written_by(
-            writer,
-            passages,
-            prompts=prompts,
-            k_completions=k_completions,
-            sampling=sampling,
-            seed=seed,
-            chat=chat,
-            journal=journal,
-            tell=tell,
-        )
+        how: dict[str, Any] = {"prompts": prompts, "k_completions": k_completions, "sampling": sampling, "seed": seed, "chat": chat}
+        written = written_by(writer, passages, journal=journal, tell=tell, **how)
         model_id = writer.model_id
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
     made = {
