@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from seal_nb.errors import RunMismatch
 from seal_nb.experiments.edits import ContinualSettings, Edits, edit_request, texts_of_step
-from seal_nb.experiments.session import TTT, ask, identified
+from seal_nb.experiments.session import TTT, ask, loop_request
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
@@ -160,16 +161,12 @@ def route(
     places_of: dict[int | None, list[int]] = {}
     for place, question in enumerate(questions):
         places_of.setdefault(index.best(_without_topic(question)), []).append(place)
+    how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
     routed = []
     for which, places in places_of.items():
-        request = TTTRequest(
-            eval_questions=[questions[at] for at in places],
-            adapter_stack=[] if which is None else [adapters[which]],
-            skip_training=True,
-            seed=settings.seed,
-            **settings.training.request_fields(),
-        )
-        routed.append((places, identified(request, model_id)))
+        asked, stack = [questions[at] for at in places], [] if which is None else [adapters[which]]
+        request = loop_request(model_id, settings.training, questions=asked, adapter_stack=stack, **how)
+        routed.append((places, request))
     return routed
 
 

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_nb.experiments.session import TTT, ask_named, identified
+from seal_nb.experiments.session import TTT, ask_named, loop_request
 from seal_nb.experiments.settings import Training
 from seal_nb.metrics import accuracy, paired_difference
-from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
+from seal_nb.protocol import EvalQuestion, TTTReply
 from seal_nb.storage import Journal, read_json
 
 if TYPE_CHECKING:
@@ -32,17 +32,9 @@ def ask_control(
 
     Raises: RemoteError where one failed.
     """
+    how: dict[str, Any] = {"skip_training": True, "seed": seed}
     requests = {
-        name: identified(
-            TTTRequest(
-                eval_questions=general_questions(),
-                adapter_stack=list(stack),
-                skip_training=True,
-                seed=seed,
-                **training.request_fields(),
-            ),
-            ttt.model_id,
-        )
+        name: loop_request(ttt.model_id, training, questions=general_questions(), adapter_stack=list(stack), **how)
         for name, stack in {"never edited": (), **stacks}.items()
     }
     return ask_named(ttt, requests, journal, what="general questions")

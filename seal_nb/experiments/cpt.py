@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.control import ask_control, control_frame, general_questions
-from seal_nb.experiments.session import TTT, ask_named, identified, tell_work
+from seal_nb.experiments.session import TTT, ask_named, identified, loop_request, tell_work
 from seal_nb.experiments.settings import ARMS, Arm, Training, names_in, texts_of_arm
 from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
@@ -56,8 +56,12 @@ class CPTSettings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise SettingsError(f"method={self.method!r}: known are {', '.join(METHODS)}")
-        if self.method == "full":
-            _refuse_what_only_adapters_have(self.training)
+        for name, off in (("padding_in_loss", False), ("end_mask_substring", "")):
+            if self.method == "full" and (value := getattr(self.training, name)) != off:
+                raise SettingsError(
+                    f"{name}={value!r} is a setting of adapters, and method is 'full'; leave it {off!r}, or "
+                    "choose method 'lora'"
+                )
         if self.arm not in ARMS or self.k_completions < 0:
             raise SettingsError(f"{self.arm=}, {self.k_completions=}: known arms are {', '.join(ARMS)}, k >= 0")
 
@@ -66,15 +70,6 @@ class CPTSettings:
         params = self.training.lora_params()
         shape = ("rank", "alpha", "dropout", "target_modules")
         return params if self.method == "lora" else params | dict.fromkeys(shape)
-
-
-def _refuse_what_only_adapters_have(training: Training) -> None:
-    for name, off in (("padding_in_loss", False), ("end_mask_substring", "")):
-        if (value := getattr(training, name)) != off:
-            raise SettingsError(
-                f"{name}={value!r} is a setting of adapters, and method is 'full'; leave it {off!r}, or "
-                "choose method 'lora'"
-            )
 
 
 def cpt_file_name(settings: CPTSettings) -> str:
@@ -220,15 +215,13 @@ def _ask_model(
 
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:
     """The sequences of all passages in order; a passage follows each of its k self-edits, as published."""
-    sequences = []
+    sequences: list[str] = []
     for at, passage in enumerate(passages):
-        texts = [""]  # k_completions 0: the published passage-only baseline
+        texts: Sequence[str] = [""]  # k_completions 0: the published passage-only baseline
         if settings.arm != "self_edits" or settings.k_completions:
-            texts = list(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions or 1))
+            texts = texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions or 1)
         for text in texts:
-            sequences += arm_sequences(
-                settings.arm, text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
-            )
+            sequences += arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
     return sequences
 
 
@@ -237,20 +230,15 @@ def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id:
 
     With method "full" it says what is trained on and asked, and no server is sent it.
     """
-    if settings.method == "full":
-        model_id, keep = f"{model_id}-full", False
-    sequences = cpt_train_sequences(passages, settings)
-    request = TTTRequest(
-        train_sequences=sequences,
-        eval_questions=[question for passage in passages for question in eval_questions(passage)],
+    is_full = settings.method == "full"
+    return loop_request(
+        f"{model_id}-full" if is_full else model_id,
+        settings.training,
+        texts=cpt_train_sequences(passages, settings),
+        questions=[question for passage in passages for question in eval_questions(passage)],
+        keep="cpt" if keep and not is_full else "",
         seed=derived_seed(settings.seed, "cpt", [passage.title for passage in passages]),
-        **settings.training.request_fields(),
     )
-    request = identified(request, model_id)
-    if keep:
-        kept = request.model_copy(update={"adapter_name": f"cpt-{request.request_id}"})
-        request = identified(kept, model_id)
-    return request
 
 
 def build_cpt_run(
@@ -264,8 +252,7 @@ def build_cpt_run(
     timestamp: str,
 ) -> dict[str, Any]:
     """The CPT run file: published keys first, then per-passage results, seed and request id."""
-    n_questions = sum(len(passage.questions) for passage in passages)
-    check_answers(reply, n_questions)
+    check_answers(reply, len(request.eval_questions))
     value = {
         "overall": {},
         "timestamp": timestamp,
@@ -280,11 +267,11 @@ def build_cpt_run(
         "seed": settings.seed,
         "request_seed": request.seed,
         "request_id": request.request_id,
-        "n_ungraded": reply.n_ungraded,
+        "n_ungraded": 0,
         "per_article": {},
         "per_passage": [],
         "train_sequences": len(request.train_sequences),
-        "eval_questions": n_questions,
+        "eval_questions": len(request.eval_questions),
         "server_reply": reply.model_dump(mode="json", include=_PUBLISHED_REPLY | _OUR_REPLY),
     }
     CptRun(value=value, passages=passages).fill_statistics()
@@ -336,10 +323,17 @@ def train_all_weights(
 
 
 def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: SftResult) -> TTTReply:
-    """Answers of the base and of the new model as the reply to one request."""
+    """Answers of the base and of the new model as the reply to one request.
+
+    A model as it is has its answers on the baseline's side of its reply.
+    """
+    base, new = (
+        Answers(texts=one.baseline_texts, verdicts=one.baseline_verdicts, gold_logprobs=one.baseline_gold_logprobs)
+        for one in (before, after)
+    )
     return build_reply(
-        baseline=_answers(before),
-        adapter=_answers(after),
+        baseline=base,
+        adapter=new,
         request_id=request.request_id,
         seed=request.seed,
         gold_token_counts=after.gold_token_counts,
@@ -354,10 +348,3 @@ def epoch_means(losses: Sequence[float], n_epochs: int) -> list[float]:
     """Mean loss of each epoch; every epoch has as many steps."""
     n = len(losses) // n_epochs
     return [sum(losses[at * n : (at + 1) * n]) / n for at in range(n_epochs)] if n else []
-
-
-def _answers(reply: TTTReply) -> Answers:
-    """The answers of a model as it is, which a reply has on the baseline's side."""
-    return Answers(
-        texts=reply.baseline_texts, verdicts=reply.baseline_verdicts, gold_logprobs=reply.baseline_gold_logprobs
-    )

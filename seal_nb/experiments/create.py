@@ -135,7 +135,13 @@ def create_self_edits(
             n_threads=n_threads,
         ) as writer,
     ):
-        how: dict[str, Any] = {"prompts": prompts, "k_completions": k_completions, "sampling": sampling, "seed": seed, "chat": chat}
+        how: dict[str, Any] = {
+            "prompts": prompts,
+            "k_completions": k_completions,
+            "sampling": sampling,
+            "seed": seed,
+            "chat": chat,
+        }
         written = written_by(writer, passages, journal=journal, tell=tell, **how)
         model_id = writer.model_id
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])

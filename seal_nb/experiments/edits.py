@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.session import TTT, ask, identified
+from seal_nb.experiments.session import TTT, ask, identified, loop_request
 from seal_nb.experiments.settings import ARMS, Arm, Training, texts_of_arm
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.passages import Passage
@@ -85,10 +85,7 @@ def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> 
 def unedited_request(sequence: Sequence[Passage], settings: ContinualSettings, *, model_id: str) -> TTTRequest:
     """Row 0: all passages of a sequence, asked of the untouched model."""
     questions = [question for passage in sequence for question in eval_questions(passage)]
-    request = TTTRequest(
-        eval_questions=questions, skip_training=True, seed=settings.seed, **settings.training.request_fields()
-    )
-    return identified(request, model_id)
+    return loop_request(model_id, settings.training, questions=questions, skip_training=True, seed=settings.seed)
 
 
 def edit_request(
@@ -107,17 +104,16 @@ def edit_request(
     """
     step = len(texts)
     seen = [] if settings.strategy == "retrieval" else sequence[:step]
-    request = TTTRequest(
-        train_sequences=_edit_sequences(number, sequence, texts, settings),
-        eval_questions=[question for passage in seen for question in eval_questions(passage)],
+    return loop_request(
+        model_id,
+        settings.training,
+        texts=_edit_sequences(number, sequence, texts, settings),
+        questions=[question for passage in seen for question in eval_questions(passage)],
+        keep="edit",
         adapter_stack=settings.under(stack),
         skip_baseline=True,  # the row before has already asked the model without this edit
         seed=derived_seed(settings.seed, "edit", number, sequence[step - 1].title, step),
-        **settings.training.request_fields(),
     )
-    # The adapter is named after its content, so that no two edits share a name and a resumed run finds its own.
-    name = f"edit-{identified(request, model_id).request_id}"
-    return identified(request.model_copy(update={"adapter_name": name}), model_id)
 
 
 def _edit_sequences(

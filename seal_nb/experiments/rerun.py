@@ -7,25 +7,23 @@ not explained: how near their best tokens were to each other is not measured.
 """
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from seal_nb.errors import DataError, RunMismatch
-from seal_nb.experiments.session import TTT, identified, ttt_server
+from seal_nb.experiments.session import TTT, loop_request, ttt_server
 from seal_nb.experiments.settings import IN_CONTEXT, Training
-from seal_nb.experiments.single_passage import arm_sequences
+from seal_nb.experiments.single_passage import arm_sequences, eval_questions
 from seal_nb.grading.choose import grader_of
-from seal_nb.prompts import topic_question
-from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
+from seal_nb.passages import Passage, Question
+from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.storage import read_json
 
 OURS = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
+class Item(NamedTuple):
     """``passage.self_edit.repeat``, each from 0."""
 
     passage: int
@@ -38,10 +36,10 @@ class Item:
         parts = text.split(".")
         if len(parts) != 3 or not all(part.isdigit() for part in parts):
             raise DataError(f"item {text!r} is not passage.self_edit.repeat", remedy="write it as 0.0.0")
-        return cls(passage=int(parts[0]), self_edit=int(parts[1]), repeat=int(parts[2]))
+        return cls(*map(int, parts))
 
     def __str__(self) -> str:
-        return f"{self.passage}.{self.self_edit}.{self.repeat}"
+        return ".".join(map(str, self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class StoredLoop:
     item: Item
     model_id: str
     request: TTTRequest
-    questions: tuple[Mapping[str, Any], ...]
+    questions: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,36 +75,23 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
         article = run["articles"][item.passage]
         completion = article["completions"][item.self_edit]
         made = next(entry for entry in completion["repeats"] if entry["rep"] == item.repeat)
+        rows = [row for row in completion["questions"] if row["rep"] == item.repeat]
+        asked = tuple(Question(question=row["question"], answer=row["answer"]) for row in rows)
+        passage = Passage(title=article["title"], context=article["context"], questions=asked)
+        texts = arm_sequences(run["trained_on"], completion["text"], passage, split_newlines=run["split_newlines"])
         stated = {name: value for name, value in run["training"].items() if name != "pad_samples"}  # of earlier files
-        training, arm = Training(**stated), run["trained_on"]
-        split_newlines, model = run["split_newlines"], run["model"]
+        questions, seed = eval_questions(passage), made["seed"]
+        request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=seed)
     except (KeyError, IndexError, TypeError, StopIteration) as error:
         raise DataError("has no such item, or not what made it", path=path, item=str(item), remedy=OURS) from error
-    rows = tuple(row for row in completion["questions"] if row["rep"] == item.repeat)
     if not rows:
         raise DataError("has no answer in this file", path=path, item=str(item), remedy="run 03 again")
-    if arm == IN_CONTEXT:
+    if run["trained_on"] == IN_CONTEXT:
         raise DataError("was trained on nothing", path=path, item=str(item), remedy="choose another arm's file")
-    request = TTTRequest(
-        train_sequences=arm_sequences(
-            arm, completion["text"], title=article["title"], context=article["context"], split_newlines=split_newlines
-        ),
-        eval_questions=[_asked(article, row) for row in rows],
-        seed=made["seed"],
-        **training.request_fields(),
-    )
-    if identified(request, model).request_id != made["request_id"]:
+    if request.request_id != made["request_id"]:
         raise RunMismatch(f"{path}, item {item}: what the file says does not give its request id; it was changed")
-    return StoredLoop(item=item, model_id=model, request=request, questions=rows)
-
-
-def _asked(article: Mapping[str, Any], row: Mapping[str, Any]) -> EvalQuestion:
-    return EvalQuestion(
-        title=article["title"],
-        context=article["context"],
-        question=topic_question(article["title"], row["question"]),
-        answer=row["answer"],
-    )
+    unnamed = request.model_copy(update={"request_id": None})
+    return StoredLoop(item=item, model_id=run["model"], request=unnamed, questions=rows)
 
 
 def rerun(ttt: TTT, stored: StoredLoop) -> list[Compared]:
@@ -138,31 +123,24 @@ def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> l
 
 def compared(stored: StoredLoop, reply: TTTReply) -> list[Compared]:
     """Both answers of every question, in order."""
-    now = {
-        "baseline": (reply.baseline_texts, reply.baseline_correct),
-        "adapter": (reply.adapter_texts, reply.adapter_correct),
-    }
     return [
         Compared(
             question=row["question"],
             which=which,
             then=row[f"{which}_answer"],
-            now=texts[at],
+            now=getattr(reply, f"{which}_texts")[at],
             verdict_then=row[f"{which}_correct"],
-            verdict_now=correct[at],
+            verdict_now=getattr(reply, f"{which}_correct")[at],
         )
         for at, row in enumerate(stored.questions)
-        for which, (texts, correct) in now.items()
+        for which in ("baseline", "adapter")
     ]
 
 
 def rerun_lines(answers: list[Compared], item: Item) -> list[str]:
     """What came out, in words: the accuracy then and now, and each answer that differs."""
     adapter = [one for one in answers if one.which == "adapter"]
-    then, now = (
-        sum(v is True for v in verdicts)
-        for verdicts in ([o.verdict_then for o in adapter], [o.verdict_now for o in adapter])
-    )
+    then, now = sum(one.verdict_then is True for one in adapter), sum(one.verdict_now is True for one in adapter)
     differing = [one for one in answers if not one.is_same]
     head = f"item {item}: {then} of {len(adapter)} right with the adapter then, {now} now; "
     if not differing:

@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
+from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import check_grader
-from seal_nb.protocol import GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest
+from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
@@ -27,7 +28,6 @@ SHORT_HOURS = 5 / 60  # a shorter run needs no estimate of its time
 READY_TIMEOUT_S = 900.0  # a 7B model from a slow disk takes minutes to load
 _NOT_CONTENT = {"request_id", "priority", "traceback"}  # fields that change nothing in the result
 SomeRequest = TypeVar("SomeRequest", TTTRequest, GenerateRequest)
-SomeReply = TypeVar("SomeReply", TTTReply, GenerateReply)
 
 
 class TTT:
@@ -170,14 +170,38 @@ def identified(request: SomeRequest, model_id: str) -> SomeRequest:
     return request.model_copy(update={"request_id": content_id([model_id, content])})
 
 
+def loop_request(
+    model_id: str,
+    training: Training,
+    *,
+    texts: Sequence[str] = (),
+    questions: Sequence[EvalQuestion] = (),
+    keep: str = "",
+    **others: Any,
+) -> TTTRequest:
+    """One inner loop with its id: train on `texts`, ask `questions`; `others` are fields of the request.
+
+    With `keep` the server keeps the adapter. Its name begins so and ends with the id of its content: no two adapters
+    share a name, and a resumed run finds its own.
+    """
+    request = TTTRequest(
+        train_sequences=list(texts), eval_questions=list(questions), **training.request_fields(), **others
+    )
+    request = identified(request, model_id)
+    if keep:
+        named = request.model_copy(update={"adapter_name": f"{keep}-{request.request_id}"})
+        request = identified(named, model_id)
+    return request
+
+
 @dataclass(frozen=True, kw_only=True)
-class Collected(Generic[SomeReply]):
+class Collected:
     """Replies, and the error texts of requests that failed on the server, both by request id."""
 
-    replies: dict[str, SomeReply] = field(default_factory=dict)
+    replies: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
-    def of(self, request: TTTRequest | GenerateRequest) -> SomeReply:
+    def of(self, request: TTTRequest | GenerateRequest) -> Any:
         """The reply to a request. Raises: RemoteError where it failed."""
         key = _key(request)
         if (failure := self.failures.get(key)) is not None:
@@ -185,7 +209,7 @@ class Collected(Generic[SomeReply]):
         return self.replies[key]
 
 
-def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: str = "adapters") -> Collected[Any]:
+def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: str = "adapters") -> Collected:
     """The reply to every request: from the journal, or from the server and then into the journal.
 
     Args:
@@ -199,11 +223,8 @@ def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: st
     """
     wanted = {_key(request): request for request in requests}
     missing = [key for key in wanted if key not in journal]
-    replies: dict[str, TTTReply | GenerateReply] = {
-        key: (TTTReply if isinstance(request, TTTRequest) else GenerateReply).model_validate(journal.get(key))
-        for key, request in wanted.items()
-        if key in journal
-    }
+    kinds = {key: TTTReply if isinstance(one, TTTRequest) else GenerateReply for key, one in wanted.items()}
+    replies = {key: kinds[key].model_validate(journal.get(key)) for key in wanted if key in journal}
     failures: dict[str, str] = {}
     tell, arriving = Teller(), ttt.client.run_indexed([wanted[key] for key in missing])
     for done, (index, reply) in enumerate(arriving, start=len(replies) + 1):
@@ -215,15 +236,6 @@ def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: st
         if done * 10 // len(wanted) > (done - 1) * 10 // len(wanted):
             tell(f"{what}: {done} of {len(wanted)}")
     return Collected(replies={key: replies[key] for key in wanted if key in replies}, failures=failures)
-
-
-def tell_work(
-    ttt: TTT, requests: Sequence[TTTRequest], journal: Journal, *, what: str = "to do", price_per_hour: float = 0.0
-) -> None:
-    """One line: how much work the requests are that the journal has no reply to; nothing where there are none."""
-    if left := [request for request in requests if _key(request) not in journal]:
-        work = work_of(left).sentence(ttt.client.status(), price_per_hour=price_per_hour)
-        Teller()(f"{what}: {work}")
 
 
 def ask_named(
@@ -240,6 +252,15 @@ def _key(request: TTTRequest | GenerateRequest) -> str:
     return request.request_id
 
 
+def tell_work(
+    ttt: TTT, requests: Sequence[TTTRequest], journal: Journal, *, what: str = "to do", price_per_hour: float = 0.0
+) -> None:
+    """One line: how much work the requests are that the journal has no reply to; nothing where there are none."""
+    if left := [request for request in requests if _key(request) not in journal]:
+        work = work_of(left).sentence(ttt.client.status(), price_per_hour=price_per_hour)
+        Teller()(f"{what}: {work}")
+
+
 def n_tokens(text: str) -> int:
     return max(1, round(len(text) / CHARACTERS_A_TOKEN))
 
@@ -254,22 +275,16 @@ class Work:
     n_answers: int
 
     def sentence(self, status: ServerStatus | None = None, *, price_per_hour: float = 0.0) -> str:
-        """Such as "8 adapters, 320 optimiser steps, about 15,000 tokens, at most 80 answers".
-
-        Args:
-            status: of the server; adds the time of a long training if the server trained in the last minute.
-            price_per_hour: of the server, in any currency; adds the cost of that time.
-        """
+        """The counts; with the time and cost of a long training where the server trained in the last minute."""
         text = (
             f"{self.n_adapters:,} adapters, {self.n_steps:,} optimiser steps, about {self.train_tokens:,} tokens, "
             f"at most {self.n_answers:,} answers"
         )
-        if status is None or not status.tokens_per_s or not self.train_tokens:
-            return text
-        hours = self.train_tokens / status.tokens_per_s / 3600
+        speed = status.tokens_per_s if status else 0.0
+        hours = self.train_tokens / speed / 3600 if speed else 0.0
         if hours < SHORT_HOURS:
             return text
-        text += f"; {hours * 60:.0f} min of training at the {status.tokens_per_s:,.0f} tokens/s of the last minute"
+        text += f"; {hours * 60:.0f} min of training at the {speed:,.0f} tokens/s of the last minute"
         return f"{text}, {price_per_hour * hours:.2f} at {price_per_hour:g} an hour" if price_per_hour else text
 
 
@@ -284,13 +299,12 @@ def work_of(requests: Iterable[TTTRequest]) -> Work:
             adapters += 1
             batches = -(-len(request.train_sequences) // request.batch_size)
             steps += request.finetune_epochs * -(-batches // request.gradient_accumulation_steps)
-            tokens += request.finetune_epochs * sum(_trained(request, text) for text in request.train_sequences)
+            lengths = [min(n_tokens(text), request.max_seq_length) for text in request.train_sequences]
+            tokens += request.finetune_epochs * (
+                request.pad_to * len(lengths) if request.padding_in_loss else sum(lengths)
+            )
             answers += len(request.eval_questions)
     return Work(n_adapters=adapters, n_steps=steps, train_tokens=tokens, n_answers=answers + len(of_base))
-
-
-def _trained(request: TTTRequest, text: str) -> int:
-    return request.pad_to if request.padding_in_loss else min(n_tokens(text), request.max_seq_length)
 
 
 def work_of_texts(

@@ -6,16 +6,16 @@ content, so any single number can be made again alone. The arm `in_context` trai
 with the passage in the prompt.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import check_reliability, eval_times_wanted
-from seal_nb.experiments.session import TTT, ask, ask_named, identified, tell_work
+from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request, tell_work
 from seal_nb.experiments.settings import (
     ARMS,
     IN_CONTEXT,
@@ -29,12 +29,11 @@ from seal_nb.grading.base import Answered, Grader
 from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
-from seal_nb.protocol import Answers, EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, build_reply
+from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import KINDS, VERDICT_WORDS, Run, frame
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.results.statistics import mean
-from seal_nb.self_edits import passage_only_sequences
 from seal_nb.self_edits import train_sequences as sequences_of_text
 from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record
 from seal_nb.views import plots
@@ -267,20 +266,19 @@ def train_and_ask(
     Raises:
         RemoteError: when a request failed on the server.
     """
-    requests = {}
-    for name, texts in sequences.items():
-        request = TTTRequest(
-            train_sequences=list(texts),
-            eval_questions=list(questions),
+    requests = {
+        name: loop_request(
+            ttt.model_id,
+            training or Training(),
+            texts=texts,
+            questions=questions,
+            keep="kept" if keep else "",
             skip_training=not texts,
             return_token_logprobs=token_logprobs,
             seed=seed,
-            **(training or Training()).request_fields(),
         )
-        request = ttt.identified(request)
-        if keep:
-            request = ttt.identified(request.model_copy(update={"adapter_name": f"kept-{request.request_id}"}))
-        requests[name] = request
+        for name, texts in sequences.items()
+    }
     with Journal(runs_folder(folder) / "journal.jsonl") as journal:
         return ask_named(ttt, requests, journal)
 
@@ -296,61 +294,43 @@ def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> "pd
     Returns:
         One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``.
     """
-    rows = []
-    for at, one in enumerate(asked, start=start):
-        before, after = reply.baseline_correct[at], reply.adapter_correct[at]
-        rows.append(
+    return frame(
+        [
             {
                 "question": one.question,
                 "gold": one.answer,
                 "baseline_answer": reply.baseline_texts[at],
                 "adapter_answer": reply.adapter_texts[at],
-                "verdicts": f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}",
+                "verdicts": " → ".join(VERDICT_WORDS[v[at]] for v in (reply.baseline_correct, reply.adapter_correct)),
             }
-        )
-    return frame(rows)
+            for at, one in enumerate(asked, start=start)
+        ]
+    )
 
 
 def requests_for_run(
     passages: Sequence[Passage], settings: SinglePassageSettings, *, model_id: str
 ) -> list[PlannedLoop]:
     """Every inner loop of one arm, passages outermost, repeats innermost. Raises: DataError."""
-    return [
-        PlannedLoop(
-            passage=at,
-            self_edit=self_edit,
-            repeat=repeat,
-            text=text,
-            request=_request(passage, text, settings, model_id=model_id, place=(at, self_edit, repeat)),
-        )
-        for at, passage in enumerate(passages)
-        for self_edit, text in enumerate(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions))
-        for repeat in range(1 if settings.arm == IN_CONTEXT else settings.eval_times)
-    ]
+    loops = []
+    for at, passage in enumerate(passages):
+        questions = eval_questions(passage)
+        for self_edit, text in enumerate(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions)):
+            texts = arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
+            for repeat in range(1 if settings.arm == IN_CONTEXT else settings.eval_times):
+                seed = derived_seed(settings.seed, at, passage.title, self_edit, repeat)
+                request = loop_request(model_id, settings.training, texts=texts, questions=questions, seed=seed)
+                place = {"passage": at, "self_edit": self_edit, "repeat": repeat}
+                loops.append(PlannedLoop(**place, text=text, request=request))
+    return loops
 
 
-def _request(
-    passage: Passage, text: str, settings: SinglePassageSettings, *, model_id: str, place: tuple[int, int, int]
-) -> TTTRequest:
-    at, self_edit, repeat = place
-    request = TTTRequest(
-        train_sequences=arm_sequences(
-            settings.arm, text, title=passage.title, context=passage.context, split_newlines=settings.split_newlines
-        ),
-        eval_questions=eval_questions(passage),
-        seed=derived_seed(settings.seed, at, passage.title, self_edit, repeat),
-        **settings.training.request_fields(),
-    )
-    return identified(request, model_id)
-
-
-def arm_sequences(arm: str, text: str, *, title: str, context: str, split_newlines: bool) -> list[str]:
+def arm_sequences(arm: str, text: str, passage: Passage, *, split_newlines: bool) -> list[str]:
     """What one adapter of an arm is trained on; nothing for in_context."""
     if arm == IN_CONTEXT:
         return []
-    if arm == "passage_only":
-        return passage_only_sequences(title=title, context=context)
-    return sequences_of_text(text, title=title, context=context, split_newlines=split_newlines)
+    is_split = split_newlines or arm == "passage_only"  # a passage alone has no self-edit to split
+    return sequences_of_text(text, title=passage.title, context=passage.context, split_newlines=is_split)
 
 
 def train_sequences(
@@ -372,7 +352,7 @@ def train_sequences(
     (source,) = parse_arms([arm])
     (passage,) = passages_of_arm([passage], source)
     text = texts_of_arm(source.arm, passage, 0, k_completions=self_edit + 1)[self_edit]
-    return arm_sequences(source.arm, text, title=passage.title, context=passage.context, split_newlines=split_newlines)
+    return arm_sequences(source.arm, text, passage, split_newlines=split_newlines)
 
 
 def eval_questions(passage: Passage) -> list[EvalQuestion]:
@@ -403,12 +383,23 @@ def build_run(
 
     An inner loop without a reply is listed under `missing` with its failure and enters no mean.
     """
-    by_self_edit: dict[tuple[int, int], list[PlannedLoop]] = defaultdict(list)
-    for loop in loops:
-        by_self_edit[loop.passage, loop.self_edit].append(loop)
-    completions_P: list[list[dict[str, Any]]] = [[] for _ in passages]
-    for (at, _), mine in by_self_edit.items():
-        completions_P[at].append(_completion(passages[at], mine, replies))
+    articles: list[dict[str, Any]] = [
+        {"stats": {}, "title": one.title, "context": one.context, "completions": [], "prompt": one.prompt}
+        for one in passages
+    ]
+    for (at, _), mine in groupby(loops, key=lambda loop: (loop.passage, loop.self_edit)):
+        articles[at]["completions"].append(_completion(passages[at], list(mine), replies))
+    missing = [
+        {
+            "article": loop.passage,
+            "completion": loop.self_edit,
+            "rep": loop.repeat,
+            "request_id": loop.request_id,
+            "error": (failures or {}).get(loop.request_id, "no reply"),
+        }
+        for loop in loops
+        if loop.request_id not in replies
+    ]
     value = {
         "overall": {},
         "timestamp": timestamp,
@@ -416,7 +407,7 @@ def build_run(
         "dataset": dataset,
         "split_newlines": settings.split_newlines,
         "n_articles": len(passages),
-        "k_completions": max(map(len, completions_P), default=0),
+        "k_completions": max((len(article["completions"]) for article in articles), default=0),
         "eval_times": settings.eval_times,
         "lora_params": settings.training.lora_params(),
         "arm": settings.label or settings.arm,
@@ -426,17 +417,8 @@ def build_run(
         "seed": settings.seed,
         "training": settings.training.request_fields(),
         "n_ungraded": 0,
-        "missing": _missing(loops, replies, failures or {}),
-        "articles": [
-            {
-                "stats": {},
-                "title": passage.title,
-                "context": passage.context,
-                "completions": completions,
-                "prompt": passage.prompt,
-            }
-            for passage, completions in zip(passages, completions_P, strict=True)
-        ],
+        "missing": missing,
+        "articles": articles,
     }
     SinglePassageRun(value=value).fill_statistics()
     return value
@@ -450,78 +432,47 @@ def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) ->
 
 
 def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> dict[str, Any]:
-    answered = [(loop, replies[loop.request_id]) for loop in loops if loop.request_id in replies]
-    # Self-edits of a family complete different prompts; a ReST-EM round trains each on its own.
-    at, text = loops[0].self_edit, loops[0].text
-    of_family = at < len(passage.prompts) and passage.completions[at] == text
-    return {
-        "text": text,
-        **({"prompt": passage.prompts[at], "prompt_key": passage.prompt_keys[at]} if of_family else {}),
-        "stats": {},
-        "questions": [row for loop, reply in answered for row in _question_rows(passage, loop, reply)],
-        "repeats": [_repeat(loop, replies.get(loop.request_id)) for loop in loops],
-    }
-
-
-def _question_rows(passage: Passage, loop: PlannedLoop, reply: TTTReply) -> list[dict[str, Any]]:
-    """One row for each question of one repeat: the published keys, then verdicts and soft scores."""
-    check_answers(reply, len(passage.questions))
-    rows = []
-    for at, question in enumerate(passage.questions):
-        row: dict[str, Any] = {
-            "rep": loop.repeat,
-            "question": question.question,
-            "answer": question.answer,
-            "baseline_answer": reply.baseline_texts[at],
-            "adapter_answer": reply.adapter_texts[at],
-            "baseline_correct": reply.baseline_correct[at],
-            "adapter_correct": reply.adapter_correct[at],
+    """A self-edit with one row for each question and repeat, and what each repeat takes to be run again alone."""
+    questions: list[dict[str, Any]] = []
+    repeats: list[dict[str, Any]] = []
+    for loop in loops:
+        repeats.append({"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id})
+        if (reply := replies.get(loop.request_id)) is None:
+            continue
+        repeats[-1] |= {
+            "train_steps": reply.train_steps,
+            "train_tokens": reply.train_tokens,
+            "last_epoch_loss": reply.epoch_losses[-1] if reply.epoch_losses else None,
+        }
+        check_answers(reply, len(passage.questions))
+        columns: dict[str, Sequence[Any]] = {
+            "baseline_answer": reply.baseline_texts,
+            "adapter_answer": reply.adapter_texts,
+            "baseline_correct": reply.baseline_correct,
+            "adapter_correct": reply.adapter_correct,
         }
         if reply.baseline_gold_logprobs and reply.adapter_gold_logprobs:
-            row["baseline_gold_logprob"] = reply.baseline_gold_logprobs[at]
-            row["adapter_gold_logprob"] = reply.adapter_gold_logprobs[at]
-        rows.append(row)
-    return rows
+            columns["baseline_gold_logprob"] = reply.baseline_gold_logprobs
+            columns["adapter_gold_logprob"] = reply.adapter_gold_logprobs
+        for at, question in enumerate(passage.questions):
+            row = {"rep": loop.repeat, "question": question.question, "answer": question.answer}
+            questions.append(row | {name: values[at] for name, values in columns.items()})
+    at, made = loops[0].self_edit, {"text": loops[0].text}
+    # Self-edits of a family complete different prompts; a ReST-EM round trains each on its own.
+    if at < len(passage.prompts) and passage.completions[at] == made["text"]:
+        made |= {"prompt": passage.prompts[at], "prompt_key": passage.prompt_keys[at]}
+    return {**made, "stats": {}, "questions": questions, "repeats": repeats}
 
 
 def check_answers(reply: TTTReply, n_questions: int) -> None:
     """Raises: DataError where a reply does not answer every question in both arms."""
     for name in ("baseline_texts", "adapter_texts", "baseline_correct", "adapter_correct"):
-        n_answers = len(getattr(reply, name))
-        if n_answers != n_questions:
+        if (n_answers := len(getattr(reply, name))) != n_questions:
             raise DataError(
                 f"reply {reply.request_id} has {n_answers} entries for {n_questions} questions",
                 field=name,
                 remedy="ask again with the passages the request was made from",
             )
-
-
-def _repeat(loop: PlannedLoop, reply: TTTReply | None) -> dict[str, Any]:
-    """Seed and request id of one repeat, enough to run it again alone, and what its training was."""
-    made: dict[str, Any] = {"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id}
-    if reply is not None:
-        made |= {
-            "train_steps": reply.train_steps,
-            "train_tokens": reply.train_tokens,
-            "last_epoch_loss": reply.epoch_losses[-1] if reply.epoch_losses else None,
-        }
-    return made
-
-
-def _missing(
-    loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply], failures: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "article": loop.passage,
-            "completion": loop.self_edit,
-            "rep": loop.repeat,
-            "request_id": loop.request_id,
-            "error": failures.get(loop.request_id, "no reply"),
-        }
-        for loop in loops
-        if loop.request_id not in replies
-    ]
 
 
 def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) -> GenerateRequest:
@@ -560,25 +511,18 @@ def with_in_context(
     generated = ask(ttt, requests, journal, what="passages in the prompt").replies
     completed = {key: reply for key, reply in replies.items() if key not in {loop.request_id for loop in loops}}
     for loop, request in zip(answered, requests, strict=True):
-        if (texts := generated.get(str(request.request_id))) is not None:
-            baseline = replies[loop.request_id]
-            completed[loop.request_id] = _in_context_reply(baseline, texts, passages[loop.passage], grader)
+        if (reply := generated.get(str(request.request_id))) is None:
+            continue
+        passage, baseline, texts = passages[loop.passage], replies[loop.request_id], [t.strip() for t in reply.texts]
+        verdicts = grader.grade(
+            [
+                Answered(question=question.question, gold=question.answer, answer=text, title=passage.title)
+                for question, text in zip(passage.questions, texts, strict=True)
+            ]
+        )
+        completed[loop.request_id] = build_reply(
+            baseline=Answers(texts=baseline.baseline_texts, verdicts=baseline.baseline_verdicts),
+            adapter=Answers(texts=texts, verdicts=verdicts),
+            **baseline.model_dump(include={"request_id", "seed", "model_id", "server_id"}),
+        )
     return completed
-
-
-def _in_context_reply(baseline: TTTReply, generated: GenerateReply, passage: Passage, grader: Grader) -> TTTReply:
-    texts = [text.strip() for text in generated.texts]
-    verdicts = grader.grade(
-        [
-            Answered(question=question.question, gold=question.answer, answer=text, title=passage.title)
-            for question, text in zip(passage.questions, texts, strict=True)
-        ]
-    )
-    return build_reply(
-        baseline=Answers(texts=baseline.baseline_texts, verdicts=list(baseline.baseline_verdicts)),
-        adapter=Answers(texts=texts, verdicts=[str(verdict) for verdict in verdicts]),
-        request_id=baseline.request_id,
-        seed=baseline.seed,
-        model_id=baseline.model_id,
-        server_id=baseline.server_id,
-    )
