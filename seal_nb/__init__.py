@@ -8,63 +8,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seal_nb.experiments.continual import continual as continual
-    from seal_nb.experiments.cpt import cpt as cpt
-    from seal_nb.experiments.create import create_self_edits as create_self_edits
-    from seal_nb.experiments.rest_em import rest_em_round as rest_em_round
-    from seal_nb.experiments.session import connect as connect
-    from seal_nb.experiments.session import ttt_server as ttt_server
-    from seal_nb.experiments.settings import Training as Training
-    from seal_nb.experiments.single_passage import eval_questions as eval_questions
-    from seal_nb.experiments.single_passage import evaluate as evaluate
-    from seal_nb.experiments.single_passage import reply_frame as reply_frame
-    from seal_nb.experiments.single_passage import train_and_ask as train_and_ask
-    from seal_nb.experiments.single_passage import train_sequences as train_sequences
-    from seal_nb.experiments.sweep import sweep as sweep
-    from seal_nb.metrics import accuracy as accuracy
-    from seal_nb.passages import Passage as Passage
-    from seal_nb.passages import load_passages as load_passages
-    from seal_nb.prompts import self_edit_prompt as self_edit_prompt
-    from seal_nb.protocol import EvalQuestion as EvalQuestion
-    from seal_nb.results.collect import collect as collect
-    from seal_nb.results.collect import read_run as read_run
-    from seal_nb.results.compare import compare as compare
-    from seal_nb.sft.settings import SftSettings as SftSettings
-    from seal_nb.storage import runs_folder as runs_folder
-    from seal_nb.views.live import Summary as Summary
-    from seal_nb.views.plots import plot_gold_logprobs as plot_gold_logprobs
-    from seal_nb.views.plots import plot_losses as plot_losses
-    from seal_nb.views.tables import show as show
+    from seal_nb.experiments.continual import continual
+    from seal_nb.experiments.cpt import cpt
+    from seal_nb.experiments.create import create_self_edits
+    from seal_nb.experiments.rest_em import rest_em_round
+    from seal_nb.experiments.session import connect, ttt_server
+    from seal_nb.experiments.settings import Training
+    from seal_nb.experiments.single_passage import eval_questions, evaluate, reply_frame, train_and_ask, train_sequences
+    from seal_nb.experiments.sweep import sweep
+    from seal_nb.metrics import accuracy
+    from seal_nb.passages import Passage, load_passages
+    from seal_nb.prompts import self_edit_prompt
+    from seal_nb.protocol import EvalQuestion
+    from seal_nb.results.collect import collect, read_run
+    from seal_nb.results.compare import compare
+    from seal_nb.sft.settings import SftSettings
+    from seal_nb.storage import runs_folder
+    from seal_nb.views.live import Summary
+    from seal_nb.views.plots import plot_gold_logprobs, plot_losses
+    from seal_nb.views.tables import show
 
-_MODULES = {
-    "EvalQuestion": "protocol",
-    "Passage": "passages",
-    "SftSettings": "sft.settings",
-    "Summary": "views.live",
-    "Training": "experiments.settings",
-    "accuracy": "metrics",
-    "collect": "results.collect",
-    "compare": "results.compare",
-    "connect": "experiments.session",
-    "continual": "experiments.continual",
-    "cpt": "experiments.cpt",
-    "create_self_edits": "experiments.create",
-    "eval_questions": "experiments.single_passage",
-    "evaluate": "experiments.single_passage",
-    "load_passages": "passages",
-    "plot_gold_logprobs": "views.plots",
-    "plot_losses": "views.plots",
-    "read_run": "results.collect",
-    "reply_frame": "experiments.single_passage",
-    "rest_em_round": "experiments.rest_em",
-    "runs_folder": "storage",
-    "self_edit_prompt": "prompts",
-    "show": "views.tables",
-    "sweep": "experiments.sweep",
-    "train_and_ask": "experiments.single_passage",
-    "train_sequences": "experiments.single_passage",
-    "ttt_server": "experiments.session",
+_NAMES = {
+    "experiments.continual": ["continual"],
+    "experiments.cpt": ["cpt"],
+    "experiments.create": ["create_self_edits"],
+    "experiments.rest_em": ["rest_em_round"],
+    "experiments.session": ["connect", "ttt_server"],
+    "experiments.settings": ["Training"],
+    "experiments.single_passage": ["eval_questions", "evaluate", "reply_frame", "train_and_ask", "train_sequences"],
+    "experiments.sweep": ["sweep"],
+    "metrics": ["accuracy"],
+    "passages": ["Passage", "load_passages"],
+    "prompts": ["self_edit_prompt"],
+    "protocol": ["EvalQuestion"],
+    "results.collect": ["collect", "read_run"],
+    "results.compare": ["compare"],
+    "sft.settings": ["SftSettings"],
+    "storage": ["runs_folder"],
+    "views.live": ["Summary"],
+    "views.tables": ["show"],
+    "views.plots": ["plot_gold_logprobs", "plot_losses"],
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULES)
 
 

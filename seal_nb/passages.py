@@ -216,19 +216,7 @@ def published_order(passages: Sequence[Passage], seed: int = PUBLISHED_ORDER_SEE
 
 def to_item(passage: Passage) -> dict[str, Any]:
     """The passage as an entry of a published item file, without its empty fields."""
-    item: dict[str, Any] = {
-        "title": passage.title,
-        "context": passage.context,
-        "questions": [{"question": q.question, "answer": q.answer} for q in passage.questions],
-    }
-    if passage.completions:
-        item["completions"] = list(passage.completions)
-    if passage.prompt:
-        item["prompt"] = passage.prompt
-    if passage.prompts:
-        item |= {"prompts": list(passage.prompts), "prompt_keys": list(passage.prompt_keys)}
-    if passage.hand_written:
-        item["hand_written"] = passage.hand_written
+    item: dict[str, Any] = _PASSAGE.dump_python(passage, mode="json", exclude_defaults=True)
     return item
 
 
@@ -320,32 +308,22 @@ def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
 
 def fetch_squad(split: str, folder: Path) -> Path:
     """Write a split as an item file into ``folder``. Raises: DataError if it cannot be downloaded."""
-    rows = _rows(split)
-    return write_json(folder / OUT_NAMES[split], [to_item(one) for one in passages_from_rows(rows)])
+    from huggingface_hub import hf_hub_download
 
-
-def _rows(split: str) -> list[dict[str, Any]]:
     if split not in FILES:
         raise DataError(f"SQuAD has no split {split!r}", remedy=f"give {' or '.join(FILES)}")
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(
-            "SQuAD's files on the hub are parquet, and pyarrow is not installed", remedy="pip install -e '.[data]'"
-        ) from error
-    rows: list[dict[str, Any]] = parquet.read_table(_downloaded(FILES[split])).to_pylist()
-    return rows
-
-
-def _downloaded(file: str) -> str:
-    from huggingface_hub import hf_hub_download
-
+        problem = "SQuAD's files on the hub are parquet, and pyarrow is not installed"
+        raise DataError(problem, remedy="pip install -e '.[data]'") from error
     try:
-        return hf_hub_download(REPOSITORY, file, repo_type="dataset")
+        file = hf_hub_download(REPOSITORY, FILES[split], repo_type="dataset")
     except (OSError, ValueError, RuntimeError) as error:
-        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise DataError(
-            f"{REPOSITORY} could not be fetched from the hub ({said})",
+            f"{REPOSITORY} could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]})",
             remedy="check the network or HF_ENDPOINT; or give train-v1.1.json from SQuAD's own site as the "
             "dataset, which is read as it is",
         ) from error
+    passages = passages_from_rows(parquet.read_table(file).to_pylist())
+    return write_json(folder / OUT_NAMES[split], [to_item(passage) for passage in passages])

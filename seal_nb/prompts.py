@@ -1,28 +1,23 @@
-"""Every prompt, with its source: the published ones (SEAL, arXiv 2506.10943) and later families.
+"""Prompts: the published ones (SEAL, arXiv 2506.10943) and later families.
 
-A self-edit prompt is data. To try another one, pass a SelfEditPrompt of your own, or give the path of a text file as
-``prompt_key``. A family is several prompts under one name (``spa`` is ``spa/key-concepts``, ``spa/mind-map``, …), which
-the self-edits of a passage use in turn. A prompt with a ``system`` message is a chat, for instruct models.
+A self-edit prompt is data: `data/prompts.json` has all of them with their sources. To try another one, pass a
+SelfEditPrompt of your own, or give the path of a text file as ``prompt_key``. A family is several prompts under one
+name (``spa`` is ``spa/key-concepts``, ``spa/mind-map``, …), which the self-edits of a passage use in turn. A prompt
+with a ``system`` message is a chat, for instruct models.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
+from seal_nb.storage import read_json
 
 DEFAULT_PROMPT_KEY = "implications"
 OTHER_PROMPT = "other"  # the recorded key of an unknown prompt
 FIELDS = ("{title}", "{context}")
-
-_RELEASE = "SEAL release, knowledge-incorporation: prompts of the published item files"
-_RELEASE_INSTRUCT = "SEAL release, knowledge-incorporation: make_squad_data.py, instruct_model"
-_SPA = "the seven strategies of SPA (Tang et al. 2026, arXiv 2603.22213), in words of our own"
-_ACTIVE = (
-    "Active Reading (Lin et al. 2025, arXiv 2508.09494), in words of our own; there the model first lists "
-    "strategies for a document and then follows each in a call of its own, here it does both at once"
-)
 
 ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
 
@@ -60,101 +55,12 @@ class SelfEditPrompt:
         return (user,) if chat else user["content"]
 
 
-_PASSAGE = "\n\nPassage:\n{title}\n{context}\n\n"
-_OF_IMPLICATIONS = "of implications derived directly or indirectly from the content."
-# Task, and the first words of the completion.
-_PUBLISHED = {
-    "implications": (f"produce a list {_OF_IMPLICATIONS}", "Implications:\n"),
-    "implications-long": (f"produce a long list {_OF_IMPLICATIONS}", "Implications:\n"),
-    "implications-very-long": (f"produce a very long list {_OF_IMPLICATIONS}", "Implications:\n"),
-    "rewrite": ("rewrite it in a few different ways, each one separated by a newline.", "Rewritten passages:\n"),
-    "self-qa": ("rewrite it in a question-answer format.", "Question 1: "),
-}
-_INSTRUCT = SelfEditPrompt(
-    key="implications-instruct",
-    # The space at the end of the system message is published.
-    system=(
-        "You are an assistant tasked with analyzing the provided passage and producing a list of implications derived "
-        "directly or indirectly from the content. "
-    ),
-    template="{title}\n{context}",
-    source=_RELEASE_INSTRUCT,
-)
-
-_SEVEN_STRATEGIES = {
-    "key-concepts": (
-        "Pick out the people, places, things and ideas that the following passage is about. Explain each of them in "
-        "a few full sentences that name it and give every fact the passage states about it.",
-        "The key concepts, one after another:",
-    ),
-    "mind-map": (
-        "Turn the following passage into a mind map in text: the subject first, then its branches, and under each "
-        "branch the names, numbers and dates that belong to it, every line a statement that makes sense alone.",
-        "Mind map:",
-    ),
-    "implications": (
-        "Say what follows from the following passage. For each thing it states, write down what must also be true, "
-        "what it led to and what would have been otherwise without it, and repeat the fact it rests on.",
-        "What follows:",
-    ),
-    "critical-questions": (
-        "Write questions about the following passage that make a reader compare, explain and judge rather than look "
-        "something up, and answer each one in full sentences with the facts that the answer needs.",
-        "Questions with their answers:",
-    ),
-    "case-study": (
-        "Tell a short case in which somebody needs what the following passage says: who they are, what they have to "
-        "decide, which facts of the passage they use, and how it ends.",
-        "The case:",
-    ),
-    "discussion": (
-        "Two people who have read the following passage talk about it. They ask each other what it says, put each "
-        "other right where one is mistaken, and mention all of its facts by name on the way.",
-        "Their conversation:",
-    ),
-    "teacher": (
-        "You teach a class that has never heard of the subject of the following passage. Explain it step by step in "
-        "your own words, give each fact with the reason why it matters, and sum up at the end.",
-        "The lesson:",
-    ),
-}
-_ACTIVE_READING = {
-    "own-strategy": (
-        "You want to know the following passage by heart in a year. First choose a way of studying that suits just "
-        "this passage, and name it in one line. Then carry it out in writing, with all of the facts.",
-        "My way of studying it:",
-    ),
-    "self-test": (
-        "You will be examined on the following passage without having it before you. Think of what the examiner may "
-        "ask about each of its facts, in more than one wording, and write every question with its answer.",
-        "What may be asked, and what I answer:",
-    ),
-    "associations": (
-        "Make the following passage stick: tie each of its facts to something you know already, to another fact of "
-        "the passage, or to a picture or a rhyme, and state the fact itself again each time.",
-        "How I remember it:",
-    ),
-}
+def _shipped_prompts() -> dict[str, SelfEditPrompt]:
+    entries = read_json(Path(str(resources.files("seal_nb") / "data" / "prompts.json")))
+    return {entry["key"]: SelfEditPrompt(**entry) for entry in entries}
 
 
-_ALL = [
-    *(
-        SelfEditPrompt(
-            key=key, template=f"Let's read the following passage and {task}{_PASSAGE}{lead}", source=_RELEASE
-        )
-        for key, (task, lead) in _PUBLISHED.items()
-    ),
-    _INSTRUCT,
-    *(
-        SelfEditPrompt(key=f"{family}/{key}", template=f"{task}{_PASSAGE}{lead}\n", source=source)
-        for family, source, strategies in (
-            ("spa", _SPA, _SEVEN_STRATEGIES),
-            ("active-reading", _ACTIVE, _ACTIVE_READING),
-        )
-        for key, (task, lead) in strategies.items()
-    ),
-]
-SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = {prompt.key: prompt for prompt in _ALL}
+SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = _shipped_prompts()
 
 _ANSWER = "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n"
 
@@ -185,9 +91,9 @@ def find_prompts(key: str) -> tuple[SelfEditPrompt, ...]:
         return tuple(family)
     if (path := Path(key)).is_file():
         parts = re.split(r"^---\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        keys = [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
-        source = f"file {path.name}"
-        return tuple(SelfEditPrompt(key=k, template=part, source=source) for k, part in zip(keys, parts, strict=True))
+        names = [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
+        named = zip(names, parts, strict=True)
+        return tuple(SelfEditPrompt(key=name, template=part, source=f"file {path.name}") for name, part in named)
     raise SettingsError(
         f"unknown prompt_key {key!r}; known are {', '.join(prompt_names())}, or give the path of a text file "
         "with {title} and {context}"
@@ -221,8 +127,8 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
 
 def key_of_prompt(prompt: str, *, title: str, context: str) -> str:
     """The key of the template that gives this prompt with this passage; "" if there is none."""
-    texts = ((one.key, one.text(title=title, context=context)) for one in _ALL if not one.system)
-    return next((key for key, text in texts if text == prompt), "")
+    known = (one for one in SELF_EDIT_PROMPTS.values() if not one.system)
+    return next((one.key for one in known if one.text(title=title, context=context) == prompt), "")
 
 
 def recorded_key(prompt: str, keys: Sequence[str] = (), *, title: str, context: str) -> str:

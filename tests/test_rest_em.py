@@ -99,7 +99,7 @@ def test_an_ungraded_answer_is_no_reward() -> None:
     four_right = [question(True)] * 4 + [question(False)]
     run = graded_passage(four_right, [question(True)] + [question(None)] * 4, [question(None)] * 5)
     (choice,) = select_best(run)
-    assert (choice.self_edit, choice.adapter_mean) == (0, 0.8)
+    assert (choice.self_edit, choice.reward) == (0, 0.8)
     assert choice.reason.endswith(
         "left out: UNGRADED answers in self-edit 1, 2; grade it again: seal-nb grade --only-ungraded"
     )

@@ -7,10 +7,11 @@ import pytest
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import Training
-from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, requests_for_run
+from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
 from seal_nb.experiments.sweep import SweepPoint, grid_of, sweep_points, sweep_rows
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
+from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.views.plots import plot_sweep
 
 PASSAGES = [
@@ -36,6 +37,11 @@ def answered(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]
             after = Answers(texts=["y"], verdicts=[word], gold_logprobs=[-9.0 + training.lora_rank])
             replies[loop.request_id] = build_reply(baseline=before, adapter=after, request_id=loop.request_id)
     return replies
+
+
+def rows_of(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]], replies: dict[str, TTTReply]) -> list:
+    built = [build_run(PASSAGES, own, replies, point.settings) for point, own in zip(points, loops, strict=True)]
+    return sweep_rows(points, [SinglePassageRun(value=value) for value in built])
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"lora_rank": 8}', "lora_rank=8"])
@@ -69,7 +75,7 @@ def test_points_share_passages_and_seeds_and_no_request() -> None:
 def test_rows_compare_every_point_with_the_first_and_the_figure_says_the_same() -> None:
     points = sweep_points(SETTINGS, GRID)
     loops = planned(points)
-    rows = sweep_rows(points, loops, answered(points, loops), len(PASSAGES))
+    rows = rows_of(points, loops, answered(points, loops))
     assert [row["accuracy"] for row in rows] == [0.0] * 4 + [1.0] * 4
     assert [row["soft gain"] for row in rows] == [2.0, 2.0, 16.0, 16.0] * 2
     assert rows[0]["against the first"] is None
@@ -89,14 +95,14 @@ def test_what_enters_no_mean_is_counted() -> None:
     for loop in loops[0][2:4]:  # both repeats of the second passage
         ungraded = Answers(texts=["y"], verdicts=["UNGRADED"])
         replies[loop.request_id] = build_reply(baseline=ungraded, adapter=ungraded, request_id=loop.request_id)
-    (row,) = sweep_rows(points, loops, replies, len(PASSAGES))
+    (row,) = rows_of(points, loops, replies)
     assert (row["passages"], row["ungraded"], row["missing"]) == (7, 2, 1)
 
 
 def test_a_point_without_any_reply_is_blank_and_not_zero() -> None:
     points = sweep_points(SETTINGS, {"finetune_epochs": [1, 2]})
     loops = planned(points)
-    rows = sweep_rows(points, loops, {}, len(PASSAGES))
+    rows = rows_of(points, loops, {})
     assert [row["accuracy"] for row in rows] == [None, None]
     assert [(row["passages"], row["missing"]) for row in rows] == [(0, 16), (0, 16)]
     assert plot_sweep(rows, ["finetune_epochs"]).alt == "QA accuracy by setting: "

@@ -52,22 +52,6 @@ class StoredLoop:
     questions: list[dict[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One answer then and now."""
-
-    question: str
-    which: str  # baseline or adapter
-    then: str
-    now: str
-    verdict_then: bool | None
-    verdict_now: bool | None
-
-    @property
-    def is_same(self) -> bool:
-        return self.then == self.now and self.verdict_then == self.verdict_now
-
-
 def stored_loop(path: str | Path, item: Item) -> StoredLoop:
     """Raises: DataError where the file has no such item or not all that made it."""
     run = read_json(path)
@@ -94,8 +78,8 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
     return StoredLoop(item=item, model_id=run["model"], request=unnamed, questions=rows)
 
 
-def rerun(ttt: TTT, stored: StoredLoop) -> list[Compared]:
-    """Train and ask again; every answer without and with the adapter, then and now.
+def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
+    """Train and ask again; what came out, in words (`compared`).
 
     Raises: RunMismatch where the server holds another model, RemoteError.
     """
@@ -107,7 +91,7 @@ def rerun(ttt: TTT, stored: StoredLoop) -> list[Compared]:
     return compared(stored, ttt.client.evaluate(stored.request))
 
 
-def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[Compared]:
+def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[str]:
     """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings).
 
     That one grades as the run was graded.
@@ -121,35 +105,22 @@ def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> l
         return rerun(ttt, stored)
 
 
-def compared(stored: StoredLoop, reply: TTTReply) -> list[Compared]:
-    """Both answers of every question, in order."""
-    return [
-        Compared(
-            question=row["question"],
-            which=which,
-            then=row[f"{which}_answer"],
-            now=getattr(reply, f"{which}_texts")[at],
-            verdict_then=row[f"{which}_correct"],
-            verdict_now=getattr(reply, f"{which}_correct")[at],
-        )
-        for at, row in enumerate(stored.questions)
-        for which in ("baseline", "adapter")
-    ]
-
-
-def rerun_lines(answers: list[Compared], item: Item) -> list[str]:
-    """What came out, in words: the accuracy then and now, and each answer that differs."""
-    adapter = [one for one in answers if one.which == "adapter"]
-    then, now = sum(one.verdict_then is True for one in adapter), sum(one.verdict_now is True for one in adapter)
-    differing = [one for one in answers if not one.is_same]
-    head = f"item {item}: {then} of {len(adapter)} right with the adapter then, {now} now; "
+def compared(stored: StoredLoop, reply: TTTReply) -> list[str]:
+    """The accuracy then and now, and each answer that differs, without and with the adapter."""
+    differing = []
+    for at, row in enumerate(stored.questions):
+        for which in ("baseline", "adapter"):
+            then, now = row[f"{which}_answer"], getattr(reply, f"{which}_texts")[at]
+            if then != now or row[f"{which}_correct"] != getattr(reply, f"{which}_correct")[at]:
+                differing += [f"  {which}: {row['question']}", f"    then: {then!r}", f"    now:  {now!r}"]
+    n, n_then = len(stored.questions), sum(row["adapter_correct"] is True for row in stored.questions)
+    n_now = sum(verdict is True for verdict in reply.adapter_correct)
+    head = f"item {stored.item}: {n_then} of {n} right with the adapter then, {n_now} now; "
     if not differing:
         return [f"{head}every answer is the same"]
-    lines = [f"{head}{len(differing)} of {len(answers)} answers differ:"]
-    for one in differing:
-        lines += [f"  {one.which}: {one.question}", f"    then: {one.then!r}", f"    now:  {one.now!r}"]
     return [
-        *lines,
+        f"{head}{len(differing) // 3} of {2 * n} answers differ:",
+        *differing,
         "(without deterministic=True, an answer whose best two tokens are all but equal may differ; how near "
         "they were is not measured: with it the same bits come back)",
     ]

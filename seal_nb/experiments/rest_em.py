@@ -9,12 +9,13 @@ training on it teaches noise.
 
 import json
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, counted, mean_interval
@@ -38,10 +39,10 @@ class Choice:
 
     passage: int
     title: str
-    self_edit: int | None
-    text: str
-    adapter_mean: float | None
-    gain_mean: float | None
+    self_edit: int | None = None
+    text: str = ""
+    reward: float | None = None
+    gain: float | None = None
     reason: str
 
     @property
@@ -62,12 +63,9 @@ class RestEmRound:
         """One row for each kept self-edit or left-out passage, with the reason."""
         import pandas as pd
 
-        columns = ["passage", "title", "self_edit", "reward", "gain", "reason"]
-        rows = [
-            [one.passage, one.title, one.self_edit, one.adapter_mean, one.gain_mean, one.reason]
-            for one in self._choices
-        ]
-        return pd.DataFrame(rows, columns=columns).astype({"self_edit": "Int64"})
+        columns = [field.name for field in fields(Choice)]
+        frame = pd.DataFrame([asdict(one) for one in self._choices], columns=columns)
+        return frame.drop(columns="text").astype({"self_edit": "Int64"})
 
     def ranking(self) -> "pd.DataFrame":
         """How much the ranking knows: ties, variances, reliability (see `RankingSummary`)."""
@@ -186,15 +184,19 @@ def select_best(
         raise SettingsError(f"{k_best=}, {tie_break=}: k_best is at least 1, tie_break is 'order' or 'soft'")
     choices: list[Choice] = []
     for passage in run.passages:
-        best_first = ranked(passage, tie_break)
+        about: dict[str, Any] = {"passage": passage.index, "title": passage.title}
+        best_first, ungraded = ranked(passage, tie_break), _ungraded_sentence(passage)
+        gain = best_first[0].stats()["gain_mean"] if best_first else None
         if not best_first:
-            why = _ungraded_sentence(passage) or "no graded answer, no stored mean"
-            choices.append(_left_out(passage, f"no self-edit can be ranked: {why}"))
-        elif drop_no_gain and gains_nothing(best_first[0]):
-            gain = 100 * (mean_gain(best_first[0]) or 0.0)
-            choices.append(_left_out(passage, f"its best self-edit gains nothing ({gain:+.1f} points)"))
+            why = ungraded or "no graded answer, no stored mean"
+            choices.append(Choice(**about, reason=f"no self-edit can be ranked: {why}"))
+        elif drop_no_gain and gain is not None and gain <= 0:
+            choices.append(Choice(**about, reason=f"its best self-edit gains nothing ({100 * gain:+.1f} points)"))
         else:
-            choices += [_picked(passage, best_first, place, tie_break) for place in range(min(k_best, len(best_first)))]
+            for place, edit in enumerate(best_first[:k_best]):
+                reason = _reason(best_first, place, tie_break) + (f"; left out: {ungraded}" if ungraded else "")
+                mine = {"self_edit": edit.index, "text": edit.text or "", "gain": edit.stats()["gain_mean"]}
+                choices.append(Choice(**about | mine, reward=mean_reward(edit), reason=reason))
     return choices
 
 
@@ -210,6 +212,11 @@ def ranked(passage: EvaluatedPassage, tie_break: TieBreak = "order") -> list[Eva
     return sorted(rankable, key=lambda edit: mean_reward(edit) or 0.0, reverse=True)
 
 
+def mean_reward(edit: EvaluatedSelfEdit) -> float | None:
+    """Accuracy of its adapters over the repeats, as published; None where nothing was graded or stored."""
+    return edit.stats()["adapter_mean"]
+
+
 def is_partly_graded(edit: EvaluatedSelfEdit) -> bool:
     """Some adapter answers have a verdict and some have none."""
     return edit.is_graded and any(answered.adapter_correct is None for answered in edit.questions)
@@ -217,70 +224,24 @@ def is_partly_graded(edit: EvaluatedSelfEdit) -> bool:
 
 def _ungraded_sentence(passage: EvaluatedPassage) -> str:
     """Which self-edits have UNGRADED answers, and what to do; empty for none."""
-    indices = [
-        str(edit.index)
-        for edit in passage.self_edits
-        if any(answered.adapter_correct is None for answered in edit.questions)
-        and (edit.is_graded or mean_reward(edit) is None)
-    ]
-    if not indices:
-        return ""
-    return f"UNGRADED answers in self-edit {', '.join(indices)}; grade it again: seal-nb grade --only-ungraded"
-
-
-def mean_reward(edit: EvaluatedSelfEdit) -> float | None:
-    """Accuracy of its adapters over the repeats, as published; None where nothing was graded or stored."""
-    return edit.stats()["adapter_mean"]
-
-
-def mean_gain(edit: EvaluatedSelfEdit) -> float | None:
-    return edit.stats()["gain_mean"]
-
-
-def gains_nothing(edit: EvaluatedSelfEdit) -> bool:
-    gain = mean_gain(edit)
-    return gain is not None and gain <= 0
+    edits = [one for one in passage.self_edits if one.questions]
+    indices = ", ".join(str(one.index) for one in edits if is_partly_graded(one) or mean_reward(one) is None)
+    return indices and f"UNGRADED answers in self-edit {indices}; grade it again: seal-nb grade --only-ungraded"
 
 
 def _soft_or_last(edit: EvaluatedSelfEdit) -> float:
     soft = edit.soft_gain()
-    return -float("inf") if soft is None else soft
+    return -math.inf if soft is None else soft
 
 
-def _picked(
-    passage: EvaluatedPassage, best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieBreak
-) -> Choice:
+def _reason(best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieBreak) -> str:
     edit = best_first[place]
     equals = [other for other in best_first if mean_reward(other) == mean_reward(edit)]
     reason = f"mean {100 * (mean_reward(edit) or 0.0):.1f} %, place {place + 1} of {len(best_first)}"
     if len(equals) > 1:
-        by_soft = tie_break == "soft" and len({_soft_or_last(other) for other in equals}) > 1
-        reason += f", equal to {len(equals) - 1} more, " + ("by soft score" if by_soft else "by file order")
-    if not edit.is_graded:
-        reason += ", from the stored mean (no verdicts in the file)"
-    if ungraded := _ungraded_sentence(passage):
-        reason += f"; left out: {ungraded}"
-    return Choice(
-        passage=passage.index,
-        title=passage.title,
-        self_edit=edit.index,
-        text=edit.text or "",
-        adapter_mean=mean_reward(edit),
-        gain_mean=mean_gain(edit),
-        reason=reason,
-    )
-
-
-def _left_out(passage: EvaluatedPassage, reason: str) -> Choice:
-    return Choice(
-        passage=passage.index,
-        title=passage.title,
-        self_edit=None,
-        text="",
-        adapter_mean=None,
-        gain_mean=None,
-        reason=reason,
-    )
+        by_soft = tie_break == "soft" and len(set(map(_soft_or_last, equals))) > 1
+        reason += f", equal to {len(equals) - 1} more, by {'soft score' if by_soft else 'file order'}"
+    return reason if edit.is_graded else f"{reason}, from the stored mean (no verdicts in the file)"
 
 
 def sft_rows(
@@ -300,18 +261,12 @@ def sft_rows(
 def _prompt(run: SinglePassageRun, choice: Choice, prompt_key: str | None) -> str:
     """What the self-edit completes: its own prompt, else its passage's, else that of the key."""
     passage = run.passages[choice.passage]
-    if own := next((edit.prompt for edit in passage.self_edits if edit.index == choice.self_edit), None):
-        return own
-    if passage.prompt:
-        return passage.prompt
+    own = next((edit.prompt for edit in passage.self_edits if edit.index == choice.self_edit), None)
+    if known := own or passage.prompt:
+        return known
     if prompt_key is None or not passage.context:
-        raise DataError(
-            "is missing",
-            path=run.path,
-            item=passage.index,
-            field="prompt",
-            remedy="give the prompt_key the self-edits were written with",
-        )
+        remedy = "give the prompt_key the self-edits were written with"
+        raise DataError("is missing", path=run.path, item=passage.index, field="prompt", remedy=remedy)
     return self_edit_prompt(prompt_key, title=passage.title, context=passage.context)
 
 
@@ -350,57 +305,43 @@ class RankingSummary:
 
 def ranking_summary(run: SinglePassageRun) -> RankingSummary:
     """Ties, empty gains and variance components of a run."""
-    ranked_P = [ranked(passage) for passage in run.passages]
+    ranked_P, rewards_P = [ranked(passage) for passage in run.passages], [_rewards(one) for one in run.passages]
     bests = [best_first for best_first in ranked_P if best_first]
-    n_self_edits = sum(len(passage.self_edits) for passage in run.passages)
-    between, within, n_repeats = _variances(run)
-    known = between is not None and within is not None
+    gains = [best_first[0].stats()["gain_mean"] for best_first in bests]
+    repeats_E = [repeats for of_passage in rewards_P for repeats in of_passage]
+    n_repeats = statistics.mean(map(len, repeats_E)) if repeats_E else 1.0
+    of_repeats = [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
+    of_means = [statistics.variance(map(statistics.mean, one)) for one in rewards_P if len(one) > 1]
+    between = within = share = reliability = None
+    if of_means and of_repeats:
+        within = statistics.mean(of_repeats)
+        between = max(0.0, statistics.mean(of_means) - within / n_repeats)
+        if between + within:
+            share, reliability = between / (between + within), between / (between + within / n_repeats)
     return RankingSummary(
         n_passages=len(run.passages),
         n_ranked=len(bests),
         n_tied_best=sum(len(r) > 1 and mean_reward(r[0]) == mean_reward(r[1]) for r in bests),
-        n_best_without_gain=sum(gains_nothing(best_first[0]) for best_first in bests),
-        n_unrankable_self_edits=n_self_edits - sum(map(len, ranked_P)),
+        n_best_without_gain=sum(gain is not None and gain <= 0 for gain in gains),
+        n_unrankable_self_edits=sum(len(passage.self_edits) for passage in run.passages) - sum(map(len, ranked_P)),
         n_repeats=n_repeats,
         variance_between_self_edits=between,
         variance_between_repeats=within,
-        share_between=_share(between, within) if known else None,  # type: ignore[arg-type]
-        reliability=_share(between, within / n_repeats) if known else None,  # type: ignore[arg-type, operator]
+        share_between=share,
+        reliability=reliability,
     )
-
-
-def _share(between: float, noise: float) -> float | None:
-    return between / (between + noise) if between + noise else None
-
-
-def _variances(run: SinglePassageRun) -> tuple[float | None, float | None, float]:
-    """Variance between self-edits, between repeats, and repeats a self-edit (mean), pooled over passages."""
-    of_means, of_repeats, n_repeats = [], [], []
-    for passage in run.passages:
-        repeats_E = _rewards(passage)
-        of_repeats += [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
-        n_repeats += [len(repeats) for repeats in repeats_E]
-        if len(repeats_E) > 1:
-            of_means.append(statistics.variance([statistics.mean(repeats) for repeats in repeats_E]))
-    per_mean = statistics.mean(n_repeats) if n_repeats else 1.0
-    if not of_means or not of_repeats:
-        return None, None, per_mean
-    within = statistics.mean(of_repeats)
-    return max(0.0, statistics.mean(of_means) - within / per_mean), within, per_mean
 
 
 def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
     """For each self-edit whose answers are all graded its accuracy in each repeat."""
-    rewards_E = [
+    return [
         [reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None]
         for edit in passage.self_edits
         if edit.is_graded and not is_partly_graded(edit)
     ]
-    return [rewards for rewards in rewards_E if rewards]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WinnerAgreement:
+class WinnerAgreement(NamedTuple):
     """Whether a second ranking would pick the same self-edit.
 
     ``observed``: how often two repeats, each taken alone, pick the same winner, ties broken by lot; its
@@ -431,15 +372,9 @@ def winner_agreement(run: SinglePassageRun) -> WinnerAgreement | None:
         if len(rewards_E) < 2 or n_repeats < 2:
             continue
         shares_R = [_winning_shares([rewards[rep] for rewards in rewards_E]) for rep in range(n_repeats)]
-        agreements_P.append([_dot(a, b) for a, b in combinations(shares_R, 2)])
+        agreements_P.append([sum(map(operator.mul, *pair)) for pair in combinations(shares_R, 2)])
         chances.append(1 / len(rewards_E))
-    if not agreements_P:
-        return None
-    return WinnerAgreement(observed=mean_interval(agreements_P), chance=statistics.mean(chances))
-
-
-def _dot(first: Sequence[float], second: Sequence[float]) -> float:
-    return sum(a * b for a, b in zip(first, second, strict=True))
+    return WinnerAgreement(mean_interval(agreements_P), statistics.mean(chances)) if agreements_P else None
 
 
 def _winning_shares(rewards: Sequence[float]) -> list[float]:

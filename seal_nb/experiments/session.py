@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import check_grader
-from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest
+from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
@@ -257,54 +257,40 @@ def tell_work(
 ) -> None:
     """One line: how much work the requests are that the journal has no reply to; nothing where there are none."""
     if left := [request for request in requests if _key(request) not in journal]:
-        work = work_of(left).sentence(ttt.client.status(), price_per_hour=price_per_hour)
-        Teller()(f"{what}: {work}")
+        speed = ttt.client.status().tokens_per_s
+        Teller()(f"{what}: {work_of(left, tokens_per_s=speed, price_per_hour=price_per_hour)}")
 
 
 def n_tokens(text: str) -> int:
     return max(1, round(len(text) / CHARACTERS_A_TOKEN))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What some requests add up to; a question's baseline answer is generated once."""
+def work_of(requests: Iterable[TTTRequest], *, tokens_per_s: float = 0.0, price_per_hour: float = 0.0) -> str:
+    """What the requests add up to, such as "8 adapters, 320 optimiser steps, about 15,000 tokens, at most 80 answers".
 
-    n_adapters: int
-    n_steps: int
-    train_tokens: int
-    n_answers: int
-
-    def sentence(self, status: ServerStatus | None = None, *, price_per_hour: float = 0.0) -> str:
-        """The counts; with the time and cost of a long training where the server trained in the last minute."""
-        text = (
-            f"{self.n_adapters:,} adapters, {self.n_steps:,} optimiser steps, about {self.train_tokens:,} tokens, "
-            f"at most {self.n_answers:,} answers"
-        )
-        speed = status.tokens_per_s if status else 0.0
-        hours = self.train_tokens / speed / 3600 if speed else 0.0
-        if hours < SHORT_HOURS:
-            return text
-        text += f"; {hours * 60:.0f} min of training at the {speed:,.0f} tokens/s of the last minute"
-        return f"{text}, {price_per_hour * hours:.2f} at {price_per_hour:g} an hour" if price_per_hour else text
-
-
-def work_of(requests: Iterable[TTTRequest]) -> Work:
-    """The counts of requests that are not answered yet."""
-    adapters = steps = tokens = answers = 0
+    A question's baseline answer is generated once. `tokens_per_s`: the measured speed of the server; it adds the time
+    of a long training, and with a price its cost.
+    """
+    n_adapters = n_steps = n_train = n_answers = 0
     of_base: set[tuple[str, ...]] = set()
     for request in requests:
         if not request.skip_baseline:
             of_base |= {(*request.adapter_stack, question.question) for question in request.eval_questions}
         if request.training_wanted:
-            adapters += 1
-            batches = -(-len(request.train_sequences) // request.batch_size)
-            steps += request.finetune_epochs * -(-batches // request.gradient_accumulation_steps)
             lengths = [min(n_tokens(text), request.max_seq_length) for text in request.train_sequences]
-            tokens += request.finetune_epochs * (
-                request.pad_to * len(lengths) if request.padding_in_loss else sum(lengths)
-            )
-            answers += len(request.eval_questions)
-    return Work(n_adapters=adapters, n_steps=steps, train_tokens=tokens, n_answers=answers + len(of_base))
+            padded = request.pad_to * len(lengths) if request.padding_in_loss else sum(lengths)
+            n_batches = -(-len(lengths) // request.batch_size)
+            n_adapters += 1
+            n_steps += request.finetune_epochs * -(-n_batches // request.gradient_accumulation_steps)
+            n_train += request.finetune_epochs * padded
+            n_answers += len(request.eval_questions)
+    text = f"{n_adapters:,} adapters, {n_steps:,} optimiser steps, about {n_train:,} tokens, "
+    text += f"at most {n_answers + len(of_base):,} answers"
+    hours = n_train / tokens_per_s / 3600 if tokens_per_s else 0.0
+    if hours < SHORT_HOURS:
+        return text
+    text += f"; {hours * 60:.0f} min of training at the {tokens_per_s:,.0f} tokens/s of the last minute"
+    return f"{text}, {price_per_hour * hours:.2f} at {price_per_hour:g} an hour" if price_per_hour else text
 
 
 def work_of_texts(

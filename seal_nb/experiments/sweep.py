@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import TTT, ask, tell_work
 from seal_nb.experiments.settings import Training
-from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, requests_for_run
-from seal_nb.metrics import mean_interval, paired_difference, written_value
+from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
+from seal_nb.metrics import paired_difference, written_value
 from seal_nb.passages import Passage
-from seal_nb.protocol import TTTReply
+from seal_nb.results.single_passage import SinglePassageRun
+from seal_nb.results.statistics import mean
 from seal_nb.storage import Journal, RunRecord, runs_folder, write_record
 from seal_nb.views import plots
 
@@ -104,7 +105,11 @@ def sweep(
     with Journal(folder / "journal.jsonl") as journal:
         tell_work(ttt, requests, journal)
         replies = ask(ttt, requests, journal).replies
-    result = Sweep(points, sweep_rows(points, loops, replies, len(passages)))
+    runs = [
+        SinglePassageRun(value=build_run(passages, of_point, replies, point.settings))
+        for point, of_point in zip(points, loops, strict=True)
+    ]
+    result = Sweep(points, sweep_rows(points, runs))
     result.frame().to_csv(folder / "sweep.csv", index=False)
     result.plot().savefig(folder / "sweep.png")
     made = {"dataset": Path(dataset).name, "n_articles": len(passages), "model": ttt.model_id, **asdict(fixed)}
@@ -142,26 +147,13 @@ def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[An
     return points
 
 
-def sweep_rows(
-    points: Sequence[SweepPoint],
-    loops_of_points: Sequence[Sequence[PlannedLoop]],
-    replies: Mapping[str, TTTReply],
-    n_passages: int,
-) -> list[dict[str, Any]]:
+def sweep_rows(points: Sequence[SweepPoint], runs: Sequence[SinglePassageRun]) -> list[dict[str, Any]]:
     """One row for each point, as `Sweep.frame` shows them, with its label and estimate for the figure."""
     rows: list[dict[str, Any]] = []
-    first: list[list[bool | None]] = []
-    for point, loops in zip(points, loops_of_points, strict=True):
-        correct_P: list[list[bool | None]] = [[] for _ in range(n_passages)]
-        soft_gains = []
-        for loop in loops:
-            if (reply := replies.get(loop.request_id)) is not None:
-                correct_P[loop.passage] += reply.adapter_correct
-                pairs = zip(reply.baseline_gold_logprobs, reply.adapter_gold_logprobs, strict=True)
-                soft_gains += [after - before for before, after in pairs if before is not None and after is not None]
-        estimate = mean_interval(correct_P) if _is_graded(correct_P) else None
-        against = paired_difference(correct_P, first).sentence() if rows and estimate and _is_graded(first) else None
-        first = first if rows else correct_P
+    for point, run in zip(points, runs, strict=True):
+        estimate, scores = run.estimate("adapter"), run.scores("adapter")
+        are_graded = rows and estimate and rows[0]["estimate"]
+        against = paired_difference(scores, runs[0].scores("adapter")).sentence() if are_graded else None
         rows.append(
             {
                 **point.values,
@@ -170,15 +162,11 @@ def sweep_rows(
                 "accuracy": estimate and estimate.mean,
                 "low": estimate and estimate.low,
                 "high": estimate and estimate.high,
-                "soft gain": sum(soft_gains) / len(soft_gains) if soft_gains else None,
+                "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
                 "passages": estimate.n if estimate else 0,
-                "ungraded": sum(verdict is None for verdicts in correct_P for verdict in verdicts),
-                "missing": sum(loop.request_id not in replies for loop in loops),
+                "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
+                "missing": len(run.value["missing"]),
                 "against the first": against,
             }
         )
     return rows
-
-
-def _is_graded(correct_P: Sequence[Sequence[bool | None]]) -> bool:
-    return any(verdict is not None for verdicts in correct_P for verdict in verdicts)
