@@ -29,16 +29,11 @@ class DataError(SealError, ValueError):
     def __init__(
         self, problem: str, *, path: str | Path = "", item: int | str | None = None, field: str = "", remedy: str = ""
     ) -> None:
-        self.problem, self.path, self.item = problem, str(path), item
-        self.field, self.remedy = field, remedy
-        super().__init__(self._message())
-
-    def _message(self) -> str:
-        where = [self.path] if self.path else []
-        where += [f"item {self.item}"] if self.item is not None else []
-        where += [f"field {self.field!r}"] if self.field else []
-        message = f"{', '.join(where)}: {self.problem}" if where else self.problem
-        return f"{message}; {self.remedy}" if self.remedy else message
+        where = [str(path)] if str(path) else []
+        where += [f"item {item}"] if item is not None else []
+        where += [f"field {field!r}"] if field else []
+        message = f"{', '.join(where)}: {problem}" if where else problem
+        super().__init__(f"{message}; {remedy}" if remedy else message)
 
 
 class SettingsError(SealError, ValueError):

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import psutil
+from pydantic import TypeAdapter
 
 from seal_nb.errors import SealError, SettingsError
 from seal_nb.storage import runs_folder
@@ -113,30 +115,24 @@ def parse_parameters(pairs: Iterable[tuple[str, str]], declared: Mapping[str, Pa
 
 def parse_value(text: str, parameter: Parameter) -> Value:
     """``text`` in the parameter's declared type. Raises: SettingsError."""
-    kind, item = parameter.type_name, ""
-    if kind.startswith("list"):
-        kind, item = "list", kind.removeprefix("list").strip("[] ") or "str"
+    kind = parameter.type_name
+    value: Any = text
     try:
-        if kind == "list":
+        if kind.startswith("list"):
             is_json = text.lstrip().startswith("[")
-            items = json.loads(text) if is_json else [part.strip() for part in text.split(",") if part.strip()]
-            return [_READERS[item](part) for part in items]
-        return _READERS[kind](text)
-    except (ValueError, TypeError, KeyError) as error:
+            value = json.loads(text) if is_json else [part.strip() for part in text.split(",") if part.strip()]
+        return TypeAdapter(_TYPES[kind]).validate_python(value)
+    except ValueError as error:
         example = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(
             kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b'
         )
-        raise SettingsError(
-            f"parameter {parameter.name!r}: {text!r} is not {parameter.type_name}; give {example}"
-        ) from error
+        raise SettingsError(f"parameter {parameter.name!r}: {text!r} is not {kind}; give {example}") from error
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
-}
+_TYPES: dict[str, Any] = {
+    "int": int, "float": float, "bool": bool, "str": str,
+    "list": list[str], "list[int]": list[int], "list[float]": list[float], "list[str]": list[str],
+}  # fmt: skip
 
 
 def format_value(value: Value) -> str:
@@ -203,7 +199,7 @@ def run_notebook(
             start_timeout=START_TIMEOUT_S,
             # Code and outputs travel over loopback TCP, which other users of a shared node could read.
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            stdout_file=_Out(write),
+            stdout_file=SimpleNamespace(write=write, flush=lambda: None),
             on_cell_start=before_cell,
         )
 
@@ -232,16 +228,6 @@ def run_notebook(
             if interruption.is_set():
                 kind, why = StageInterrupted, "SIGTERM ended it too"
             raise kind(f"{notebook.stem}: its kernel died ({why}); finished cells are in {executed}") from error
-
-
-class _Out:
-    """The file-like object that papermill wants for printed text."""
-
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self.write = write
-
-    def flush(self) -> None:
-        """``write`` keeps nothing back."""
 
 
 class _BetweenCells(Exception):

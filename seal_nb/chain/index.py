@@ -4,9 +4,8 @@ The pages load nothing, run no script and are light or dark as the browser asks.
 page enforces it. Text from notebooks is escaped, and HTML in their outputs is sanitized. Runs no notebook.
 """
 
-import base64
-import binascii
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +46,14 @@ INDEX_PAGE = """\
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="POLICY">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --card: #f6f8fa; --bad: #b00020;
-  --link: #0059a8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #9aa4af; --line: #3d444d; --card: #212830;
-  --bad: #ff8a8a; --link: #7cc4ff } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem }
-a { color: var(--link) } .bad { color: var(--bad); font-weight: 600 } .soft { color: var(--soft) }
+:root { color-scheme: light dark }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+.bad { color: light-dark(#b00020, #ff8a8a); font-weight: 600 }
 .figures { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)) }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; background: var(--card) }
+figure { margin: 0; border: 1px solid GrayText; border-radius: 8px; overflow: hidden }
 img { display: block; width: 100%; background: #fff } figcaption { padding: .7rem .9rem; font-size: .92rem }
 table { border-collapse: collapse; width: 100% }
-td, th { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: left }
+td, th { padding: .4rem .8rem; border-bottom: 1px solid GrayText; text-align: left }
 </style></head><body><h1>{{ title }}</h1>
 <p>{% set n = pages | length %}{{ n }} notebook{{ "s" if n != 1 }} ran
 {%- if failed %}; <span class="bad">failed: {% for page in failed -%}
@@ -68,7 +63,7 @@ td, th { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align:
 <figure><img src="data:image/png;base64,{{ figure.png }}" alt="{{ figure.alt }}">
 <figcaption><strong>{{ figure.heading }}.</strong> {{ figure.alt }}</figcaption></figure>{% endfor %}</div>{% endif %}
 <h2>Executed notebooks</h2><table><tr><th>notebook</th><th>stage</th><th></th></tr>{% for page in pages %}
-<tr><td><a href="{{ page.link }}">{{ page.title }}</a></td><td class="soft">{{ page.stage }}</td>
+<tr><td><a href="{{ page.link }}">{{ page.title }}</a></td><td>{{ page.stage }}</td>
 <td>{% if page.failure %}<span class="bad">{{ page.failure }}</span>{% endif %}</td></tr>{% endfor %}</table>
 </body></html>
 """.replace("POLICY", POLICY)
@@ -89,15 +84,6 @@ class Page:
     @property
     def has_results(self) -> bool:
         return self.path.stem.startswith("08_results")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A PNG from a notebook's outputs (base64), with its text and the heading above it."""
-
-    png: str
-    alt: str
-    heading: str
 
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
@@ -170,26 +156,14 @@ def _headings(cell: Any) -> list[str]:
     return re.findall(r"^#{1,6}\s+(.+?)\s*$", cell.source, flags=re.MULTILINE) if cell.cell_type == "markdown" else []
 
 
-def _figures(notebook: Any) -> list[Figure]:
-    """At most N_FIGURES of a notebook's figures, one of each section before a second one."""
-    heading = ""
-    sections: list[str] = []
-    found: list[tuple[int, int, Figure]] = []
+def _figures(notebook: Any) -> Iterator[dict[str, str]]:
+    """The first figure of each section of a notebook, with its text."""
+    heading, shown = "", set[str]()
     for cell in notebook.cells:
         heading = next(iter(_headings(cell)), heading)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            png = "".join(data.get("image/png", "").split())
-            if png and _is_png(png):
+            if "image/png" in data and heading not in shown:
                 alt = output.metadata.get("image/png", {}).get("alt", "") or data.get("text/plain", "")
-                found.append((sections.count(heading), len(found), Figure(png=png, alt=alt, heading=heading)))
-                sections.append(heading)
-    chosen = sorted(found, key=lambda one: one[:2])[:N_FIGURES]
-    return [figure for _, _, figure in sorted(chosen, key=lambda one: one[1])]
-
-
-def _is_png(text: str) -> bool:
-    try:
-        return base64.b64decode(text, validate=True).startswith(b"\x89PNG")
-    except (binascii.Error, ValueError):
-        return False
+                yield {"png": "".join(data["image/png"].split()), "alt": alt, "heading": heading}
+                shown.add(heading)

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from seal_nb.chain.record import Tell, is_done, record_of, sole_use, stage_record
+from seal_nb.chain.record import Tell, sole_use, write_record
 from seal_nb.chain.stages import Chain, Stage
 from seal_nb.errors import SealError
-from seal_nb.notebook_runner import format_value
 from seal_nb.processes import end_tree
 
 QUIET_S = 30.0  # after such a silence a line says that a stage is still running
@@ -39,22 +38,8 @@ def shut_down(endpoint_file: Path) -> None:
         client.shutdown()
 
 
-def work_of(endpoint_file: Path) -> str:
-    """What the server does now, in a few words; empty if it does not answer."""
-    from seal_nb.server.status import at_work, look
-
-    status = look(str(endpoint_file))
-    return at_work(status) if status else ""
-
-
 def run_chain(
-    chain: Chain,
-    run_dir: Path,
-    *,
-    notebooks: Path,
-    tell: Tell,
-    stop_server: Callable[[Path], None] = shut_down,
-    at_work: Callable[[Path], str] = work_of,
+    chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_server: Callable[[Path], None] = shut_down
 ) -> None:
     """Run the stages that are not done yet.
 
@@ -62,18 +47,14 @@ def run_chain(
         notebooks: the folder of the stages' notebooks.
         tell: receives progress, line by line.
         stop_server: asks a server to end; receives its endpoint file.
-        at_work: says what a server does; receives its endpoint file.
 
     Raises:
         ChainFailed: a stage failed. Later stages were not started.
         ChainBusy: another process works in the folder.
     """
     with sole_use(run_dir, tell) as lock, _sigterm_raises():
-        record_of(chain).write(run_dir)
-        _Run(
-            chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server,
-            at_work=at_work, lock=lock,
-        ).stages()  # fmt: skip
+        write_record(chain, run_dir)
+        _Run(chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock).stages()
 
 
 @contextlib.contextmanager
@@ -128,14 +109,13 @@ class _Run:
     notebooks: Path
     tell: Tell
     stop_server: Callable[[Path], None]
-    at_work: Callable[[Path], str]
     lock: int
     servers: dict[str, _Child] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def stages(self) -> None:
         foreground = [stage for stage in self.chain if not stage.background]
-        pending = [stage for stage in foreground if not is_done(self.chain, stage, self.run_dir)]
+        pending = [stage for stage in foreground if not stage.is_done(self.run_dir)]
         try:
             for k, stage in enumerate(foreground, 1):
                 place = f"[{k:>{len(str(len(foreground)))}}/{len(foreground)}] {stage.name} ({stage.notebook})"
@@ -161,16 +141,14 @@ class _Run:
             end_tree(child.process.pid)
         if code := child.process.wait():
             raise self.failure(f"stage {stage.name!r} ended with exit code {code}", stage)
-        record = stage_record(self.chain, stage)
-        if missing := record.missing(self.run_dir):
+        if missing := stage.missing(self.run_dir):
             raise self.failure(f"stage {stage.name!r} did not write {', '.join(missing)}", stage)
-        record.mark_done(self.run_dir, seconds=child.seconds())
+        stage.mark_done(self.run_dir, seconds=child.seconds())
         total = clock(time.monotonic() - self.started)
         self.tell(f"{place}: done in {clock(child.seconds())} ({total} in all)")
 
     def start(self, stage: Stage) -> _Child:
-        command = run_command(stage, self.run_dir, self.notebooks)
-        return _Child(command, stage_record(self.chain, stage).log(self.run_dir), self.lock)
+        return _Child(run_command(stage, self.run_dir, self.notebooks), stage.log(self.run_dir), self.lock)
 
     def follow(self, child: _Child, stage: Stage) -> None:
         """Pass on the stage's output until it ends; raise if a server that it needs ends earlier."""
@@ -179,10 +157,7 @@ class _Run:
             running = child.process.poll() is None
             lines = child.new_lines()
             if not lines and time.monotonic() - last_told > QUIET_S:
-                work = [self.at_work(self.ready_file(server)) for server in self.chain.servers_of(stage)]
-                lines = [
-                    ", ".join([f"{stage.name}: still running after {clock(child.seconds())}", *filter(None, work)])
-                ]
+                lines = [f"{stage.name}: still running after {clock(child.seconds())}"]
             for line in lines:
                 self.tell(f"    {line}")
                 last_told = time.monotonic()
@@ -224,19 +199,16 @@ class _Run:
             self.tell(f"{name}: stopped")
 
     def failure(self, problem: str, stage: Stage) -> ChainFailed:
-        record = stage_record(self.chain, stage)
         return ChainFailed(
-            f"{problem}; its output is in {record.log(self.run_dir)}, its notebook is "
-            f"{record.executed(self.run_dir)}. The same command continues: finished stages are kept"
+            f"{problem}; its output is in {stage.log(self.run_dir)}, its notebook is "
+            f"{stage.executed(self.run_dir)}. The same command continues: finished stages are kept"
         )
 
 
 def run_command(stage: Stage, run_dir: Path, notebooks: Path) -> list[str]:
     """The command that runs ``stage`` as a child of this process."""
     command = [sys.executable, "-m", "seal_nb.cli", "run", stage.notebook, "--notebooks", str(notebooks)]
-    pairs = stage.values(run_dir).items()
-    words = [word for name, value in pairs for word in ("-p", name, format_value(value))]
-    return [*command, "--parent-pid", str(os.getpid()), *words]
+    return [*command, "--parent-pid", str(os.getpid()), *stage.words(run_dir)]
 
 
 def clock(seconds: float) -> str:

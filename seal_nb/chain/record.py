@@ -8,10 +8,11 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from seal_nb.chain.stages import Chain, Stage
 from seal_nb.errors import DataError, SealError, SettingsError
@@ -27,113 +28,24 @@ class ChainBusy(SealError, RuntimeError):
     """Another process works in the run's folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageRecord:
-    """One stage of a chain that was started.
-
-    Args:
-        identity: what the stage computes (``Chain.identity``).
-        job: SLURM's number, ``12`` or ``12_43`` in an array; empty without SLURM.
-        command: submits a server's job again; empty for other stages.
-    """
-
-    name: str
-    title: str
-    notebook: str
-    identity: str
-    needs: tuple[str, ...]
-    produces: tuple[str, ...]
-    background: bool
-    job: str = ""
-    command: tuple[str, ...] = ()
-
-    def missing(self, run_dir: Path) -> list[str]:
-        """Result files that the stage has not written."""
-        return [file for file in self.produces if not (run_dir / self.name / file).exists()]
-
-    def mark(self, run_dir: Path) -> dict[str, Any]:
-        """``identity``, ``notebook`` and ``seconds`` of the last run that finished; empty if none did."""
-        path = self._mark_path(run_dir)
-        value = read_json(path) if path.exists() else {}
-        return value if isinstance(value, dict) else {}
-
-    def is_done(self, run_dir: Path) -> bool:
-        """Whether the stage finished here with the same identity, and its results are still there."""
-        return self.mark(run_dir).get("identity") == self.identity and not self.missing(run_dir)
-
-    def mark_done(self, run_dir: Path, *, seconds: float) -> None:
-        value = {"identity": self.identity, "notebook": self.notebook, "seconds": round(seconds, 1)}
-        write_json(self._mark_path(run_dir), value)
-
-    def _mark_path(self, run_dir: Path) -> Path:
-        return run_dir / ".done" / f"{self.name}.json"
-
-    def log(self, run_dir: Path) -> Path:
-        return run_dir / (f"{self.name}/{self.notebook}-{self.job}.log" if self.job else f"logs/{self.name}.log")
-
-    def executed(self, run_dir: Path) -> Path:
-        return run_dir / self.name / (f"{self.notebook}-{self.job}.ipynb" if self.job else f"{self.notebook}.ipynb")
+def write_record(chain: Chain, run_dir: Path) -> None:
+    write_json(run_dir / RECORD_FILE, asdict(chain))
 
 
-def stage_record(chain: Chain, stage: Stage, job: str = "", command: tuple[str, ...] = ()) -> StageRecord:
-    return StageRecord(
-        name=stage.name, title=stage.title, notebook=stage.notebook, identity=chain.identity(stage),
-        needs=stage.needs, produces=stage.produces, background=stage.background, job=job, command=command,
-    )  # fmt: skip
-
-
-def is_done(chain: Chain, stage: Stage, run_dir: Path) -> bool:
-    """Whether ``stage`` finished in this folder with these parameters and its results are still there."""
-    return stage_record(chain, stage).is_done(run_dir)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChainRecord:
-    """The chain of a run's folder."""
-
-    chain: str
-    stages: tuple[StageRecord, ...]
-
-    def jobs(self) -> dict[str, str]:
-        """Stage → job, of the stages that have one."""
-        return {stage.name: stage.job for stage in self.stages if stage.job}
-
-    def with_job(self, name: str, job: str) -> "ChainRecord":
-        """A copy in which stage ``name`` has another job."""
-        return replace(self, stages=tuple(replace(one, job=job) if one.name == name else one for one in self.stages))
-
-    def write(self, run_dir: Path) -> None:
-        write_json(run_dir / RECORD_FILE, asdict(self))
-
-
-def record_of(
-    chain: Chain, jobs: Mapping[str, str] | None = None, commands: Mapping[str, tuple[str, ...]] | None = None
-) -> ChainRecord:
-    """The record of a chain with its jobs and its servers' commands, both by stage."""
-    jobs, commands = jobs or {}, commands or {}
-    stages = (stage_record(chain, one, jobs.get(one.name, ""), commands.get(one.name, ())) for one in chain)
-    return ChainRecord(chain=chain.name, stages=tuple(stages))
-
-
-def read_record(run_dir: Path) -> ChainRecord:
+def read_record(run_dir: Path) -> Chain:
     """Raises: DataError where no chain was started in the folder, or its record is broken."""
     path = run_dir / RECORD_FILE
     if not path.exists():
         raise DataError("no chain was submitted here", path=run_dir, remedy="give the run folder of a `seal-nb submit`")
-    value = read_json(path)
     try:
-        lists = [
-            {name: tuple(one.get(name, ())) for name in ("needs", "produces", "command")} for one in value["stages"]
-        ]
-        stages = [StageRecord(**{**one, **own}) for one, own in zip(value["stages"], lists, strict=True)]
-        return ChainRecord(chain=value["chain"], stages=tuple(stages))
-    except (TypeError, KeyError) as error:
+        return TypeAdapter(Chain).validate_python(read_json(path))
+    except ValidationError as error:
         raise DataError(f"not a chain's record ({error})", path=path, remedy="submit the chain again") from error
 
 
-def stage_in(run_dir: Path, output_dir: str | Path) -> StageRecord:
+def stage_in(run_dir: Path, output_dir: str | Path) -> Stage:
     """The stage whose folder is ``output_dir``. Raises: SettingsError where there is none, DataError."""
-    for stage in read_record(run_dir).stages:
+    for stage in read_record(run_dir):
         if (run_dir / stage.name).resolve() == Path(output_dir).resolve():
             return stage
     raise SettingsError(f"output_dir {str(output_dir)!r} is not the folder of a stage of the chain in {run_dir}")

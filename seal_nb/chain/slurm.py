@@ -19,10 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from seal_nb.chain.record import RECORD_FILE, Tell, is_done, read_record, record_of, sole_use, stage_in
-from seal_nb.chain.stages import Chain, Stage
+from seal_nb.chain.record import RECORD_FILE, Tell, read_record, sole_use, stage_in, write_record
+from seal_nb.chain.stages import Chain, Stage, as_options
 from seal_nb.errors import RunMismatch, SealError, SettingsError
-from seal_nb.notebook_runner import format_value
 
 TIMEOUT_S = 60.0  # of one command
 WIDTH = 110  # of the shown script
@@ -237,7 +236,7 @@ def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping
     Args:
         on_their_way: stage → number, of the jobs of an earlier call that wait or run.
     """
-    done = {stage.name for stage in chain if not stage.background and is_done(chain, stage, run_dir)}
+    done = {stage.name for stage in chain if stage.is_done(run_dir)}
     groups: dict[str, list[Stage]] = {}
     for stage in chain:
         if stage.background:
@@ -304,7 +303,7 @@ def _arguments(run_dir: Path, cluster: Cluster, first: Stage) -> list[str]:
         values["output_dir"] = cluster.place(run_dir / first.array)
     if first.background:
         values["idle_timeout_s"] = cluster.idle_timeout_s
-    words = [word for name, value in values.items() for word in ("-p", name, format_value(value))]
+    words = as_options(values)
     return words if first.background else [*words, "--chain", cluster.place(run_dir)]
 
 
@@ -333,17 +332,19 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         jobs = plan(chain, run_dir, cluster, on_their_way=on_their_way)
         for stage in chain:
             (run_dir / stage.name).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for a log
-        before = read_record(run_dir).stages if (run_dir / RECORD_FILE).exists() else ()
-        known = {**{stage.name: stage.job for stage in before}, **on_their_way}
+        before = list(read_record(run_dir)) if (run_dir / RECORD_FILE).exists() else []
         commands = {stage.name: stage.command for stage in before}
         commands |= {one.name: job.later_command for job in jobs for one in job.stages if one.background}
+        chain = chain.with_jobs({stage.name: stage.job for stage in before} | on_their_way, commands)
         # Written before there are numbers: a job that starts at once finds its stage in the record.
-        record_of(chain, known, commands).write(run_dir)
+        write_record(chain, run_dir)
         numbers = _submit_all(jobs, cluster, tell)
-        for job in jobs:
-            for stage in job.stages:
-                known[stage.name] = numbers[job.name] + (f"_{stage.parameters['seed']}" if stage.array else "")
-        record_of(chain, known, commands).write(run_dir)
+        new = {
+            stage.name: numbers[job.name] + (f"_{stage.parameters['seed']}" if stage.array else "")
+            for job in jobs
+            for stage in job.stages
+        }
+        write_record(chain.with_jobs(new), run_dir)
     return list(numbers)
 
 
@@ -352,8 +353,8 @@ def jobs_on_their_way(chain: Chain, run_dir: Path) -> dict[str, str]:
     if not (run_dir / RECORD_FILE).exists():
         return {}
     found, other = {}, []
-    identities = {stage.name: chain.identity(stage) for stage in chain}
-    for stage in read_record(run_dir).stages:
+    identities = {stage.name: stage.identity for stage in chain}
+    for stage in read_record(run_dir):
         state = look_up(stage.job) if stage.job else None
         if state is not None and state.is_live:
             found[stage.name] = stage.job
@@ -423,7 +424,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
             part = "_0" if "_" in server.job else ""  # the front end among the tasks of an array
             env |= read_site(project / "slurm/site.sh")
             job = _submit(server.command, folder=project, env=env) + part
-            read_record(run_dir).with_job(server.name, job).write(run_dir)
+            write_record(read_record(run_dir).with_jobs({server.name: job}), run_dir)
             return job
         if state.state == "COMPLETED":
             _call(["scontrol", "requeue", server.job.partition("_")[0]])  # the whole array
@@ -439,7 +440,7 @@ def _is_not_of_a_job(name: str) -> bool:
 def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:
     """What ``submit_chain`` would do with an empty queue, as the text of a shell script."""
     jobs = plan(chain, run_dir, cluster, on_their_way={})
-    kept = [stage.name for stage in chain if not stage.background and is_done(chain, stage, run_dir)]
+    kept = [stage.name for stage in chain if stage.is_done(run_dir)]
     site = " ".join(f"{name}={value}" for name, value in sorted(cluster.site.items()))
     lines = [
         f"# chain {chain.name}: {sum(len(job.stages) for job in jobs)} stages in {len(jobs)} jobs",

@@ -9,18 +9,25 @@ table: `local` on this machine, `slurm` on a cluster.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
-from functools import cache, lru_cache
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import ARMS
 from seal_nb.models import DTYPES
-from seal_nb.notebook_runner import Parameter, Value, declared_parameters, default_notebooks_dir, find_notebook
+from seal_nb.notebook_runner import (
+    Parameter,
+    Value,
+    declared_parameters,
+    default_notebooks_dir,
+    find_notebook,
+    format_value,
+)  # fmt: skip
 from seal_nb.prompts import result_key
 from seal_nb.results.single_passage import run_file_name
-from seal_nb.storage import content_id
+from seal_nb.storage import content_id, read_json, write_json
 
 RUN = "{run}"  # the run's folder, in a parameter
 ENGINES = ("local", "vllm")
@@ -46,6 +53,9 @@ class Stage:
         produces: result files. For a server: the one file whose appearance means that the server is ready.
         background: a server. It starts before the first stage that needs it and stops after the last one.
         array: stages that differ in their seed only share this name. On a cluster they are one job array.
+        identity: an id of what the stage computes and from what; its chain sets it.
+        job: SLURM's number, ``12`` or ``12_43`` in an array; empty without SLURM.
+        command: submits a server's job again; empty for other stages.
     """
 
     name: str
@@ -56,6 +66,9 @@ class Stage:
     produces: tuple[str, ...] = ()
     background: bool = False
     array: str = ""
+    identity: str = ""
+    job: str = ""
+    command: tuple[str, ...] = ()
 
     def values(self, run_dir: Path) -> dict[str, Value]:
         """The notebook's parameters with real paths."""
@@ -63,6 +76,42 @@ class Stage:
             name: value.replace(RUN, str(run_dir)) if isinstance(value, str) else value
             for name, value in {"output_dir": in_run(self.name), **self.parameters}.items()
         }
+
+    def words(self, run_dir: Path) -> list[str]:
+        """The parameters as options of ``seal-nb run``."""
+        return as_options(self.values(run_dir))
+
+    def missing(self, run_dir: Path) -> list[str]:
+        """Result files that the stage has not written."""
+        return [file for file in self.produces if not (run_dir / self.name / file).exists()]
+
+    def mark(self, run_dir: Path) -> dict[str, Any]:
+        """``identity``, ``notebook`` and ``seconds`` of the last run that finished; empty if none did."""
+        path = self._mark_path(run_dir)
+        value = read_json(path) if path.exists() else {}
+        return value if isinstance(value, dict) else {}
+
+    def is_done(self, run_dir: Path) -> bool:
+        """Whether the stage finished here with this identity and its results are still there; never for a server."""
+        same = self.mark(run_dir).get("identity") == self.identity
+        return same and not self.background and not self.missing(run_dir)
+
+    def mark_done(self, run_dir: Path, *, seconds: float) -> None:
+        value = {"identity": self.identity, "notebook": self.notebook, "seconds": round(seconds, 1)}
+        write_json(self._mark_path(run_dir), value)
+
+    def _mark_path(self, run_dir: Path) -> Path:
+        return run_dir / ".done" / f"{self.name}.json"
+
+    def log(self, run_dir: Path) -> Path:
+        return run_dir / (f"{self.name}/{self.notebook}-{self.job}.log" if self.job else f"logs/{self.name}.log")
+
+    def executed(self, run_dir: Path) -> Path:
+        return run_dir / self.name / (f"{self.notebook}-{self.job}.ipynb" if self.job else f"{self.notebook}.ipynb")
+
+
+def as_options(values: Mapping[str, Value]) -> list[str]:
+    return [word for name, value in values.items() for word in ("-p", name, format_value(value))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +122,14 @@ class Chain:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        earlier: set[str] = set()
+        earlier: dict[str, Stage] = {}
         for stage in self.stages:
             if stage.name in earlier:
                 raise SettingsError(f"chain {self.name!r} has two stages named {stage.name!r}")
             if missing := [name for name in stage.needs if name not in earlier]:
                 raise SettingsError(f"stage {stage.name!r} needs {', '.join(missing)}; put it after what it needs")
-            earlier.add(stage.name)
+            earlier[stage.name] = replace(stage, identity=stage.identity or _identity(stage, earlier))
+        object.__setattr__(self, "stages", tuple(earlier.values()))
 
     def __getitem__(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -95,15 +145,27 @@ class Chain:
         """The servers to which ``stage`` sends requests."""
         return [self[name] for name in stage.needs if self[name].background]
 
-    def identity(self, stage: Stage) -> str:
-        """An id of what the stage computes and from what. The place of the run's folder does not change it."""
-        made_from = [self.identity(self[name]) for name in stage.needs]
-        own = {
-            name: _content(value) if name in INPUT_FILES else value
-            for name, value in stage.parameters.items()
-            if name not in MACHINE
-        }
-        return content_id([stage.notebook, own, made_from])
+    def jobs(self) -> dict[str, str]:
+        """Stage → job, of the stages that have one."""
+        return {stage.name: stage.job for stage in self if stage.job}
+
+    def with_jobs(self, jobs: Mapping[str, str], commands: Mapping[str, tuple[str, ...]] | None = None) -> "Chain":
+        """A copy with other jobs and servers' commands, both by stage."""
+        commands = commands or {}
+        stages = (
+            replace(one, job=jobs.get(one.name, one.job), command=commands.get(one.name, one.command)) for one in self
+        )
+        return replace(self, stages=tuple(stages))
+
+
+def _identity(stage: Stage, earlier: Mapping[str, Stage]) -> str:
+    """The place of the run's folder does not change it."""
+    own = {
+        name: _content(value) if name in INPUT_FILES else value
+        for name, value in stage.parameters.items()
+        if name not in MACHINE
+    }
+    return content_id([stage.notebook, own, [earlier[name].identity for name in stage.needs]])
 
 
 def _content(value: Value) -> Value:
@@ -111,12 +173,6 @@ def _content(value: Value) -> Value:
     path = Path(str(value))
     if not path.is_file():
         return value
-    about = path.stat()
-    return _digest(path, about.st_mtime_ns, about.st_size)
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, _mtime_ns: int, _size: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_nb.chain.record import ChainRecord, StageRecord, in_use_since
+from seal_nb.chain.record import in_use_since
 from seal_nb.chain.slurm import JobState
+from seal_nb.chain.stages import Chain, Stage
 
 LOG_LINES = 5
 MESSAGE_LINES = 4
@@ -22,7 +23,7 @@ MESSAGE_LINES = 4
 class StageStatus:
     """``state``: done, running, waiting, ended (a server), interrupted (here), failed, cancelled, lost, not started."""
 
-    stage: StageRecord
+    stage: Stage
     state: str
     note: str
 
@@ -31,12 +32,12 @@ class StageStatus:
         return self.state in ("failed", "lost")
 
 
-def chain_status(record: ChainRecord, run_dir: Path, *, look_up: Callable[[str], JobState | None]) -> list[StageStatus]:
+def chain_status(chain: Chain, run_dir: Path, *, look_up: Callable[[str], JobState | None]) -> list[StageStatus]:
     """One entry for each stage, in the chain's order. ``look_up`` asks SLURM for a job; its errors are raised."""
     since = in_use_since(run_dir)
     found = []
-    for stage in record.stages:
-        if not stage.background and stage.is_done(run_dir):
+    for stage in chain:
+        if stage.is_done(run_dir):
             state, note = "done", f"in {stage.mark(run_dir)['seconds']:.0f} s"
         elif stage.job:
             state, note = _of_job(stage, look_up(stage.job))
@@ -46,7 +47,7 @@ def chain_status(record: ChainRecord, run_dir: Path, *, look_up: Callable[[str],
     return found
 
 
-def _without_job(stage: StageRecord, run_dir: Path, since: float | None) -> tuple[str, str]:
+def _without_job(stage: Stage, run_dir: Path, since: float | None) -> tuple[str, str]:
     """``since``: when the local chain that runs now began. It has not reached a stage whose log is older."""
     log = stage.log(run_dir)
     if failing_cell(stage.executed(run_dir)):
@@ -60,7 +61,7 @@ def _without_job(stage: StageRecord, run_dir: Path, since: float | None) -> tupl
     return "running", "or ended" if stage.background else ""
 
 
-def _of_job(stage: StageRecord, job: JobState | None) -> tuple[str, str]:
+def _of_job(stage: Stage, job: JobState | None) -> tuple[str, str]:
     number = f"job {stage.job}"
     if job is None:
         # A server that ended leaves no mark. Without a mark any other stage has no result.
@@ -79,11 +80,11 @@ def _of_job(stage: StageRecord, job: JobState | None) -> tuple[str, str]:
     return "failed", f"{number} on {job.node}{again}: {job.state}, {code}{because}"
 
 
-def status_lines(record: ChainRecord, statuses: list[StageStatus], run_dir: Path) -> Iterator[str]:
+def status_lines(chain: Chain, statuses: list[StageStatus], run_dir: Path) -> Iterator[str]:
     """A line for each stage, then what is known of each stage that failed."""
     counts = Counter(status.state for status in statuses if not status.stage.background)
     others = "".join(f", {number} {state}" for state, number in counts.most_common() if state != "done")
-    yield f"chain {record.chain}: {counts['done']} of {counts.total()} stages done{others}"
+    yield f"chain {chain.name}: {counts['done']} of {counts.total()} stages done{others}"
     name, notebook = (max(len(getattr(one.stage, field)) for one in statuses) for field in ("name", "notebook"))
     for status in statuses:
         stage = status.stage
@@ -93,7 +94,7 @@ def status_lines(record: ChainRecord, statuses: list[StageStatus], run_dir: Path
             yield from ("", f"{status.stage.name}: {status.note}", *_failure_lines(status.stage, run_dir))
 
 
-def _failure_lines(stage: StageRecord, run_dir: Path) -> Iterator[str]:
+def _failure_lines(stage: Stage, run_dir: Path) -> Iterator[str]:
     executed, log = stage.executed(run_dir), stage.log(run_dir)
     yield from failing_cell(executed)
     if log.exists():

@@ -12,7 +12,6 @@ from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.storage import runs_folder
 
 if TYPE_CHECKING:
-    from seal_nb.chain.slurm import Cluster
     from seal_nb.chain.stages import Chain, ExperimentSettings
 
 
@@ -33,7 +32,7 @@ def add(commands: Any) -> None:
 
 def submit(arguments: argparse.Namespace) -> None:
     """``seal-nb submit``; ``arguments.rest`` is its command line."""
-    from seal_nb.chain.slurm import dry_run, submit_chain
+    from seal_nb.chain.slurm import Cluster, dry_run, read_site, submit_chain
     from seal_nb.chain.stages import CHAINS
 
     given = _submit_parser().parse_args(arguments.rest)
@@ -42,10 +41,18 @@ def submit(arguments: argparse.Namespace) -> None:
         settings = _settings(given)
         chain = CHAINS[given.chain](settings)
         if given.dry_run:
-            return _show_commands(chain, run_dir)
+            for stage in chain:
+                print(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
+                print(shlex.join(["seal-nb", "run", stage.notebook, *stage.words(run_dir)]))
+            return
         _check_inputs(settings, chain, Path.cwd())
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
-    cluster, run_dir = _cluster(given), run_dir.resolve()
+    site_file = given.project.resolve() / "slurm/site.sh"
+    cluster = Cluster(
+        project=given.project.resolve(), site_file=site_file, site=read_site(site_file),
+        server_nodes=given.server_nodes, sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
+    )  # fmt: skip
+    run_dir = run_dir.resolve()
     settings = _settings(given, n_workers=cluster.workers_a_node)
     if given.sft_processes is None:
         settings = replace(settings, sft_processes=cluster.training_processes(settings.sft_accumulation))
@@ -103,17 +110,6 @@ def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
         raise
     index = write_index(run_dir, title=title)
     print(f"executed notebooks: {run_dir}/*/*.ipynb\nmain figures, and each notebook as a page: {index}")
-
-
-def _show_commands(chain: "Chain", run_dir: Path) -> None:
-    from seal_nb.chain.record import is_done
-    from seal_nb.notebook_runner import format_value
-
-    for stage in chain:
-        kept = not stage.background and is_done(chain, stage, run_dir)
-        print(f"# {stage.name}: {'finished before, kept' if kept else stage.title}")
-        words = [word for name, value in stage.values(run_dir).items() for word in ("-p", name, format_value(value))]
-        print(shlex.join(["seal-nb", "run", stage.notebook, *words]))
 
 
 def _submit_parser() -> argparse.ArgumentParser:
@@ -181,17 +177,6 @@ def _seen_from(project: Path, name: str) -> str:
     if not path.exists():
         return name
     return str(path.relative_to(project) if path.is_relative_to(project) else path)
-
-
-def _cluster(given: argparse.Namespace) -> "Cluster":
-    from seal_nb.chain.slurm import Cluster, read_site
-
-    project = given.project.resolve()
-    site_file = project / "slurm/site.sh"
-    return Cluster(
-        project=project, site_file=site_file, site=read_site(site_file), server_nodes=given.server_nodes,
-        sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
-    )  # fmt: skip
 
 
 def _check_inputs(settings: "ExperimentSettings", chain: "Chain", project: Path) -> None:

@@ -97,10 +97,6 @@ class Usage:
     n_prompt_tokens: int = 0
     n_tokens: int = 0
 
-    def cost(self, *, prompt: float, completion: float) -> float:
-        """In the currency of the two prices, each for a million tokens."""
-        return (self.n_prompt_tokens * prompt + self.n_tokens * completion) / 1e6
-
 
 def api_key(variable: str) -> str:
     """The key in a variable of the environment, else of a ``.env`` here or above. Raises: SettingsError."""

@@ -59,15 +59,6 @@ def _worker_line(worker: WorkerStatus) -> str:
     )
 
 
-def at_work(status: ServerStatus) -> str:
-    """What is in training now, in one line; empty if nothing is."""
-    from seal_nb.metrics import counted  # brings numpy, which front end and workers do not need
-
-    jobs = [job for worker in status.workers for job in worker.stats.get("training", {}).values()]
-    step, n_steps = (sum(job[name] for job in jobs) for name in ("step", "n_steps"))
-    return f"{counted(len(jobs), 'adapters')} in training, step {step:,} of {n_steps:,}" if jobs else ""
-
-
 def sample_of(status: ServerStatus, at_s: float) -> Sample:
     """The numbers of one status. Where an inner loop reports no slots (adapters in training), its requests count."""
     reported = [worker for worker in status.workers if worker.stats]

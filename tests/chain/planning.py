@@ -4,7 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from seal_nb.chain.record import read_record, stage_record
+from seal_nb.chain.record import read_record
 from seal_nb.chain.slurm import Cluster, Job, plan, submit_chain
 from seal_nb.chain.stages import DEMO, Chain, continual_chain
 
@@ -26,7 +26,7 @@ def finish(chain: Chain, run_dir: Path, *names: str) -> None:
         for file in chain[name].produces:
             (run_dir / name / file).parent.mkdir(parents=True, exist_ok=True)
             (run_dir / name / file).touch()
-        stage_record(chain, chain[name]).mark_done(run_dir, seconds=1)
+        chain[name].mark_done(run_dir, seconds=1)
 
 
 def with_a_server(fakes: Path, nodes: int = 1) -> tuple[Path, str]:

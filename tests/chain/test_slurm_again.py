@@ -12,7 +12,7 @@ from tests.chain.planning import SMALL, cluster, with_a_server
 
 
 def commands(fakes: Path) -> dict[str, tuple[str, ...]]:
-    return {stage.name: stage.command for stage in read_record(fakes / "run").stages if stage.command}
+    return {stage.name: stage.command for stage in read_record(fakes / "run") if stage.command}
 
 
 def again(folder: Path) -> str:

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from seal_nb.chain import slurm as slurm_jobs
-from seal_nb.chain.record import is_done, marked_when_done, read_record, record_of, sole_use
+from seal_nb.chain.record import marked_when_done, read_record, sole_use, write_record
 from seal_nb.chain.slurm import JobState, SlurmError
 from seal_nb.chain.stages import evaluation_chain
 from seal_nb.chain.status import chain_status, status_lines
@@ -45,15 +45,15 @@ def test_what_slurm_says_of_a_job_is_read(line: str, expected: dict[str, object]
 
 def test_stage_marks_itself_as_done_under_the_identity_of_its_chain(tmp_path: Path) -> None:
     chain = evaluation_chain(SMALL)
-    record_of(chain).write(tmp_path)
+    write_record(chain, tmp_path)
     with marked_when_done(tmp_path, str(tmp_path / "results")):
-        assert not is_done(chain, chain["results"], tmp_path)
-    assert is_done(chain, chain["results"], tmp_path)
+        assert not chain["results"].is_done(tmp_path)
+    assert chain["results"].is_done(tmp_path)
 
 
 def test_stage_that_raises_or_writes_nothing_is_not_done(tmp_path: Path) -> None:
     chain = evaluation_chain(SMALL)
-    record_of(chain).write(tmp_path)
+    write_record(chain, tmp_path)
     with pytest.raises(ValueError, match="cell"), marked_when_done(tmp_path, str(tmp_path / "results")):
         raise ValueError("a cell")
     with (
@@ -65,17 +65,16 @@ def test_stage_that_raises_or_writes_nothing_is_not_done(tmp_path: Path) -> None
 
 
 def test_folder_of_no_stage_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    record_of(evaluation_chain(SMALL)).write(tmp_path)
+    write_record(evaluation_chain(SMALL), tmp_path)
     with pytest.raises(SettingsError, match="not the folder of a stage"), marked_when_done(tmp_path, "elsewhere"):
         raise AssertionError("ran")
 
 
 def status_of(run_dir: Path, states: dict[str, JobState | None]) -> list[str]:
     """Lines about an evaluation whose jobs are numbered by their stage's name."""
-    chain = evaluation_chain(SMALL)
-    record = record_of(chain, {name: f"7{name}" for name in states})
-    statuses = chain_status(record, run_dir, look_up=lambda job: states[job.removeprefix("7")])
-    return list(status_lines(record, statuses, run_dir))
+    chain = evaluation_chain(SMALL).with_jobs({name: f"7{name}" for name in states})
+    statuses = chain_status(chain, run_dir, look_up=lambda job: states[job.removeprefix("7")])
+    return list(status_lines(chain, statuses, run_dir))
 
 
 def test_status_tells_done_from_running_waiting_failed_cancelled_lost_and_not_started(tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
     (tmp_path / "logs/base_server.log").write_text("ready\n")
 
     def states() -> dict[str, str]:
-        statuses = chain_status(record_of(chain), tmp_path, look_up=nobody)
+        statuses = chain_status(chain, tmp_path, look_up=nobody)
         return {status.stage.name: status.state for status in statuses}
 
     told = {"base_self_edits": "done", "base_evaluate": "failed", "results": "not started"}

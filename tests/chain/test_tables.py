@@ -95,7 +95,7 @@ def test_one_server_at_a_time_is_up() -> None:
 
 def test_change_of_a_count_reruns_what_depends_on_it_and_nothing_else() -> None:
     other = rest_em_chain(replace(DEMO, n_sequences=3))
-    changed = [stage.name for stage in other if other.identity(stage) != CHAIN.identity(CHAIN[stage.name])]
+    changed = [stage.name for stage in other if stage.identity != CHAIN[stage.name].identity]
     assert changed == ["continual", "results"]
 
 
@@ -105,7 +105,7 @@ def test_number_of_processes_of_a_training_reaches_it_and_undoes_nothing() -> No
     assert [asked(stage)["n_processes"] for stage in trainings] == [2, 2]
     assert all("in 2 processes" in stage.title for stage in trainings)
     other = rest_em_chain(replace(DEMO, sft_accumulation=4, sft_processes=4))
-    assert [chain.identity(stage) for stage in chain] == [other.identity(stage) for stage in other]
+    assert [stage.identity for stage in chain] == [stage.identity for stage in other]
 
 
 def test_prompt_and_engine_reach_every_stage_that_writes_self_edits() -> None:
@@ -119,13 +119,13 @@ def test_edited_file_is_another_experiment_under_its_old_name(tmp_path: Path) ->
     (file := tmp_path / "mine.txt").write_text("About {title}: {context}")
     chain = rest_em_chain(replace(DEMO, prompt_key=str(file)))
     assert asked(chain["results"])["prompt_key"] == "mine", "as results call its self-edits"
-    first = chain["base_self_edits"]
-    before = chain.identity(first)
+    before = chain["base_self_edits"].identity
     file.rename(tmp_path / "renamed.txt")
     moved = rest_em_chain(replace(DEMO, prompt_key=str(tmp_path / "renamed.txt")))
-    assert moved.identity(moved["base_self_edits"]) == before
+    assert moved["base_self_edits"].identity == before
     file.write_text("Everything about {title}: {context}")
-    assert chain.identity(first) != before
+    edited = rest_em_chain(replace(DEMO, prompt_key=str(file)))
+    assert edited["base_self_edits"].identity != before
 
 
 def test_numbers_of_the_inner_loop_reach_every_server() -> None:

@@ -19,7 +19,7 @@ from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import read_endpoint
 from seal_nb.server.launch import ServerFailed, TTTServer
 from seal_nb.server.settings import ServeSettings, WorkerSettings, command, parse
-from seal_nb.server.status import at_work, status_rows
+from seal_nb.server.status import status_rows
 from seal_nb.server.worker import gpu_memory
 from tests.server.conftest import HASTE, STUB, eventually, is_running, plain_req
 
@@ -314,13 +314,6 @@ def test_memory_on_gpus_is_shown_where_workers_tell_of_it():
     assert shown["memory"] == "front end 100 MiB, workers 4 MiB, on GPUs 5 MiB"
     assert "GPU 5 MiB (at most 9 MiB)" in shown["worker w0"] and "GPU" not in shown["worker w1"]
     assert dict(status_rows(status_of({})))["memory"] == "front end 100 MiB, workers 0 MiB"
-
-
-def test_what_is_in_training_is_said_with_its_steps():
-    one, two = ({"training": {f"job{i}": {"step": i, "n_steps": 1000}}} for i in (7, 20))
-    assert at_work(status_of(one, two, {})) == "2 adapters in training, step 27 of 2,000"
-    assert at_work(status_of(one)) == "1 adapter in training, step 7 of 1,000"
-    assert at_work(status_of({})) == ""
 
 
 def status_of(*stats):

@@ -63,7 +63,7 @@ def test_every_script_of_a_stage_ran_as_shipped(said: str, project: Project, slu
 
 def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(said: str, project: Project) -> None:
     folder = project.path(RUN)
-    for stage in read_record(folder).stages:
+    for stage in read_record(folder):
         assert f"job {stage.job} on node" in stage.log(folder).read_text(), stage.name
         assert failing_cell(stage.executed(folder)) == []
     assert project.path(f"{RUN}/continual_seed43").is_dir()
