@@ -51,8 +51,7 @@ class ProtocolError(SealError, ValueError):
 class RemoteError(SealError, RuntimeError):
     """The server answered with an error. It is a result of the request: asking again gives it again.
 
-    ``ename`` and ``evalue`` are the remote type and message, ``remote_traceback`` the remote
-    traceback where the request asked for it.
+    ``ename`` and ``evalue`` are the remote type and message; ``remote_traceback`` comes if the request asked for it.
     """
 
     def __init__(

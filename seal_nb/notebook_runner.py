@@ -171,15 +171,9 @@ def run_notebook(
     """Execute ``notebook`` into ``executed``.
 
     SIGTERM interrupts the running cell (KeyboardInterrupt), so that the cell closes its journal and its server.
+    ``write`` receives what the cells print, at once; ``progress_bar`` has arguments of tqdm, or is False.
 
-    Args:
-        values: its parameters.
-        write: receives what the cells print, at once.
-        progress_bar: of the cells; False for none, or arguments of tqdm.
-
-    Raises:
-        StageFailed: a cell raised, or the kernel died.
-        StageInterrupted: after a SIGTERM.
+    Raises: StageFailed where a cell raised or the kernel died; StageInterrupted after a SIGTERM.
     """
     from traitlets.config import Config
 

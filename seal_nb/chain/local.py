@@ -41,16 +41,9 @@ def shut_down(endpoint_file: Path) -> None:
 def run_chain(
     chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_server: Callable[[Path], None] = shut_down
 ) -> None:
-    """Run the stages that are not done yet.
+    """Run the stages that are not done yet. ``stop_server`` asks the server of an endpoint file to end.
 
-    Args:
-        notebooks: the folder of the stages' notebooks.
-        tell: receives progress, line by line.
-        stop_server: asks a server to end; receives its endpoint file.
-
-    Raises:
-        ChainFailed: a stage failed. Later stages were not started.
-        ChainBusy: another process works in the folder.
+    Raises: ChainFailed where a stage failed, and later ones were not started; ChainBusy.
     """
     with sole_use(run_dir, tell) as lock, _sigterm_raises():
         write_record(chain, run_dir)

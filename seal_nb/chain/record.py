@@ -53,14 +53,9 @@ def stage_in(run_dir: Path, output_dir: str | Path) -> Stage:
 
 @contextlib.contextmanager
 def marked_when_done(run_dir: Path | None, output_dir: str) -> Iterator[None]:
-    """Mark the stage of ``output_dir`` as done in ``run_dir`` if the block ends without an error.
+    """Mark the stage of ``output_dir`` as done in ``run_dir``, if there is one, and the block ends without an error.
 
-    Args:
-        run_dir: None: do nothing.
-
-    Raises:
-        SettingsError, DataError: before the block, where there is no such stage; after it, where the stage did
-            not write its results.
+    Raises: SettingsError before the block, where there is no such stage; DataError, also for missing results.
     """
     if run_dir is None:
         yield

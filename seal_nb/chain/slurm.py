@@ -26,7 +26,7 @@ from seal_nb.errors import RunMismatch, SealError, SettingsError
 TIMEOUT_S = 60.0  # of one command
 WIDTH = 110  # of the shown script
 # Variables that SLURM sets in a job. A job that is submitted from there must not inherit them.
-OF_A_JOB = re.compile("SLURM|SRUN_|SEAL_SERVER_JOB$|(CUDA|ROCR|ZE)_|GPU_DEVICE_ORDINAL$")
+OF_A_JOB = re.compile("SLURM(?!_CONF$|_CLUSTERS$)|SRUN_|SEAL_SERVER_JOB$|(CUDA|ROCR|ZE)_|GPU_DEVICE_ORDINAL$")
 # States of a job that has not ended (man squeue, JOB STATE CODES).
 LIVE = {
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING",
@@ -81,7 +81,6 @@ def read_job(line: str) -> JobState:
 
 
 def _submit(command: Sequence[str], *, folder: Path, env: Mapping[str, str]) -> str:
-    """The number of the new job."""
     return _call(command, folder=folder, env=env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
 
 
@@ -144,7 +143,6 @@ class Cluster:
 
     @property
     def workers_a_node(self) -> int:
-        """One for each GPU; one on a node without GPUs."""
         return max(1, self.gpus_a_node)
 
     def gpus(self, most: int) -> list[str]:
@@ -219,31 +217,20 @@ class Job:
         waits = [":".join([kind, *(numbers.get(job, job) for job in jobs)]) for kind, jobs in kinds if jobs]
         # A server that fails satisfies `after` too. Its clients therefore watch its job (slurm/job.sh).
         watch = [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
-        return self._sbatch([*([f"--dependency={','.join(waits)}"] if waits else []), *watch])
+        return self.sbatch([*([f"--dependency={','.join(waits)}"] if waits else []), *watch])
 
-    @property
-    def later_command(self) -> tuple[str, ...]:
-        """The command that submits the job again when everything it waited for is there."""
-        return tuple(self._sbatch([]))
-
-    def _sbatch(self, waits: Sequence[str]) -> list[str]:
+    def sbatch(self, waits: Sequence[str] = ()) -> list[str]:
+        """The command; without ``waits`` for a job that is submitted again when everything it waited for is there."""
         return ["sbatch", "--parsable", *self.options, *waits, self.script, *self.arguments]
 
 
 def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping[str, str]) -> list[Job]:
-    """The jobs to submit, in the chain's order. Submits nothing.
-
-    Args:
-        on_their_way: stage → number, of the jobs of an earlier call that wait or run.
-    """
+    """The jobs to submit, in the chain's order. ``on_their_way``: stage → number, of jobs that wait or run."""
     done = {stage.name for stage in chain if stage.is_done(run_dir)}
     groups: dict[str, list[Stage]] = {}
     for stage in chain:
-        if stage.background:
-            is_needed = any(user.name not in done for user in chain.users_of(stage))
-        else:
-            is_needed = stage.name not in done
-        if is_needed and stage.name not in on_their_way:
+        wanted = chain.users_of(stage) if stage.background else [stage]
+        if any(one.name not in done for one in wanted) and stage.name not in on_their_way:
             groups.setdefault(stage.array or stage.name, []).append(stage)
     jobs = [_job(chain, run_dir, cluster, group, done, on_their_way) for group in groups.values()]
     return _without_implied(jobs)
@@ -319,13 +306,9 @@ def _without_implied(jobs: Iterable[Job]) -> list[Job]:
 
 
 def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -> list[str]:
-    """Submit the missing jobs: all of them, or none if SLURM refuses one.
+    """Submit the missing jobs: all of them, or none if SLURM refuses one. Returns: the names of the new jobs.
 
-    Returns: the names of the new jobs.
-
-    Raises:
-        RunMismatch: jobs of the same folder with other settings wait or run.
-        SlurmError: SLURM refused a job.
+    Raises: RunMismatch where jobs of the same folder with other settings wait or run; SlurmError.
     """
     with sole_use(run_dir, tell):
         on_their_way = jobs_on_their_way(chain, run_dir)
@@ -334,7 +317,7 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
             (run_dir / stage.name).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for a log
         before = list(read_record(run_dir)) if (run_dir / RECORD_FILE).exists() else []
         commands = {stage.name: stage.command for stage in before}
-        commands |= {one.name: job.later_command for job in jobs for one in job.stages if one.background}
+        commands |= {one.name: tuple(job.sbatch()) for job in jobs for one in job.stages if one.background}
         chain = chain.with_jobs({stage.name: stage.job for stage in before} | on_their_way, commands)
         # Written before there are numbers: a job that starts at once finds its stage in the record.
         write_record(chain, run_dir)
@@ -399,18 +382,10 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
     """Start a server's job again that ended because it had no clients. Of several callers only one starts it.
 
     SLURM queues the job again under its number as long as it knows it. After that the job is submitted again.
-
-    Args:
-        folder: of the server in its run (``RUN/base_server``).
-        project: where jobs start.
-
     Returns: the number of the server's job, which waits or runs now.
 
-    Raises:
-        DataError: no chain was submitted in ``RUN``.
-        ChainBusy: another process works on its record.
-        SettingsError: the folder is not that of a server's job.
-        SlurmError: the server failed or was cancelled, or SLURM refuses.
+    Raises: SettingsError where ``folder`` is not that of a server's job; SlurmError where the server failed or was
+        cancelled, or SLURM refuses; DataError, ChainBusy.
     """
     run_dir = folder.parent
     read_record(run_dir)  # before the lock, which would make the folder
@@ -420,7 +395,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
             raise SettingsError(f"{folder} is not the folder of a submitted server; give RUN/…_server")
         state = look_up(server.job)
         if state is None:
-            env = {name: value for name, value in os.environ.items() if _is_not_of_a_job(name)}
+            env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
             part = "_0" if "_" in server.job else ""  # the front end among the tasks of an array
             env |= read_site(project / "slurm/site.sh")
             job = _submit(server.command, folder=project, env=env) + part
@@ -431,10 +406,6 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
         elif not state.is_live:
             raise SlurmError(f"job {server.job} is {state.state}; look at {server.log(run_dir)}, submit again")
         return server.job
-
-
-def _is_not_of_a_job(name: str) -> bool:
-    return name in ("SLURM_CONF", "SLURM_CLUSTERS") or not OF_A_JOB.match(name)
 
 
 def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:

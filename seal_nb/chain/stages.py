@@ -179,9 +179,7 @@ def _content(value: Value) -> Value:
 def _own(default: Any, text: str, kind: str = "") -> Any:
     """A setting of the table itself."""
     kind = kind or type(default).__name__
-    return field(
-        default=default, metadata={"parameter": Parameter(name="", type_name=kind, default=default, help=text)}
-    )
+    return field(default=default, metadata={"own": Parameter(name="", type_name=kind, default=default, help=text)})
 
 
 def _to(notebooks: str, default: Any = None, name: str = "") -> Any:
@@ -280,18 +278,13 @@ class ExperimentSettings:
 
 def declaration(setting: "Field[Any]") -> Parameter:
     """Type, default and meaning of a field of ExperimentSettings; a notebook's parameter where it has none."""
-    about = setting.metadata
-    if "parameter" in about:
-        own: Parameter = about["parameter"]
-        return own
-    declared = _declared(about["notebooks"][0])[about["name"] or setting.name]
+    if own := setting.metadata.get("own"):
+        return replace(own, name=setting.name)
+    notebooks = setting.metadata["notebooks"]
+    declared = _declared(notebooks[0])[setting.metadata["name"] or setting.name]
     default: Any = declared.default if setting.default is None else setting.default
-    return Parameter(
-        name=setting.name,
-        type_name=declared.type_name,
-        default=default,
-        help=f"{declared.help} ({', '.join(about['notebooks'])})",
-    )
+    text = f"{declared.help} ({', '.join(notebooks)})"
+    return replace(declared, name=setting.name, default=default, help=text)
 
 
 @cache

@@ -155,7 +155,7 @@ def _settings(given: argparse.Namespace, **machine: int) -> "ExperimentSettings"
     values: dict[str, Any] = dict(machine)
     for field in fields(ExperimentSettings):
         if (text := getattr(given, field.name)) is not None:
-            value = parse_value(text, replace(declaration(field), name=field.name))
+            value = parse_value(text, declaration(field))
             values[field.name] = tuple(value) if isinstance(value, list) else value
     for name in ("model", "train_dataset", "val_dataset", "prompt_key"):
         if name in values and given.executor == "slurm":

@@ -26,20 +26,10 @@ def chosen_engine(
 ) -> Iterator[Engine]:
     """The engine that a notebook's parameters name.
 
-    Args:
-        name: "local" generates in this process, "vllm" on a vLLM server, "openai" on an OpenAI-compatible service.
-        model: folder, hub name or "embedded"; for a server or service, its name for the model.
-        run_dir: folder for ``vllm.log``.
-        url: address of the server or service. If empty, "vllm" starts a server of its own, which stops at the end of
-            the block, and "openai" asks OpenAI.
-        api_key_env: name of the environment variable that holds the key; empty if no key is needed.
-        max_parallel: requests at a time ("vllm" and "openai").
-        chat: send every prompt as a chat ("openai").
-        n_threads: CPU threads ("local").
+    The parameters have the meaning that `01_create_self_edits` states; ``run_dir`` is for ``vllm.log``. Without ``url``
+    "vllm" starts a server of its own, which stops at the end of the block, and "openai" asks OpenAI.
 
-    Raises:
-        SettingsError: an unknown engine, or settings that do not fit it.
-        EngineError: the server does not start or does not answer.
+    Raises: SettingsError for settings that do not fit the engine; EngineError where the server does not answer.
     """
     if name not in ENGINES:
         raise SettingsError(f"engine={name!r}: known are {', '.join(ENGINES)}")

@@ -293,7 +293,8 @@ class VllmEngine:
                     self.client.control("/v1/load_lora_adapter", body)
                 except Refused as error:
                     hint = "; start the server with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-                    remedy = hint if error.status == 404 else ""
+                    # vLLM also answers 404 for a folder without an adapter.
+                    remedy = hint if error.status == 404 and "No adapter found" not in str(error) else ""
                     raise EngineError(f"adapter {folder.name!r} could not be loaded: {error}{remedy}") from None
                 names[folder] = name
             yield names

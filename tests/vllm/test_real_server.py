@@ -122,8 +122,8 @@ def test_what_the_server_refuses_is_missing_and_the_rest_is_there(engine: VllmEn
 
 def test_an_adapter_of_too_high_a_rank_or_none_is_an_error_that_names_it(engine: VllmEngine, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 8, "target_modules": ["q_proj"]}')
-    for folder, told in ((tmp_path, "rank 64"), (tmp_path / "nothing", "nothing")):
-        with pytest.raises(Incomplete, match=f"could not be loaded.*{told}"):
+    for folder, told in ((tmp_path, "rank 64"), (tmp_path / "nothing", "No adapter found")):
+        with pytest.raises(Incomplete, match=f"adapter '{folder.name}' could not be loaded.*{told}"):
             engine.generate(["a"], GREEDY, seeds=[0], adapters=[folder])
 
 
