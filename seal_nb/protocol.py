@@ -332,17 +332,18 @@ def parse_request(message: bytes | dict[str, Any]) -> Request:
     """Validate a request (or its decoded fields). Raises ProtocolError naming the field, its value and the remedy."""
     fields = read_json(message) if isinstance(message, bytes) else message
     if (cmd := fields.get("cmd")) is not None:
-        return _validated(GenerateRequest, fields) if cmd == "generate" else _validated(Command, fields)
+        return validated(GenerateRequest, fields) if cmd == "generate" else validated(Command, fields)
     if fields.get("train_sequences") is None and fields.get("eval_questions") is None:
         raise ProtocolError(
             "the request has neither train_sequences nor eval_questions nor cmd, but "
             f"{_shown(sorted(fields))}; send one of them",
             field="train_sequences",
         )
-    return _validated(TTTRequest, fields)
+    return validated(TTTRequest, fields)
 
 
-def _validated(kind: type[M], fields: dict[str, Any]) -> M:
+def validated(kind: type[M], fields: dict[str, Any]) -> M:
+    """A record of these fields. Raises: ProtocolError for the first wrong one."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -365,5 +366,5 @@ def read_reply(message: bytes) -> Reply | dict[str, Any]:
     kind: type[TTTReply] | type[GenerateReply] | type[ErrorReply]
     for mark, kind in (("error", ErrorReply), ("baseline_accuracy", TTTReply), ("token_counts", GenerateReply)):
         if mark in fields:
-            return _validated(kind, {name: fields[name] for name in fields.keys() & kind.model_fields.keys()})
+            return validated(kind, {name: fields[name] for name in fields.keys() & kind.model_fields.keys()})
     return fields

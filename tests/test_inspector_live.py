@@ -1,8 +1,6 @@
 """Live edits on a real server with the stub inner loop: trained, asked, kept, cancelled, refused."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,21 +11,19 @@ import pytest
 
 from seal_nb.errors import DataError, RemoteError, SettingsError
 from seal_nb.experiments.rerun import Item, stored_loop
-from seal_nb.experiments.session import identified
 from seal_nb.experiments.settings import Training
 from seal_nb.inspector.inspection import EXAMPLE, GAINED, UNGRADED, Inspection, open_run
 from seal_nb.inspector.live_edit import (
     ARM,
-    KEPT_EDITS,
     Edit,
     EditTrainer,
     Step,
     TrainedEdit,
     edit_request,
-    question_requests,
+    question_request,
     settings_of_run,
 )
-from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.protocol import TTTReply
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import EvaluatedPassage, SinglePassageRun
 from seal_nb.server.launch import TTTServer
@@ -66,10 +62,10 @@ def server(folder: Path) -> Iterator[TTTServer]:
 
 @pytest.fixture
 def trainer(server: TTTServer, folder: Path, tmp_path: Path) -> Iterator[EditTrainer]:
-    """A trainer on the server of this file. When it is closed, the server has none of its adapters."""
+    """A trainer on the server of this file, which keeps no adapter."""
     with EditTrainer(server.endpoint, folder=tmp_path, timeout_s=30) as trainer:
         yield trainer
-    assert adapters(folder / "run") == set()
+    assert not list((folder / "run" / "adapters").glob("*"))
 
 
 @pytest.fixture
@@ -132,12 +128,17 @@ def test_a_failure_of_the_server_is_raised_with_its_remedy(trainer: EditTrainer)
     assert trainer.train(CLOCK, Edit(text="fine")).reply.adapter_accuracy == 1.0, "and the next one works"
 
 
-def test_a_question_of_one_s_own_goes_to_the_base_and_to_the_kept_adapter(result: TrainedEdit) -> None:
-    base, adapted = (identified(one, "m") for one in question_requests(result, "Where?", ""))
-    assert (base.adapter_stack, adapted.adapter_stack) == ([], ["mine"])
-    assert base.eval_questions == adapted.eval_questions
-    assert base.eval_questions[0].question == "Topic: Clock\nWhere?" and not base.training_wanted
-    assert base.request_id != adapted.request_id
+def test_a_question_of_one_s_own_is_the_same_training_with_another_question(
+    trainer: EditTrainer, result: TrainedEdit, n_trained: Callable[[], int]
+) -> None:
+    request = question_request(result, "Where?", "")
+    asked = request.eval_questions
+    assert [one.question for one in asked] == ["Topic: Clock\nWhere?"] and not request.soft_scores
+    settings = {"eval_questions", "soft_scores", "return_token_logprobs"}
+    assert request.model_dump(exclude=settings) == result.request.model_dump(exclude=settings)
+    trained = trainer.train(CLOCK, Edit(text="asked"))
+    (row,) = trainer.ask(trained, "Where?", "here").to_dict("records")
+    assert (row["with adapter"], row["verdicts"]) == ("here", "wrong → right") and n_trained() == 2
 
 
 def test_other_settings_and_another_model_are_other_requests() -> None:
@@ -150,87 +151,10 @@ def test_other_settings_and_another_model_are_other_requests() -> None:
     assert len(ids) == 8
 
 
-def adapters(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "adapters").glob("*")}
-
-
-def test_the_last_few_edits_can_be_asked_and_older_ones_leave_nothing_on_the_disk(
-    trainer: EditTrainer, folder: Path
-) -> None:
-    results = [trainer.train(CLOCK, Edit(text=f"edit {n}")) for n in range(KEPT_EDITS + 2)]
-    kept = [result.request.adapter_name for result in results[-KEPT_EDITS:]]
-    assert adapters(folder / "run") == set(kept)
-    assert trainer.ask(results[2], "Where?")["verdicts"].tolist() == ["wrong → wrong"]
-    with pytest.raises(RemoteError, match="no adapter"):
-        trainer.ask(results[0], "Where?")
-
-
-def test_an_edit_whose_adapter_is_gone_is_trained_again(trainer: EditTrainer, n_trained: Callable[[], int]) -> None:
-    for n in (*range(KEPT_EDITS + 1), 0):
-        last = trainer.train(CLOCK, Edit(text=f"edit {n}"))
-    assert n_trained() == KEPT_EDITS + 2
-    assert trainer.ask(last, "Where?")["question"].tolist() == ["Where?"]
-
-
-def test_what_was_just_asked_for_again_is_not_the_oldest(
-    trainer: EditTrainer, folder: Path, n_trained: Callable[[], int]
-) -> None:
-    first = trainer.train(CLOCK, Edit(text="edit 0"))
-    for n in (*range(1, KEPT_EDITS), 0, KEPT_EDITS):
-        trainer.train(CLOCK, Edit(text=f"edit {n}"))
-    assert first.request.adapter_name in adapters(folder / "run")
-    assert n_trained() == KEPT_EDITS + 1
-
-
-def test_another_session_trains_for_itself_and_each_deletes_its_own(
-    trainer: EditTrainer, folder: Path, tmp_path: Path
-) -> None:
-    mine = trainer.train(CLOCK, Edit(text="same"))
-    with EditTrainer(trainer.endpoint, folder=tmp_path, timeout_s=30) as other:
-        theirs = other.train(CLOCK, Edit(text="same"))
-        assert adapters(folder / "run") == {mine.request.adapter_name, theirs.request.adapter_name}
-    assert adapters(folder / "run") == {mine.request.adapter_name}
-
-
-def test_a_kernel_that_ends_without_closing_anything_leaves_no_adapter(
-    server: TTTServer, folder: Path, tmp_path: Path
-) -> None:
-    code = (
-        "from tests.test_inspector_live import CLOCK, Edit, EditTrainer\n"
-        f"trainer = EditTrainer({server.endpoint!r}, folder={str(tmp_path)!r}, timeout_s=30)\n"
-        "print(trainer.train(CLOCK, Edit(text='x')).request.adapter_name)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.startswith("inspector-"), done.stderr
-    assert adapters(folder / "run") == set()
-
-
-def test_a_server_of_one_s_own_begins_without_what_a_killed_kernel_left(tmp_path: Path) -> None:
-    left, other = (tmp_path / "server" / "adapters" / name for name in ("inspector-0-1", "edit-1"))
-    left.mkdir(parents=True)
-    other.mkdir()
-    settings = {"inner_loop": STUB, "n_workers": 1, **HASTE}
-    with EditTrainer(folder=tmp_path, timeout_s=30, **settings) as trainer:
-        trainer.train(CLOCK, Edit(text="x"))
-        assert not left.exists() and other.is_dir()
-    assert adapters(tmp_path / "server") == {"edit-1"}
-
-
-def test_a_server_that_cannot_delete_adapters_is_no_reason_to_fail(
-    trainer: EditTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: object, **__: object) -> None:
-        raise RemoteError("ProtocolError: field 'cmd' is 'forget'")
-
-    monkeypatch.setattr("seal_nb.server.client.TTTClient.forget", refused)
-    for n in range(KEPT_EDITS + 1):
-        assert trainer.train(CLOCK, Edit(text=f"edit {n}")).reply.adapter_accuracy == 1.0
-
-
 @pytest.fixture
 def result() -> TrainedEdit:
     edit = Edit(text="Ilse built it.\nIn 1893.", seed=7, training=Training(lora_rank=4))
-    request = renamed(edit_request(CLOCK, edit, model_id="m"), "mine")
+    request = edit_request(CLOCK, edit, model_id="m")
     reply = TTTReply(
         baseline_accuracy=0.0, adapter_accuracy=0.5, adapter_gain=0.5, baseline_texts=["no", "no"],
         adapter_texts=["Ilse", "never"], baseline_correct=[False, False], adapter_correct=[True, None],
@@ -238,10 +162,6 @@ def result() -> TrainedEdit:
         epoch_losses=[2.0, None], train_steps=3,
     )  # fmt: skip
     return TrainedEdit(passage=CLOCK, edit=edit, request=request, reply=reply)
-
-
-def renamed(request: TTTRequest, adapter_name: str) -> TTTRequest:
-    return identified(request.model_copy(update={"adapter_name": adapter_name}), "m")
 
 
 def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result: TrainedEdit) -> None:
@@ -262,8 +182,7 @@ def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result:
 def test_edits_are_appended_passage_by_passage_and_the_same_one_once(tmp_path: Path, result: TrainedEdit) -> None:
     path = result.keep(tmp_path / "run.json")
     before = path.read_bytes()
-    in_another_session = replace(result, request=renamed(result.request, "theirs"))
-    assert in_another_session.keep(path).read_bytes() == before
+    assert result.keep(path).read_bytes() == before
     second = Edit(text="other")
     request = edit_request(OTHER, second, model_id="m")
     reply = result.reply.model_copy(update={"request_id": request.request_id})
@@ -276,7 +195,7 @@ def test_edits_are_appended_passage_by_passage_and_the_same_one_once(tmp_path: P
 def test_a_file_that_is_no_run_is_left_as_it_is(tmp_path: Path, result: TrainedEdit) -> None:
     path = tmp_path / "mine.json"
     path.write_text('{"important": 1}')
-    with pytest.raises(DataError, match="has no list of articles"):
+    with pytest.raises(DataError, match="field 'articles': is missing"):
         result.keep(path)
     assert path.read_text() == '{"important": 1}'
 

@@ -93,6 +93,6 @@ def test_the_published_run_is_shown_and_says_that_it_has_no_values_of_tokens(exe
 def test_the_edit_is_shown_next_to_the_old_answers_and_kept(executed: Path) -> None:
     assert shown(executed, "edit").strip() == "a\nb"
     assert "after the edit" in shown(executed, "beside")
-    assert "wrong → wrong" in shown(executed, "own"), "the stub's answer to a baseline question is wrong"
+    assert "wrong → right" in shown(executed, "own"), "the stub's adapter answers right"
     (edit,) = read_run(executed.parent / "run_inspector.json").passages[0].self_edits
     assert (edit.text, edit.made["origin"]) == ("a\nb", "live_edit")

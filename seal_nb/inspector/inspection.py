@@ -20,6 +20,7 @@ from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import normalised
 from seal_nb.inspector.html import StaticView, run_files
 from seal_nb.passages import Passage, Question
+from seal_nb.results.run import VERDICT_WORDS
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.self_edits import passage_only_sequences, train_sequences
 from seal_nb.storage import read_json
@@ -28,7 +29,6 @@ EXAMPLE = "shipped:example"  # the run that comes with the project
 OTHER_GRADERS = ("local", "recall")  # judge in addition to the file's verdicts; both work offline
 GAINED, LOST, UNGRADED = "▲\u00a0gained", "▼\u00a0lost", "?\u00a0ungraded"
 FLIPS = (GAINED, LOST, UNGRADED, "stayed wrong", "stayed right")  # the order in which answers are listed
-VERDICTS = {True: "right", False: "wrong", None: "ungraded"}
 DIFFERENCE = "right answers, second − first"
 ANSWERS = ["flip", "rep", "question", "gold", "without adapter", "with adapter", "verdicts", "soft_gain",
            "what the texts show", "disagree", "answer", "right"]  # fmt: skip
@@ -286,17 +286,27 @@ class Inspection:
         by_grader = {"file": [(one.baseline_correct, one.adapter_correct) for one in edit.questions]}
         by_grader |= {name: verdict_pairs(grader, passage, edit.questions) for name, grader in self.graders.items()}
         rows = []
-        for at, one in enumerate(edit.questions):
-            pairs = {name: pairs[at] for name, pairs in by_grader.items()}
-            texts = {name: f"{VERDICTS[before]} → {VERDICTS[after]}" for name, (before, after) in pairs.items()}
-            disagree = graders_disagree(pairs.values())
-            row = [flip_of(one), one.repeat, one.question, one.gold, one.baseline_answer, one.adapter_answer]
-            row += ["\n".join(f"{name}: {text}" for name, text in texts.items()) if disagree else texts["file"]]
-            row += [one.soft_gain, observation(one, edit.questions, sequences), disagree]
-            rows.append([*row, f"{one.adapter_answer}\n[{VERDICTS[one.adapter_correct]}]", one.adapter_correct])
-        rows.sort(key=lambda row: FLIPS.index(row[0]))
-        table = pd.DataFrame(rows, columns=ANSWERS)
-        return table.astype({"soft_gain": float, "disagree": bool, "right": float})
+        for one, *pairs in zip(edit.questions, *by_grader.values(), strict=True):
+            texts = [f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for before, after in pairs]
+            disagree = graders_disagree(pairs)
+            said = "\n".join(f"{name}: {text}" for name, text in zip(by_grader, texts, strict=True))
+            row = {
+                "flip": flip_of(one),
+                "rep": one.repeat,
+                "question": one.question,
+                "gold": one.gold,
+                "without adapter": one.baseline_answer,
+                "with adapter": one.adapter_answer,
+                "verdicts": said if disagree else texts[0],
+                "soft_gain": one.soft_gain,
+                "what the texts show": observation(one, edit.questions, sequences),
+                "disagree": disagree,
+                "answer": f"{one.adapter_answer}\n[{VERDICT_WORDS[one.adapter_correct]}]",
+                "right": one.adapter_correct,
+            }
+            rows.append(row)
+        rows.sort(key=lambda row: FLIPS.index(row["flip"]))
+        return pd.DataFrame(rows, columns=ANSWERS).astype({"soft_gain": float, "disagree": bool, "right": float})
 
     def _sequences(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> list[str]:
         splits = edit.made.get("split_newlines", self.run.settings.get("split_newlines"))

@@ -199,6 +199,8 @@ class LiveEdit(WidgetView):
 
     def _ask(self) -> None:
         if self.result is not None and self.question.value.strip():
-            answer = self.trainer.ask(self.result, self.question.value.strip(), self.gold.value.strip())
+            question, gold = self.question.value.strip(), self.gold.value.strip()
+            answer = self.trainer.ask(self.result, question, gold, tell=self._tell)
+            self.status.value = ""
             self.own_answers = pd.concat([answer, self.own_answers])
             self.answered.value = page(table_html(self.own_answers))

@@ -1,41 +1,37 @@
 """One edited self-edit: its adapter is trained on a TTT server, and the result can be kept in a run file.
 
 An edit becomes the request that a run would send for it, plus values of single tokens. ``EditTrainer`` starts a server
-when it is first needed, reports progress, and keeps the adapters of the last edits on the server for further questions.
+when it is first needed and reports progress. The server answers a request that it has answered before at once, and
+training is deterministic; so no adapter is kept, and a further question trains the same adapter again.
 Calls may come from any thread; one request runs at a time.
 """
 
-import secrets
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from pydantic import ValidationError
 
-from seal_nb.errors import RoundTimeout, SealError, SettingsError
+from seal_nb.errors import RoundTimeout, SealError
 from seal_nb.experiments.session import TTT, identified, ttt_server
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, eval_questions
-from seal_nb.inspector.inspection import VERDICTS, as_passage, sequences_of
+from seal_nb.inspector.inspection import as_passage, sequences_of
 from seal_nb.inspector.tokens import TokenTexts, named_texts
 from seal_nb.prompts import topic_question
-from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
+from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest, validated
+from seal_nb.results.run import VERDICT_WORDS
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.status import look
-from seal_nb.storage import forget_adapters, read_json, write_json
+from seal_nb.storage import read_json, write_json
 
 ARM = "live_edit"
 POLL_S = 0.5  # between two looks at the server's status
-FORGET_S = 2.0  # the longest wait for a server to delete adapters
-KEPT_EDITS = 4  # the last edits whose adapters stay on the server
-ADAPTER_PREFIX = "inspector-"
 STATES = {
     "starting": "starting a server and loading the model",
     "waiting": "waiting for a slot",
@@ -73,21 +69,15 @@ def settings_of_run(settings: Mapping[str, Any]) -> Training:
 def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> TTTRequest:
     """The request that trains and evaluates an edit. Its id follows from its content.
 
-    Raises: SettingsError for a value that the protocol does not allow.
+    Raises: ProtocolError for a value that the protocol does not allow.
     """
-    try:
-        request = TTTRequest(
-            train_sequences=sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
-            eval_questions=eval_questions(as_passage(evaluated)),
-            seed=edit.seed,
-            return_token_logprobs=True,
-            **edit.training.request_fields(),
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        raise SettingsError(f"{name} is {first['input']!r}: {first['msg']}; correct it") from None
-    return identified(request, model_id)
+    fields = {
+        "train_sequences": sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
+        "eval_questions": eval_questions(as_passage(evaluated)),
+        "seed": edit.seed,
+        "return_token_logprobs": True,
+    }
+    return identified(validated(TTTRequest, fields | edit.training.request_fields()), model_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,58 +110,48 @@ class TrainedEdit:
 
     def self_edit(self) -> EvaluatedSelfEdit:
         """The edit as a run file would give it back; no file is written."""
-        article = {"title": self.passage.title, "completions": [self._completion()]}
-        return SinglePassageRun(value={"articles": [article]}).passages[0].self_edits[0]
+        return SinglePassageRun(value=self._run()).passages[0].self_edits[0]
 
     def keep(self, path: str | Path) -> Path:
         """Appends the edit to a run file, or makes the file. Keeping the same edit again replaces it.
 
         Raises: DataError if the file exists and is not a run.
         """
-        target = Path(path)
-        value = read_json(target) if target.exists() else {**self._run(), "articles": []}
+        target, mine = Path(path), self._run()
+        value = read_json(target) if target.exists() else mine | {"articles": []}
         run = SinglePassageRun(value=value, path=target)  # raises if it is not a run
-        article = self._article_in(value["articles"])
-        mine = self._completion()
-        ids = _request_ids(mine)
-        article["completions"] = [one for one in article["completions"] if not ids & _request_ids(one)] + [mine]
+        (own,) = mine["articles"]
+        same = [one for one in value["articles"] if all(one.get(key) == own[key] for key in ("title", "context"))]
+        if same:
+            others = [one for one in same[0]["completions"] if _request_ids(one) != _request_ids(own["completions"][0])]
+            same[0]["completions"] = others + own["completions"]
+        else:
+            value["articles"].append(own)
         run.fill_statistics()
         numbers = [len(one["completions"]) for one in value["articles"]]
         return write_json(target, value | {"n_articles": len(numbers), "k_completions": max(numbers)})
 
     def _run(self) -> dict[str, Any]:
-        """A run file of this edit alone, without the settings that are the edit's own."""
-        # The name of the kept adapter does not belong to the result, so the id is that of the request without it.
-        plain = identified(self.request.model_copy(update={"adapter_name": None}), self.reply.model_id)
-        loop = PlannedLoop(passage=0, self_edit=0, repeat=0, text=self.edit.text, request=plain)
+        """A run file of this edit alone. It states the edit's own settings at the self-edit, not for the whole run."""
+        loop = PlannedLoop(passage=0, self_edit=0, repeat=0, text=self.edit.text, request=self.request)
         settings = SinglePassageSettings(k_completions=1, training=self.edit.training)
         replies = {loop.request_id: self.reply}
         run = build_run([as_passage(self.passage)], [loop], replies, settings, model=self.reply.model_id)
-        of_one_edit = ("lora_params", "seed", "split_newlines", "training")
-        return {key: value for key, value in run.items() if key not in of_one_edit} | {"arm": ARM}
-
-    def _completion(self) -> dict[str, Any]:
-        completion: dict[str, Any] = self._run()["articles"][0]["completions"][0]
-        return completion | {
+        run["articles"][0]["prompt"] = self.passage.prompt or ""
+        run["articles"][0]["completions"][0] |= {
             "origin": ARM,
             "split_newlines": self.edit.split_newlines,
-            "lora_params": self.edit.training.lora_params(),
-            "training": self.edit.training.request_fields(),
+            "lora_params": run["lora_params"],
+            "training": run["training"],
             "epoch_losses": self.reply.epoch_losses,
             "token_logprobs": [scored.model_dump(mode="json") for scored in self.reply.token_logprobs],
         }
-
-    def _article_in(self, articles: list[dict[str, Any]]) -> dict[str, Any]:
-        about = {"title": self.passage.title, "context": self.passage.context}
-        for article in articles:
-            if {key: article.get(key) for key in about} == about:
-                return article
-        articles.append({"stats": {}, **about, "completions": [], "prompt": self.passage.prompt or ""})
-        return articles[-1]
+        of_one_edit = ("lora_params", "seed", "split_newlines", "training")
+        return {key: value for key, value in run.items() if key not in of_one_edit} | {"arm": ARM}
 
 
-def _request_ids(completion: Mapping[str, Any]) -> set[Any]:
-    return {loop.get("request_id") for loop in completion.get("repeats", [])}
+def _request_ids(completion: Mapping[str, Any]) -> list[Any]:
+    return [loop.get("request_id") for loop in completion.get("repeats", [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,12 +196,9 @@ class EditTrainer:
         self._ttt: TTT | None = None
         self._running: str | None = None  # id of the request
         self._lock = threading.Lock()
-        self._trained: dict[str, TrainedEdit] = {}  # by the id of the request without adapter name, the latest last
-        self._names: list[str] = []  # of our adapters on the server
-        self._session_name, self._n_trained = secrets.token_hex(4), 0
 
     def train(self, passage: EvaluatedPassage, edit: Edit, *, tell: Tell = lambda _: None) -> TrainedEdit:
-        """Trains the edit's adapter and asks the passage's questions. One of the last edits is not trained again.
+        """Trains the edit's adapter and asks the passage's questions. The same edit is not trained again.
 
         Args:
             passage: The passage whose self-edit was edited.
@@ -232,50 +209,28 @@ class EditTrainer:
         """
         with self._lock:
             ttt = self._connected(tell)
-            plain = edit_request(passage, edit, model_id=ttt.model_id)
-            key = str(plain.request_id)
-            if key in self._trained:
-                trained = replace(self._trained.pop(key), passage=passage, edit=edit)
-            else:
-                # Workers remember adapter names and other sessions have their own, so a name is never used twice.
-                self._n_trained += 1
-                self._names.append(f"{ADAPTER_PREFIX}{self._session_name}-{self._n_trained}")
-                request = ttt.identified(plain.model_copy(update={"adapter_name": self._names[-1]}))
-                with self._watched(ttt.client, request, tell):
-                    reply = self._reply(ttt.client, request)
-                trained = TrainedEdit(passage=passage, edit=edit, request=request, reply=reply)
-            self._trained[key] = trained
-            self._forget_oldest(ttt)
-            tell(Step(state="done", epoch_losses=tuple(trained.losses)))
+            request = edit_request(passage, edit, model_id=ttt.model_id)
+            trained = TrainedEdit(passage=passage, edit=edit, request=request, reply=self._reply(ttt, request, tell))
+        tell(Step(state="done", epoch_losses=tuple(trained.losses)))
         return trained
 
-    def _reply(self, client: TTTClient, request: TTTRequest) -> TTTReply:
-        try:
-            return client.evaluate(request, timeout_s=self.timeout_s)
-        except RoundTimeout:
-            with suppress(SealError):  # a cancelled request leaves no adapter behind
-                client.cancel(str(request.request_id))
-            raise
-
-    def ask(self, trained: TrainedEdit, question: str, gold: str = "") -> pd.DataFrame:
+    def ask(self, trained: TrainedEdit, question: str, gold: str = "", *, tell: Tell = lambda _: None) -> pd.DataFrame:
         """Asks the base model and the edit's adapter one more question. Without a gold answer it is not graded.
 
         Returns: One row: both answers, verdicts, and the change in log-probability of the gold answer in nats.
         """
         with self._lock:
-            ttt = self._connected(lambda _: None)
-            requests = [ttt.identified(one) for one in question_requests(trained, question, gold)]
-            replies = {reply.request_id: reply for reply in ttt.client.run_round(requests)}
-        # A request without training has its answers on the baseline's side, with and without adapters.
-        sides = [replies[request.request_id] for request in requests]
-        before, after = (side.baseline_gold_logprobs[0] if side.baseline_gold_logprobs else None for side in sides)
+            ttt = self._connected(tell)
+            reply = self._reply(ttt, ttt.identified(question_request(trained, question, gold)), tell)
+        sides = zip(reply.baseline_gold_logprobs, reply.adapter_gold_logprobs, strict=True)
+        gains = [after - before for before, after in sides if before is not None and after is not None]
         row = {
             "question": question,
             "gold": gold or None,
-            "without adapter": sides[0].baseline_texts[0],
-            "with adapter": sides[1].baseline_texts[0],
-            "verdicts": " → ".join(VERDICTS[side.baseline_correct[0]] for side in sides),
-            "soft_gain": None if before is None or after is None else after - before,
+            "without adapter": reply.baseline_texts[0],
+            "with adapter": reply.adapter_texts[0],
+            "verdicts": f"{VERDICT_WORDS[reply.baseline_correct[0]]} → {VERDICT_WORDS[reply.adapter_correct[0]]}",
+            "soft_gain": gains[0] if gains else None,
         }
         return pd.DataFrame([row]).astype({"soft_gain": float})
 
@@ -287,13 +242,10 @@ class EditTrainer:
             return other.cancel(self._running)
 
     def close(self) -> None:
-        """Deletes our adapters, and stops the server if it was started here."""
+        """Disconnects, and stops the server if it was started here."""
         if self._ttt is not None:
-            _forget(self._ttt.client.where, self._names)
             self._ttt.close()
         self._ttt = None
-        self._names.clear()
-        self._trained.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -304,66 +256,45 @@ class EditTrainer:
     def _connected(self, tell: Tell) -> TTT:
         if self._ttt is None:
             tell(Step(state="starting"))
-            folder = self.folder / "server"
-            if not self.endpoint:  # adapters of a kernel that was killed
-                old = (folder / "adapters").glob(f"{ADAPTER_PREFIX}*")
-                forget_adapters(folder / "adapters", [path.name for path in old])
-            self._ttt = ttt_server(endpoint=self.endpoint, folder=folder, **self.server)
-            if self.endpoint:  # a notebook that ends does not call close
-                weakref.finalize(self, _forget, self._ttt.client.where, self._names)
+            self._ttt = ttt_server(endpoint=self.endpoint, folder=self.folder / "server", **self.server)
         return self._ttt
 
-    def _forget_oldest(self, ttt: TTT) -> None:
-        for key in list(self._trained)[:-KEPT_EDITS]:
-            del self._trained[key]
-        wanted = {trained.request.adapter_name for trained in self._trained.values()}
-        unwanted = [name for name in self._names if name not in wanted]
-        if unwanted and _forget(ttt.client.where, unwanted):
-            self._names[:] = [name for name in self._names if name in wanted]
-
-    @contextmanager
-    def _watched(self, client: TTTClient, request: TTTRequest, tell: Tell) -> Iterator[None]:
-        """Reports progress while the block waits for the reply."""
-        over = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(client.where, str(request.request_id), over, tell), daemon=True)
-        self._running = request.request_id
+    def _reply(self, ttt: TTT, request: TTTRequest, tell: Tell) -> TTTReply:
+        """The reply to a request. Meanwhile a thread reports progress."""
+        over, self._running = threading.Event(), str(request.request_id)
+        watcher = threading.Thread(target=_watch, args=(ttt.client.where, self._running, over, tell), daemon=True)
         watcher.start()
         try:
-            yield
+            return ttt.client.evaluate(request, timeout_s=self.timeout_s)
+        except RoundTimeout:
+            with suppress(SealError):
+                ttt.client.cancel(self._running)
+            raise
         finally:
             self._running = None
             over.set()
             watcher.join(timeout=5)
 
 
-def question_requests(trained: TrainedEdit, question: str, gold: str) -> tuple[TTTRequest, TTTRequest]:
-    """One question to the base model, and the same to the base model with the edit's adapter; both without an id."""
-    title, request = trained.passage.title, trained.request
+def question_request(trained: TrainedEdit, question: str, gold: str) -> TTTRequest:
+    """The training of an edit with another question."""
+    title = trained.passage.title
     asked = EvalQuestion(title=title, question=topic_question(title, question), answer=gold)
-    values: dict[str, Any] = {"max_new_tokens": request.max_new_tokens, "chat": request.chat, "seed": 0}
-    base = TTTRequest(eval_questions=[asked], skip_training=True, soft_scores=bool(gold), **values)
-    return base, base.model_copy(update={"adapter_stack": [request.adapter_name]})
-
-
-def _forget(where: str, names: list[str]) -> bool:
-    """Whether the server deleted the adapters. A server that cannot, or that is gone, is no error."""
-    with suppress(SealError), TTTClient(where, wait_s=FORGET_S) as client:
-        client.forget(names, timeout_s=FORGET_S)
-        return True
-    return False
+    changed = {"eval_questions": [asked], "soft_scores": bool(gold), "return_token_logprobs": False}
+    return trained.request.model_copy(update=changed)
 
 
 def _watch(where: str, request_id: str, over: threading.Event, tell: Tell) -> None:
-    began_at, has_trained = time.monotonic(), False
+    began_at, state = time.monotonic(), "waiting"
     while not over.is_set():
         status = look(where)
         by_worker = [worker.stats.get("training", {}) for worker in status.workers] if status else []
         job: dict[str, Any] = next((jobs[request_id] for jobs in by_worker if request_id in jobs), {})
-        has_trained = has_trained or bool(job)
+        state = "training" if job else "waiting" if state == "waiting" else "answering"
         if over.is_set():
             return
         step = Step(
-            state="training" if job else "answering" if has_trained else "waiting",
+            state=state,
             elapsed_s=time.monotonic() - began_at,
             step=int(job.get("step", 0)),
             n_steps=int(job.get("n_steps", 0)),

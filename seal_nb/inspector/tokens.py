@@ -4,6 +4,7 @@ Blue means more likely with the adapter, orange less likely. Colour is not the o
 bold if it rose and underlined if it fell. Pale tokens have no value: nothing predicts them, or they carry no loss.
 """
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from seal_nb.inspector.html import StaticView, heading, note, page
+from seal_nb.inspector.html import heading, note, page
 from seal_nb.protocol import ScoredText
 from seal_nb.views.style import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
 from seal_nb.views.tables import has_live_frontend
@@ -20,7 +21,7 @@ FULL_NATS = 4.0  # a change this large has the full colour
 MARKED_NATS = 1.0
 STRONGEST = 0.6  # opacity of the full colour: text stays readable on light and on dark background
 COLUMNS = 88  # characters in a line of the picture
-CHARACTER_IN, LINE_IN = 5.12 / 72, 0.2  # of DejaVu Sans Mono at 8.5 points
+CHARACTER_IN, LINE_IN = 8 / DPI, 0.2  # of DejaVu Sans Mono at 8.5 points: 8 pixels
 NO_VALUES = "This run has no values of single tokens. Train the self-edit below; the new one has them."
 LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
 
@@ -63,12 +64,12 @@ def named_texts(
     """
     order = ("gold", "passage", "train")
     named = []
-    wanted = [one for one in scored if not kinds or one.kind in kinds]
-    for one in sorted(wanted, key=lambda one: (order.index(one.kind), one.index)):
+    for one in sorted(scored, key=lambda one: (order.index(one.kind), one.index)):
         names = {"passage": "The passage", "train": f"Train sequence {one.index + 1}"}
         name = questions[one.index][0].rpartition("\n")[2] if one.kind == "gold" else names[one.kind]
         change = total_change(one)
-        named.append((name if change is None else f"{name} ({change:+.1f} nats)", one))
+        if not kinds or one.kind in kinds:
+            named.append((name if change is None else f"{name} ({change:+.1f} nats)", one))
     return named
 
 
@@ -84,7 +85,7 @@ class TokenTexts:
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if not self.texts:
-            return StaticView(page(note(NO_VALUES)), NO_VALUES)._repr_mimebundle_()
+            return {"text/html": page(note(NO_VALUES)), "text/plain": NO_VALUES}
         if has_live_frontend():
             return {"text/html": page(tokens_html(self.texts)), "text/plain": token_chart(self.texts).alt}
         return token_chart(self.texts)._repr_mimebundle_()
@@ -94,10 +95,8 @@ def tokens_html(texts: Sequence[tuple[str, ScoredText]]) -> str:
     """Headings and coloured texts. Hovering over a token shows its numbers."""
     if not texts:
         return note(NO_VALUES)
-    coloured = ["".join(map(_token_html, tokens_of(scored))) for _, scored in texts]
-    names = [heading(name) for name, _ in texts]
-    parts = [f'{name}<div class="sn-tokens">{text}</div>' for name, text in zip(names, coloured, strict=True)]
-    return note(LEGEND) + "".join(parts)
+    coloured = [(heading(name), "".join(map(_token_html, tokens_of(scored)))) for name, scored in texts]
+    return note(LEGEND) + "".join(f'{name}<div class="sn-tokens">{text}</div>' for name, text in coloured)
 
 
 def _token_html(token: Token) -> str:
@@ -114,57 +113,55 @@ def _token_html(token: Token) -> str:
 @styled
 def token_chart(texts: Sequence[tuple[str, ScoredText]]) -> Chart:
     """The same as a picture; ``alt`` describes it in words."""
-    lines: list[tuple[str, list[tuple[int, str, Token]]]] = []
+    drawn: list[tuple[int, int, str, Token | None]] = []  # row, column, text; None: a heading
+    n_rows = 0
     for name, scored in texts:
-        lines += [(name, [])] if name else []
-        lines += [("", line) for line in _wrapped(tokens_of(scored))]
-    chart = Chart(figsize=(COLUMNS * CHARACTER_IN + 0.2, (len(lines) + 1) * LINE_IN + 0.15), dpi=DPI)
-    axes = chart.add_subplot()
+        if name:
+            drawn.append((n_rows, 0, name[:COLUMNS], None))
+        placed = _placed(tokens_of(scored), n_rows + bool(name))
+        drawn += placed
+        n_rows = 1 + max((row for row, *_ in placed), default=n_rows)
+    width, height = COLUMNS * CHARACTER_IN + 0.2, (n_rows + 1) * LINE_IN + 0.15
+    chart = Chart(figsize=(width, height), dpi=DPI)
+    chart.set_layout_engine("none")
+    # Not laid out by matplotlib: a column of the axes is exactly as wide as a character.
+    axes = chart.add_axes((0.1 / width, 0.075 / height, 1 - 0.2 / width, 1 - 0.15 / height))
     axes.set_axis_off()
     axes.set_xlim(0, COLUMNS)
-    axes.set_ylim(len(lines) + 1, 0)
-    for row, (name, line) in enumerate(lines):
-        if name:
-            axes.text(0, row + 0.5, name[:COLUMNS], fontsize=8.5, va="center", weight="bold", color=INK)
-        for column, text, token in line:
-            _draw(axes, column, row, text, token)
-    axes.text(0, len(lines) + 0.5, LEGEND, fontsize=7.5, va="center", color=GREY)
+    axes.set_ylim(n_rows + 1, 0)
+    for row, column, text, token in drawn:
+        _draw(axes, row, column, text, token)
+    axes.text(0, n_rows + 0.5, LEGEND, fontsize=7.5, va="center", color=GREY)
     chart.alt = " ".join(f"{name}: {_in_words(scored)}" for name, scored in texts)
     return chart
 
 
-def _draw(axes: Axes, column: int, row: int, text: str, token: Token) -> None:
+def _draw(axes: Axes, row: int, column: int, text: str, token: Token | None) -> None:
+    if token is None:
+        axes.text(column, row + 0.5, text, fontsize=8.5, va="center", weight="bold", color=INK)
+        return
     change = token.change or 0.0
-    if token.opacity > 0.02:
-        style: dict[str, Any] = {"alpha": token.opacity, "linewidth": 0, "facecolor": BLUE if change > 0 else ORANGE}
-        axes.add_patch(Rectangle((column, row + 0.06), len(text), 0.88, **style))
-    weight, colour = "bold" if change >= MARKED_NATS else "normal", GREY if token.change is None else INK
+    colour = BLUE if change > 0 else ORANGE
+    axes.add_patch(Rectangle((column, row + 0.06), len(text), 0.88, alpha=token.opacity, linewidth=0, facecolor=colour))
     font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "va": "center"}
-    axes.text(column, row + 0.5, text, weight=weight, color=colour, **font)
+    font |= {"weight": "bold" if change >= MARKED_NATS else "normal", "color": GREY if token.change is None else INK}
+    axes.text(column, row + 0.5, text, **font)
     if change <= -MARKED_NATS:
         axes.plot([column, column + len(text)], [row + 0.92] * 2, color=INK, linewidth=0.8)
 
 
-def _wrapped(tokens: Sequence[Token]) -> list[list[tuple[int, str, Token]]]:
-    """Lines of (column, text, token). A token that does not fit goes to the next line; newlines are kept."""
-    lines: list[list[tuple[int, str, Token]]] = [[]]
-    column = 0
+def _placed(tokens: Sequence[Token], row: int) -> list[tuple[int, int, str, Token]]:
+    """Row, column, text and token. A token that does not fit goes to the next row; newlines end a row."""
+    placed, column = [], 0
     for token in tokens:
-        for number, part in enumerate(token.text.split("\n")):
-            if number:
-                lines.append([])
-                column = 0
-            if column and column + len(part) > COLUMNS:
-                lines.append([])
-                column, part = 0, part.lstrip(" ")
-            for start in range(0, len(part), COLUMNS):  # more than one piece only if the token is longer than a line
-                if start:
-                    lines.append([])
-                    column = 0
-                piece = part[start : start + COLUMNS]
-                lines[-1].append((column, piece, token))
+        for piece in re.findall(rf"\n|[^\n]{{1,{COLUMNS}}}", token.text):  # several only if longer than a row
+            if column and (piece == "\n" or column + len(piece) > COLUMNS):
+                row, column = row + 1, 0
+                piece = piece.lstrip(" ")
+            if piece.strip("\n"):
+                placed.append((row, column, piece, token))
                 column += len(piece)
-    return [line for line in lines if line] or [[]]
+    return placed
 
 
 def _in_words(scored: ScoredText) -> str:
