@@ -1,8 +1,8 @@
 """The front end: one loop between clients and workers. It never imports torch.
 
-One thread owns all sockets. `requests` decides what a request means, `queue` which worker gets it; this module
-receives, sends, and watches the time. It logs no content of requests. A client or a worker that leaves, sends rubbish
-or does not read cannot stop the loop.
+One thread owns the sockets of clients and workers. `requests` decides what a request means, `queue` which worker gets
+it; this module receives, sends, and watches the time. It logs no content of requests. A client or a worker that leaves,
+sends rubbish or does not read cannot stop the loop.
 """
 
 import json
@@ -183,7 +183,7 @@ class Workers:
 
     def _on_leaving(self, identity: bytes, message: Message) -> None:
         name = self.queue.workers[identity].about["worker_id"]
-        n_requeued = self.queue.leave(identity)
+        n_requeued, _ = self.queue.lose(identity, planned=True)
         self.meter.counts["requeued"] += n_requeued
         log.info("worker %s leaves; %d requests wait again", name, n_requeued)
 

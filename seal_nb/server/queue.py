@@ -135,23 +135,20 @@ class RequestQueue:
                 found[identity] = f"a request was not done within {timeout_s:g} s"
         return found
 
-    def leave(self, identity: bytes) -> int:
-        """A worker leaves as planned: its requests wait again without a counted try. Returns their number."""
-        requests = self._take_back(identity)
-        for request in requests:
-            request.tries -= 1
-            self._wait(request)
-        return len(requests)
+    def lose(self, identity: bytes, *, planned: bool = False) -> tuple[int, list[Request]]:
+        """A worker is lost, or leaves as `planned`, which costs its requests no try.
 
-    def lose(self, identity: bytes) -> tuple[int, list[Request]]:
-        """A worker is lost. Returns the number of requests that wait again, and those that are given up."""
-        taken = self._take_back(identity)
-        given_up = [request for request in taken if request.tries >= self.settings.max_tries]
+        Returns the number of requests that wait again, and those that are given up.
+        """
+        worker = self.workers.pop(identity, None)
+        taken = sorted(worker.requests.values(), key=lambda request: request.order) if worker else []
+        given_up = []
         for request in taken:
+            request.tries -= planned
             if request.tries < self.settings.max_tries:
                 self._wait(request)
-        for request in given_up:
-            del self.requests[request.key]
+            else:
+                given_up.append(self.requests.pop(request.key))
         return len(taken) - len(given_up), given_up
 
     def finish(self, identity: bytes, token: str) -> Request | None:
@@ -219,10 +216,6 @@ class RequestQueue:
             del self._waiting[client]
             self._turns.remove(client)
         return request
-
-    def _take_back(self, identity: bytes) -> list[Request]:
-        worker = self.workers.pop(identity, None)
-        return sorted(worker.requests.values(), key=lambda request: request.order) if worker else []
 
     def _release(self, identity: bytes, token: str) -> Request:
         self.workers[identity].alone = False

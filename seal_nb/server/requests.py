@@ -11,7 +11,7 @@ import hashlib
 import logging
 import struct
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,9 +75,7 @@ class Meter:
         self._forget(now)
         span_s = max(1.0, min(RATE_S, now - self.started_at))
         tokens = sum(tokens for _, tokens in self._recent)
-        return {
-            "jobs_per_min": round(60 * len(self._recent) / span_s, 2), "tokens_per_s": round(tokens / span_s, 2),
-        }  # fmt: skip
+        return {"jobs_per_min": round(60 * len(self._recent) / span_s, 2), "tokens_per_s": round(tokens / span_s, 2)}
 
     def _forget(self, now: float) -> None:
         while self._recent and now - self._recent[0][0] > RATE_S:
@@ -91,12 +89,12 @@ class AnswerCounts:
     """
 
     def __init__(self, path: Path) -> None:
-        self._answered: dict[bytes, int] = {}
+        self._answered: defaultdict[bytes, int] = defaultdict(int)
         self._in_work: dict[bytes, int] = {}
         raw = path.read_bytes() if path.exists() else b""
         size = len(raw) - len(raw) % ENTRY.size  # a torn last entry is dropped
         for content, number in ENTRY.iter_unpack(raw[:size]):
-            self._answered[content] = self._answered.get(content, 0) | 1 << number
+            self._answered[content] |= 1 << number
         self._unsaved = b""
         self._file = path.open("ab", buffering=0)
         self._file.truncate(size)
@@ -117,7 +115,7 @@ class AnswerCounts:
         """The number counts from now on, also where the disk is full."""
         self.dropped(content, number)
         key = bytes.fromhex(content)
-        self._answered[key] = self._answered.get(key, 0) | 1 << number
+        self._answered[key] |= 1 << number
         self._unsaved += ENTRY.pack(key, number)
         self.save()
 

@@ -71,11 +71,12 @@ S = TypeVar("S", bound=Settings)
 def parse(kind: type[S], argv: Sequence[str] | None, *, prog: str, description: str, **defaults: Any) -> S:
     """Settings from a command line with one option for each field; `defaults` replace declared ones."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
+    readers: dict[Any, Any] = {bool: _truth, Path | None: Path}
     for one in fields(kind):
         default = defaults.get(one.name, one.default)
         text = one.metadata["text"] + (f" (default: {default})" if default not in ("", None) else "")
         name, metavar = f"--{one.name.replace('_', '-')}", one.name.rpartition("_")[2].upper()
-        parser.add_argument(name, type=option_type(one.type), default=default, metavar=metavar, help=text)
+        parser.add_argument(name, type=readers.get(one.type, one.type), default=default, metavar=metavar, help=text)
     return kind(**vars(parser.parse_args(argv)))
 
 
@@ -85,11 +86,6 @@ def command(settings: Settings) -> list[str]:
     values = {one.name: getattr(settings, one.name) for one in fields(settings)}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
     return [sys.executable, "-m", f"seal_nb.server.{module}", *options]
-
-
-def option_type(kind: Any) -> Any:
-    """The function that reads a command-line option of this type; for bool it reads "true" and "false"."""
-    return {bool: _truth, Path | None: Path}.get(kind, kind)
 
 
 def _truth(text: str) -> bool:

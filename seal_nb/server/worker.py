@@ -105,12 +105,12 @@ class Link(threading.Thread):
         dealer = self._connected()
         next_beat = 0.0
         while True:
-            poller = zmq.Poller()
-            poller.register(dealer, zmq.POLLIN)
-            poller.register(self._inside, zmq.POLLIN)
-            ready = dict(poller.poll(max(1, int(1000 * (next_beat - time.monotonic())))))
-            if self._inside in ready and not self._pass_on(dealer):
-                break
+            wait_s = max(0.001, next_beat - time.monotonic())
+            ready, _, _ = zmq.select([dealer, self._inside], [], [], wait_s)
+            if self._inside in ready:
+                if (frames := self._inside.recv_multipart()) == [b""]:  # `close` was called
+                    break
+                dealer.send_multipart(frames)
             if dealer in ready:
                 self._receive(dealer)
             if time.monotonic() >= next_beat:
@@ -124,15 +124,6 @@ class Link(threading.Thread):
         endpoint = read_endpoint(self.settings.endpoint_file)
         name = self.worker_id.encode()[:255]
         return connected(self._context, endpoint, "worker", name=name, key_file=self.settings.key_file)
-
-    def _pass_on(self, dealer: Socket) -> bool:
-        """Send what the main thread has for the front end; False if it closes the link."""
-        while self._inside.poll(0):
-            frames = self._inside.recv_multipart()
-            if frames == [b""]:
-                return False
-            dealer.send_multipart(frames)
-        return True
 
     def _receive(self, dealer: Socket) -> None:
         while dealer.poll(0):

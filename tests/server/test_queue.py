@@ -134,7 +134,7 @@ def test_a_last_try_runs_alone_and_is_not_starved_by_new_requests():
 def test_leaving_in_good_order_costs_no_try():
     queue = queue_of(job("j"), max_tries=1)
     list(queue.assignments(now=0))
-    assert queue.leave(b"w0") == 1 and queue.requests["j"].tries == 0
+    assert queue.lose(b"w0", planned=True) == (1, []) and queue.requests["j"].tries == 0
     join(queue, b"w1", capacity=1, now=0)
     assert len(list(queue.assignments(now=0))) == 1
 
@@ -235,7 +235,7 @@ class AnyHistory(RuleBasedStateMachine):
         identity = pick.choice(sorted(self.queue.workers))
         self.void += [(identity, token) for token in self.queue.workers[identity].requests]
         if how == "leave":
-            self.queue.leave(identity)
+            self.queue.lose(identity, planned=True)
         else:
             for one in self.queue.lose(identity)[1]:
                 self.end(one.key)
