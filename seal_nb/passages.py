@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.storage import read_json, runs_folder, write_json
+from seal_nb.storage import read_json, read_text, runs_folder, write_json
 
 CSV_COLUMNS = ("title", "context", "question", "answer")
 _HEADING = re.compile(r"#\s+(?P<title>\S.*)")
@@ -37,13 +37,7 @@ Placed = tuple[int | str, Any]  # 0 or "line 3", and the item
 
 def _read_text_file(path: Path) -> list[Placed]:
     """The items of a CSV, TSV, JSONL or Markdown file. Raises: DataError with path, line and field."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError("no such file", path=path, remedy="check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", path=path, remedy="save it as UTF-8") from error
-    items = list(READERS[path.suffix.lower()](path, text))
+    items = list(READERS[path.suffix.lower()](path, read_text(path)))
     if not items:
         raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
     return items

@@ -17,11 +17,9 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -84,17 +82,16 @@ def write_text(path: str | Path, text: str) -> Path:
     """Write a file whole or not at all: if anything fails (a full disk), an existing file stays as it was."""
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         # Half a surrogate pair has no UTF-8 form; its escape is the same JSON.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(target)
+        temporary.replace(target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
     return Path(path)
@@ -113,7 +110,7 @@ def read_text(path: str | Path) -> str:
     except FileNotFoundError as error:
         raise DataError("no such file", path=path, remedy="check the path") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}", path=path, remedy="write the file again") from error
+        raise DataError(f"not UTF-8: {error}", path=path, remedy="save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", path=path, remedy="copy the file again") from error
 
@@ -210,30 +207,27 @@ def read_journal(path: str | Path) -> dict[str, Any]:
     return {key: record for key, record, _ in _journal_lines(Path(path))}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """The settings, seeds and versions that made a result."""
-
-    stage: str
-    settings: Mapping[str, Any]
-    seeds: Mapping[str, int] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
-    git_revision: str = field(default_factory=lambda: git_revision())
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON value, with absolute paths cut to their last part and without host names."""
-        return {**asdict(self), "settings": _without_places(dict(self.settings))}
-
-
 def record_path(result: str | Path) -> Path:
-    """The record's path: ``run_x.json`` → ``run_x.record.json``."""
+    """The path of a result's record: ``run_x.json`` → ``run_x.record.json``."""
     name = Path(result).name.removesuffix(".gz")
     return Path(result).with_name(f"{name.rsplit('.', 1)[0]}.record.json")
 
 
-def write_record(result: str | Path, record: RunRecord) -> Path:
-    """Write the record of a result into the same folder."""
-    return write_json(record_path(result), record.to_json())
+def write_record(
+    result: str | Path, *, stage: str, settings: Mapping[str, Any], seeds: Mapping[str, int] | None = None
+) -> Path:
+    """Write the settings, seeds and versions that made a result next to it.
+
+    Absolute paths are cut to their last part, and host names are left out.
+    """
+    record = {
+        "stage": stage,
+        "settings": _without_places(settings),
+        "seeds": seeds or {},
+        "versions": package_versions(),
+        "git_revision": git_revision(),
+    }
+    return write_json(record_path(result), record)
 
 
 def package_versions() -> dict[str, str]:
@@ -252,10 +246,7 @@ def git_revision(root: Path = _PROJECT_ROOT) -> str:
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():  # installed inside another project's checkout
         return "unknown"
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit is None:
-        return "unknown"
-    return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
 
 
 def _git(root: Path, *arguments: str) -> str | None:
@@ -320,12 +311,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def _finite(obj: object) -> object:

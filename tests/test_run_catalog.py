@@ -11,7 +11,7 @@ from seal_nb.errors import DataError
 from seal_nb.results.collect import collect, read_run
 from seal_nb.results.compare import compare, difference_sentence, settings_difference
 from seal_nb.results.continual import summarize_sequences
-from seal_nb.storage import RunRecord, write_json, write_record
+from seal_nb.storage import write_json, write_record
 
 
 def run_file(path: Path, right_P: list[bool], **fields: Any) -> Path:
@@ -86,7 +86,7 @@ def test_settings_that_differ_are_told_by_dotted_name_from_the_record_or_the_fil
     files = [run_file(tmp_path / f"{name}.json", [True], lora_params={"lr": lr}) for name, lr in (("a", 1), ("b", 2))]
     assert differing(*files) == [["lora_params.lr", "1", "2"]]
     for file, rank in zip(files, (8, 32), strict=True):
-        write_record(file, RunRecord(stage="03", settings={"training": {"lora_rank": rank}}, seeds={"seed": 42}))
+        write_record(file, stage="03", settings={"training": {"lora_rank": rank}}, seeds={"seed": 42})
     assert differing(*files) == [["settings.training.lora_rank", "8", "32"]]
     assert differing(files[0], files[0]) == []
 

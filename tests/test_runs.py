@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from seal_nb.errors import DataError, RunMismatch
 from seal_nb.storage import (
     Journal,
-    RunRecord,
     content_id,
     derived_seed,
     git_revision,
@@ -224,9 +223,7 @@ def test_a_record_lies_beside_its_result_and_names_no_place(tmp_path: Path) -> N
         "lora_rank": 32,
         "nested": {"paths": ["~/x/y.json", "shipped:val"]},
     }
-    written = write_record(
-        tmp_path / "run_x.json", RunRecord(stage="03_query_server", settings=settings, seeds={"seed": 42})
-    )
+    written = write_record(tmp_path / "run_x.json", stage="03_query_server", settings=settings, seeds={"seed": 42})
     assert written == record_path(tmp_path / "run_x.json") == tmp_path / "run_x.record.json"
     record = read_json(written)
     assert record["settings"] == {

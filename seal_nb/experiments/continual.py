@@ -35,7 +35,7 @@ from seal_nb.results.continual import (
     summarize_sequences,
     verdict_row,
 )
-from seal_nb.storage import Journal, RunRecord, runs_folder, write_json, write_record
+from seal_nb.storage import Journal, runs_folder, write_json, write_record
 from seal_nb.views import plots
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def continual(
         ]
         summary = summarize_sequences(result.matrices(name), dataset=Path(dataset).name, base_model=ttt.model_id)
         path = write_json(folder / summary_file_name(name), summary | {"strategy": name, "sequences": records})
-        write_record(path, RunRecord(stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed}))
+        write_record(path, stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed})
     return result
 
 

@@ -24,7 +24,7 @@ from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import CPT
 from seal_nb.sft.settings import METHODS, SftJob, SftResult, SftSettings
-from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record, write_text
+from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
 from seal_nb.views.live import Teller
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def cpt(
     for arm, one in settings.items():
         value = build_cpt_run(passages, requests[arm], replies[arm], one, **about)
         path = write_json(folder / cpt_file_name(one), value)
-        write_record(path, RunRecord(stage="04_cpt", settings=asdict(one), seeds={"seed": seed}))
+        write_record(path, stage="04_cpt", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = CptRun(value=value, path=path, passages=passages)
     return Cpt(passages, runs, {arm: replies[arm].epoch_losses for arm in settings}, control)
 

@@ -13,7 +13,7 @@ from seal_nb.passages import Passage, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
 from seal_nb.self_edits import create_self_edits as written_by
 from seal_nb.self_edits import train_sequences
-from seal_nb.storage import Journal, RunRecord, read_journal, runs_folder, write_json, write_record
+from seal_nb.storage import Journal, read_journal, runs_folder, write_json, write_record
 from seal_nb.views import plots
 from seal_nb.views.live import Teller
 
@@ -155,7 +155,7 @@ def create_self_edits(
         "k_completions": k_completions,
         "sampling": asdict(sampling),
     }
-    write_record(path, RunRecord(stage="01_create_self_edits", settings=made, seeds={"seed": seed}))
+    write_record(path, stage="01_create_self_edits", settings=made, seeds={"seed": seed})
     texts = list(read_journal(folder / "journal.jsonl").values())
     cut = sum(text["finish_reason"] == "length" for text in texts)
     n_tokens = sum(text["n_tokens"] for text in texts)

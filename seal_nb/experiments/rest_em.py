@@ -22,7 +22,7 @@ from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, counted, mean_inte
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
-from seal_nb.storage import RunRecord, runs_folder, write_record, write_text
+from seal_nb.storage import runs_folder, write_record, write_text
 from seal_nb.views import plots
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ class RestEmRound:
         job = SftJob(sft_file=self.sft_file, model=model, model_dir=place, settings=settings, n_threads=n_threads)
         result = run_job(job, n_processes=n_processes, sharding=sharding)
         made = {"model": model, "n_processes": n_processes, "sharding": sharding, **asdict(settings)}
-        record = RunRecord(stage="05_rest_em_round", settings=made, seeds={"seed": settings.seed})
-        write_record(place.with_suffix(".json"), record)
+        seeds = {"seed": settings.seed}
+        write_record(place.with_suffix(".json"), stage="05_rest_em_round", settings=made, seeds=seeds)
         return result
 
 
@@ -167,7 +167,7 @@ def rest_em_round(
     path = runs_folder(folder) / sft_file_name(run, k_best=k_best, exp_name=exp_name)
     write_sft_file(path, rows)
     rule = {"run_json": run.path.name, "k_best": k_best, "drop_no_gain": drop_no_gain, "tie_break": tie_break}
-    write_record(path, RunRecord(stage="05_rest_em_round", settings=rule))
+    write_record(path, stage="05_rest_em_round", settings=rule)
     return RestEmRound(run, choices, rows, path)
 
 

@@ -35,7 +35,7 @@ from seal_nb.results.run import KINDS, VERDICT_WORDS, Run, frame
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.results.statistics import mean
 from seal_nb.self_edits import train_sequences as sequences_of_text
-from seal_nb.storage import Journal, RunRecord, derived_seed, runs_folder, write_json, write_record
+from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record
 from seal_nb.views import plots
 from seal_nb.views.live import Teller
 
@@ -228,7 +228,7 @@ def evaluate(
     for arm, one in settings.items():
         value = build_run(texts[arm], loops[arm], replies, one, failures=collected.failures, **about)
         path = write_json(folder / run_file_name(exp_name, arm), value)
-        write_record(path, RunRecord(stage="03_query_server", settings=asdict(one), seeds={"seed": seed}))
+        write_record(path, stage="03_query_server", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = SinglePassageRun(value=value, path=path)
         for loop in loops[arm]:
             if (reply := replies.get(loop.request_id)) is not None and reply.epoch_losses:

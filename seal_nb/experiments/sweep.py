@@ -19,7 +19,7 @@ from seal_nb.metrics import paired_difference, written_value
 from seal_nb.passages import Passage
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.results.statistics import mean
-from seal_nb.storage import Journal, RunRecord, runs_folder, write_record
+from seal_nb.storage import Journal, runs_folder, write_record
 from seal_nb.views import plots
 
 if TYPE_CHECKING:
@@ -113,9 +113,7 @@ def sweep(
     result.frame().to_csv(folder / "sweep.csv", index=False)
     result.plot().savefig(folder / "sweep.png")
     made = {"dataset": Path(dataset).name, "n_articles": len(passages), "model": ttt.model_id, **asdict(fixed)}
-    write_record(
-        folder / "sweep.csv", RunRecord(stage="09_sweep", settings={"grid": values, **made}, seeds={"seed": seed})
-    )
+    write_record(folder / "sweep.csv", stage="09_sweep", settings={"grid": values, **made}, seeds={"seed": seed})
     return result
 
 

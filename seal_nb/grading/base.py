@@ -1,5 +1,6 @@
 """The interface of a grader: question, gold answer and given answer in, a verdict out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -35,6 +36,26 @@ class Grader(Protocol):
     name: str
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]: ...
+
+
+def without_asking(one: Answered) -> Verdict | None:
+    """An empty answer is wrong by definition; no answer can be compared with an empty gold answer; None: grade it."""
+    if not one.answer.strip():
+        return Verdict.INCORRECT
+    return None if one.gold.strip() else Verdict.UNGRADED
+
+
+class Rule(ABC):
+    """A grader that computes each verdict from the texts alone."""
+
+    name: str
+
+    def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
+        return [without_asking(one) or IN_WORDS[self.is_correct(one)] for one in answered]
+
+    @abstractmethod
+    def is_correct(self, one: Answered) -> bool | None:
+        """Of an answer and a gold answer that are not empty; None if it cannot be told."""
 
 
 def asked_about(one: Answered) -> tuple[str, str]:

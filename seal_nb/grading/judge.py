@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl
 from seal_nb.engines.api import CONCERNS_ALL, ApiClient, ApiSettings, Ask, Refused
 from seal_nb.engines.base import Sampling
 from seal_nb.errors import EngineError, GradingError, SettingsError
-from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.base import Answered, Verdict, without_asking
 from seal_nb.models import cache_dir
 from seal_nb.prompts import grading_prompt
 from seal_nb.storage import content_id
@@ -106,15 +106,17 @@ class JudgeGrader:
         """
         no_use = threading.Event()  # set after a failure that every call would have
         calls: dict[str, Future[Verdict]] = {}
-        prompts = [_prompt(one) for one in answered]
-        for prompt in dict.fromkeys(filter(None, prompts)):
+        settled = [without_asking(one) for one in answered]
+        prompts = [grading_prompt(one.title, one.question, one.gold, one.answer) for one in answered]
+        asked = [prompt for prompt, verdict in zip(prompts, settled, strict=True) if verdict is None]
+        for prompt in dict.fromkeys(asked):
             calls[prompt] = self.client.threads.submit(lambda prompt=prompt: self._verdict(prompt, no_use))  # type: ignore[misc]
         try:
             verdicts = {prompt: call.result() for prompt, call in calls.items()}
         finally:
             for call in calls.values():
                 call.cancel()
-        return [verdicts.get(prompt) or _without_asking(one) for prompt, one in zip(prompts, answered, strict=True)]
+        return [verdict or verdicts[prompt] for verdict, prompt in zip(settled, prompts, strict=True)]
 
     def _verdict(self, prompt: str, no_use: threading.Event) -> Verdict:
         if no_use.is_set():
@@ -166,15 +168,3 @@ class JudgeGrader:
         message = {"role": "user", "content": prompt}
         reply = self.client.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
         return {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
-
-
-def _prompt(one: Answered) -> str:
-    """The question to the judge; empty if an answer or a gold answer is missing."""
-    if not one.answer.strip() or not one.gold.strip():
-        return ""
-    return grading_prompt(one.title, one.question, one.gold, one.answer)
-
-
-def _without_asking(one: Answered) -> Verdict:
-    """An empty answer is wrong by definition; no answer can be compared with an empty gold answer."""
-    return Verdict.UNGRADED if one.answer.strip() else Verdict.INCORRECT

@@ -12,9 +12,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 
-from seal_nb.grading.base import Answered, Verdict, asked_about
+from seal_nb.grading.base import Answered, Rule, asked_about
 from seal_nb.grading.rules import EMPTY_WORDS, FUNCTION_WORDS, Word, folded, sentences, trigrams, words_of
 
 _KINDS_OF_QUESTION = {
@@ -63,11 +64,12 @@ def read_answer(answer: str) -> Said:
     return Said(text=text, words=words_of(text))
 
 
-def read_question(question: str, gold: str, title: str = "") -> Asked:
-    """Raises: ValueError if the gold answer has no word in it."""
+@lru_cache(maxsize=2_000)
+def read_question(question: str, gold: str, title: str = "") -> Asked | None:
+    """None if the gold answer has no word in it."""
     gold_words, asked_words = words_of(folded(gold)), words_of(folded(question))
     if not gold_words:
-        raise ValueError(f"gold answer {gold!r} has no word in it")
+        return None
     content = tuple(word for word in gold_words if word.text not in FUNCTION_WORDS) or tuple(gold_words)
     keys = frozenset(word.key for word in asked_words if word.text not in FUNCTION_WORDS)
     title_keys = {word.key for word in words_of(folded(title))}
@@ -224,11 +226,11 @@ def _overlap(keys: frozenset[str], words: Sequence[Word]) -> float:
     return len(keys & {word.key for word in words}) / len(keys) if keys else 0.0
 
 
-class LocalGrader:
+class LocalGrader(Rule):
     """Grades some 4,000 answers a second on one core.
 
-    An empty answer is INCORRECT. The gold answer itself is CORRECT. An answer that has nothing of it, or denies it, is
-    INCORRECT. The model decides the rest. An empty gold answer leaves an answer UNGRADED.
+    The gold answer itself is CORRECT. An answer that has nothing of it, or denies it, is INCORRECT. The model decides
+    the rest.
     """
 
     name = "local"
@@ -239,27 +241,13 @@ class LocalGrader:
         self.weights: dict[str, float] = stored["weights"]
         self.threshold: float = stored["threshold"]
 
-    def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        read: dict[tuple[str, str, str], Asked | None] = {}
-        return [self._verdict(one, read) for one in answered]
-
-    def _verdict(self, one: Answered, read: dict[tuple[str, str, str], Asked | None]) -> Verdict:
-        if not one.answer.strip():
-            return Verdict.INCORRECT
-        if not one.gold.strip():
-            return Verdict.UNGRADED
-        key = (one.question, one.gold, one.title)
-        if key not in read:
-            title, question = asked_about(one)
-            has_words = bool(words_of(folded(one.gold)))
-            read[key] = read_question(question, one.gold, title) if has_words else None
-        if (asked := read[key]) is None:  # the gold answer is a sign, such as "§"
-            is_correct = one.gold.strip() in one.answer
-        else:
-            said = read_answer(one.answer)
-            is_gold = "".join(word.text for word in said.words) == asked.gold_letters
-            is_correct = is_gold or self._is_likely(asked, said)
-        return Verdict.CORRECT if is_correct else Verdict.INCORRECT
+    def is_correct(self, one: Answered) -> bool:
+        title, question = asked_about(one)
+        asked = read_question(question, one.gold, title)
+        if asked is None:  # the gold answer is a sign, such as "§"
+            return one.gold.strip() in one.answer
+        said = read_answer(one.answer)
+        return "".join(word.text for word in said.words) == asked.gold_letters or self._is_likely(asked, said)
 
     def _is_likely(self, asked: Asked, said: Said) -> bool:
         """P(CORRECT) = 1 / (1 + exp(-(intercept + sum of weight * feature))) is above the threshold."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from seal_nb.grading.base import Answered, Verdict, asked_about
+from seal_nb.grading.base import Answered, Rule, asked_about
 
 _CARDINALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
@@ -157,30 +157,22 @@ def token_f1(gold: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-class ExactGrader:
+class ExactGrader(Rule):
     """CORRECT if the first line of the answer is the gold answer."""
 
     name = "exact"
 
-    def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        return [_verdict(one, exact_match(one.gold, one.answer)) for one in answered]
+    def is_correct(self, one: Answered) -> bool:
+        return exact_match(one.gold, one.answer)
 
 
-class F1Grader:
+class F1Grader(Rule):
     """CORRECT if the first line of the answer has a token F1 of at least 0.5 with the gold answer."""
 
     name = "f1"
 
-    def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        return [_verdict(one, token_f1(one.gold, one.answer) >= F1_NEEDED) for one in answered]
-
-
-def _verdict(one: Answered, is_match: bool) -> Verdict:
-    if not one.answer.strip():
-        return Verdict.INCORRECT
-    if not one.gold.strip():
-        return Verdict.UNGRADED
-    return Verdict.CORRECT if is_match else Verdict.INCORRECT
+    def is_correct(self, one: Answered) -> bool:
+        return token_f1(one.gold, one.answer) >= F1_NEEDED
 
 
 RECALL_NEEDED = 0.6
@@ -193,25 +185,18 @@ _RECALL_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _RECALL_DASHES = re.compile("[-–—]")
 
 
-class RecallGrader:
+class RecallGrader(Rule):
     """At least 60 % of the novel gold words, and every gold word with a digit, must be in the answer."""
 
     name = "recall"
 
-    def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        return [self._verdict(one) for one in answered]
-
-    def _verdict(self, one: Answered) -> Verdict:
-        if not one.answer.strip():
-            return Verdict.INCORRECT
+    def is_correct(self, one: Answered) -> bool | None:
         _, question = asked_about(one)
         gold, asked, said = _tokens(one.gold), set(_tokens(question)), set(_tokens(one.answer))
         novel = [token for token in gold if token not in asked] or gold
-        if not novel:
-            return Verdict.UNGRADED
         has_numbers = all(token in said for token in gold if not token.isalpha())
         n_found = sum(token in said for token in novel)
-        return Verdict.CORRECT if has_numbers and n_found >= RECALL_NEEDED * len(novel) - 1e-9 else Verdict.INCORRECT
+        return (has_numbers and n_found >= RECALL_NEEDED * len(novel) - 1e-9) if novel else None
 
 
 def _tokens(text: str) -> list[str]:

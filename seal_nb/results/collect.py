@@ -264,15 +264,14 @@ class Collection:
         }
 
     def _best_arm(self, prompt_key: str) -> str | None:
-        arms = {arm: estimate for arm, run in self.arms(prompt_key).items() if (estimate := run.estimate())}
-        if not arms:
+        found = [(run, estimate) for run in self.arms(prompt_key).values() if (estimate := run.estimate())]
+        most = max((estimate.n for _, estimate in found), default=0)  # one passage tried by hand is no evaluation
+        whole = [(run, estimate) for run, estimate in found if estimate.n == most]
+        if not whole:
             return None
-        most = max(estimate.n for estimate in arms.values())  # one passage tried by hand is no evaluation
-        whole = [arm for arm in arms if arms[arm].n == most]
-        best = max(whole, key=lambda arm: arms[arm].mean)
-        runs = self.arms(prompt_key)
-        baseline = next((found for arm in whole if (found := runs[arm].estimate("baseline"))), None)
-        return f"{best} {_percent(arms[best])}, baseline {_percent(baseline)}"
+        best, accuracy = max(whole, key=lambda pair: pair[1].mean)
+        baseline = next((one for run, _ in whole if (one := run.estimate("baseline"))), None)
+        return f"{best.arm} {_percent(accuracy)}, baseline {_percent(baseline)}"
 
     def _last_edit(self) -> str | None:
         ends = [(run.stored_mean("adapter"), run.stored_mean("baseline")) for run in self.continual]
