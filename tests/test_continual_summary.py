@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from seal_nb.errors import DataError
 from seal_nb.results.continual import (
+    ContinualRun,
     Matrix,
     aggregate_summaries,
     continual_estimates,
     continual_matrix,
-    never_edited_so_far,
-    seen_so_far,
     summarize_sequences,
     was_asked,
 )
@@ -123,6 +122,7 @@ def test_one_passage_has_no_forgetting_to_speak_of() -> None:
 
 
 def test_the_curve_is_over_the_passages_edited_so_far() -> None:
-    curve = seen_so_far([FORGETTING])
-    assert [estimate.mean for estimate in curve] == pytest.approx([1.0, 0.75, 2 / 3])
-    assert never_edited_so_far([[[0.2, 0.4], [1, None], [1, 1]]]) == pytest.approx([0.2, 0.3])
+    curve = ContinualRun(value=summary([FORGETTING])).curve()
+    assert list(curve.accuracy) == pytest.approx([1.0, 0.75, 2 / 3])
+    curve = ContinualRun(value=summary([[[0.2, 0.4], [1, None], [1, 1]]])).curve()
+    assert list(curve.never_edited) == pytest.approx([0.2, 0.3])

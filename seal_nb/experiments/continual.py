@@ -27,10 +27,10 @@ from seal_nb.metrics import Verdicts
 from seal_nb.passages import Passage
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.results.continual import (
+    ContinualRun,
+    Matrix,
     continual_estimates,
     continual_matrix,
-    never_edited_so_far,
-    seen_so_far,
     strategy_rows,
     summarize_sequences,
     verdict_row,
@@ -64,12 +64,12 @@ class Continual(dict[str, list[list[list[Verdicts | None]]]]):
         """One matrix for each sequence: row t, column p is the accuracy on passage p after t edits."""
         return [continual_matrix(rows) for rows in self[strategy]]
 
-    def mean_matrix(self, strategy: str) -> list[list[float | None]]:
+    def mean_matrix(self, strategy: str) -> Matrix:
         """The matrix averaged over sequences."""
-        means: list[list[float | None]] = summarize_sequences(self.matrices(strategy), dataset="", base_model="")[
-            "mean_over_sequences"
-        ]
-        return means
+        return self._run(strategy).mean
+
+    def _run(self, strategy: str) -> ContinualRun:
+        return ContinualRun(value=summarize_sequences(self.matrices(strategy), dataset="", base_model=""))
 
     def estimates(self) -> "pd.DataFrame":
         """Strategy, quantity, mean and 95 % interval; differences are paired over sequences."""
@@ -97,9 +97,9 @@ class Continual(dict[str, list[list[list[Verdicts | None]]]]):
 
     def plot_curve(self, strategy: str) -> "Figure":
         """Accuracy on all passages so far after each edit, and of the model that was never edited."""
-        own, means = self.matrices(strategy), self.mean_matrix(strategy)
-        just_edited = [means[t][t - 1] for t in range(1, len(means))]
-        return plots.plot_continual_curve(seen_so_far(own), never_edited_so_far(own), just_edited=just_edited)
+        run = self._run(strategy)
+        curve = run.curve()
+        return plots.plot_continual_curve(run.seen(), curve["never_edited"], just_edited=curve["just_edited"])
 
 
 def continual(

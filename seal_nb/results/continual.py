@@ -64,9 +64,10 @@ class ContinualRun(Run):
 
     def seen(self) -> list[Estimate]:
         """After each edit the accuracy on the passages edited so far; without matrices, means without intervals."""
+        steps = range(1, len(self.mean))
         if self.matrices:
-            return seen_so_far(self.matrices)
-        means = [mean(self.mean[step][:step]) for step in range(1, len(self.mean))]
+            return [mean_interval([matrix[step][:step] for matrix in self.matrices], unit=self.unit) for step in steps]
+        means = [mean(self.mean[step][:step]) for step in steps]
         known = [math.nan if value is None else value for value in means]
         return [Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit) for value in known]
 
@@ -344,22 +345,6 @@ def strategy_rows(matrices_of: Mapping[str, Sequence[Matrix]]) -> list[dict[str,
             else paired_difference(final, first, unit="sequences").sentence(),
         }
         for name, final in finals.items()
-    ]
-
-
-def seen_so_far(matrices: Sequence[Matrix]) -> list[Estimate]:
-    """After edit 1, 2, …: mean accuracy on the passages edited so far, with intervals over sequences."""
-    return [
-        mean_interval([matrix[step][:step] for matrix in matrices], unit="sequences")
-        for step in range(1, _check_equal_sizes(matrices) + 1)
-    ]
-
-
-def never_edited_so_far(matrices: Sequence[Matrix]) -> list[float | None]:
-    """The same passages asked of the model before any edit: what editing is compared with."""
-    return [
-        mean([value for matrix in matrices for value in matrix[0][:step]])
-        for step in range(1, _check_equal_sizes(matrices) + 1)
     ]
 
 

@@ -64,7 +64,8 @@ def published_statistics(
         "mean_adapter_std_within_completions": mean(within),
         "mean_gain": after_mean - before_mean if known else None,  # type: ignore[operator]
     }
-    return [_all_rounded(article) for article in articles], _all_rounded(overall)
+    rounded_P = [{name: rounded(value) for name, value in article.items()} for article in articles]
+    return rounded_P, {name: rounded(value) for name, value in overall.items()}
 
 
 def _article_stats(stats_E: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -92,7 +93,3 @@ def sample_std(values: Scores) -> float | None:
 
 def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _all_rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: rounded(value) for name, value in values.items()}
