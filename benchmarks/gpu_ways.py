@@ -20,10 +20,9 @@ from benchmarks.slots import drive
 from benchmarks.workload import ASKED_PER_PASSAGE
 from seal_nb.grading.choose import make_grader
 from seal_nb.inner_loop.evaluation import train_job
-from seal_nb.inner_loop.loop import InnerLoop
+from seal_nb.inner_loop.loop import USUAL_SIZES, InnerLoop
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import TTTRequest
-from seal_nb.ttt.trainer import usual_slots
 
 ROUND = 750  # requests: 50 passages, 5 self-edits, 3 times
 PADDED_STEPS = 3
@@ -88,7 +87,7 @@ def round_in_slots(machine: Machine) -> Iterator[Piece]:
 def _n_requests(machine: Machine) -> int:
     """Of whole passages, from the speed of five steps; a fifth of the time is left for answers."""
     s = machine.settings
-    trainer, jobs = in_swing(machine, s.round_slots or usual_slots(machine.device))
+    trainer, jobs = in_swing(machine, s.round_slots or USUAL_SIZES["cuda"][0])
     step_s = machine.seconds(partial(many_steps, trainer, 5)) / 5
     n = 0.8 * s.round_seconds / step_s * len(jobs) / statistics.mean(job.n_steps for job in jobs)
     return ASKED_PER_PASSAGE * max(1, min(ROUND // ASKED_PER_PASSAGE, round(n / ASKED_PER_PASSAGE)))

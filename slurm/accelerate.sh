@@ -1,6 +1,6 @@
 #!/bin/bash
 # accelerate launch on one of the nodes of a job. srun starts it on each: srun slurm/accelerate.sh --num_processes …
-# -m MODULE …, which is what 05_rest_em_round does (seal_nb/sft/launch.py). They meet on the job's first node.
+# -m MODULE …, which is what 05_rest_em_round does (seal_nb/sft/train.py). They meet on the job's first node.
 
 exec python -m accelerate.commands.launch \
     --num_machines "$SLURM_NNODES" \

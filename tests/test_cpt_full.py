@@ -20,7 +20,7 @@ from seal_nb.protocol import EvalQuestion
 from seal_nb.results.collect import read_run
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import TTTServer
-from seal_nb.sft.settings import SftSettings
+from seal_nb.sft.settings import SftJob, SftSettings
 from seal_nb.sft.train import train_sft
 from tests.test_notebooks import run, shown
 from tests.ttt.tiny import save_tiny_model
@@ -62,7 +62,8 @@ def text_rows(folder: Path, texts: list[str]) -> Path:
 def test_all_weights_are_trained_as_plain_transformers_would_train_them(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     sft = sft_settings(CPTSettings(method="full", training=TRAINING), seed=5)
-    done = train_sft(text_rows(tmp_path, TEXTS), model=str(base), model_dir=tmp_path / "new", settings=sft)
+    file = text_rows(tmp_path, TEXTS)
+    done = train_sft(SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "new", settings=sft))
     assert (done.n_steps, done.n_examples, done.n_tokens) == (4, 5, 2 * sum(map(len, TEXTS)))
     start = AutoModelForCausalLM.from_pretrained(base).state_dict()
     theirs = trained_alone(base, sft)
@@ -76,13 +77,10 @@ def test_all_weights_are_trained_as_plain_transformers_would_train_them(tmp_path
 
 def test_a_text_without_anything_to_predict_is_refused(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
+    file = text_rows(tmp_path, ["two", "x"])
+    settings = SftSettings(method="full")
     with pytest.raises(DataError, match=r"field 'text': 'x' has no token to predict; leave it out"):
-        train_sft(
-            text_rows(tmp_path, ["two", "x"]),
-            model=str(base),
-            model_dir=tmp_path / "new",
-            settings=SftSettings(method="full"),
-        )
+        train_sft(SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "new", settings=settings))
 
 
 @pytest.fixture(scope="module")

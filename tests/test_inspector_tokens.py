@@ -11,7 +11,6 @@ from seal_nb.inner_loop.loop import InnerLoop
 from seal_nb.inner_loop.scores import pieces
 from seal_nb.inspector.tokens import token_chart, tokens_html, tokens_of, total_change
 from seal_nb.protocol import ScoredText, TTTReply
-from seal_nb.ttt.trainer import Progress
 from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures
 
 SEQUENCES = ["T\nthe lamp is on the hill", "T\nc"]
@@ -89,8 +88,9 @@ def test_a_letter_of_several_tokens_stands_once_in_its_text(loop: InnerLoop) -> 
 
 def test_progress_counts_steps_and_its_finished_epochs_are_those_of_the_result(
     loop: InnerLoop,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loop.progress = Progress(every_s=0.0)
+    monkeypatch.setattr("seal_nb.ttt.trainer.PROGRESS_EVERY_S", 0.0)
     loop.submit(request("a", train_sequences=SEQUENCES, finetune_epochs=3, gradient_accumulation_steps=2))
     told, replies = [], []
     while loop.busy:
@@ -101,8 +101,11 @@ def test_progress_counts_steps_and_its_finished_epochs_are_those_of_the_result(
     assert told[-1]["epoch_losses"][:2] == pytest.approx(replies[0].epoch_losses[:2], rel=1e-5)
 
 
-def test_progress_reads_the_device_no_oftener_than_it_is_told_to(loop: InnerLoop) -> None:  # noqa: F811
-    loop.progress = Progress(every_s=3600.0)
+def test_progress_reads_the_device_no_oftener_than_it_is_told_to(
+    loop: InnerLoop,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("seal_nb.ttt.trainer.PROGRESS_EVERY_S", 3600.0)
     assert loop.stats()["training"] == {}
     loop.submit(request("a"))
     loop.advance()
@@ -147,8 +150,11 @@ def test_a_text_without_an_adapter_has_no_change() -> None:
     assert "no values" in token_chart([("x", alone)]).alt
 
 
-def test_progress_of_a_job_that_diverges_is_still_json(loop: InnerLoop) -> None:  # noqa: F811
-    loop.progress = Progress(every_s=0.0)
+def test_progress_of_a_job_that_diverges_is_still_json(
+    loop: InnerLoop,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("seal_nb.ttt.trainer.PROGRESS_EVERY_S", 0.0)
     loop.submit(request("a", train_sequences=SEQUENCES, finetune_epochs=3, finetune_lr=3e38))
     told = []
     while loop.busy:

@@ -16,11 +16,20 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seal_nb.errors import DataError, EngineError, SettingsError
-from seal_nb.sft import launch
 from seal_nb.sft import train as sft
-from seal_nb.sft.launch import command, launch_config, run_job, shipped, train_in_processes
 from seal_nb.sft.settings import SftJob, SftSettings
-from seal_nb.sft.train import IGNORED, collate, example, in_training_order, read_sft_rows, train_sft
+from seal_nb.sft.train import (
+    IGNORED,
+    collator,
+    command,
+    example,
+    in_training_order,
+    launch_config,
+    read_sft_rows,
+    run_job,
+    shipped,
+    train_sft,
+)
 from tests.server.conftest import eventually, is_running
 from tests.ttt.tiny import save_tiny_model
 
@@ -55,7 +64,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_lowers_the_loss_of_the_completions_in_a_plain_merged_model(base: Path, tmp_path: Path) -> None:
-    done = train_sft(sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=SETTINGS)
+    done = train_sft(
+        SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=SETTINGS)
+    )
     assert (done.n_steps, done.n_examples, len(done.losses)) == (60, 2, 60)
     assert completion_loss(done.model_dir) < completion_loss(base) / 2
     assert not list(done.model_dir.glob("adapter*")), "merged, not an adapter"
@@ -98,7 +109,8 @@ FEW = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_ste
 
 def trained(base: Path, folder: Path, name: str, rows: list[dict] = ROWS, settings: SftSettings = FEW) -> Path:
     file = sft_file(folder, rows)
-    return train_sft(file, model=str(base), model_dir=folder / name, settings=settings).model_dir
+    job = SftJob(sft_file=file, model=str(base), model_dir=folder / name, settings=settings)
+    return train_sft(job).model_dir
 
 
 def cut_short(base: Path, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **what: Any) -> Path:
@@ -196,9 +208,10 @@ def test_every_epoch_has_each_row_once_and_only_whole_steps(
         assert sorted(one["input_ids"][0] for one in real) == list(range(n_rows))
 
 
-def test_fillers_and_padding_carry_no_loss() -> None:
+def test_fillers_and_padding_carry_no_loss(base: Path) -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}]
-    batch = collate(in_training_order(rows, epochs=1, examples_a_step=2, seed=0))
+    ordered = in_training_order(rows, epochs=1, examples_a_step=2, seed=0)
+    batch = collator(AutoTokenizer.from_pretrained(base))(ordered)
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
@@ -219,7 +232,7 @@ def test_two_processes_train_what_one_does_within_rounding(base: Path, tmp_path:
     """Five rows in steps of four: the last step of an epoch is short, and shared like the others."""
     file = sft_file(tmp_path, MANY)
     jobs = {n: SftJob(sft_file=file, model=str(base), model_dir=tmp_path / f"by_{n}", settings=SHARED) for n in (1, 2)}
-    results = {n: run_job(job, n_processes=n) for n, job in jobs.items()}
+    results = {1: train_sft(jobs[1]), 2: run_job(jobs[2], n_processes=2)}
     assert results[1].n_steps == results[2].n_steps == 4
     assert results[2].losses == pytest.approx(results[1].losses, rel=1e-4)
     assert distance(jobs[1].model_dir, jobs[2].model_dir, base) < 1e-3
@@ -251,7 +264,7 @@ def test_a_model_sharded_over_processes_trains_the_same(base: Path, tmp_path: Pa
     subprocess.run(line, check=True)
     for job in jobs:
         sharded = run_job(job)  # takes the model that is there
-        alone = run_job(replace(job, model_dir=tmp_path / f"{job.settings.method}_alone"))
+        alone = train_sft(replace(job, model_dir=tmp_path / f"{job.settings.method}_alone"))
         assert (sharded.n_processes, alone.n_processes) == (2, 1)
         assert sharded.losses == pytest.approx(alone.losses, rel=1e-4)
         assert distance(alone.model_dir, sharded.model_dir, base) < 1e-3
@@ -260,11 +273,11 @@ def test_a_model_sharded_over_processes_trains_the_same(base: Path, tmp_path: Pa
 def test_a_process_that_fails_is_reported_with_the_end_of_its_log(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "MODULE", "no_such_module")  # fails without importing torch first
+    monkeypatch.setattr(sft, "MODULE", "no_such_module")  # fails without importing torch first
     job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=SHARED)
     said = r"training in a process ended with code 1; the end of .*next\.log:\n(.*\n)*.*No module named no_such_module"
     with pytest.raises(EngineError, match=said):
-        train_in_processes(job, n_processes=1)
+        run_job(job)
     assert not job.model_dir.exists()
 
 
@@ -279,7 +292,7 @@ def test_a_file_that_is_not_one_ends_its_process_with_an_error_code(
 def test_processes_that_cannot_share_a_step_are_refused_before_the_start(tmp_path: Path) -> None:
     job = SftJob(sft_file=sft_file(tmp_path), model="m", model_dir=tmp_path / "next", settings=SHARED)
     with pytest.raises(SettingsError, match="gradient_accumulation_steps is 4, which 3 processes cannot share"):
-        train_in_processes(job, n_processes=3)
+        run_job(job, n_processes=3)
 
 
 def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
@@ -297,8 +310,8 @@ def test_a_killed_notebook_leaves_no_training_behind(base: Path, tmp_path: Path)
     job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=endless)
     code = (  # it ends with the test in any case
         "import os; from seal_nb.processes import end_with_parent; end_with_parent(os.getppid())\n"
-        "from seal_nb.sft.launch import train_in_processes; from seal_nb.sft.settings import SftJob\n"
-        f"train_in_processes(SftJob.from_json({job.to_json()!r}), n_processes=2)"
+        "from seal_nb.sft.train import run_job; from seal_nb.sft.settings import SftJob\n"
+        f"run_job(SftJob.from_json({job.to_json()!r}), n_processes=2)"
     )
     notebook = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
@@ -328,7 +341,7 @@ def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
     assert line[line.index("srun") :][:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
     assert "--num_processes=4" in line and not any("main_process_port" in word for word in line)
     with pytest.raises(SettingsError, match="n_processes is 3, which this job's 2 nodes cannot share"):
-        command(job, 3)
+        command(job, 3, shipped("accelerate_fsdp.yaml"))
 
 
 @pytest.mark.parametrize("name", ["cpu", "fsdp"])
@@ -366,12 +379,12 @@ def test_how_gpus_share_a_model_is_chosen_by_name(tmp_path: Path, monkeypatch: p
     with pytest.raises(SettingsError, match="sharding is 'zero'; known are fsdp, deepspeed"):
         launch_config("zero")
     with monkeypatch.context() as without:
-        without.setattr(launch.importlib.util, "find_spec", lambda name: None)
+        without.setattr(sft.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(SettingsError, match=r"not installed; run pip install -e '.\[deepspeed\]'"):
             launch_config("deepspeed")
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(sft.importlib.util, "find_spec", lambda name: object())
     assert launch_config("deepspeed").name == "accelerate_cpu.yaml", "on CPUs nothing is shared"
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sft.torch.cuda, "is_available", lambda: True)
     names = [launch_config(name).name for name in ("fsdp", "deepspeed")]
     assert names == ["accelerate_fsdp.yaml", "accelerate_deepspeed.yaml"]
     job = SftJob(sft_file=tmp_path / "f.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)

@@ -308,7 +308,7 @@ def train_all_weights(
     request: TTTRequest, settings: CPTSettings, *, model: str, folder: Path, n_processes: int, n_threads: int
 ) -> tuple[SftResult, Path]:
     """Train the model of one arm on the request's sequences; the result and the new model's folder."""
-    from seal_nb.sft.launch import train_in_processes
+    from seal_nb.sft.train import run_job
 
     name = f"{settings.arm}_full"
     rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
@@ -319,7 +319,7 @@ def train_all_weights(
         settings=sft_settings(settings, seed=int(request.seed or 0), n_processes=n_processes),
         n_threads=n_threads,
     )
-    return train_in_processes(job, n_processes=n_processes), job.model_dir
+    return run_job(job, n_processes=n_processes), job.model_dir
 
 
 def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: SftResult) -> TTTReply:

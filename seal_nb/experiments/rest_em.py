@@ -121,7 +121,7 @@ class RestEmRound:
             SettingsError: for settings that do not fit.
             EngineError: when a training process failed; the message has the end of its log.
         """
-        from seal_nb.sft.launch import run_job
+        from seal_nb.sft.train import run_job
 
         place = Path(model_dir) if model_dir else self.sft_file.parent / "model"
         job = SftJob(sft_file=self.sft_file, model=model, model_dir=place, settings=settings, n_threads=n_threads)

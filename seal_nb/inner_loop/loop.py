@@ -37,11 +37,13 @@ from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_rep
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, GroupedDecoder
 from seal_nb.ttt.lora import Adapter, KeptAdapters
-from seal_nb.ttt.trainer import Progress, SlotTrainer, Trained, usual_slots
+from seal_nb.ttt.trainer import SlotTrainer, Trained
 
 Key = tuple[str, "int | Question"]  # of a text being generated: request id and index, or "" and the base's question
 ANSWER_STEPS_A_PASS = 64
-USUAL_DECODE_ROWS = {"cuda": 320}  # else 64
+# Slots that fill a pass (4096 tokens on a GPU, 376 on a CPU; larger ones are hardly faster) with published train
+# sequences (47 tokens), and texts of a batch.
+USUAL_SIZES = {"cuda": (88, 320), "cpu": (8, 64)}
 MOST_STORED = 100_000  # answers of the base, and its scores of gold answers: some 50 MB; a server runs for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # if there is nothing else to do
@@ -52,11 +54,8 @@ class InnerLoop:
     """Drives one base on one device for many requests at a time."""
 
     def __init__(self, base: FrozenBase, grader: Grader, settings: InnerLoopSettings, *, model_id: str):
-        settings = replace(
-            settings,
-            n_slots=settings.n_slots or usual_slots(base.device),
-            decode_rows=settings.decode_rows or USUAL_DECODE_ROWS.get(base.device.type, 64),
-        )
+        slots, rows = USUAL_SIZES.get(base.device.type, USUAL_SIZES["cpu"])
+        settings = replace(settings, n_slots=settings.n_slots or slots, decode_rows=settings.decode_rows or rows)
         self.base, self.grader, self.settings, self.model_id = base, grader, settings, model_id
         self.trainer = SlotTrainer(base, n_slots=settings.n_slots, token_budget=settings.token_budget)
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
@@ -71,7 +70,6 @@ class InnerLoop:
         self.kept = KeptAdapters(settings.adapters_dir, base.load_adapter, base.name)
         self.grading_threads = DaemonThreads(MOST_GRADED_AT_ONCE)
         self.done: deque[Reply] = deque()
-        self.progress = Progress()
         self.answering = False
         self.n_answer_steps = 0
         self.n_done = 0
@@ -94,7 +92,7 @@ class InnerLoop:
             "requests": len(self.evaluations) + len(self.generations) + len(self.gradings),
             "requests_in_grading": len(self.gradings),
             "requests_done": self.n_done,
-            "training": self.progress.read(self.trainer.slots),
+            "training": self.trainer.progress(),
             "train_tokens": self.trainer.n_tokens,
             "decode_tokens": self.decoder.n_tokens,
             "baselines_kept": len(self.baselines),

@@ -4,10 +4,11 @@ The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). F
 an adapter.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from pydantic import TypeAdapter
 
 from seal_nb.errors import SettingsError
 
@@ -82,10 +83,8 @@ class SftJob:
     n_threads: int = 1  # of torch in one process, on a CPU
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), default=str)
+        return TypeAdapter(SftJob).dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        given = json.loads(text)
-        given |= {name: Path(given[name]) for name in ("sft_file", "model_dir")}
-        return cls(**given | {"settings": SftSettings(**given["settings"])})
+        return TypeAdapter(cls).validate_json(text)

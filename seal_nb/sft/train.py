@@ -7,15 +7,22 @@ learns where a self-edit stops. A row of {text} is a train sequence as in the in
 Method "full" trains all weights instead (ours, for CPT): float32 weights and moments, because bfloat16 ones would round
 small updates away, bfloat16 arithmetic on a GPU, and gradient checkpointing.
 
-In several processes (`accelerate launch -m seal_nb.sft.train`, see `launch`) each trains its share of every step. The
-order of the examples is fixed beforehand for all epochs and filled up to whole steps with examples without a loss, so
-the result is that of one process, to rounding. The model folder is written whole or not at all. An interrupted training
+A training runs in processes of its own (`run_job`), which free their memory when they end. On GPUs the shipped
+configuration of accelerate shards the model over them (FSDP, or DeepSpeed ZeRO-3). On CPUs they communicate by gloo,
+and each holds the whole model. In a SLURM job over several nodes `srun` starts them on each node. The order of the
+examples is fixed beforehand for all epochs and filled up to whole steps with examples without a loss, so the result is
+that of one process, to rounding. The model folder is written whole or not at all. An interrupted training
 resumes from its last whole checkpoint if rows, settings and model are the same.
 """
 
+import contextlib
+import importlib.util
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,17 +32,117 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
-from seal_nb.errors import DataError, SealError
+from seal_nb.errors import DataError, EngineError, SealError, SettingsError
 from seal_nb.models import model_identity, resolve_model
-from seal_nb.sft.settings import SftJob, SftResult, SftSettings
+from seal_nb.processes import end_tree, ending_with_me
+from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult, SftSettings
 from seal_nb.storage import content_id, write_json
-from seal_nb.ttt.lora import merge_stack, stored_dtype, write_model_folder
+from seal_nb.ttt.lora import merge_stack, stored_dtype, whole_folder, write_model_folder
 
+MODULE = "seal_nb.sft.train"
+LOG_TAIL_LINES = 15
 IGNORED = -100  # a label outside the loss
 RESULT_FILE = "sft_result.json"  # in the model folder: the training that made it, and its losses
 Example = dict[str, list[int]]
+
+
+def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
+    """Train a new model in processes of its own, on this machine or on the nodes of this SLURM job.
+
+    Their output goes to `<model_dir>.log`. A model folder that the same training made is used again.
+
+    Args:
+        job: what to train.
+        n_processes: GPUs, or processes on CPUs; it must divide the settings' gradient_accumulation_steps.
+        sharding: how several GPUs share the model, "fsdp" or "deepspeed".
+
+    Raises:
+        SettingsError: the processes cannot share a step, or the sharding is unknown or not installed.
+        DataError: a row of the file is no training example.
+        EngineError: a process failed; the message has the end of the log.
+    """
+    job.settings.accumulation_of(n_processes)
+    line = command(job, n_processes, launch_config(sharding))
+    made_from = training_id(job)
+    if (done := finished(job.model_dir, made_from)) is not None:
+        return done
+    job.model_dir.parent.mkdir(parents=True, exist_ok=True)
+    log_path = job.model_dir.with_name(f"{job.model_dir.name}.log")
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait()
+        except BaseException:  # an interrupt must not leave processes that hold GPUs and write checkpoints
+            end_tree(process.pid)
+            process.wait()
+            raise
+    if code:  # the parent of the processes may have been killed alone
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    result = finished(job.model_dir, made_from)
+    if code or result is None:
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        where = "a process" if n_processes == 1 else f"{n_processes} processes"
+        raise EngineError(f"training in {where} ended with code {code}; the end of {log_path}:\n{tail}")
+    return result
+
+
+def command(job: SftJob, n_processes: int, config: Path) -> list[str]:
+    """The command line of a training. Raises: SettingsError if the nodes of this job cannot share the processes."""
+    program = ["-m", MODULE, job.to_json()]
+    if n_processes == 1:
+        return ending_with_me([sys.executable, *program])
+    options = [
+        f"--config_file={config}",
+        f"--num_processes={n_processes}",
+        f"--num_cpu_threads_per_process={job.n_threads}",
+    ]
+    n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    if n_nodes == 1:
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]  # 0: a free port
+    else:
+        if n_processes % n_nodes:
+            raise SettingsError(
+                f"n_processes is {n_processes}, which this job's {n_nodes} nodes cannot share; give a multiple"
+            )
+        # One `accelerate launch` on each node; slurm/accelerate.sh gives it the node's number.
+        start = ["srun", f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it
+            start.append(f"--cpus-per-task={cpus}")
+        start.append(str(shipped("accelerate.sh")))
+    return ending_with_me([*start, *options, *program])
+
+
+def launch_config(sharding: str) -> Path:
+    """The shipped configuration for this machine: that of `sharding` on GPUs, the only one on CPUs.
+
+    Raises: SettingsError if the sharding is unknown, or DeepSpeed is not installed.
+    """
+    if sharding not in SHARDINGS:
+        raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
+    if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise SettingsError(
+            "sharding is 'deepspeed', which is not installed; run pip install -e '.[deepspeed]', or use fsdp"
+        )
+    return shipped(f"accelerate_{sharding if torch.cuda.is_available() else 'cpu'}.yaml")
+
+
+def shipped(name: str) -> Path:
+    """A file of the checkout's `slurm` folder. Raises: SettingsError if it is missing."""
+    path = Path(__file__).resolve().parents[2] / "slurm" / name
+    if not path.is_file():
+        raise SettingsError(f"no {path.name} in {path.parent}; run from a checkout, or give a configuration")
+    return path
 
 
 def read_sft_rows(path: Path) -> list[dict[str, str]]:
@@ -79,34 +186,27 @@ def in_training_order(examples: Sequence[Example], *, epochs: int, examples_a_st
     return [one for _ in range(epochs) for one in [*draws.sample(list(examples), len(examples)), *fillers]]
 
 
-def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """(n, longest) ids, attention mask and labels, padded on the right outside the loss."""
-    longest = max(len(one["input_ids"]) for one in examples)
-
-    def padded(rows: Sequence[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
-
-    return {
-        "input_ids": padded([one["input_ids"] for one in examples], 0),
-        "attention_mask": padded([[1] * len(one["input_ids"]) for one in examples], 0),
-        "labels": padded([one["labels"] for one in examples], IGNORED),
-    }
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Makes batches: ids, attention mask and labels, padded on the right outside the loss."""
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
-def train_sft(sft_file: Path, *, model: str, model_dir: Path, settings: SftSettings, n_threads: int = 1) -> SftResult:
-    """Fine-tune `model` on the rows of `sft_file` and write the new model to `model_dir`.
+def train_sft(job: SftJob) -> SftResult:
+    """Fine-tune the model on the rows of the file and write the new model.
 
     Every process of a launch makes the same call. A model folder that the same training made is used again.
     """
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(job.n_threads)
+    model_dir = job.model_dir
     processes = PartialState(cpu=not torch.cuda.is_available())
-    folder = resolve_model(model)
-    made_from = training_id(sft_file, model, settings)
+    folder = resolve_model(job.model)
+    made_from = training_id(job)
     if (done := finished(model_dir, made_from)) is not None:
         return done
-    rows = read_sft_rows(sft_file)
+    rows = read_sft_rows(job.sft_file)
     checkpoints = _own_checkpoints(model_dir, made_from, processes)
-    trainer = _trainer(folder, rows, settings, checkpoints, processes.num_processes)
+    trainer = _trainer(folder, rows, job.settings, checkpoints, processes.num_processes)
     # The newest checkpoint that is whole: trainer_state.json is written last.
     whole = [path for path in checkpoints.glob("checkpoint-*") if _is_json_object(path / "trainer_state.json")]
     last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
@@ -121,15 +221,15 @@ def train_sft(sft_file: Path, *, model: str, model_dir: Path, settings: SftSetti
         n_processes=processes.num_processes,
     )
     if processes.is_main_process:
-        _save_model(folder, checkpoints / "trained", result, made_from, settings.method)
+        _save_model(folder, checkpoints / "trained", result, made_from, job.settings.method)
         shutil.rmtree(checkpoints, ignore_errors=True)
     processes.wait_for_everyone()
     return result
 
 
-def training_id(sft_file: Path, model: str, settings: SftSettings) -> str:
+def training_id(job: SftJob) -> str:
     """Identifies a training by its rows, settings and model, on any number of processes."""
-    return content_id([read_sft_rows(sft_file), asdict(settings), model_identity(resolve_model(model))])
+    return content_id([read_sft_rows(job.sft_file), asdict(job.settings), model_identity(resolve_model(job.model))])
 
 
 def finished(model_dir: Path, made_from: str) -> SftResult | None:
@@ -188,7 +288,7 @@ def _trainer(
     )
     if arguments.n_gpu > 1:  # the Trainer would spread each batch over all visible GPUs
         arguments._n_gpu = 1
-    trainer = Trainer(model=model, args=arguments, train_dataset=ordered, data_collator=collate)
+    trainer = Trainer(model=model, args=arguments, train_dataset=ordered, data_collator=collator(tokenizer))
     trainer.remove_callback(PrinterCallback)  # it prints a dict a step; the losses are in the result
     return trainer
 
@@ -219,26 +319,21 @@ def _is_json_object(path: Path) -> bool:
 
 def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, method: str) -> None:
     """Write the model folder from `trained` (adapter or whole model), in the dtype that the base is stored in."""
-    partial = result.model_dir.with_name(f".{result.model_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if method == "lora":
-        merge_stack(folder, [trained], partial)
-    else:
-        whole = AutoModelForCausalLM.from_pretrained(trained, dtype=stored_dtype(folder))
-        write_model_folder(whole, AutoTokenizer.from_pretrained(folder), partial)
     stored = asdict(result) | {"made_from": made_from}
     del stored["model_dir"]
-    write_json(partial / RESULT_FILE, stored)
-    shutil.rmtree(result.model_dir, ignore_errors=True)
-    partial.rename(result.model_dir)
+    with whole_folder(result.model_dir) as partial:
+        if method == "lora":
+            merge_stack(folder, [trained], partial)
+        else:
+            whole = AutoModelForCausalLM.from_pretrained(trained, dtype=stored_dtype(folder))
+            write_model_folder(whole, AutoTokenizer.from_pretrained(folder), partial)
+        write_json(partial / RESULT_FILE, stored)
 
 
 def main(job: SftJob) -> int:
     """One process of a launch, or the only one."""
     try:
-        train_sft(
-            job.sft_file, model=job.model, model_dir=job.model_dir, settings=job.settings, n_threads=job.n_threads
-        )
+        train_sft(job)
     except SealError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2

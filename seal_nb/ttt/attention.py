@@ -22,7 +22,6 @@ from transformers import AttentionInterface
 from seal_nb.ttt.device import has_varlen, sent, tensor_on
 
 ATTENTION = "seal_rows"
-SHORT = 512  # tokens
 # From torch 2.12 on, fewer key heads than query heads must be asked for.
 GROUPED_HEADS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -64,10 +63,10 @@ class Rows:
         return torch.empty_like(q).index_copy(0, real, out).index_copy(0, padding, padding_out)[None]
 
     def _row_by_row(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        qs, ks, vs = (t[0].split(self.lengths, dim=1) for t in (q, k, v))
-        parts = zip(qs, ks, vs, self.biases, strict=True)
-        causal = self.real is None
-        return torch.cat([_row_attention(a, b, c, bias, scaling, causal) for a, b, c, bias in parts])[None]
+        qs, ks, vs = (t.split(self.lengths, dim=2) for t in (q, k, v))
+        product = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        parts = zip(qs, ks, vs, self.masks, strict=True)
+        return torch.cat([product(a, b, c, mask, is_causal=mask is None) for a, b, c, mask in parts], 2).transpose(1, 2)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -75,44 +74,30 @@ class Rows:
         return self.ends.diff().tolist()
 
     @cached_property
-    def biases(self) -> list[Tensor]:
-        """For each row a matrix, tokens by tokens: 0 where a token (down) attends to another (across), else -inf."""
-        n_real = self.lengths if self.real is None else self.real[1].diff().tolist()
-        shapes = list(zip(self.lengths, n_real, strict=True))
-        by_shape = {}
-        for n, real in set(shapes):
-            by_shape[n, real] = torch.full((n, n), float("-inf"), device=self.ends.device).triu(1)
-            by_shape[n, real][:, real:] = float("-inf")
-        return [by_shape[shape] for shape in shapes]
+    def masks(self) -> Sequence[Tensor | None]:
+        """For each row a matrix that says which token (down) attends to which other (across); None: causal."""
+        if self.real is None:
+            return [None] * len(self.lengths)
+        masks = [torch.ones(n, n, dtype=torch.bool, device=self.ends.device).tril_() for n in self.lengths]
+        for mask, n_real in zip(masks, self.real[1].diff().tolist(), strict=True):
+            mask[:, n_real:] = False
+        return masks
 
 
-def _row_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, causal: bool) -> Tensor:
-    """One row in two batched products: q (heads, n, d), k, v (kv_heads, n, d), bias (n, n) → (n, heads, d).
+def make_rows(
+    lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None, longest: int = 0
+) -> Rows:
+    """Rows of these lengths. Tokens past `n_real` of a row are padding, which attends to real tokens only.
 
-    On a CPU, torch's flash kernel spends most of a short row's time in its tiles. Heads that share a key head are
-    stacked as rows of one product. causal: bias is a causal mask and nothing else.
+    longest: at least the tokens of each row; 0: exactly
     """
-    (heads, n, d), kv = q.shape, len(k)
-    if n > SHORT:
-        mask = None if causal else bias.to(q.dtype)
-        attention = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=heads != kv)
-        return attention(q[None], k[None], v[None], mask)[0].transpose(0, 1)
-    shared = heads // kv * n
-    stacked = bias.to(q.dtype).expand(heads // kv, n, n).reshape(1, shared, n)
-    scores = torch.baddbmm(stacked, q.reshape(kv, shared, d), k.transpose(1, 2), alpha=scaling)
-    p = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-    return (p @ v).view(heads, n, d).transpose(0, 1)
-
-
-def make_rows(lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None) -> Rows:
-    """Rows of these lengths. Tokens past `n_real` of a row are padding, which attends to real tokens only."""
     real = padding = None
     if n_real is not None and sum(lengths) > sum(n_real):
         n_padding = [n - r for n, r in zip(lengths, n_real, strict=True)]
         is_real = torch.tensor([i < r for n, r in zip(lengths, n_real, strict=True) for i in range(n)])
         real = sent(is_real.nonzero()[:, 0], device), _running_sum(n_real, device)
         padding = sent((~is_real).nonzero()[:, 0], device), _running_sum(n_padding, device)
-    return Rows(ends=_running_sum(lengths, device), longest=max(lengths), real=real, padding=padding)
+    return Rows(ends=_running_sum(lengths, device), longest=longest or max(lengths), real=real, padding=padding)
 
 
 def _running_sum(lengths: Sequence[int], device: torch.device) -> Tensor:

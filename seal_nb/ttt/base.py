@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from seal_nb.errors import SettingsError
 from seal_nb.models import FOUR_BIT
 from seal_nb.ttt.attention import ATTENTION, Attend, make_rows
-from seal_nb.ttt.branches import Bank, BranchedLinear, Current, Plan, Segment, make_plan
+from seal_nb.ttt.branches import PLAN, Bank, BranchedLinear, Plan, make_plan
 from seal_nb.ttt.device import free_cached_memory, region, sent
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, linears_of, load_adapter, make_layout
@@ -45,12 +45,11 @@ class FrozenBase:
         with torch.no_grad():
             ids = [torch.tensor([row], device=self.device) for row in rows]
             expected = torch.cat([model(input_ids=one, use_cache=False).logits[0] for one in ids])
-        self.current = Current()
         self.trainers: WeakSet[Any] = WeakSet()  # SlotTrainers, which hold memory that they can free
         self.linears = linears_of(model)
         for linear_name, linear in self.linears.items():
             parent, _, child = linear_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, BranchedLinear(linear, linear_name, self.current))
+            setattr(model.get_submodule(parent), child, BranchedLinear(linear, linear_name))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events and streams are made on the current device
             _make_regions(model)
@@ -139,35 +138,35 @@ class FrozenBase:
         return ids
 
     def hidden(
-        self, rows: Sequence[Sequence[int]], segments: Sequence[Segment], *, attend: Attend | None = None
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[Sequence[Adapter]] = (), *, attend: Attend | None = None
     ) -> Tensor:
         """Last hidden states (T, d) of rows of token ids, end to end.
 
-        segments: which adapters act on which tokens; attend: replaces attention within rows, when decoding
+        adapters: those of each row; empty: none. attend: replaces attention within rows, when decoding
         """
         lengths = [len(row) for row in rows]
         ids = sent(torch.tensor([token for row in rows for token in row]), self.device)
         positions = sent(torch.cat([torch.arange(n) for n in lengths]), self.device)
         if attend is None:
             attend = make_rows(lengths, self.device).attend
-        return self.run(ids, positions, make_plan(segments), attend)
+        return self.run(ids, positions, make_plan(list(zip(lengths, adapters, strict=False))), attend)
 
     def run(self, ids: Tensor, positions: Tensor, plan: Plan, attend: Attend) -> Tensor:
         """As `hidden`, from token ids and positions (T,) on the device."""
-        self.current.plan = plan
+        before = PLAN.set(plan)
         try:
             return self.decoder(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend
             ).last_hidden_state[0]
         finally:
-            self.current.plan = Plan()
+            PLAN.reset(before)
 
     def _check(self, rows: Sequence[Sequence[int]], expected: Tensor) -> None:
         """Compare the logits of two packed rows with those that the unchanged model gave to each alone."""
         name = self.name or self.model_type
         try:
             with torch.no_grad():
-                found = self.head(self.hidden(rows, ()))
+                found = self.head(self.hidden(rows))
         except RuntimeError as reason:
             raise SettingsError(f"model {name!r} cannot run packed rows: {reason}") from reason
         error = float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -1,14 +1,15 @@
 """Low-rank branches on the Linear layers of the frozen base: y = x Wᵀ + scale (x Aᵀ) Bᵀ (LoRA, arXiv 2106.09685).
 
-The tokens of a pass are one (T, d) matrix, segment by segment, and each segment has its own adapters. The frozen
-product runs once over all tokens. Adapters of one layout on neighbouring segments form a `Group`, whose products are
-segmented: each member multiplies its own tokens with its own weights, without padding. On CUDA one kernel does all
-members (`kernels.py`), elsewhere a loop does. The backward pass writes the gradients of A and B to the `Bank` of the
-adapters in training.
+The tokens of a pass are one (T, d) matrix, part by part, and each part has its own adapters. The frozen product runs
+once over all tokens. Adapters of one layout on neighbouring parts form a `Group`, whose products are segmented: each
+member multiplies its own tokens with its own weights, without padding. On CUDA one kernel does all members
+(`kernels.py`), elsewhere a loop does. The backward pass writes the gradients of A and B to the `Bank` of the adapters
+in training.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -59,14 +60,14 @@ class Bank:
         return self.rows[index]
 
 
-class BankRow:
+class BankRow(Adapter):
     """One adapter in training: row `index` of a bank."""
 
     def __init__(self, bank: Bank, index: int, settings: LoraSettings, initial: Tensor, dropout_seed: int):
-        self.bank, self.index, self.settings = bank, index, settings
-        self.weights, self.gradient = bank.weights[index], bank.gradient[index]
+        self.bank, self.index, self.layout, self.settings = bank, index, bank.layout, settings
+        self.flat, self.compute, self.gradient = bank.weights[index], bank.compute[index], bank.gradient[index]
         self.mean, self.square = bank.mean[index], bank.square[index]
-        self.weights.copy_(initial, non_blocking=True)
+        self.flat.copy_(initial, non_blocking=True)
         for left_over in (self.gradient, self.mean, self.square):
             left_over.zero_()
         self.steps = torch.zeros((), device=bank.weights.device)
@@ -77,23 +78,16 @@ class BankRow:
     def refresh(self) -> None:
         """Update the passes' copy after the weights have changed."""
         if self.bank.compute is not self.bank.weights:
-            self.bank.compute[self.index].copy_(self.weights)
+            self.compute.copy_(self.flat)
 
     def adapter(self) -> Adapter:
-        return Adapter(self.bank.layout, self.settings, self.weights.clone(), self.bank.compute.dtype)
+        return Adapter(self.layout, self.settings, self.flat.clone(), self.compute.dtype)
 
     def leave(self) -> None:
         del self.bank.rows[self.index]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Tokens start..stop of a pass, the frozen adapters that act on them, and the one in training, if any."""
-
-    start: int
-    stop: int
-    adapters: tuple[Adapter, ...] = ()
-    trained: BankRow | None = None
+Part = tuple[int, Sequence[Adapter]]  # a number of tokens and the adapters that act on them
 
 
 @dataclass(kw_only=True)
@@ -169,13 +163,6 @@ def has_kernels(layout: Layout, weights: Tensor) -> bool:
     return kernels.fits(layout.rank, weights.itemsize) and kernels.works(weights.dtype)
 
 
-def tiles_for(lengths: Sequence[int], layout: Layout, weights: Tensor, most: int = 0) -> Tensor | None:
-    """Tiles for the kernels, filled up to `most`, on the device; None if there are no kernels."""
-    if not has_kernels(layout, weights):
-        return None
-    return tensor_on(weights.device, kernels.tiles_of(lengths, most), torch.int32)
-
-
 class Plan:
     """The groups of one pass."""
 
@@ -190,87 +177,65 @@ class Plan:
         return ((g, g.layout.by_name[name]) for g in self.groups if name in g.layout.by_name)
 
 
-def make_plan(segments: Sequence[Segment]) -> Plan:
-    """Groups of all adapters. Slots of one bank must be in the order of their rows."""
-    depth = max((len(s.adapters) for s in segments), default=0)
-    layouts = [lambda s, k=k: s.adapters[k].layout if len(s.adapters) > k else None for k in range(depth)]
-    frozen = [_frozen_group(run, k) for k in range(depth) for run in _runs(segments, layouts[k])]
-    trained = [_trained_group(run) for run in _runs(segments, lambda s: s.trained and id(s.trained.bank))]
-    return Plan(frozen + trained)
+def make_plan(parts: Sequence[Part]) -> Plan:
+    """The groups of a pass over these parts, end to end. Rows of one bank must be in their order."""
+    stops = accumulate(n for n, _ in parts)
+    spans = [(stop - n, n, adapters) for (n, adapters), stop in zip(parts, stops, strict=True)]
+    groups = []
+    for depth in range(max((len(adapters) for _, adapters in parts), default=0)):
+        layer = [(start, n, adapters[depth] if depth < len(adapters) else None) for start, n, adapters in spans]
+        groups += [_group(list(run)) for kind, run in groupby(layer, key=_kind) if kind is not None]
+    return Plan(groups)
 
 
-def _runs(segments: Sequence[Segment], key: Callable[[Segment], object]) -> Iterator[list[Segment]]:
-    """Runs of neighbouring segments (no token between them) with one key; segments whose key is None are left out."""
-    run: list[Segment] = []
-    for s in segments:
-        if run and (key(s) != key(run[-1]) or s.start != run[-1].stop):
-            yield run
-            run = []
-        if key(s) is not None:
-            run.append(s)
-    if run:
-        yield run
+def _kind(part: tuple[int, int, Adapter | None]) -> object:
+    """Neighbours of one kind are a group: adapters in training by their bank, others by their layout."""
+    adapter = part[2]
+    return adapter.bank if isinstance(adapter, BankRow) else adapter and adapter.layout
 
 
-def _frozen_group(run: Sequence[Segment], depth: int) -> Group:
-    """Neighbours with the same adapter are one member."""
-    members = [list(same) for _, same in groupby(run, key=lambda s: id(s.adapters[depth]))]
-    adapters = [same[0].adapters[depth] for same in members]
-    lengths = [same[-1].stop - same[0].start for same in members]
-    factors, weights = [a.settings.scaling for a in adapters], [a.compute for a in adapters]
-    stack = has_kernels(adapters[0].layout, weights[0])
-    return _group(adapters[0].layout, torch.stack(weights) if stack else weights, lengths, factors, run[0].start)
-
-
-def _trained_group(run: Sequence[Segment]) -> Group:
-    """All rows of a bank are members; those that are not in this pass have no tokens."""
-    pairs = trained_segments(run)
-    bank: Bank = pairs[0][1].bank
-    lengths, factors = [0] * bank.n, [0.0] * bank.n
-    for s, row in pairs:
-        lengths[row.index], factors[row.index] = s.stop - s.start, row.settings.scaling
-    start, adds = run[0].start, bank.adds_to_gradient
-    group = _group(bank.layout, bank.compute, lengths, factors, start)
-    group.gradient = bank.gradient
-    group.keep = tensor_on(bank.gradient.device, adds, bank.gradient.dtype) if any(adds) else None
-    group.dropouts = tuple((slice(s.start - start, s.stop - start), row) for s, row in pairs if row.settings.dropout)
+def _group(run: Sequence[tuple[int, int, Any]]) -> Group:
+    """The group of neighbours (first token, number of tokens, adapter)."""
+    start, _, first = run[0]
+    bank, with_kernels = first.bank if isinstance(first, BankRow) else None, has_kernels(first.layout, first.compute)
+    weights: Weights
+    if bank is not None:  # all its rows are members; those that are not in this pass have no tokens
+        lengths, weights = [0] * bank.n, bank.compute
+        for _, n, row in run:
+            lengths[row.index] = n
+    else:  # neighbours with the same adapter are one member
+        members = [list(same) for _, same in groupby(run, key=lambda part: id(part[2]))]
+        lengths, weights = [sum(n for _, n, _ in same) for same in members], [same[0][2].compute for same in members]
+        weights = torch.stack(weights) if with_kernels else weights
+    device, dtype = weights[0].device, torch.promote_types(torch.float32, weights[0].dtype)
+    group = Group(
+        layout=first.layout,
+        weights=weights,
+        scales=tensor_on(device, [a.settings.scaling for _, n, a in run for _ in range(n)], dtype)[:, None],
+        start=start,
+        ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
+        tiles=tensor_on(device, kernels.tiles_of(lengths), torch.int32) if with_kernels else None,
+    )
+    if bank is not None:
+        adds = bank.adds_to_gradient
+        group.gradient, group.keep = bank.gradient, tensor_on(device, adds, dtype) if any(adds) else None
+        group.dropouts = tuple((slice(at - start, at - start + n), row) for at, n, row in run if row.settings.dropout)
     return group
 
 
-def _group(layout: Layout, weights: Weights, lengths: Sequence[int], factors: Sequence[float], start: int) -> Group:
-    """Members with these weights, numbers of tokens and factors."""
-    device, dtype = weights[0].device, torch.promote_types(torch.float32, weights[0].dtype)
-    factor_of_token = [f for f, n in zip(factors, lengths, strict=True) for _ in range(n)]
-    return Group(
-        layout=layout,
-        weights=weights,
-        scales=tensor_on(device, factor_of_token, dtype)[:, None],
-        start=start,
-        ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
-        tiles=tiles_for(lengths, layout, weights[0]),
-    )
-
-
-def trained_segments(segments: Sequence[Segment]) -> list[tuple[Segment, BankRow]]:
-    return [(s, s.trained) for s in segments if s.trained is not None]
-
-
-class Current:
-    """The plan of the pass that is running, shared by all layers of one base."""
-
-    def __init__(self) -> None:
-        self.plan = Plan()
+NO_PLAN = Plan()
+PLAN: ContextVar[Plan] = ContextVar("PLAN", default=NO_PLAN)  # of the pass that is running
 
 
 class BranchedLinear(nn.Module):
     """A frozen Linear and the branches that the current plan adds to it: (1, T, in) → (1, T, out)."""
 
-    def __init__(self, base: nn.Linear, name: str, current: Current):
+    def __init__(self, base: nn.Linear, name: str):
         super().__init__()
-        self.base, self.name, self.current = base, name, current
+        self.base, self.name = base, name
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self.current.plan
+        plan = PLAN.get()
         if self.name not in plan.names:
             return self.base(x)
         if plan.trains and torch.is_grad_enabled():
@@ -324,25 +289,19 @@ class _Branches(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         g = grad_y[0].contiguous()
         grad_x = g @ dense_weight(ctx.layer.base) if ctx.needs_input_grad[0] else None  # (T, in)
-        _branch_gradients(g, x[0], grad_x, ctx.layer.name, ctx.plan, ctx.kept)
+        for (group, target), (h, mask) in zip(ctx.plan.active(ctx.layer.name), ctx.kept, strict=True):
+            layout, gg, xg = group.layout, g[group.tokens], x[0][group.tokens]
+            grad_h = group.narrow(gg, layout.b_transposed, target)  # (tokens, rank)
+            if group.gradient is not None:
+                group.outer(grad_h, xg if mask is None else xg * mask, layout.a(group.gradient, target))
+                group.outer(h, gg, layout.b_transposed(group.gradient, target))
+            if grad_x is not None and mask is None:
+                group.widen(grad_h, layout.a, target, grad_x[group.tokens])
+            elif grad_x is not None:
+                share = torch.zeros_like(xg)
+                group.widen(grad_h, layout.a, target, share)
+                grad_x[group.tokens] += share.mul_(mask)
         return (grad_x[None] if grad_x is not None else None), None, None, None
-
-
-def _branch_gradients(g: Tensor, x: Tensor, grad_x: Tensor | None, name: str, plan: Plan, kept: Kept) -> None:
-    """Write dA and dB of members in training; add the branches' share to grad_x (T, in), if given, in place."""
-    for (group, target), (h, mask) in zip(plan.active(name), kept, strict=True):
-        layout, gg = group.layout, g[group.tokens]
-        grad_h = group.narrow(gg, layout.b_transposed, target)  # (tokens, rank)
-        if group.gradient is not None:
-            xg = x[group.tokens] if mask is None else x[group.tokens] * mask
-            group.outer(grad_h, xg, layout.a(group.gradient, target))
-            group.outer(h, gg, layout.b_transposed(group.gradient, target))
-        if grad_x is not None and mask is None:
-            group.widen(grad_h, layout.a, target, grad_x[group.tokens])
-        elif grad_x is not None and mask is not None:
-            share = torch.zeros_like(grad_x[group.tokens])
-            group.widen(grad_h, layout.a, target, share)
-            grad_x[group.tokens] += share.mul_(mask)
 
 
 def dense_weight(linear: nn.Linear) -> Tensor:

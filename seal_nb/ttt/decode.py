@@ -7,10 +7,10 @@ in between, a step only launches work, and on CUDA its tokens are read while the
 depend on its neighbours.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.attention import KERNELS, Cache, make_rows
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Segment, make_plan
+from seal_nb.ttt.branches import make_plan
 from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, sent, tensor_on
-from seal_nb.ttt.lora import Adapter, Layout
+from seal_nb.ttt.lora import Adapter
 
 BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried
 
@@ -41,10 +41,6 @@ class DecodeRow:
     seed: int = 0
     stop: tuple[str, ...] = ()  # texts that end the generated text and are not part of it
 
-    @property
-    def group(self) -> tuple[int, ...]:
-        return tuple(id(a) for a in self.adapters)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
@@ -61,14 +57,14 @@ class Decoded:
 class LiveRow:
     """A row in the batch, with its new tokens.
 
-    place: its row of the cache, None before its first pass; rank: sorts the batch
+    rank: sorts the batch; place: its row of the cache, None before its first pass
     """
 
     row: DecodeRow
+    rank: tuple[bool, list[int], int]
     new_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     place: int | None = None
-    rank: tuple[bool, list[int], int] = (False, [], 0)
 
     @property
     def n_cached(self) -> int:
@@ -90,8 +86,7 @@ class GroupedDecoder:
         self.prefill_tokens = Limit(prefill_tokens, BATCHES_TO_RECOVER)
         self.waiting: deque[DecodeRow] = deque()
         self.live: list[LiveRow] = []
-        self.layouts: dict[Layout, int] = {}
-        self.groups = count()
+        self.seen: dict[object, int] = {}  # layouts and groups of adapters, numbered as they came
         self.n_tokens = 0
         self.reads_late = base.device.type == "cuda"
         self.replay = Replay(self._pass, cuda_graph if self.reads_late else None)
@@ -111,7 +106,7 @@ class GroupedDecoder:
 
     def submit(self, row: DecodeRow) -> None:
         if not self.busy:
-            self.layouts.clear()
+            self.seen.clear()
         self.waiting.append(row)
 
     def cancel(self, keys: set[Hashable]) -> None:
@@ -136,7 +131,8 @@ class GroupedDecoder:
         given. A row that does not fit alone comes back with `error`.
         """
         finished: list[Decoded] = []
-        try:
+        # Suppressed, not handled in place: the error holds the tensors of the pass.
+        with contextlib.suppress(torch.OutOfMemoryError):
             if self._layout_is_due():
                 self._read()
                 finished = self._leave()
@@ -146,11 +142,8 @@ class GroupedDecoder:
                     self._lay_out()
             if self.steps_left:
                 self._advance()
-        except torch.OutOfMemoryError:
-            out_of_memory = True
-        else:
-            out_of_memory = False
-        return finished + (self._start_again() if out_of_memory else [])
+            return finished
+        return finished + self._start_again()
 
     def _layout_is_due(self) -> bool:
         """No step is left, an eighth of the rows has finished, or a quarter of the places is free for waiting rows. (A
@@ -192,13 +185,13 @@ class GroupedDecoder:
             if new and tokens + len(self.waiting[0].token_ids) > self.prefill_tokens.now:
                 break
             tokens += len(self.waiting[0].token_ids)
-            new.append(LiveRow(self.waiting.popleft()))
+            row = self.waiting.popleft()
+            new.append(LiveRow(row, self._rank(row)))
         return new
 
     def _enter(self, new: list[LiveRow]) -> None:
         """Prefill: pass the prompts of new rows, and give each its place in the batch and its first token."""
         self.steps_left, self.plan = 0, make_plan(())  # no memory for two plans
-        self._rank(new)
         self.live = sorted([*self.live, *new], key=lambda live: live.rank)
         new = [live for live in self.live if live.place is None]
         self._move_cache()
@@ -206,7 +199,7 @@ class GroupedDecoder:
         rows = make_rows(lengths, self.base.device)
         hidden = self.base.hidden(
             [live.row.token_ids for live in new],
-            _segments(new, lengths),
+            [live.row.adapters for live in new],
             attend=self.cache.prefill(rows, lengths, [live.place for live in new if live.place is not None]),
         )
         last = torch.tensor(lengths).cumsum(0) - 1
@@ -214,16 +207,11 @@ class GroupedDecoder:
         self.n_tokens += sum(lengths)
         self._append(new, _Chooser(new, self.base.device)(logits).tolist())
 
-    def _rank(self, new: Sequence[LiveRow]) -> None:
+    def _rank(self, row: DecodeRow) -> tuple[bool, list[int], int]:
         """Order: rows with adapters, layout by layout, group by group as they came; then rows of the base alone. So a
         batch has the same layout in every process."""
-        known = {live.row.group: live.rank for live in self.live}
-        for live in new:
-            group, adapters = live.row.group, live.row.adapters
-            if group not in known:
-                layouts = [self.layouts.setdefault(a.layout, len(self.layouts)) for a in adapters]
-                known[group] = (not adapters, layouts, next(self.groups))
-            live.rank = known[group]
+        layouts = [self.seen.setdefault(a.layout, len(self.seen)) for a in row.adapters]
+        return not row.adapters, layouts, self.seen.setdefault(tuple(map(id, row.adapters)), len(self.seen))
 
     def _move_cache(self) -> int:
         """Arrange the cache as the live rows. Returns the number of steps for which it has room."""
@@ -238,7 +226,7 @@ class GroupedDecoder:
             return self._clear()
         self.plan = make_plan(())
         room = self._move_cache()
-        self.plan = make_plan(_segments(self.live, [1] * len(self.live)))
+        self.plan = make_plan([(1, live.row.adapters) for live in self.live])
         newest = torch.tensor([live.new_ids[-1] for live in self.live])
         self.ids = sent(newest, self.base.device)
         self.chooser = _Chooser(self.live, self.base.device)
@@ -296,18 +284,6 @@ class GroupedDecoder:
         for stop in live.row.stop:
             text = text.split(stop, 1)[0]
         return Decoded(key=live.row.key, text=text, token_ids=tuple(live.new_ids), finish_reason=live.finish_reason)
-
-
-def _segments(rows: Sequence[LiveRow], lengths: Sequence[int]) -> list[Segment]:
-    """A segment for each group of neighbouring rows with the same adapters."""
-    segments, start = [], 0
-    for _, members in groupby(zip(rows, lengths, strict=True), key=lambda pair: pair[0].row.group):
-        group = list(members)
-        stop = start + sum(n for _, n in group)
-        if adapters := group[0][0].row.adapters:
-            segments.append(Segment(start=start, stop=stop, adapters=adapters))
-        start = stop
-    return segments
 
 
 class _Chooser:

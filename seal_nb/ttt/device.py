@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE = 32  # tokens that a kernel of the branches takes at a time
 EAGER_CALLS = 2  # the first calls also load kernels and fill caches, which a recording must not do
-MOST_FAILURES = 3
 log = logging.getLogger(__name__)
 
 
@@ -115,12 +113,11 @@ def cuda_graph(
 class Replay:
     """Calls `function`; records its third call after each `renew` and replays the recording from then on.
 
-    record: `cuda_graph`, or None to call the function each time. If a recording fails, the function is called until the
-    next `renew`; after three failures nothing is recorded any more.
+    record: `cuda_graph`, or None to call the function each time, as after a recording that failed
     """
 
     def __init__(self, function: Callable[[], Tensor], record: Callable[..., tuple[Any, Tensor]] | None):
-        self.function, self.record, self.n_failures = function, record, 0
+        self.function, self.record = function, record
         self.clear()
 
     def clear(self) -> None:
@@ -134,13 +131,13 @@ class Replay:
         self.n_calls = 0
 
     def __call__(self) -> Tensor:
-        if self.n_calls == EAGER_CALLS and self.record is not None and self.n_failures < MOST_FAILURES:
+        if self.n_calls == EAGER_CALLS and self.record is not None:
             try:
                 self.graph, self.result = self.record(self.function, self.graph)
             except torch.OutOfMemoryError:
                 raise  # says nothing about what can be recorded
             except RuntimeError as error:
-                self.n_failures += 1
+                self.record = None
                 log.warning("decoding continues without a CUDA graph: %s", error)
         self.n_calls += 1
         if self.result is None:

@@ -14,8 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from seal_nb.ttt.device import TILE
-
+TILE = 32  # tokens that a kernel takes at a time
 SMALLEST_DOT = 16
 SHARED_BYTES = 90_000  # shared memory that a tile may take; cards of capability 8.6 and 8.9 have 99 KiB
 log = logging.getLogger(__name__)
@@ -150,10 +149,11 @@ def _padded(rank: int) -> int:
     return max(SMALLEST_DOT, triton.next_power_of_2(rank))
 
 
-def tiles_of(lengths: Sequence[int], most: int = 0) -> list[tuple[int, int, int]]:
-    """(member, start, stop) of tiles of at most TILE tokens of one member each; then empty tiles, up to `most`."""
+def tiles_of(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(member, start, stop) of tiles of at most TILE tokens of one member each; then empty tiles, up to the most that
+    so many members and tokens can have."""
     tiles, start = [], 0
     for member, n in enumerate(lengths):
         tiles += [(member, start + i, min(start + n, start + i + TILE)) for i in range(0, n, TILE)]
         start += n
-    return tiles + [(0, 0, 0)] * (most - len(tiles))
+    return tiles + [(0, 0, 0)] * (triton.cdiv(start, TILE) + len(lengths) - len(tiles))

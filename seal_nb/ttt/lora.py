@@ -12,7 +12,7 @@ import math
 import shutil
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,10 @@ class Adapter:
         self.layout, self.settings, self.flat = layout, settings, flat
         self.compute = flat.to(compute_dtype)
 
+    @property
+    def n_bytes(self) -> int:
+        return self.flat.nbytes + self.compute.nbytes
+
     def delta(self, name: str) -> Tensor:
         """Change of the weight of `name`, scale · B A: (out, in), the adapter's dtype."""
         t = self.layout.by_name[name]
@@ -147,14 +151,9 @@ def peft_weights(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
-    """Write an adapter in PEFT's format. The folder appears whole or not at all; an existing one is replaced."""
+    """Write an adapter in PEFT's format, as `whole_folder`."""
     from peft import LoraConfig
 
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    weights = peft_weights(adapter.layout, adapter.flat.detach().cpu())
-    tensors = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     config = LoraConfig(
         r=adapter.settings.rank,
         lora_alpha=adapter.settings.alpha,  # PEFT divides by r; a float is kept
@@ -164,23 +163,33 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    config.save_pretrained(str(partial))
-    _swap(partial, folder)
+    weights = peft_weights(adapter.layout, adapter.flat.detach().cpu())
+    tensors = {name: weight.contiguous() for name, weight in weights.items()}
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(partial))
 
 
-def _swap(partial: Path, folder: Path) -> None:
-    """Replace `folder` by `partial`. If several processes do so at once, the last one wins."""
-    for _ in range(10):
-        try:
-            partial.rename(folder)
-        except OSError:  # one is there
-            old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write to. At the end it replaces `folder`; if the block fails, `folder` stays as it was.
+
+    If several processes write the same folder at once, the last one wins.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for _ in range(10):
+            with contextlib.suppress(OSError):  # one is there
+                partial.rename(folder)
+                return
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(old)
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            return
-    raise OSError(f"{folder.name!r} could not be written: other processes keep writing it")
+        raise OSError(f"{folder.name!r} could not be written: other processes keep writing it")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_adapter(
@@ -220,35 +229,28 @@ class KeptAdapters:
 
     def get(self, name: str) -> tuple[str, Adapter]:
         """Identity and adapter. Raises SettingsError if there is none of this name, or it does not fit the model."""
-        folder = self.folder / name
-        identity = _identity(folder)
-        return identity, self._remember(identity, self._loaded.get(identity) or self.load(folder))
+        identity = self._identity(name)
+        return identity, self._remember(identity, self._loaded.get(identity) or self.load(self.folder / name))
 
     def keep(self, name: str, adapter: Adapter) -> Path:
         """Write it; returns its folder. Raises OSError if the disk is full."""
-        folder = self.folder / name
-        save_adapter(adapter, folder, base_model=self.base_model)
-        self._remember(_identity(folder), adapter)
-        return folder
+        save_adapter(adapter, self.folder / name, base_model=self.base_model)
+        self._remember(self._identity(name), adapter)
+        return self.folder / name
 
     def _remember(self, identity: str, adapter: Adapter) -> Adapter:
         self._loaded[identity] = adapter
         self._loaded.move_to_end(identity)
-        while len(self._loaded) > 1 and _bytes(self._loaded.values()) > BYTES_IN_MEMORY:
+        while len(self._loaded) > 1 and sum(a.n_bytes for a in self._loaded.values()) > BYTES_IN_MEMORY:
             self._loaded.popitem(last=False)
         return adapter
 
-
-def _bytes(adapters: Iterable[Adapter]) -> int:
-    return sum(a.flat.nbytes + a.compute.nbytes for a in adapters)
-
-
-def _identity(folder: Path) -> str:
-    """Retraining under the same name creates a new identity."""
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise SettingsError(f"adapter_stack names {folder.name!r}, which this server has not kept; train it first")
-    return f"{folder.name}@{weights.stat().st_mtime_ns}"
+    def _identity(self, name: str) -> str:
+        """Retraining under the same name creates a new identity."""
+        weights = self.folder / name / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise SettingsError(f"adapter_stack names {name!r}, which this server has not kept; train it first")
+        return f"{name}@{weights.stat().st_mtime_ns}"
 
 
 def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
@@ -291,10 +293,7 @@ def stored_dtype(folder: str) -> torch.dtype:
 
 
 def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write model and tokenizer as a folder that appears whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    _swap(partial, out)
+    """Write model and tokenizer, as `whole_folder`."""
+    with whole_folder(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

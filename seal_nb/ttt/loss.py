@@ -9,13 +9,13 @@ no generation and no grader.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Segment
 from seal_nb.ttt.device import region
 from seal_nb.ttt.lora import Adapter
 
@@ -86,37 +86,27 @@ class ScoreRow:
 
 @torch.no_grad()
 def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 4096) -> list[list[float]]:
-    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of one pass."""
+    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of one pass, fewer if memory runs
+    out."""
     results: list[list[float]] = []
-    chunk: list[ScoreRow] = []
-    for row in rows:
-        if chunk and sum(map(len, chunk)) + len(row) > token_budget:
-            results += _score_halving(base, chunk)
-            chunk = []
-        chunk.append(row)
-    return results + (_score_halving(base, chunk) if chunk else [])
+    while left := rows[len(results) :]:
+        stops = accumulate(map(len, left))
+        chunk = left[: max(1, sum(stop <= token_budget for stop in stops))]
+        try:
+            results += base.with_room(partial(_score_chunk, base, chunk))
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            token_budget = sum(map(len, chunk)) // 2
+    return results
 
 
-def _score_halving(base: FrozenBase, rows: list[ScoreRow]) -> list[list[float]]:
-    """Score in one pass, or in halves if memory runs out."""
-    try:
-        return base.with_room(partial(_score_chunk, base, rows))
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    half = len(rows) // 2
-    return _score_halving(base, rows[:half]) + _score_halving(base, rows[half:])
-
-
-def _score_chunk(base: FrozenBase, rows: list[ScoreRow]) -> list[list[float]]:
-    segments, sources, start = [], [], 0
-    for row in rows:
-        if row.adapters:
-            segments.append(Segment(start=start, stop=start + len(row), adapters=row.adapters))
-        first = start + len(row.prompt_ids) - 1
-        sources.append(torch.arange(first, first + len(row.target_ids)))
-        start += len(row)
-    hidden = base.hidden([[*row.prompt_ids, *row.target_ids] for row in rows], segments)
+def _score_chunk(base: FrozenBase, rows: Sequence[ScoreRow]) -> list[list[float]]:
+    hidden = base.hidden([[*row.prompt_ids, *row.target_ids] for row in rows], [row.adapters for row in rows])
+    starts = accumulate(map(len, rows), initial=-1)
+    sources = [
+        torch.arange(len(row.target_ids)) + len(row.prompt_ids) + at for row, at in zip(rows, starts, strict=False)
+    ]
     targets = torch.tensor([t for row in rows for t in row.target_ids], device=base.device)
     found = _logprobs(hidden[torch.cat(sources).to(base.device)], base.head, targets)
     return [part.tolist() for part in found.split([len(row.target_ids) for row in rows])]

@@ -5,6 +5,7 @@ once over all rows, and steps the optimiser (`adamw_step`) of each slot whose ac
 leaves its slot; the next job enters at the next step. A job's result does not depend on its neighbours, up to rounding.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -13,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank, BankRow, Segment
+from seal_nb.ttt.branches import Bank, BankRow
 from seal_nb.ttt.device import Limit, Readback, pinned
 from seal_nb.ttt.jobs import TrainJob, TrainRow, Window, learning_rate_at, make_row
 from seal_nb.ttt.lora import Adapter, Layout, initial_weights
@@ -31,16 +31,9 @@ ADAMW: Any = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "a
 PASSES_TO_RECOVER = 500  # after running out of memory until twice as much is tried
 PASSES_AHEAD = 2  # passes that the host may be ahead of the device
 DRAWN_AHEAD = 8  # waiting jobs whose initial weights are drawn in threads
-FULL_PASS = {"cpu": 376, "cuda": 4096}  # tokens; larger passes are hardly faster
-TYPICAL_ROW = 47  # tokens of a train sequence; published self-edits after round 2, mean
 BANK_SHARE = 0.4  # of a GPU's free memory that one bank may take
 PROGRESS_EVERY_S = 1.0
 log = logging.getLogger(__name__)
-
-
-def usual_slots(device: torch.device) -> int:
-    """The number of slots that fills a pass with train sequences of typical length, one each."""
-    return -(-FULL_PASS.get(device.type, FULL_PASS["cpu"]) // TYPICAL_ROW)
 
 
 def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float) -> Tensor:
@@ -54,7 +47,7 @@ def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float) -> T
     if not fused_division:
         row.gradient.div_(divisor)
     row.steps += 1
-    tensors: Any = [row.weights], [row.gradient], [row.mean], [row.square], [], [row.steps]
+    tensors: Any = [row.flat], [row.gradient], [row.mean], [row.square], [], [row.steps]
     grad_scale = divisor if fused_division else None
     torch._fused_adamw_(*tensors, lr=learning_rate, grad_scale=grad_scale, **ADAMW)
     row.refresh()
@@ -78,29 +71,23 @@ class Trained:
 
 
 @dataclass(eq=False)
-class WaitingJob:
-    """A job that waits for a slot. initial: its initial weights, drawn in a thread."""
-
-    job: TrainJob
-    stack: tuple[Adapter, ...]
-    initial: Future[Tensor] | None = None
-
-
-@dataclass(eq=False)
 class Slot:
-    """One job in training.
+    """One job, from `submit` to its result. What has no default is set when it enters a slot.
 
+    stack: frozen adapters under the new one; initial: its initial weights, drawn in a thread
     window: the open accumulation window, None after the last one
     losses: (epoch, Σ nll / labels of its window, labels of its window) of each pass, on the device
+    lone_failures: how often its window has run out of memory alone in a pass
     outcome: losses and norms of a finished job, copied to the host
     """
 
     job: TrainJob
     stack: tuple[Adapter, ...]
-    row: BankRow
-    rows: list[TrainRow]
-    windows: Iterator[Window]
-    window: Window | None
+    row: BankRow = field(init=False)
+    rows: list[TrainRow] = field(init=False)
+    windows: Iterator[Window] = field(init=False)
+    window: Window | None = None
+    initial: Future[Tensor] | None = None
     done_in_window: int = 0
     step: int = 0
     n_tokens: int = 0
@@ -155,7 +142,7 @@ class SlotTrainer:
             raise SettingsError(f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1")
         self.base = base
         self.n_slots, self.token_budget = Limit(n_slots, PASSES_TO_RECOVER), Limit(token_budget, PASSES_TO_RECOVER)
-        self.waiting: deque[WaitingJob] = deque()
+        self.waiting: deque[Slot] = deque()
         self.slots: list[Slot] = []
         self.leaving: list[Slot] = []
         self.banks: list[Bank] = []
@@ -165,6 +152,7 @@ class SlotTrainer:
         on_gpu = base.device.type == "cuda"
         self.threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
         self.ahead: deque[torch.cuda.Event] = deque()
+        self._progress_at, self._progress = -math.inf, dict[str, dict[str, Any]]()
         base.trainers.add(self)
 
     @property
@@ -173,13 +161,14 @@ class SlotTrainer:
 
     def submit(self, job: TrainJob, stack: Sequence[Adapter] = ()) -> None:
         """Queue a job. stack: frozen adapters under the new one, in the order of training."""
-        self.waiting.append(WaitingJob(job, tuple(stack)))
+        self.waiting.append(Slot(job, tuple(stack)))
 
     def cancel(self, name: str) -> None:
         """Drop the job of this name, if there is one."""
-        self._release([s for s in self.slots if s.job.name == name])
+        for slot in [s for s in self.slots if s.job.name == name]:
+            self._release(slot)
         self.leaving = [s for s in self.leaving if s.job.name != name]
-        self.waiting = deque(w for w in self.waiting if w.job.name != name)
+        self.waiting = deque(s for s in self.waiting if s.job.name != name)
 
     def step(self) -> list[Trained]:
         """One pass: fill free slots, train, and return the jobs that are done."""
@@ -203,6 +192,19 @@ class SlotTrainer:
             done += self.step()
         return done
 
+    def progress(self) -> dict[str, dict[str, Any]]:
+        """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; None if not finite, for JSON).
+
+        Losses are on the device, and reading them waits for it, so they are read at most once in PROGRESS_EVERY_S.
+        """
+        if time.monotonic() - self._progress_at >= PROGRESS_EVERY_S:
+            self._progress_at, self._progress = time.monotonic(), {}
+            for slot in self.slots:
+                losses = torch.stack([loss for _, loss, _ in slot.losses]).tolist() if slot.losses else []
+                means = [mean if math.isfinite(mean) else None for mean in slot.epoch_losses(losses)]
+                self._progress[slot.job.name] = {"step": slot.step, "n_steps": slot.job.n_steps, "epoch_losses": means}
+        return self._progress
+
     def drop_idle(self) -> None:
         """Free banks without jobs, and the captured passes, which read and write banks."""
         self.banks = [bank for bank in self.banks if bank.rows]
@@ -210,52 +212,50 @@ class SlotTrainer:
 
     def _fill(self) -> None:
         """Let waiting jobs enter free slots."""
-        while self.waiting and len(self.slots) < self.n_slots.now:
-            self._draw_ahead()
-            waiting = self.waiting.popleft()
-            try:
-                slot = self._open(waiting)
-            except torch.OutOfMemoryError:
-                slot = None
-                self.n_slots.lower(len(self.slots))
-                if not self.slots:
-                    error = "out of memory for a single adapter; lower lora_rank or name fewer target_modules"
-                    self.failed.append(Trained(job=waiting.job, error=error))
-                    continue
-            except Exception as error:  # noqa: BLE001  # the error of one job must not end the others
-                self.failed.append(Trained(job=waiting.job, error=_text(error)))
-                continue
-            if slot is None:  # no memory until another job leaves
-                self.waiting.appendleft(waiting)
-                return
-            self.slots.append(slot)
         self._draw_ahead()
+        while self.waiting and len(self.slots) < self.n_slots.now:
+            slot = self.waiting[0]
+            try:
+                if not self._open(slot):
+                    return
+            except torch.OutOfMemoryError:
+                self.n_slots.lower(len(self.slots))
+                if self.slots:  # until another job leaves
+                    return
+                self._fail(slot, "out of memory for a single adapter; lower lora_rank or name fewer target_modules")
+            except Exception as error:  # noqa: BLE001  # the error of one job must not end the others
+                self._fail(slot, _text(error))
+            else:
+                self.slots.append(slot)
+            self.waiting.popleft()
+            self._draw_ahead()
 
     def _draw_ahead(self) -> None:
         """Draw initial weights in threads while others train: at 7B they take 0.1 s a job on one core."""
-        for waiting in list(self.waiting)[:DRAWN_AHEAD]:
-            if waiting.initial is None:
-                waiting.initial = self.threads.submit(self._initial, waiting.job)
+        for slot in list(self.waiting)[:DRAWN_AHEAD]:
+            if slot.initial is None:
+                slot.initial = self.threads.submit(self._initial, slot.job)
 
     def _initial(self, job: TrainJob) -> Tensor:
         return pinned(initial_weights(self.base.layout(job.lora), job.train.seed), self.base.device)
 
-    def _open(self, waiting: WaitingJob) -> Slot | None:
-        """The job's slot, or None if its bank has no free row."""
-        job = waiting.job
+    def _open(self, slot: Slot) -> bool:
+        """Give the job a row of a bank; False if there is none."""
+        job = slot.job
         bank = self._bank(self.base.layout(job.lora))
         if bank.full:
-            return None
-        rows = [make_row(self.base.tokenizer, text, job.train) for text in job.texts]
-        n_labels_R = [len(row.sources) for row in rows]
+            return False
+        slot.rows = [make_row(self.base.tokenizer, text, job.train) for text in job.texts]
+        n_labels_R = [len(row.sources) for row in slot.rows]
         if not sum(n_labels_R):
             raise SettingsError(
                 f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences"
             )
-        assert waiting.initial is not None
-        row = bank.enter(job.lora, waiting.initial.result(), dropout_seed=job.train.seed)
-        windows = job.windows(n_labels_R)
-        return Slot(job=job, stack=waiting.stack, row=row, rows=rows, windows=windows, window=next(windows))
+        assert slot.initial is not None
+        slot.row = bank.enter(job.lora, slot.initial.result(), dropout_seed=job.train.seed)
+        slot.initial, slot.windows = None, job.windows(n_labels_R)
+        slot.window = next(slot.windows)
+        return True
 
     def _bank(self, layout: Layout) -> Bank:
         """The bank of this layout. A new one takes the memory of empty ones, and has a row for each slot as far as a
@@ -272,10 +272,10 @@ class SlotTrainer:
         self.banks.append(self.base.new_bank(layout, n))
         return self.banks[-1]
 
-    def _release(self, slots: list[Slot]) -> None:
-        for slot in slots:
+    def _release(self, slot: Slot) -> None:
+        if slot in self.slots:
             slot.row.leave()
-        self.slots = [s for s in self.slots if s not in slots]
+            self.slots.remove(slot)
 
     def _finish(self, slot: Slot) -> None:
         """Free the slot of a job that is done. Its losses and norms are copied to the host without a wait."""
@@ -286,7 +286,7 @@ class SlotTrainer:
             return
         losses = torch.stack([loss for _, loss, _ in slot.losses])
         slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
-        self._release([slot])
+        self._release(slot)
         self.leaving.append(slot)
 
     def _choose(self) -> list[Slot]:
@@ -305,37 +305,33 @@ class SlotTrainer:
 
     def _guarded_pass(self, chosen: list[Slot]) -> None:
         """A pass. If memory runs out, the token budget is halved and the open accumulation windows are repeated; a
-        micro-batch that fails twice alone fails its job. After any other error each slot runs alone."""
+        window that fails twice alone fails its job. After any other error each slot runs alone."""
         n_tokens = sum(s.next_tokens for s in chosen)
-        failure, out_of_memory = None, False
-        try:
-            self._pass(chosen)
-        except torch.OutOfMemoryError:
-            out_of_memory = True  # handled below, where the error no longer holds the tensors of the pass
-        except torch.AcceleratorError:
-            raise  # nothing runs on this device any more
-        except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
-            failure = error
-        for slot in chosen:
-            slot.lone_failures = slot.lone_failures + 1 if out_of_memory and len(chosen) == 1 else 0
-        if out_of_memory:
-            self._retreat(chosen, n_tokens)
-        elif failure is not None:
-            self._find_cause(chosen, failure)
-
-    def _retreat(self, chosen: list[Slot], n_tokens: int) -> None:
+        failure: Exception | None = None
+        # Out of memory is suppressed, not handled in place: the error holds the tensors of the pass.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            try:
+                self._pass(chosen)
+                return
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # after an AcceleratorError nothing runs on this device any more
+            except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
+                failure = error
         for slot in chosen:
             slot.rewind_window()
+        if failure is not None:
+            self._find_cause(chosen, failure)
+            return
         self.base.make_room()
         self.token_budget.lower(min(self.token_budget.now, n_tokens) // 2)
-        if chosen[0].lone_failures > 1:
-            self._fail(chosen[0], f"out of memory with {n_tokens} tokens in one micro-batch; lower batch_size")
+        if len(chosen) == 1:
+            chosen[0].lone_failures += 1
+            if chosen[0].lone_failures > 1:
+                self._fail(chosen[0], f"out of memory with {n_tokens} tokens in one micro-batch; lower batch_size")
 
     def _find_cause(self, chosen: list[Slot], error: Exception) -> None:
         """Run each slot of a failed pass alone and without a capture; a job that fails then is the cause. If none
         fails, the capture is the cause, and later passes are eager."""
-        for slot in chosen:
-            slot.rewind_window()
         captured, self.captured.works = self.captured.works, False
         if len(chosen) == 1 and not captured:
             self._fail(chosen[0], _text(error))
@@ -349,18 +345,14 @@ class SlotTrainer:
             log.warning("passes are launched kernel by kernel from now on: %s", _text(error))
 
     def _fail(self, slot: Slot, error: str) -> None:
-        self._release([slot])
+        self._release(slot)
         self.failed.append(Trained(job=slot.job, error=error, n_steps=slot.step, n_tokens=slot.n_tokens))
 
     def _pass(self, chosen: list[Slot]) -> None:
-        ends = list(accumulate((slot.next_tokens for slot in chosen), initial=0))
-        segments = [
-            Segment(start=start, stop=stop, adapters=slot.stack, trained=slot.row)
-            for slot, (start, stop) in zip(chosen, pairwise(ends), strict=True)
-        ]
+        parts = [(slot.next_tokens, (*slot.stack, slot.row)) for slot in chosen]
         n_labels_S = [slot.window.n_labels for slot in chosen if slot.window is not None]
-        losses = self.captured.run(Pass(segments, [slot.next_rows for slot in chosen], n_labels_S))
-        self.n_tokens += ends[-1]
+        losses = self.captured.run(Pass(parts, [slot.next_rows for slot in chosen], n_labels_S))
+        self.n_tokens += sum(n for n, _ in parts)
         for slot, loss in zip(chosen, losses, strict=False):
             self._account(slot, loss)
         self._keep_pace()
@@ -378,7 +370,7 @@ class SlotTrainer:
         rate = learning_rate_at(settings, slot.step, slot.job.n_steps)
         slot.norms.append(adamw_step(slot.row, learning_rate=rate, max_grad_norm=settings.max_grad_norm))
         slot.step += 1
-        slot.window, slot.done_in_window = next(slot.windows, None), 0
+        slot.window, slot.done_in_window, slot.lone_failures = next(slot.windows, None), 0, 0
 
     def _keep_pace(self) -> None:
         """Let the host be a few passes ahead of the device, so that neither waits, and no more."""
@@ -408,25 +400,3 @@ def _result(slot: Slot) -> Trained:
         n_steps=slot.step,
         n_tokens=slot.n_tokens,
     )
-
-
-class Progress:
-    """Steps and losses of jobs in training. Losses are on the device, and reading them waits for it, so they are read
-    at most once in `every_s`."""
-
-    def __init__(self, every_s: float = PROGRESS_EVERY_S) -> None:
-        self.every_s = every_s
-        self._read_at = float("-inf")
-        self._last: dict[str, dict[str, Any]] = {}
-
-    def read(self, slots: Sequence[Slot]) -> dict[str, dict[str, Any]]:
-        """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; None if not finite, for JSON)."""
-        now = time.monotonic()
-        if now - self._read_at >= self.every_s:
-            self._read_at = now
-            self._last = {}
-            for slot in slots:
-                losses = torch.stack([loss for _, loss, _ in slot.losses]).tolist() if slot.losses else []
-                means = [mean if math.isfinite(mean) else None for mean in slot.epoch_losses(losses)]
-                self._last[slot.job.name] = {"step": slot.step, "n_steps": slot.job.n_steps, "epoch_losses": means}
-        return self._last

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank, Segment
+from seal_nb.ttt.branches import Bank
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
-from seal_nb.ttt.passes import CapturedPasses, Pass, Shape, StaticPass, _shape, run_eager
+from seal_nb.ttt.passes import CapturedPasses, DevicePass, Pass, Shape, _shape
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
@@ -31,17 +31,15 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
     entered = [bank.enter(LORA, initial_weights(layout, seed), seed) for seed in range(2 * len(lengths_of_slots))]
     for row in entered[1::2]:
         row.leave()
-    segments, rows_S, start = [], [], 0
+    parts, rows_S = [], []
     for row, lengths, opening in zip(entered[::2], lengths_of_slots, opens, strict=True):
-        row.weights.add_(0.01)  # B is zero at first, and hides A
+        row.flat.add_(0.01)  # B is zero at first, and hides A
         row.gradient.fill_(0.5)
         row.opens_window = opening
         rows = [make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings()) for i, n in enumerate(lengths)]
-        stop = start + sum(map(len, rows))
-        segments.append(Segment(start=start, stop=stop, trained=row))
+        parts.append((sum(map(len, rows)), (row,)))
         rows_S.append(rows)
-        start = stop
-    return bank, Pass(segments, rows_S, [7] * len(rows_S))
+    return bank, Pass(parts, rows_S, [7] * len(rows_S))
 
 
 SLOTS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=4)
@@ -54,13 +52,12 @@ def test_filling_a_pass_up_changes_no_loss_and_no_gradient(
 ) -> None:
     bank, pass_ = bank_and_pass(lengths, 8, opens[: len(lengths)])
     gradient = bank.gradient.clone()
-    losses = run_eager(BASE, pass_)
+    losses = DevicePass(BASE, pass_).run()
     expected = bank.gradient.clone()
     n_tokens, n_rows = sum(pass_.lengths) + more_tokens, sum(map(len, lengths)) + more_rows
     bank.gradient.copy_(gradient)
-    static = StaticPass(BASE, bank, Shape(n_tokens, n_rows, 64, any(bank.adds_to_gradient)))
-    static.fill(pass_)
-    found = static.warm_up()
+    shape = Shape(n_tokens, n_rows, 64, any(bank.adds_to_gradient))
+    found = DevicePass(BASE, pass_.filled_up(shape, bank.n)).run_fused()
     assert torch.allclose(found[: len(losses)], losses, rtol=1e-12)
     used = sorted(bank.rows)
     assert torch.allclose(bank.gradient[used], expected[used], rtol=1e-9, atol=1e-12)
@@ -85,15 +82,15 @@ class Recording:
     """In the place of a CUDA graph: runs the pass again on the same static inputs, whatever they hold now."""
 
     def __init__(self, function: Callable[[], torch.Tensor]):
-        self.static: StaticPass = function.__self__  # type: ignore[attr-defined]
+        self.static: DevicePass = function.__self__  # type: ignore[attr-defined]
         self.replays = 0
 
     def replay(self) -> None:
         self.replays += 1
-        for holder in (self.static.plan.groups[0], self.static.attend.__self__):  # type: ignore[attr-defined]
-            for on_the_host in ("members", "kept", "lengths", "biases"):
+        for holder in (self.static.plan.groups[0], self.static.rows):
+            for on_the_host in ("members", "kept", "lengths", "masks"):
                 holder.__dict__.pop(on_the_host, None)
-        self.static.losses.copy_(self.static.warm_up())
+        self.static.losses.copy_(self.static.run_fused())
 
 
 def trained(jobs: list[TrainJob], *, capturing: bool) -> tuple[dict[str, Trained], SlotTrainer]:
@@ -138,7 +135,7 @@ def test_jobs_whose_passes_are_captured_and_replayed_get_the_same_adapters(
 
 def test_a_pass_that_fails_only_when_captured_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
-    monkeypatch.setattr(StaticPass, "warm_up", lambda self: 1 / 0)
+    monkeypatch.setattr(DevicePass, "run_fused", lambda self: 1 / 0)
     plain, _ = trained(jobs_of_one_layout(), capturing=False)
     found, trainer = trained(jobs_of_one_layout(), capturing=True)
     assert not trainer.captured.works
@@ -186,7 +183,7 @@ def test_a_capture_shares_memory_unless_it_is_the_largest(monkeypatch: pytest.Mo
     taken: list[tuple[int, bool]] = []  # tokens of a captured pass; whether it brings its own memory
 
     def record(function, before):  # type: ignore[no-untyped-def]
-        taken.append((function.__self__.shape.n_tokens, before is None))
+        taken.append((function.__self__.tokens.shape[1], before is None))
         return Recording(function), torch.zeros(8, dtype=torch.float64)
 
     monkeypatch.setattr(passes, "TOKEN_STEP", 8)
@@ -197,7 +194,7 @@ def test_a_capture_shares_memory_unless_it_is_the_largest(monkeypatch: pytest.Mo
     bank, _ = bank_and_pass([[8]], 8, [True])
     for n in (24, 16, 8, 40, 16, 40, 24):
         row = make_row(AsciiTokenizer(), (LETTERS * 3)[:n], TrainSettings())
-        pass_ = Pass([Segment(start=0, stop=len(row), trained=bank.rows[0])], [[row]], [7])
+        pass_ = Pass([(len(row), (bank.rows[0],))], [[row]], [7])
         for _ in range(2):
             captured.run(pass_)
     assert taken == [(24, True), (16, False), (8, False), (40, True), (16, False), (24, False)]

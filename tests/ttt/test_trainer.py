@@ -135,8 +135,10 @@ def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.
 
     monkeypatch.setattr(BASE, "run", small_device)
     big = TrainJob(name="big", texts=("x" * 100,), train=TrainSettings(epochs=1))
-    done = run([a_job("small", epochs=1), big], n_slots=2)
-    assert done["big"].adapter is None and "out of memory" in done["big"].error
+    mixed = TrainJob(name="mixed", texts=("x", "x" * 100), train=TrainSettings(gradient_accumulation_steps=2))
+    done = run([a_job("small", epochs=1), big, mixed], n_slots=2)
+    for name in ("big", "mixed"):
+        assert done[name].adapter is None and "out of memory" in done[name].error
     assert done["small"].adapter is not None
 
 
