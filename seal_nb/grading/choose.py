@@ -11,7 +11,7 @@ from seal_nb.grading.rules import ExactGrader, F1Grader, RecallGrader
 
 _WITHOUT_NETWORK = {one.name: one for one in (LocalGrader, ExactGrader, F1Grader, RecallGrader)}
 GRADERS = tuple(_WITHOUT_NETWORK)
-# `inner_loop.loop.served_identity` writes the grader into the name of a run's model in this form.
+# `inner_loop.loop.load_inner_loop` writes the grader into the name of a run's model in this form.
 _GRADER_IN_MODEL = re.compile(rf"-({'|'.join(GRADERS)}|judge:.+?)-\d+(?:-[a-z]+)*$")
 
 

@@ -1,11 +1,16 @@
-"""Requests in progress: what each has and still needs, its training job, its prompts, and its reply."""
+"""Requests in progress: what each has and still needs, its training job, its prompts, its scores, and its reply.
+
+Scores of single tokens (`scored_texts`) show which tokens an adapter made more likely. They take two forward passes
+over the train sequences, the gold answers and the passages, and no generation. A soft score is the sum over a gold
+answer.
+"""
 
 import logging
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple, cast
 
 from seal_nb.errors import GradingError, SettingsError
 from seal_nb.grading.base import Answered, Grader, Verdict
@@ -13,21 +18,20 @@ from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import Answers, GenerateReply, GenerateRequest, ScoredText, TTTReply, TTTRequest, build_reply
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.loss import ScoreRow, score
 from seal_nb.ttt.trainer import Trained
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Question:
-    """What the base's answer depends on: the key under which it is stored."""
+class Question(NamedTuple):
+    """What the base's answer depends on: the key under which it is stored. stack: identities of frozen adapters."""
 
     stack: tuple[str, ...]
-    prompt: str
+    prompt_ids: tuple[int, ...]
     max_new_tokens: int
-    special_tokens: bool = True  # False: a chat template has added them
 
 
 @dataclass
@@ -35,8 +39,7 @@ class Evaluation:
     """A TTTRequest in progress.
 
     baseline, answers: of the base and of the adapter, one a question; None until generated, empty if not requested
-    gold: log-probabilities of the gold answers without and with the adapter, and their numbers of tokens, if requested
-    tokens: log-probabilities of single tokens, if requested
+    scores: of gold answers, train sequences and passages, as far as they are requested
     verdicts: of all answers, those of the base first
     """
 
@@ -50,8 +53,7 @@ class Evaluation:
     trained_s: float = 0.0
     adapter_path: str | None = None
     answered_s: float = 0.0
-    gold: tuple[list[float], list[float], list[int]] = ([], [], [])
-    tokens: list[ScoredText] = field(default_factory=list)
+    scores: list[ScoredText] = field(default_factory=list)
     verdicts: Future[list[Verdict]] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
@@ -98,14 +100,17 @@ class Evaluation:
         """Raises what the grader raised."""
         request, trained, verdicts, n = self.request, self.trained, self.verdicts.result(), len(self.baseline)
         trained_s = self.trained_s or self.started_s
+        gold = [text for text in self.scores if text.kind == "gold" and request.soft_scores]
         timings = {"train_s": trained_s - self.started_s, "answer_s": self.answered_s - trained_s}
         return build_reply(
-            baseline=None if request.skip_baseline else _answers(self.baseline, verdicts[:n], self.gold[0]),
-            adapter=_answers(self.answers, verdicts[n:], self.gold[1]) if trained else None,
+            baseline=None
+            if request.skip_baseline
+            else _answers(self.baseline, verdicts[:n], [t.baseline_logprobs for t in gold]),
+            adapter=_answers(self.answers, verdicts[n:], [t.adapter_logprobs for t in gold]) if trained else None,
             request_id=request.request_id,
             seed=request.seed,
-            gold_token_counts=self.gold[2],
-            token_logprobs=self.tokens,
+            gold_token_counts=[len(text.tokens) for text in gold],
+            token_logprobs=self.scores if request.return_token_logprobs else [],
             train_tokens=trained.n_tokens if trained else 0,
             train_steps=trained.n_steps if trained else 0,
             epoch_losses=list(trained.epoch_losses) if trained else [],
@@ -115,8 +120,10 @@ class Evaluation:
         )
 
 
-def _answers(texts: Sequence[str | None], verdicts: Sequence[Verdict], gold_logprobs: Sequence[float]) -> Answers:
-    return Answers(texts=[text or "" for text in texts], verdicts=verdicts, gold_logprobs=gold_logprobs)
+def _answers(texts: Sequence[str | None], verdicts: Sequence[Verdict], gold: Sequence[list[float | None]]) -> Answers:
+    """gold: log-probabilities of each gold answer's tokens."""
+    sums = [None if None in values else sum(cast(list[float], values)) for values in gold]
+    return Answers(texts=[text or "" for text in texts], verdicts=verdicts, gold_logprobs=sums)
 
 
 @dataclass
@@ -165,27 +172,20 @@ def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
 def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) -> list[Question]:
     """The closed-book questions of a request. stack: identities of the frozen adapters."""
     prompts = [answer_prompt(q.title, q.question) for q in request.eval_questions]
-    if request.chat:
+    if request.chat:  # the template adds the special tokens
         template: Any = base.tokenizer.apply_chat_template
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = [template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    return [Question(stack, prompt, request.max_new_tokens, not request.chat) for prompt in prompts]
+    ids = [base.encode(prompt, special_tokens=not request.chat) for prompt in prompts]
+    return [Question(stack, tuple(one), request.max_new_tokens) for one in ids]
 
 
-def prompt_ids(base: FrozenBase, question: Question) -> list[int]:
-    return base.encode(question.prompt, special_tokens=question.special_tokens)
-
-
-def decode_row(base: FrozenBase, ids: list[int], max_tokens: int, **fields: Any) -> DecodeRow:
+def decode_row(base: FrozenBase, ids: Sequence[int], max_tokens: int, **fields: Any) -> DecodeRow:
     """A prompt for the decoder. Raises SettingsError if it leaves no room in the model's context."""
     context = base.model.config.max_position_embeddings
     if len(ids) >= context:
         raise SettingsError(f"a prompt has {len(ids)} tokens and the model's context {context}; shorten it")
     return DecodeRow(token_ids=ids, max_new_tokens=min(max_tokens, context - len(ids)), **fields)
-
-
-def answer_row(base: FrozenBase, key: Hashable, question: Question, adapters: tuple[Adapter, ...]) -> DecodeRow:
-    return decode_row(base, prompt_ids(base, question), question.max_new_tokens, key=key, adapters=adapters)
 
 
 def text_rows(base: FrozenBase, request: GenerateRequest, stack: tuple[Adapter, ...]) -> Iterator[DecodeRow]:
@@ -194,3 +194,71 @@ def text_rows(base: FrozenBase, request: GenerateRequest, stack: tuple[Adapter, 
     for i, prompt in enumerate(request.prompts):
         key, seed = (str(request.request_id), i), (int(request.seed or 0) + i) % 2**63
         yield decode_row(base, base.encode(prompt), request.max_tokens, key=key, adapters=stack, seed=seed, **sampling)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to score. tokens: the stretch of the text of each token; the last ones, `target_ids`, get a value."""
+
+    kind: Literal["train", "gold", "passage"]
+    index: int
+    tokens: list[str]
+    prompt_ids: Sequence[int]
+    target_ids: Sequence[int]
+
+    def values(self, found: Sequence[float]) -> list[float | None]:
+        """One value a token; None for those without a score."""
+        return [None] * (len(self.tokens) - len(found)) + list(found)
+
+
+def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int) -> list[ScoredText]:
+    """What the request wants scored, token by token, without and (if there is one) with the adapter."""
+    texts, adapter = list(_texts(base, evaluation)), evaluation.adapter
+    sides = [evaluation.stack] if adapter is None else [evaluation.stack, (*evaluation.stack, adapter)]
+    rows = [ScoreRow(prompt_ids=t.prompt_ids, target_ids=t.target_ids, adapters=side) for side in sides for t in texts]
+    found = score(base, rows, token_budget=token_budget)
+    before, after = found[: len(texts)], found[len(texts) :]
+    return [
+        ScoredText(
+            kind=text.kind,
+            index=text.index,
+            tokens=text.tokens,
+            baseline_logprobs=text.values(before[i]),
+            adapter_logprobs=text.values(after[i]) if after else [],
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:
+    request, tokenizer = evaluation.request, base.tokenizer
+    if evaluation.trained is not None and request.return_token_logprobs:
+        job = evaluation.trained.job
+        plain = replace(job.train, padding_in_loss=False)
+        for i, text in enumerate(job.texts):
+            row, (ids, tokens) = make_row(tokenizer, text, plain), pieces(tokenizer, text)
+            n, first = row.n_text, row.n_text - len(row.targets)  # the tokens with loss are the last ones
+            yield Text("train", i, tokens[:n], ids[:first], ids[first:n])
+    for i, (own, question) in enumerate(zip(evaluation.questions, request.eval_questions, strict=True)):
+        ids, tokens = pieces(tokenizer, question.answer, special_tokens=False)
+        yield Text("gold", i, tokens, own.prompt_ids, ids)
+    passages: dict[str, int] = {}
+    for i, question in enumerate(request.eval_questions):
+        if question.context and request.return_token_logprobs:
+            passages.setdefault(f"{question.title}\n{question.context}", i)
+    for passage, i in passages.items():
+        ids, tokens = pieces(tokenizer, passage)
+        yield Text("passage", i, tokens, ids[:1], ids[1:])
+
+
+def pieces(tokenizer: Any, text: str, *, special_tokens: bool = True) -> tuple[list[int], list[str]]:
+    """Token ids, and the stretch of the text that each token ends. Joined, the stretches are the text.
+
+    If a character takes several tokens, its first token has it and the others are empty.
+    """
+    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
+    stretches, reached = [], 0
+    for _, stop in encoded["offset_mapping"]:
+        stretches.append(text[reached : max(stop, reached)])
+        reached = max(stop, reached)
+    return list(encoded["input_ids"]), stretches

@@ -12,7 +12,6 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -24,12 +23,12 @@ from seal_nb.inner_loop.evaluation import (
     Evaluation,
     Generation,
     Question,
-    answer_row,
+    decode_row,
     questions_of,
+    scored_texts,
     text_rows,
     train_job,
 )
-from seal_nb.inner_loop.scores import GoldScores, gold_scores, token_scores
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
 from seal_nb.processes import DaemonThreads
@@ -44,7 +43,7 @@ ANSWER_STEPS_A_PASS = 64
 # Slots that fill a pass (4096 tokens on a GPU, 376 on a CPU; larger ones are hardly faster) with published train
 # sequences (47 tokens), and texts of a batch.
 USUAL_SIZES = {"cuda": (88, 320), "cpu": (8, 64)}
-MOST_STORED = 100_000  # answers of the base, and its scores of gold answers: some 50 MB; a server runs for weeks
+MOST_STORED = 20_000  # answers of the base: some 50 MB; a server runs for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
 GRADING_WAIT_S = 0.05  # if there is nothing else to do
 REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
@@ -66,7 +65,6 @@ class InnerLoop:
         self.gradings: dict[str, Evaluation] = {}  # wait for verdicts
         self.asked: set[Question] = set()  # the base is answering them
         self.baselines: dict[Question, str] = {}  # the base's answers
-        self.gold_scores: GoldScores = {}
         self.kept = KeptAdapters(settings.adapters_dir, base.load_adapter, base.name)
         self.grading_threads = DaemonThreads(MOST_GRADED_AT_ONCE)
         self.done: deque[Reply] = deque()
@@ -132,7 +130,7 @@ class InnerLoop:
 
     def advance(self) -> list[Reply]:
         """One pass of training, or one token for every text being generated; returns the replies that are complete."""
-        if self._answer_now() and not self._train_in_between():
+        if self._answer_now():
             for decoded in self.decoder.step():
                 self._decoded(decoded)
         elif self.trainer.busy:
@@ -147,16 +145,15 @@ class InnerLoop:
         return replies
 
     def _answer_now(self) -> bool:
-        """Start answering when half a batch is there or nothing is left to train; then answer to the end."""
+        """Start answering when half a batch is there or nothing is left to train; then answer to the end.
+
+        In between, a pass is trained every 64 steps, so that a steady stream of texts does not stop training.
+        """
         n_rows = len(self.decoder.waiting) + len(self.decoder.live)
         enough = n_rows >= self.settings.decode_rows // 2 or not self.trainer.busy
         self.answering = n_rows > 0 and (self.answering or enough)
-        return self.answering
-
-    def _train_in_between(self) -> bool:
-        """While answering, train a pass every 64 steps, so that a steady stream of texts does not stop training."""
-        self.n_answer_steps += 1
-        return self.trainer.busy and self.n_answer_steps % ANSWER_STEPS_A_PASS == 0
+        self.n_answer_steps += self.answering
+        return self.answering and not (self.trainer.busy and self.n_answer_steps % ANSWER_STEPS_A_PASS == 0)
 
     def _evaluate(self, request_id: str, request: TTTRequest, stack: dict[str, Adapter]) -> None:
         job = train_job(request, self.settings.max_seq_length) if request.training_wanted else None
@@ -168,11 +165,15 @@ class InnerLoop:
             if question in self.baselines:
                 evaluation.set_baseline(question, self.baselines[question])
             elif question not in self.asked:
-                self.decoder.submit(answer_row(self.base, ("", question), question, evaluation.stack))
+                self._ask(("", question), question, evaluation.stack)
                 self.asked.add(question)
         if job is not None:
             self.trainer.submit(job, evaluation.stack)
         self._grade_if_complete(request_id)
+
+    def _ask(self, key: Key, question: Question, adapters: tuple[Adapter, ...]) -> None:
+        row = decode_row(self.base, question.prompt_ids, question.max_new_tokens, key=key, adapters=adapters)
+        self.decoder.submit(row)
 
     def _trained(self, trained: Trained) -> None:
         """Keep the adapter if it has a name, and ask it the questions."""
@@ -188,8 +189,7 @@ class InnerLoop:
             if (name := evaluation.request.adapter_name) is not None:
                 evaluation.adapter_path = str(self.kept.keep(name, trained.adapter))
             for i, question in enumerate(evaluation.questions):
-                adapters = (*evaluation.stack, trained.adapter)
-                self.decoder.submit(answer_row(self.base, (request_id, i), question, adapters))
+                self._ask((request_id, i), question, (*evaluation.stack, trained.adapter))
         except REQUEST_FAULTS as error:  # a full disk, a prompt that is too long
             self._fail(request_id, error)
         else:
@@ -215,7 +215,8 @@ class InnerLoop:
         text = decoded.text.strip()
         if not decoded.error:
             self.baselines[question] = text
-            _keep_newest(self.baselines)
+            while len(self.baselines) > MOST_STORED:
+                del self.baselines[next(iter(self.baselines))]
         for request_id, evaluation in list(self.evaluations.items()):
             if decoded.error and evaluation.baseline and question in evaluation.questions:
                 self._fail(request_id, SettingsError(decoded.error))
@@ -231,11 +232,8 @@ class InnerLoop:
         # Tokens of a pass of scoring; if deterministic, one text a pass.
         budget = 1 if self.settings.deterministic else self.trainer.token_budget.now
         try:
-            if evaluation.request.soft_scores:
-                evaluation.gold = gold_scores(self.base, evaluation, self.gold_scores, token_budget=budget)
-                _keep_newest(self.gold_scores)
-            if evaluation.request.return_token_logprobs:
-                evaluation.tokens = token_scores(self.base, evaluation, token_budget=budget)
+            if evaluation.request.soft_scores or evaluation.request.return_token_logprobs:
+                evaluation.scores = scored_texts(self.base, evaluation, token_budget=budget)
         except REQUEST_FAULTS as error:
             self._fail(request_id, error)
             return
@@ -263,11 +261,6 @@ class InnerLoop:
         self.done.append(error_reply(error, request_id=request_id, traceback=trace))
 
 
-def _keep_newest(stored: dict[Any, Any]) -> None:
-    for key in list(islice(stored, max(0, len(stored) - MOST_STORED))):
-        del stored[key]
-
-
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     """Load model and grader. Raises SettingsError if the model is missing or not supported, or the grader unknown."""
     torch.set_num_threads(settings.n_threads)
@@ -276,11 +269,8 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     grader = make_grader(settings.grader)  # first: a wrong name is found without loading a model
     folder = resolve_model(settings.model)
     base = FrozenBase.load(folder, device=settings.device, dtype=settings.dtype)
-    return InnerLoop(base, grader, settings, model_id=served_identity(base, grader, settings, folder))
-
-
-def served_identity(base: FrozenBase, grader: Grader, settings: InnerLoopSettings, folder: str) -> str:
-    """Names all that a result depends on besides its request: weights, dtype, grader, longest sequence."""
+    # The model id names all that a result depends on besides its request.
     dtype = str(base.dtype).removeprefix("torch.") + f"-{FOUR_BIT}" * (settings.dtype == FOUR_BIT)
     deterministic = "-deterministic" if settings.deterministic else ""
-    return f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}{deterministic}"
+    model_id = f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}{deterministic}"
+    return InnerLoop(base, grader, settings, model_id=model_id)

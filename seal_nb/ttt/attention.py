@@ -142,7 +142,7 @@ class Cache:
         room = (max(lengths) // BLOCK + 1) * BLOCK
         if room != self.room or list(old_rows) != list(range(self.n_rows)):
             self._move(old_rows, room)
-        self.positions = self._index(lengths) - 1
+        self.positions = tensor_on(self.device, lengths, torch.long) - 1
         self.places = self.positions + torch.arange(self.n_rows, device=self.device) * room
         unseen = torch.arange(room, device=self.device) > self.positions[:, None]
         mask = torch.zeros(self.n_rows, room, device=self.device, dtype=self.dtype)
@@ -151,8 +151,8 @@ class Cache:
 
     def _move(self, old_rows: Sequence[int | None], room: int) -> None:
         self.n_rows, self.room = len(old_rows), room
-        chosen = self._index([row or 0 for row in old_rows])
-        empty = self._index([i for i, row in enumerate(old_rows) if row is None])
+        chosen = tensor_on(self.device, [row or 0 for row in old_rows], torch.long)
+        empty = tensor_on(self.device, [i for i, row in enumerate(old_rows) if row is None], torch.long)
         for side in (self.keys, self.values):
             for layer in side:
                 kept = side[layer][:, : self.room].index_select(0, chosen).index_fill_(0, empty, 0)
@@ -198,6 +198,3 @@ class Cache:
                 side[index] = tokens.new_zeros(self.n_rows, self.room, *tokens.shape[1:])
             side[index].view(-1, *tokens.shape[1:]).index_copy_(0, places, tokens)
         return [self.keys[index], self.values[index]]
-
-    def _index(self, values: Sequence[int]) -> Tensor:
-        return tensor_on(self.device, values, torch.long)

@@ -45,10 +45,6 @@ class Bank:
         self.rows: dict[int, BankRow] = {}
 
     @property
-    def full(self) -> bool:
-        return len(self.rows) == self.n
-
-    @property
     def adds_to_gradient(self) -> list[bool]:
         """For each row whether the next gradient is added to the old one, in an open accumulation window."""
         return [i in self.rows and not self.rows[i].opens_window for i in range(self.n)]

@@ -1,10 +1,9 @@
 """Text generation for many adapters and the base in one batch, with a KV cache.
 
-Each step gives every live row its next token in one pass of the frozen base. Rows with the same adapters are neighbours
-(a group), so that a group's branch is one product. Finished rows leave and waiting rows enter when a new layout is due;
-in between, a step only launches work, and on CUDA its tokens are read while the next step runs. Greedy answers equal
-`transformers.generate` with the PEFT adapter. Sampling draws from a random stream of each row, so a text does not
-depend on its neighbours.
+Each step gives every live row its next token in one pass of the frozen base. Rows with the same adapters are
+neighbours, so that their branch is one product. Finished rows leave and waiting rows enter when a new layout is due; in
+between, a step only launches work, and on CUDA its tokens are read while the next step runs. Greedy answers equal
+`transformers.generate` with the PEFT adapter. Each row samples from its own random stream.
 """
 
 import contextlib

@@ -127,11 +127,6 @@ class TrainJob:
         if not self.texts:
             raise SettingsError(f"job {self.name!r} has no train sequence; give one or ask for the baseline only")
 
-    def order(self, epoch: int) -> list[int]:
-        """Row order of an epoch: that of accelerate's SeedableRandomSampler, which the Trainer uses."""
-        generator = torch.Generator().manual_seed(self.train.seed + epoch)
-        return torch.randperm(len(self.texts), generator=generator).tolist()
-
     @property
     def n_steps(self) -> int:
         """Optimiser steps. The last window of an epoch may be short, as in the Trainer."""
@@ -139,10 +134,14 @@ class TrainJob:
         return -(-n_batches // self.train.gradient_accumulation_steps) * self.train.epochs
 
     def windows(self, n_labels_R: Sequence[int]) -> Iterator[Window]:
-        """All optimiser steps in order. n_labels_R: labels of each row."""
+        """All optimiser steps in order. n_labels_R: labels of each row.
+
+        The order of an epoch is that of accelerate's SeedableRandomSampler, which the Trainer uses.
+        """
         size, accumulation = self.train.batch_size, self.train.gradient_accumulation_steps
         for epoch in range(self.train.epochs):
-            order = self.order(epoch)
+            generator = torch.Generator().manual_seed(self.train.seed + epoch)
+            order = torch.randperm(len(self.texts), generator=generator).tolist()
             batches = [order[i : i + size] for i in range(0, len(order), size)]
             for first in range(0, len(batches), accumulation):
                 window = tuple(batches[first : first + accumulation])

@@ -77,8 +77,20 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
     Raises:
         SettingsError: a target matches no Linear, or PEFT has no default for the architecture.
     """
+    names = list(linears)
+    if settings.target_modules != (ALL_LINEAR,):
+        wanted = settings.target_modules or _peft_targets(model_type)
+        if not wanted:
+            raise SettingsError(
+                f"target_modules is empty and PEFT has no default for {model_type!r}; name them, or 'all-linear'"
+            )
+        for target in wanted:
+            if not any(f".{n}".endswith(f".{target}") for n in linears):
+                known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
+                raise SettingsError(f"target_modules has {target!r}, which is no Linear of this model; it has {known}")
+        names = [n for n in linears if f".{n}".endswith(tuple(f".{target}" for target in wanted))]
     chosen, offset = [], 0
-    for name in _matching(list(linears), settings.target_modules, model_type):
+    for name in names:
         n_in, n_out = linears[name].in_features, linears[name].out_features
         offset_b = offset + settings.rank * n_in
         chosen.append(Target(name=name, in_features=n_in, out_features=n_out, offset_a=offset, offset_b=offset_b))
@@ -86,29 +98,11 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
     return Layout(settings.rank, tuple(chosen))
 
 
-def _matching(names: Sequence[str], targets: Sequence[str], model_type: str) -> list[str]:
-    if tuple(targets) == (ALL_LINEAR,):
-        return list(names)
-    wanted = list(targets) or _peft_targets(model_type)
-    if not wanted:
-        raise SettingsError(
-            f"target_modules is empty and PEFT has no default for {model_type!r}; name them, or 'all-linear'"
-        )
-    matched = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)]
-    missing = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in names)]
-    if missing:
-        known = sorted({n.rsplit(".", 1)[-1] for n in names})
-        raise SettingsError(
-            f"target_modules has {missing[0]!r}, which is no Linear of this model; it has {', '.join(known)}"
-        )
-    return matched
-
-
-def _peft_targets(model_type: str) -> list[str]:
+def _peft_targets(model_type: str) -> tuple[str, ...]:
     # Here and below PEFT is imported when it is needed: with bitsandbytes its import takes a fifth of a worker's start.
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
-    return list(DEFAULT_TARGETS.get(model_type, ()))
+    return tuple(DEFAULT_TARGETS.get(model_type, ()))
 
 
 def initial_weights(layout: Layout, seed: int) -> Tensor:

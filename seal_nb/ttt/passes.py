@@ -1,14 +1,10 @@
 """One training pass: forward and backward over the micro-batches of many slots.
 
-On the host a pass is a `Pass`: tokens, rows and labels. It runs in one of two ways, which compute the same:
-
-- *Eager* (`DevicePass.run`): kernel by kernel. Works for every pass on every device.
-- *Captured* (`CapturedPasses`): a CUDA graph of a pass of static shape, recorded once and then launched as a whole. At
-  7B a pass has about 4,500 kernels, and launching them one by one costs the host 120 ms, however few tokens there are.
-  A pass is filled up to one of a few shapes with tokens that have no label: no other token attends to them, and they
-  add exactly nothing to any gradient.
-
-The loss is in `loss.py`; `trainer.py` chooses the slots of a pass and steps their optimisers.
+A `Pass` on the host becomes a `DevicePass`, which runs kernel by kernel, for every pass on every device, or as a CUDA
+graph (`CapturedPasses`), which is recorded once and then launched as a whole. At 7B a pass has about 4,500 kernels, and
+launching them one by one costs the host 120 ms, however few tokens there are. A captured pass is filled up to one of a
+few static shapes with tokens that have no label: no other token attends to them, and they add exactly nothing to any
+gradient.
 """
 
 import logging
@@ -27,7 +23,7 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Part, has_kernels, make_plan
 from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, sent
 from seal_nb.ttt.jobs import TrainRow
-from seal_nb.ttt.loss import weighted_nll
+from seal_nb.ttt.loss import WeightedNll
 
 MOST_GRAPHS = 32
 PASSES_WITHOUT = 50  # eager passes after running out of memory in a capture
@@ -99,7 +95,7 @@ class DevicePass:
         """Loss of each slot, (slots,) float64. Gradients go to the slots' rows of their banks."""
         hidden = self.base.run(self.tokens[0], self.tokens[1], self.plan, self.rows.attend)
         sources, targets, slots = self.labels
-        total, nll = weighted_nll(hidden.index_select(0, sources), self.base.head, targets, self.weights)
+        total, nll = WeightedNll.apply(hidden.index_select(0, sources), self.base.head, targets, self.weights)
         total.backward()
         losses = torch.zeros(self.n_slots, dtype=torch.float64, device=self.weights.device)
         return losses.index_add_(0, slots, (nll * self.weights).double())

@@ -1,11 +1,10 @@
 """Slots: many adapters in training on one frozen base.
 
-A step (`SlotTrainer.step`) takes the next micro-batch of each slot, as many as the token limit allows, runs the base
-once over all rows, and steps the optimiser (`adamw_step`) of each slot whose accumulation window closes. A finished job
-leaves its slot; the next job enters at the next step. A job's result does not depend on its neighbours, up to rounding.
+A step takes the next micro-batch of each slot, as far as the token limit allows, runs the base once over all rows, and
+steps the optimiser of each slot whose accumulation window closes. A finished job leaves its slot; the next job enters
+at the next step. A job's result does not depend on its neighbours, up to rounding.
 """
 
-import contextlib
 import logging
 import math
 import os
@@ -243,7 +242,7 @@ class SlotTrainer:
         """Give the job a row of a bank; False if there is none."""
         job = slot.job
         bank = self._bank(self.base.layout(job.lora))
-        if bank.full:
+        if len(bank.rows) == bank.n:
             return False
         slot.rows = [make_row(self.base.tokenizer, text, job.train) for text in job.texts]
         n_labels_R = [len(row.sources) for row in slot.rows]
@@ -308,15 +307,15 @@ class SlotTrainer:
         window that fails twice alone fails its job. After any other error each slot runs alone."""
         n_tokens = sum(s.next_tokens for s in chosen)
         failure: Exception | None = None
-        # Out of memory is suppressed, not handled in place: the error holds the tensors of the pass.
-        with contextlib.suppress(torch.OutOfMemoryError):
-            try:
-                self._pass(chosen)
-                return
-            except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise  # after an AcceleratorError nothing runs on this device any more
-            except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
-                failure = error
+        try:
+            self._pass(chosen)
+            return
+        except torch.OutOfMemoryError:
+            pass  # handled below, where the error no longer holds the tensors of the pass
+        except torch.AcceleratorError:
+            raise  # nothing runs on this device any more
+        except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
+            failure = error
         for slot in chosen:
             slot.rewind_window()
         if failure is not None:
