@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.edits import ContinualSettings, Edits, draw_sequences, edit_request
+from seal_nb.experiments.continual_strategies import ContinualSettings, Edits, draw_sequences, edit_request
 from seal_nb.experiments.settings import Training
 from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
 from seal_nb.inner_loop.settings import InnerLoopSettings

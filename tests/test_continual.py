@@ -3,7 +3,7 @@
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.edits import (
+from seal_nb.experiments.continual_strategies import (
     ContinualSettings,
     draw_sequences,
     edit_request,

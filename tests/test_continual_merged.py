@@ -8,8 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seal_nb.errors import RunMismatch
-from seal_nb.experiments.continual_strategies import content_of, edit_and_merge
-from seal_nb.experiments.edits import ContinualSettings, draw_sequences, edit_request
+from seal_nb.experiments.continual_strategies import (
+    ContinualSettings,
+    content_of,
+    draw_sequences,
+    edit_and_merge,
+    edit_request,
+)
 from seal_nb.experiments.session import ask, ttt_server
 from seal_nb.experiments.settings import Training
 from seal_nb.passages import Passage, Question

@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.continual import summary_file_name
-from seal_nb.experiments.continual_strategies import Bm25, retrieval_accuracy, route
+from seal_nb.experiments.continual_strategies import (
+    STRATEGIES,
+    Bm25,
+    ContinualSettings,
+    edit_request,
+    retrieval_accuracy,
+    route,
+    self_edit_request,
+)
 from seal_nb.experiments.control import control_frame, general_questions
-from seal_nb.experiments.edits import STRATEGIES, ContinualSettings, edit_request, self_edit_request
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTReply, build_reply
 from seal_nb.results.continual import strategy_rows

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import DataError, ProtocolError, SettingsError
 from seal_nb.experiments.rest_em import select_best
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
@@ -96,7 +96,7 @@ def test_ids_and_seeds_follow_from_content_alone() -> None:
     assert {loop.request_id for loop in again} < {loop.request_id for loop in longer}
 
 
-@given(st.sampled_from(["lora_rank", "finetune_epochs", "batch_size", "max_new_tokens"]), st.integers(100, 1000))
+@given(st.sampled_from(["lora_rank", "finetune_epochs", "batch_size", "max_new_tokens"]), st.integers(100, 512))
 def test_another_setting_is_another_request(name: str, value: int) -> None:
     changed = replace(SETTINGS, training=Training(**{name: value}))
     assert loops_of(changed)[0].request_id != loops_of()[0].request_id
@@ -116,6 +116,8 @@ def test_settings_that_make_no_run_are_refused() -> None:
         SinglePassageSettings(arm="handwritten")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="eval_times=0"):
         SinglePassageSettings(eval_times=0)
+    with pytest.raises(ProtocolError, match="'lora_rank' is 1000: .* less than or equal to 512"):
+        loops_of(replace(SETTINGS, training=Training(lora_rank=1000)))
     with pytest.raises(SettingsError, match="lora_rank=0"):
         Training(lora_rank=0)
     with pytest.raises(SettingsError, match="give a list"):

@@ -11,16 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_nb.experiments.continual_strategies import answers_by_retrieval, edit_and_merge
-from seal_nb.experiments.control import ask_control, control_frame
-from seal_nb.experiments.edits import (
+from seal_nb.experiments.continual_strategies import (
     ContinualSettings,
     Edits,
+    answers_by_retrieval,
     draw_sequences,
+    edit_and_merge,
     edit_request,
     texts_of_step,
     unedited_request,
 )
+from seal_nb.experiments.control import ask_control, control_frame
 from seal_nb.experiments.session import TTT, ask, tell_work
 from seal_nb.experiments.settings import Arm, Training, names_in
 from seal_nb.metrics import Verdicts

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import check_grader
-from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest
+from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, validated
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
@@ -182,12 +182,10 @@ def loop_request(
     """One inner loop with its id: train on `texts`, ask `questions`; `others` are fields of the request.
 
     With `keep` the server keeps the adapter. Its name begins so and ends with the id of its content: no two adapters
-    share a name, and a resumed run finds its own.
+    share a name, and a resumed run finds its own. Raises: ProtocolError for a value that the protocol does not allow.
     """
-    request = TTTRequest(
-        train_sequences=list(texts), eval_questions=list(questions), **training.request_fields(), **others
-    )
-    request = identified(request, model_id)
+    values = {"train_sequences": list(texts), "eval_questions": list(questions), **training.request_fields(), **others}
+    request = identified(validated(TTTRequest, values), model_id)
     if keep:
         named = request.model_copy(update={"adapter_name": f"{keep}-{request.request_id}"})
         request = identified(named, model_id)

@@ -169,19 +169,16 @@ def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Pass
     """The passages with the self-edits of the arm. Raises: DataError where its file lacks a passage."""
     if not source.file:
         return list(passages)
-    texts = {(one.title, one.context): one for one in load_passages(source.file)}
+    items, found = {(one.title, one.context): one for one in load_passages(source.file)}, []
     for at, passage in enumerate(passages):
-        if (passage.title, passage.context) not in texts:
+        if (own := items.get((passage.title, passage.context))) is None:
             raise DataError(
                 f"has no item for passage {at} of the dataset, {passage.title!r} (same title and context)",
                 path=source.file,
                 remedy="give self-edits of these very passages, or lower n_articles",
             )
-    own = [texts[passage.title, passage.context] for passage in passages]
-    return [
-        replace(passage, completions=one.completions, prompt=one.prompt)
-        for passage, one in zip(passages, own, strict=True)
-    ]
+        found.append(replace(own, questions=passage.questions))
+    return found
 
 
 def texts_of_arm(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:

@@ -17,13 +17,13 @@ from typing import Any, Self
 import pandas as pd
 
 from seal_nb.errors import RoundTimeout, SealError
-from seal_nb.experiments.session import TTT, identified, ttt_server
+from seal_nb.experiments.session import TTT, loop_request, ttt_server
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, eval_questions
 from seal_nb.inspector.inspection import as_passage, sequences_of
 from seal_nb.inspector.tokens import TokenTexts, named_texts
 from seal_nb.prompts import topic_question
-from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest, validated
+from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.results.run import VERDICT_WORDS
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
@@ -71,13 +71,14 @@ def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> T
 
     Raises: ProtocolError for a value that the protocol does not allow.
     """
-    fields = {
-        "train_sequences": sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
-        "eval_questions": eval_questions(as_passage(evaluated)),
-        "seed": edit.seed,
-        "return_token_logprobs": True,
-    }
-    return identified(validated(TTTRequest, fields | edit.training.request_fields()), model_id)
+    return loop_request(
+        model_id,
+        edit.training,
+        texts=sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
+        questions=eval_questions(as_passage(evaluated)),
+        seed=edit.seed,
+        return_token_logprobs=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
