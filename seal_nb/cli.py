@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
         end_with_parent(arguments.parent_pid)
     # The kernel "python3" must be this environment's, not one in the user's home folder.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-    notebook = runner.find_notebook(arguments.stage, arguments.notebooks or runner.default_notebooks_dir())
+    notebook = runner.find_notebook(arguments.stage, arguments.notebooks)
     declared = runner.declared_parameters(notebook)
     if arguments.parameters:
         for one in declared.values():

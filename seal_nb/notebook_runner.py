@@ -55,8 +55,9 @@ def default_notebooks_dir() -> Path:
     return Path(__file__).resolve().parent.parent / "notebooks"
 
 
-def find_notebook(stage: str, folder: Path) -> Path:
+def find_notebook(stage: str, folder: Path | None = None) -> Path:
     """The notebook named ``stage``, or the only one whose name begins so ("03", "3"). Raises: SettingsError."""
+    folder = folder or default_notebooks_dir()
     names = sorted(path.stem for path in folder.glob("*.ipynb"))
     if not names:
         raise SettingsError(f"no notebooks in {folder}; run from a checkout, or give --notebooks FOLDER")

@@ -136,7 +136,7 @@ class Journal:
     def __init__(self, path: str | Path, *, in_memory: bool = True) -> None:
         self.path, self._in_memory = Path(path), in_memory
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path.with_name(f"{self.path.name}.lock"), of=self.path)
         try:
             self._records: dict[str, Any] = {}  # or (offset, bytes) of the record's line
             self._size = 0
@@ -285,21 +285,24 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
             offset += len(line)
 
 
-def _lock(path: Path) -> int:
-    """An exclusive lock that the system gives back when its holder dies."""
-    handle = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+def lock(path: Path, *, of: Path) -> int:
+    """An exclusive lock on ``of`` that the system gives back when its holder and all who inherited it have ended.
+
+    Returns: the open lock file; close it to give the lock back. Raises: RunMismatch while another process has it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
         os.close(handle)
         raise RunMismatch(
-            f"{path} is being written by another run (process {holder}); wait for it, end it, "
+            f"{of} is in use by another run (process {holder}, or a child of it); wait for it, end it, "
             "or close its journal if it is in this notebook"
         ) from error
     except OSError as error:  # some network file systems have no locks
         os.close(handle)
-        raise DataError(f"cannot be locked: {error}", path=path, remedy="use another folder") from error
+        raise DataError(f"cannot be locked: {error}", path=of, remedy="use another folder") from error
     os.ftruncate(handle, 0)
     os.write(handle, str(os.getpid()).encode())
     return handle

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from seal_nb.chain.record import Tell, sole_use, write_record
-from seal_nb.chain.stages import Chain, Stage
+from seal_nb.chain.stages import Chain, Stage, as_options
 from seal_nb.errors import SealError
 from seal_nb.processes import end_tree
 
@@ -43,7 +43,7 @@ def run_chain(
 ) -> None:
     """Run the stages that are not done yet. ``stop_server`` asks the server of an endpoint file to end.
 
-    Raises: ChainFailed where a stage failed, and later ones were not started; ChainBusy.
+    Raises: ChainFailed where a stage failed, and later ones were not started; RunMismatch.
     """
     with sole_use(run_dir, tell) as lock, _sigterm_raises():
         write_record(chain, run_dir)
@@ -201,7 +201,7 @@ class _Run:
 def run_command(stage: Stage, run_dir: Path, notebooks: Path) -> list[str]:
     """The command that runs ``stage`` as a child of this process."""
     command = [sys.executable, "-m", "seal_nb.cli", "run", stage.notebook, "--notebooks", str(notebooks)]
-    return [*command, "--parent-pid", str(os.getpid()), *stage.words(run_dir)]
+    return [*command, "--parent-pid", str(os.getpid()), *as_options(stage.values(run_dir))]
 
 
 def clock(seconds: float) -> str:

@@ -6,6 +6,7 @@ as done, and `chain-status` finds the stages and their jobs. All paths follow fr
 
 import contextlib
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +16,13 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from seal_nb.chain.stages import Chain, Stage
-from seal_nb.errors import DataError, SealError, SettingsError
-from seal_nb.storage import read_json, write_json
+from seal_nb.errors import DataError, RunMismatch, SettingsError
+from seal_nb.storage import lock, read_json, write_json
 
 RECORD_FILE = "chain.json"
 LOCK_FILE = ".chain.lock"
 TAKEOVER_TIMEOUT_S = 20.0  # the processes of a killed chain need some seconds to end
 Tell = Callable[[str], None]  # receives progress, line by line
-
-
-class ChainBusy(SealError, RuntimeError):
-    """Another process works in the run's folder."""
 
 
 def write_record(chain: Chain, run_dir: Path) -> None:
@@ -71,39 +68,32 @@ def marked_when_done(run_dir: Path | None, output_dir: str) -> Iterator[None]:
 def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
     """Lock the folder; gives the lock's file descriptor. Children that inherit it keep the lock until they end.
 
-    Raises: ChainBusy if the lock is not free within TAKEOVER_TIMEOUT_S.
+    Raises: RunMismatch if the lock is not free within TAKEOVER_TIMEOUT_S; DataError.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    path, deadline, waits = run_dir / LOCK_FILE, time.monotonic() + TAKEOVER_TIMEOUT_S, False
-    with path.open("a+") as file:
-        while not _locked(file.fileno(), fcntl.LOCK_EX):
-            holder = path.read_text() or "?"
-            if time.monotonic() > deadline:
-                remedy = "wait for it, end it, or give another run folder"
-                raise ChainBusy(f"{run_dir} is in use by process {holder} or a child of it; {remedy}")
-            if not waits:
-                tell(f"waiting for what process {holder} left running in {run_dir}")
-            waits = True
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file.fileno()
+    for second in itertools.count():
+        try:
+            handle = lock(run_dir / LOCK_FILE, of=run_dir)
+            break
+        except RunMismatch as busy:
+            if second >= TAKEOVER_TIMEOUT_S:
+                raise
+            if second == 0:
+                tell(f"waiting: {busy}")
+            time.sleep(1)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def in_use_since(run_dir: Path) -> float | None:
     """When the chain that runs in this folder began (a file's time stamp, in seconds); None where none runs."""
-    path = run_dir / LOCK_FILE
     try:
-        with path.open() as file:
-            return None if _locked(file.fileno(), fcntl.LOCK_SH) else path.stat().st_mtime
-    except FileNotFoundError:
+        with (run_dir / LOCK_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except BlockingIOError:
+        return (run_dir / LOCK_FILE).stat().st_mtime
+    except OSError:  # no such file, or no locks on this file system
         return None
-
-
-def _locked(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False

@@ -15,8 +15,8 @@ import re
 import shlex
 import subprocess
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from seal_nb.chain.record import RECORD_FILE, Tell, read_record, sole_use, stage_in, write_record
@@ -24,7 +24,7 @@ from seal_nb.chain.stages import Chain, Stage, as_options
 from seal_nb.errors import RunMismatch, SealError, SettingsError
 
 TIMEOUT_S = 60.0  # of one command
-WIDTH = 110  # of the shown script
+WRAP = textwrap.TextWrapper(width=110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 # Variables that SLURM sets in a job. A job that is submitted from there must not inherit them.
 OF_A_JOB = re.compile("SLURM(?!_CONF$|_CLUSTERS$)|SRUN_|SEAL_SERVER_JOB$|(CUDA|ROCR|ZE)_|GPU_DEVICE_ORDINAL$")
 # States of a job that has not ended (man squeue, JOB STATE CODES).
@@ -40,12 +40,12 @@ class SlurmError(SealError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """One job in the words of ``scontrol show job``. ``signal`` is 0 unless a signal ended it."""
+    """One job in the words of ``scontrol show job``."""
 
     state: str
     reason: str  # why it waits or failed; "None" without a reason
     exit_code: int
-    signal: int
+    signal: int  # that ended it, or 0
     node: str  # or nodes: node[1-2]
     restarts: int
 
@@ -80,11 +80,11 @@ def read_job(line: str) -> JobState:
     )
 
 
-def _submit(command: Sequence[str], *, folder: Path, env: Mapping[str, str]) -> str:
-    return _call(command, folder=folder, env=env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
+def _submit(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
+    return _call(command, folder, env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
 
 
-def _call(command: Sequence[str], *, folder: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+def _call(command: Sequence[str], folder: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     try:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError as error:
@@ -232,8 +232,7 @@ def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping
         wanted = chain.users_of(stage) if stage.background else [stage]
         if any(one.name not in done for one in wanted) and stage.name not in on_their_way:
             groups.setdefault(stage.array or stage.name, []).append(stage)
-    jobs = [_job(chain, run_dir, cluster, group, done, on_their_way) for group in groups.values()]
-    return _without_implied(jobs)
+    return [_job(chain, run_dir, cluster, group, done, on_their_way) for group in groups.values()]
 
 
 def _job(
@@ -263,18 +262,15 @@ def _job(
 
 def _options(run_dir: Path, cluster: Cluster, stages: list[Stage], script: str) -> list[str]:
     first, array = stages[0], ""
-    folder = cluster.place(run_dir / (first.array or first.name))
+    name = first.array or first.name
+    folder = cluster.place(run_dir / name) + ("_seed%a" if first.array else "")
     if first.array:
-        folder += "_seed%a"
         array = ",".join(str(stage.parameters["seed"]) for stage in stages)
     elif first.background and cluster.server_nodes > 1:
         array = f"0-{cluster.server_nodes - 1}"
-    options = [
-        "--kill-on-invalid-dep=yes",
-        f"--job-name={first.array or first.name}",
-        f"--output={folder}/{first.notebook}-{'%A_%a' if array else '%j'}.log",
-        *([f"--array={array}"] if array else []),
-    ]
+    log = f"{folder}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
+    options = ["--kill-on-invalid-dep=yes", f"--job-name={name}", f"--output={log}"]
+    options += [f"--array={array}"] if array else []
     if "n_processes" in first.parameters:
         return options + cluster.training_options(int(str(first.parameters["n_processes"])))
     if any(option.startswith("--gpus-per-node") for option in cluster.script_options(script)):
@@ -292,17 +288,6 @@ def _arguments(run_dir: Path, cluster: Cluster, first: Stage) -> list[str]:
         values["idle_timeout_s"] = cluster.idle_timeout_s
     words = as_options(values)
     return words if first.background else [*words, "--chain", cluster.place(run_dir)]
-
-
-def _without_implied(jobs: Iterable[Job]) -> list[Job]:
-    """Leave out dependencies that follow from others: then a reader sees the graph."""
-    before: dict[str, set[str]] = {}
-    short = []
-    for job in jobs:
-        earlier = {name for other in job.afterok for name in before.get(other, ())}
-        before[job.name] = earlier | set(job.afterok)
-        short.append(replace(job, afterok=tuple(name for name in job.afterok if name not in earlier)))
-    return short
 
 
 def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -> list[str]:
@@ -357,7 +342,7 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
     env = {**os.environ, **cluster.site}
     try:
         for job in jobs:
-            numbers[job.name] = _submit(job.command(numbers), folder=cluster.project, env=env) + job.part
+            numbers[job.name] = _submit(job.command(numbers), cluster.project, env) + job.part
             tell(_line(job, numbers))
     except BaseException as error:  # also Ctrl-C: jobs that are not in the record would be submitted twice
         if numbers:
@@ -385,7 +370,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
     Returns: the number of the server's job, which waits or runs now.
 
     Raises: SettingsError where ``folder`` is not that of a server's job; SlurmError where the server failed or was
-        cancelled, or SLURM refuses; DataError, ChainBusy.
+        cancelled, or SLURM refuses; DataError, RunMismatch.
     """
     run_dir = folder.parent
     read_record(run_dir)  # before the lock, which would make the folder
@@ -398,7 +383,7 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
             env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
             part = "_0" if "_" in server.job else ""  # the front end among the tasks of an array
             env |= read_site(project / "slurm/site.sh")
-            job = _submit(server.command, folder=project, env=env) + part
+            job = _submit(server.command, project, env) + part
             write_record(read_record(run_dir).with_jobs({server.name: job}), run_dir)
             return job
         if state.state == "COMPLETED":
@@ -419,22 +404,12 @@ def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:
         *([f"# finished before, kept: {', '.join(kept)}"] if kept else []),
     ]
     for script in dict.fromkeys(job.script for job in jobs):
-        lines += _wrapped([f"# {script}", *cluster.script_options(script)], indent="#    ")
+        lines += ["\n#".join(WRAP.wrap(" ".join([f"# {script}", *cluster.script_options(script)])))]
     variables = {job.name: f"${{{job.name}}}{job.part}" if job.part else f"${job.name}" for job in jobs}
     for job in jobs:
-        head, *words = job.command(variables)
-        quoted = " ".join(word if "$" in word else shlex.quote(word) for word in words)
-        pairs = re.findall(r"-p \w+ (?:'[^']*'|\S+)|--chain \S+|\S+", quoted)  # an option and its value
-        shown = _wrapped([f"{job.name}=$({head}", *pairs], indent="    ", end=" \\")
-        lines += ["", *(f"# {stage.title} ({stage.notebook})" for stage in job.stages), *shown]
-        lines[-1] += ")"
+        words = [word if "$" in word else shlex.quote(word).replace(" ", "\0") for word in job.command(variables)]
+        text = re.sub(r"-p (\w+) ", "-p\0\\1\0", " ".join(words))
+        shown = " \\\n".join(WRAP.wrap(f"{job.name}=$({text})"))
+        titles = [f"# {stage.title} ({stage.notebook})" for stage in job.stages]
+        lines += ["", *titles, shown.replace("\0", " ")]
     return "\n".join(lines)
-
-
-def _wrapped(parts: Sequence[str], *, indent: str, end: str = "") -> list[str]:
-    """The parts in lines of at most WIDTH characters; no part is broken."""
-    text = " ".join(part.replace(" ", "\0") for part in parts)
-    lines = textwrap.wrap(
-        text, WIDTH - len(end), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-    return [*(line.replace("\0", " ") + end for line in lines[:-1]), lines[-1].replace("\0", " ")]

@@ -8,7 +8,7 @@ table: `local` on this machine, `slurm` on a cluster.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -17,14 +17,7 @@ from typing import Any
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import ARMS
 from seal_nb.models import DTYPES
-from seal_nb.notebook_runner import (
-    Parameter,
-    Value,
-    declared_parameters,
-    default_notebooks_dir,
-    find_notebook,
-    format_value,
-)  # fmt: skip
+from seal_nb.notebook_runner import Parameter, Value, declared_parameters, find_notebook, format_value
 from seal_nb.prompts import result_key
 from seal_nb.results.single_passage import run_file_name
 from seal_nb.storage import content_id, read_json, write_json
@@ -33,14 +26,15 @@ RUN = "{run}"  # the run's folder, in a parameter
 ENGINES = ("local", "vllm")
 ENDPOINT_FILE = "endpoint.json"
 SELF_EDITS_FILE = "self_edits.json"
+CONTINUAL = "06_continual_self_edits"
 # Parameters that change how a stage computes but not its result. Changing one repeats nothing that is finished.
 MACHINE = frozenset({"n_workers", "n_threads", "n_slots", "n_processes", "endpoint_file", "idle_timeout_s"})
 INPUT_FILES = frozenset({"dataset", "prompt_key"})  # parameters that may name a file of the user's
 
 
-def in_run(stage: str = "", file: str = "") -> str:
+def in_run(stage: str, file: str) -> str:
     """A path in the folder of ``stage``, for use as a parameter of another stage."""
-    return "/".join(part for part in (RUN, stage, file) if part)
+    return f"{RUN}/{stage}/{file}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +68,8 @@ class Stage:
         """The notebook's parameters with real paths."""
         return {
             name: value.replace(RUN, str(run_dir)) if isinstance(value, str) else value
-            for name, value in {"output_dir": in_run(self.name), **self.parameters}.items()
+            for name, value in {"output_dir": f"{RUN}/{self.name}", **self.parameters}.items()
         }
-
-    def words(self, run_dir: Path) -> list[str]:
-        """The parameters as options of ``seal-nb run``."""
-        return as_options(self.values(run_dir))
 
     def missing(self, run_dir: Path) -> list[str]:
         """Result files that the stage has not written."""
@@ -88,8 +78,7 @@ class Stage:
     def mark(self, run_dir: Path) -> dict[str, Any]:
         """``identity``, ``notebook`` and ``seconds`` of the last run that finished; empty if none did."""
         path = self._mark_path(run_dir)
-        value = read_json(path) if path.exists() else {}
-        return value if isinstance(value, dict) else {}
+        return dict(read_json(path)) if path.exists() else {}
 
     def is_done(self, run_dir: Path) -> bool:
         """Whether the stage finished here with this identity and its results are still there; never for a server."""
@@ -111,12 +100,13 @@ class Stage:
 
 
 def as_options(values: Mapping[str, Value]) -> list[str]:
+    """The parameters as options of ``seal-nb run``."""
     return [word for name, value in values.items() for word in ("-p", name, format_value(value))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Stages in an order in which they can run one after another. Raises: SettingsError for another order."""
+    """Stages in an order in which they can run one after another."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -124,10 +114,6 @@ class Chain:
     def __post_init__(self) -> None:
         earlier: dict[str, Stage] = {}
         for stage in self.stages:
-            if stage.name in earlier:
-                raise SettingsError(f"chain {self.name!r} has two stages named {stage.name!r}")
-            if missing := [name for name in stage.needs if name not in earlier]:
-                raise SettingsError(f"stage {stage.name!r} needs {', '.join(missing)}; put it after what it needs")
             earlier[stage.name] = replace(stage, identity=stage.identity or _identity(stage, earlier))
         object.__setattr__(self, "stages", tuple(earlier.values()))
 
@@ -171,9 +157,7 @@ def _identity(stage: Stage, earlier: Mapping[str, Stage]) -> str:
 def _content(value: Value) -> Value:
     """The content of a file instead of its name: an edited file is another experiment."""
     path = Path(str(value))
-    if not path.is_file():
-        return value
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else value
 
 
 def _own(default: Any, text: str, kind: str = "") -> Any:
@@ -289,56 +273,37 @@ def declaration(setting: "Field[Any]") -> Parameter:
 
 @cache
 def _declared(notebook: str) -> dict[str, Parameter]:
-    return declared_parameters(find_notebook(notebook, default_notebooks_dir()))
+    return declared_parameters(find_notebook(notebook))
 
 
 # About 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone. Two of the MLP
 # layers teach it what all seven linear layers do, for two thirds of the time.
 DEMO = ExperimentSettings(
-    model="embedded",
-    train_dataset="shipped:train",
-    val_dataset="shipped:val",
-    n_train=4,
-    n_val=6,
-    k_completions=2,
-    eval_times=1,
-    arms=("passage_only", "self_edits", "hand_written"),
-    max_tokens=80,
-    target_modules=("up_proj", "down_proj"),
-    lora_rank=16,
-    lora_alpha=32,
-    finetune_epochs=6,
-    finetune_lr=3e-3,
-    cpt_completions=1,
-    cpt_lr=3e-3,
-    cpt_accumulation=1,
+    model="embedded", train_dataset="shipped:train", val_dataset="shipped:val", n_train=4, n_val=6,
+    k_completions=2, eval_times=1, arms=("passage_only", "self_edits", "hand_written"), max_tokens=80,
+    target_modules=("up_proj", "down_proj"), lora_rank=16, lora_alpha=32, finetune_epochs=6, finetune_lr=3e-3,
+    cpt_completions=1, cpt_lr=3e-3, cpt_accumulation=1,
     sft_accumulation=1,  # four examples: with ten a step there would be two steps
-    continual_seeds=(42,),
-    n_sequences=2,
-    n_datapoints=3,
-    continual_max_new_tokens=32,
-    n_workers=2,
-    n_slots=8,
-)
+    continual_seeds=(42,), n_sequences=2, n_datapoints=3, continual_max_new_tokens=32, n_workers=2, n_slots=8,
+)  # fmt: skip
 
 
 def rest_em_chain(settings: ExperimentSettings) -> Chain:
     """All stages, in an order in which one server runs at a time."""
-    rounds = [_Round(settings, number) for number in range(settings.n_rounds + 1)]
-    return _with_results("rest_em", settings, [stage for one in rounds for stage in one.stages()])
+    rounds = range(settings.n_rounds + 1)
+    return _with_results("rest_em", settings, [stage for number in rounds for stage in _round(settings, number)])
 
 
 def evaluation_chain(settings: ExperimentSettings) -> Chain:
     """The model as it is, on the validation passages: single passage and CPT."""
-    base = _Round(settings, 0)
-    stages = [base.validation_self_edits(), base.server(), base.evaluate(), base.cpt()]
-    return _with_results("evaluation", settings, stages)
+    base = _round(replace(settings, n_rounds=0), 0)
+    return _with_results("evaluation", settings, [stage for stage in base if stage.notebook != CONTINUAL])
 
 
 def continual_chain(settings: ExperimentSettings) -> Chain:
     """The model as it is, edited continually."""
-    base = _Round(settings, 0)
-    return _with_results("continual", settings, [base.server(), *base.continual()])
+    base = _round(replace(settings, n_rounds=0), 0)
+    return _with_results("continual", settings, [one for one in base if one.background or one.notebook == CONTINUAL])
 
 
 CHAINS: dict[str, Callable[[ExperimentSettings], Chain]] = {
@@ -348,141 +313,86 @@ CHAINS: dict[str, Callable[[ExperimentSettings], Chain]] = {
 }
 
 
-class _Round:
+def _round(s: ExperimentSettings, number: int) -> Iterator[Stage]:
     """The stages around one model. Round 0 is the base model, round n the model after n ReST-EM rounds."""
+    label, following = f"round{number}" if number else "base", f"round{number + 1}"
+    whose = f"the model of round {number}" if number else "the base model"
+    model = in_run(f"{label}_train", "model") if number else s.model
+    made_by = (f"{label}_train",) if number else ()
+    texts, train_texts, server = f"{label}_self_edits", f"{following}_self_edits_train", f"{label}_server"
+    rank, endpoint = f"{following}_rank", in_run(server, ENDPOINT_FILE)
+    is_last = number == s.n_rounds
 
-    def __init__(self, settings: ExperimentSettings, number: int) -> None:
-        self.settings, self.number = settings, number
-        self.label, self.next = f"round{number}" if number else "base", f"round{number + 1}"
-        self.whose = f"the model of round {number}" if number else "the base model"
-        self.made_by = (f"{self.label}_train",) if number else ()
-        self.model = in_run(f"{self.label}_train", "model") if number else settings.model
-        self.texts, self.train_texts = f"{self.label}_self_edits", f"{self.next}_self_edits_train"
-
-    def stages(self) -> Iterator[Stage]:
-        is_last = self.number == self.settings.n_rounds
-        yield self.validation_self_edits()
-        if not is_last:
-            yield self.training_self_edits()
-        yield self.server()
-        yield self.evaluate()
-        if not self.number:
-            yield self.cpt()
-        if is_last:
-            yield from self.continual()
-        else:
-            yield self.rank()
-            yield self.train()
-
-    def _stage(
-        self,
-        name: str,
-        notebook: str,
-        title: str,
-        *,
-        needs: tuple[str, ...],
-        produces: tuple[str, ...],
-        background: bool = False,
-        array: str = "",
-        **own: Any,
-    ) -> Stage:
-        parameters = {**self.settings.parameters(notebook[:2]), "model": self.model, **own}
+    def stage(
+        name: str, notebook: str, title: str, needs: tuple[str, ...], produces: tuple[str, ...],
+        array: str = "", **own: Any,
+    ) -> Stage:  # fmt: skip
+        parameters = {**s.parameters(notebook[:2]), "model": model, **own}
         return Stage(
             name=name, notebook=notebook, title=title, parameters=parameters, needs=needs, produces=produces,
-            background=background, array=array,
+            background=name == server, array=array,
         )  # fmt: skip
 
-    def _client(self, name: str, notebook: str, title: str, texts: str = "", **how: Any) -> Stage:
-        """A stage that sends requests to this round's server, about the passages of the stage ``texts``."""
-        server = f"{self.label}_server"
-        dataset = in_run(texts, SELF_EDITS_FILE) if texts else self.settings.val_dataset
-        return self._stage(
-            name, notebook, title, needs=(*([texts] if texts else []), server), dataset=dataset,
-            endpoint=in_run(server, ENDPOINT_FILE), **how,
-        )  # fmt: skip
+    def asked_about(writer: str) -> dict[str, Any]:
+        """What a client of the server needs and asks about: the self-edits of the stage ``writer``."""
+        return {"needs": (writer, server), "dataset": in_run(writer, SELF_EDITS_FILE), "endpoint": endpoint}
 
-    def _self_edits(self, name: str, what: str, **asked: Any) -> Stage:
-        title = f"{self.whose} writes self-edits: {what}"
-        produces = (SELF_EDITS_FILE,)
-        return self._stage(name, "01_create_self_edits", title, needs=self.made_by, produces=produces, **asked)
-
-    def validation_self_edits(self) -> Stage:
-        s = self.settings
+    yield stage(
+        texts, "01_create_self_edits", f"{whose} writes self-edits: each of {s.n_val} validation passages",
+        made_by, (SELF_EDITS_FILE,), dataset=s.val_dataset, n_articles=s.n_val,
         # The evaluation takes only the first self-edit of each passage, as published; CPT takes all of them.
-        k = 1 if self.number else s.cpt_completions
-        what = f"each of {s.n_val} validation passages"
-        return self._self_edits(self.texts, what, dataset=s.val_dataset, n_articles=s.n_val, k_completions=k)
-
-    def training_self_edits(self) -> Stage:
-        s = self.settings
+        k_completions=1 if number else s.cpt_completions,
+    )  # fmt: skip
+    if not is_last:
         what = f"each of {s.n_train} training passages, {s.k_completions} times"
-        asked = {"dataset": s.train_dataset, "n_articles": s.n_train, "k_completions": s.k_completions}
-        # As published: every round trains on passages that no earlier round has seen.
-        return self._self_edits(self.train_texts, what, start=self.number * s.n_train, **asked)
-
-    def server(self) -> Stage:
-        name = f"{self.label}_server"
-        title = f"TTT server on {self.whose}: {self.settings.n_workers} worker processes"
-        return self._stage(
-            name, "02_ttt_server", title, needs=self.made_by, produces=(ENDPOINT_FILE,), background=True,
-            endpoint_file=in_run(name, ENDPOINT_FILE),
+        yield stage(
+            train_texts, "01_create_self_edits", f"{whose} writes self-edits: {what}", made_by, (SELF_EDITS_FILE,),
+            # As published: every round trains on passages that no earlier round has seen.
+            start=number * s.n_train, dataset=s.train_dataset, n_articles=s.n_train, k_completions=s.k_completions,
         )  # fmt: skip
-
-    def _query(self, name: str, exp_name: str, title: str, texts: str, arms: Iterable[str], **counts: int) -> Stage:
-        produces = tuple(run_file_name(exp_name, arm) for arm in arms)
-        asked = {"exp_name": exp_name, "arms": ",".join(arms), **counts}
-        return self._client(name, "03_query_server", title, texts, produces=produces, **asked)
-
-    def evaluate(self) -> Stage:
-        # Texts that no model wrote are the same in every round.
-        arms = ("self_edits",) if self.number else self.settings.arms
-        n = self.settings.n_val
-        title = f"single-passage evaluation on {n} passages: {', '.join(arms)}"
-        counts = {"n_articles": n, "k_completions": 1, "eval_times": 1}
-        return self._query(f"{self.label}_evaluate", self.label, title, self.texts, arms, **counts)
-
-    def rank(self) -> Stage:
-        s, name = self.settings, f"{self.next}_rank"
-        title = (
-            f"ReST-EM {self.next}: reward of each self-edit ({s.n_train * s.k_completions * s.eval_times} inner loops)"
-        )
-        counts = {"n_articles": s.n_train, "k_completions": s.k_completions, "eval_times": s.eval_times}
-        return self._query(name, name, title, self.train_texts, ("self_edits",), **counts)
-
-    def cpt(self) -> Stage:
-        s = self.settings
-        produces = tuple(f"cpt_run_{arm}.json" for arm in s.arms)
-        asked = {"n_articles": s.n_val, "k_completions": s.cpt_completions, "arms": ",".join(s.arms)}
-        title = f"CPT: one adapter for {s.n_val} passages"
-        return self._client(f"{self.label}_cpt", "04_cpt", title, self.texts, produces=produces, **asked)
-
-    def train(self) -> Stage:
-        n, rank = self.settings.sft_processes, f"{self.next}_rank"
-        title = f"ReST-EM {self.next}: keep each passage's best self-edit, train on writing it"
-        return self._stage(
-            f"{self.next}_train", "05_rest_em_round", title + (f" in {n} processes" if n > 1 else ""),
-            needs=(rank, *self.made_by), produces=("model",),
-            run_json=in_run(rank, run_file_name(rank, "self_edits")), train=True,
+    title = f"TTT server on {whose}: {s.n_workers} worker processes"
+    yield stage(server, "02_ttt_server", title, made_by, (ENDPOINT_FILE,), endpoint_file=endpoint)
+    arms = ("self_edits",) if number else s.arms  # texts that no model wrote are the same in every round
+    yield stage(
+        f"{label}_evaluate", "03_query_server",
+        f"single-passage evaluation on {s.n_val} passages: {', '.join(arms)}", **asked_about(texts),
+        produces=tuple(run_file_name(label, arm) for arm in arms),
+        exp_name=label, arms=",".join(arms), n_articles=s.n_val, k_completions=1, eval_times=1,
+    )  # fmt: skip
+    if not number:
+        yield stage(
+            f"{label}_cpt", "04_cpt", f"CPT: one adapter for {s.n_val} passages", **asked_about(texts),
+            produces=tuple(f"cpt_run_{arm}.json" for arm in arms),
+            arms=",".join(arms), n_articles=s.n_val, k_completions=s.cpt_completions,
         )  # fmt: skip
-
-    def continual(self) -> Iterator[Stage]:
-        s = self.settings
-        array = "continual" if len(s.continual_seeds) > 1 else ""
-        for seed in s.continual_seeds:
-            title = f"continual self-edits, seed {seed}: {s.n_sequences} × {s.n_datapoints} passages"
-            yield self._client(
-                f"continual_seed{seed}" if array else "continual", "06_continual_self_edits", title,
-                produces=("summary_continual.json",), array=array, seed=seed,
-            )  # fmt: skip
+    if not is_last:
+        run_file, n_loops = run_file_name(rank, "self_edits"), s.n_train * s.k_completions * s.eval_times
+        yield stage(
+            rank, "03_query_server", f"ReST-EM {following}: reward of each self-edit ({n_loops} inner loops)",
+            **asked_about(train_texts), produces=(run_file,), exp_name=rank, arms="self_edits",
+            n_articles=s.n_train, k_completions=s.k_completions, eval_times=s.eval_times,
+        )  # fmt: skip
+        title = f"ReST-EM {following}: keep each passage's best self-edit, train on writing it"
+        title += f" in {s.sft_processes} processes" if s.sft_processes > 1 else ""
+        yield stage(
+            f"{following}_train", "05_rest_em_round", title, (rank, *made_by), ("model",),
+            run_json=in_run(rank, run_file), train=True,
+        )  # fmt: skip
+        return
+    array = "continual" if len(s.continual_seeds) > 1 else ""
+    for seed in s.continual_seeds:
+        yield stage(
+            f"continual_seed{seed}" if array else "continual", CONTINUAL,
+            f"continual self-edits, seed {seed}: {s.n_sequences} × {s.n_datapoints} passages",
+            (server,), ("summary_continual.json",), array, dataset=s.val_dataset, endpoint=endpoint, seed=seed,
+        )  # fmt: skip
 
 
 def _with_results(name: str, settings: ExperimentSettings, stages: list[Stage]) -> Chain:
     prompt = {"prompt_key": result_key(settings.prompt_key)} if settings.prompt_key else {}
+    needs = tuple(stage.name for stage in stages if not stage.background)
+    parameters = {"runs_dir": RUN, **prompt}
     results = Stage(
-        name="results",
-        notebook="08_results",
-        title="all results side by side",
-        parameters={"runs_dir": in_run(), **prompt},
-        needs=tuple(stage.name for stage in stages if not stage.background),
+        name="results", notebook="08_results", title="all results side by side", parameters=parameters, needs=needs
     )
     return Chain(name=name, stages=(*stages, results))

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 def submit(arguments: argparse.Namespace) -> None:
     """``seal-nb submit``; ``arguments.rest`` is its command line."""
     from seal_nb.chain.slurm import Cluster, dry_run, read_site, submit_chain
-    from seal_nb.chain.stages import CHAINS
+    from seal_nb.chain.stages import CHAINS, as_options
 
     given = _submit_parser().parse_args(arguments.rest)
     run_dir = runs_folder(given.run_dir)
@@ -43,7 +43,7 @@ def submit(arguments: argparse.Namespace) -> None:
         if given.dry_run:
             for stage in chain:
                 print(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
-                print(shlex.join(["seal-nb", "run", stage.notebook, *stage.words(run_dir)]))
+                print(shlex.join(["seal-nb", "run", stage.notebook, *as_options(stage.values(run_dir))]))
             return
         _check_inputs(settings, chain, Path.cwd())
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
@@ -93,7 +93,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
-    """Run the chain on this machine, then write its index page. Raises: ChainFailed, ChainBusy, RunMismatch."""
+    """Run the chain on this machine, then write its index page. Raises: ChainFailed, RunMismatch."""
     from seal_nb.chain.index import write_index
     from seal_nb.chain.local import run_chain
     from seal_nb.chain.slurm import jobs_on_their_way

@@ -27,7 +27,7 @@ def test_server_starts_when_all_who_ask_it_could() -> None:
 
 def test_client_does_not_outlive_the_making_of_its_server_s_model() -> None:
     # `after` alone holds for a server that was cancelled because the training before it failed.
-    assert jobs_of(rest_em_chain(SMALL))["continual"].afterok == ("round1_train",)
+    assert "round1_train" in jobs_of(rest_em_chain(SMALL))["continual"].afterok
 
 
 def test_clients_look_after_the_job_of_their_server() -> None:

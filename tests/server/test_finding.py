@@ -26,7 +26,7 @@ def test_a_second_server_on_a_live_ones_endpoint_file_or_run_folder_is_refused(s
         start_server(n_workers=0)
     with pytest.raises(ServerFailed, match="belongs to server .* which is alive"):
         start_server(n_workers=0, run_dir=tmp_path / "other", endpoint_file=first.endpoint)
-    with pytest.raises(ServerFailed, match="is being written by another run"):
+    with pytest.raises(ServerFailed, match="is in use by another run"):
         start_server(n_workers=0, endpoint_file=tmp_path / "elsewhere.json")
     assert first.process.poll() is None
     before = first.info
