@@ -55,17 +55,10 @@ class RemoteError(SealError, RuntimeError):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        ename: str = "",
-        evalue: str = "",
-        field: str = "",
-        request_id: str = "",
-        remote_traceback: str = "",
+        self, message: str, field: str | None = None, request_id: str | None = None, traceback: str | None = None
     ) -> None:
-        self.ename, self.evalue, self.field = ename, evalue, field
-        self.request_id, self.remote_traceback = request_id, remote_traceback
+        self.ename, _, self.evalue = message.partition(": ")
+        self.field, self.request_id, self.remote_traceback = field or "", request_id or "", traceback or ""
         super().__init__(message)
 
     def __str__(self) -> str:

@@ -2,7 +2,7 @@
 
 The published request and reply (SEAL, arXiv 2506.10943, the ZMQ server of its knowledge-incorporation code) are kept
 field by field with their defaults. Our own fields are optional and unknown fields are ignored, so clients written by
-others work unchanged. `docs/protocol.md` describes the same in prose. No sockets, no queue and no torch here.
+others work unchanged. `docs/protocol.md` describes the same in prose.
 """
 
 import math
@@ -280,15 +280,10 @@ class Answers:
 
 
 def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **measured: Any) -> TTTReply:
-    """The reply with the published numbers, computed from answers.
+    """The reply with the published numbers, computed from answers. `measured`: other fields of TTTReply.
 
-    Args:
-        baseline: Answers of the base model. None (`skip_baseline`): its accuracy and the gains are null.
-        adapter: Answers with the adapter. None (baseline only): they repeat the baseline's and the gain is 0.
-        **measured: Other fields of TTTReply.
-
-    Returns:
-        The reply. Accuracies are rounded to 4 decimals; the gain is rounded from the unrounded difference.
+    Without `baseline` (`skip_baseline`), its accuracy and the gains are null. Without `adapter` (baseline only), the
+    baseline's answers are repeated and the gain is 0. All are rounded to 4 decimals, the gain after the subtraction.
     """
     after = adapter or baseline or Answers(texts=[], verdicts=[])
     before = baseline or Answers(texts=[], verdicts=["UNGRADED"] * len(after.verdicts))

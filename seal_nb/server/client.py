@@ -1,15 +1,14 @@
 """The client of a TTT server: many requests in flight, replies as they come, no torch.
 
 A server that goes away and comes back (a batch job that is requeued) is found again through its endpoint file, and
-what it had not answered is sent again; a request with an id is never trained twice. Transport errors are retried. A
-failure that the server reports is not retried: it is raised as RemoteError. One thread at a time may use a client.
-
-Each message has a mark in its envelope, which comes back with the reply. A ping shows that the server lives and which
-one it is: no request is sent to a server that the endpoint file does not name.
+what it had not answered is sent again; a request with an id is never trained twice. Each message has a mark in its
+envelope, which comes back with the reply. A ping shows that the server lives and which one it is: no request is sent
+to a server that the endpoint file does not name. One thread at a time may use a client.
 """
 
 import itertools
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,6 @@ from seal_nb.protocol import (
     ErrorReply,
     GenerateReply,
     GenerateRequest,
-    Reply,
     ServerStatus,
     TTTReply,
     TTTRequest,
@@ -50,13 +48,12 @@ DENIED = "it denied our key; put its public half into keys/allowed_clients/ of t
 
 @dataclass(kw_only=True)
 class OpenMessage:
-    """A message without a reply yet. `again_at`: when to send it again. Without `repeat`, only to one server."""
+    """A message without a reply yet. Without `repeat`, it is sent to one server only."""
 
     body: bytes
     index: int  # of the request in its round
     repeat: bool
-    sent: bool = False
-    again_at: float | None = None
+    due_at: float = 0.0  # when to send it; infinite: it was sent
 
 
 class TTTClient:
@@ -151,12 +148,9 @@ class TTTClient:
             replies = tqdm(replies, total=len(requests), unit="reply")
         for index, reply in replies:
             expected = TTTReply if isinstance(requests[index], TTTRequest) else GenerateReply
-            if isinstance(reply, ErrorReply):
-                yield index, remote_error(reply)
-            elif isinstance(reply, expected):
-                yield index, reply
-            else:
+            if not isinstance(reply, expected | RemoteError):
                 raise ProtocolError(f"the server answered with a {type(reply).__name__}, not a {expected.__name__}")
+            yield index, reply
 
     def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
         """What the server is doing."""
@@ -190,16 +184,16 @@ class TTTClient:
         """The reply to a command. Only `status` is sent to a server that takes over, too."""
         body = json.dumps({"cmd": cmd, **fields}).encode()
         ((_, reply),) = self._exchange([body], timeout_s=timeout_s, repeat=cmd == "status")
-        if isinstance(reply, ErrorReply):
-            raise remote_error(reply)
+        if isinstance(reply, RemoteError):
+            raise reply
         if not isinstance(reply, dict):
             raise ProtocolError(f"the server answered {cmd!r} with a {type(reply).__name__}")
         return reply
 
     def _exchange(
         self, bodies: Iterable[bytes], *, timeout_s: float, window: int = 1, repeat: bool = True
-    ) -> Iterator[tuple[int, Reply | dict[str, Any]]]:
-        """Send messages, at most `window` at once, and yield (index, reply) as they come. Raises RoundTimeout.
+    ) -> Iterator[tuple[int, Any]]:
+        """Send messages, at most `window` at once, and yield (index, reply or RemoteError). Raises RoundTimeout.
 
         `timeout_s` is time with a server, for each next reply. While the server is away that clock stops and `wait_s`
         counts. Replies that this call does not wait for (any more) are skipped.
@@ -210,18 +204,19 @@ class TTTClient:
                 while len(marks) < window and (following := next(unsent, None)) is not None:
                     marks.add(mark := next(self._numbers).to_bytes(8, "big"))
                     self._open[mark] = OpenMessage(body=following[1], index=following[0], repeat=repeat)
-                    if self._greeted:
-                        self._send(mark)
                 if not marks:
                     return
                 mark, reply = self._next(marks, timeout_s)
                 marks.remove(mark)
-                yield self._open.pop(mark).index, reply
+                index = self._open.pop(mark).index
+                if isinstance(reply, ErrorReply):
+                    reply = RemoteError(reply.error, reply.field, reply.request_id, reply.traceback)
+                yield index, reply
         finally:
             for mark in marks:
                 del self._open[mark]
 
-    def _next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Reply | dict[str, Any]]:
+    def _next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Any]:
         left_s = timeout_s
         self._lost_at = None if self._lost_at is None else time.monotonic()  # each call waits the full wait_s
         while True:
@@ -234,7 +229,7 @@ class TTTClient:
                 if mark == PING_MARK and isinstance(reply, dict):
                     self._greet(str(reply.get("server_id", "")))
                 elif mark in marks and isinstance(reply, ErrorReply) and reply.error.split(":")[0] in TRY_LATER:
-                    self._open[mark].again_at = time.monotonic() + TRY_LATER_S
+                    self._open[mark].due_at = time.monotonic() + TRY_LATER_S
                 elif mark in marks:
                     return mark, reply
             elif left_s <= 0:
@@ -244,19 +239,17 @@ class TTTClient:
                 )
             left_s -= time.monotonic() - began if was_there else 0.0
 
-    def _send(self, mark: bytes) -> None:
-        assert self._socket is not None
-        message = self._open[mark]
-        message.sent, message.again_at = True, None
-        self._socket.send_multipart([mark, b"", message.body])
-
     def _keep_in_touch(self) -> None:
-        """Connect, ping, connect again after silence, send again what is due. Raises RoundTimeout."""
+        """Connect, ping, connect again after silence, send what is due. Raises RoundTimeout."""
         now = time.monotonic()
         if self._lost_at is not None and now - self._lost_at > self.wait_s:
             self._disconnect()
+            why, known = [self._trouble or "it is silent"], self._endpoint
+            if known is not None and is_loopback(known.host) and known.node != this_node():
+                only = f"machine {known.node}" if known.node else "its own machine"
+                why.append(f"it listens on loopback, which only {only} reaches; others need --endpoint tcp://0.0.0.0:0")
             raise RoundTimeout(
-                f"no TTT server answers at {self.where} within {self.wait_s:g} s{self._why()}; "
+                f"no TTT server answers at {self.where} within {self.wait_s:g} s ({'; '.join(why)}); "
                 "start it (seal-nb serve), or raise wait_s if its job still waits in the queue"
             )
         if self._socket is None or self._is_cut_off() or self._has_moved(now):
@@ -267,8 +260,9 @@ class TTTClient:
         elif self._pinged_at is None and now - self._heard_at > PING_S:
             self._ping(self._socket)
         for mark, message in self._open.items():
-            if self._greeted and message.again_at and now >= message.again_at:
-                self._send(mark)
+            if self._greeted and self._socket is not None and now >= message.due_at:
+                self._socket.send_multipart([mark, b"", message.body])
+                message.due_at = math.inf
 
     def _connect(self, now: float) -> None:
         """Connect to where the server is now. Open messages are sent when it has answered a ping."""
@@ -287,17 +281,6 @@ class TTTClient:
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._ping(self._socket)
 
-    def _why(self) -> str:
-        """Why there may be no answer, in brackets."""
-        known, endpoint = [self._trouble] if self._trouble else [], self._endpoint
-        if endpoint is not None and is_loopback(endpoint.host) and endpoint.node != this_node():
-            machine = f"machine {endpoint.node}" if endpoint.node else "its own machine"
-            known.append(
-                f"it listens on loopback, which only {machine} reaches: for others start it with "
-                "--endpoint tcp://0.0.0.0:0"
-            )
-        return f" ({'; '.join(known)})" if known else ""
-
     def _greet(self, server_id: str) -> None:
         """A ping was answered: by the server that we look for, or by another one that has its port now."""
         expected = self._endpoint.server_id if self._endpoint else ""
@@ -309,9 +292,8 @@ class TTTClient:
         if self._greeted and server_id == self.server_id:
             return
         self._greeted, self.server_id = True, server_id
-        for mark, message in self._open.items():
-            if message.repeat or not message.sent:
-                self._send(mark)
+        for message in self._open.values():
+            message.due_at = 0.0 if message.repeat else message.due_at
 
     def _is_cut_off(self) -> bool:
         """Whether the connection broke. Replies may be lost with it, so everything open is sent again."""
@@ -343,16 +325,3 @@ class TTTClient:
             self._socket.close(linger=200)
         self._socket, self._monitor, self._greeted, self._pinged_at = None, None, False, None
         self._heard_at = time.monotonic()
-
-
-def remote_error(reply: ErrorReply) -> RemoteError:
-    """What the server reported, as an exception."""
-    name, _, value = reply.error.partition(": ")
-    return RemoteError(
-        reply.error,
-        ename=name,
-        evalue=value,
-        field=reply.field or "",
-        request_id=reply.request_id or "",
-        remote_traceback=reply.traceback or "",
-    )

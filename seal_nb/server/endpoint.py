@@ -1,12 +1,10 @@
 """Where a server is, and who may connect: the endpoint file and CURVE keys.
 
-The server writes the endpoint file when it listens and removes it when it ends. A client recognises a file that an
-older server left behind: the server that answers there has another `server_id`.
+A client recognises an endpoint file that an older server left behind: who answers there has another `server_id`.
 
 A server that other machines can reach uses keys. They are made on first use in `keys/` of the run folder, readable by
 their owner only: one pair each for the server, its clients and its workers. Only the public keys in `allowed_clients/`
-and `allowed_workers/` may connect; the server's public key alone gives no access. Add a colleague's public key file to
-the folder to let them in, remove it to lock them out: the folder is read at each connection.
+and `allowed_workers/` may connect: both folders are read at each connection.
 """
 
 import ipaddress
@@ -16,7 +14,7 @@ import re
 import socket
 import stat
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -28,7 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.protocol import PROTOCOL_VERSION
-from seal_nb.storage import read_json, write_json
+from seal_nb.storage import read_json
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +54,12 @@ class Endpoint:
     node: str = ""  # the machine
     protocol_version: str = PROTOCOL_VERSION
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
-
 
 def read_endpoint(path: str | Path) -> Endpoint:
     """The endpoint in a file. Raises DataError if the file is missing, broken, or of another kind."""
     fields = read_json(path)
-    names = Endpoint.__dataclass_fields__
     try:
-        return Endpoint(**{name: value for name, value in fields.items() if name in names})
+        return Endpoint(**{name: value for name, value in fields.items() if name in Endpoint.__dataclass_fields__})
     except (TypeError, AttributeError) as error:
         raise DataError(
             f"not an endpoint file ({error})", path=path, remedy="give the endpoint.json of a server's run folder"
@@ -100,10 +94,8 @@ def split_tcp(endpoint: str) -> tuple[str, str]:
 
 def is_loopback(host: str) -> bool:
     """Whether no other machine can reach this host. A name other than localhost counts as reachable."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -116,14 +108,9 @@ def this_node() -> str:
 def connected(
     context: "zmq.Context[Socket]", endpoint: Endpoint, role: Role, *, name: bytes, key_file: str | Path | None = None
 ) -> Socket:
-    """A DEALER to the server, with keys if the server needs them.
+    """A DEALER to the server, with keys if the server needs them; without `key_file` those in its run folder.
 
-    Args:
-        context: ZMQ context of the socket.
-        endpoint: The server.
-        role: Which of the server's two addresses, and whose keys.
-        name: Identity. A peer that connects again under its name gets the messages to its earlier connection.
-        key_file: Secret key; None or empty: the one in the server's run folder.
+    A peer that connects again under its `name` gets the messages to its earlier connection.
     """
     address = endpoint.endpoint if role == "client" else endpoint.worker_endpoint
     socket = context.socket(zmq.DEALER)

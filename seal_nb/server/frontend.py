@@ -1,10 +1,10 @@
 """The front end: one loop between clients and workers. It never imports torch.
 
-One thread owns the sockets of clients and workers. `requests` decides what a request means, `queue` which worker gets
-it; this module receives, sends, and watches the time. It logs no content of requests. A client or a worker that leaves,
-sends rubbish or does not read cannot stop the loop.
+`requests` decides what a request means, `queue` which worker gets it; this module receives, sends, and watches the
+time. It logs no content of requests. A client or a worker that leaves, sends rubbish or does not read cannot stop it.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import zmq
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
-from seal_nb.protocol import PROTOCOL_VERSION, Command, Request, ServerStatus, WorkerStatus, parse_request, read_json
+from seal_nb.protocol import PROTOCOL_VERSION, Command, ServerStatus, WorkerStatus, parse_request, read_json
 from seal_nb.server.endpoint import LOUD, KeyGate, Socket
 from seal_nb.server.queue import Envelope, Worker
 from seal_nb.server.requests import Cancelled, RequestTable, ServerStopping, WorkerLost
@@ -25,6 +25,7 @@ from seal_nb.storage import forget_adapters
 
 log = logging.getLogger(__name__)
 
+Tick = Callable[[float], None]
 TICK_S = 0.2
 BURST = 200  # messages of one socket before the other socket's turn
 MAX_FRAMES = 8
@@ -43,7 +44,6 @@ class Workers:
         self.mismatch = ""  # why this server cannot go on with its workers
         self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
-        self._given_up: dict[int, float] = {}  # process on this machine → when to kill it
         self._handlers: dict[str, Callable[[bytes, Message], None]] = {
             "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result,
             "failed": self._on_failed, "leaving": self._on_leaving,
@@ -54,13 +54,11 @@ class Workers:
         try:
             message = unpack(frames[1:])
             self._handlers[message.kind](frames[0], message)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except Exception as error:
             self.meter.counts["rubbish_of_workers"] += 1
             if self.meter.counts["rubbish_of_workers"] <= LOUD:
                 log.warning("a worker sent a message that cannot be read (%s)", type(error).__name__)
-        except Exception as error:
-            log.error("a fault of the front end: %s", type(error).__name__)
-            log.debug("the fault", exc_info=True)
+            log.debug("why", exc_info=True)
 
     def dispatch(self) -> None:
         """Send each request that can start now to its worker."""
@@ -72,49 +70,27 @@ class Workers:
             self.tell(request.worker, job)
 
     def check_leases(self, now: float) -> None:
-        stall_s, lease_s = self.table.settings.stall_s, self.table.settings.lease_s
         for identity in self.queue.expired(now):
-            about = self.queue.workers[identity].about
-            if stall_s and about["host"] == HERE:  # it may come back until then
-                self._given_up[about["pid"]] = now + stall_s
-            self._lose(identity, f"silent for more than {lease_s:g} s")
+            self._lose(identity, f"silent for more than {self.table.settings.lease_s:g} s")
         for identity, why in self.queue.stuck(now).items():
             self.tell(identity, pack("abort", why=why))  # it still sends heartbeats, so it can end itself
             self._lose(identity, why)
 
-    def to_kill(self, now: float) -> list[int]:
-        """Processes of this machine to kill now; each is returned once."""
-        due = [pid for pid, at in self._given_up.items() if now >= at]
-        for pid in due:
-            del self._given_up[pid]
-        return due
-
     def exited(self, pid: int, why: str) -> None:
         """A worker process of this machine ended; its lease need not run out."""
-        self._given_up.pop(pid, None)
-        for identity, worker in list(self.queue.workers.items()):
-            if (worker.about["pid"], worker.about["host"]) == (pid, HERE):
-                self._lose(identity, why)
+        if (identity := self.here().get(pid)) is not None:
+            self._lose(identity, why)
 
-    def dismiss(self, why: str, *, pids_here: set[int] | None = None) -> None:
-        """Tell workers to stop; with `pids_here` only those of this machine, the others wait for the next server."""
-        for identity, worker in self.queue.workers.items():
-            if pids_here is None or (worker.about["host"] == HERE and worker.about["pid"] in pids_here):
-                self.tell(identity, pack("stop", why=why))
-
-    def pids(self) -> set[int]:
-        return {worker.about["pid"] for worker in self.queue.workers.values()}
+    def here(self) -> dict[int, bytes]:
+        """The workers of this machine by their process."""
+        workers = self.queue.workers.items()
+        return {worker.about["pid"]: identity for identity, worker in workers if worker.about["host"] == HERE}
 
     def tell(self, identity: bytes, frames: list[bytes]) -> None:
         try:
             self.socket.send_multipart([identity, *frames], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # the lease will run out
             log.info("a message found no worker: %s", error)
-
-    def trouble(self) -> str:
-        if self.queue.workers or not self.queue.requests:
-            return ""
-        return f"requests wait and no worker is there (the last one that was lost: {self.last_loss or 'none'})"
 
     def status(self, now: float) -> list[WorkerStatus]:
         return [
@@ -138,7 +114,6 @@ class Workers:
             worker = Worker(capacity=int(header["capacity"]), seen_at=now, stepped_at=now, about=about)
             self._lose(identity, f"worker {about['worker_id']} started again")
             self.queue.join(identity, worker)
-            self._given_up.pop(about["pid"], None)
             log.info("worker %s is ready: %d requests at once", about["worker_id"], worker.capacity)
         self.tell(identity, pack("welcome", lease=self.queue.workers[identity].lease))
 
@@ -171,7 +146,7 @@ class Workers:
             self.meter.counts["void_results"] += 1
             log.info("a result of a try that is not current was dropped")
             return
-        self.table.deliver(request, message.body, error=error, tokens=tokens, now=time.monotonic())
+        self.table.deliver(request, message.body, error=error, tokens=tokens)
 
     def _on_failed(self, identity: bytes, message: Message) -> None:
         error = str(message.header["error"])
@@ -182,19 +157,16 @@ class Workers:
         self._lose(identity, error)
 
     def _on_leaving(self, identity: bytes, message: Message) -> None:
-        name = self.queue.workers[identity].about["worker_id"]
-        n_requeued, _ = self.queue.lose(identity, planned=True)
-        self.meter.counts["requeued"] += n_requeued
-        log.info("worker %s leaves; %d requests wait again", name, n_requeued)
+        self._lose(identity, "it left as planned", planned=True)
 
-    def _lose(self, identity: bytes, why: str) -> None:
+    def _lose(self, identity: bytes, why: str, *, planned: bool = False) -> None:
         if identity not in self.queue.workers:
             return
         name, self.last_loss = self.queue.workers[identity].about["worker_id"], why
-        n_requeued, given_up = self.queue.lose(identity)
-        log.warning("worker %s is lost; %d requests wait again", name, n_requeued)
-        log.debug("it is lost because: %s", why)
-        self.meter.counts["workers_lost"] += 1
+        n_requeued, given_up = self.queue.lose(identity, planned=planned)
+        log.warning("worker %s %s; %d requests wait again", name, "leaves" if planned else "is lost", n_requeued)
+        log.debug("because: %s", why)
+        self.meter.counts["workers_lost"] += not planned
         self.meter.counts["requeued"] += n_requeued
         for request in given_up:
             log.warning("a request is given up: it lost its worker %d times", request.tries)
@@ -209,52 +181,48 @@ class FrontEnd:
     """Serve until told to stop. `watch` is called at every tick (worker processes, endpoint file, parent)."""
 
     def __init__(
-        self,
-        table: RequestTable,
-        *,
-        clients: Socket,
-        workers: Socket,
-        gate: KeyGate | None,
-        watch: Callable[[float], None],
+        self, table: RequestTable, clients: Socket, workers: Socket, gate: KeyGate | None, watch: Tick
     ) -> None:
         self.table, self.clients, self.gate, self.watch = table, clients, gate, watch
         self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
         table.send = self._send
         self.workers = Workers(workers, table)
         self.drain_until: float | None = None
-        self.for_good = True
+        self.for_good, self.exit_code = True, 0
         self._client_seen_at = time.monotonic()
         self._stop_reason = ""
         self._impatient = self._done = False
 
     def run(self) -> None:
-        poller = zmq.Poller()
         sources = {self.clients: self._on_client, self.workers.socket: self.workers.receive}
-        for socket in sources:
-            poller.register(socket, zmq.POLLIN)
         next_tick = time.monotonic()
         while not self._done:
-            ready = dict(poller.poll(int(TICK_S * 1000)))
-            for socket, handle in sources.items():
-                if socket in ready:
-                    self._burst(socket, handle)
+            for socket in zmq.select([*sources], [], [], TICK_S)[0]:
+                with contextlib.suppress(zmq.Again):
+                    for _ in range(BURST):
+                        sources[socket](socket.recv_multipart(zmq.NOBLOCK))
             self.workers.dispatch()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + TICK_S
                 self._tick(time.monotonic())
         self._turn_away()
 
-    def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True) -> None:
+    def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True, exit_code: int = 0) -> None:
         """Drain at the next turn of the loop, or end at once if `impatient`. Safe in a signal handler.
 
         Not `for_good`: another server will follow (a requeued job), and workers of other nodes wait for it.
         """
         self._impatient = self._impatient or impatient
-        self.for_good = for_good if not self._stop_reason else self.for_good
-        self._stop_reason = self._stop_reason or why
+        self.exit_code = self.exit_code or exit_code
+        if not self._stop_reason:
+            self._stop_reason, self.for_good = why, for_good
 
     def status(self) -> ServerStatus:
         now, table, queue = time.monotonic(), self.table, self.queue
+        troubles = [table.results.trouble or table.counts.trouble]
+        if queue.requests and not queue.workers:
+            last = self.workers.last_loss or "none"
+            troubles.append(f"requests wait and no worker is there (the last one that was lost: {last})")
         return ServerStatus(
             server_id=table.server_id,
             model_id=table.model_id,
@@ -265,22 +233,14 @@ class FrontEnd:
             n_running=queue.n_running,
             n_slots=sum(worker.capacity for worker in queue.workers.values()),
             n_results=len(table.results),
-            n_unsaved=table.results.n_unsaved,
+            n_unsaved=len(table.results.unsaved),
             queued_bytes=queue.waiting_bytes,
             rss_bytes=rss_bytes(),
             counts=dict(self.meter.counts) | ({"denied": self.gate.n_denied} if self.gate else {}),
             workers=self.workers.status(now),
-            trouble="; ".join(filter(None, (table.trouble, self.workers.trouble()))),
+            trouble="; ".join(filter(None, troubles)),
             **self.meter.rates(now),
         )
-
-    def _burst(self, socket: Socket, handle: Callable[[list[bytes]], None]) -> None:
-        for _ in range(BURST):
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            handle(frames)
 
     def _on_client(self, frames: list[bytes]) -> None:
         *route, message = frames
@@ -293,23 +253,19 @@ class FrontEnd:
             if len(message) > (most := self.settings.max_message_bytes):
                 raise ProtocolError(f"the message has {len(message)} bytes, {most} are the most; send less at once")
             fields = read_json(message)
-            self._answer(parse_request(fields), message, envelope)
+            request = parse_request(fields)
+            if not isinstance(request, Command) or request.cmd in ("cancel", "forget"):
+                self._client_seen_at = time.monotonic()  # looking at the server does not keep it running
+            if isinstance(request, Command):
+                self._send(envelope, self._obey(request))
+            else:
+                self.table.accept(request, message, envelope, time.monotonic())
         except SealError as error:
             self._refuse(envelope, error, fields.get("request_id"))
         except Exception as error:
             log.error("a fault of the front end: %s", type(error).__name__)
             log.debug("the fault", exc_info=True)
             self._refuse(envelope, InternalError(f"{type(error).__name__}: {error}"), None)
-
-    def _answer(self, request: Request, message: bytes, envelope: Envelope) -> None:
-        now = time.monotonic()
-        if not isinstance(request, Command):
-            self._client_seen_at = now
-            self.table.accept(request, message, envelope, now)
-            return
-        if request.cmd in ("cancel", "forget"):  # looking at the server does not keep it running
-            self._client_seen_at = now
-        self._send(envelope, self._obey(request))
 
     def _obey(self, command: Command) -> bytes:
         reply: dict[str, Any] = {"status": "ok"}
@@ -325,7 +281,11 @@ class FrontEnd:
         elif command.request_id is None:
             raise ProtocolError("field 'request_id' is missing; send the id to cancel", field="request_id")
         else:
-            reply = {"status": self._cancel(command.request_id), "request_id": command.request_id}
+            key = command.request_id
+            request = self.table.cancel(key, Cancelled(f"request {key!r} was cancelled; send it again to run it"))
+            if request is not None and request.worker is not None:
+                self.workers.tell(request.worker, pack("cancel", key=key))
+            reply = {"status": "unknown" if request is None else "cancelled", "request_id": key}
         return json.dumps({**reply, "server_id": self.table.server_id, "protocol_version": PROTOCOL_VERSION}).encode()
 
     def _refuse(self, envelope: Envelope, error: SealError, request_id: object) -> None:
@@ -336,13 +296,6 @@ class FrontEnd:
         log.debug("refused because: %s", error)
         named = request_id if isinstance(request_id, str) and len(request_id) <= 200 else None
         self._send(envelope, self.table.error(error, named))
-
-    def _cancel(self, request_id: str) -> str:
-        error = Cancelled(f"request {request_id!r} was cancelled; send it again to run it")
-        request = self.table.cancel(request_id, error)
-        if request is not None and request.worker is not None:
-            self.workers.tell(request.worker, pack("cancel", key=request.key))
-        return "unknown" if request is None else "cancelled"
 
     def _send(self, envelope: Envelope, reply: bytes) -> None:
         """Send to a client. One that is gone, or reads so slowly that its pipe is full, loses this message."""
@@ -363,18 +316,13 @@ class FrontEnd:
         idle_s = now - self._client_seen_at
         if 0 < self.settings.idle_timeout_s < idle_s and not self._stop_reason:
             self.ask_to_stop(f"no client for {self.settings.idle_timeout_s:g} s")
-        if self._stop_reason:
-            self._drain(now)
-
-    def _drain(self, now: float) -> None:
-        """Turn away waiting requests; running ones have `drain_s` to finish."""
-        if self.drain_until is None:
+        if self._stop_reason and self.drain_until is None:  # turn away what waits; the rest has `drain_s` to finish
             self.drain_until = now + self.settings.drain_s
             self.table.stopping = f"the server is ending: {self._stop_reason}"
             log.info("ending (%s): %d running requests may finish", self._stop_reason, self.queue.n_running)
             self._turn_away(waiting_only=True)
-        if self._impatient or now > self.drain_until or not self.queue.requests:
-            self._done = True
+        if self.drain_until is not None:
+            self._done = self._impatient or now > self.drain_until or not self.queue.requests
 
     def _turn_away(self, *, waiting_only: bool = False) -> None:
         why = f"{self.table.stopping} before this request was done; send it again to the next server"

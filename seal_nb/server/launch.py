@@ -1,8 +1,7 @@
 """Processes: `TTTServer` runs a server for a `with` block, `LocalWorkers` are the workers that a server starts.
 
 The server is the same that a cluster runs, as a child process with its own log (`server.log` in the run folder). It
-ends with the block, and also when this process is killed. A worker that ends is started again, with a longer delay
-after each early end.
+ends with the block, and also when this process is killed.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -135,11 +134,15 @@ class WorkerProcess:
     process: "subprocess.Popen[bytes] | None" = None
     started_at: float = 0.0
     start_at: float = 0.0
+    seen_at: float = 0.0  # when it was among the server's workers; 0: not ready yet
     n_early_ends: int = 0
 
 
 class LocalWorkers:
-    """The workers that a server starts on its machine. Calls `exited(pid, why)` for each one that ends by itself."""
+    """The workers that a server starts on its machine. Calls `exited(pid, why)` for each one that ends by itself.
+
+    It is started again, with a longer delay after each early end.
+    """
 
     def __init__(self, settings: ServeSettings, exited: Callable[[int, str], None]) -> None:
         self.settings, self.exited = settings, exited
@@ -153,27 +156,29 @@ class LocalWorkers:
     def pids(self) -> set[int]:
         return {worker.process.pid for worker in self.workers if worker.process is not None}
 
-    def watch(self, now: float) -> None:
-        """Notice workers that ended, start those that are due."""
+    def watch(self, now: float, ready: Collection[int]) -> None:
+        """Notice workers that ended, start those that are due, kill those that were lost and did not come back.
+
+        `ready` are the processes of the server's workers.
+        """
         for index, worker in enumerate(self.workers):
-            if worker.process is not None and (code := worker.process.poll()) is not None:
+            process = worker.process
+            if process is not None and (code := process.poll()) is not None:
                 worker.n_early_ends = worker.n_early_ends + 1 if now - worker.started_at < STEADY_S else 0
                 worker.start_at = now + min(30.0, 0.1 * 2**worker.n_early_ends)
                 why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                log.warning("worker process %d ended (%s)", worker.process.pid, why)
-                self.exited(worker.process.pid, why)
+                log.warning("worker process %d ended (%s)", process.pid, why)
+                self.exited(process.pid, why)
                 worker.process = None
+            elif process is not None and process.pid in ready:
+                worker.seen_at = now
+            elif process is not None and worker.seen_at and 0 < self.settings.stall_s < now - worker.seen_at:
+                log.warning("worker process %d is killed: it made no progress", process.pid)
+                process.kill()
             if worker.process is None and now >= worker.start_at:
-                worker.process, worker.started_at = self._start(index), now
+                worker.process, worker.started_at, worker.seen_at = self._start(index), now, 0.0
 
-    def kill(self, pids: list[int]) -> None:
-        """Kill those that are in `pids`; they are started again."""
-        for worker in self.workers:
-            if worker.process is not None and worker.process.pid in pids:
-                log.warning("worker process %d is killed: it made no progress", worker.process.pid)
-                worker.process.kill()
-
-    def end(self, told: set[int], timeout_s: float = 10.0) -> None:
+    def end(self, told: Collection[int], timeout_s: float = 10.0) -> None:
         """Wait for the workers in `told`, which know that they must stop. Kill the others, and those that are late."""
         deadline = time.monotonic() + timeout_s
         for worker in self.workers:
@@ -188,8 +193,7 @@ class LocalWorkers:
             worker.process = None
 
     def _start(self, index: int) -> "subprocess.Popen[bytes]":
-        threads = str(self.settings.n_threads)
-        env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        env = dict(os.environ)
         if self._gpus and self.settings.n_workers > 1 and self.settings.device in ("auto", "cuda"):
             env["CUDA_VISIBLE_DEVICES"] = self._gpus[index % len(self._gpus)]
         return subprocess.Popen(self.command, env=env, stdin=subprocess.DEVNULL)

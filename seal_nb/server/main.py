@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from seal_nb.server.launch import LocalWorkers
 from seal_nb.server.requests import RequestTable
 from seal_nb.server.settings import ServeSettings, parse
 from seal_nb.server.status import look
+from seal_nb.server.worker import pack
+from seal_nb.storage import write_json
 
 log = logging.getLogger(__name__)
 
@@ -44,43 +47,43 @@ class Server:
     def __init__(self, settings: ServeSettings, stack: ExitStack) -> None:
         self.settings = settings
         self.server_id = uuid.uuid4().hex[:12]
-        self.exit_code = 0
         self._n_failed = 0  # workers that reported why they cannot start
         self._checked_at = 0.0
         takes_over = refuse_second_server(settings.endpoint_path)
         settings.run_dir.mkdir(parents=True, exist_ok=True)
         self.context: zmq.Context[Socket] = zmq.Context()
         stack.callback(self.context.destroy, linger=2000)  # so that the last replies are sent
-        client_address, worker_address = settings.endpoint, settings.worker_endpoint
-        worker_address = worker_address or f"tcp://{split_tcp(client_address)[0]}:0"
-        local = all(is_loopback(split_tcp(address)[0]) for address in (client_address, worker_address))
+        worker_address = settings.worker_endpoint or f"tcp://{split_tcp(settings.endpoint)[0]}:0"
+        local = all(is_loopback(split_tcp(address)[0]) for address in (settings.endpoint, worker_address))
         self.gate = None if local else KeyGate(self.context, settings.run_dir / "keys")
         if self.gate:
             stack.callback(self.gate.stop)
-        clients, workers = self._bound(client_address, "client"), self._bound(worker_address, "worker")
+        clients, workers = self._bound(settings.endpoint, "client"), self._bound(worker_address, "worker")
         self.endpoint = self._endpoint(clients, workers)
         stack.callback(lambda: settings.endpoint_path.unlink(missing_ok=True) if self._is_mine() else None)
-        self.endpoint.write(settings.endpoint_path)
+        write_json(settings.endpoint_path, asdict(self.endpoint))
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
         table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
         stack.callback(table.close)
-        self.front = FrontEnd(table, clients=clients, workers=workers, gate=self.gate, watch=self._watch)
+        self.front = FrontEnd(table, clients, workers, self.gate, self._watch)
         self.local_workers = LocalWorkers(settings, self._worker_exited)
-        stack.callback(lambda: self.local_workers.end(told=self.front.workers.pids()))
+        stack.callback(lambda: self.local_workers.end(told=self.front.workers.here().keys()))
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         log.info("server %s listens at %s (%s)", self.server_id, self.endpoint.endpoint, self.settings.endpoint_path)
         self.front.run()
-        table = self.front.table
-        self.front.workers.dismiss(table.stopping, pids_here=None if self.front.for_good else self.local_workers.pids)
+        table, workers = self.front.table, self.front.workers
+        here = [identity for pid, identity in workers.here().items() if pid in self.local_workers.pids]
+        for identity in workers.queue.workers if self.front.for_good else here:  # others wait for the next server
+            workers.tell(identity, pack("stop", why=table.stopping))
         log.info("server %s ended: %s", self.server_id, table.stopping)
         table.save()
-        if table.results.n_unsaved:
+        if table.results.unsaved:
             log.error("%s", table.results.trouble)
-            self.exit_code = self.exit_code or 1
-        return self.exit_code
+            return self.front.exit_code or 1
+        return self.front.exit_code
 
     def _on_signal(self, number: int, _: object) -> None:
         """Drain; a second Ctrl-C ends at once. A batch system may send SIGTERM more than once."""
@@ -103,22 +106,19 @@ class Server:
         try:
             socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
         except zmq.ZMQError as error:
-            raise SettingsError(
-                f"cannot listen at {address}: {error}; choose another address, or port 0 for a free one"
-            ) from error
+            raise SettingsError(f"cannot listen at {address}: {error}; choose another address, or port 0") from error
         return socket
 
     def _endpoint(self, clients: Socket, workers: Socket) -> Endpoint:
         addresses = []
-        for socket in (clients, workers):
+        for socket in (workers, clients):
             host, port = split_tcp(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
             # Others cannot use a wildcard: it becomes this node's name.
             host = self.settings.advertise_host or (this_node() if host in WILDCARDS else host)
             addresses.append(f"tcp://{host}:{port}")
-        host, port = split_tcp(addresses[0])
         return Endpoint(
-            endpoint=addresses[0],
-            worker_endpoint=addresses[1],
+            endpoint=addresses[1],
+            worker_endpoint=addresses[0],
             host=host,
             port=int(port),
             pid=os.getpid(),
@@ -134,24 +134,18 @@ class Server:
         """At every tick: look after workers, the parent process and the endpoint file."""
         workers = self.front.workers
         if self.front.drain_until is None:
-            self.local_workers.kill(workers.to_kill(now))
-            self.local_workers.watch(now)
+            self.local_workers.watch(now, ready=workers.here().keys())
         if workers.mismatch:
-            self._stop(workers.mismatch, exit_code=1)
+            self.front.ask_to_stop(workers.mismatch, exit_code=1)
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
-            self._stop("the process that started the server is gone")
+            self.front.ask_to_stop("the process that started the server is gone")
         if now - self._checked_at > FILE_CHECK_S:
             self._checked_at = now
             path = self.settings.endpoint_path
             if not path.exists() and path.parent.is_dir():
-                self.endpoint.write(path)  # the file was removed
+                write_json(path, asdict(self.endpoint))  # the file was removed
             elif not self._is_mine(missing_is_mine=True):
-                self._stop(f"another server has taken {path}", for_good=False)
-
-    def _stop(self, why: str, *, for_good: bool = True, exit_code: int = 0) -> None:
-        self.exit_code = self.exit_code or exit_code
-        if self.front.drain_until is None:
-            self.front.ask_to_stop(why, for_good=for_good)
+                self.front.ask_to_stop(f"another server has taken {path}", for_good=False)
 
     def _worker_exited(self, pid: int, why: str) -> None:
         error = self.front.workers.failures.pop(pid, "")
@@ -162,7 +156,7 @@ class Server:
         n_early_ends = max(worker.n_early_ends for worker in self.local_workers.workers)
         if self._n_failed >= self.settings.n_workers or n_early_ends >= MAX_EARLY_ENDS:
             log.error("no worker can start: %s", error or why)
-            self._stop(f"no worker can start: {error or why}", exit_code=1)
+            self.front.ask_to_stop(f"no worker can start: {error or why}", exit_code=1)
 
     def _is_mine(self, missing_is_mine: bool = False) -> bool:
         try:
@@ -201,11 +195,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m seal_nb.se
         settings = parse(ServeSettings, argv, prog=prog, description="Start a TTT server.", **defaults)
         with ExitStack() as stack:
             return Server(settings, stack).run()
-    except SealError as error:
-        log.error("%s: %s", type(error).__name__, error)
-        return 2
-    except OSError as error:
-        log.error("%s: %s; check the disk and the rights of the run folder", type(error).__name__, error)
+    except (SealError, OSError) as error:
+        remedy = "" if isinstance(error, SealError) else "; check the disk and the rights of the run folder"
+        log.error("%s: %s%s", type(error).__name__, error, remedy)
         return 2
 
 

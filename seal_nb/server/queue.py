@@ -1,16 +1,15 @@
 """Which worker gets which request next: turns of clients, leases of workers, tries of requests.
 
-A state machine without sockets, threads or clocks. The front end says what happened and the time (seconds of a
-monotonic clock). Clients take turns, one request each. Among the requests of one client, higher priority goes first,
-then first come.
-
+A state machine without sockets, threads or clocks: the front end says what happened and when (a monotonic clock).
+Clients take turns, one request each. Among the requests of one client, higher priority goes first, then first come.
 A lost worker's requests go to other workers, `max_tries` times at most. The last try runs alone on its worker, so that
 a request that kills workers cannot stop its neighbours a third time.
 """
 
+import itertools
 import math
 from bisect import bisect_left, insort
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +28,7 @@ class Request:
     message: bytes  # as the client sent it
     content: str = ""  # hash, see requests.content_of
     has_id: bool = False
-    number: int | None = None  # see results.AnswerCounts; None where the seed does not come from there
+    number: int | None = None  # see requests.AnswerCounts; None where the seed does not come from there
     seed: int = 0
     priority: int = 0
     waiters: list[Envelope] = field(default_factory=list)  # where the reply goes
@@ -71,10 +70,9 @@ class RequestQueue:
         self.requests: dict[str, Request] = {}
         self.workers: dict[bytes, Worker] = {}
         self.waiting_bytes = 0
-        self._waiting: dict[bytes, list[Request]] = {}  # of each client that has something waiting, by rank
-        self._turns: deque[bytes] = deque()
+        self._waiting: OrderedDict[bytes, list[Request]] = OrderedDict()  # by client, the next one first; by rank
         self._last_tries: deque[Request] = deque()
-        self._counter = 0
+        self._numbers = itertools.count(1)
         self._reserved: bytes | None = None  # a worker that is kept free for a last try
 
     @property
@@ -89,7 +87,7 @@ class RequestQueue:
         return len(self._waiting.get(client, ()))
 
     def add(self, request: Request) -> None:
-        request.order = self._next()
+        request.order = next(self._numbers)
         self.requests[request.key] = request
         self._wait(request)
 
@@ -107,7 +105,7 @@ class RequestQueue:
         return request
 
     def join(self, identity: bytes, worker: Worker) -> None:
-        worker.lease = self._next()
+        worker.lease = next(self._numbers)
         self.workers[identity] = worker
 
     def beat(self, identity: bytes, *, lease: int, capacity: int, steps: int, now: float) -> bool:
@@ -163,8 +161,10 @@ class RequestQueue:
     def assignments(self, now: float) -> Iterator[Request]:
         """Requests that start now, each with its `worker` and `token` set."""
         yield from self._assign_last_tries(now)
-        while self._turns and (identity := self._freest()) is not None:
-            yield self._assign(self._next_in_turn(), identity, now)
+        while self._waiting and (identity := self._freest()) is not None:
+            client = next(iter(self._waiting))
+            self._waiting.move_to_end(client)
+            yield self._assign(self._take(client, 0), identity, now)
 
     def _assign_last_tries(self, now: float) -> Iterator[Request]:
         self._reserved = None
@@ -184,7 +184,7 @@ class RequestQueue:
         self.waiting_bytes -= len(request.message)
         request.tries += 1
         request.worker, request.assigned_at = identity, now
-        request.token = f"{worker.lease}.{self._next()}"
+        request.token = f"{worker.lease}.{next(self._numbers)}"
         worker.requests[request.token] = request
         return request
 
@@ -200,27 +200,15 @@ class RequestQueue:
         request.worker, request.token = None, ""
         if request.tries and request.tries == self.settings.max_tries - 1:
             self._last_tries.append(request)
-            return
-        if request.client not in self._waiting:
-            self._turns.append(request.client)
-        insort(self._waiting.setdefault(request.client, []), request, key=Request.rank)
-
-    def _next_in_turn(self) -> Request:
-        client = self._turns[0]
-        self._turns.rotate(-1)
-        return self._take(client, 0)
+        else:
+            insort(self._waiting.setdefault(request.client, []), request, key=Request.rank)
 
     def _take(self, client: bytes, index: int) -> Request:
         request = self._waiting[client].pop(index)
         if not self._waiting[client]:
             del self._waiting[client]
-            self._turns.remove(client)
         return request
 
     def _release(self, identity: bytes, token: str) -> Request:
         self.workers[identity].alone = False
         return self.workers[identity].requests.pop(token)
-
-    def _next(self) -> int:
-        self._counter += 1
-        return self._counter

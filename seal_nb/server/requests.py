@@ -1,9 +1,9 @@
 """What happens to a request (refused, answered from the journal, joined, queued) and to its result.
 
-No sockets here. The rules: a request with an id is idempotent; a result is kept before the client gets it; a failure
-never looks like an answer. A published request has neither id nor seed: its seed comes from the server's seed, its
-content and a number, the smallest one with which this content was not answered yet and is not in work. So three
-repeats of one published request are three trainings, and a restarted server goes on with the next number.
+A request with an id is idempotent; a result is kept before the client gets it. A published request has neither id nor
+seed: its seed comes from the server's seed, its content and a number, the smallest one with which this content was not
+answered yet and is not in work. So three repeats of one published request are three trainings, and a restarted server
+goes on with the next number.
 """
 
 import contextlib
@@ -63,38 +63,28 @@ class Meter:
         self.counts["answered"] += 1
         self.counts["train_tokens"] += tokens
         self._recent.append((now, tokens))
-        self._forget(now)
-
-    def failed(self, error: str) -> None:
-        """`error`: its type only, because a message may contain private text."""
-        self.counts["failed"] += 1
-        self.counts[f"failed.{error[:60]}"] += 1
+        while now - self._recent[0][0] > RATE_S:
+            self._recent.popleft()
 
     def rates(self, now: float) -> dict[str, float]:
         """jobs_per_min and tokens_per_s over the last minute, or since the start if that is shorter."""
-        self._forget(now)
         span_s = max(1.0, min(RATE_S, now - self.started_at))
-        tokens = sum(tokens for _, tokens in self._recent)
-        return {"jobs_per_min": round(60 * len(self._recent) / span_s, 2), "tokens_per_s": round(tokens / span_s, 2)}
-
-    def _forget(self, now: float) -> None:
-        while self._recent and now - self._recent[0][0] > RATE_S:
-            self._recent.popleft()
+        recent = [tokens for at, tokens in self._recent if now - at <= RATE_S]
+        return {"jobs_per_min": round(60 * len(recent) / span_s, 2), "tokens_per_s": round(sum(recent) / span_s, 2)}
 
 
 class AnswerCounts:
-    """Which numbers of each content are answered (kept in a file) and in work, as the bits of one int each.
+    """Which numbers of each content are answered (kept in a file) or in work, as the bits of one int.
 
     The file grows by 20 bytes for each answer, written before the reply is sent. If it is lost, seeds start at 0 again.
     """
 
     def __init__(self, path: Path) -> None:
-        self._answered: defaultdict[bytes, int] = defaultdict(int)
-        self._in_work: dict[bytes, int] = {}
+        self._used: defaultdict[str, int] = defaultdict(int)
         raw = path.read_bytes() if path.exists() else b""
         size = len(raw) - len(raw) % ENTRY.size  # a torn last entry is dropped
         for content, number in ENTRY.iter_unpack(raw[:size]):
-            self._answered[content] |= 1 << number
+            self._used[content.hex()] |= 1 << number
         self._unsaved = b""
         self._file = path.open("ab", buffering=0)
         self._file.truncate(size)
@@ -104,26 +94,19 @@ class AnswerCounts:
         return f"{-(-len(self._unsaved) // ENTRY.size)} counts of answers are not on the disk" if self._unsaved else ""
 
     def take(self, content: str) -> int:
-        """The smallest free number of this content; it is in work until `answered` or `dropped`."""
-        key = bytes.fromhex(content)
-        used = self._answered.get(key, 0) | self._in_work.get(key, 0)
-        free = ~used & (used + 1)
-        self._in_work[key] = self._in_work.get(key, 0) | free
+        """The smallest free number of this content."""
+        free = ~self._used[content] & (self._used[content] + 1)
+        self._used[content] |= free
         return free.bit_length() - 1
 
     def answered(self, content: str, number: int) -> None:
-        """The number counts from now on, also where the disk is full."""
-        self.dropped(content, number)
-        key = bytes.fromhex(content)
-        self._answered[key] |= 1 << number
-        self._unsaved += ENTRY.pack(key, number)
+        """The number stays used after a restart too, as soon as the disk has room."""
+        self._unsaved += ENTRY.pack(bytes.fromhex(content), number)
         self.save()
 
     def dropped(self, content: str, number: int) -> None:
         """The request was not answered (an error, a cancel): its number is free again."""
-        key = bytes.fromhex(content)
-        if left := self._in_work.pop(key) & ~(1 << number):
-            self._in_work[key] = left
+        self._used[content] &= ~(1 << number)
 
     def save(self) -> None:
         """Write what is not written yet. A full disk may take a part of it; the rest follows later."""
@@ -138,12 +121,13 @@ class AnswerCounts:
 class Results:
     """Replies by request id, in a journal in the run folder; memory holds only where each one is.
 
-    While the disk is full, replies stay in memory and `trouble` says so; writing is tried again. Raises RunMismatch if
-    an earlier server still has the journal after `lock_wait_s`.
+    While the disk is full, replies stay in memory (`unsaved`) and `trouble` says so; writing is tried again. Raises
+    RunMismatch if an earlier server still has the journal after `lock_wait_s`.
     """
 
     def __init__(self, path: Path, *, lock_wait_s: float) -> None:
         self.trouble = ""
+        self.unsaved: dict[str, bytes] = {}
         deadline = time.monotonic() + lock_wait_s
         while True:
             try:
@@ -153,41 +137,30 @@ class Results:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
-        self._unsaved: dict[str, bytes] = {}
 
     def __len__(self) -> int:
-        return len(self._journal) + len(self._unsaved)
-
-    @property
-    def n_unsaved(self) -> int:
-        return len(self._unsaved)
-
-    @property
-    def unsaved_bytes(self) -> int:
-        return sum(map(len, self._unsaved.values()))
+        return len(self._journal) + len(self.unsaved)
 
     def get(self, key: str) -> bytes | None:
         """The JSON of the latest record of this key, if there is one."""
-        if key in self._unsaved:
-            return self._unsaved[key]
-        return self._journal.get_json(key) if key in self._journal else None
+        return self.unsaved.get(key) or (self._journal.get_json(key) if key in self._journal else None)
 
     def put(self, key: str, record: bytes) -> None:
         """Keep a record: JSON in one line, which becomes part of the journal's line as it is."""
-        self._unsaved[key] = record
+        self.unsaved[key] = record
         self.save()
 
     def save(self) -> None:
         """Write what is not written yet; if the disk refuses, say so in `trouble`."""
-        for key in list(self._unsaved):
+        for key in list(self.unsaved):
             try:
-                self._journal.append_json(key, self._unsaved[key])
+                self._journal.append_json(key, self.unsaved[key])
             except OSError as error:
                 if not self.trouble:
                     log.error("results cannot be written (%s); they stay in memory, free some space", error)
-                self.trouble = f"{self.n_unsaved} results are not on the disk: {error}"
+                self.trouble = f"{len(self.unsaved)} results are not on the disk: {error}"
                 return
-            del self._unsaved[key]
+            del self.unsaved[key]
         self.trouble = ""
 
     def close(self) -> None:
@@ -219,10 +192,6 @@ class RequestTable:
         self.model_id = ""  # of the workers; empty until the first one is ready
         self._n_named = 0
 
-    @property
-    def trouble(self) -> str:
-        return self.results.trouble or self.counts.trouble
-
     def accept(self, work: Work, message: bytes, envelope: Envelope, now: float) -> None:
         """Answer, join or queue `work`, which was parsed from `message`. Raises SealError if it is refused."""
         content = content_of(work)
@@ -232,12 +201,10 @@ class RequestTable:
         if (request := self.queue.requests.get(key)) is not None:
             return self._join(request, content, envelope)
         self._check_room(envelope)
-        number, seed = None, work.seed
-        if seed is None and work.request_id is None:
-            number = self.counts.take(content)
+        has_id, seed = work.request_id is not None, work.seed
+        number = self.counts.take(content) if seed is None and not has_id else None
         if seed is None:
-            seed = derived_seed(self.settings.seed, content, work.request_id if number is None else number)
-        has_id = work.request_id is not None
+            seed = derived_seed(self.settings.seed, content, work.request_id if has_id else number)
         self.queue.add(
             Request(
                 key=key, client=envelope[0], message=message, content=content, has_id=has_id, number=number, seed=seed,
@@ -263,24 +230,30 @@ class RequestTable:
         for request in list(self.queue.requests.values()):
             if request.has_id and (reply := self._kept(request.key, request.content)) is not None:
                 self.queue.cancel(request.key)
-                self._reply(request, reply)
+                for envelope in request.waiters:
+                    self.send(envelope, reply)
 
-    def deliver(self, request: Request, reply: bytes, *, error: str, tokens: int, now: float) -> None:
-        """A worker's reply to a request that left the queue. It is kept and sent as it is; `error`: its type."""
+    def deliver(self, request: Request, reply: bytes, *, error: str = "", tokens: int = 0) -> None:
+        """The reply to a request that left the queue is kept and sent as it is. `error`: its type, never its text."""
         if b"\n" in reply or not (reply.startswith(b"{") and reply.endswith(b"}")):
             return self.fail(request, ProtocolError("the worker's reply is not a JSON object in one line"))
         if error:
-            return self._end(request, reply, error)
-        self.meter.answered(now, tokens=tokens)
-        if request.has_id:
-            self.results.put(request.key, b'{"content": "%b", "reply": %b}' % (request.content.encode(), reply))
-        elif request.number is not None:
-            self.counts.answered(request.content, request.number)
-        self._reply(request, reply)
+            if request.number is not None:
+                self.counts.dropped(request.content, request.number)
+            for name in ["cancelled"] if error == Cancelled.__name__ else ["failed", f"failed.{error[:60]}"]:
+                self.meter.counts[name] += 1
+        else:
+            self.meter.answered(time.monotonic(), tokens=tokens)
+            if request.has_id:
+                self.results.put(request.key, b'{"content": "%b", "reply": %b}' % (request.content.encode(), reply))
+            elif request.number is not None:
+                self.counts.answered(request.content, request.number)
+        for envelope in request.waiters:
+            self.send(envelope, reply)
 
     def fail(self, request: Request, error: SealError) -> None:
         """Report `error` for a request that left the queue. It may be sent again."""
-        self._end(request, self.error(error, request.key), type(error).__name__)
+        self.deliver(request, self.error(error, request.key), error=type(error).__name__)
 
     def cancel(self, key: str, error: SealError) -> Request | None:
         """Remove a request and report `error` for it. None if it is not in work."""
@@ -335,20 +308,11 @@ class RequestTable:
             ("requests wait", queue.n_waiting, limits.max_queued),
             ("requests of this client wait", queue.n_waiting_of(envelope[0]), limits.max_queued_per_client),
             ("bytes wait", queue.waiting_bytes, limits.max_queued_bytes),
-            ("bytes of results wait for a full disk", self.results.unsaved_bytes, limits.max_unsaved_bytes),
+            (
+                "bytes of results wait for a full disk",
+                sum(map(len, self.results.unsaved.values())),
+                limits.max_unsaved_bytes,
+            ),
         ):
             if used >= most:
                 raise QueueFull(f"{used} {what}, {most} is the most; send it again later")
-
-    def _end(self, request: Request, reply: bytes, error: str) -> None:
-        if request.number is not None:
-            self.counts.dropped(request.content, request.number)
-        if error == Cancelled.__name__:
-            self.meter.counts["cancelled"] += 1
-        else:
-            self.meter.failed(error)
-        self._reply(request, reply)
-
-    def _reply(self, request: Request, reply: bytes) -> None:
-        for envelope in request.waiters:
-            self.send(envelope, reply)

@@ -83,10 +83,9 @@ class Watch:
 
     Args:
         where: Endpoint file or address of the server.
-        alive: Whether the server's process runs, if that is known. Without it, the server has ended after
-            `patience_s` of silence.
+        alive: Whether the server's process runs. None: the server has ended after `patience_s` of silence.
         every_s: Seconds between samples.
-        patience_s: Seconds of silence; a server that restarts within this time counts as the same one.
+        patience_s: Seconds; a server that restarts within this time counts as the same one.
     """
 
     def __init__(
@@ -108,10 +107,7 @@ class Watch:
     def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
         """The newest sample, then each new one, until the server ends or `for_s` seconds are over.
 
-        The first sample is waited for in any case.
-
-        Raises:
-            Exception: what ended the watch, if that was not the end of the server.
+        The first sample is waited for in any case. Raises what ended the watch, if that was not the server's end.
         """
         deadline, seen = time.monotonic() + for_s, None
         while self._thread.is_alive() or self.last is not seen:

@@ -1,9 +1,8 @@
 """A worker: one process, one device, one inner loop. It takes requests from the front end and sends replies.
 
-The main thread drives the inner loop, one short slice after another. A second thread owns the socket and sends
-heartbeats, so that they never stop while the main thread trains. If the front end gives up the worker's lease, the
-worker drops all its work and introduces itself again, so a request never gets two answers. An error of one request
-becomes its reply; an error of the whole loop ends the process. torch is imported with the inner loop, not here.
+The main thread drives the inner loop, one short slice after another; a second thread owns the socket and sends
+heartbeats. If the front end gives up the worker's lease, the worker drops all its work and introduces itself again, so
+a request never gets two answers. An error of one request becomes its reply; one of the whole loop ends the process.
 
 A message between worker and front end is three frames: kind, JSON header, body. From the worker: `ready` (capacity,
 model_id, ...), `beat` (lease, capacity, steps, stats), `result` (token, error, tokens; body: the reply), `failed`

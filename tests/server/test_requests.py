@@ -42,7 +42,7 @@ class Table(RequestTable):
     def answer(self, one, reply=REPLY, error=""):
         """What is sent, and to whom."""
         self.sent.clear()
-        self.deliver(self.queue.finish(one.worker, one.token), reply, error=error, tokens=12, now=3.0)
+        self.deliver(self.queue.finish(one.worker, one.token), reply, error=error, tokens=12)
         return self.sent
 
 
@@ -245,14 +245,14 @@ def test_a_result_that_cannot_be_written_is_kept_in_memory_and_written_later(ope
     with monkeypatch.context() as patch:
         patch.setattr(table.results._journal, "append_json", _full)
         assert table.answer(one) == [((b"client", b""), REPLY)]
-        assert table.results.n_unsaved == 1 and "No space" in table.results.trouble
+        assert len(table.results.unsaved) == 1 and "No space" in table.results.trouble
         assert table.take(named) is not None
         other = named.model_copy(update={"request_id": "r2"})
         table.settings = ServeSettings(run_dir=table.settings.run_dir, max_unsaved_bytes=10)
         with pytest.raises(QueueFull, match="bytes of results wait for a full disk, 10 is the most"):
             table.take(other)
     table.results.save()
-    assert not table.results.trouble and not table.results.unsaved_bytes
+    assert not table.results.trouble and not table.results.unsaved
     assert table.take(other) is None
     assert open_table().take(named) is not None
 
