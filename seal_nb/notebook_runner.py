@@ -181,8 +181,8 @@ def run_notebook(
     papermill = _papermill()
 
     def before_cell(**_: object) -> None:
-        if interruption.is_set():
-            raise _BetweenCells
+        if interruption.is_set():  # a kernel that runs no cell has ignored its interrupt
+            raise StageInterrupted(f"{notebook.stem}: SIGTERM came between two cells; finished cells are in {executed}")
 
     def execute() -> None:
         papermill.execute_notebook(
@@ -203,10 +203,6 @@ def run_notebook(
         kind = StageFailed
         try:
             _with_a_kernel_that_starts(execute, interruption)
-        except _BetweenCells as error:
-            raise StageInterrupted(
-                f"{notebook.stem}: SIGTERM came between two cells; finished cells are in {executed}"
-            ) from error
         except papermill.PapermillExecutionError as error:
             kind = StageInterrupted if interruption.is_set() else StageFailed
             cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
@@ -223,10 +219,6 @@ def run_notebook(
             if interruption.is_set():
                 kind, why = StageInterrupted, "SIGTERM ended it too"
             raise kind(f"{notebook.stem}: its kernel died ({why}); finished cells are in {executed}") from error
-
-
-class _BetweenCells(Exception):
-    """A kernel that runs no cell ignores its interrupt, so the next cell is not started."""
 
 
 def _with_a_kernel_that_starts(execute: Callable[[], None], interruption: threading.Event) -> None:

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from seal_nb.chain.record import Tell, sole_use, write_record
-from seal_nb.chain.stages import Chain, Stage, as_options
+from seal_nb.chain.stages import ENDPOINT_FILE, Chain, Stage, as_options
 from seal_nb.errors import SealError
 from seal_nb.processes import end_tree
 
@@ -45,24 +45,15 @@ def run_chain(
 
     Raises: ChainFailed where a stage failed, and later ones were not started; RunMismatch.
     """
-    with sole_use(run_dir, tell) as lock, _sigterm_raises():
+    with sole_use(run_dir, tell) as lock, contextlib.ExitStack() as at_the_end:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # child processes are then ended on the way out
+            at_the_end.callback(signal.signal, number, signal.signal(number, _leave))
         write_record(chain, run_dir)
         _Run(chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock).stages()
 
 
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit here, so that child processes are ended on the way out."""
-
-    def leave(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _leave(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 class _Child:
@@ -71,15 +62,16 @@ class _Child:
     def __init__(self, command: list[str], log: Path, lock: int) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
+            env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            # In a session of its own: Ctrl-C then reaches only the chain, which ends its children in order.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                # Ctrl-C in a terminal then reaches only the chain, which ends its children in order.
+                env=env,
                 start_new_session=True,
                 pass_fds=(lock,),
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
         self.log, self.started = log, time.monotonic()
         self._file, self._rest = log.open(encoding="utf-8", errors="replace"), ""
@@ -161,7 +153,7 @@ class _Run:
 
     def start_server(self, stage: Stage) -> None:
         """Start a server and wait until it is ready."""
-        ready = self.ready_file(stage)
+        ready = self.run_dir / stage.name / ENDPOINT_FILE
         ready.unlink(missing_ok=True)
         self.tell(f"{stage.name} ({stage.notebook}): {stage.title}")
         child = self.servers[stage.name] = self.start(stage)
@@ -171,9 +163,6 @@ class _Run:
                 raise self.failure(f"server {stage.name!r} not ready in {READY_TIMEOUT_S:.0f} s", stage)
             time.sleep(POLL_S)
         self.tell(f"{stage.name}: ready after {clock(child.seconds())}")
-
-    def ready_file(self, stage: Stage) -> Path:
-        return self.run_dir / stage.name / stage.produces[0]
 
     def check_server(self, stage: Stage) -> None:
         if (code := self.servers[stage.name].process.poll()) is not None:
@@ -186,7 +175,7 @@ class _Run:
             child = self.servers.pop(name)
             # A server that does not answer is ended below.
             with contextlib.suppress(SealError, OSError, subprocess.TimeoutExpired):
-                self.stop_server(self.ready_file(self.chain[name]))
+                self.stop_server(self.run_dir / name / ENDPOINT_FILE)
                 child.process.wait(STOP_TIMEOUT_S)
             end_tree(child.process.pid)
             self.tell(f"{name}: stopped")

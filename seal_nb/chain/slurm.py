@@ -114,20 +114,14 @@ def read_site(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where jobs start, and over how many nodes servers and trainings are spread.
+    """Where jobs start, and over how many nodes servers and trainings are spread."""
 
-    Args:
-        project: the checkout. Jobs start in it.
-        site: variables that the site file exports.
-        idle_timeout_s: a server without clients ends after so many seconds.
-    """
-
-    project: Path
+    project: Path  # the checkout; jobs start in it
     site_file: Path
-    site: Mapping[str, str]
+    site: Mapping[str, str]  # variables that the site file exports
     server_nodes: int = 1
     sft_nodes: int = 1  # of a ReST-EM training
-    idle_timeout_s: float = 1800.0
+    idle_timeout_s: float = 1800.0  # a server without clients ends after so long
 
     def __post_init__(self) -> None:
         for name in ("server_nodes", "sft_nodes"):
@@ -194,22 +188,16 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One call of sbatch.
-
-    Args:
-        afterok: jobs that must have ended well: names in the same plan, or numbers.
-        after: jobs that must have started.
-        part: added to the job's number for others that wait; ``_0`` is the front end of a server on several nodes.
-    """
+    """One call of sbatch."""
 
     name: str
     stages: tuple[Stage, ...]
     options: tuple[str, ...]
     script: str
     arguments: tuple[str, ...]
-    afterok: tuple[str, ...]
-    after: tuple[str, ...]
-    part: str = ""
+    afterok: tuple[str, ...]  # jobs that must have ended well: names in the same plan, or numbers
+    after: tuple[str, ...]  # jobs that must have started
+    part: str = ""  # added to its number for others that wait; ``_0``: the front end of a server on several nodes
 
     def command(self, numbers: Mapping[str, str]) -> list[str]:
         """The words of the command. ``numbers``: of the jobs that were submitted before, by name."""
@@ -303,7 +291,7 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         before = list(read_record(run_dir)) if (run_dir / RECORD_FILE).exists() else []
         commands = {stage.name: stage.command for stage in before}
         commands |= {one.name: tuple(job.sbatch()) for job in jobs for one in job.stages if one.background}
-        chain = chain.with_jobs({stage.name: stage.job for stage in before} | on_their_way, commands)
+        chain = chain.with_jobs({stage.name: stage.job for stage in before}, commands)
         # Written before there are numbers: a job that starts at once finds its stage in the record.
         write_record(chain, run_dir)
         numbers = _submit_all(jobs, cluster, tell)

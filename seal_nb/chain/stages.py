@@ -39,30 +39,20 @@ def in_run(stage: str, file: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One notebook run. Its results are in the folder of its name.
-
-    Args:
-        parameters: of the notebook; paths in the run's folder are made by ``in_run``. ``output_dir`` is added.
-        needs: names of the stages before it.
-        produces: result files. For a server: the one file whose appearance means that the server is ready.
-        background: a server. It starts before the first stage that needs it and stops after the last one.
-        array: stages that differ in their seed only share this name. On a cluster they are one job array.
-        identity: an id of what the stage computes and from what; its chain sets it.
-        job: SLURM's number, ``12`` or ``12_43`` in an array; empty without SLURM.
-        command: submits a server's job again; empty for other stages.
-    """
+    """One notebook run. Its results are in the folder of its name."""
 
     name: str
     notebook: str
     title: str
+    # Of the notebook; paths in the run's folder are made by ``in_run``. ``output_dir`` is added.
     parameters: Mapping[str, Value] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    produces: tuple[str, ...] = ()
-    background: bool = False
-    array: str = ""
-    identity: str = ""
-    job: str = ""
-    command: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # names of the stages before it
+    produces: tuple[str, ...] = ()  # result files; of a server ENDPOINT_FILE, whose appearance means that it is ready
+    background: bool = False  # a server: starts before the first stage that needs it, stops after the last one
+    array: str = ""  # shared by stages that differ in their seed only; on a cluster they are one job array
+    identity: str = ""  # an id of what the stage computes and from what; its chain sets it
+    job: str = ""  # SLURM's number, ``12`` or ``12_43`` in an array; empty without SLURM
+    command: tuple[str, ...] = ()  # submits a server's job again; empty for other stages
 
     def values(self, run_dir: Path) -> dict[str, Value]:
         """The notebook's parameters with real paths."""
