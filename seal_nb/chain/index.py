@@ -79,11 +79,8 @@ class Page:
     title: str
     started: str  # ISO 8601, from papermill
     failure: str
+    has_results: bool
     notebook: Any
-
-    @property
-    def has_results(self) -> bool:
-        return self.path.stem.startswith("08_results")
 
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
@@ -96,9 +93,8 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
 
     folder = Path(run_dir)
     found = [path for path in folder.rglob("*.ipynb") if not SKIPPED_FOLDERS & set(path.relative_to(folder).parts)]
-    pages = sorted(
-        (_read(path, folder) for path in found), key=lambda one: (not one.has_results, one.started, one.link)
-    )
+    read = [_read(path, folder) for path in found]
+    pages = sorted(read, key=lambda page: (not page.has_results, page.started, page.link))
     if not pages:
         raise DataError("no executed notebook", path=folder, remedy="run a stage with its output in this folder")
     exporter = HTMLExporter(raw_template=NOTEBOOK_PAGE, sanitize_html=True)
@@ -142,6 +138,7 @@ def _read(path: Path, folder: Path) -> Page:
         title=headings[0] if headings else path.stem,
         started=str(notebook.metadata.get("papermill", {}).get("start_time") or ""),
         failure=errors[0] if errors else "",
+        has_results=path.stem.startswith("08_results"),
         notebook=notebook,
     )
 

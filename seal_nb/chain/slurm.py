@@ -308,21 +308,16 @@ def jobs_on_their_way(chain: Chain, run_dir: Path) -> dict[str, str]:
     """Stage → number, of jobs of an earlier call that wait or run. Raises: RunMismatch, SlurmError."""
     if not (run_dir / RECORD_FILE).exists():
         return {}
-    found, other = {}, []
+    jobs = [stage for stage in read_record(run_dir) if stage.job]
+    live = [stage for stage in jobs if (state := look_up(stage.job)) and state.is_live]
     identities = {stage.name: stage.identity for stage in chain}
-    for stage in read_record(run_dir):
-        state = look_up(stage.job) if stage.job else None
-        if state is not None and state.is_live:
-            found[stage.name] = stage.job
-            if identities.get(stage.name) != stage.identity:
-                other.append(stage)
-    if other:
+    if other := [stage for stage in live if identities.get(stage.name) != stage.identity]:
         raise RunMismatch(
             f"{run_dir}: jobs with other settings wait or run: "
             f"{', '.join(f'{stage.name} ({stage.job})' for stage in other)}; wait for them, give another "
             f"--run-dir, or end them: scancel {' '.join(stage.job for stage in other)}"
         )
-    return found
+    return {stage.name: stage.job for stage in live}
 
 
 def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, str]:

@@ -19,7 +19,7 @@ LOG_LINES = 5
 MESSAGE_LINES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StageStatus:
     """``state``: done, running, waiting, ended (a server), interrupted (here), failed, cancelled, lost, not started."""
 
@@ -35,16 +35,13 @@ class StageStatus:
 def chain_status(chain: Chain, run_dir: Path, *, look_up: Callable[[str], JobState | None]) -> list[StageStatus]:
     """One entry for each stage, in the chain's order. ``look_up`` asks SLURM for a job; its errors are raised."""
     since = in_use_since(run_dir)
-    found = []
-    for stage in chain:
+
+    def one(stage: Stage) -> tuple[str, str]:
         if stage.is_done(run_dir):
-            state, note = "done", f"in {stage.mark(run_dir)['seconds']:.0f} s"
-        elif stage.job:
-            state, note = _of_job(stage, look_up(stage.job))
-        else:
-            state, note = _without_job(stage, run_dir, since)
-        found.append(StageStatus(stage=stage, state=state, note=note))
-    return found
+            return "done", f"in {stage.mark(run_dir)['seconds']:.0f} s"
+        return _of_job(stage, look_up(stage.job)) if stage.job else _without_job(stage, run_dir, since)
+
+    return [StageStatus(stage, *one(stage)) for stage in chain]
 
 
 def _without_job(stage: Stage, run_dir: Path, since: float | None) -> tuple[str, str]:
