@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.inspector.inspection import Inspection, open_run
-from seal_nb.inspector.widgets import VIEWS, PassageInspector, select
+from seal_nb.inspector.widgets import VIEWS, PassageInspector
 from seal_nb.passages import Passage, load_passages
 from seal_nb.storage import write_json
 
@@ -85,7 +85,7 @@ def measure(size: tuple[int, int, int]) -> dict[str, Any]:
         path = write_json(Path(folder) / "run_made_up.json", run_of_size(*size))
         row: dict[str, Any] = {"megabytes": path.stat().st_size / 1e6}
         row["open_s"], inspection = _timed(lambda: _opened(path))
-    inspector = PassageInspector(select(inspection, show="all", sort="file order"))
+    inspector = PassageInspector(inspection)
     row["show_s"], _ = _timed(lambda: inspector.box)
     nexts = [_timed(_set, inspector.passages, n)[0] for n in inspection.passages["n"].tolist()[1:]]
     row |= {"next_s": statistics.median(nexts), "slowest_next_s": max(nexts)}

@@ -11,18 +11,10 @@ import pytest
 
 from seal_nb.errors import DataError, RemoteError, SettingsError
 from seal_nb.experiments.rerun import Item, stored_loop
+from seal_nb.experiments.session import ttt_server
 from seal_nb.experiments.settings import Training
 from seal_nb.inspector.inspection import EXAMPLE, GAINED, UNGRADED, Inspection, open_run
-from seal_nb.inspector.live_edit import (
-    ARM,
-    Edit,
-    EditTrainer,
-    Step,
-    TrainedEdit,
-    edit_request,
-    question_request,
-    settings_of_run,
-)
+from seal_nb.inspector.live import ARM, Edit, EditTrainer, TrainedEdit, edit_request, settings_of_run
 from seal_nb.protocol import TTTReply
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import EvaluatedPassage, SinglePassageRun
@@ -61,10 +53,10 @@ def server(folder: Path) -> Iterator[TTTServer]:
 
 
 @pytest.fixture
-def trainer(server: TTTServer, folder: Path, tmp_path: Path) -> Iterator[EditTrainer]:
+def trainer(server: TTTServer, folder: Path) -> Iterator[EditTrainer]:
     """A trainer on the server of this file, which keeps no adapter."""
-    with EditTrainer(server.endpoint, folder=tmp_path, timeout_s=30) as trainer:
-        yield trainer
+    with ttt_server(endpoint=server.endpoint) as ttt:
+        yield EditTrainer(ttt)
     assert not list((folder / "run" / "adapters").glob("*"))
 
 
@@ -90,11 +82,11 @@ def test_an_edit_is_trained_once_on_what_a_run_would_train_it_on(
 
 
 def test_progress_ends_with_the_reply(trainer: EditTrainer) -> None:
-    told: list[Step] = []
-    trainer.train(OTHER, Edit(text="slow"), tell=told.append)
+    told: list[str] = []
+    result = trainer.train(OTHER, Edit(text="slow"), tell=lambda text, losses: told.append(f"{text} {losses}"))
     n_told = len(told)
     time.sleep(0.6)
-    assert (told[0].state, told[-1].state) == ("starting", "done") and len(told) == n_told
+    assert told[-1] == f"done {result.losses}" and len(told) == n_told
 
 
 def ordering(title: str) -> EvaluatedPassage:
@@ -104,18 +96,18 @@ def ordering(title: str) -> EvaluatedPassage:
 
 
 def test_while_it_trains_it_says_so_and_it_can_be_cancelled(trainer: EditTrainer) -> None:
-    told: list[Step] = []
+    told: list[str] = []
     failed: list[Exception] = []
 
     def train() -> None:
         try:
-            trainer.train(ordering("sleep 60"), Edit(text=""), tell=told.append)
+            trainer.train(ordering("sleep 60"), Edit(text=""), tell=lambda text, _: told.append(text))
         except RemoteError as error:
             failed.append(error)
 
     thread = threading.Thread(target=train)
     thread.start()
-    eventually(lambda: any(step.state == "waiting" and step.elapsed_s > 0.4 for step in told))
+    eventually(lambda: any(text.startswith("waiting for a slot, 1") for text in told))
     assert eventually(trainer.cancel)
     thread.join(timeout=20)
     assert not thread.is_alive() and "Cancelled" in str(failed[0])
@@ -131,7 +123,7 @@ def test_a_failure_of_the_server_is_raised_with_its_remedy(trainer: EditTrainer)
 def test_a_question_of_one_s_own_is_the_same_training_with_another_question(
     trainer: EditTrainer, result: TrainedEdit, n_trained: Callable[[], int]
 ) -> None:
-    request = question_request(result, "Where?", "")
+    request = result.question_request("Where?", "")
     asked = request.eval_questions
     assert [one.question for one in asked] == ["Topic: Clock\nWhere?"] and not request.soft_scores
     settings = {"eval_questions", "soft_scores", "return_token_logprobs"}

@@ -25,7 +25,7 @@ from seal_nb.inspector.inspection import (
     observation,
     open_run,
 )
-from seal_nb.inspector.widgets import select
+from seal_nb.inspector.widgets import PassageInspector
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import AnsweredQuestion, SinglePassageRun
 
@@ -238,7 +238,7 @@ def test_text_up_to_the_first_end_mask_is_marked() -> None:
 def test_published_ranking_opens_with_its_22_ties_and_its_gains(golden: Path) -> None:
     run = read_run(golden / "results" / "rank_iter0.json.gz")
     inspection = Inspection(run)
-    shown = select(inspection, show="ties", sort="largest loss").static_view().text
+    shown = PassageInspector(inspection, show="ties", sort="largest loss").static_view().text
     assert "22 passages, the first 15 shown" in shown
     assert inspection.made_with().iloc[0].tolist() == ["file", "rank_iter0.json.gz"]
     assert len(inspection.answers(0, 0)) == 15

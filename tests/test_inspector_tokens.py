@@ -9,7 +9,7 @@ import torch
 
 from seal_nb.inner_loop.evaluation import pieces
 from seal_nb.inner_loop.loop import InnerLoop
-from seal_nb.inspector.tokens import token_chart, tokens_html, tokens_of, total_change
+from seal_nb.inspector.tokens import TokenTexts, tokens_of, total_change
 from seal_nb.protocol import ScoredText, TTTReply
 from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures
 
@@ -118,17 +118,18 @@ SCORED = ScoredText(
     kind="gold", index=0, tokens=["<b>wh", "ale", "bone"], baseline_logprobs=[None, -6.0, -0.5],
     adapter_logprobs=[None, -1.0, -2.5],
 )  # fmt: skip
+WHO = [("Topic: T\nWho?", "a gold answer")]
 
 
 def test_html_escapes_marks_and_names_the_numbers() -> None:
-    shown = tokens_html([("Who?", SCORED)])
+    shown = TokenTexts([SCORED], WHO).html()
     assert "&lt;b&gt;wh" in shown and "<b>ale</b>" in shown and "<u>bone</u>" in shown
     assert 'title="-6.00 → -1.00 nats (+5.00)"' in shown and 'class="sn-none"' in shown
 
 
 def test_chart_says_in_words_what_it_shows(tmp_path: Path) -> None:
-    chart = token_chart([("Who?", SCORED)])
-    assert "Who?: 1 of 2 tokens more likely with the adapter, 1 less; +3.0 nats in all" in chart.alt
+    chart = TokenTexts([SCORED], WHO).chart()
+    assert "Who? (+3.0 nats): 1 of 2 tokens more likely with the adapter, 1 less; +3.0 nats in all" in chart.alt
     assert "the largest change +5.0 at 'ale'" in chart.alt
     drawn = "".join(text.get_text() for text in chart.axes[0].texts)
     assert "Who?" in drawn and "<b>whalebone" in drawn
@@ -139,7 +140,7 @@ def test_chart_breaks_long_texts_into_lines_that_fit() -> None:
         kind="passage", index=0, tokens=[f" word{at}" for at in range(60)] + ["x" * 200, "\nnew line"],
         baseline_logprobs=[-1.0] * 62, adapter_logprobs=[-2.0] * 62,
     )  # fmt: skip
-    axes = token_chart([("", long)]).axes[0]
+    axes = TokenTexts([long], []).chart().axes[0]
     assert len({text.get_position()[1] for text in axes.texts}) > 5
     assert all(text.get_position()[0] + len(text.get_text()) <= 88 for text in axes.texts[:-1])
 
@@ -147,7 +148,7 @@ def test_chart_breaks_long_texts_into_lines_that_fit() -> None:
 def test_a_text_without_an_adapter_has_no_change() -> None:
     alone = ScoredText(kind="gold", index=0, tokens=["a"], baseline_logprobs=[-1.0])
     assert tokens_of(alone)[0].change is None and total_change(alone) is None
-    assert "no values" in token_chart([("x", alone)]).alt
+    assert "no values" in TokenTexts([alone], WHO).chart().alt
 
 
 def test_progress_of_a_job_that_diverges_is_still_json(

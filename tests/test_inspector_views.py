@@ -9,17 +9,18 @@ import pandas as pd
 import pytest
 
 from seal_nb.errors import SettingsError
+from seal_nb.experiments.session import ttt_server
 from seal_nb.inspector import html, tokens
 from seal_nb.inspector.html import loss_curve, run_files
 from seal_nb.inspector.inspection import Inspection
-from seal_nb.inspector.live import LiveEdit
-from seal_nb.inspector.live_edit import EditTrainer
+from seal_nb.inspector.live import EditTrainer, LiveEdit
 from seal_nb.inspector.tokens import NO_VALUES, TokenTexts
-from seal_nb.inspector.widgets import VIEWS, PassageInspector, Selection, select
+from seal_nb.inspector.widgets import VIEWS, PassageInspector
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually
 
+NO_SERVER: Any = None  # nothing is trained
 EVIL = "<script>alert(1)</script>"
 
 
@@ -55,8 +56,8 @@ def run_of(path: str = "") -> SinglePassageRun:
 
 
 @pytest.fixture
-def selection() -> Selection:
-    return select(Inspection(run_of()), show="all", sort="largest gain")
+def inspector() -> PassageInspector:
+    return PassageInspector(Inspection(run_of()), sort="largest gain")
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "has_live_frontend", lambda: True)
 
 
-def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(selection: Selection) -> None:
-    assert (selection.passage, selection.self_edit, selection.against) == (1, 0, 1)
+def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(inspector: PassageInspector) -> None:
+    assert (inspector.passage, inspector.self_edit, inspector.against) == (1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -79,45 +80,44 @@ def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(selectio
 )
 def test_an_index_that_does_not_exist_is_refused(passage: int, self_edit: int, against: int, message: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
-        select(Inspection(run_of()), passage, self_edit, against, show="all", sort="file order")
+        PassageInspector(Inspection(run_of()), passage, self_edit, against)
 
 
 def test_a_filter_that_leaves_no_passage_is_refused() -> None:
     with pytest.raises(SettingsError, match="choose another filter"):
-        select(Inspection(run_of()), show="losses", sort="file order")
+        PassageInspector(Inspection(run_of()), show="losses")
 
 
 def test_a_passage_without_a_self_edit_cannot_be_selected() -> None:
     bare = {"title": "bare", "context": "c", "completions": []}
     full = {"title": "full", "context": "c", "completions": [{"text": "t", "questions": [asked(False, True)]}]}
     inspection = Inspection(SinglePassageRun(value={"articles": [bare, full]}), graders=())
-    selection = select(inspection, show="all", sort="file order")
-    assert selection.passage == 1 and selection.rows["passage"].tolist() == ["full"]
-    assert "choose two different" in selection.page("compare").lower()
+    inspector = PassageInspector(inspection)
+    assert inspector.passage == 1 and inspector.rows["passage"].tolist() == ["full"]
+    assert "choose two different" in inspector.page("compare").lower()
     with pytest.raises(SettingsError, match="passage 0 has 0"):
-        select(inspection, 0, show="all", sort="file order")
+        PassageInspector(inspection, 0)
 
 
-def test_headless_there_is_no_widget_and_the_static_view_has_the_tables_of_all_views(selection: Selection) -> None:
-    inspector = PassageInspector(selection)
+def test_headless_there_is_no_widget_and_the_tables_of_all_views_are_shown(inspector: PassageInspector) -> None:
     bundle = inspector._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"} and "box" not in vars(inspector)
     for text in ("▲ gained", "first 1", "second 1", "second − first", "train sequence", "3 passages"):
         assert all(text in shown.replace("\u00a0", " ") for shown in bundle.values())
-    tables = [table for view in VIEWS for table in re.findall("<table.*?</table>", selection.page(view), re.DOTALL)]
+    tables = [table for view in VIEWS for table in re.findall("<table.*?</table>", inspector.page(view), re.DOTALL)]
     assert len(tables) == 4 and all(table in bundle["text/html"] for table in tables)
 
 
 @pytest.mark.usefixtures("in_jupyterlab")
-def test_in_jupyterlab_the_widget_comes_with_the_same_static_view(selection: Selection) -> None:
-    bundle = PassageInspector(selection)._repr_mimebundle_()
+def test_in_jupyterlab_the_widget_comes_with_the_same_static_view(inspector: PassageInspector) -> None:
+    bundle = inspector._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert bundle["text/html"].startswith(selection.static_view().html)
+    assert bundle["text/html"].startswith(inspector.static_view().html)
 
 
-def test_every_text_is_escaped_in_every_view(selection: Selection) -> None:
-    pages = [selection.page(view) for view in VIEWS]
-    static = PassageInspector(selection)._repr_mimebundle_()["text/html"]
+def test_every_text_is_escaped_in_every_view(inspector: PassageInspector) -> None:
+    pages = [inspector.page(view) for view in VIEWS]
+    static = inspector._repr_mimebundle_()["text/html"]
     assert all("<script" not in page and "<img" not in page for page in [*pages, static])
     assert all("&lt;script&gt;" in page for page in pages)
 
@@ -128,85 +128,83 @@ def test_long_texts_are_whole_in_html_and_cut_in_text() -> None:
     assert max(map(len, view.text.splitlines())) < 100
 
 
-def test_the_summary_says_what_is_selected_and_follows_it(selection: Selection) -> None:
-    assert selection.summary() == {
+def test_the_summary_says_what_is_selected_and_follows_it(inspector: PassageInspector) -> None:
+    assert inspector.summary() == {
         "passage": f"{EVIL}1",
         "self-edit": "0 (of 2), accuracy 0% → 100%",
         "flips": "1 to right, 0 to wrong, of 1 answers",
         "graders disagree": "on 1 of 1",
     }
-    selection.self_edit = 1
-    assert selection.summary()["self-edit"] == "1 (of 2), accuracy – → –"
+    inspector.self_edit = 1
+    assert inspector.summary()["self-edit"] == "1 (of 2), accuracy – → –"
 
 
-def test_an_unknown_view_is_refused(selection: Selection) -> None:
+def test_an_unknown_view_is_refused(inspector: PassageInspector) -> None:
     with pytest.raises(SettingsError, match="known are answers, self-edit, tokens, compare"):
-        selection.page("everything")
+        inspector.page("everything")
 
 
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, str]]:
     """(passage, self-edit, view) of each page that was rendered."""
     seen: list[tuple[int, int, str]] = []
-    page = Selection.page
+    page = PassageInspector.page
 
-    def counting(self: Selection, view: str) -> str:
+    def counting(self: PassageInspector, view: str) -> str:
         seen.append((self.passage, self.self_edit, view))
         return page(self, view)
 
-    monkeypatch.setattr(Selection, "page", counting)
+    monkeypatch.setattr(PassageInspector, "page", counting)
     return seen
 
 
-def test_only_what_is_selected_is_rendered(selection: Selection, rendered: list[tuple[int, int, str]]) -> None:
-    inspector = PassageInspector(selection)
+def test_only_what_is_selected_is_rendered(inspector: PassageInspector, rendered: list[tuple[int, int, str]]) -> None:
     box = inspector.box
     assert rendered == [(1, 0, "answers")] and box is inspector.box
     inspector.passages.value = 2
     inspector.view.value = "compare"
     inspector.edits.value = 1
     assert rendered[1:] == [(2, 0, "answers"), (2, 0, "compare"), (2, 1, "compare")]
-    assert EVIL not in inspector.page.value
+    assert EVIL not in inspector.shown.value
 
 
 def test_a_filter_keeps_the_selected_passage_if_it_is_listed(
-    selection: Selection, rendered: list[tuple[int, int, str]]
+    inspector: PassageInspector, rendered: list[tuple[int, int, str]]
 ) -> None:
-    inspector = PassageInspector(selection)
     assert inspector.box and inspector.passages.value == 1
     inspector.show.value = "gains"
     assert [index for _, index in inspector.passages.options] == [1] and len(rendered) == 1
     inspector.show.value = "all"
     inspector.search.value = f"{EVIL}2"
-    assert inspector.passages.value == 2 and selection.passage == 2 and rendered[-1][0] == 2
+    assert inspector.passages.value == 2 and inspector.passage == 2 and rendered[-1][0] == 2
     inspector.search.value = "nowhere to be found"
     assert inspector.passages.options == () and "0 of 3 passages" in inspector.count.value
 
 
-def test_listeners_are_called_for_each_selection(selection: Selection) -> None:
-    inspector, heard = PassageInspector(selection), []
-    inspector.on_select(lambda: heard.append((selection.passage, selection.self_edit)))
+def test_listeners_are_called_for_each_selection(inspector: PassageInspector) -> None:
+    heard = []
+    inspector.on_select(lambda: heard.append((inspector.passage, inspector.self_edit)))
     assert inspector.box
     inspector.passages.value = 0
     inspector.edits.value = 1
     assert heard == [(0, 0), (0, 1)]
 
 
-def test_token_values_are_coloured_and_a_file_without_them_says_how_to_get_them(selection: Selection) -> None:
-    assert "rgba(0,114,178" in selection.page("tokens")
-    selection.self_edit = 1
-    assert NO_VALUES in selection.page("tokens")
-    assert TokenTexts([])._repr_mimebundle_()["text/plain"] == NO_VALUES
+def test_token_values_are_coloured_and_a_file_without_them_says_how_to_get_them(inspector: PassageInspector) -> None:
+    assert "rgba(0,114,178" in inspector.page("tokens")
+    inspector.self_edit = 1
+    assert NO_VALUES in inspector.page("tokens")
+    assert TokenTexts([], [])._repr_mimebundle_()["text/plain"] == NO_VALUES
 
 
-def test_tokens_are_a_picture_headless(selection: Selection) -> None:
-    data, metadata = selection.tokens()._repr_mimebundle_()
+def test_tokens_are_a_picture_headless(inspector: PassageInspector) -> None:
+    data, metadata = inspector.tokens()._repr_mimebundle_()
     assert "text/html" not in data and "+4.0 nats" in metadata["image/png"]["alt"]
 
 
 @pytest.mark.usefixtures("in_jupyterlab")
-def test_tokens_are_text_in_jupyterlab(selection: Selection) -> None:
-    data = selection.tokens()._repr_mimebundle_()
+def test_tokens_are_text_in_jupyterlab(inspector: PassageInspector) -> None:
+    data = inspector.tokens()._repr_mimebundle_()
     assert "image/png" not in data and "<b>gold</b>" in data["text/html"]
 
 
@@ -234,9 +232,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def edited(selection: Selection, endpoint: str, tmp_path: Path) -> Iterator[LiveEdit]:
-    with EditTrainer(endpoint, folder=tmp_path, timeout_s=30) as trainer:
-        edit = LiveEdit(PassageInspector(selection), trainer, keep_path=tmp_path / "kept.json")
+def edited(inspector: PassageInspector, endpoint: str, tmp_path: Path) -> Iterator[LiveEdit]:
+    with ttt_server(endpoint=endpoint) as ttt:
+        edit = LiveEdit(inspector, EditTrainer(ttt), keep_path=tmp_path / "kept.json")
         assert edit.inspector.box and edit.box
         yield edit
 
@@ -262,8 +260,8 @@ def test_controls_start_with_the_self_edit_and_the_settings_of_the_run(edited: L
 def test_layers_that_only_the_run_names_stay_selected(tmp_path: Path) -> None:
     run = run_of()
     run.value |= {"lora_params": {"target_modules": ["q_proj", "up_proj"]}, "training": {}}
-    selection = select(Inspection(run), show="all", sort="file order")
-    edit = LiveEdit(PassageInspector(selection), EditTrainer(folder=tmp_path), keep_path=tmp_path / "kept.json")
+    inspector = PassageInspector(Inspection(run))
+    edit = LiveEdit(inspector, EditTrainer(NO_SERVER), keep_path=tmp_path / "kept.json")
     assert edit.inspector.box and edit.box
     assert edit.edit().training.target_modules == ("q_proj", "up_proj")
     assert edit.edit().training.max_new_tokens == 64 and edit.unshown.value == ""
@@ -280,8 +278,9 @@ def test_training_shows_the_new_answers_next_to_the_old_and_the_edit_in_the_list
     assert "Verdicts before the edit by local, after the edit by an unknown grader" in shown
     assert "accuracy 0% → 100%" in edited.status.value
     options = [label for label, _ in edited.inspector.edits.options]
-    assert len(options) == 3 and "live edit" in options[2] and edited.inspector.selection.against == 2
+    assert len(options) == 3 and "live edit" in options[2] and edited.inspector.against == 2
     edited.keep_button.click()
+    eventually(lambda: not edited.keep_button.disabled)
     assert edited.keep_path.is_file() and "kept in kept.json" in edited.status.value
     edited._ask()
     assert edited.own_answers.empty, "an empty question is not asked"
@@ -298,8 +297,8 @@ def test_an_error_shows_its_message_and_training_can_be_tried_again(edited: Live
     assert edited.result is None and edited.keep_button.disabled and edited.ask_button.disabled
 
 
-def test_live_edit_headless_says_what_it_would_start_with(selection: Selection, tmp_path: Path) -> None:
-    edit = LiveEdit(PassageInspector(selection), EditTrainer(folder=tmp_path), keep_path=tmp_path / "kept.json")
+def test_live_edit_headless_says_what_it_would_start_with(inspector: PassageInspector, tmp_path: Path) -> None:
+    edit = LiveEdit(inspector, EditTrainer(NO_SERVER), keep_path=tmp_path / "kept.json")
     bundle = edit._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"} and "box" not in vars(edit)
     assert "epochs" in bundle["text/plain"] and "first 1" in bundle["text/plain"]

@@ -51,8 +51,7 @@ def note(text: str) -> str:
     return f'<p class="sn-soft">{escape(text)}</p>'
 
 
-def failure(error: Exception) -> str:
-    """An error message. Screen readers read it aloud at once."""
+def failure(error: Exception) -> str:  # screen readers read it aloud at once
     return f'<p class="sn-failure" role="alert">{escape(f"{type(error).__name__}: {error}")}</p>'
 
 
@@ -85,12 +84,7 @@ class StaticView:
 
 
 def static_tables(tables: Mapping[str, pd.DataFrame], title: str = "") -> StaticView:
-    """A static view of one or several tables.
-
-    Args:
-        tables: Caption → table. An empty caption is not shown.
-        title: Heading above the tables.
-    """
+    """A static view of tables (caption → table; an empty caption is not shown) under a heading."""
     html = [table_html(table, caption) for caption, table in tables.items()]
     text = [as_text(table, caption) for caption, table in tables.items()]
     return StaticView(page(heading(title) if title else "", *html), "\n\n".join([title, *text]).strip())

@@ -18,7 +18,6 @@ from seal_nb.errors import SettingsError
 from seal_nb.grading.base import AS_BOOLEAN, Answered, Grader
 from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import normalised
-from seal_nb.inspector.html import StaticView, run_files
 from seal_nb.passages import Passage, Question
 from seal_nb.results.run import VERDICT_WORDS
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
@@ -28,11 +27,12 @@ from seal_nb.storage import read_json
 EXAMPLE = "shipped:example"  # the run that comes with the project
 OTHER_GRADERS = ("local", "recall")  # judge in addition to the file's verdicts; both work offline
 GAINED, LOST, UNGRADED = "▲\u00a0gained", "▼\u00a0lost", "?\u00a0ungraded"
+_FLIPS = {(False, True): GAINED, (True, False): LOST, (False, False): "stayed wrong", (True, True): "stayed right"}
 FLIPS = (GAINED, LOST, UNGRADED, "stayed wrong", "stayed right")  # the order in which answers are listed
+COUNTS = ("gained", "lost", "ungraded")  # columns with the number of each of the first three
 DIFFERENCE = "right answers, second − first"
 ANSWERS = ["flip", "rep", "question", "gold", "without adapter", "with adapter", "verdicts", "soft_gain",
            "what the texts show", "disagree", "answer", "right"]  # fmt: skip
-COUNTS = ("gained", "lost", "ungraded")
 MOST_NUMBERS = 3  # train sequences named in one sentence
 
 Pair = tuple[bool | None, bool | None]  # verdict without and with the adapter; None: ungraded
@@ -50,11 +50,7 @@ def open_run(source: str | Path) -> SinglePassageRun:
 
 def flip_of(one: AnsweredQuestion) -> str:
     """What the adapter changed about the verdict: one of FLIPS."""
-    if one.baseline_correct is None or one.adapter_correct is None:
-        return UNGRADED
-    if one.baseline_correct == one.adapter_correct:
-        return "stayed right" if one.adapter_correct else "stayed wrong"
-    return GAINED if one.adapter_correct else LOST
+    return _FLIPS.get((one.baseline_correct, one.adapter_correct), UNGRADED)  # type: ignore[arg-type]
 
 
 def contains(text: str, gold: str) -> bool:
@@ -74,21 +70,21 @@ def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequen
     sides = {"baseline": one.baseline_correct, "adapter": one.adapter_correct}
     if missing := [side for side, verdict in sides.items() if verdict is None]:
         return f"no verdict on the {' and the '.join(missing)} answer"
-    found = [number for number, text in enumerate(sequences[:-1], start=1) if contains(text, one.gold)]
+    found = [str(number) for number, text in enumerate(sequences[:-1], start=1) if contains(text, one.gold)]
     if found:
-        numbers = ", ".join(map(str, found[:MOST_NUMBERS])) + (" …" if len(found) > MOST_NUMBERS else "")
+        numbers = ", ".join(found[:MOST_NUMBERS]) + (" …" if len(found) > MOST_NUMBERS else "")
         plural, verb = ("s", "contain") if len(found) > 1 else ("", "contains")
         facts = [f"train sequence{plural} {numbers} of {len(sequences)} {verb} the gold answer"]
     elif contains(sequences[-1], one.gold):
         facts = ["only the passage contains the gold answer"]
     else:
         facts = ["no train sequence contains the words of the gold answer"]
-    others = {other.gold for other in asked if other.gold.casefold() != one.gold.casefold()}
     if not one.adapter_answer.strip():
         facts.append("the adapter's answer is empty")
     elif not one.adapter_correct:
+        others = {other.gold for other in asked if other.gold.casefold() != one.gold.casefold()}
         recited = sorted(gold for gold in others if contains(one.adapter_answer, gold))
-        facts += [f"the adapter's answer contains that of another question: {recited[0]!r}"] if recited else []
+        facts += [f"the adapter's answer contains that of another question: {gold!r}" for gold in recited[:1]]
     elif not contains(one.adapter_answer, one.gold):
         facts.append("the adapter's answer uses other words")
     return "; ".join(facts)
@@ -161,10 +157,6 @@ class Inspection:
         texts = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in values.items()}
         return pd.DataFrame([{"run": key, "value": str(v)} for key, v in texts.items() if v not in (None, "")])
 
-    def files(self) -> StaticView:
-        """The run file, its record and the executed notebooks in its folder, as links where they can be followed."""
-        return run_files(self.run.path)
-
     @cached_property
     def passages(self) -> pd.DataFrame:
         """One row a passage: accuracies, flips of all answers, and how many self-edits tie for the best."""
@@ -191,11 +183,10 @@ class Inspection:
         for name, value, known in (("show", show, SHOWN), ("sort", sort, SORTED)):
             if value not in known:
                 raise SettingsError(f"{name} is {value!r}; known are {', '.join(known)}")
-        table, order = self.passages, _ORDERS[sort]
+        table, order, wanted = self.passages, _ORDERS[sort], search.casefold().strip()
         if show == "graders disagree" or sort == "most disagreement":
             table = table.assign(disagree=table["n"].map(self.n_disagreements))
         table = table.query(_FILTERS[show]).sort_values([*order], ascending=[*order.values()], kind="stable")
-        wanted = search.casefold().strip()
         return table.loc[[wanted in self._searched(n) for n in table["n"]], self.passages.columns]
 
     @cached_property
@@ -225,10 +216,10 @@ class Inspection:
         the adapter's answer with the file's verdict, ``right`` that verdict as a number. ``soft_gain`` is the
         change in log-probability of the gold answer, in nats.
         """
-        key = passage, self_edit
-        if key not in self._answers:
-            self._answers[key] = self._judged(self.run.passages[passage], self_edit)
-        return self._answers[key]
+        if (passage, self_edit) not in self._answers:
+            evaluated = self.run.passages[passage]
+            self._answers[passage, self_edit] = self._judged(evaluated, evaluated.self_edits[self_edit])
+        return self._answers[passage, self_edit]
 
     def n_disagreements(self, passage: int) -> int:
         """Answers over all self-edits on which the graders disagree."""
@@ -263,11 +254,10 @@ class Inspection:
     def compare_edit(self, passage: int, old: int, new: int) -> pd.DataFrame:
         """The answers of an edit next to those of the self-edit that it was made from."""
         before, after = self.answers(passage, old), self.answers(passage, new)
+        answers = before.drop_duplicates("question").set_index("question")["answer"]
         table = after[["flip", "question", "gold", "without adapter"]].copy()
-        table["before the edit"] = after["question"].map(
-            before.drop_duplicates("question").set_index("question")["answer"]
-        )
-        return table.assign(**{"after the edit": after["answer"], "soft_gain": after["soft_gain"]})
+        table["before the edit"], table["after the edit"] = after["question"].map(answers), after["answer"]
+        return table.assign(soft_gain=after["soft_gain"])
 
     def with_self_edit(self, passage: int, edit: EvaluatedSelfEdit) -> "Inspection":
         """The same run with one more self-edit of a passage. No file is written."""
@@ -280,16 +270,16 @@ class Inspection:
         one.graders, one._answers = self.graders, dict(self._answers)
         return one
 
-    def _judged(self, passage: EvaluatedPassage, self_edit: int) -> pd.DataFrame:
-        edit = passage.self_edits[self_edit]
+    def _judged(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> pd.DataFrame:
         sequences = self._sequences(passage, edit)
         by_grader = {"file": [(one.baseline_correct, one.adapter_correct) for one in edit.questions]}
         by_grader |= {name: verdict_pairs(grader, passage, edit.questions) for name, grader in self.graders.items()}
         rows = []
         for one, *pairs in zip(edit.questions, *by_grader.values(), strict=True):
-            texts = [f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for before, after in pairs]
+            verdicts = [f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for before, after in pairs]
             disagree = graders_disagree(pairs)
-            said = "\n".join(f"{name}: {text}" for name, text in zip(by_grader, texts, strict=True))
+            if disagree:
+                verdicts = ["\n".join(map(": ".join, zip(by_grader, verdicts, strict=True)))]
             row = {
                 "flip": flip_of(one),
                 "rep": one.repeat,
@@ -297,7 +287,7 @@ class Inspection:
                 "gold": one.gold,
                 "without adapter": one.baseline_answer,
                 "with adapter": one.adapter_answer,
-                "verdicts": said if disagree else texts[0],
+                "verdicts": verdicts[0],
                 "soft_gain": one.soft_gain,
                 "what the texts show": observation(one, edit.questions, sequences),
                 "disagree": disagree,
