@@ -107,8 +107,7 @@ def sequences_of(evaluated: EvaluatedPassage, text: str, *, split_newlines: bool
 
 def graders_disagree(verdicts: Iterable[Pair]) -> bool:
     """Whether two graders gave different verdicts on the baseline's or the adapter's answer."""
-    pairs = list(verdicts)
-    return any(len({pair[side] for pair in pairs} - {None}) > 1 for side in (0, 1))
+    return any(len({*side} - {None}) > 1 for side in zip(*verdicts, strict=True))
 
 
 _FILTERS = {  # pandas queries over ``Inspection.passages``
@@ -263,12 +262,11 @@ class Inspection:
         """The same run with one more self-edit of a passage. No file is written."""
         evaluated = self.run.passages[passage]
         added = edit.model_copy(update={"index": len(evaluated.self_edits)})
-        run = copy(self.run)
-        run.passages = list(run.passages)
-        run.passages[passage] = evaluated.model_copy(update={"self_edits": [*evaluated.self_edits, added]})
-        one = Inspection(run, graders=())
-        one.graders, one._answers = self.graders, dict(self._answers)
-        return one
+        grown = Inspection(copy(self.run), graders=())
+        grown.graders, grown._answers = self.graders, dict(self._answers)
+        grown.run.passages = list(self.run.passages)
+        grown.run.passages[passage] = evaluated.model_copy(update={"self_edits": [*evaluated.self_edits, added]})
+        return grown
 
     def _judged(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> pd.DataFrame:
         sequences = self._sequences(passage, edit)
@@ -310,12 +308,15 @@ class Inspection:
 
 def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[AnsweredQuestion]) -> list[Pair]:
     """A grader's verdicts on each question's two answers. Equal answers are judged once."""
-    sides = ("baseline_answer", "adapter_answer")
-    unique = list(dict.fromkeys((one.question, one.gold, getattr(one, side)) for one in asked for side in sides))
-    given = [Answered(question=q, gold=gold, answer=text, title=passage.title) for q, gold, text in unique]
-    known = {key: AS_BOOLEAN[verdict] for key, verdict in zip(unique, grader.grade(given), strict=True)}
-    of = [[known[one.question, one.gold, getattr(one, side)] for side in sides] for one in asked]
-    return [(before, after) for before, after in of]
+    given = [
+        Answered(question=one.question, gold=one.gold, answer=answer, title=passage.title)
+        for one in asked
+        for answer in (one.baseline_answer, one.adapter_answer)
+    ]
+    unique = list(dict.fromkeys(given))
+    known = dict(zip(unique, grader.grade(unique), strict=True))
+    verdicts = [AS_BOOLEAN[known[one]] for one in given]
+    return list(zip(verdicts[::2], verdicts[1::2], strict=True))
 
 
 def _equal_once(texts: pd.Series) -> str:

@@ -137,12 +137,8 @@ def _draw(axes: Axes, tokens: Sequence[Token], row: int) -> int:
                 piece = piece.lstrip(" ")
             if not piece.strip("\n"):
                 continue
-            ground: dict[str, Any] = {
-                "alpha": token.opacity,
-                "linewidth": 0,
-                "facecolor": BLUE if change > 0 else ORANGE,
-            }
-            axes.add_patch(Rectangle((column, row + 0.06), len(piece), 0.88, **ground))
+            at = (column, row + 0.06)
+            axes.add_patch(Rectangle(at, len(piece), 0.88, alpha=token.opacity, linewidth=0, facecolor=colour))
             axes.text(column, row + 0.5, piece, weight=weight, color=ink, **font)
             if change <= -MARKED_NATS:
                 axes.plot([column, column + len(piece)], [row + 0.92] * 2, color=INK, linewidth=0.8)
