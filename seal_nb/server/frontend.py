@@ -170,11 +170,9 @@ class Workers:
         self.meter.counts["requeued"] += n_requeued
         for request in given_up:
             log.warning("a request is given up: it lost its worker %d times", request.tries)
-            error = WorkerLost(
-                f"request {request.key!r} lost its worker {request.tries} times (the last: {why}); "
-                "look at the server's log, make the request smaller, or send it again"
-            )
-            self.table.fail(request, error)
+            what = f"request {request.key!r} lost its worker {request.tries} times (the last: {why})"
+            remedy = "look at the server's log, make the request smaller, or send it again"
+            self.table.fail(request, WorkerLost(f"{what}; {remedy}"))
 
 
 class FrontEnd:

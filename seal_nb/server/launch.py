@@ -99,8 +99,7 @@ class TTTServer:
             self.process.kill()  # its workers notice and end
             return self.process.wait()
 
-    def __enter__(self) -> Self:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
@@ -139,10 +138,7 @@ class WorkerProcess:
 
 
 class LocalWorkers:
-    """The workers that a server starts on its machine. Calls `exited(pid, why)` for each one that ends by itself.
-
-    It is started again, with a longer delay after each early end.
-    """
+    """The workers that a server starts on its machine, again after each end. Calls `exited(pid, why)` at the end."""
 
     def __init__(self, settings: ServeSettings, exited: Callable[[int, str], None]) -> None:
         self.settings, self.exited = settings, exited
@@ -157,10 +153,7 @@ class LocalWorkers:
         return {worker.process.pid for worker in self.workers if worker.process is not None}
 
     def watch(self, now: float, ready: Collection[int]) -> None:
-        """Notice workers that ended, start those that are due, kill those that were lost and did not come back.
-
-        `ready` are the processes of the server's workers.
-        """
+        """Start workers that are due, kill those that were in `ready` (processes) and did not come back to it."""
         for index, worker in enumerate(self.workers):
             process = worker.process
             if process is not None and (code := process.poll()) is not None:

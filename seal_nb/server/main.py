@@ -38,11 +38,7 @@ WILDCARDS = ("0.0.0.0", "*", "[::]")
 
 
 class Server:
-    """All parts of one server, in the order they are taken; `stack` releases them in reverse.
-
-    The endpoint file comes before the journal: an earlier run of the same batch job sees that the file was taken, and
-    then releases the journal.
-    """
+    """All parts of one server, in the order they are taken; `stack` releases them in reverse."""
 
     def __init__(self, settings: ServeSettings, stack: ExitStack) -> None:
         self.settings = settings
@@ -61,6 +57,7 @@ class Server:
         clients, workers = self._bound(settings.endpoint, "client"), self._bound(worker_address, "worker")
         self.endpoint = self._endpoint(clients, workers)
         stack.callback(lambda: settings.endpoint_path.unlink(missing_ok=True) if self._is_mine() else None)
+        # Before the journal: an earlier run of this batch job sees that its file was taken and releases the journal.
         write_json(settings.endpoint_path, asdict(self.endpoint))
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
         table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
@@ -70,8 +67,8 @@ class Server:
         stack.callback(lambda: self.local_workers.end(told=self.front.workers.here().keys()))
 
     def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
         log.info("server %s listens at %s (%s)", self.server_id, self.endpoint.endpoint, self.settings.endpoint_path)
         self.front.run()
         table, workers = self.front.table, self.front.workers
@@ -82,8 +79,7 @@ class Server:
         table.save()
         if table.results.unsaved:
             log.error("%s", table.results.trouble)
-            return self.front.exit_code or 1
-        return self.front.exit_code
+        return self.front.exit_code or int(bool(table.results.unsaved))
 
     def _on_signal(self, number: int, _: object) -> None:
         """Drain; a second Ctrl-C ends at once. A batch system may send SIGTERM more than once."""

@@ -134,14 +134,9 @@ class RequestQueue:
         return found
 
     def lose(self, identity: bytes, *, planned: bool = False) -> tuple[int, list[Request]]:
-        """A worker is lost, or leaves as `planned`, which costs its requests no try.
-
-        Returns the number of requests that wait again, and those that are given up.
-        """
-        worker = self.workers.pop(identity, None)
-        taken = sorted(worker.requests.values(), key=lambda request: request.order) if worker else []
-        given_up = []
-        for request in taken:
+        """A worker is lost, or leaves as `planned`, which costs no try: how many requests wait again, which never."""
+        taken, given_up = self.workers.pop(identity).requests, []
+        for request in sorted(taken.values(), key=lambda request: request.order):
             request.tries -= planned
             if request.tries < self.settings.max_tries:
                 self._wait(request)
@@ -151,12 +146,9 @@ class RequestQueue:
 
     def finish(self, identity: bytes, token: str) -> Request | None:
         """The request of this try, which is now done. None if the try is not current."""
-        worker = self.workers.get(identity)
-        if worker is None or token not in worker.requests:
+        if identity not in self.workers or token not in self.workers[identity].requests:
             return None
-        request = self._release(identity, token)
-        del self.requests[request.key]
-        return request
+        return self.requests.pop(self._release(identity, token).key)
 
     def assignments(self, now: float) -> Iterator[Request]:
         """Requests that start now, each with its `worker` and `token` set."""

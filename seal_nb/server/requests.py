@@ -11,6 +11,7 @@ import hashlib
 import logging
 import struct
 import time
+import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,6 @@ class RequestTable:
         self.meter = Meter(time.monotonic())
         self.stopping = ""  # why the server ends
         self.model_id = ""  # of the workers; empty until the first one is ready
-        self._n_named = 0
 
     def accept(self, work: Work, message: bytes, envelope: Envelope, now: float) -> None:
         """Answer, join or queue `work`, which was parsed from `message`. Raises SealError if it is refused."""
@@ -287,10 +287,8 @@ class RequestTable:
 
     def _name(self, envelope: Envelope) -> str:
         """A name for a request without id. A message that TTTClient sends again has the same mark, so the same name."""
-        if len(envelope) > 2:
-            return f"{self.server_id}-{hashlib.sha256(repr(envelope).encode()).hexdigest()[:24]}"
-        self._n_named += 1
-        return f"{self.server_id}-{self._n_named}"
+        mark = repr(envelope) if len(envelope) > 2 else uuid.uuid4().hex
+        return f"{self.server_id}-{hashlib.sha256(mark.encode()).hexdigest()[:24]}"
 
     def _join(self, request: Request, content: str, envelope: Envelope) -> None:
         check_same(request.key, request.content, content)

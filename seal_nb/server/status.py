@@ -136,8 +136,7 @@ class Watch:
         self._n += 1
         self.last = sample
 
-    def __enter__(self) -> Self:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
