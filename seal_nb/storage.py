@@ -43,16 +43,19 @@ def runs_folder(path: str | Path = "") -> Path:
     Returns:
         A relative path whose first part is ``runs`` goes under ``$SEAL_RUNS``, or else under ``runs`` of the project:
         the nearest parent of the current folder that is a checkout of seal-nb, or the current folder. It is
-        relative to the current folder where the project contains it. Any other path is returned unchanged.
+        relative to the current folder where the project contains it. Any other path is returned unchanged, and so is
+        one that was returned before.
     """
     given = Path(path or "runs")
     if given.parts[:1] != ("runs",):
         return given
     here = Path.cwd()
     project = next((folder for folder in (here, *here.parents) if _is_project(folder)), here)
-    runs = project / Path(os.environ.get("SEAL_RUNS") or "runs").expanduser()
-    place = runs.joinpath(*given.parts[1:])
-    return Path(os.path.relpath(place)) if place.is_relative_to(project) else place
+    chosen = os.environ.get("SEAL_RUNS", "")
+    place = (project / Path(chosen or "runs").expanduser()).joinpath(*given.parts[1:])
+    shown = Path(os.path.relpath(place))
+    moves_again = chosen and shown.parts[0] == "runs"
+    return shown if place.is_relative_to(project) and not moves_again else place
 
 
 def _is_project(folder: Path) -> bool:

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, RunMismatch
+from seal_nb.inspector.inspection import open_run
+from seal_nb.results.collect import read_run
 from seal_nb.storage import (
     Journal,
     content_id,
@@ -65,6 +67,25 @@ def test_seal_runs_is_where_runs_are(project: Path, monkeypatch: pytest.MonkeyPa
     assert runs_folder("runs/x") == Path("/scratch/me/x")
     monkeypatch.setenv("SEAL_RUNS", str(project / "build/runs"))
     assert runs_folder("runs/x") == Path("../build/runs/x")
+
+
+@pytest.mark.parametrize("chosen", ["", "runs/big", "build/runs"])
+@pytest.mark.parametrize("folder", ["", "notebooks"])
+def test_a_path_that_was_resolved_stays(
+    project: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, folder: str
+) -> None:
+    monkeypatch.setenv("SEAL_RUNS", chosen)
+    monkeypatch.chdir(project / folder)
+    once = runs_folder("runs/x/run_base.json")
+    assert once.resolve() == project / (chosen or "runs") / "x" / "run_base.json"
+    assert runs_folder(once) == once
+
+
+def test_a_run_file_is_found_from_the_notebooks_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = project / "runs" / "mine"
+    write_json(folder / "run_base.json", read_run("shipped:ranking").value)
+    monkeypatch.chdir(project / "notebooks")
+    assert read_run("runs/mine/run_base.json").value == open_run("runs/mine/run_base.json").value
 
 
 def test_json_is_written_as_published_and_read_back(tmp_path: Path) -> None:

@@ -113,10 +113,9 @@ def _rerun(arguments: argparse.Namespace) -> int:
 
 def _runs_list(arguments: argparse.Namespace) -> None:
     from seal_nb.results.collect import collect
-    from seal_nb.storage import runs_folder
     from seal_nb.views.tables import as_text
 
-    print(as_text(collect(runs_folder(arguments.folder)).overview()))
+    print(as_text(collect(arguments.folder).overview()))
 
 
 def _runs_pool(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from seal_nb.passages import Passage, Question
 from seal_nb.results.run import VERDICT_WORDS
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.self_edits import passage_only_sequences, train_sequences
-from seal_nb.storage import read_json
+from seal_nb.storage import read_json, runs_folder
 
 EXAMPLE = "shipped:example"  # the run that comes with the project
 OTHER_GRADERS = ("local", "recall")  # judge in addition to the file's verdicts; both work offline
@@ -44,7 +44,7 @@ def open_run(source: str | Path) -> SinglePassageRun:
     Raises: DataError.
     """
     shipped = resources.files("seal_nb") / "data" / "inspector_run.json.gz"
-    path = Path(str(shipped) if str(source) == EXAMPLE else source)
+    path = Path(str(shipped)) if str(source) == EXAMPLE else runs_folder(source)
     return SinglePassageRun(value=read_json(path), path=path)
 
 

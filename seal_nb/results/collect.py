@@ -22,7 +22,7 @@ from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import Run, frame
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.storage import read_json
+from seal_nb.storage import read_json, runs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,8 +46,8 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
     Raises:
         DataError: the file is missing, broken (with item and field), or not one run.
     """
-    if str(path) == "shipped:ranking":
-        path = Path(str(resources.files("seal_nb") / "data" / "run_example.json"))
+    shipped = resources.files("seal_nb") / "data" / "run_example.json"
+    path = Path(str(shipped)) if str(path) == "shipped:ranking" else runs_folder(path)
     return run_of(read_json(path), path=path, passages=passages)
 
 
@@ -86,7 +86,7 @@ def collect(folder: str | Path) -> "Collection":
     Raises:
         DataError: there is no such folder.
     """
-    root = Path(folder)
+    root = runs_folder(folder)
     if not root.is_dir():
         raise DataError("no such folder", path=root, remedy="give a folder of runs")
     runs: list[Run] = []

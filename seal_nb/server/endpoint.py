@@ -26,7 +26,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.protocol import PROTOCOL_VERSION
-from seal_nb.storage import read_json
+from seal_nb.storage import read_json, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def read_endpoint(path: str | Path) -> Endpoint:
 def find_endpoint(where: str, *, server_key: str = "") -> Endpoint:
     """The server at `where`, an endpoint file or an address. Raises DataError if there is no file."""
     if "://" not in where:
-        return read_endpoint(where)
+        return read_endpoint(runs_folder(where))
     host, port = split_tcp(where)
     return Endpoint(endpoint=where, host=host, port=int(port), public_key=server_key)
 

@@ -1,4 +1,4 @@
-"""The loss: cross entropy of the next token from hidden states (`WeightedNll`), and soft scores (`score`).
+"""The loss: cross entropy of the next token from hidden states (`weighted_nll`), and soft scores (`score`).
 
 Logits are made in chunks, so that no (T, vocabulary) matrix is kept. Since the head is frozen, the gradient with
 respect to the hidden states is computed in the forward pass, chunk by chunk (the idea of fused linear cross entropy,
@@ -33,10 +33,13 @@ def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Ten
     return nll, grad.to(logits.dtype)
 
 
-class WeightedNll(torch.autograd.Function):
+def weighted_nll(hidden: Tensor, head: torch.nn.Linear, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """(Σ weights · nll, nll) for hidden (M, d), targets (M,), weights (M,). Only the sum can be differentiated, by
     hidden."""
+    return _WeightedNll.apply(hidden, head, targets, weights)
 
+
+class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
         parts, grad = [], torch.empty_like(hidden)

@@ -23,7 +23,7 @@ from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Part, has_kernels, make_plan
 from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, sent
 from seal_nb.ttt.jobs import TrainRow
-from seal_nb.ttt.loss import WeightedNll
+from seal_nb.ttt.loss import weighted_nll
 
 MOST_GRAPHS = 32
 PASSES_WITHOUT = 50  # eager passes after running out of memory in a capture
@@ -95,7 +95,7 @@ class DevicePass:
         """Loss of each slot, (slots,) float64. Gradients go to the slots' rows of their banks."""
         hidden = self.base.run(self.tokens[0], self.tokens[1], self.plan, self.rows.attend)
         sources, targets, slots = self.labels
-        total, nll = WeightedNll.apply(hidden.index_select(0, sources), self.base.head, targets, self.weights)
+        total, nll = weighted_nll(hidden.index_select(0, sources), self.base.head, targets, self.weights)
         total.backward()
         losses = torch.zeros(self.n_slots, dtype=torch.float64, device=self.weights.device)
         return losses.index_add_(0, slots, (nll * self.weights).double())
