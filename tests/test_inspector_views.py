@@ -11,11 +11,11 @@ import pytest
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import ttt_server
 from seal_nb.inspector import html, tokens
-from seal_nb.inspector.html import loss_curve, run_files
+from seal_nb.inspector.html import loss_curve
 from seal_nb.inspector.inspection import Inspection
 from seal_nb.inspector.live import EditTrainer, LiveEdit
 from seal_nb.inspector.tokens import NO_VALUES, TokenTexts
-from seal_nb.inspector.widgets import VIEWS, PassageInspector
+from seal_nb.inspector.widgets import VIEWS, PassageInspector, run_files
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually

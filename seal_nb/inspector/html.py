@@ -4,17 +4,13 @@
 JupyterLab together with its static view.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pandas as pd
 
-from seal_nb.storage import record_path
 from seal_nb.views.tables import SCRIPT, as_html, as_text, has_live_frontend
 
 CSS = """<style>
@@ -88,15 +84,6 @@ def static_tables(tables: Mapping[str, pd.DataFrame], title: str = "") -> Static
     html = [table_html(table, caption) for caption, table in tables.items()]
     text = [as_text(table, caption) for caption, table in tables.items()]
     return StaticView(page(heading(title) if title else "", *html), "\n\n".join([title, *text]).strip())
-
-
-def run_files(run: Path) -> StaticView:
-    """The run file, its record, and the executed notebooks in its folder: links in JupyterLab, elsewhere only names."""
-    found = [path for path in (run, record_path(run), *sorted(run.parent.glob("0*.ipynb"))) if path.is_file()]
-    links = names = [escape(path.name) for path in found]
-    if has_live_frontend():  # JupyterLab resolves links relative to the notebook's folder
-        links = [f'<a href="{quote(os.path.relpath(p))}" target="_blank">{escape(p.name)}</a>' for p in found]
-    return StaticView(f"<p>Files of this run: {', '.join(links)}</p>", f"files of this run: {', '.join(names)}")
 
 
 class WidgetView(ABC):

@@ -3,9 +3,13 @@
 Only the selected passage and self-edit are rendered. Arrow keys move in the list, Tab goes to the next control.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -16,6 +20,8 @@ from seal_nb.inspector.tokens import TokenTexts
 from seal_nb.metrics import counted
 from seal_nb.protocol import ScoredText
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit
+from seal_nb.storage import record_path
+from seal_nb.views.tables import has_live_frontend
 
 VIEWS = ("answers", "self-edit", "tokens", "compare")
 MOST_PASSAGES = 15  # rows of the static list of passages
@@ -252,6 +258,15 @@ class PassageInspector(WidgetView):
 
     def _render(self) -> None:
         self.shown.value = self.page(self.view.value)
+
+
+def run_files(run: Path) -> StaticView:
+    """The run file, its record, and the executed notebooks in its folder: links in JupyterLab, elsewhere only names."""
+    found = [path for path in (run, record_path(run), *sorted(run.parent.glob("0*.ipynb"))) if path.is_file()]
+    links = names = [escape(path.name) for path in found]
+    if has_live_frontend():  # JupyterLab resolves links relative to the notebook's folder
+        links = [f'<a href="{quote(os.path.relpath(p))}" target="_blank">{escape(p.name)}</a>' for p in found]
+    return StaticView(f"<p>Files of this run: {', '.join(links)}</p>", f"files of this run: {', '.join(names)}")
 
 
 def _passage_label(row: Mapping[str, Any]) -> str:
