@@ -10,7 +10,7 @@ import pytest
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import ttt_server
-from seal_nb.inspector import html, tokens
+from seal_nb.inspector import html, tokens, widgets
 from seal_nb.inspector.html import loss_curve
 from seal_nb.inspector.inspection import Inspection
 from seal_nb.inspector.live import EditTrainer, LiveEdit
@@ -62,7 +62,7 @@ def inspector() -> PassageInspector:
 
 @pytest.fixture
 def in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (html, tokens):
+    for module in (html, tokens, widgets):
         monkeypatch.setattr(module, "has_live_frontend", lambda: True)
 
 
