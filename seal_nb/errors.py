@@ -7,7 +7,15 @@ and what to do about it.
 
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_WANTED = {
+    "string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number", "list": "a list",
+    "tuple": "a list",
+}  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -29,11 +37,28 @@ class DataError(SealError, ValueError):
     def __init__(
         self, problem: str, *, path: str | Path = "", item: int | str | None = None, field: str = "", remedy: str = ""
     ) -> None:
+        self.problem, self.path, self.item, self.field, self.remedy = problem, str(path), item, field, remedy
         where = [str(path)] if str(path) else []
         where += [f"item {item}"] if item is not None else []
         where += [f"field {field!r}"] if field else []
         message = f"{', '.join(where)}: {problem}" if where else problem
         super().__init__(f"{message}; {remedy}" if remedy else message)
+
+
+def refused(error: "ValidationError", *, path: str | Path, item: int | str | None = None) -> DataError:
+    """The first error of pydantic's check of a file, with item, field and value."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = [at for at in first["loc"] if at != "bool"]  # which is the first kind that a verdict may have
+    if item is None and place[0] == "articles" and len(place) > 1:
+        item, place = place[1], place[2:]
+    problem = f"is {repr(first['input'])[:40]}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"
+    return DataError(
+        {"missing": "is missing", "empty": "is empty"}.get(first["type"], problem),
+        path=path,
+        item=item,
+        field="".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place).removeprefix("."),
+        remedy="correct it, or remove the item",
+    )
 
 
 class SettingsError(SealError, ValueError):

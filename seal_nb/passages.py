@@ -25,7 +25,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import DataError, SettingsError, refused
 from seal_nb.storage import read_json, read_text, runs_folder, write_json
 
 CSV_COLUMNS = ("title", "context", "question", "answer")
@@ -189,7 +189,7 @@ def load_passages(source: str | Path) -> list[Passage]:
     if isinstance(data, dict) and "articles" in data:
         raise DataError("is a run file, not an item file", path=path, remedy="give it to 05_rest_em_round")
     if not isinstance(data, list):
-        problem = f"holds {_kind(data)}, not a list of items"
+        problem = f"is {repr(data)[:40]}, not a list of items"
         raise DataError(problem, path=path, remedy="give an item or SQuAD v1.1 file")
     return _passages(enumerate(data), path)
 
@@ -247,7 +247,7 @@ def _passages(items: Iterable[Placed], path: Path | str) -> list[Passage]:
         for name in ("prompts", "prompt_keys"):
             if (n := len(getattr(one, name))) not in (0, len(one.completions)):
                 problem = f"has {n} entries for {len(one.completions)} completions"
-                raise DataError(problem, path=path, item=place, field=name, remedy="correct or remove the item")
+                raise DataError(problem, path=path, item=place, field=name, remedy="correct it, or remove the item")
         passages.append(one)
     return passages
 
@@ -257,12 +257,7 @@ def _checked(kind: TypeAdapter[T], value: object, path: Path | str, place: int |
     try:
         return kind.validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-    wanted = {"string_type": "a text", "tuple_type": "a list", "list_type": "a list"}.get(first["type"], "an object")
-    problem = first["msg"] if first["type"] == "empty" else f"is {_kind(first['input'])}, not {wanted}"
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    problem = "is missing" if first["type"] == "missing" else problem
-    raise DataError(problem, path=path, item=place, field=field, remedy="correct or remove the item")
+        raise refused(error, path=path, item=place) from None
 
 
 def _squad_items(path: Path, articles: list[Any]) -> Iterator[Placed]:
@@ -279,11 +274,6 @@ def _shipped_path(source: str | Path) -> Path:
     if split not in SHIPPED_SPLITS:
         raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
     return Path(str(resources.files("seal_nb") / "data" / f"passages_{split}.json"))
-
-
-def _kind(value: object) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
-    return "null" if value is None else names.get(type(value), "a number")
 
 
 REPOSITORY = "rajpurkar/squad"

@@ -8,7 +8,7 @@ import pytest
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
-from seal_nb.experiments.sweep import SweepPoint, grid_of, sweep_points, sweep_rows
+from seal_nb.experiments.sweep import Point, grid_of, sweep_points, sweep_rows
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
 from seal_nb.results.single_passage import SinglePassageRun
@@ -22,15 +22,15 @@ SETTINGS = SinglePassageSettings(arm="hand_written", eval_times=2, training=Trai
 GRID = {"finetune_lr": [1e-4, 1e-3], "lora_rank": [2, 16], "target_modules": [[], ["all-linear"]]}
 
 
-def planned(points: Sequence[SweepPoint]) -> list[list[PlannedLoop]]:
-    return [requests_for_run(PASSAGES, point.settings, model_id="m") for point in points]
+def planned(points: Sequence[Point]) -> list[list[PlannedLoop]]:
+    return [requests_for_run(PASSAGES, settings, model_id="m") for _, settings in points]
 
 
-def answered(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]]) -> dict[str, TTTReply]:
+def answered(points: Sequence[Point], loops: Sequence[Sequence[PlannedLoop]]) -> dict[str, TTTReply]:
     """Adapters are right where the rate is high; the soft score grows with the rank."""
     replies = {}
-    for point, own in zip(points, loops, strict=True):
-        training = point.settings.training
+    for (_, settings), own in zip(points, loops, strict=True):
+        training = settings.training
         word = "CORRECT" if training.finetune_lr > 5e-4 else "INCORRECT"
         for loop in own:
             before = Answers(texts=["n"], verdicts=["INCORRECT"], gold_logprobs=[-9.0])
@@ -39,9 +39,9 @@ def answered(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]
     return replies
 
 
-def rows_of(points: Sequence[SweepPoint], loops: Sequence[Sequence[PlannedLoop]], replies: dict[str, TTTReply]) -> list:
-    built = [build_run(PASSAGES, own, replies, point.settings) for point, own in zip(points, loops, strict=True)]
-    return sweep_rows(points, [SinglePassageRun(value=value) for value in built])
+def rows_of(points: Sequence[Point], loops: Sequence[Sequence[PlannedLoop]], replies: dict[str, TTTReply]) -> list:
+    built = [build_run(PASSAGES, own, replies, settings) for (_, settings), own in zip(points, loops, strict=True)]
+    return sweep_rows([values for values, _ in points], [SinglePassageRun(value=value) for value in built])
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"lora_rank": 8}', "lora_rank=8"])
@@ -59,10 +59,10 @@ def test_a_grid_is_read_as_it_is_written() -> None:
 
 def test_every_combination_is_a_point_and_alpha_follows_the_rank() -> None:
     points = sweep_points(SETTINGS, GRID)
-    assert len(points) == 8 and len({str(point.values) for point in points}) == 8
-    assert {(p.settings.training.lora_rank, p.settings.training.lora_alpha) for p in points} == {(2, 4), (16, 32)}
+    assert len(points) == 8 and len({str(values) for values, _ in points}) == 8
+    assert {(s.training.lora_rank, s.training.lora_alpha) for _, s in points} == {(2, 4), (16, 32)}
     fixed = sweep_points(SETTINGS, {"lora_rank": [2], "lora_alpha": [64]})
-    assert fixed[0].settings.training.lora_alpha == 64
+    assert fixed[0][1].training.lora_alpha == 64
 
 
 def test_points_share_passages_and_seeds_and_no_request() -> None:

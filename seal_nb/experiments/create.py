@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@dataclass(kw_only=True)
 class SelfEdits:
-    """The passages with their self-edits (`passages`), and the item file that was written (`path`)."""
+    """The passages with their self-edits, and the item file that was written (`path`)."""
 
-    def __init__(self, passages: Sequence[Passage], path: Path, *, n_texts: int, n_tokens: int, n_cut: int) -> None:
-        self.passages, self.path = list(passages), path
-        self.n_texts, self.n_tokens, self.n_cut = n_texts, n_tokens, n_cut
+    passages: list[Passage]
+    path: Path
+    n_texts: int
+    n_tokens: int
+    n_cut: int  # texts that reached max_tokens
 
     def frame(self) -> "pd.DataFrame":
         """One row for each self-edit: words, train sequences, share of words that the passage does not have."""
@@ -135,14 +138,8 @@ def create_self_edits(
             n_threads=n_threads,
         ) as writer,
     ):
-        how: dict[str, Any] = {
-            "prompts": prompts,
-            "k_completions": k_completions,
-            "sampling": sampling,
-            "seed": seed,
-            "chat": chat,
-        }
-        written = written_by(writer, passages, journal=journal, tell=tell, **how)
+        how: dict[str, Any] = {"k_completions": k_completions, "sampling": sampling, "chat": chat}
+        written = written_by(writer, passages, prompts=prompts, seed=seed, journal=journal, tell=tell, **how)
         model_id = writer.model_id
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
     made = {
@@ -151,12 +148,11 @@ def create_self_edits(
         "dataset": Path(dataset).name,
         "prompt_key": prompt_key if isinstance(prompt_key, str) else "",
         "prompts": [asdict(prompt) for prompt in prompts],
-        "chat": chat,
-        "k_completions": k_completions,
+        **how,
         "sampling": asdict(sampling),
     }
     write_record(path, stage="01_create_self_edits", settings=made, seeds={"seed": seed})
     texts = list(read_journal(folder / "journal.jsonl").values())
     cut = sum(text["finish_reason"] == "length" for text in texts)
     n_tokens = sum(text["n_tokens"] for text in texts)
-    return SelfEdits(written, path, n_texts=len(texts), n_tokens=n_tokens, n_cut=cut)
+    return SelfEdits(passages=written, path=path, n_texts=len(texts), n_tokens=n_tokens, n_cut=cut)

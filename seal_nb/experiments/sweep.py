@@ -6,7 +6,7 @@ The best of many points is partly luck: evaluate it on other passages.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,19 +30,14 @@ MOST_POINTS = 200
 GRID_REMEDY = 'write settings with their values, such as {"lora_rank": [8, 32]}'
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepPoint:
-    """One combination: the swept values, and all settings."""
-
-    values: Mapping[str, Any]
-    settings: SinglePassageSettings
+Point = tuple[Mapping[str, Any], SinglePassageSettings]  # one combination: the swept values, and all settings
 
 
 class Sweep:
-    """The points of a sweep with their accuracy; `frame` and `plot` show them."""
+    """The swept values of each point (`points`) with its accuracy; `frame` and `plot` show them."""
 
-    def __init__(self, points: Sequence[SweepPoint], rows: list[dict[str, Any]]) -> None:
-        self.points, self.rows, self.names = points, rows, list(points[0].values)
+    def __init__(self, points: Sequence[Mapping[str, Any]], runs: Sequence[SinglePassageRun]) -> None:
+        self.points, self.rows = points, sweep_rows(points, runs)
 
     def frame(self) -> "pd.DataFrame":
         """One row for each point: its values, accuracy with 95 % interval, soft gain (nats), difference from the first.
@@ -59,7 +54,7 @@ class Sweep:
 
     def plot(self) -> "Figure":
         """Accuracy of each point with its interval."""
-        return plots.plot_sweep(self.rows, self.names)
+        return plots.plot_sweep(self.rows, list(self.points[0]))
 
 
 def sweep(
@@ -100,16 +95,16 @@ def sweep(
         training=training or Training(),
     )
     points = sweep_points(fixed, values)
-    loops = [requests_for_run(passages, point.settings, model_id=ttt.model_id) for point in points]
+    loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
     requests = [loop.request for of_point in loops for loop in of_point]
     with Journal(folder / "journal.jsonl") as journal:
         tell_work(ttt, requests, journal)
         replies = ask(ttt, requests, journal).replies
     runs = [
-        SinglePassageRun(value=build_run(passages, of_point, replies, point.settings))
-        for point, of_point in zip(points, loops, strict=True)
+        SinglePassageRun(value=build_run(passages, of_point, replies, settings))
+        for (_, settings), of_point in zip(points, loops, strict=True)
     ]
-    result = Sweep(points, sweep_rows(points, runs))
+    result = Sweep([values for values, _ in points], runs)
     result.frame().to_csv(folder / "sweep.csv", index=False)
     result.plot().savefig(folder / "sweep.png")
     made = {"dataset": Path(dataset).name, "n_articles": len(passages), "model": ttt.model_id, **asdict(fixed)}
@@ -128,7 +123,7 @@ def grid_of(text: str) -> dict[str, list[Any]]:
     return grid
 
 
-def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[Any]]) -> list[SweepPoint]:
+def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[Any]]) -> list[Point]:
     """Every combination of the grid's values, the last name varying fastest. Raises: SettingsError."""
     known = {field.name for field in fields(Training)}
     if unknown := sorted(set(grid) - known):
@@ -141,30 +136,28 @@ def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[An
         training = replace(base, **values)
         if "lora_rank" in values and "lora_alpha" not in values:
             training = replace(training, lora_alpha=base.lora_alpha / base.lora_rank * training.lora_rank)
-        points.append(SweepPoint(values=values, settings=replace(settings, training=training)))
+        points.append((values, replace(settings, training=training)))
     return points
 
 
-def sweep_rows(points: Sequence[SweepPoint], runs: Sequence[SinglePassageRun]) -> list[dict[str, Any]]:
+def sweep_rows(points: Sequence[Mapping[str, Any]], runs: Sequence[SinglePassageRun]) -> list[dict[str, Any]]:
     """One row for each point, as `Sweep.frame` shows them, with its label and estimate for the figure."""
     rows: list[dict[str, Any]] = []
-    for point, run in zip(points, runs, strict=True):
+    for values, run in zip(points, runs, strict=True):
         estimate, scores = run.estimate("adapter"), run.scores("adapter")
         are_graded = rows and estimate and rows[0]["estimate"]
         against = paired_difference(scores, runs[0].scores("adapter")).sentence() if are_graded else None
-        rows.append(
-            {
-                **point.values,
-                "label": ", ".join(f"{name} {written_value(value)}" for name, value in point.values.items()),
-                "estimate": estimate,
-                "accuracy": estimate and estimate.mean,
-                "low": estimate and estimate.low,
-                "high": estimate and estimate.high,
-                "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
-                "passages": estimate.n if estimate else 0,
-                "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
-                "missing": len(run.value["missing"]),
-                "against the first": against,
-            }
-        )
+        row = {
+            **values,
+            "label": ", ".join(f"{name} {written_value(value)}" for name, value in values.items()),
+            "estimate": estimate,
+            "accuracy": estimate and estimate.mean,
+            **{name: getattr(estimate, name, None) for name in ("low", "high")},
+            "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
+            "passages": estimate.n if estimate else 0,
+            "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
+            "missing": len(run.value["missing"]),
+            "against the first": against,
+        }
+        rows.append(row)
     return rows

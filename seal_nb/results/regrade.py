@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import DataError, SettingsError, refused
 from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Grader, Verdict
 from seal_nb.grading.choose import GRADERS, grader_of, make_grader
 from seal_nb.metrics import Verdicts, accuracy
 from seal_nb.passages import Passage, load_passages
 from seal_nb.results.collect import is_run, run_of
-from seal_nb.results.run import KINDS, Run, StoredVerdict, refused
+from seal_nb.results.run import KINDS, Run, StoredVerdict
 from seal_nb.storage import read_json, read_text, write_text
 
 if TYPE_CHECKING:

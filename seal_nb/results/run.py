@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import ValidationError
-
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference
@@ -239,27 +237,6 @@ class Run(ABC):
     def write(self, path: str | Path) -> Path:
         """Write the run in its published form, whole or not at all."""
         return write_json(path, self.value)
-
-
-_WANTED = {"string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number", "list": "a list"}
-
-
-def refused(error: ValidationError, *, path: str | Path, item: int | str | None = None) -> DataError:
-    """The first error of a file's check, with item, field and value."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    wanted = _WANTED.get(first["type"].partition("_")[0], "an object")
-    place = list(first["loc"])
-    if item is not None:
-        place = place[:1]
-    elif place[0] == "articles" and len(place) > 1:
-        item, place = place[1], place[2:]
-    return DataError(
-        "is missing" if first["type"] == "missing" else f"is {repr(first['input'])[:40]}, not {wanted}",
-        path=path,
-        item=item,
-        field="".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place).removeprefix("."),
-        remedy="correct the file or write it again",
-    )
 
 
 def unequal(where: str, stored: Mapping[str, Any], computed: Mapping[str, Any]) -> list[str]:

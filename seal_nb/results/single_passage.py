@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from seal_nb.errors import refused
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
 from seal_nb.metrics import Scores, Verdicts
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame, refused, unequal
+from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame, unequal
 from seal_nb.results.statistics import mean, published_statistics, repeat_stats
 
 if TYPE_CHECKING:
