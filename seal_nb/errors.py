@@ -24,9 +24,7 @@ class SealError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the message with its remedy, then one line for each call that led to it.
-
-        The traceback of the cause is left out; the message names the cause.
-        """
+        The traceback of the cause is left out; the message names the cause."""
         way = [_place(frame) for frame in traceback.extract_tb(self.__traceback__)]
         return [f"{type(self).__name__}: {self}", "", *filter(None, way)]
 
@@ -74,10 +72,8 @@ class ProtocolError(SealError, ValueError):
 
 
 class RemoteError(SealError, RuntimeError):
-    """The server answered with an error. It is a result of the request: asking again gives it again.
-
-    ``ename`` and ``evalue`` are the remote type and message; ``remote_traceback`` comes if the request asked for it.
-    """
+    """The server answered with an error. It is a result of the request: asking again gives it again. ``ename`` and
+    ``evalue`` are the remote type and message; ``remote_traceback`` comes if the request asked for it."""
 
     def __init__(
         self, message: str, field: str | None = None, request_id: str | None = None, traceback: str | None = None

@@ -62,20 +62,15 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Estimate):
-    """An Estimate of how much higher the first of two runs over the same passages is.
-
-    ``p_value``: how often randomly swapping the runs in each passage gives a difference at least as large.
-    """
+    """An Estimate of how much higher the first of two runs over the same passages is. ``p_value``: how often randomly
+    swapping the runs in each passage gives a difference at least as large."""
 
     p_value: float
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes zero and the sign-flip test is significant.
-
-        The bootstrap alone is too narrow with few passages: without any effect, its interval excludes zero in one of
-        eight runs of 6 passages.
-        """
+        """Whether the interval excludes zero and the sign-flip test is significant. The bootstrap alone is too narrow
+        with few passages: without any effect, its interval excludes zero in one of eight runs of 6 passages."""
         excludes_zero = not self.low <= 0 <= self.high
         return excludes_zero and self.n >= MIN_PASSAGES and self.p_value < SIGNIFICANCE
 
@@ -191,10 +186,8 @@ def _bootstrap(
 
 
 def _sign_flip_p(totals: np.ndarray, n_draws: int) -> float:
-    """Two-sided p of a difference of two means under random swaps of the runs in each passage.
-
-    All 2**P swaps up to MOST_ENUMERATED passages, else ``n_draws`` at random and the one observed.
-    """
+    """Two-sided p of a difference of two means under random swaps of the runs in each passage. All 2**P swaps up to
+    MOST_ENUMERATED passages, else ``n_draws`` at random and the one observed."""
     n = totals.shape[1]
     if is_exact := n <= MOST_ENUMERATED:
         swapped = np.arange(2**n)[:, None] >> np.arange(n) & 1  # (swaps, P)

@@ -111,10 +111,8 @@ def _convert(scratch: Path, folder: Path) -> None:
 
 def model_identity(folder: str) -> str:
     """Identity of a model: 16 hexadecimal digits from its configuration, weights and tokenizer; a hub name is its own.
-
     Two folders with the same files have the same identity. Of a safetensors file above 2 GiB, only a slice of each
-    tensor is hashed.
-    """
+    tensor is hashed."""
     path = Path(folder)
     if not path.is_dir():
         return folder
@@ -131,10 +129,8 @@ def model_identity(folder: str) -> str:
 
 def _file_digest(path: Path) -> str:
     """Hash of a file. Of a very large one: of the header and the middle 64 KiB of every tensor, since any training
-    changes all of a tensor.
-
-    Format (https://huggingface.co/docs/safetensors): eight bytes of header length, JSON header, data.
-    """
+    changes all of a tensor. Format (https://huggingface.co/docs/safetensors): eight bytes of header length, JSON
+    header, data."""
     if path.suffix != ".safetensors" or path.stat().st_size <= WHOLE_FILE_BYTES:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -93,11 +93,8 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
 
 
 def _papermill() -> Any:
-    """Papermill, imported when it is needed.
-
-    Its import loads jsonschema, which loads rfc3987_syntax if JupyterLab brought it along. That package compiles a
-    grammar for three seconds, for a format that no notebook uses.
-    """
+    """Papermill, imported when it is needed. Its import loads jsonschema, which loads rfc3987_syntax if JupyterLab
+    brought it along. That package compiles a grammar for three seconds, for a format that no notebook uses."""
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
 
@@ -222,10 +219,8 @@ def run_notebook(
 
 
 def _with_a_kernel_that_starts(execute: Callable[[], None], interruption: threading.Event) -> None:
-    """Start another kernel if one dies before its first cell.
-
-    A kernel takes ports that were free a moment before. On a busy machine another process can be quicker.
-    """
+    """Start another kernel if one dies before its first cell. A kernel takes ports that were free a moment before. On a
+    busy machine another process can be quicker."""
     for starts_left in reversed(range(STARTS)):
         try:
             return execute()
@@ -237,9 +232,7 @@ def _with_a_kernel_that_starts(execute: Callable[[], None], interruption: thread
 @contextlib.contextmanager
 def interrupted_by_sigterm() -> Iterator[threading.Event]:
     """In this block SIGTERM interrupts the kernels of this process and sets the event; a second one ends the process.
-
-    Papermill alone would end at once and leave its kernel half a second.
-    """
+    Papermill alone would end at once and leave its kernel half a second."""
     came = threading.Event()
 
     def interrupt(number: int, _frame: object) -> None:

@@ -42,10 +42,8 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """From now on this process and its descendants end when ``parent_pid`` is no longer its parent.
-
-    A parent that is killed with signal 9 cannot end its children. They see that their parent's number changes.
-    """
+    """From now on this process and its descendants end when ``parent_pid`` is no longer its parent. A parent that is
+    killed with signal 9 cannot end its children. They see that their parent's number changes."""
 
     def watch() -> None:
         while os.getppid() == parent_pid:
@@ -58,11 +56,9 @@ def end_with_parent(parent_pid: int) -> None:
 
 
 def ending_with_me(command: list[str]) -> list[str]:
-    """The command line of another program that then ends with this process.
-
-    It gets SIGTERM and ten seconds, so that `srun` can end its processes on other nodes. If a signal kills it, its
-    exit code is 128 and the signal's number, as in a shell.
-    """
+    """The command line of another program that then ends with this process. It gets SIGTERM and ten seconds, so that
+    `srun` can end its processes on other nodes. If a signal kills it, its exit code is 128 and the signal's number, as
+    in a shell."""
     return [sys.executable, "-m", "seal_nb.processes", str(os.getpid()), *command]
 
 
@@ -79,10 +75,8 @@ def _run(parent_pid: int, command: list[str]) -> int:
 
 
 class DaemonThreads:
-    """At most ``n_threads`` daemon threads, started as calls come. A call that has not begun can be cancelled.
-
-    The threads of a ThreadPoolExecutor would keep the process alive until a slow service has answered every call.
-    """
+    """At most ``n_threads`` daemon threads, started as calls come. A call that has not begun can be cancelled. The
+    threads of a ThreadPoolExecutor would keep the process alive until a slow service has answered every call."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads

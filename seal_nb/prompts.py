@@ -133,9 +133,7 @@ def key_of_prompt(prompt: str, *, title: str, context: str) -> str:
 
 def recorded_key(prompt: str, keys: Sequence[str] = (), *, title: str, context: str) -> str:
     """The prompt key of a passage with this prompt: the family of ``keys``, the key of a known prompt, or OTHER_PROMPT.
-
-    It is "" if the passage has no prompt.
-    """
+    It is "" if the passage has no prompt."""
     if keys:
         return keys[0].split("/")[0]
     return prompt and (key_of_prompt(prompt, title=title, context=context) or OTHER_PROMPT)

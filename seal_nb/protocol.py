@@ -147,11 +147,9 @@ class _Sent(BaseModel):
 
 
 class ScoredText(_Sent):
-    """Log-probabilities of one text, token by token, in nats, without and with the adapter.
-
-    None: no token predicts this one, or (in a train sequence) it carries no loss. `index` is that of the train
-    sequence, the question, or the first question about the passage. The joined `tokens` are the text that was used.
-    """
+    """Log-probabilities of one text, token by token, in nats, without and with the adapter. None: no token predicts
+    this one, or (in a train sequence) it carries no loss. `index` is that of the train sequence, the question, or the
+    first question about the passage. The joined `tokens` are the text that was used."""
 
     kind: Literal["train", "gold", "passage"]
     index: int
@@ -280,11 +278,9 @@ class Answers:
 
 
 def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **measured: Any) -> TTTReply:
-    """The reply with the published numbers, computed from answers. `measured`: other fields of TTTReply.
-
-    Without `baseline` (`skip_baseline`), its accuracy and the gains are null. Without `adapter` (baseline only), the
-    baseline's answers are repeated and the gain is 0. All are rounded to 4 decimals, the gain after the subtraction.
-    """
+    """The reply with the published numbers, computed from answers. `measured`: other fields of TTTReply. Without
+    `baseline` (`skip_baseline`), its accuracy and the gains are null. Without `adapter` (baseline only), the baseline's
+    answers are repeated and the gain is 0. All are rounded to 4 decimals, the gain after the subtraction."""
     after = adapter or baseline or Answers(texts=[], verdicts=[])
     before = baseline or Answers(texts=[], verdicts=["UNGRADED"] * len(after.verdicts))
     before_accuracy, after_accuracy = before.accuracy(), after.accuracy()

@@ -219,10 +219,8 @@ def record_path(result: str | Path) -> Path:
 def write_record(
     result: str | Path, *, stage: str, settings: Mapping[str, Any], seeds: Mapping[str, int] | None = None
 ) -> Path:
-    """Write the settings, seeds and versions that made a result next to it.
-
-    Absolute paths are cut to their last part, and host names are left out.
-    """
+    """Write the settings, seeds and versions that made a result next to it. Absolute paths are cut to their last part,
+    and host names are left out."""
     record = {
         "stage": stage,
         "settings": _without_places(settings),
@@ -290,9 +288,7 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
 
 def lock(path: Path, *, of: Path) -> int:
     """An exclusive lock on ``of`` that the system gives back when its holder and all who inherited it have ended.
-
-    Returns: the open lock file; close it to give the lock back. Raises: RunMismatch while another process has it.
-    """
+    Returns: the open lock file; close it to give the lock back. Raises: RunMismatch while another process has it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -344,9 +340,7 @@ def _without_places(obj: object) -> object:
 
 def forget_adapters(folder: Path, names: Sequence[str]) -> list[str]:
     """Delete kept adapters. ``names`` are ``protocol.Name``s, which cannot lead out of ``folder``.
-
-    Returns: the names of those that existed.
-    """
+    Returns: the names of those that existed."""
     found = []
     for name in names:
         doomed = folder / f".{name}.{uuid.uuid4().hex}.old"

@@ -85,9 +85,7 @@ class Page:
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
     """Write an HTML page next to each executed notebook below a folder, and ``index.html`` that links them.
-
-    Returns: the path of ``index.html``. Raises: DataError where there is no notebook, or one cannot be read.
-    """
+    Returns: the path of ``index.html``. Raises: DataError where there is no notebook, or one cannot be read."""
     from jinja2 import Environment
     from nbconvert import HTMLExporter
 

@@ -42,9 +42,7 @@ def run_chain(
     chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_server: Callable[[Path], None] = shut_down
 ) -> None:
     """Run the stages that are not done yet. ``stop_server`` asks the server of an endpoint file to end.
-
-    Raises: ChainFailed where a stage failed, and later ones were not started; RunMismatch.
-    """
+    Raises: ChainFailed where a stage failed, and later ones were not started; RunMismatch."""
     with sole_use(run_dir, tell) as lock, contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGTERM, signal.SIGHUP):  # child processes are then ended on the way out
             at_the_end.callback(signal.signal, number, signal.signal(number, _leave))

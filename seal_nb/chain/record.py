@@ -51,9 +51,7 @@ def stage_in(run_dir: Path, output_dir: str | Path) -> Stage:
 @contextlib.contextmanager
 def marked_when_done(run_dir: Path | None, output_dir: str) -> Iterator[None]:
     """Mark the stage of ``output_dir`` as done in ``run_dir``, if there is one, and the block ends without an error.
-
-    Raises: SettingsError before the block, where there is no such stage; DataError, also for missing results.
-    """
+    Raises: SettingsError before the block, where there is no such stage; DataError, also for missing results."""
     if run_dir is None:
         yield
         return
@@ -67,9 +65,7 @@ def marked_when_done(run_dir: Path | None, output_dir: str) -> Iterator[None]:
 @contextlib.contextmanager
 def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
     """Lock the folder; gives the lock's file descriptor. Children that inherit it keep the lock until they end.
-
-    Raises: RunMismatch if the lock is not free within TAKEOVER_TIMEOUT_S; DataError.
-    """
+    Raises: RunMismatch if the lock is not free within TAKEOVER_TIMEOUT_S; DataError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for second in itertools.count():
         try:

@@ -280,9 +280,7 @@ def _arguments(run_dir: Path, cluster: Cluster, first: Stage) -> list[str]:
 
 def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -> list[str]:
     """Submit the missing jobs: all of them, or none if SLURM refuses one. Returns: the names of the new jobs.
-
-    Raises: RunMismatch where jobs of the same folder with other settings wait or run; SlurmError.
-    """
+    Raises: RunMismatch where jobs of the same folder with other settings wait or run; SlurmError."""
     with sole_use(run_dir, tell):
         on_their_way = jobs_on_their_way(chain, run_dir)
         jobs = plan(chain, run_dir, cluster, on_their_way=on_their_way)

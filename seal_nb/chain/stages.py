@@ -164,10 +164,8 @@ def _to(notebooks: str, default: Any = None, name: str = "") -> Any:
 @dataclass(frozen=True, kw_only=True)
 class ExperimentSettings:
     """Settings of an experiment on one model. The defaults are those of SEAL (arXiv 2506.10943) where it has one.
-
-    Settings made by ``_to`` are parameters of the notebooks that are named there, which declare their type and
-    meaning. A default of None is the notebook's default.
-    """
+    Settings made by ``_to`` are parameters of the notebooks that are named there, which declare their type and meaning.
+    A default of None is the notebook's default."""
 
     model: str = _own("", "model folder or hub name", "str")
     train_dataset: str = _own("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train", "str")

@@ -180,9 +180,7 @@ class ApiClient:
 
     def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
         """The server's reply at ``path`` (from its root) to one GET, or to one POST with a body.
-
-        Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection.
-        """
+        Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection."""
         url = urljoin(self.settings.base_url, path)
         try:
             if body is None:

@@ -50,9 +50,7 @@ class VllmFailed(EngineError):
 
 def vllm_python() -> str:
     """The interpreter that has vLLM: ``$SEAL_NB_VLLM_PYTHON``, this one, or ``.venv-vllm`` here or above.
-
-    Raises: SettingsError if there is none.
-    """
+    Raises: SettingsError if there is none."""
     if named := os.environ.get(PYTHON_VARIABLE):
         if not Path(named).is_file():
             raise SettingsError(f"{PYTHON_VARIABLE}={named!r} is no file; name the python of vLLM's environment")

@@ -45,11 +45,9 @@ if TYPE_CHECKING:
 
 
 class Continual(dict[str, list[list[list[Verdicts | None]]]]):
-    """Verdicts after every edit, by strategy, with tables and figures.
-
-    `continual["stacked"][s][t][p]` are the verdicts on passage p of sequence s after t edits; None where the passage
-    was not asked. `sequences[s]` are the passages of a sequence, `texts[strategy][s]` the self-edits.
-    """
+    """Verdicts after every edit, by strategy, with tables and figures. `continual["stacked"][s][t][p]` are the verdicts
+    on passage p of sequence s after t edits; None where the passage was not asked. `sequences[s]` are the passages of a
+    sequence, `texts[strategy][s]` the self-edits."""
 
     def __init__(
         self,

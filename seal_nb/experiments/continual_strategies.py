@@ -110,11 +110,9 @@ def edit_request(
     *,
     model_id: str,
 ) -> TTTRequest:
-    """Train on the next passage's self-edit, keep the adapter, ask all passages so far.
-
-    `texts`: the self-edits of all steps so far, the next one last; `stack`: the adapters before it. With retrieval
-    nothing is asked here, since the adapter is chosen question by question.
-    """
+    """Train on the next passage's self-edit, keep the adapter, ask all passages so far. `texts`: the self-edits of all
+    steps so far, the next one last; `stack`: the adapters before it. With retrieval nothing is asked here, since the
+    adapter is chosen question by question."""
     step = len(texts)
     seen = [] if settings.strategy == "retrieval" else sequence[:step]
     return loop_request(
@@ -156,10 +154,8 @@ def texts_of_step(
     *,
     numbers: Sequence[int] = (),
 ) -> list[str]:
-    """What the next edit of each sequence is trained on: new self-edits, or the texts of the arm.
-
-    `numbers`: the sequences' numbers in the experiment; empty: from 0. Raises: RemoteError.
-    """
+    """What the next edit of each sequence is trained on: new self-edits, or the texts of the arm. `numbers`: the
+    sequences' numbers in the experiment; empty: from 0. Raises: RemoteError."""
     step = len(edits_S[0].texts)
     if settings.arm != "self_edits":
         return [texts_of_arm(settings.arm, sequence[step], step, k_completions=1)[0] for sequence in sequences]
@@ -288,9 +284,7 @@ def answers_by_retrieval(
     settings: ContinualSettings,
 ) -> list[TTTReply]:
     """For each sequence one reply with the answers to all questions so far; `adapters_S[s][p]` is passage p's.
-
-    Raises: RemoteError where one failed.
-    """
+    Raises: RemoteError where one failed."""
     routed_S = [
         route(sequence, adapters, settings, model_id=ttt.model_id)
         for sequence, adapters in zip(sequences, adapters_S, strict=True)

@@ -29,9 +29,7 @@ def ask_control(
     ttt: TTT, journal: Journal, stacks: Mapping[str, Sequence[str]], training: Training, *, seed: int
 ) -> dict[str, TTTReply]:
     """The general questions asked of the base ("never edited") and of each named stack of kept adapters.
-
-    Raises: RemoteError where one failed.
-    """
+    Raises: RemoteError where one failed."""
     how: dict[str, Any] = {"skip_training": True, "seed": seed}
     requests = {
         name: loop_request(ttt.model_id, training, questions=general_questions(), adapter_stack=list(stack), **how)

@@ -226,10 +226,8 @@ def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> l
 
 
 def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id: str, keep: bool = False) -> TTTRequest:
-    """The one request of a run, with its seed and id; `keep`: the server keeps the adapter.
-
-    With method "full" it says what is trained on and asked, and no server is sent it.
-    """
+    """The one request of a run, with its seed and id; `keep`: the server keeps the adapter. With method "full" it says
+    what is trained on and asked, and no server is sent it."""
     is_full = settings.method == "full"
     return loop_request(
         f"{model_id}-full" if is_full else model_id,
@@ -323,10 +321,8 @@ def train_all_weights(
 
 
 def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: SftResult) -> TTTReply:
-    """Answers of the base and of the new model as the reply to one request.
-
-    A model as it is has its answers on the baseline's side of its reply.
-    """
+    """Answers of the base and of the new model as the reply to one request. A model as it is has its answers on the
+    baseline's side of its reply."""
     base, new = (
         Answers(texts=one.baseline_texts, verdicts=one.baseline_verdicts, gold_logprobs=one.baseline_gold_logprobs)
         for one in (before, after)

@@ -80,9 +80,7 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
 
 def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
     """Train and ask again; what came out, in words (`compared`).
-
-    Raises: RunMismatch where the server holds another model, RemoteError.
-    """
+    Raises: RunMismatch where the server holds another model, RemoteError."""
     if ttt.model_id != stored.model_id:
         raise RunMismatch(
             f"the run was made by model {stored.model_id}, the server has {ttt.model_id}; start it with that "
@@ -92,10 +90,8 @@ def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
 
 
 def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[str]:
-    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings).
-
-    That one grades as the run was graded.
-    """
+    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings). That one grades as
+    the run was graded."""
     stored = stored_loop(path, item)
     server = {"grader": grader_of({"model": stored.model_id}), **server}
     with (

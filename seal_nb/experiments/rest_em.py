@@ -51,10 +51,8 @@ class Choice:
 
 
 class RestEmRound:
-    """The choice of a round: which self-edits are kept and why, and the training on them.
-
-    `rows` are the {prompt, completion} examples, `sft_file` is where they were written.
-    """
+    """The choice of a round: which self-edits are kept and why, and the training on them. `rows` are the {prompt,
+    completion} examples, `sft_file` is where they were written."""
 
     def __init__(self, run: SinglePassageRun, choices: Sequence[Choice], rows: list[dict[str, str]], sft_file: Path):
         self.run, self._choices, self.rows, self.sft_file = run, choices, rows, sft_file
@@ -247,10 +245,8 @@ def _reason(best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieB
 def sft_rows(
     run: SinglePassageRun, choices: Iterable[Choice], *, prompt_key: str | None = None
 ) -> list[dict[str, str]]:
-    """The kept choices as {prompt, completion}, completions stripped.
-
-    ``prompt_key`` fills in the prompt of a passage whose file has none. Raises: DataError where neither has.
-    """
+    """The kept choices as {prompt, completion}, completions stripped. ``prompt_key`` fills in the prompt of a passage
+    whose file has none. Raises: DataError where neither has."""
     return [
         {"prompt": _prompt(run, choice, prompt_key), "completion": choice.text.strip()}
         for choice in choices
@@ -342,11 +338,9 @@ def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
 
 
 class WinnerAgreement(NamedTuple):
-    """Whether a second ranking would pick the same self-edit.
-
-    ``observed``: how often two repeats, each taken alone, pick the same winner, ties broken by lot; its
-    interval is over passages. ``chance``: the same for repeats that know nothing, one in k.
-    """
+    """Whether a second ranking would pick the same self-edit. ``observed``: how often two repeats, each taken alone,
+    pick the same winner, ties broken by lot; its interval is over passages. ``chance``: the same for repeats that know
+    nothing, one in k."""
 
     observed: Estimate
     chance: float
@@ -390,11 +384,9 @@ def check_reliability(reliability: float) -> None:
 
 
 def repeats_needed(summary: RankingSummary, *, reliability: float = RELIABLE) -> int | None:
-    """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown).
-
-    None where the run cannot say (one repeat only), or self-edits do not differ beyond noise: then no number
-    of repeats is known to help.
-    """
+    """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown). None where the run
+    cannot say (one repeat only), or self-edits do not differ beyond noise: then no number of repeats is known to
+    help."""
     check_reliability(reliability)
     between, within = summary.variance_between_self_edits, summary.variance_between_repeats
     if between is None or within is None or between <= 0:
@@ -403,10 +395,8 @@ def repeats_needed(summary: RankingSummary, *, reliability: float = RELIABLE) ->
 
 
 def eval_times_wanted(run: SinglePassageRun, *, reliability: float, most: int) -> int:
-    """Repeats that a run should have: those it has if they suffice, else more, at most ``most``.
-
-    A run that cannot say gets a second repeat; one whose self-edits do not differ stays as it is.
-    """
+    """Repeats that a run should have: those it has if they suffice, else more, at most ``most``. A run that cannot say
+    gets a second repeat; one whose self-edits do not differ stays as it is."""
     summary = ranking_summary(run)
     has = math.ceil(summary.n_repeats)
     if summary.variance_between_repeats is None:

@@ -31,11 +31,8 @@ SomeRequest = TypeVar("SomeRequest", TTTRequest, GenerateRequest)
 
 
 class TTT:
-    """A TTT server to work with: its client, and the server itself where it was started here.
-
-    Use it as a context manager, or call `close`. A server that was started here ends with it, and with the
-    notebook's kernel.
-    """
+    """A TTT server to work with: its client, and the server itself where it was started here. Use it as a context
+    manager, or call `close`. A server that was started here ends with it, and with the notebook's kernel."""
 
     def __init__(
         self,
@@ -74,9 +71,7 @@ class TTT:
 
     def another(self, model: str, *, folder: str | Path, n_workers: int = 1) -> "TTT":
         """Start a server of another model with the settings of this one (dtype, threads, grader, …).
-
-        Raises: SettingsError where they are not known, which is so after `connect`.
-        """
+        Raises: SettingsError where they are not known, which is so after `connect`."""
         if self.settings is None:
             raise SettingsError(
                 f"the settings of the server at {self.client.where} are not known; open it with "
@@ -179,11 +174,9 @@ def loop_request(
     keep: str = "",
     **others: Any,
 ) -> TTTRequest:
-    """One inner loop with its id: train on `texts`, ask `questions`; `others` are fields of the request.
-
-    With `keep` the server keeps the adapter. Its name begins so and ends with the id of its content: no two adapters
-    share a name, and a resumed run finds its own. Raises: ProtocolError for a value that the protocol does not allow.
-    """
+    """One inner loop with its id: train on `texts`, ask `questions`; `others` are fields of the request. With `keep`
+    the server keeps the adapter. Its name begins so and ends with the id of its content: no two adapters share a name,
+    and a resumed run finds its own. Raises: ProtocolError for a value that the protocol does not allow."""
     values = {"train_sequences": list(texts), "eval_questions": list(questions), **training.request_fields(), **others}
     request = identified(validated(TTTRequest, values), model_id)
     if keep:
@@ -265,10 +258,8 @@ def n_tokens(text: str) -> int:
 
 def work_of(requests: Iterable[TTTRequest], *, tokens_per_s: float = 0.0, price_per_hour: float = 0.0) -> str:
     """What the requests add up to, such as "8 adapters, 320 optimiser steps, about 15,000 tokens, at most 80 answers".
-
     A question's baseline answer is generated once. `tokens_per_s`: the measured speed of the server; it adds the time
-    of a long training, and with a price its cost.
-    """
+    of a long training, and with a price its cost."""
     n_adapters = n_steps = n_train = n_answers = 0
     of_base: set[tuple[str, ...]] = set()
     for request in requests:

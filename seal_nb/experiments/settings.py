@@ -142,11 +142,9 @@ class ArmSource:
 
 
 def parse_arms(arms: str | Sequence[str]) -> list[ArmSource]:
-    """Arms in order: `passage_only`, `self_edits`, `hand_written`, `in_context`, or `NAME:FILE` for the
-    self-edits of another item file on the same passages, such as `gpt4_1:gpt4_1_val.json`.
-
-    Raises: SettingsError for an unknown arm and for a name that occurs twice.
-    """
+    """Arms in order: `passage_only`, `self_edits`, `hand_written`, `in_context`, or `NAME:FILE` for the self-edits of
+    another item file on the same passages, such as `gpt4_1:gpt4_1_val.json`.
+    Raises: SettingsError for an unknown arm and for a name that occurs twice."""
     sources = [_parse(entry) for entry in names_in("arms", arms)]
     names_in("arms", [source.name for source in sources])  # two files under one name
     return sources
@@ -183,9 +181,7 @@ def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Pass
 
 def texts_of_arm(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:
     """The texts an arm trains on besides the passage, one adapter each; `passage_only` has one empty text.
-
-    Raises: DataError for a passage without such a text.
-    """
+    Raises: DataError for a passage without such a text."""
     if arm in ("passage_only", IN_CONTEXT):
         return ("",)
     texts = passage.completions if arm == "self_edits" else (passage.hand_written,)

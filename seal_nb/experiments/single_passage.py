@@ -48,10 +48,8 @@ SomeRun = TypeVar("SomeRun", bound=Run)
 
 @dataclass(frozen=True, kw_only=True)
 class SinglePassageSettings:
-    """One arm of an evaluation; defaults as published for evaluation (ranking: `eval_times` 3).
-
-    `label` names an arm whose self-edits come from a file of its own, `texts_from`.
-    """
+    """One arm of an evaluation; defaults as published for evaluation (ranking: `eval_times` 3). `label` names an arm
+    whose self-edits come from a file of its own, `texts_from`."""
 
     k_completions: int = 5
     eval_times: int = 1
@@ -85,10 +83,8 @@ class PlannedLoop:
 
 
 class Arms(dict[str, SomeRun]):
-    """The runs of an experiment by arm, as their run files say, with tables and figures.
-
-    `losses`: the training loss by epoch (nats per token) of each adapter.
-    """
+    """The runs of an experiment by arm, as their run files say, with tables and figures. `losses`: the training loss by
+    epoch (nats per token) of each adapter."""
 
     published: ClassVar[Mapping[str, float]]  # accuracy of each arm on the 200 published passages
 
@@ -379,10 +375,8 @@ def build_run(
     timestamp: str = "",
     failures: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The run file: published keys first. `replies` and `failures` (error texts) are by request id.
-
-    An inner loop without a reply is listed under `missing` with its failure and enters no mean.
-    """
+    """The run file: published keys first. `replies` and `failures` (error texts) are by request id. An inner loop
+    without a reply is listed under `missing` with its failure and enters no mean."""
     articles: list[dict[str, Any]] = [
         {"stats": {}, "title": one.title, "context": one.context, "completions": [], "prompt": one.prompt}
         for one in passages
@@ -501,11 +495,9 @@ def with_in_context(
     journal: Journal,
     grader: Grader,
 ) -> dict[str, TTTReply]:
-    """`replies` with the in-context answers as the adapter's answers of `loops`.
-
-    The server grades only what it asks without the passage, so these answers are graded here, by the server's
-    grader. A passage whose answers failed is missing in the run.
-    """
+    """`replies` with the in-context answers as the adapter's answers of `loops`. The server grades only what it asks
+    without the passage, so these answers are graded here, by the server's grader. A passage whose answers failed is
+    missing in the run."""
     answered = [loop for loop in loops if loop.request_id in replies]
     requests = [in_context_request(passages[loop.passage], loop, model_id=ttt.model_id) for loop in answered]
     generated = ask(ttt, requests, journal, what="passages in the prompt").replies

@@ -41,9 +41,7 @@ class Sweep:
 
     def frame(self) -> "pd.DataFrame":
         """One row for each point: its values, accuracy with 95 % interval, soft gain (nats), difference from the first.
-
-        `passages` have a graded answer; `ungraded` counts answers; `missing` counts inner loops without a reply.
-        """
+        `passages` have a graded answer; `ungraded` counts answers; `missing` counts inner loops without a reply."""
         import pandas as pd
 
         return pd.DataFrame(self.rows).drop(columns=["label", "estimate"])

@@ -52,10 +52,8 @@ class JudgeSettings:
 
 
 def judge_settings(name: str) -> JudgeSettings:
-    """Settings from ``judge:MODEL?field=value&…``, a single text for command lines and notebook parameters.
-
-    The fields are those of JudgeSettings and ApiSettings. Raises: SettingsError.
-    """
+    """Settings from ``judge:MODEL?field=value&…``, a single text for command lines and notebook parameters. The fields
+    are those of JudgeSettings and ApiSettings. Raises: SettingsError."""
     model, _, options = name.removeprefix("judge").removeprefix(":").partition("?")
     try:
         given = dict(parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options)))
@@ -77,10 +75,8 @@ def judge_settings(name: str) -> JudgeSettings:
 
 
 def read_verdict(reply: str) -> Verdict:
-    """CORRECT or INCORRECT if the reply has exactly one of the words "yes" and "no", else UNGRADED.
-
-    The published parser agrees where there is exactly one, and takes everything else that is not a yes for a no.
-    """
+    """CORRECT or INCORRECT if the reply has exactly one of the words "yes" and "no", else UNGRADED. The published
+    parser agrees where there is exactly one, and takes everything else that is not a yes for a no."""
     words = set(_YES_OR_NO.findall(reply.lower()))
     if len(words) != 1:
         return Verdict.UNGRADED
@@ -88,10 +84,8 @@ def read_verdict(reply: str) -> Verdict:
 
 
 class JudgeGrader:
-    """Grades ``max_parallel`` answers at a time; may be used from many threads.
-
-    ``failures`` counts the error messages of failed calls.
-    """
+    """Grades ``max_parallel`` answers at a time; may be used from many threads. ``failures`` counts the error messages
+    of failed calls."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
@@ -101,9 +95,7 @@ class JudgeGrader:
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
         """One verdict for each answer. An interrupt ends the calls that have not begun.
-
-        Raises: GradingError if the folder of saved replies cannot be used.
-        """
+        Raises: GradingError if the folder of saved replies cannot be used."""
         no_use = threading.Event()  # set after a failure that every call would have
         calls: dict[str, Future[Verdict]] = {}
         settled = [without_asking(one) for one in answered]
@@ -134,11 +126,9 @@ class JudgeGrader:
             return Verdict.UNGRADED
 
     def _saved_reply(self, key: str, prompt: str) -> str:
-        """The reply on disk, or the model's, which is then saved.
-
-        Each key has a file that is also its lock: of all threads, processes and nodes that need the same reply, one
-        asks and the others wait. The system drops the lock of a dead process. An empty or torn file holds no reply.
-        """
+        """The reply on disk, or the model's, which is then saved. Each key has a file that is also its lock: of all
+        threads, processes and nodes that need the same reply, one asks and the others wait. The system drops the lock
+        of a dead process. An empty or torn file holds no reply."""
         path = self.settings.cache_dir / key[:2] / f"{key}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -227,11 +227,8 @@ def _overlap(keys: frozenset[str], words: Sequence[Word]) -> float:
 
 
 class LocalGrader(Rule):
-    """Grades some 4,000 answers a second on one core.
-
-    The gold answer itself is CORRECT. An answer that has nothing of it, or denies it, is INCORRECT. The model decides
-    the rest.
-    """
+    """Grades some 4,000 answers a second on one core. The gold answer itself is CORRECT. An answer that has nothing of
+    it, or denies it, is INCORRECT. The model decides the rest."""
 
     name = "local"
 
@@ -261,10 +258,8 @@ class LocalGrader(Rule):
 
 
 def _is_denied(asked: Asked, said: Said) -> bool:
-    """The answer is only a question, or has a negation right before the gold words ("not Ilse").
-
-    This is too rare for a weight: of the 23,659 fitted answers it changes the verdicts of 4, all of them wrong answers.
-    """
+    """The answer is only a question, or has a negation right before the gold words ("not Ilse"). This is too rare for a
+    weight: of the 23,659 fitted answers it changes the verdicts of 4, all of them wrong answers."""
     words = said.words
     only_asks = said.text.rstrip().endswith("?") and len(sentences(words, said.text)) == 1
     novel_keys = {word.key for word in asked.novel}

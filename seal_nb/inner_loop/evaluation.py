@@ -252,10 +252,8 @@ def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:
 
 
 def pieces(tokenizer: Any, text: str, *, special_tokens: bool = True) -> tuple[list[int], list[str]]:
-    """Token ids, and the stretch of the text that each token ends. Joined, the stretches are the text.
-
-    If a character takes several tokens, its first token has it and the others are empty.
-    """
+    """Token ids, and the stretch of the text that each token ends. Joined, the stretches are the text. If a character
+    takes several tokens, its first token has it and the others are empty."""
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
     stretches, reached = [], 0
     for _, stop in encoded["offset_mapping"]:

@@ -145,10 +145,8 @@ class InnerLoop:
         return replies
 
     def _answer_now(self) -> bool:
-        """Start answering when half a batch is there or nothing is left to train; then answer to the end.
-
-        In between, a pass is trained every 64 steps, so that a steady stream of texts does not stop training.
-        """
+        """Start answering when half a batch is there or nothing is left to train; then answer to the end. In between, a
+        pass is trained every 64 steps, so that a steady stream of texts does not stop training."""
         n_rows = len(self.decoder.waiting) + len(self.decoder.live)
         enough = n_rows >= self.settings.decode_rows // 2 or not self.trainer.busy
         self.answering = n_rows > 0 and (self.answering or enough)

@@ -40,9 +40,7 @@ Pair = tuple[bool | None, bool | None]  # verdict without and with the adapter; 
 
 def open_run(source: str | Path) -> SinglePassageRun:
     """Reads a single-passage run file, published or ours; "shipped:example" is one that comes with the project.
-
-    Raises: DataError.
-    """
+    Raises: DataError."""
     shipped = resources.files("seal_nb") / "data" / "inspector_run.json.gz"
     path = Path(str(shipped)) if str(source) == EXAMPLE else runs_folder(source)
     return SinglePassageRun(value=read_json(path), path=path)
@@ -176,9 +174,7 @@ class Inspection:
 
     def select(self, show: str = "all", sort: str = "file order", search: str = "") -> pd.DataFrame:
         """Rows of ``passages`` that match, in order. "graders disagree" and "most disagreement" grade the whole run.
-
-        Raises: SettingsError for an unknown filter or order.
-        """
+        Raises: SettingsError for an unknown filter or order."""
         for name, value, known in (("show", show, SHOWN), ("sort", sort, SORTED)):
             if value not in known:
                 raise SettingsError(f"{name} is {value!r}; known are {', '.join(known)}")
@@ -226,11 +222,9 @@ class Inspection:
         return sum(int(self.answers(passage, edit)["disagree"].sum()) for edit in range(n_edits))
 
     def sequences(self, passage: int, self_edit: int) -> pd.DataFrame:
-        """What the adapter was trained on. Text in ⟦ ⟧ carries no loss.
-
-        The training divides by tokens, this table by characters. The first token carries no loss either, because
-        nothing predicts it; only the tokenizer knows which characters it spans.
-        """
+        """What the adapter was trained on. Text in ⟦ ⟧ carries no loss. The training divides by tokens, this table by
+        characters. The first token carries no loss either, because nothing predicts it; only the tokenizer knows which
+        characters it spans."""
         evaluated = self.run.passages[passage]
         edit = evaluated.self_edits[self_edit]
         params = edit.made.get("lora_params") or self.run.settings.get("lora_params") or {}

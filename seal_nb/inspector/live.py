@@ -51,10 +51,8 @@ class Edit:
 
 
 def settings_of_run(settings: Mapping[str, Any]) -> Training:
-    """The training settings that a run file states, with soft scores on.
-
-    Published files state some of them under ``lora_params``; ours state all of them, under ``training`` too.
-    """
+    """The training settings that a run file states, with soft scores on. Published files state some of them under
+    ``lora_params``; ours state all of them, under ``training`` too."""
     known = {field.name for field in fields(Training)}
     ours = settings.get("training") or {}
     published = {PUBLISHED_NAMES.get(key, key): value for key, value in (settings.get("lora_params") or {}).items()}
@@ -64,9 +62,7 @@ def settings_of_run(settings: Mapping[str, Any]) -> Training:
 
 def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> TTTRequest:
     """The request that trains and evaluates an edit. Its id follows from its content.
-
-    Raises: ProtocolError for a value that the protocol does not allow.
-    """
+    Raises: ProtocolError for a value that the protocol does not allow."""
     return loop_request(
         model_id,
         edit.training,
@@ -117,9 +113,7 @@ class TrainedEdit:
 
     def keep(self, path: str | Path) -> Path:
         """Appends the edit to a run file, or makes the file. Keeping the same edit again replaces it.
-
-        Raises: DataError if the file exists and is not a run.
-        """
+        Raises: DataError if the file exists and is not a run."""
         target, mine = Path(path), self._run()
         value = read_json(target) if target.exists() else mine | {"articles": []}
         run = SinglePassageRun(value=value, path=target)  # raises if it is not a run
@@ -186,9 +180,7 @@ class EditTrainer:
 
     def ask(self, trained: TrainedEdit, question: str, gold: str = "", *, tell: Tell = lambda *_: None) -> pd.DataFrame:
         """Asks the base model and the edit's adapter one more question. Without a gold answer it is not graded.
-
-        Returns: One row: both answers, verdicts, and the change in log-probability of the gold answer in nats.
-        """
+        Returns: One row: both answers, verdicts, and the change in log-probability of the gold answer in nats."""
         reply = self._reply(self.ttt.identified(trained.question_request(question, gold)), tell)
         table = single_passage.reply_frame([EvalQuestion(question=question, answer=gold)], reply).replace(
             {"gold": {"": None}}

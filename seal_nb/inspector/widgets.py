@@ -168,9 +168,7 @@ class PassageInspector(WidgetView):
 
     def add(self, passage: int, edit: EvaluatedSelfEdit) -> int:
         """Adds a self-edit to a passage, and shows it to compare with if that passage is selected.
-
-        Returns: The index of the new self-edit.
-        """
+        Returns: The index of the new self-edit."""
         self.inspection = self.inspection.with_self_edit(passage, edit)
         added = len(self.inspection.run.passages[passage].self_edits) - 1
         if passage == self.passage:

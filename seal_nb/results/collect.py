@@ -138,11 +138,9 @@ def _from_verdict_strings(run: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """The runs of a folder. ``unread``: (file, reason) of files that look like results and could not be read.
-
-    Several files may hold the same arm. ``arms`` picks one: files with verdicts before stored numbers, later before
-    earlier paths. Rewards of ReST-EM rounds are not evaluations and are left out.
-    """
+    """The runs of a folder. ``unread``: (file, reason) of files that look like results and could not be read. Several
+    files may hold the same arm. ``arms`` picks one: files with verdicts before stored numbers, later before earlier
+    paths. Rewards of ReST-EM rounds are not evaluations and are left out."""
 
     runs: tuple[Run, ...]
     unread: tuple[tuple[str, str], ...] = ()

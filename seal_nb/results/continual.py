@@ -192,9 +192,7 @@ class ContinualRun(Run):
 
 def verdict_row(correct: Verdicts, counts: Sequence[int], step: int) -> list[Verdicts | None]:
     """The verdicts of every passage after ``step`` edits, from those of all questions; None if it was not asked.
-
-    ``counts``: the number of questions of each passage.
-    """
+    ``counts``: the number of questions of each passage."""
     n_asked = sum(was_asked(step, at) for at in range(len(counts)))
     return [*split_by_passage(correct, counts[:n_asked]), *[None] * (len(counts) - n_asked)]
 
@@ -220,11 +218,9 @@ def was_asked(step: int, passage: int) -> bool:
 
 
 def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model: str) -> dict[str, Any]:
-    """A ``summary_*.json``: published keys first, then every sequence's matrix and the derived numbers.
-
-    Means and sample standard deviations over the sequences, 4 decimals; 0.0 where nothing was asked. (The
-    released files do not show whether the published deviations are sample or population ones.)
-    """
+    """A ``summary_*.json``: published keys first, then every sequence's matrix and the derived numbers. Means and
+    sample standard deviations over the sequences, 4 decimals; 0.0 where nothing was asked. (The released files do not
+    show whether the published deviations are sample or population ones.)"""
     return {
         "mean_over_sequences": _cellwise(mean, matrices),
         "std_over_sequences": _cellwise(sample_std, matrices),

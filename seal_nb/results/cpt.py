@@ -41,9 +41,7 @@ class _File(BaseModel):
 @dataclass(kw_only=True, eq=False)
 class CptRun(Run):
     """A ``cpt_run_*.json``. ``passages`` are what it was asked about, in order; empty: as far as the file says.
-
-    Raises: DataError with path and field for broken verdicts.
-    """
+    Raises: DataError with path and field for broken verdicts."""
 
     passages: Sequence[Passage] = ()
 

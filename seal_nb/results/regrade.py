@@ -34,10 +34,8 @@ UNNAMED = "earlier"  # the grader of a file that names none
 
 
 class Agreement(NamedTuple):
-    """A grader against a reference over ``n`` answers that both judged.
-
-    ``kappa`` is Cohen's; ``bias`` is the share that the grader calls correct minus the reference's share.
-    """
+    """A grader against a reference over ``n`` answers that both judged. ``kappa`` is Cohen's; ``bias`` is the share
+    that the grader calls correct minus the reference's share."""
 
     n: int
     n_left_out: int
@@ -73,11 +71,9 @@ def agreement_of(verdicts: Verdicts, reference: Verdicts) -> Agreement | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Graded:
-    """The verdicts of a grader on the answers of a file, in its order, and the reference verdicts in it.
-
-    ``kinds``: "baseline", "adapter", "adapter+baseline", or "" if it is not known. ``run``: a run file with the new
-    verdicts; its reference verdicts are those of ``earlier_grader``.
-    """
+    """The verdicts of a grader on the answers of a file, in its order, and the reference verdicts in it. ``kinds``:
+    "baseline", "adapter", "adapter+baseline", or "" if it is not known. ``run``: a run file with the new verdicts; its
+    reference verdicts are those of ``earlier_grader``."""
 
     grader: str
     kinds: Sequence[str]
@@ -198,10 +194,8 @@ def is_run_file(path: str | Path) -> bool:
 def regrade_file(
     path: str | Path, out: str | Path, grader: Grader, *, dataset: str | Path = "", only_ungraded: bool = False
 ) -> Graded:
-    """`regrade` from file to file, written whole or not at all.
-
-    ``dataset``: the items that a CPT run was asked about; empty: the shipped dataset that the run names, if it does.
-    """
+    """`regrade` from file to file, written whole or not at all. ``dataset``: the items that a CPT run was asked about;
+    empty: the shipped dataset that the run names, if it does."""
     value = read_json(path)
     passages: Sequence[Passage] = ()
     if "server_reply" in value:
@@ -214,11 +208,9 @@ def regrade_file(
 
 
 def regrade(run: Run, grader: Grader, *, only_ungraded: bool = False) -> Graded:
-    """A copy of the run with verdicts by ``grader`` and the statistics that follow from them.
-
-    ``only_ungraded``: keep the verdicts that are there. Raises: DataError if the run has no answers, or its passages
-    are needed and missing; and what the grader raises.
-    """
+    """A copy of the run with verdicts by ``grader`` and the statistics that follow from them. ``only_ungraded``: keep
+    the verdicts that are there. Raises: DataError if the run has no answers, or its passages are needed and missing;
+    and what the grader raises."""
     places, named, name = _answers_of(run), grader_of(run.value) or UNNAMED, grader.name
     earlier = [place.verdict for place in places]
     verdicts = _grade(grader, [place.answered for place in places], earlier, only_ungraded)

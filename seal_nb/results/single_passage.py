@@ -144,9 +144,7 @@ class _Articles(BaseModel):
 @dataclass(kw_only=True, eq=False)
 class SinglePassageRun(Run):
     """A ``run_*.json``: each passage has its own adapter per self-edit.
-
-    Raises: DataError with path, item and field for a value of another kind.
-    """
+    Raises: DataError with path, item and field for a value of another kind."""
 
     form: ClassVar[str] = "single_passage"
 
@@ -204,11 +202,9 @@ class SinglePassageRun(Run):
 
     @property
     def is_ranking(self) -> bool:
-        """Whether this measures rewards on training passages and is no evaluation.
-
-        No file says so. Its name does, or that several self-edits were each measured several times; several self-edits
-        alone are an evaluation over more texts.
-        """
+        """Whether this measures rewards on training passages and is no evaluation. No file says so. Its name does, or
+        that several self-edits were each measured several times; several self-edits alone are an evaluation over more
+        texts."""
         n_edits, n_repeats = (int(self.settings.get(key) or 1) for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
@@ -278,11 +274,9 @@ class SinglePassageRun(Run):
         return frame(rows)
 
     def recited(self) -> float | None:
-        """Share of adapter answers that contain the gold answer of another question of the same passage.
-
-        A model that recites its passage profits from every grader that looks for the gold answer in the text. The local
-        grader decides what an answer contains. None without answers.
-        """
+        """Share of adapter answers that contain the gold answer of another question of the same passage. A model that
+        recites its passage profits from every grader that looks for the gold answer in the text. The local grader
+        decides what an answer contains. None without answers."""
         grader, recited = make_grader("local"), []
         for passage in self.passages:
             asked = dict.fromkeys((one.question, one.gold) for one in passage.questions())

@@ -194,10 +194,8 @@ class TTTClient:
         self, bodies: Iterable[bytes], *, timeout_s: float, window: int = 1, repeat: bool = True
     ) -> Iterator[tuple[int, Any]]:
         """Send messages, at most `window` at once, and yield (index, reply or RemoteError). Raises RoundTimeout.
-
         `timeout_s` is time with a server, for each next reply. While the server is away that clock stops and `wait_s`
-        counts. Replies that this call does not wait for (any more) are skipped.
-        """
+        counts. Replies that this call does not wait for (any more) are skipped."""
         unsent, marks = enumerate(bodies), set[bytes]()
         try:
             while True:

@@ -108,10 +108,8 @@ def this_node() -> str:
 def connected(
     context: "zmq.Context[Socket]", endpoint: Endpoint, role: Role, *, name: bytes, key_file: str | Path | None = None
 ) -> Socket:
-    """A DEALER to the server, with keys if the server needs them; without `key_file` those in its run folder.
-
-    A peer that connects again under its `name` gets the messages to its earlier connection.
-    """
+    """A DEALER to the server, with keys if the server needs them; without `key_file` those in its run folder. A peer
+    that connects again under its `name` gets the messages to its earlier connection."""
     address = endpoint.endpoint if role == "client" else endpoint.worker_endpoint
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.ROUTING_ID, name)

@@ -206,10 +206,8 @@ class FrontEnd:
         self._turn_away()
 
     def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True, exit_code: int = 0) -> None:
-        """Drain at the next turn of the loop, or end at once if `impatient`. Safe in a signal handler.
-
-        Not `for_good`: another server will follow (a requeued job), and workers of other nodes wait for it.
-        """
+        """Drain at the next turn of the loop, or end at once if `impatient`. Safe in a signal handler. Not `for_good`:
+        another server will follow (a requeued job), and workers of other nodes wait for it."""
         self._impatient = self._impatient or impatient
         self.exit_code = self.exit_code or exit_code
         if not self._stop_reason:

@@ -162,10 +162,8 @@ class Server:
 
 
 def refuse_second_server(path: Path) -> bool:
-    """Raises SettingsError if the server of this endpoint file lives. A file that was left behind is overwritten.
-
-    True if it is an earlier run of this batch job, perhaps alive on a node that was cut off: it will give up the file.
-    """
+    """Raises SettingsError if the server of this endpoint file lives. A file that was left behind is overwritten. True
+    if it is an earlier run of this batch job, perhaps alive on a node that was cut off: it will give up the file."""
     try:
         other = read_endpoint(path)
     except DataError:

@@ -75,10 +75,8 @@ class Meter:
 
 
 class AnswerCounts:
-    """Which numbers of each content are answered (kept in a file) or in work, as the bits of one int.
-
-    The file grows by 20 bytes for each answer, written before the reply is sent. If it is lost, seeds start at 0 again.
-    """
+    """Which numbers of each content are answered (kept in a file) or in work, as the bits of one int. The file grows by
+    20 bytes for each answer, written before the reply is sent. If it is lost, seeds start at 0 again."""
 
     def __init__(self, path: Path) -> None:
         self._used: defaultdict[str, int] = defaultdict(int)
@@ -120,11 +118,9 @@ class AnswerCounts:
 
 
 class Results:
-    """Replies by request id, in a journal in the run folder; memory holds only where each one is.
-
-    While the disk is full, replies stay in memory (`unsaved`) and `trouble` says so; writing is tried again. Raises
-    RunMismatch if an earlier server still has the journal after `lock_wait_s`.
-    """
+    """Replies by request id, in a journal in the run folder; memory holds only where each one is. While the disk is
+    full, replies stay in memory (`unsaved`) and `trouble` says so; writing is tried again. Raises RunMismatch if an
+    earlier server still has the journal after `lock_wait_s`."""
 
     def __init__(self, path: Path, *, lock_wait_s: float) -> None:
         self.trouble = ""

@@ -105,10 +105,8 @@ class Watch:
         return kept if last is None or (kept and kept[-1]["at_s"] >= last["at_s"]) else [*kept, last]
 
     def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
-        """The newest sample, then each new one, until the server ends or `for_s` seconds are over.
-
-        The first sample is waited for in any case. Raises what ended the watch, if that was not the server's end.
-        """
+        """The newest sample, then each new one, until the server ends or `for_s` seconds are over. The first sample is
+        waited for in any case. Raises what ended the watch, if that was not the server's end."""
         deadline, seen = time.monotonic() + for_s, None
         while self._thread.is_alive() or self.last is not seen:
             if self.last is not None and self.last is not seen:

@@ -58,11 +58,8 @@ class SftSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SftResult:
-    """A finished training.
-
-    ``losses`` has the training loss of each optimiser step, in nats per token with a loss; ``n_tokens`` counts the
-    tokens of all epochs.
-    """
+    """A finished training. ``losses`` has the training loss of each optimiser step, in nats per token with a loss;
+    ``n_tokens`` counts the tokens of all epochs."""
 
     model_dir: Path  # the new model
     losses: tuple[float, ...]

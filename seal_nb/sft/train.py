@@ -125,9 +125,7 @@ def command(job: SftJob, n_processes: int, config: Path) -> list[str]:
 
 def launch_config(sharding: str) -> Path:
     """The shipped configuration for this machine: that of `sharding` on GPUs, the only one on CPUs.
-
-    Raises: SettingsError if the sharding is unknown, or DeepSpeed is not installed.
-    """
+    Raises: SettingsError if the sharding is unknown, or DeepSpeed is not installed."""
     if sharding not in SHARDINGS:
         raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
     if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
@@ -193,10 +191,8 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
 
 
 def train_sft(job: SftJob) -> SftResult:
-    """Fine-tune the model on the rows of the file and write the new model.
-
-    Every process of a launch makes the same call. A model folder that the same training made is used again.
-    """
+    """Fine-tune the model on the rows of the file and write the new model. Every process of a launch makes the same
+    call. A model folder that the same training made is used again."""
     torch.set_num_threads(job.n_threads)
     model_dir = job.model_dir
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -294,10 +290,8 @@ def _trainer(
 
 
 def _own_checkpoints(model_dir: Path, made_from: str, processes: PartialState) -> Path:
-    """The folder for the checkpoints of this training; those of other trainings for `model_dir` are removed.
-
-    A checkpoint can only be read by as many processes, which share the model in the same way.
-    """
+    """The folder for the checkpoints of this training; those of other trainings for `model_dir` are removed. A
+    checkpoint can only be read by as many processes, which share the model in the same way."""
     stem = f"{model_dir.name}.checkpoints"
     layout = content_id([made_from, processes.num_processes, str(processes.distributed_type)])
     own = model_dir.with_name(f"{stem}-{layout}")

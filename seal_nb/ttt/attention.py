@@ -36,11 +36,9 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of a pass over T tokens.
-
-    ends: (rows + 1,) int32, running sum of the rows' lengths; longest: at least the tokens of each row
-    real, padding: with padding in the loss, places (int64) of real and of padding tokens, and running sums like `ends`
-    """
+    """Rows of a pass over T tokens. ends: (rows + 1,) int32, running sum of the rows' lengths; longest: at least the
+    tokens of each row real, padding: with padding in the loss, places (int64) of real and of padding tokens, and
+    running sums like `ends`"""
 
     ends: Tensor
     longest: int

@@ -32,10 +32,8 @@ T = TypeVar("T")
 
 
 class FrozenBase:
-    """A model, loaded once and run in passes over many rows, each row with its own adapters.
-
-    The model's Linear layers and its attention are replaced. Raises SettingsError if its architecture is not supported.
-    """
+    """A model, loaded once and run in passes over many rows, each row with its own adapters. The model's Linear layers
+    and its attention are replaced. Raises SettingsError if its architecture is not supported."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
@@ -220,11 +218,9 @@ def _keep_weights_readable(model: nn.Module) -> None:
 
 
 def _make_regions(model: nn.Module) -> None:
-    """Turn the model's norms, gated activations and rotary embedding into regions (see `device.region`).
-
-    They are compiled from the model's own code, so each family keeps its arithmetic. Values between two operations of a
-    region stay in float32, where separate kernels round.
-    """
+    """Turn the model's norms, gated activations and rotary embedding into regions (see `device.region`). They are
+    compiled from the model's own code, so each family keeps its arithmetic. Values between two operations of a region
+    stay in float32, where separate kernels round."""
     for module in model.modules():
         kind: Any = type(module)
         if kind.__name__.endswith("RMSNorm"):

@@ -137,10 +137,8 @@ class Group:
             y[own].addmm_(h[own], view(self.weights[i], target))
 
     def outer(self, h: Tensor, x: Tensor, gradient: Tensor) -> None:
-        """Write hᵀ x of each member to its place in gradient (n, rank, wide), or add it (see `keep`).
-
-        Nothing is written for members without tokens.
-        """
+        """Write hᵀ x of each member to its place in gradient (n, rank, wide), or add it (see `keep`). Nothing is
+        written for members without tokens."""
         if self.tiles is not None:
             kernels.outer(h, x, gradient, self.ends, self.keep)
             return

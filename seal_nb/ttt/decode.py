@@ -72,10 +72,8 @@ class LiveRow:
 
 
 class GroupedDecoder:
-    """Generates many texts at once.
-
-    max_rows: texts in the batch; prefill_tokens: prompt tokens of a pass (a longer prompt is passed alone)
-    """
+    """Generates many texts at once. max_rows: texts in the batch; prefill_tokens: prompt tokens of a pass (a longer
+    prompt is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         if max_rows < 1 or prefill_tokens < 1:
@@ -124,11 +122,9 @@ class GroupedDecoder:
 
     @torch.no_grad()
     def step(self) -> list[Decoded]:
-        """Generate one token for every live row; first let waiting rows enter if a new layout is due.
-
-        If memory runs out, all rows wait again, at most half as many at a time; each gives the text it would have
-        given. A row that does not fit alone comes back with `error`.
-        """
+        """Generate one token for every live row; first let waiting rows enter if a new layout is due. If memory runs
+        out, all rows wait again, at most half as many at a time; each gives the text it would have given. A row that
+        does not fit alone comes back with `error`."""
         finished: list[Decoded] = []
         # Suppressed, not handled in place: the error holds the tensors of the pass.
         with contextlib.suppress(torch.OutOfMemoryError):

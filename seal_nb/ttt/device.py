@@ -91,10 +91,8 @@ def cuda_graph(
     function: Callable[[], Tensor], before: "torch.cuda.CUDAGraph | None"
 ) -> tuple["torch.cuda.CUDAGraph", Tensor]:
     """Record `function` as a CUDA graph that shares the memory of the graph `before`; return it and its output.
-
-    torch.cuda.graph would first wait for the device and give back all cached memory. The function must work in place
-    on the same tensors each time and read nothing back.
-    """
+    torch.cuda.graph would first wait for the device and give back all cached memory. The function must work in place on
+    the same tensors each time and read nothing back."""
     graph, side = torch.cuda.CUDAGraph(), _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -32,11 +32,9 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Training of an adapter: AdamW (0.9, 0.999, 1e-8, no decay), linear decay of the rate to 0, clipping.
-
-    With `padding_in_loss` each sequence is padded on the right with EOS to `pad_to` tokens. Padding is not attended to
-    but is part of the loss, as in the published training. By default there is no padding.
-    """
+    """Training of an adapter: AdamW (0.9, 0.999, 1e-8, no decay), linear decay of the rate to 0, clipping. With
+    `padding_in_loss` each sequence is padded on the right with EOS to `pad_to` tokens. Padding is not attended to but
+    is part of the loss, as in the published training. By default there is no padding."""
 
     epochs: int = 10  # lora_params.epochs
     learning_rate: float = 1e-3  # lora_params.lr
@@ -78,10 +76,8 @@ def masked_prefix(token_ids: Sequence[int], mark: Sequence[int]) -> int:
 
 
 def make_row(tokenizer: Any, text: str, settings: TrainSettings) -> TrainRow:
-    """Tokenise one train sequence, cut it, mask it, and pad it if padding is in the loss.
-
-    tokenizer: of transformers. Raises SettingsError if the text has no token, or there is no EOS token to pad with.
-    """
+    """Tokenise one train sequence, cut it, mask it, and pad it if padding is in the loss. tokenizer: of transformers.
+    Raises SettingsError if the text has no token, or there is no EOS token to pad with."""
     padded, eos = settings.padding_in_loss, tokenizer.eos_token_id
     longest = min(settings.max_seq_length, settings.pad_to) if padded else settings.max_seq_length
     ids = list(tokenizer(text)["input_ids"])[:longest]
@@ -134,10 +130,8 @@ class TrainJob:
         return -(-n_batches // self.train.gradient_accumulation_steps) * self.train.epochs
 
     def windows(self, n_labels_R: Sequence[int]) -> Iterator[Window]:
-        """All optimiser steps in order. n_labels_R: labels of each row.
-
-        The order of an epoch is that of accelerate's SeedableRandomSampler, which the Trainer uses.
-        """
+        """All optimiser steps in order. n_labels_R: labels of each row. The order of an epoch is that of accelerate's
+        SeedableRandomSampler, which the Trainer uses."""
         size, accumulation = self.train.batch_size, self.train.gradient_accumulation_steps
         for epoch in range(self.train.epochs):
             generator = torch.Generator().manual_seed(self.train.seed + epoch)

@@ -106,11 +106,9 @@ def _peft_targets(model_type: str) -> tuple[str, ...]:
 
 
 def initial_weights(layout: Layout, seed: int) -> Tensor:
-    """Flat float32 vector as PEFT draws it after `torch.manual_seed(seed)`: A uniform (Kaiming), B zero.
-
-    For each target PEFT first makes two nn.Linear, whose values it discards, and then draws A. The same random stream
-    is followed here.
-    """
+    """Flat float32 vector as PEFT draws it after `torch.manual_seed(seed)`: A uniform (Kaiming), B zero. For each
+    target PEFT first makes two nn.Linear, whose values it discards, and then draws A. The same random stream is
+    followed here."""
     flat = torch.zeros(layout.size)
     stream = torch.Generator().manual_seed(seed)
     discarded = torch.empty(layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0))
@@ -166,10 +164,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write to. At the end it replaces `folder`; if the block fails, `folder` stays as it was.
-
-    If several processes write the same folder at once, the last one wins.
-    """
+    """A new folder to write to. At the end it replaces `folder`; if the block fails, `folder` stays as it was. If
+    several processes write the same folder at once, the last one wins."""
     partial, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
     partial.mkdir(parents=True)
     try:

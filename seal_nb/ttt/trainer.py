@@ -37,9 +37,7 @@ log = logging.getLogger(__name__)
 
 def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float) -> Tensor:
     """Clip the gradient and step the weights, as ``clip_grad_norm_`` and torch.optim.AdamW do, without a host sync.
-
-    Returns the gradient's norm before clipping, a scalar on the device.
-    """
+    Returns the gradient's norm before clipping, a scalar on the device."""
     norm = torch.linalg.vector_norm(row.gradient)
     divisor = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     fused_division = row.gradient.dtype == torch.float32  # the kernel divides, in float32 only
@@ -131,10 +129,8 @@ class Slot:
 
 
 class SlotTrainer:
-    """Trains many jobs at once on one base.
-
-    n_slots: adapters in training at a time; token_budget: tokens of a pass (a larger micro-batch is passed alone)
-    """
+    """Trains many jobs at once on one base. n_slots: adapters in training at a time; token_budget: tokens of a pass (a
+    larger micro-batch is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, n_slots: int, token_budget: int = 4096):
         if n_slots < 1 or token_budget < 1:
@@ -192,10 +188,8 @@ class SlotTrainer:
         return done
 
     def progress(self) -> dict[str, dict[str, Any]]:
-        """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; None if not finite, for JSON).
-
-        Losses are on the device, and reading them waits for it, so they are read at most once in PROGRESS_EVERY_S.
-        """
+        """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; None if not finite, for JSON). Losses
+        are on the device, and reading them waits for it, so they are read at most once in PROGRESS_EVERY_S."""
         if time.monotonic() - self._progress_at >= PROGRESS_EVERY_S:
             self._progress_at, self._progress = time.monotonic(), {}
             for slot in self.slots:
