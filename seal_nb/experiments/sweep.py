@@ -129,7 +129,8 @@ def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[An
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     if not grid or not 1 <= len(combinations) <= MOST_POINTS:
         raise SettingsError(f"the grid has {len(combinations)} points; 1 to {MOST_POINTS} can be run")
-    base, points = settings.training, []
+    base = settings.training
+    points: list[Point] = []
     for values in combinations:
         training = replace(base, **values)
         if "lora_rank" in values and "lora_alpha" not in values:

@@ -51,7 +51,7 @@ def test_numbers_of_all_jobs_and_what_they_wait_for_are_said(said: str, project:
     jobs = read_record(project.path(RUN)).jobs()
     rows = {line.split()[1]: line for line in said.splitlines() if line.split()[0][0].isdigit()}
     assert rows["base_server"].split()[0] == jobs["base_server"]
-    assert "after round1_self_edits; with round1_server" in rows["round1_evaluate"]
+    assert "after round1_self_edits, round1_train; with round1_server" in rows["round1_evaluate"]
     assert len(rows) == 12  # the two seeds are one array
 
 
