@@ -47,7 +47,7 @@ def refused(error: "ValidationError", *, path: str | Path, item: int | str | Non
     """The first error of pydantic's check of a file, with item, field and value."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = [at for at in first["loc"] if at != "bool"]  # which is the first kind that a verdict may have
-    if item is None and place[0] == "articles" and len(place) > 1:
+    if item is None and place[:1] == ["articles"] and len(place) > 1:
         item, place = place[1], place[2:]
     problem = f"is {repr(first['input'])[:40]}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"
     return DataError(

@@ -6,11 +6,11 @@ Ctrl-C in a terminal nor the death of the root reaches all of them by itself.
 
 import contextlib
 import os
-import queue
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -75,27 +75,32 @@ def _run(parent_pid: int, command: list[str]) -> int:
 
 
 class DaemonThreads:
-    """At most ``n_threads`` daemon threads, started as calls come. A call that has not begun can be cancelled. The
-    threads of a ThreadPoolExecutor would keep the process alive until a slow service has answered every call."""
+    """At most ``n_threads`` daemon threads, started as calls come; each ends when no call waits. A call that has not
+    begun can be cancelled. The threads of a ThreadPoolExecutor would keep the process alive until a slow service has
+    answered every call."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._starting = threading.Lock()
-        self._n_started = 0
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._lock = threading.Lock()
+        self._n_running = 0
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
-        self._calls.put((future, call))
-        with self._starting:
-            if self._n_started < self.n_threads:
+        with self._lock:
+            self._calls.append((future, call))
+            if self._n_running < self.n_threads:
+                self._n_running += 1
                 threading.Thread(target=self._run, name="requests", daemon=True).start()
-                self._n_started += 1
         return future
 
     def _run(self) -> None:
         while True:
-            future, call = self._calls.get()
+            with self._lock:
+                if not self._calls:
+                    self._n_running -= 1
+                    return
+                future, call = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

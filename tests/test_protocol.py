@@ -94,6 +94,8 @@ def test_escaped_and_plain_unicode_are_the_same_text():
         (sent(lora_rank=513), "lora_rank", "513"),
         (sent(finetune_epochs=1001), "finetune_epochs", "1001"),
         (sent(train_sequences=[""] * 20_001), "train_sequences", "at most 20000"),
+        (sent(eval_questions=[QUESTION] * 20_001), "eval_questions", "at most 20000"),
+        (json.dumps({"cmd": "generate", "prompts": [""] * 20_001}).encode(), "prompts", "at most 20000"),
         (b'{"cmd": "generate", "prompts": ["a"], "max_tokens": 8193}', "max_tokens", "8193"),
         (sent(finetune_lr="fast"), "finetune_lr", "'fast'"),
         (sent(train_sequences="one text"), "train_sequences", "'one text'"),

@@ -147,6 +147,39 @@ def test_other_files_are_ignored_and_broken_results_are_listed(tmp_path: Path) -
     assert all(reason for _, reason in found.unread)
 
 
+CPT = {"server_reply": {"baseline_correct": [True], "adapter_correct": [False]}}
+SUMMARY = summarize_sequences([[[0.1], [0.5]]], dataset="", base_model="")
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        (run_file(("0", "1"), k_completions="two"), "k_completions"),
+        (run_file(("0", "1"), eval_times=[3]), "eval_times"),
+        (run_file(("0", "1")) | {"overall": {"adapter_mean_accuracy": "high"}}, "overall.adapter_mean_accuracy"),
+        (CPT | {"overall": "high"}, "overall"),
+        (CPT | {"n_articles": "1"}, "n_articles"),
+        (CPT | {"per_passage": [{"title": "T"}]}, "per_passage[0].n_questions"),
+        (CPT | {"lora_params": [1]}, "lora_params"),
+        (SUMMARY | {"n_sequences": "8"}, "n_sequences"),
+        (SUMMARY | {"matrices": [[0.1]]}, "matrices[0][0]"),
+        (SUMMARY | {"sequences": [{"titles": ["T"], "questions": []}]}, "sequences[0].steps"),
+    ],
+)
+def test_a_field_of_another_kind_is_named_and_ends_no_collection(
+    tmp_path: Path, value: dict[str, object], field: str
+) -> None:
+    write_json(tmp_path / "broken.json", value)
+    write_json(tmp_path / "run_good.json", run_file(("0", "1")))
+    with pytest.raises(DataError) as refused:
+        read_run(tmp_path / "broken.json")
+    assert refused.value.field == field and "broken.json" in str(refused.value)
+    found = collect(tmp_path)
+    assert [run.file for run in found.runs] == ["run_good.json"] and [file for file, _ in found.unread] == [
+        "broken.json"
+    ]
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         collect(tmp_path / "nowhere")

@@ -122,7 +122,7 @@ class ApiClient:
         self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] = lambda: None
     ) -> None:
         self.settings, self.check, self.usage = settings, check, Usage()
-        self.threads = DaemonThreads(settings.max_parallel)
+        self.threads, self._counting = DaemonThreads(settings.max_parallel), threading.Lock()
         if key is None:
             key = api_key(settings.api_key_env) if settings.api_key_env else ""
         self._key = key
@@ -235,9 +235,10 @@ class ApiClient:
             body = json.loads(raw)
             counts = body.get("usage") or {}  # some services do not count tokens
             n_tokens, n_prompt_tokens = counts.get("completion_tokens") or 0, counts.get("prompt_tokens") or 0
-            self.usage.n_replies += 1
-            self.usage.n_tokens += n_tokens
-            self.usage.n_prompt_tokens += n_prompt_tokens
+            with self._counting:
+                self.usage.n_replies += 1
+                self.usage.n_tokens += n_tokens
+                self.usage.n_prompt_tokens += n_prompt_tokens
             (choice,) = body["choices"]
             text = choice["message"]["content"] if choice.get("message") else choice["text"]
             finish_reason = choice["finish_reason"]

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import BaseModel
+
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Verdicts, accuracy, mean_interval, paired_difference
 from seal_nb.results.cpt import check_length, split_by_passage
-from seal_nb.results.run import VERDICT_WORDS, Kind, Run, StoredVerdict, frame, unequal
+from seal_nb.results.run import VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame, unequal
 from seal_nb.results.statistics import mean, rounded, sample_std
 from seal_nb.storage import read_json, write_json
 
@@ -24,6 +26,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Matrix = Sequence[Sequence[float | None]]
+
+
+class _Asked(BaseModel):
+    question: str
+    answer: str
+
+
+class _Step(BaseModel):
+    texts: list[str]
+    correct: list[bool | None]
+
+
+class _Sequence(BaseModel):
+    titles: list[str]
+    questions: list[list[_Asked]]
+    steps: list[_Step]
+
+
+class _File(RunFields):
+    matrices: list[list[list[float | None]]] | None = None
+    sequences: list[_Sequence] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,6 +57,7 @@ class ContinualRun(Run):
     unit: ClassVar[str] = "sequences"
 
     def __post_init__(self) -> None:
+        self.checked(_File)
         # (K+1)×K accuracies, averaged over sequences; 0.0 where a passage was not asked.
         self.mean: Matrix = published_matrix(self.value, "mean_over_sequences", path=self.path)
 
@@ -44,7 +68,7 @@ class ContinualRun(Run):
 
     @property
     def n_sequences(self) -> int:
-        return int(self.value.get("n_sequences") or 0)
+        return self.value.get("n_sequences") or 0
 
     @property
     def arm(self) -> str:

@@ -11,14 +11,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from seal_nb.errors import DataError, refused
+from seal_nb.errors import DataError
 from seal_nb.grading.base import IN_WORDS, Answered
 from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, build_reply
-from seal_nb.results.run import KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame
+from seal_nb.results.run import KINDS, VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame
 from seal_nb.results.statistics import rounded
 
 if TYPE_CHECKING:
@@ -34,8 +34,14 @@ class _Reply(BaseModel):
     adapter_correct: list[bool | None]
 
 
-class _File(BaseModel):
+class _OfPassage(BaseModel):
+    title: str | None = None
+    n_questions: int
+
+
+class _File(RunFields):
     server_reply: _Reply
+    per_passage: list[_OfPassage] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,10 +55,7 @@ class CptRun(Run):
     weighting: ClassVar[Weighting] = "question"
 
     def __post_init__(self) -> None:
-        try:
-            reply = _File.model_validate(self.value).server_reply
-        except ValidationError as error:
-            raise refused(error, path=self.path) from None
+        reply = self.checked(_File).server_reply
         n_before, n_after = len(reply.baseline_correct), len(reply.adapter_correct)
         if n_before != n_after:
             raise DataError(

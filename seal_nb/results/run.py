@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
-from seal_nb.errors import DataError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from seal_nb.errors import DataError, refused
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference
 from seal_nb.storage import write_json
@@ -33,6 +35,22 @@ ARM_NAMES = {
     "live_edit": "edited by hand",
     "self_edits": "self-edits",
 }
+
+
+class RunFields(BaseModel):
+    """The fields of a run file that are read, whatever its form; null means absent."""
+
+    model_config = ConfigDict(strict=True)
+
+    overall: dict[str, float | None] | None = None
+    lora_params: dict[str, Any] | None = None
+    n_articles: int | None = None
+    n_sequences: int | None = None
+    k_completions: int | None = None
+    eval_times: int | None = None
+
+
+F = TypeVar("F", bound=RunFields)
 
 
 def frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> "pd.DataFrame":
@@ -83,6 +101,13 @@ class Run(ABC):
     form: ClassVar[str]
     unit: ClassVar[str] = "passages"  # what intervals are over
     weighting: ClassVar[Weighting] = "passage"
+
+    def checked(self, kind: type[F]) -> F:
+        """The fields that this form reads. Raises: DataError with path, item and field for a value of another kind."""
+        try:
+            return kind.model_validate(self.value)
+        except ValidationError as error:
+            raise refused(error, path=self.path) from None
 
     @property
     def name(self) -> str:
@@ -146,7 +171,7 @@ class Run(ABC):
         if any(score is not None for unit in scores for score in unit):
             return mean_interval(scores, weighting=self.weighting, unit=self.unit)
         stored = self.stored_mean(kind)
-        n = int(self.value.get("n_articles") or self.value.get("n_sequences") or 0)
+        n = self.value.get("n_articles") or self.value.get("n_sequences") or 0
         return None if stored is None else Estimate(mean=stored, low=stored, high=stored, n=n, unit=self.unit)
 
     def gain(self) -> Difference | None:

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from seal_nb.errors import refused
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
 from seal_nb.metrics import Scores, Verdicts
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, StoredVerdict, frame, unequal
+from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame, unequal
 from seal_nb.results.statistics import mean, published_statistics, repeat_stats
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class EvaluatedPassage(_Entry):
         return [one for edit in self.self_edits for one in edit.questions]
 
 
-class _Articles(BaseModel):
+class _Articles(RunFields):
     articles: Annotated[list[EvaluatedPassage], AfterValidator(_numbered)]
 
 
@@ -149,10 +148,7 @@ class SinglePassageRun(Run):
     form: ClassVar[str] = "single_passage"
 
     def __post_init__(self) -> None:
-        try:
-            self.passages = _Articles.model_validate(self.value).articles
-        except ValidationError as error:
-            raise refused(error, path=self.path) from None
+        self.passages = self.checked(_Articles).articles
 
     @property
     def stored_overall(self) -> Mapping[str, Any]:
@@ -205,7 +201,7 @@ class SinglePassageRun(Run):
         """Whether this measures rewards on training passages and is no evaluation. No file says so. Its name does, or
         that several self-edits were each measured several times; several self-edits alone are an evaluation over more
         texts."""
-        n_edits, n_repeats = (int(self.settings.get(key) or 1) for key in ("k_completions", "eval_times"))
+        n_edits, n_repeats = (self.settings.get(key) or 1 for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
     def scores(self, kind: Kind) -> list[Scores]:
