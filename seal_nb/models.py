@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
+from seal_nb.storage import runs_folder
 
 EMBEDDED = "embedded"
 FOUR_BIT = "4bit"  # NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
@@ -45,7 +46,7 @@ def resolve_model(model: str) -> str:
     """The folder of "embedded", which is fetched and converted if it is missing; any other name unchanged.
 
     Args:
-        model: "embedded", a model folder or a hub name.
+        model: "embedded", a model folder (``runs/`` is that of the project) or a hub name.
 
     Returns:
         A model folder or hub name that transformers can load.
@@ -55,7 +56,9 @@ def resolve_model(model: str) -> str:
     """
     if model == EMBEDDED:
         return str(embedded_model())
-    if (os.sep in model or model.startswith(".")) and model.count("/") != 1 and not Path(model).is_dir():
+    if (folder := runs_folder(model)).is_dir():
+        return str(folder)
+    if (os.sep in model or model.startswith(".")) and model.count("/") != 1:
         raise SettingsError(
             f"model is {model!r}, but there is no such folder; give a model folder, a hub name or 'embedded'"
         )

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from seal_nb.errors import DataError, RunMismatch
 from seal_nb.inspector.inspection import open_run
+from seal_nb.models import resolve_model
 from seal_nb.results.collect import read_run
+from seal_nb.server.endpoint import find_endpoint
+from seal_nb.server.settings import ServeSettings
 from seal_nb.storage import (
     Journal,
     content_id,
@@ -79,6 +82,17 @@ def test_a_path_that_was_resolved_stays(
     once = runs_folder("runs/x/run_base.json")
     assert once.resolve() == project / (chosen or "runs") / "x" / "run_base.json"
     assert runs_folder(once) == once
+
+
+def test_a_trained_model_and_an_endpoint_file_are_found_from_the_notebooks_folder(project: Path) -> None:
+    (project / "runs" / "05_rest_em_round" / "model").mkdir(parents=True)
+    found = resolve_model("runs/05_rest_em_round/model")
+    assert Path(found).resolve() == project / "runs" / "05_rest_em_round" / "model"
+    assert resolve_model("runs/a_model_of_the_hub") == "runs/a_model_of_the_hub"
+    written = ServeSettings(endpoint_file=Path("runs/mine/endpoint.json")).endpoint_path
+    write_json(written, {"endpoint": "tcp://127.0.0.1:1", "host": "127.0.0.1", "port": 1})
+    assert (project / "runs" / "mine" / "endpoint.json").is_file()
+    assert find_endpoint("runs/mine/endpoint.json").port == 1
 
 
 def test_a_run_file_is_found_from_the_notebooks_folder(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

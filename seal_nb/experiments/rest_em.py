@@ -121,7 +121,7 @@ class RestEmRound:
         """
         from seal_nb.sft.train import run_job
 
-        place = Path(model_dir) if model_dir else self.sft_file.parent / "model"
+        place = runs_folder(model_dir) if model_dir else self.sft_file.parent / "model"
         job = SftJob(sft_file=self.sft_file, model=model, model_dir=place, settings=settings, n_threads=n_threads)
         result = run_job(job, n_processes=n_processes, sharding=sharding)
         made = {"model": model, "n_processes": n_processes, "sharding": sharding, **asdict(settings)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from seal_nb.inner_loop.settings import InnerLoopSettings, ModelSettings, Settings, setting
+from seal_nb.storage import runs_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class ServeSettings(SharedSettings):
 
     @property
     def endpoint_path(self) -> Path:
-        return self.endpoint_file or self.run_dir / "endpoint.json"
+        return runs_folder(self.endpoint_file) if self.endpoint_file else self.run_dir / "endpoint.json"
 
 
 @dataclass(frozen=True, kw_only=True)
