@@ -58,20 +58,22 @@ class Meter:
     def __init__(self, now: float) -> None:
         self.started_at = now
         self.counts: Counter[str] = Counter()
-        self._recent: deque[tuple[float, int]] = deque()  # when, and how many trained tokens
+        self._seconds: deque[list[int]] = deque(maxlen=int(RATE_S) + 1)  # second, answers, trained tokens
 
     def answered(self, now: float, *, tokens: int) -> None:
         self.counts["answered"] += 1
         self.counts["train_tokens"] += tokens
-        self._recent.append((now, tokens))
-        while now - self._recent[0][0] > RATE_S:
-            self._recent.popleft()
+        if not self._seconds or self._seconds[-1][0] != int(now):
+            self._seconds.append([int(now), 0, 0])
+        self._seconds[-1][1] += 1
+        self._seconds[-1][2] += tokens
 
     def rates(self, now: float) -> dict[str, float]:
         """jobs_per_min and tokens_per_s over the last minute, or since the start if that is shorter."""
         span_s = max(1.0, min(RATE_S, now - self.started_at))
-        recent = [tokens for at, tokens in self._recent if now - at <= RATE_S]
-        return {"jobs_per_min": round(60 * len(recent) / span_s, 2), "tokens_per_s": round(sum(recent) / span_s, 2)}
+        recent = [one[1:] for one in self._seconds if now - one[0] <= RATE_S]
+        jobs, tokens = (sum(column) for column in zip([0, 0], *recent, strict=True))
+        return {"jobs_per_min": round(60 * jobs / span_s, 2), "tokens_per_s": round(tokens / span_s, 2)}
 
 
 class AnswerCounts:
@@ -79,11 +81,11 @@ class AnswerCounts:
     20 bytes for each answer, written before the reply is sent. If it is lost, seeds start at 0 again."""
 
     def __init__(self, path: Path) -> None:
-        self._used: defaultdict[str, int] = defaultdict(int)
+        self._used: defaultdict[bytes, int] = defaultdict(int)
         raw = path.read_bytes() if path.exists() else b""
         size = len(raw) - len(raw) % ENTRY.size  # a torn last entry is dropped
         for content, number in ENTRY.iter_unpack(raw[:size]):
-            self._used[content.hex()] |= 1 << number
+            self._used[content] |= 1 << number
         self._unsaved = b""
         self._file = path.open("ab", buffering=0)
         self._file.truncate(size)
@@ -94,8 +96,9 @@ class AnswerCounts:
 
     def take(self, content: str) -> int:
         """The smallest free number of this content."""
-        free = ~self._used[content] & (self._used[content] + 1)
-        self._used[content] |= free
+        used = self._used[bytes.fromhex(content)]
+        free = ~used & (used + 1)
+        self._used[bytes.fromhex(content)] = used | free
         return free.bit_length() - 1
 
     def answered(self, content: str, number: int) -> None:
@@ -105,7 +108,7 @@ class AnswerCounts:
 
     def dropped(self, content: str, number: int) -> None:
         """The request was not answered (an error, a cancel): its number is free again."""
-        self._used[content] &= ~(1 << number)
+        self._used[bytes.fromhex(content)] &= ~(1 << number)
 
     def save(self) -> None:
         """Write what is not written yet. A full disk may take a part of it; the rest follows later."""
