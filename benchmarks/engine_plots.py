@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from seal_nb.views.style import BLUE, GREY, ORANGE, WIDTH_IN, Chart, styled
 
@@ -43,6 +43,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str, colour: st
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks([row["parallel"] for row in rows])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
