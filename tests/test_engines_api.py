@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
-from seal_nb.engines.api import ApiClient, ApiSettings, Ask, OpenAIEngine, Refused, Unavailable, UnusableReply, api_key
-from seal_nb.engines.base import Completion, Incomplete, NotAsked, Sampling
+from seal_nb.engines.api import ApiClient, ApiSettings, OpenAIEngine, Refused, Unavailable, UnusableReply, api_key
+from seal_nb.engines.base import Ask, Completion, Incomplete, NotAsked, Sampling
 from seal_nb.engines.choose import chosen_engine
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage, load_passages
@@ -451,8 +451,8 @@ def test_wrong_settings_are_refused_with_their_name(wrong: dict, told: str) -> N
     assert "secret" not in str(caught.value)
 
 
-def engine_of(service: StandIn, *, chat_only: bool = False) -> OpenAIEngine:
-    return OpenAIEngine(settings_of(service, max_parallel=4, max_attempts=2), model="m", chat_only=chat_only)
+def engine_of(service: StandIn) -> OpenAIEngine:
+    return OpenAIEngine(settings_of(service, max_parallel=4, max_attempts=2), model="m")
 
 
 def test_texts_come_in_order_each_from_its_seed() -> None:
@@ -460,13 +460,6 @@ def test_texts_come_in_order_each_from_its_seed() -> None:
         made = engine_of(service).generate(["a", "b", "c"], SAMPLING, seeds=[1, 2, 3])
     assert [(c.text, c.n_tokens, c.finish_reason) for c in made] == [(t, 3, "stop") for t in "ABC"]
     assert {asked.prompt: asked.body["seed"] for asked in service.asked} == {"a": 1, "b": 2, "c": 3}
-
-
-def test_a_plain_prompt_is_one_message_for_a_service_that_only_chats() -> None:
-    with stand_in() as service:
-        (made,) = engine_of(service, chat_only=True).generate(["a"], SAMPLING, seeds=[1])
-    assert made.text == "A" and service.asked[0].path == "/v1/chat/completions"
-    assert service.asked[0].body["messages"] == [{"role": "user", "content": "a"}]
 
 
 def test_what_came_is_told_at_once_and_what_is_missing_is_named() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_nb.engines.base import Completion, OnText, Prompt, Sampling, contents, in_order
+from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, Sampling, contents
 from seal_nb.errors import DataError, EngineError, SettingsError
 from seal_nb.experiments.rest_em import select_best, sft_rows
 from seal_nb.passages import Passage, Question, load_passages, to_item
@@ -86,7 +86,7 @@ def test_the_passage_only_arm_is_the_passage_once() -> None:
     assert passage_only_sequences(title="T", context=" C ") == ["T\nC"]
 
 
-class RecordingEngine:
+class RecordingEngine(Engine):
     """Writes texts that show seed and prompt; fails from a given text on."""
 
     model_id = "recording"
@@ -95,27 +95,19 @@ class RecordingEngine:
         self.asked: list[Prompt] = []
         self.texts_left = texts_before_failure
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seeds: Sequence[int],
-        adapters: Sequence[Path | None] = (),
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> dict[int, Completion | EngineError]:
         outcomes: dict[int, Completion | EngineError] = {}
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        for index, ask in enumerate(asks):
             if self.texts_left == 0:
                 outcomes[index] = EngineError("out of memory")
                 continue
             self.texts_left -= 1
-            self.asked.append(prompt)
-            text = f" {seed}/{len(contents(prompt))} \n"
+            self.asked.append(ask.prompt)
+            text = f" {ask.seed}/{len(contents(ask.prompt))} \n"
             outcomes[index] = made = Completion(text=text, n_tokens=3, finish_reason="stop")
             if on_text is not None:
                 on_text(index, made)
-        return in_order(outcomes)
+        return outcomes
 
     def text_of(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else f"<chat>{contents(prompt)}</chat>"
@@ -195,9 +187,8 @@ def test_progress_is_told_in_few_lines() -> None:
 
 def test_an_engine_that_loses_a_text_is_an_error_and_not_a_short_list() -> None:
     class Losing(RecordingEngine):
-        def generate(self, prompts: Sequence[Prompt], *rest: object, **asked: object) -> list[Completion]:
-            asked["seeds"] = list(asked["seeds"])[:-1]  # type: ignore[call-overload]
-            return super().generate(prompts[:-1], *rest, **asked)  # type: ignore[arg-type]
+        def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> dict[int, Completion | EngineError]:
+            return super().outcomes(asks[:-1], on_text)
 
     with pytest.raises(EngineError, match="14 texts, but 15"):
         written(Losing())

@@ -1,8 +1,7 @@
 """Texts from an OpenAI-compatible service: OpenAI itself, a vLLM server, a gateway.
 
-The official client (https://github.com/openai/openai-python) sends the requests, from as many threads as requests may
-be under way. Added here: other attempts after failures that may pass, patience with rate limits, the end of a round,
-Ctrl-C. Only a finished text counts as a reply. Engines and judges use the same client.
+The official client sends the requests. Added here: other attempts after failures that may pass, patience with rate
+limits, the end of a round, Ctrl-C. Only a finished text counts as a reply. Engines and judges use the same client.
 """
 
 import json
@@ -13,16 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import openai
 from dotenv import dotenv_values, find_dotenv
 
-from seal_nb.engines.base import Completion, NotAsked, OnText, Prompt, Sampling, adapter_of_each, contents, in_order
+from seal_nb.engines.base import Ask, Completion, Engine, NotAsked, OnText
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.processes import DaemonThreads
 
@@ -78,17 +76,6 @@ class ApiSettings:
             raise SettingsError(f"timeout_s={self.timeout_s}: must be above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """A request for one text; ``extra`` are more fields of its body."""
-
-    model: str
-    prompt: Prompt
-    sampling: Sampling
-    seed: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
 @dataclass(kw_only=True)
 class Usage:
     """What a client has used so far. Unusable replies count, because they are paid for too."""
@@ -110,13 +97,8 @@ def api_key(variable: str) -> str:
 
 
 class ApiClient:
-    """Sends requests to one service; may be used from many threads.
-
-    Args:
-        settings: address and limits.
-        key: the API key, if it is not in the variable that the settings name.
-        check: is called before each attempt. It may raise an EngineError, such as "the server has ended".
-    """
+    """Sends requests to one service; may be used from many threads. ``key``: if it is not in the variable that the
+    settings name. ``check`` is called before each attempt; it may raise an EngineError ("the server has ended")."""
 
     def __init__(
         self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] = lambda: None
@@ -132,14 +114,10 @@ class ApiClient:
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=key or "none",
-            max_retries=0,  # `_answer` repeats: it can be stopped, and waits longer for a rate limit
+            max_retries=0,  # `one` repeats: it can be stopped, and waits longer for a rate limit
             timeout=timeout,
             http_client=openai.DefaultHttpxClient(timeout=timeout, trust_env=trust_env),
         )
-
-    def one(self, ask: Ask) -> Completion:
-        """The text of one request. Raises: Refused, Unavailable, UnusableReply."""
-        return self._answer(ask, threading.Event())
 
     def each(self, asks: Mapping[int, Ask], on_text: OnText | None = None) -> dict[int, Completion | EngineError]:
         """The outcome of each request, ``max_parallel`` at a time.
@@ -153,7 +131,7 @@ class ApiClient:
         def outcome(index: int, ask: Ask) -> Completion | EngineError:
             nonlocal n_failed_in_a_row
             try:
-                found: Completion | EngineError = self._answer(ask, stopped)
+                found: Completion | EngineError = self.one(ask, stopped)
             except EngineError as error:
                 found = error
             with one_at_a_time:
@@ -191,8 +169,10 @@ class ApiClient:
         except openai.APIConnectionError as error:
             raise Unavailable(self._shown(f"{path}: {error}")) from None
 
-    def _answer(self, ask: Ask, stopped: threading.Event) -> Completion:
-        """One text. Errors are not chained, because a service's message may hold the key."""
+    def one(self, ask: Ask, stopped: threading.Event | None = None) -> Completion:
+        """The text of one request; ``stopped`` ends its attempts. Errors are not chained, because a service's message
+        may hold the key. Raises: Refused, Unavailable, UnusableReply, NotAsked."""
+        stopped = stopped or threading.Event()
         is_text = isinstance(ask.prompt, str)
         body = {
             "model": ask.model,
@@ -211,14 +191,16 @@ class ApiClient:
             try:
                 return self._completion(self._client.post(path, cast_to=str, body=body))
             except openai.APIConnectionError as error:
-                shown, asked_pause_s, status = self._shown(str(error)), None, 0
+                shown, status, retry_after = self._shown(str(error)), 0, ""
             except openai.APIStatusError as error:
-                shown, asked_pause_s, status = self._shown(str(error)), _retry_after_s(error), error.status_code
+                shown, status = self._shown(str(error)), error.status_code
+                retry_after = error.response.headers.get("retry-after", "")
                 if status == 429 and OUT_OF_MONEY in error.response.text:
                     status = 402
             if status and status not in MAY_PASS and status < 500:
                 raise Refused(shown, status=status)
-            wait_s = pause_s * random.uniform(0.75, 1) if asked_pause_s is None else asked_pause_s
+            is_seconds = re.fullmatch(r"\d+(\.\d+)?", retry_after)  # it may be a date
+            wait_s = float(retry_after) if is_seconds else pause_s * random.uniform(0.75, 1)
             if status == 429 and time.monotonic() + wait_s > given_up_s:
                 limit = f"rate-limited for longer than patience_s={self.settings.patience_s:g}"
                 raise Unavailable(f"{shown}; {limit}; run again later")
@@ -255,52 +237,15 @@ class ApiClient:
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
 
 
-def _retry_after_s(error: openai.APIStatusError) -> float | None:
-    """How long to wait, if the service says so."""
-    try:
-        return max(0.0, float(error.response.headers.get("retry-after", "")))
-    except ValueError:
-        return None
+class OpenAIEngine(Engine):
+    """Completes prompts through a service. Two services with one model name share a ``model_id``. The text of a chat is
+    its messages, because the service's own template is unknown."""
 
+    def __init__(self, settings: ApiSettings, *, model: str) -> None:
+        self.client, self.model, self.model_id = ApiClient(settings), model, f"openai-{model}"
 
-class OpenAIEngine:
-    """Completes prompts through a service.
-
-    Args:
-        settings: address and limits.
-        model: the service's name for the model. Two services with one model name share a ``model_id``.
-        chat_only: send a plain prompt as the one message of a chat, as the published texts of GPT-4.1 were made; for
-            services without a completions endpoint.
-    """
-
-    def __init__(self, settings: ApiSettings, *, model: str, chat_only: bool = False) -> None:
-        self.client, self.model, self.chat_only = ApiClient(settings), model, chat_only
-
-    @property
-    def model_id(self) -> str:
-        return f"openai-{self.model}"
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seeds: Sequence[int],
-        adapters: Sequence[Path | None] = (),
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """See Engine. Raises: SettingsError for an adapter, which a service cannot load."""
-        if any(adapter_of_each(prompts, adapters)):
+        if any(ask.adapter for ask in asks):
             raise SettingsError(f"{self.model_id} cannot load adapters; use the engine local or vllm")
-        asks = {
-            index: Ask(model=self.model, prompt=self._sent(prompt), sampling=sampling, seed=seed)
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        }
-        return in_order(self.client.each(asks, on_text))
-
-    def text_of(self, prompt: Prompt) -> str:
-        """The text that is sent; the service's own template is unknown."""
-        return contents(prompt)
-
-    def _sent(self, prompt: Prompt) -> Prompt:
-        return ({"role": "user", "content": prompt},) if self.chat_only and isinstance(prompt, str) else prompt
+        return self.client.each({i: replace(ask, model=self.model) for i, ask in enumerate(asks)}, on_text)

@@ -4,10 +4,11 @@ transformers, vLLM and APIs are interchangeable behind it. An engine knows nothi
 experiments. A failure raises EngineError; it is never an empty completion.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from seal_nb.errors import EngineError, SettingsError
 
@@ -18,19 +19,12 @@ OnText = Callable[[int, "Completion"], None]  # called with (index of the prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. The defaults are the published ones for self-edits (SEAL, arXiv 2506.10943).
+    """How to sample. The defaults are the published ones for self-edits (SEAL, arXiv 2506.10943)."""
 
-    Args:
-        max_tokens: the most tokens of one completion.
-        temperature: 0 is greedy.
-        top_p: probability mass that nucleus sampling keeps, above 0 and at most 1.
-        stop: texts that end a completion.
-    """
-
-    max_tokens: int = 8192
-    temperature: float = 1.0
-    top_p: float = 0.95
-    stop: tuple[str, ...] = ()
+    max_tokens: int = 8192  # of one completion, at most
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 0.95  # probability mass that nucleus sampling keeps
+    stop: tuple[str, ...] = ()  # texts that end a completion
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -39,6 +33,18 @@ class Sampling:
             raise SettingsError(f"temperature={self.temperature}: must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise SettingsError(f"top_p={self.top_p}: must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A request for one text. A text depends on nothing else."""
+
+    prompt: Prompt
+    sampling: Sampling
+    seed: int | None = None
+    adapter: Path | None = None  # the folder of a PEFT adapter; None: the base
+    model: str = ""  # a service's name for it
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of the request to a service
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +73,11 @@ class Incomplete(EngineError):
         super().__init__(f"{len(self.failures)} of {len(outcomes)} texts are missing ({'; '.join(reasons)})")
 
 
-class Engine(Protocol):
-    """Anything that completes prompts."""
+class Engine(ABC):
+    """Anything that completes prompts. ``model_id`` identifies the weights and the software that runs them, so that
+    results are never mixed up."""
 
-    @property
-    def model_id(self) -> str:
-        """Identifies the weights and the software that runs them, so that results are never mixed up."""
-        ...
+    model_id: str
 
     def generate(
         self,
@@ -84,45 +88,30 @@ class Engine(Protocol):
         adapters: Sequence[Path | None] = (),
         on_text: OnText | None = None,
     ) -> list[Completion]:
-        """Complete every prompt.
+        """The completion of every prompt, in their order; without ``adapters`` all are the base's.
 
-        Args:
-            prompts: texts or chats.
-            sampling: how to sample, the same for all prompts.
-            seeds: one for each prompt. A text depends on its own prompt, seed and adapter only.
-            adapters: the folder of a PEFT adapter for each prompt, None for the base; empty: the base for all.
-            on_text: is called as soon as a text has come, so that the caller can save it. API engines call it from
-                another thread, one call at a time.
-
-        Returns:
-            One completion for each prompt, in the order of the prompts.
-
-        Raises:
-            Incomplete: some prompts have no text; it holds those that came.
-            EngineError: nothing could be generated.
+        ``on_text`` is called as soon as a text has come, so that the caller can save it. API engines call it from
+        another thread, one call at a time. Raises: Incomplete if prompts have no text (it holds those that came),
+        SettingsError for what the engine cannot do.
         """
-        ...
+        if adapters and len(adapters) != len(prompts):
+            raise SettingsError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none")
+        each = zip(prompts, seeds, adapters or [None] * len(prompts), strict=True)
+        outcomes = self.outcomes([Ask(prompt=p, sampling=sampling, seed=s, adapter=a) for p, s, a in each], on_text)
+        completions = [one for _, one in sorted(outcomes.items()) if isinstance(one, Completion)]
+        if len(completions) < len(outcomes):
+            raise Incomplete(outcomes)
+        return completions
+
+    @abstractmethod
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
+        """The text or the failure of each request, by its index."""
 
     def text_of(self, prompt: Prompt) -> str:
         """The text that the model sees: a chat goes through the model's template, where that is known."""
-        ...
-
-
-def in_order(outcomes: Mapping[int, Completion | EngineError]) -> list[Completion]:
-    """The completions by index of their prompts. Raises: Incomplete if there are failures."""
-    completions = [one for _, one in sorted(outcomes.items()) if isinstance(one, Completion)]
-    if len(completions) < len(outcomes):
-        raise Incomplete(outcomes)
-    return completions
+        return contents(prompt)
 
 
 def contents(prompt: Prompt) -> str:
     """A prompt as plain text: the messages of a chat, without the model's markup."""
     return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
-
-
-def adapter_of_each(prompts: Sequence[Prompt], adapters: Sequence[Path | None]) -> list[Path | None]:
-    """One entry for each prompt. Raises: SettingsError if the numbers differ."""
-    if adapters and len(adapters) != len(prompts):
-        raise SettingsError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none")
-    return list(adapters) or [None] * len(prompts)

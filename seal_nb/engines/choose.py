@@ -21,18 +21,11 @@ def chosen_engine(
     url: str = "",
     api_key_env: str = "",
     max_parallel: int = 32,
-    chat: bool = False,
     n_threads: int = 1,
 ) -> Iterator[Engine]:
-    """The engine that a notebook's parameters name.
-
-    The parameters have the meaning that `01_create_self_edits` states; ``run_dir`` is for ``vllm.log``. Without ``url``
+    """The engine that the parameters of `01_create_self_edits` name; ``run_dir`` is for ``vllm.log``. Without ``url``
     "vllm" starts a server of its own, which stops at the end of the block, and "openai" asks OpenAI.
-
-    Raises: SettingsError for settings that do not fit the engine; EngineError where the server does not answer.
-    """
-    if name not in ENGINES:
-        raise SettingsError(f"engine={name!r}: known are {', '.join(ENGINES)}")
+    Raises: SettingsError for settings that do not fit the engine; EngineError where the server does not answer."""
     if name == "local":
         if url:
             raise SettingsError(f"engine_url={url!r} is for the engines vllm and openai; this one is local")
@@ -42,10 +35,8 @@ def chosen_engine(
     elif name == "vllm" and not url:
         with VllmServer(model, run_dir=run_dir) as server:
             yield VllmEngine.of(server, max_parallel=max_parallel)
-    else:
+    elif name in ENGINES:
         settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)
-        yield (
-            VllmEngine.at(settings, model=model)
-            if name == "vllm"
-            else OpenAIEngine(settings, model=model, chat_only=chat)
-        )
+        yield VllmEngine.at(settings, model=model) if name == "vllm" else OpenAIEngine(settings, model=model)
+    else:
+        raise SettingsError(f"engine={name!r}: known are {', '.join(ENGINES)}")

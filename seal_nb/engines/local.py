@@ -1,11 +1,10 @@
 """The local engine: transformers in this process, with the grouped decoding of the inner loop."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from seal_nb.engines.base import Completion, OnText, Prompt, Sampling, adapter_of_each, in_order
+from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.ttt.base import FrozenBase
@@ -14,36 +13,27 @@ from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
 ROWS = 64  # texts that are generated at a time
 
 
-class LocalEngine:
-    """Completes prompts with a loaded model; ``model_id`` as in Engine."""
+class LocalEngine(Engine):
+    """Completes prompts with a loaded model."""
 
     def __init__(self, base: FrozenBase, *, model_id: str) -> None:
         self.base, self.model_id = base, model_id
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seeds: Sequence[int],
-        adapters: Sequence[Path | None] = (),
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """See Engine. Prompts with different adapters share a batch."""
-        folders = adapter_of_each(prompts, adapters)
-        loaded = {folder: self.base.load_adapter(folder) for folder in dict.fromkeys(folders) if folder}
+        loaded = {folder: self.base.load_adapter(folder) for folder in {ask.adapter: None for ask in asks} if folder}
         decoder = GroupedDecoder(self.base, max_rows=ROWS)
-        for index, (prompt, seed, folder) in enumerate(zip(prompts, seeds, folders, strict=True)):
+        for index, ask in enumerate(asks):
             row = DecodeRow(
                 key=index,
                 # The template has added the special tokens of a chat.
-                token_ids=self.base.encode(self.text_of(prompt), special_tokens=isinstance(prompt, str)),
-                adapters=(loaded[folder],) if folder else (),
-                max_new_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=seed,
-                stop=sampling.stop,
+                token_ids=self.base.encode(self.text_of(ask.prompt), special_tokens=isinstance(ask.prompt, str)),
+                adapters=(loaded[ask.adapter],) if ask.adapter else (),
+                max_new_tokens=ask.sampling.max_tokens,
+                temperature=ask.sampling.temperature,
+                top_p=ask.sampling.top_p,
+                seed=ask.seed or 0,
+                stop=ask.sampling.stop,
             )
             decoder.submit(row)
         outcomes: dict[int, Completion | EngineError] = {}
@@ -57,7 +47,7 @@ class LocalEngine:
                 outcomes[index] = completion
                 if on_text is not None:
                     on_text(index, completion)
-        return in_order(outcomes)
+        return outcomes
 
     def text_of(self, prompt: Prompt) -> str:
         """See Engine. Raises: SettingsError for a chat if the model has no chat template."""
@@ -70,13 +60,8 @@ class LocalEngine:
 
 
 def load_local_engine(model: str, *, n_threads: int = 1, device: str = "auto", dtype: str = "auto") -> LocalEngine:
-    """Load a model for generation in this process.
-
-    Args:
-        model: folder, hub name or "embedded".
-        n_threads: CPU threads of torch.
-        device, dtype: see FrozenBase.load.
-    """
+    """Load a model (a folder, a hub name or "embedded") for generation in this process, on ``n_threads`` CPU threads.
+    ``device`` and ``dtype``: see FrozenBase.load."""
     torch.set_num_threads(n_threads)
     folder = resolve_model(model)
     base = FrozenBase.load(folder, device=device, dtype=dtype)

@@ -1,12 +1,7 @@
 """The vLLM engine: texts of a base and of many adapters at once, from a server of our own or an existing one.
 
-    with VllmServer("Qwen/Qwen2.5-7B", run_dir=folder) as server:
-        engine = VllmEngine.of(server)
-
-Our own server is vLLM 0.32's HTTP server in a process of its own, and if needed in an environment of its own. It
-listens on loopback, needs a key that only this process knows, writes ``vllm.log`` into the run folder and ends with
-this process. Greedy float32 texts equal those of the local engine, token for token (tests/vllm). Sampled ones come
-from vLLM's own random numbers: the same seed gives the same text, but another one than the local engine's.
+Greedy float32 texts equal those of the local engine, token for token (tests/vllm). Sampled ones come from vLLM's own
+random numbers: the same seed gives the same text, but another one than the local engine's.
 """
 
 import contextlib
@@ -20,12 +15,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from seal_nb.engines.api import ApiClient, ApiSettings, Ask, Refused, Unavailable
-from seal_nb.engines.base import Completion, OnText, Prompt, Sampling, adapter_of_each, contents, in_order
+from seal_nb.engines.api import ApiClient, ApiSettings, Refused, Unavailable
+from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, contents
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.processes import end_tree
@@ -67,41 +63,31 @@ def vllm_python() -> str:
     )
 
 
+@dataclass(eq=False)
 class VllmServer:
-    """A vLLM server that this process starts, watches and stops; a context manager.
+    """vLLM 0.32's HTTP server in a process that this one starts, watches and stops; a context manager. It listens on
+    loopback, needs a key that only this process knows, and writes ``vllm.log`` into ``run_dir``."""
 
-    Args:
-        model: folder, hub name or "embedded".
-        run_dir: folder for ``vllm.log``.
-        dtype: of the weights; "auto" takes the model's.
-        max_adapters: adapters that are loaded at a time.
-        max_lora_rank: the largest rank of an adapter; published inner loops: 32.
-        arguments: more of vLLM's own arguments, such as ``--max-model-len=4096``.
-        python: interpreter that has vLLM; empty: see ``vllm_python``.
-        start_timeout_s: a 7B model loads and compiles for minutes.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        run_dir: Path,
-        dtype: str = "auto",
-        max_adapters: int = 8,
-        max_lora_rank: int = 32,
-        arguments: Sequence[str] = (),
-        python: str = "",
-        start_timeout_s: float = 900.0,
-    ) -> None:
-        self.model, self.dtype, self.log_path = model, dtype, run_dir / "vllm.log"
-        self.max_adapters, self.max_lora_rank, self.arguments = max_adapters, max_lora_rank, arguments
-        self.python, self.start_timeout_s = python, start_timeout_s
-        self.key, self.port = secrets.token_hex(16), 0
-        self.process: subprocess.Popen[bytes] | None = None
+    model: str  # folder, hub name or "embedded"
+    _: KW_ONLY
+    run_dir: Path
+    dtype: str = "auto"  # of the weights; "auto" takes the model's
+    max_adapters: int = 8  # loaded at a time
+    max_lora_rank: int = 32  # the largest rank of an adapter; published inner loops: 32
+    arguments: Sequence[str] = ()  # more of vLLM's own, such as ``--max-model-len=4096``
+    python: str = ""  # interpreter that has vLLM; empty: see ``vllm_python``
+    start_timeout_s: float = 900.0  # a 7B model loads and compiles for minutes
+    key: str = field(init=False, repr=False, default_factory=lambda: secrets.token_hex(16))
+    port: int = field(init=False, default=0)
+    process: "subprocess.Popen[bytes] | None" = field(init=False, default=None)
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}/v1"
+
+    @property
+    def log_path(self) -> Path:
+        return self.run_dir / "vllm.log"
 
     def start(self) -> Self:
         """Start the server and wait until it is ready, unless it runs already. Raises: VllmFailed."""
@@ -197,18 +183,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Completes prompts through a vLLM server; use ``of`` or ``at`` to make one.
 
-    Adapters are loaded for the prompts of one call, under names that are never used twice: vLLM's prefix cache would
-    take a new adapter for the old one of that name (vllm issue 42125). The server reads the folders itself, so it
-    needs access to them.
-
-    Args:
-        client: of the server.
-        model: the name that the server gives to the base.
-        model_id: see Engine.
-        max_adapters: loaded at a time; more of them take turns.
+    Adapters are loaded for the prompts of one call, ``max_adapters`` at a time, under names that are never used twice:
+    vLLM's prefix cache would take a new adapter for the old one of that name (vllm issue 42125). The server reads the
+    folders itself, so it needs access to them. ``model`` is the server's name for the base.
     """
 
     def __init__(self, client: ApiClient, *, model: str, model_id: str, max_adapters: int = 8) -> None:
@@ -223,16 +203,8 @@ class VllmEngine:
 
     @classmethod
     def at(cls, settings: ApiSettings, *, model: str = "") -> Self:
-        """An engine on an existing server.
-
-        Args:
-            settings: address and limits.
-            model: the name that it serves; empty: its first.
-
-        Raises:
-            SettingsError: the server does not serve this model.
-            EngineError: it serves no model, or it is no vLLM server.
-        """
+        """An engine on an existing server that serves ``model``; empty: its first. Raises: SettingsError if it does not
+        serve this model; EngineError if it serves no model, or is no vLLM server."""
         client = ApiClient(settings)
         try:
             listed = [dict(one) for one in json.loads(client.control("/v1/models"))["data"] if one["id"]]
@@ -246,38 +218,23 @@ class VllmEngine:
             raise SettingsError(f"{settings.base_url} serves {', '.join(roots)}, not {model!r}")
         return cls(client, model=model, model_id=f"vllm-{Path(roots[model]).name}-{content_id(roots[model])[:8]}")
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        seeds: Sequence[int],
-        adapters: Sequence[Path | None] = (),
-        on_text: OnText | None = None,
-    ) -> list[Completion]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """See Engine. More adapters than can be loaded at a time take turns."""
-        folders = adapter_of_each(prompts, adapters)
-        distinct = list(dict.fromkeys(folder for folder in folders if folder))
+        distinct = list(dict.fromkeys(ask.adapter for ask in asks if ask.adapter))
         outcomes: dict[int, Completion | EngineError] = {}
         for start in range(0, len(distinct) or 1, self.max_adapters):
             turn = distinct[start : start + self.max_adapters]
-            asked = [i for i, folder in enumerate(folders) if (folder in turn if folder else start == 0)]
+            asked = {i: ask for i, ask in enumerate(asks) if (ask.adapter in turn if ask.adapter else start == 0)}
             try:
                 with self._loaded(turn) as names:
-                    asks = {
-                        i: Ask(
-                            model=names.get(folders[i], self.model),
-                            prompt=prompts[i],
-                            sampling=sampling,
-                            seed=seeds[i],
-                            extra=PLAIN_SAMPLING,
-                        )
-                        for i in asked
+                    sent = {
+                        i: replace(ask, model=names.get(ask.adapter, self.model), extra=PLAIN_SAMPLING)
+                        for i, ask in asked.items()
                     }
-                    outcomes |= self.client.each(asks, on_text)
+                    outcomes |= self.client.each(sent, on_text)
             except EngineError as error:
                 outcomes |= dict.fromkeys(asked, error)
-        return in_order(outcomes)
+        return outcomes
 
     @contextlib.contextmanager
     def _loaded(self, folders: Sequence[Path]) -> Iterator[dict[Path | None, str]]:

@@ -134,7 +134,6 @@ def create_self_edits(
             url=engine_url,
             api_key_env=api_key_env,
             max_parallel=max_parallel,
-            chat=chat,
             n_threads=n_threads,
         ) as writer,
     ):

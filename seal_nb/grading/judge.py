@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from seal_nb.engines.api import CONCERNS_ALL, ApiClient, ApiSettings, Ask, Refused
-from seal_nb.engines.base import Sampling
+from seal_nb.engines.api import CONCERNS_ALL, ApiClient, ApiSettings, Refused
+from seal_nb.engines.base import Ask, Sampling
 from seal_nb.errors import EngineError, GradingError, SettingsError
 from seal_nb.grading.base import Answered, Verdict, without_asking
 from seal_nb.models import cache_dir
