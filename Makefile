@@ -36,12 +36,12 @@ demo: $(STAMP)
 check: $(STAMP)
 	@$(LINT) && $(BIN)/python -m pytest -q -n 2 -m "not slow" tests
 
-# One pytest runs everything, so that its last line counts everything. It has two processes: one takes the tests that
-# mostly wait (tests/conftest.py).
+# One pytest runs everything, so that its last line counts everything. It has three processes on two cores, since a
+# third of the tests mostly wait (tests/conftest.py).
 test: $(STAMP)
 	@$(LINT); lint=$$?; \
 	$(FRESH_NOTEBOOKS); \
-	$(BIN)/python -m pytest -n 2 tests build/notebooks \
+	$(BIN)/python -m pytest -n 3 tests build/notebooks \
 		--nbval-lax --nbval-cell-timeout=900; tests=$$?; \
 	if [ $$lint -ne 0 ]; then echo "make test: ruff or mypy failed, see the top" >&2; exit 1; fi; \
 	exit $$tests

@@ -24,7 +24,8 @@ settings.load_profile("shared machine")
 
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = ("browser", "chain", "server", "slurm")  # folders whose tests start processes and wait for them
+WAITING = ("browser", "chain", "server")  # folders whose tests start processes and wait for them
+LONG = ("notebooks", "slurm", "waiting", "vllm")  # groups that start first: no process shall end long after the others
 # What `make check` leaves out: tests that start servers, kernels or other programs, or that load or train a model.
 SLOW_FOLDERS = ("browser", "slurm", "vllm")
 SLOW_FIXTURES = {"server", "ttt", "start_server", "client", "endpoint", "small_model_dir"}
@@ -46,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.path, getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: [group_of(item.nodeid) != name for name in LONG])
 
 
 def is_slow(path: Path, fixtures: Iterable[str]) -> bool:
@@ -60,21 +62,22 @@ def is_slow(path: Path, fixtures: Iterable[str]) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """Groups of tests that `pytest -n` keeps in one process."""
+    """Groups of tests that `pytest -n` keeps in one process, in the order of the tests."""
+    config.option.loadscopereorder = False
     scheduling = LoadScopeScheduling(config, log)
     scheduling._split_scope = group_of  # type: ignore[method-assign]
     return scheduling
 
 
 def group_of(node_id: str) -> str:
-    """A group is a file, with three exceptions. Tests that mostly wait are one group, because their processes would
-    disturb one another. The tests of vLLM share its server. The notebooks share a folder."""
+    """A group is a file, with exceptions. Tests that mostly wait are one group, because their processes would
+    disturb one another. The tests of SLURM share a cluster, those of vLLM a server. The notebooks share a folder."""
     path = PurePosixPath(node_id.split("::")[0])
     if path.suffix == ".ipynb":
         return "notebooks"
     if path.parent.name in WAITING:
         return "waiting"
-    return "vllm" if path.parent.name == "vllm" else str(path)
+    return path.parent.name if path.parent.name in ("slurm", "vllm") else str(path)
 
 
 def find_golden(shared: Path) -> Path:
