@@ -6,7 +6,6 @@ page enforces it. Text from notebooks is escaped, and HTML in their outputs is s
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -69,20 +68,6 @@ td, th { padding: .4rem .8rem; border-bottom: 1px solid GrayText; text-align: le
 """.replace("POLICY", POLICY)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """One executed notebook. ``failure`` is empty unless a cell raised."""
-
-    path: Path
-    stage: str
-    link: str
-    title: str
-    started: str  # ISO 8601, from papermill
-    failure: str
-    has_results: bool
-    notebook: Any
-
-
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
     """Write an HTML page next to each executed notebook below a folder, and ``index.html`` that links them.
     Returns: the path of ``index.html``. Raises: DataError where there is no notebook, or one cannot be read."""
@@ -91,18 +76,19 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
 
     folder = Path(run_dir)
     found = [path for path in folder.rglob("*.ipynb") if not SKIPPED_FOLDERS & set(path.relative_to(folder).parts)]
-    read = [_read(path, folder) for path in found]
-    pages = sorted(read, key=lambda page: (not page.has_results, page.started, page.link))
-    if not pages:
+    if not found:
         raise DataError("no executed notebook", path=folder, remedy="run a stage with its output in this folder")
+    pages = [_page(path, folder) for path in found]
+    pages.sort(key=lambda page: (not page["has_results"], page["started"], page["link"]))
     exporter = HTMLExporter(raw_template=NOTEBOOK_PAGE, sanitize_html=True)
     exporter.register_filter("clean_html", _clean)
     for page in pages:
-        html, _ = exporter.from_notebook_node(page.notebook, resources={"metadata": {"name": page.title}})
-        write_text(page.path.with_suffix(".html"), html)
-    figures = [one for page in pages if page.has_results and not page.failure for one in _figures(page.notebook)]
+        html, _ = exporter.from_notebook_node(page["notebook"], resources={"metadata": {"name": page["title"]}})
+        write_text(page["path"].with_suffix(".html"), html)
+    results = [page["notebook"] for page in pages if page["has_results"] and not page["failure"]]
+    figures = [figure for notebook in results for figure in _figures(notebook)]
     template = Environment(autoescape=True).from_string(INDEX_PAGE)
-    failed = [page for page in pages if page.failure]
+    failed = [page for page in pages if page["failure"]]
     text = template.render(title=title, pages=pages, failed=failed, figures=figures[:N_FIGURES])
     return write_text(folder / "index.html", text)
 
@@ -118,7 +104,8 @@ def _clean(html: str) -> str:
     return str(clean(html, TAGS.split(), ATTRIBUTES, protocols=protocols, strip=True, css_sanitizer=css))
 
 
-def _read(path: Path, folder: Path) -> Page:
+def _page(path: Path, folder: Path) -> dict[str, Any]:
+    """What the index shows of an executed notebook, and the notebook. ``failure`` is empty unless a cell raised."""
     import nbformat
 
     try:
@@ -129,16 +116,16 @@ def _read(path: Path, folder: Path) -> Page:
     headings = [heading for cell in notebook.cells for heading in _headings(cell)]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     errors = [f"{one.ename}: {one.evalue}" for one in outputs if one.output_type == "error"]
-    return Page(
-        path=path,
-        stage="" if place.parent == Path() else place.parent.as_posix(),
-        link=quote(place.with_suffix(".html").as_posix()),
-        title=headings[0] if headings else path.stem,
-        started=str(notebook.metadata.get("papermill", {}).get("start_time") or ""),
-        failure=errors[0] if errors else "",
-        has_results=path.stem.startswith("08_results"),
-        notebook=notebook,
-    )
+    return {
+        "path": path,
+        "stage": "" if place.parent == Path() else place.parent.as_posix(),
+        "link": quote(place.with_suffix(".html").as_posix()),
+        "title": headings[0] if headings else path.stem,
+        "started": str(notebook.metadata.get("papermill", {}).get("start_time") or ""),
+        "failure": errors[0] if errors else "",
+        "has_results": path.stem.startswith("08_results"),
+        "notebook": notebook,
+    }
 
 
 def _headings(cell: Any) -> list[str]:

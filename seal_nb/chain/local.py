@@ -1,8 +1,7 @@
 """Run a chain on this machine: one stage after another, each in a process of its own, servers in the background.
 
 After an interruption of any kind the same call continues: finished stages are kept, and an unfinished one goes on
-from its own journal. No process outlives the chain. It ends the processes of its stages on the way out, and after a
-`kill -9` they notice that their parent is gone (``processes.end_with_parent``).
+from its own journal. No process outlives the chain, not even after a `kill -9` (``processes.end_with_parent``).
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,48 +36,39 @@ def shut_down(endpoint_file: Path) -> None:
         client.shutdown()
 
 
-def run_chain(
-    chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell, stop_server: Callable[[Path], None] = shut_down
-) -> None:
-    """Run the stages that are not done yet. ``stop_server`` asks the server of an endpoint file to end.
-    Raises: ChainFailed where a stage failed, and later ones were not started; RunMismatch."""
+def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell) -> None:
+    """Run the stages that are not done yet. Raises: ChainFailed where a stage failed, and later ones were not started;
+    RunMismatch."""
     with sole_use(run_dir, tell) as lock, contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGTERM, signal.SIGHUP):  # child processes are then ended on the way out
-            at_the_end.callback(signal.signal, number, signal.signal(number, _leave))
+            before = signal.signal(number, lambda number, _: sys.exit(128 + number))
+            at_the_end.callback(signal.signal, number, before)
         write_record(chain, run_dir)
-        _Run(chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, stop_server=stop_server, lock=lock).stages()
+        run = _Run(chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, lock=lock)
+        at_the_end.callback(run.end_servers)
+        run.stages()
 
 
-def _leave(number: int, _frame: object) -> None:
-    sys.exit(128 + number)
-
-
-class _Child:
+class _Child(subprocess.Popen[bytes]):
     """A stage's process. It writes into a log file, which is read while it grows."""
 
     def __init__(self, command: list[str], log: Path, lock: int) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
-            env = {**os.environ, "PYTHONUNBUFFERED": "1"}
             # In a session of its own: Ctrl-C then reaches only the chain, which ends its children in order.
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=env,
-                start_new_session=True,
-                pass_fds=(lock,),
-            )
-        self.log, self.started = log, time.monotonic()
-        self._file, self._rest = log.open(encoding="utf-8", errors="replace"), ""
+            super().__init__(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True, pass_fds=(lock,),
+            )  # fmt: skip
+        self.started = time.monotonic()
+        self._log, self._rest = log.open(encoding="utf-8", errors="replace"), ""
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
     def new_lines(self) -> list[str]:
         """The whole lines written since the last call."""
-        *lines, self._rest = (self._rest + self._file.read()).split("\n")
+        *lines, self._rest = (self._rest + self._log.read()).split("\n")
         return [line.rpartition("\r")[2].rstrip() for line in lines if line.strip()]
 
 
@@ -91,7 +80,6 @@ class _Run:
     run_dir: Path
     notebooks: Path
     tell: Tell
-    stop_server: Callable[[Path], None]
     lock: int
     servers: dict[str, _Child] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
@@ -99,18 +87,14 @@ class _Run:
     def stages(self) -> None:
         foreground = [stage for stage in self.chain if not stage.background]
         pending = [stage for stage in foreground if not stage.is_done(self.run_dir)]
-        try:
-            for k, stage in enumerate(foreground, 1):
-                place = f"[{k:>{len(str(len(foreground)))}}/{len(foreground)}] {stage.name} ({stage.notebook})"
-                if stage not in pending:
-                    self.tell(f"{place}: finished before, kept")
-                    continue
-                self.stage(stage, place)
-                pending.remove(stage)
-                self.stop_servers_except(pending)
-        finally:
-            for child in self.servers.values():
-                end_tree(child.process.pid)
+        for k, stage in enumerate(foreground, 1):
+            place = f"[{k:>{len(str(len(foreground)))}}/{len(foreground)}] {stage.name} ({stage.notebook})"
+            if stage not in pending:
+                self.tell(f"{place}: finished before, kept")
+                continue
+            self.stage(stage, place)
+            pending.remove(stage)
+            self.stop_servers_except(pending)
 
     def stage(self, stage: Stage, place: str) -> None:
         for server in self.chain.servers_of(stage):
@@ -121,8 +105,8 @@ class _Run:
         try:
             self.follow(child, stage)
         finally:
-            end_tree(child.process.pid)
-        if code := child.process.wait():
+            end_tree(child.pid)
+        if code := child.wait():
             raise self.failure(f"stage {stage.name!r} ended with exit code {code}", stage)
         if missing := stage.missing(self.run_dir):
             raise self.failure(f"stage {stage.name!r} did not write {', '.join(missing)}", stage)
@@ -137,7 +121,7 @@ class _Run:
         """Pass on the stage's output until it ends; raise if a server that it needs ends earlier."""
         last_told, running = time.monotonic(), True
         while running:
-            running = child.process.poll() is None
+            running = child.poll() is None
             lines = child.new_lines()
             if not lines and time.monotonic() - last_told > QUIET_S:
                 lines = [f"{stage.name}: still running after {clock(child.seconds())}"]
@@ -163,7 +147,7 @@ class _Run:
         self.tell(f"{stage.name}: ready after {clock(child.seconds())}")
 
     def check_server(self, stage: Stage) -> None:
-        if (code := self.servers[stage.name].process.poll()) is not None:
+        if (code := self.servers[stage.name].poll()) is not None:
             raise self.failure(f"server {stage.name!r} ended early with exit code {code}", stage)
 
     def stop_servers_except(self, pending: list[Stage]) -> None:
@@ -173,10 +157,14 @@ class _Run:
             child = self.servers.pop(name)
             # A server that does not answer is ended below.
             with contextlib.suppress(SealError, OSError, subprocess.TimeoutExpired):
-                self.stop_server(self.run_dir / name / ENDPOINT_FILE)
-                child.process.wait(STOP_TIMEOUT_S)
-            end_tree(child.process.pid)
+                shut_down(self.run_dir / name / ENDPOINT_FILE)
+                child.wait(STOP_TIMEOUT_S)
+            end_tree(child.pid)
             self.tell(f"{name}: stopped")
+
+    def end_servers(self) -> None:
+        for child in self.servers.values():
+            end_tree(child.pid)
 
     def failure(self, problem: str, stage: Stage) -> ChainFailed:
         return ChainFailed(

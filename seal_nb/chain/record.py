@@ -1,15 +1,18 @@
-"""What a run's folder knows of its chain: ``chain.json``, the marks of finished stages, and the folder's lock.
+"""What a run's folder knows of its chain: ``chain.json``, the folder's lock, and what has become of each stage.
 
-`submit` and the local executor write ``chain.json``. A job finds in it the identity under which it marks its stage
-as done, and `chain-status` finds the stages and their jobs. All paths follow from names, so the folder can be moved.
+A job finds in ``chain.json`` the identity under which it marks its stage as done. All paths follow from names, so the
+folder can be moved.
 """
 
 import contextlib
 import fcntl
 import itertools
+import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +25,10 @@ from seal_nb.storage import lock, read_json, write_json
 RECORD_FILE = "chain.json"
 LOCK_FILE = ".chain.lock"
 TAKEOVER_TIMEOUT_S = 20.0  # the processes of a killed chain need some seconds to end
+BAD = ("failed", "lost")  # states of a stage
+LOG_LINES = 5
+MESSAGE_LINES = 4
+Status = tuple[str, str]  # state and note of a stage
 Tell = Callable[[str], None]  # receives progress, line by line
 
 
@@ -93,3 +100,75 @@ def in_use_since(run_dir: Path) -> float | None:
         return (run_dir / LOCK_FILE).stat().st_mtime
     except OSError:  # no such file, or no locks on this file system
         return None
+
+
+def chain_status(chain: Chain, run_dir: Path, *, job_status: Callable[[Stage], Status]) -> dict[str, Status]:
+    """The status of each stage, by name. ``job_status`` asks SLURM about a stage with a job. States: done, running,
+    waiting, ended (a server), interrupted (here), failed, cancelled, lost, not started."""
+    since = in_use_since(run_dir)
+
+    def one(stage: Stage) -> Status:
+        if stage.is_done(run_dir):
+            return "done", f"in {stage.mark(run_dir)['seconds']:.0f} s"
+        return job_status(stage) if stage.job else _without_job(stage, run_dir, since)
+
+    return {stage.name: one(stage) for stage in chain}
+
+
+def _without_job(stage: Stage, run_dir: Path, since: float | None) -> tuple[str, str]:
+    """``since``: when the local chain that runs now began. It has not reached a stage whose log is older."""
+    log = stage.log(run_dir)
+    if failing_cell(stage.executed(run_dir)):
+        return "failed", "a cell raised"
+    if not log.exists():
+        return "not started", ""
+    if since is None:
+        return ("ended", "") if stage.background else ("interrupted", "the same command continues it")
+    if log.stat().st_mtime < since:
+        return "waiting", ""
+    return "running", "or ended" if stage.background else ""
+
+
+def status_lines(chain: Chain, statuses: Mapping[str, Status], run_dir: Path) -> Iterator[str]:
+    """A line for each stage, then what is known of each stage that failed."""
+    counts = Counter(statuses[stage.name][0] for stage in chain if not stage.background)
+    others = "".join(f", {number} {state}" for state, number in counts.most_common() if state != "done")
+    yield f"chain {chain.name}: {counts['done']} of {counts.total()} stages done{others}"
+    name, notebook = (max(len(getattr(stage, field)) for stage in chain) for field in ("name", "notebook"))
+    for stage in chain:
+        state, note = statuses[stage.name]
+        yield f"  {stage.name:<{name}}  {stage.notebook:<{notebook}}  {state:<11}  {note}".rstrip()
+    for stage in chain:
+        state, note = statuses[stage.name]
+        if state in BAD:
+            yield from ("", f"{stage.name}: {note}", *_failure_lines(stage, run_dir))
+
+
+def _failure_lines(stage: Stage, run_dir: Path) -> Iterator[str]:
+    executed, log = stage.executed(run_dir), stage.log(run_dir)
+    yield from failing_cell(executed)
+    if log.exists():
+        yield f"  the end of {log}:"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        yield from (f"      {line}" for line in lines[-LOG_LINES:])
+    if executed.exists():
+        yield f"  executed notebook: {executed}"
+
+
+def failing_cell(executed: Path) -> list[str]:
+    """Lines about the cell of an executed notebook that raised; none if there is no such notebook or cell."""
+    try:
+        cells = json.loads(executed.read_text())["cells"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return []
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                first, *rest = f"raised {output['ename']}: {output['evalue']}".splitlines()
+                # IPython's traceback marks the line of the cell; of several exceptions the last one counts.
+                text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output["traceback"])).rpartition("Cell In[")[2]
+                marked = re.search(r"^-+> *\d+ (.*)$", text, flags=re.MULTILINE)
+                line = marked[1].strip() if marked else "".join(cell["source"]).split("\n")[0]
+                about = [f"      {line}" for line in rest[: MESSAGE_LINES - 1]]
+                return [f"  cell [{cell.get('execution_count')}] {first}", *about, f"  at: {line}"]
+    return []

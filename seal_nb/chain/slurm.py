@@ -1,13 +1,7 @@
 """Run a chain on a SLURM cluster: a job for each stage, one job array for stages that differ in their seed only.
 
-A stage's job starts when the jobs before it have ended well (``afterok``); SLURM cancels a job that can never start
-(``--kill-on-invalid-dep``). A server's job starts when all its clients could start, and they start after it
-(``after``) and wait for its endpoint file. A server without clients ends by itself; a client that comes later
-submits it again (``restart_server``). Stages that are done, or whose jobs wait or run, are not submitted again, so
-the same call continues a chain. The scripts are in ``slurm/``.
-
-Commands used: sbatch, scontrol, scancel. Not ``sacct``, whose database not every cluster has. SLURM forgets a job
-some minutes after its end (``MinJobAge``); the run's folder knows what became of it.
+The scripts are in ``slurm/``. Commands used: sbatch, scontrol, scancel. Not ``sacct``, whose database not every cluster
+has. SLURM forgets a job some minutes after its end (``MinJobAge``); the run's folder knows what became of it.
 """
 
 import os
@@ -19,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seal_nb.chain.record import RECORD_FILE, Tell, read_record, sole_use, stage_in, write_record
+from seal_nb.chain.record import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
 from seal_nb.chain.stages import Chain, Stage, as_options
 from seal_nb.errors import RunMismatch, SealError, SettingsError
 
+SITE_FILE = "slurm/site.sh"  # in the project
 TIMEOUT_S = 60.0  # of one command
 WRAP = textwrap.TextWrapper(width=110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 # Variables that SLURM sets in a job. A job that is submitted from there must not inherit them.
@@ -38,46 +33,39 @@ class SlurmError(SealError, RuntimeError):
     """SLURM refused a command, or does not answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobState:
-    """One job in the words of ``scontrol show job``."""
-
-    state: str
-    reason: str  # why it waits or failed; "None" without a reason
-    exit_code: int
-    signal: int  # that ended it, or 0
-    node: str  # or nodes: node[1-2]
-    restarts: int
-
-    @property
-    def is_live(self) -> bool:
-        return self.state in LIVE
-
-
-def look_up(job: str) -> JobState | None:
-    """None for a job that SLURM does not know (any more). Raises: SlurmError if SLURM does not answer."""
+def look_up(job: str) -> dict[str, str]:
+    """What ``scontrol show job`` says of a job, such as its ``JobState``; nothing if SLURM does not know it (any more).
+    Raises: SlurmError if SLURM does not answer."""
     try:
         shown = _call(["scontrol", "-o", "show", "job", job])
     except SlurmError as error:
         if "Invalid job id" in str(error):
-            return None
+            return {}
         raise
-    return read_job(shown.splitlines()[0])
+    return dict(re.findall(r"(\w+)=(\S*)", shown.splitlines()[0]))
 
 
-def read_job(line: str) -> JobState:
-    """One line of ``scontrol -o show job``."""
-    values = dict(re.findall(r"(\w+)=(\S*)", line))
-    code, _, number = values.get("ExitCode", "0:0").partition(":")
-    node = values.get("NodeList", "")
-    return JobState(
-        state=values["JobState"],
-        reason=values.get("Reason", "None"),
-        exit_code=int(code),
-        signal=int(number or 0),
-        node="" if node == "(null)" else node,
-        restarts=int(values.get("Restarts", 0)),
-    )
+def job_status(stage: Stage) -> Status:
+    """State and note of a stage with a job that has not marked itself as done. Raises: SlurmError."""
+    job, number = look_up(stage.job), f"job {stage.job}"
+    if not job:
+        # A server that ended leaves no mark. Without a mark any other stage has no result.
+        return ("ended" if stage.background else "lost"), f"{number}, which SLURM has forgotten"
+    state, reason = job["JobState"], job["Reason"]
+    on = f" on {job['NodeList']}" if job["NodeList"] not in ("", "(null)") else ""
+    again = f", run {int(job['Restarts']) + 1}" if job["Restarts"] != "0" else ""
+    because = f" ({reason})" if reason not in ("None", "NonZeroExitCode") else ""
+    if state == "PENDING":
+        return "waiting", f"{number}{again} ({reason})"
+    if state in LIVE:
+        return "running", f"{number}{on}{again}"
+    if state == "CANCELLED":
+        return "cancelled", f"{number}{again}{because}"
+    if state == "COMPLETED":
+        return ("ended", number) if stage.background else ("failed", f"{number} ended without its results")
+    code, _, signal = job["ExitCode"].partition(":")
+    ended = f"exit code {code}" if signal == "0" else f"signal {signal}"
+    return "failed", f"{number}{on}{again}: {state}, {ended}{because}"
 
 
 def _submit(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
@@ -117,8 +105,7 @@ class Cluster:
     """Where jobs start, and over how many nodes servers and trainings are spread."""
 
     project: Path  # the checkout; jobs start in it
-    site_file: Path
-    site: Mapping[str, str]  # variables that the site file exports
+    site: Mapping[str, str]  # variables that its SITE_FILE exports
     server_nodes: int = 1
     sft_nodes: int = 1  # of a ReST-EM training
     idle_timeout_s: float = 1800.0  # a server without clients ends after so long
@@ -130,9 +117,10 @@ class Cluster:
 
     @property
     def gpus_a_node(self) -> int:
-        gpus = self.site.get("SEAL_GPUS", "1").rpartition(":")[2]  # 2 or a100:2
+        value = self.site.get("SEAL_GPUS", "1")
+        gpus = value.rpartition(":")[2]
         if not gpus.isdecimal():
-            raise SettingsError(f"SEAL_GPUS of {self.site_file} is {self.site['SEAL_GPUS']!r}; write 2 or a100:2")
+            raise SettingsError(f"SEAL_GPUS of {self.project / SITE_FILE} is {value!r}; write 2 or a100:2")
         return int(gpus)
 
     @property
@@ -199,69 +187,68 @@ class Job:
     after: tuple[str, ...]  # jobs that must have started
     part: str = ""  # added to its number for others that wait; ``_0``: the front end of a server on several nodes
 
-    def command(self, numbers: Mapping[str, str]) -> list[str]:
-        """The words of the command. ``numbers``: of the jobs that were submitted before, by name."""
-        kinds = (("afterok", self.afterok), ("after", self.after))
-        waits = [":".join([kind, *(numbers.get(job, job) for job in jobs)]) for kind, jobs in kinds if jobs]
-        # A server that fails satisfies `after` too. Its clients therefore watch its job (slurm/job.sh).
-        watch = [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
-        return self.sbatch([*([f"--dependency={','.join(waits)}"] if waits else []), *watch])
-
-    def sbatch(self, waits: Sequence[str] = ()) -> list[str]:
-        """The command; without ``waits`` for a job that is submitted again when everything it waited for is there."""
+    def command(self, numbers: Mapping[str, str] | None = None) -> list[str]:
+        """The words of the command. ``numbers``: of the jobs that were submitted before, by name. Without them the job
+        waits for nothing: it is submitted again when everything it waited for is there."""
+        waits: list[str] = []
+        if numbers is not None:
+            kinds = (("afterok", self.afterok), ("after", self.after))
+            before = [":".join([kind, *(numbers.get(job, job) for job in jobs)]) for kind, jobs in kinds if jobs]
+            waits += [f"--dependency={','.join(before)}"] if before else []
+            # A server that fails satisfies `after` too. Its clients therefore watch its job (slurm/job.sh).
+            waits += [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
         return ["sbatch", "--parsable", *self.options, *waits, self.script, *self.arguments]
 
 
 def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping[str, str]) -> list[Job]:
-    """The jobs to submit, in the chain's order. ``on_their_way``: stage → number, of jobs that wait or run."""
+    """The jobs to submit, in the chain's order. A job starts when the jobs before it have ended well (``afterok``), a
+    server's job when all its clients could start. They start after it (``after``). ``on_their_way``: stage → number,
+    of jobs that wait or run."""
     done = {stage.name for stage in chain if stage.is_done(run_dir)}
     groups: dict[str, list[Stage]] = {}
     for stage in chain:
         wanted = chain.users_of(stage) if stage.background else [stage]
         if any(one.name not in done for one in wanted) and stage.name not in on_their_way:
             groups.setdefault(stage.array or stage.name, []).append(stage)
-    return [_job(chain, run_dir, cluster, group, done, on_their_way) for group in groups.values()]
 
-
-def _job(
-    chain: Chain, run_dir: Path, cluster: Cluster, stages: list[Stage], done: set[str], on_their_way: Mapping[str, str]
-) -> Job:
     def job_of(stage: Stage) -> str:
         return on_their_way.get(stage.name) or stage.array or stage.name
 
-    first, servers = stages[0], chain.servers_of(stages[0])
-    # A server waits for what its clients need: before that its GPUs would idle. They wait for what made the
-    # server's model: `after` also holds for a server that was cancelled because its model was not made.
-    clients = chain.users_of(first) if first.background else []
-    needs = [chain[name] for stage in [first, *clients, *servers] for name in stage.needs if name != first.name]
-    afterok = [job_of(stage) for stage in needs if not stage.background and stage.name not in done]
-    script = cluster.script(first)
-    return Job(
-        name=job_of(first),
-        stages=tuple(stages),
-        options=tuple(_options(run_dir, cluster, stages, script)),
-        script=script,
-        arguments=tuple(_arguments(run_dir, cluster, first)),
-        afterok=tuple(dict.fromkeys(afterok)),
-        after=tuple(job_of(server) for server in servers),
-        part="_0" if first.background and cluster.server_nodes > 1 else "",
-    )
+    jobs = []
+    for name, stages in groups.items():
+        first, servers = stages[0], chain.servers_of(stages[0])
+        # A server waits for what its clients need: before that its GPUs would idle. They wait for what made the
+        # server's model: `after` also holds for a server that was cancelled because its model was not made.
+        clients = chain.users_of(first) if first.background else []
+        needs = [chain[need] for stage in [first, *clients, *servers] for need in stage.needs if need != first.name]
+        afterok = [job_of(stage) for stage in needs if not stage.background and stage.name not in done]
+        job = Job(
+            name=name,
+            stages=tuple(stages),
+            options=tuple(_options(run_dir, cluster, stages)),
+            script=cluster.script(first),
+            arguments=tuple(_arguments(run_dir, cluster, first)),
+            afterok=tuple(dict.fromkeys(afterok)),
+            after=tuple(job_of(server) for server in servers),
+            part="_0" if first.background and cluster.server_nodes > 1 else "",
+        )
+        jobs.append(job)
+    return jobs
 
 
-def _options(run_dir: Path, cluster: Cluster, stages: list[Stage], script: str) -> list[str]:
+def _options(run_dir: Path, cluster: Cluster, stages: list[Stage]) -> list[str]:
     first, array = stages[0], ""
-    name = first.array or first.name
-    folder = cluster.place(run_dir / name) + ("_seed%a" if first.array else "")
+    name, part = (first.array, "_seed%a") if first.array else (first.name, "")
     if first.array:
         array = ",".join(str(stage.parameters["seed"]) for stage in stages)
     elif first.background and cluster.server_nodes > 1:
         array = f"0-{cluster.server_nodes - 1}"
-    log = f"{folder}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
+    log = f"{cluster.place(run_dir / name)}{part}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
     options = ["--kill-on-invalid-dep=yes", f"--job-name={name}", f"--output={log}"]
     options += [f"--array={array}"] if array else []
     if "n_processes" in first.parameters:
         return options + cluster.training_options(int(str(first.parameters["n_processes"])))
-    if any(option.startswith("--gpus-per-node") for option in cluster.script_options(script)):
+    if any(option.startswith("--gpus-per-node") for option in cluster.script_options(cluster.script(first))):
         # A server has a worker on each GPU of its node. Any other job uses one GPU.
         return options + cluster.gpus(cluster.gpus_a_node if first.background else 1)
     return options
@@ -287,18 +274,15 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         for stage in chain:
             (run_dir / stage.name).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for a log
         before = list(read_record(run_dir)) if (run_dir / RECORD_FILE).exists() else []
-        commands = {stage.name: stage.command for stage in before}
-        commands |= {one.name: tuple(job.sbatch()) for job in jobs for one in job.stages if one.background}
-        chain = chain.with_jobs({stage.name: stage.job for stage in before}, commands)
+        chain = chain.with_fields({stage.name: {"job": stage.job, "command": stage.command} for stage in before})
+        new = [(job, stage) for job in jobs for stage in job.stages]
+        chain = chain.with_fields({stage.name: {"command": job.command()} for job, stage in new if stage.background})
         # Written before there are numbers: a job that starts at once finds its stage in the record.
         write_record(chain, run_dir)
         numbers = _submit_all(jobs, cluster, tell)
-        new = {
-            stage.name: numbers[job.name] + (f"_{stage.parameters['seed']}" if stage.array else "")
-            for job in jobs
-            for stage in job.stages
-        }
-        write_record(chain.with_jobs(new), run_dir)
+        tasks = {stage.name: f"_{stage.parameters['seed']}" if stage.array else "" for _, stage in new}
+        chain = chain.with_fields({stage.name: {"job": numbers[job.name] + tasks[stage.name]} for job, stage in new})
+        write_record(chain, run_dir)
     return list(numbers)
 
 
@@ -307,7 +291,7 @@ def jobs_on_their_way(chain: Chain, run_dir: Path) -> dict[str, str]:
     if not (run_dir / RECORD_FILE).exists():
         return {}
     jobs = [stage for stage in read_record(run_dir) if stage.job]
-    live = [stage for stage in jobs if (state := look_up(stage.job)) and state.is_live]
+    live = [stage for stage in jobs if look_up(stage.job).get("JobState") in LIVE]
     identities = {stage.name: stage.identity for stage in chain}
     if other := [stage for stage in live if identities.get(stage.name) != stage.identity]:
         raise RunMismatch(
@@ -332,7 +316,7 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
             raise
         raise SlurmError(
             f"job {job.name!r} was refused, so none was submitted; {error}. "
-            f"Look at {cluster.site_file} and at the options of {job.script}"
+            f"Look at {cluster.project / SITE_FILE} and at the options of {job.script}"
         ) from error
     return numbers
 
@@ -345,32 +329,26 @@ def _line(job: Job, numbers: Mapping[str, str]) -> str:
 
 
 def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
-    """Start a server's job again that ended because it had no clients. Of several callers only one starts it.
-
-    SLURM queues the job again under its number as long as it knows it. After that the job is submitted again.
-    Returns: the number of the server's job, which waits or runs now.
-
-    Raises: SettingsError where ``folder`` is not that of a server's job; SlurmError where the server failed or was
-        cancelled, or SLURM refuses; DataError, RunMismatch.
-    """
+    """Start a server's job again that ended because it had no clients; gives the number of the job that waits or runs
+    now. SLURM queues the job again under its number as long as it knows it; later the job is submitted again. Of
+    several callers only one starts it. Raises: SettingsError, SlurmError, DataError, RunMismatch."""
     run_dir = folder.parent
     read_record(run_dir)  # before the lock, which would make the folder
     with sole_use(run_dir, tell):
         server = stage_in(run_dir, folder)
         if not server.job or not server.background:
             raise SettingsError(f"{folder} is not the folder of a submitted server; give RUN/…_server")
-        state = look_up(server.job)
+        state = look_up(server.job).get("JobState")
         if state is None:
             env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
             part = "_0" if "_" in server.job else ""  # the front end among the tasks of an array
-            env |= read_site(project / "slurm/site.sh")
-            job = _submit(server.command, project, env) + part
-            write_record(read_record(run_dir).with_jobs({server.name: job}), run_dir)
+            job = _submit(server.command, project, env | read_site(project / SITE_FILE)) + part
+            write_record(read_record(run_dir).with_fields({server.name: {"job": job}}), run_dir)
             return job
-        if state.state == "COMPLETED":
+        if state == "COMPLETED":
             _call(["scontrol", "requeue", server.job.partition("_")[0]])  # the whole array
-        elif not state.is_live:
-            raise SlurmError(f"job {server.job} is {state.state}; look at {server.log(run_dir)}, submit again")
+        elif state not in LIVE:
+            raise SlurmError(f"job {server.job} is {state}; look at {server.log(run_dir)}, submit again")
         return server.job
 
 
@@ -381,7 +359,7 @@ def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:
     site = " ".join(f"{name}={value}" for name, value in sorted(cluster.site.items()))
     lines = [
         f"# chain {chain.name}: {sum(len(job.stages) for job in jobs)} stages in {len(jobs)} jobs",
-        f"# site: {cluster.place(cluster.site_file)} {site}",
+        f"# site: {SITE_FILE} {site}",
         *([f"# finished before, kept: {', '.join(kept)}"] if kept else []),
     ]
     for script in dict.fromkeys(job.script for job in jobs):

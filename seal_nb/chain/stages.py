@@ -1,14 +1,11 @@
 """What an experiment consists of: its settings, and the table of stages that follows from them.
 
-A stage is one run of a notebook, after the stages that it needs. The whole experiment is SEAL's (arXiv 2506.10943):
-round 0 is the model as it came. Each ReST-EM round writes self-edits of training passages, finds their reward (one
-adapter each), trains the model on the best, and evaluates the new model on the validation passages. The last model
-is also edited continually. `make demo` is this table with the small model and small counts. An executor runs a
-table: `local` on this machine, `slurm` on a cluster.
+A stage is one run of a notebook, after the stages that it needs. The whole experiment is SEAL's (arXiv 2506.10943);
+`make demo` is this table with the small model and small counts. `local` and `slurm` run a table.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +30,7 @@ INPUT_FILES = frozenset({"dataset", "prompt_key"})  # parameters that may name a
 
 
 def in_run(stage: str, file: str) -> str:
-    """A path in the folder of ``stage``, for use as a parameter of another stage."""
+    """A path in the folder of ``stage``, as a parameter of another stage."""
     return f"{RUN}/{stage}/{file}"
 
 
@@ -125,13 +122,9 @@ class Chain:
         """Stage → job, of the stages that have one."""
         return {stage.name: stage.job for stage in self if stage.job}
 
-    def with_jobs(self, jobs: Mapping[str, str], commands: Mapping[str, tuple[str, ...]] | None = None) -> "Chain":
-        """A copy with other jobs and servers' commands, both by stage."""
-        commands = commands or {}
-        stages = (
-            replace(one, job=jobs.get(one.name, one.job), command=commands.get(one.name, one.command)) for one in self
-        )
-        return replace(self, stages=tuple(stages))
+    def with_fields(self, values: Mapping[str, dict[str, Any]]) -> "Chain":
+        """A copy with other values of fields, by stage and field."""
+        return replace(self, stages=tuple(replace(stage, **values.get(stage.name, {})) for stage in self))
 
 
 def _identity(stage: Stage, earlier: Mapping[str, Stage]) -> str:
@@ -152,8 +145,8 @@ def _content(value: Value) -> Value:
 
 def _own(default: Any, text: str, kind: str = "") -> Any:
     """A setting of the table itself."""
-    kind = kind or type(default).__name__
-    return field(default=default, metadata={"own": Parameter(name="", type_name=kind, default=default, help=text)})
+    own = Parameter(name="", type_name=kind or type(default).__name__, default=default, help=text)
+    return field(default=default, metadata={"own": own})
 
 
 def _to(notebooks: str, default: Any = None, name: str = "") -> Any:
@@ -167,9 +160,9 @@ class ExperimentSettings:
     Settings made by ``_to`` are parameters of the notebooks that are named there, which declare their type and meaning.
     A default of None is the notebook's default."""
 
-    model: str = _own("", "model folder or hub name", "str")
-    train_dataset: str = _own("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train", "str")
-    val_dataset: str = _own("", "passages of the evaluations: item or SQuAD file, or shipped:val", "str")
+    model: str = _own("", "model folder or hub name")
+    train_dataset: str = _own("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train")
+    val_dataset: str = _own("", "passages of the evaluations: item or SQuAD file, or shipped:val")
     n_train: int = _own(50, "passages of a ReST-EM round")
     n_val: int = _own(200, "passages of an evaluation")
     k_completions: int = _own(5, "self-edits of each training passage")
@@ -276,29 +269,25 @@ DEMO = ExperimentSettings(
 )  # fmt: skip
 
 
-def rest_em_chain(settings: ExperimentSettings) -> Chain:
-    """All stages, in an order in which one server runs at a time."""
-    rounds = range(settings.n_rounds + 1)
-    return _with_results("rest_em", settings, [stage for number in rounds for stage in _round(settings, number)])
+CHAINS = ("rest_em", "evaluation", "continual")
 
 
-def evaluation_chain(settings: ExperimentSettings) -> Chain:
-    """The model as it is, on the validation passages: single passage and CPT."""
-    base = _round(replace(settings, n_rounds=0), 0)
-    return _with_results("evaluation", settings, [stage for stage in base if stage.notebook != CONTINUAL])
-
-
-def continual_chain(settings: ExperimentSettings) -> Chain:
-    """The model as it is, edited continually."""
-    base = _round(replace(settings, n_rounds=0), 0)
-    return _with_results("continual", settings, [one for one in base if one.background or one.notebook == CONTINUAL])
-
-
-CHAINS: dict[str, Callable[[ExperimentSettings], Chain]] = {
-    "rest_em": rest_em_chain,
-    "evaluation": evaluation_chain,
-    "continual": continual_chain,
-}
+def make_chain(name: str, settings: ExperimentSettings) -> Chain:
+    """One of CHAINS, in an order in which one server runs at a time. ``rest_em`` has all stages. The others are of the
+    model as it is: ``evaluation`` has single passage and CPT, ``continual`` edits it continually."""
+    if name != "rest_em":
+        settings = replace(settings, n_rounds=0)
+    stages = [stage for number in range(settings.n_rounds + 1) for stage in _round(settings, number)]
+    if name == "evaluation":
+        stages = [stage for stage in stages if stage.notebook != CONTINUAL]
+    elif name == "continual":
+        stages = [stage for stage in stages if stage.background or stage.notebook == CONTINUAL]
+    prompt = {"prompt_key": result_key(settings.prompt_key)} if settings.prompt_key else {}
+    results = Stage(
+        name="results", notebook="08_results", title="all results side by side", parameters={"runs_dir": RUN, **prompt},
+        needs=tuple(stage.name for stage in stages if not stage.background),
+    )  # fmt: skip
+    return Chain(name=name, stages=(*stages, results))
 
 
 def _round(s: ExperimentSettings, number: int) -> Iterator[Stage]:
@@ -374,13 +363,3 @@ def _round(s: ExperimentSettings, number: int) -> Iterator[Stage]:
             f"continual self-edits, seed {seed}: {s.n_sequences} × {s.n_datapoints} passages",
             (server,), ("summary_continual.json",), array, dataset=s.val_dataset, endpoint=endpoint, seed=seed,
         )  # fmt: skip
-
-
-def _with_results(name: str, settings: ExperimentSettings, stages: list[Stage]) -> Chain:
-    prompt = {"prompt_key": result_key(settings.prompt_key)} if settings.prompt_key else {}
-    needs = tuple(stage.name for stage in stages if not stage.background)
-    parameters = {"runs_dir": RUN, **prompt}
-    results = Stage(
-        name="results", notebook="08_results", title="all results side by side", parameters=parameters, needs=needs
-    )
-    return Chain(name=name, stages=(*stages, results))

@@ -32,14 +32,14 @@ def add(commands: Any) -> None:
 
 def submit(arguments: argparse.Namespace) -> None:
     """``seal-nb submit``; ``arguments.rest`` is its command line."""
-    from seal_nb.chain.slurm import Cluster, dry_run, read_site, submit_chain
-    from seal_nb.chain.stages import CHAINS, as_options
+    from seal_nb.chain.slurm import SITE_FILE, Cluster, dry_run, read_site, submit_chain
+    from seal_nb.chain.stages import as_options, make_chain
 
     given = _submit_parser().parse_args(arguments.rest)
     run_dir = runs_folder(given.run_dir)
     if given.executor == "local":
         settings = _settings(given)
-        chain = CHAINS[given.chain](settings)
+        chain = make_chain(given.chain, settings)
         if given.dry_run:
             for stage in chain:
                 print(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
@@ -47,16 +47,16 @@ def submit(arguments: argparse.Namespace) -> None:
             return
         _check_inputs(settings, chain, Path.cwd())
         return run_here(chain, run_dir, title=f"Chain {chain.name}")
-    site_file = given.project.resolve() / "slurm/site.sh"
+    project = given.project.resolve()
     cluster = Cluster(
-        project=given.project.resolve(), site_file=site_file, site=read_site(site_file),
+        project=project, site=read_site(project / SITE_FILE),
         server_nodes=given.server_nodes, sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
     )  # fmt: skip
     run_dir = run_dir.resolve()
     settings = _settings(given, n_workers=cluster.workers_a_node)
     if given.sft_processes is None:
         settings = replace(settings, sft_processes=cluster.training_processes(settings.sft_accumulation))
-    chain = CHAINS[given.chain](settings)
+    chain = make_chain(given.chain, settings)
     if given.dry_run:
         return print(dry_run(chain, run_dir, cluster))
     _check_inputs(settings, chain, cluster.project)
@@ -67,15 +67,14 @@ def submit(arguments: argparse.Namespace) -> None:
 
 
 def _chain_status(arguments: argparse.Namespace) -> int:
-    from seal_nb.chain.record import read_record
-    from seal_nb.chain.slurm import look_up
-    from seal_nb.chain.status import chain_status, status_lines
+    from seal_nb.chain.record import BAD, chain_status, read_record, status_lines
+    from seal_nb.chain.slurm import job_status
 
     run_dir = runs_folder(arguments.run_dir)
     record = read_record(run_dir)
-    statuses = chain_status(record, run_dir, look_up=look_up)
+    statuses = chain_status(record, run_dir, job_status=job_status)
     print("\n".join(status_lines(record, statuses, run_dir)))
-    return int(any(status.is_bad for status in statuses))
+    return int(any(state in BAD for state, _ in statuses.values()))
 
 
 def _restart_server(arguments: argparse.Namespace) -> None:
@@ -87,9 +86,9 @@ def _restart_server(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from seal_nb.chain.stages import DEMO, rest_em_chain
+    from seal_nb.chain.stages import DEMO, make_chain
 
-    run_here(rest_em_chain(DEMO), runs_folder(arguments.run_dir), title="Demo: self-edits on a small model")
+    run_here(make_chain("rest_em", DEMO), runs_folder(arguments.run_dir), title="Demo: self-edits on a small model")
 
 
 def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:

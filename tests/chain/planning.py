@@ -6,14 +6,14 @@ from pathlib import Path
 
 from seal_nb.chain.record import read_record
 from seal_nb.chain.slurm import Cluster, Job, plan, submit_chain
-from seal_nb.chain.stages import DEMO, Chain, continual_chain
+from seal_nb.chain.stages import DEMO, Chain, make_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = replace(DEMO, n_rounds=1, continual_seeds=(42, 43))
 
 
 def cluster(**other: object) -> Cluster:
-    values = {"project": ROOT, "site_file": ROOT / "slurm/site.sh", "site": {"SEAL_GPUS": "a100:2"}}
+    values = {"project": ROOT, "site": {"SEAL_GPUS": "a100:2"}}
     return Cluster(**{**values, **other})
 
 
@@ -35,5 +35,5 @@ def with_a_server(fakes: Path, nodes: int = 1) -> tuple[Path, str]:
     shutil.copytree(ROOT / "slurm", fakes / "slurm")
     (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2 SBATCH_TIMELIMIT=60\n")
     place = cluster(project=fakes, server_nodes=nodes)
-    submit_chain(continual_chain(SMALL), fakes / "run", place, tell=print)
+    submit_chain(make_chain("continual", SMALL), fakes / "run", place, tell=print)
     return fakes / "run/base_server", read_record(fakes / "run").jobs()["base_server"]

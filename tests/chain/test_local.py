@@ -71,6 +71,7 @@ def stand_in_command(stage: Stage, run_dir: Path, notebooks: Path) -> list[str]:
 def notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Scripts in place of notebooks."""
     monkeypatch.setattr(local, "run_command", stand_in_command)
+    monkeypatch.setattr(local, "shut_down", stop_by_file)
     folder = tmp_path / "notebooks"
     folder.mkdir()
     for name, (parameters, cell) in NOTEBOOKS.items():
@@ -114,7 +115,7 @@ def stop_by_file(ready: Path) -> None:
 
 def run(chain: Chain, run_dir: Path, notebooks: Path) -> list[str]:
     told: list[str] = []
-    run_chain(chain, run_dir, notebooks=notebooks, tell=told.append, stop_server=stop_by_file)
+    run_chain(chain, run_dir, notebooks=notebooks, tell=told.append)
     return told
 
 
@@ -189,11 +190,7 @@ def test_a_silent_stage_is_told_of(tmp_path: Path, notebooks: Path, monkeypatch:
     slow = Stage(
         name="slow", notebook="sleep", title="", needs=("server",), produces=("pid",), parameters={"seconds": 1.5}
     )
-    told: list[str] = []
-    run_chain(
-        chain_of(serve(), slow), tmp_path / "run", notebooks=notebooks, tell=told.append,
-        stop_server=stop_by_file,
-    )  # fmt: skip
+    told = run(chain_of(serve(), slow), tmp_path / "run", notebooks)
     assert any("slow: still running after" in line for line in told)
 
 
@@ -208,21 +205,20 @@ CHAIN_PROCESS = """
 import sys
 from pathlib import Path
 from seal_nb.chain.stages import Chain, Stage
-from seal_nb.chain.local import run_chain
+from seal_nb.chain import local
+local.shut_down = lambda ready: (ready.parent / "stop").touch()
 if sys.argv[4] == "stand-in":
-    from seal_nb.chain import local
     from tests.chain.test_local import stand_in_command
     local.run_command = stand_in_command
 server = Stage(name="server", notebook="serve", title="", produces=("endpoint.json",), background=True)
 first = Stage(name="first", notebook="count", title="", produces=("runs.txt",))
 wait = {"seconds": float(sys.argv[3])}
 slow = Stage(name="slow", notebook="sleep", title="", needs=("server",), parameters=wait)
-run_chain(
+local.run_chain(
     Chain(name="tiny", stages=(server, first, slow)),
     Path(sys.argv[1]),
     notebooks=Path(sys.argv[2]),
     tell=lambda line: print(line, flush=True),
-    stop_server=lambda ready: (ready.parent / "stop").touch(),
 )
 """
 

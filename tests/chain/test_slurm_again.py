@@ -6,7 +6,7 @@ import pytest
 
 from seal_nb.chain.record import read_record
 from seal_nb.chain.slurm import SlurmError, restart_server, submit_chain
-from seal_nb.chain.stages import continual_chain
+from seal_nb.chain.stages import make_chain
 from seal_nb.errors import DataError, SettingsError
 from tests.chain.planning import SMALL, cluster, with_a_server
 
@@ -77,6 +77,6 @@ def test_command_of_a_server_is_kept_when_the_rest_is_submitted_again(fakes: Pat
     _, job = with_a_server(fakes)
     before = commands(fakes)
     (fakes / f"job{job}").write_text(f"JobId={job} JobState=RUNNING Reason=None\n")
-    submit_chain(continual_chain(SMALL), fakes / "run", cluster(project=fakes), tell=print)
+    submit_chain(make_chain("continual", SMALL), fakes / "run", cluster(project=fakes), tell=print)
     assert commands(fakes) == before
     assert set(before) == {"base_server"}

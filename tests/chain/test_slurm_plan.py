@@ -8,13 +8,13 @@ import pytest
 
 from seal_nb.chain import slurm as slurm_jobs
 from seal_nb.chain.slurm import Job, plan
-from seal_nb.chain.stages import continual_chain, evaluation_chain, rest_em_chain
+from seal_nb.chain.stages import make_chain
 from seal_nb.errors import SettingsError
 from tests.chain.planning import ROOT, SMALL, cluster, finish, jobs_of
 
 
 def test_stage_waits_for_what_it_needs_and_for_the_start_of_its_server() -> None:
-    jobs = jobs_of(rest_em_chain(SMALL))
+    jobs = jobs_of(make_chain("rest_em", SMALL))
     assert jobs["base_self_edits"].afterok == ()
     assert jobs["base_evaluate"].afterok == ("base_self_edits",)
     assert jobs["base_evaluate"].after == ("base_server",)
@@ -22,22 +22,27 @@ def test_stage_waits_for_what_it_needs_and_for_the_start_of_its_server() -> None
 
 
 def test_server_starts_when_all_who_ask_it_could() -> None:
-    assert jobs_of(rest_em_chain(SMALL))["base_server"].afterok == ("base_self_edits", "round1_self_edits_train")
+    assert jobs_of(make_chain("rest_em", SMALL))["base_server"].afterok == (
+        "base_self_edits",
+        "round1_self_edits_train",
+    )
 
 
 def test_client_does_not_outlive_the_making_of_its_server_s_model() -> None:
     # `after` alone holds for a server that was cancelled because the training before it failed.
-    assert "round1_train" in jobs_of(rest_em_chain(SMALL))["continual"].afterok
+    assert "round1_train" in jobs_of(make_chain("rest_em", SMALL))["continual"].afterok
 
 
 def test_clients_look_after_the_job_of_their_server() -> None:
-    command = jobs_of(rest_em_chain(SMALL))["base_evaluate"].command({"base_server": "17_0", "base_self_edits": "5"})
+    command = jobs_of(make_chain("rest_em", SMALL))["base_evaluate"].command(
+        {"base_server": "17_0", "base_self_edits": "5"}
+    )
     assert "--dependency=afterok:5,after:17_0" in command
     assert "--export=ALL,SEAL_SERVER_JOB=17_0" in command
 
 
 def test_seeds_are_one_array_whose_numbers_are_the_seeds() -> None:
-    job = jobs_of(rest_em_chain(SMALL))["continual"]
+    job = jobs_of(make_chain("rest_em", SMALL))["continual"]
     assert "--array=42,43" in job.options
     assert [stage.name for stage in job.stages] == ["continual_seed42", "continual_seed43"]
     assert "seed" not in job.arguments
@@ -45,7 +50,7 @@ def test_seeds_are_one_array_whose_numbers_are_the_seeds() -> None:
 
 
 def test_server_on_several_nodes_is_an_array_whose_first_task_is_asked() -> None:
-    jobs = plan(rest_em_chain(SMALL), Path("/x"), cluster(server_nodes=4), on_their_way={})
+    jobs = plan(make_chain("rest_em", SMALL), Path("/x"), cluster(server_nodes=4), on_their_way={})
     (server,) = [job for job in jobs if job.name == "base_server"]
     assert "--array=0-3" in server.options
     assert server.part == "_0"
@@ -53,7 +58,7 @@ def test_server_on_several_nodes_is_an_array_whose_first_task_is_asked() -> None
 
 def training(n_processes: int, **place: object) -> Job:
     """The job of round 1's training, in so many processes."""
-    chain = rest_em_chain(replace(SMALL, sft_accumulation=n_processes, sft_processes=n_processes))
+    chain = make_chain("rest_em", replace(SMALL, sft_accumulation=n_processes, sft_processes=n_processes))
     jobs = plan(chain, Path("/x"), cluster(**place), on_their_way={})
     return next(job for job in jobs if job.name == "round1_train")
 
@@ -98,7 +103,7 @@ def test_training_that_nodes_or_processes_cannot_share_is_refused_before_the_que
 def test_only_jobs_whose_script_wants_gpus_get_those_of_the_site() -> None:
     with_gpus = {
         name
-        for name, job in jobs_of(rest_em_chain(SMALL)).items()
+        for name, job in jobs_of(make_chain("rest_em", SMALL)).items()
         if any(option.startswith("--gpus-per-node=a100:") for option in job.options)
     }
     assert {re.sub(r"^(base|round1)_", "", name) for name in with_gpus} == {
@@ -107,10 +112,10 @@ def test_only_jobs_whose_script_wants_gpus_get_those_of_the_site() -> None:
 
 
 def test_only_a_server_and_a_training_get_several_gpus() -> None:
-    jobs = jobs_of(rest_em_chain(replace(SMALL, sft_accumulation=2, sft_processes=2)))
+    jobs = jobs_of(make_chain("rest_em", replace(SMALL, sft_accumulation=2, sft_processes=2)))
     several = {name for name, job in jobs.items() if "--gpus-per-node=a100:2" in job.options}
     assert several == {"base_server", "round1_server", "round1_train"}
-    on_cpus = plan(rest_em_chain(SMALL), Path("/x"), cluster(site={"SEAL_GPUS": "0"}), on_their_way={})
+    on_cpus = plan(make_chain("rest_em", SMALL), Path("/x"), cluster(site={"SEAL_GPUS": "0"}), on_their_way={})
     assert [job.name for job in on_cpus if "--gpus-per-node=0" in job.options][:2] == [
         "base_self_edits",
         "round1_self_edits_train",
@@ -118,7 +123,7 @@ def test_only_a_server_and_a_training_get_several_gpus() -> None:
 
 
 def test_finished_stages_are_not_submitted_again_and_nobody_waits_for_them(tmp_path: Path) -> None:
-    chain = rest_em_chain(SMALL)
+    chain = make_chain("rest_em", SMALL)
     finish(chain, tmp_path, "base_self_edits", "round1_self_edits_train", "base_evaluate", "base_cpt")
     jobs = jobs_of(chain, tmp_path)
     assert {"base_self_edits", "base_evaluate"} & set(jobs) == set()
@@ -127,20 +132,20 @@ def test_finished_stages_are_not_submitted_again_and_nobody_waits_for_them(tmp_p
 
 
 def test_server_whose_clients_are_done_is_not_started(tmp_path: Path) -> None:
-    chain = rest_em_chain(SMALL)
+    chain = make_chain("rest_em", SMALL)
     names = ["base_self_edits", "round1_self_edits_train", "base_evaluate", "base_cpt", "round1_rank"]
     finish(chain, tmp_path, *names)
     assert "base_server" not in jobs_of(chain, tmp_path)
 
 
 def test_array_is_continued_with_the_seeds_that_are_missing(tmp_path: Path) -> None:
-    chain = continual_chain(replace(SMALL, continual_seeds=(42, 43, 44)))
+    chain = make_chain("continual", replace(SMALL, continual_seeds=(42, 43, 44)))
     finish(chain, tmp_path, "continual_seed43")
     assert "--array=42,44" in jobs_of(chain, tmp_path)["continual"].options
 
 
 def test_jobs_on_their_way_are_waited_for_by_their_number() -> None:
-    jobs = jobs_of(evaluation_chain(SMALL), base_self_edits="31", base_server="32")
+    jobs = jobs_of(make_chain("evaluation", SMALL), base_self_edits="31", base_server="32")
     assert {"base_self_edits", "base_server"} & set(jobs) == set()
     assert (jobs["base_cpt"].afterok, jobs["base_cpt"].after) == (("31",), ("32",))
 

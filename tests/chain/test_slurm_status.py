@@ -2,20 +2,20 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from seal_nb.chain import slurm as slurm_jobs
-from seal_nb.chain.record import marked_when_done, read_record, sole_use, write_record
-from seal_nb.chain.slurm import JobState, SlurmError
-from seal_nb.chain.stages import evaluation_chain
-from seal_nb.chain.status import chain_status, status_lines
+from seal_nb.chain.record import chain_status, marked_when_done, read_record, sole_use, status_lines, write_record
+from seal_nb.chain.slurm import SlurmError, job_status
+from seal_nb.chain.stages import Stage, make_chain
 from seal_nb.errors import DataError, SettingsError
 from tests.chain.planning import SMALL, finish
 
-DONE = {"state": "COMPLETED", "reason": "None", "exit_code": 0, "signal": 0, "node": "node1", "restarts": 0}
+DONE = {"JobState": "COMPLETED", "Reason": "None", "ExitCode": "0:0", "NodeList": "node1", "Restarts": "0"}
 
 
 def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,23 +28,28 @@ def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("line", "expected"),
     [
         ("JobId=7 JobState=RUNNING Reason=None Restarts=2 ExitCode=0:0 NodeList=node2 BatchHost=node2",
-         {"state": "RUNNING", "node": "node2", "restarts": 2}),
-        ("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 NodeList=node1 BatchHost=node1",
-         {"state": "FAILED", "reason": "NonZeroExitCode", "exit_code": 3, "node": "node1"}),
-        ("JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15 NodeList=n BatchHost=n",
-         {"state": "TIMEOUT", "reason": "TimeLimit", "signal": 15, "node": "n"}),
-        ("JobId=7 JobState=RUNNING Reason=None ReqNodeList=n9 NodeList=node[1-2] BatchHost=node1",
-         {"state": "RUNNING", "node": "node[1-2]"}),
-        ("JobId=7 JobState=PENDING Reason=Dependency ExitCode=0:0 NodeList=(null)",
-         {"state": "PENDING", "reason": "Dependency", "node": ""}),
+         ("running", "job 7 on node2, run 3")),
+        ("JobId=7 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=3:0 NodeList=node1 BatchHost=node1",
+         ("failed", "job 7 on node1: FAILED, exit code 3")),
+        ("JobId=7 JobState=TIMEOUT Reason=TimeLimit Restarts=0 ExitCode=0:15 NodeList=n BatchHost=n",
+         ("failed", "job 7 on n: TIMEOUT, signal 15 (TimeLimit)")),
+        ("JobId=7 JobState=RUNNING Reason=None Restarts=0 ReqNodeList=n9 NodeList=node[1-2] ExitCode=0:0",
+         ("running", "job 7 on node[1-2]")),
+        ("JobId=7 JobState=PENDING Reason=Dependency Restarts=0 ExitCode=0:0 NodeList=(null)",
+         ("waiting", "job 7 (Dependency)")),
+        ("JobId=7 JobState=BOOT_FAIL Reason=None Restarts=0 ExitCode=0:0 NodeList=(null)",
+         ("failed", "job 7: BOOT_FAIL, exit code 0")),
+        ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0 NodeList=node1",
+         ("failed", "job 7 ended without its results")),
     ],
 )  # fmt: skip
-def test_what_slurm_says_of_a_job_is_read(line: str, expected: dict[str, object]) -> None:
-    assert slurm_jobs.read_job(line) == JobState(**{**DONE, "node": "", **expected})
+def test_what_slurm_says_of_a_job_is_read(fakes: Path, line: str, expected: tuple[str, str]) -> None:
+    (fakes / "job7").write_text(f"{line}\n")
+    assert job_status(replace(make_chain("evaluation", SMALL)["results"], job="7")) == expected
 
 
 def test_stage_marks_itself_as_done_under_the_identity_of_its_chain(tmp_path: Path) -> None:
-    chain = evaluation_chain(SMALL)
+    chain = make_chain("evaluation", SMALL)
     write_record(chain, tmp_path)
     with marked_when_done(tmp_path, str(tmp_path / "results")):
         assert not chain["results"].is_done(tmp_path)
@@ -52,7 +57,7 @@ def test_stage_marks_itself_as_done_under_the_identity_of_its_chain(tmp_path: Pa
 
 
 def test_stage_that_raises_or_writes_nothing_is_not_done(tmp_path: Path) -> None:
-    chain = evaluation_chain(SMALL)
+    chain = make_chain("evaluation", SMALL)
     write_record(chain, tmp_path)
     with pytest.raises(ValueError, match="cell"), marked_when_done(tmp_path, str(tmp_path / "results")):
         raise ValueError("a cell")
@@ -65,28 +70,31 @@ def test_stage_that_raises_or_writes_nothing_is_not_done(tmp_path: Path) -> None
 
 
 def test_folder_of_no_stage_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    write_record(evaluation_chain(SMALL), tmp_path)
+    write_record(make_chain("evaluation", SMALL), tmp_path)
     with pytest.raises(SettingsError, match="not the folder of a stage"), marked_when_done(tmp_path, "elsewhere"):
         raise AssertionError("ran")
 
 
-def status_of(run_dir: Path, states: dict[str, JobState | None]) -> list[str]:
+def status_of(run_dir: Path, jobs: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lines about an evaluation whose jobs are numbered by their stage's name."""
-    chain = evaluation_chain(SMALL).with_jobs({name: f"7{name}" for name in states})
-    statuses = chain_status(chain, run_dir, look_up=lambda job: states[job.removeprefix("7")])
-    return list(status_lines(chain, statuses, run_dir))
+    monkeypatch.setattr(slurm_jobs, "look_up", lambda job: jobs[job.removeprefix("7")])
+    chain = make_chain("evaluation", SMALL).with_fields({name: {"job": f"7{name}"} for name in jobs})
+    return list(status_lines(chain, chain_status(chain, run_dir, job_status=job_status), run_dir))
 
 
-def test_status_tells_done_from_running_waiting_failed_cancelled_lost_and_not_started(tmp_path: Path) -> None:
-    finish(evaluation_chain(SMALL), tmp_path, "base_self_edits")
+def test_status_tells_done_from_running_waiting_failed_cancelled_lost_and_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(make_chain("evaluation", SMALL), tmp_path, "base_self_edits")
     lines = status_of(
         tmp_path,
         {
-            "base_self_edits": None,
-            "base_server": JobState(**DONE | {"state": "RUNNING", "restarts": 1}),
-            "base_evaluate": JobState(**DONE | {"state": "TIMEOUT", "reason": "TimeLimit"}),
-            "base_cpt": None,
+            "base_self_edits": {},
+            "base_server": DONE | {"JobState": "RUNNING", "Restarts": "1"},
+            "base_evaluate": DONE | {"JobState": "TIMEOUT", "Reason": "TimeLimit"},
+            "base_cpt": {},
         },
+        monkeypatch,
     )
     assert lines[0] == "chain evaluation: 1 of 4 stages done, 1 failed, 1 lost, 1 not started"
     found = {line.split()[0]: " ".join(line.split()[2:]) for line in lines[1:6]}
@@ -98,7 +106,7 @@ def test_status_tells_done_from_running_waiting_failed_cancelled_lost_and_not_st
     assert found["results"] == "not started"
 
 
-def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
+def test_status_shows_why_a_stage_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "base_cpt"
     folder.mkdir()
     (folder / "04_cpt-7base_cpt.log").write_text("\n".join(f"line {n}" for n in range(9)) + "\n")
@@ -109,8 +117,8 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
     error = nbformat.v4.new_output("error", ename="DataError", evalue="no such file", traceback=traceback)
     cell = nbformat.v4.new_code_cell("x = 1\nload(dataset)", outputs=[error], execution_count=3)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "04_cpt-7base_cpt.ipynb")
-    failed = JobState(**DONE | {"state": "FAILED", "reason": "NonZeroExitCode", "exit_code": 1})
-    lines = status_of(tmp_path, {"base_cpt": failed})
+    failed = DONE | {"JobState": "FAILED", "Reason": "NonZeroExitCode", "ExitCode": "1:0"}
+    lines = status_of(tmp_path, {"base_cpt": failed}, monkeypatch)
     about = lines[lines.index("base_cpt: job 7base_cpt on node1: FAILED, exit code 1") :]
     assert "  cell [3] raised DataError: no such file" in about
     assert "  at: load(dataset)" in about
@@ -119,7 +127,7 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path) -> None:
 
 
 def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
-    chain = evaluation_chain(SMALL)
+    chain = make_chain("evaluation", SMALL)
     finish(chain, tmp_path, "base_self_edits")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/base_cpt.log").write_text("half way\n")
@@ -128,14 +136,13 @@ def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
     executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("load()", outputs=[error])])
     nbformat.write(executed, tmp_path / "base_evaluate/03_query_server.ipynb")
 
-    def nobody(job: str) -> None:
-        raise AssertionError(f"SLURM was asked for {job}")
+    def nobody(stage: Stage) -> tuple[str, str]:
+        raise AssertionError(f"SLURM was asked for {stage.name}")
 
     (tmp_path / "logs/base_server.log").write_text("ready\n")
 
     def states() -> dict[str, str]:
-        statuses = chain_status(chain, tmp_path, look_up=nobody)
-        return {status.stage.name: status.state for status in statuses}
+        return {name: state for name, (state, _) in chain_status(chain, tmp_path, job_status=nobody).items()}
 
     told = {"base_self_edits": "done", "base_evaluate": "failed", "results": "not started"}
     with sole_use(tmp_path, print):

@@ -11,7 +11,7 @@ import pytest
 
 from seal_nb.chain.record import read_record
 from seal_nb.chain.slurm import SlurmError, dry_run, submit_chain
-from seal_nb.chain.stages import DEMO, continual_chain, evaluation_chain, rest_em_chain
+from seal_nb.chain.stages import DEMO, make_chain
 from seal_nb.commands.submit import submit
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
@@ -29,17 +29,17 @@ DRY_RUN = ROOT / "docs/published_experiment.txt"
 
 def test_where_one_job_is_refused_none_is_left_in_the_queue(fakes: Path) -> None:
     with pytest.raises(SlurmError, match=r"'base_cpt' was refused, so none was .*invalid partition.*site\.sh"):
-        submit_chain(evaluation_chain(SMALL), fakes / "run", cluster(project=fakes), tell=print)
+        submit_chain(make_chain("evaluation", SMALL), fakes / "run", cluster(project=fakes), tell=print)
     assert (fakes / "cancelled").read_text() == "101 102 103\n"
     assert read_record(fakes / "run").jobs() == {}
 
 
 def test_jobs_with_other_settings_on_their_way_are_named(fakes: Path) -> None:
-    chain, place = continual_chain(SMALL), cluster(project=fakes)
+    chain, place = make_chain("continual", SMALL), cluster(project=fakes)
     submit_chain(chain, fakes / "run", place, tell=print)
     server = read_record(fakes / "run").jobs()["base_server"]
     (fakes / f"job{server}").write_text("JobId=1 JobState=RUNNING Reason=None\n")
-    other = continual_chain(replace(SMALL, model="another"))
+    other = make_chain("continual", replace(SMALL, model="another"))
     with pytest.raises(RunMismatch, match=f"base_server \\({server}\\).*scancel {server}"):
         submit_chain(other, fakes / "run", place, tell=print)
     assert "base_server" not in submit_chain(chain, fakes / "run", place, tell=print)
@@ -101,7 +101,7 @@ def test_command_that_the_readme_shows_is_the_published_experiment(
 
 
 def test_chain_is_not_run_here_while_its_jobs_are_on_their_way(fakes: Path) -> None:
-    submit_chain(continual_chain(DEMO), fakes / "run", cluster(project=fakes), tell=print)
+    submit_chain(make_chain("continual", DEMO), fakes / "run", cluster(project=fakes), tell=print)
     (fakes / "job102").write_text("JobId=102 JobState=PENDING Reason=Resources\n")
     with pytest.raises(RunMismatch, match="SLURM jobs 102 work here"):
         run_submit(["continual", "--run-dir", "run", "--small", "--executor", "local"])
@@ -148,6 +148,6 @@ def test_dry_run_here_shows_a_command_a_stage_and_starts_none(
 ) -> None:
     run_submit(["rest_em", "--small", "--executor", "local", "--run-dir", str(tmp_path / "run"), "--dry-run"])
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    assert len(shown) == len(list(rest_em_chain(DEMO)))
+    assert len(shown) == len(list(make_chain("rest_em", DEMO)))
     assert all(line.startswith("seal-nb run ") for line in shown)
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from seal_nb.chain.stages import DEMO, RUN, ExperimentSettings, Stage, rest_em_chain
+from seal_nb.chain.stages import DEMO, RUN, ExperimentSettings, Stage, make_chain
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import texts_of_arm
 from seal_nb.notebook_runner import (
@@ -20,9 +20,10 @@ from seal_nb.notebook_runner import (
 )
 from seal_nb.passages import load_passages
 
-CHAIN = rest_em_chain(DEMO)
+CHAIN = make_chain("rest_em", DEMO)
 STAGES = list(CHAIN)
-PUBLISHED = rest_em_chain(
+PUBLISHED = make_chain(
+    "rest_em",
     ExperimentSettings(
         model="Qwen/Qwen2.5-7B",
         train_dataset="squad_train.json",
@@ -31,7 +32,7 @@ PUBLISHED = rest_em_chain(
         n_workers=2,
         n_threads=1,
         sft_processes=2,
-    )
+    ),
 )
 BOTH = [*STAGES, *PUBLISHED]
 NAMES = [f"{chain}-{stage.name}" for chain, stages in (("demo", STAGES), ("published", PUBLISHED)) for stage in stages]
@@ -94,22 +95,22 @@ def test_one_server_at_a_time_is_up() -> None:
 
 
 def test_change_of_a_count_reruns_what_depends_on_it_and_nothing_else() -> None:
-    other = rest_em_chain(replace(DEMO, n_sequences=3))
+    other = make_chain("rest_em", replace(DEMO, n_sequences=3))
     changed = [stage.name for stage in other if stage.identity != CHAIN[stage.name].identity]
     assert changed == ["continual", "results"]
 
 
 def test_number_of_processes_of_a_training_reaches_it_and_undoes_nothing() -> None:
-    chain = rest_em_chain(replace(DEMO, sft_accumulation=4, sft_processes=2))
+    chain = make_chain("rest_em", replace(DEMO, sft_accumulation=4, sft_processes=2))
     trainings = [stage for stage in chain if stage.notebook == "05_rest_em_round"]
     assert [asked(stage)["n_processes"] for stage in trainings] == [2, 2]
     assert all("in 2 processes" in stage.title for stage in trainings)
-    other = rest_em_chain(replace(DEMO, sft_accumulation=4, sft_processes=4))
+    other = make_chain("rest_em", replace(DEMO, sft_accumulation=4, sft_processes=4))
     assert [stage.identity for stage in chain] == [stage.identity for stage in other]
 
 
 def test_prompt_and_engine_reach_every_stage_that_writes_self_edits() -> None:
-    chain = rest_em_chain(replace(DEMO, prompt_key="rewrite", engine="vllm"))
+    chain = make_chain("rest_em", replace(DEMO, prompt_key="rewrite", engine="vllm"))
     writers = [asked(stage) for stage in chain if stage.notebook == "01_create_self_edits"]
     assert [(values["prompt_key"], values["engine"]) for values in writers] == [("rewrite", "vllm")] * 5
     assert asked(chain["continual"])["prompt_key"] == asked(chain["results"])["prompt_key"] == "rewrite"
@@ -117,25 +118,25 @@ def test_prompt_and_engine_reach_every_stage_that_writes_self_edits() -> None:
 
 def test_edited_file_is_another_experiment_under_its_old_name(tmp_path: Path) -> None:
     (file := tmp_path / "mine.txt").write_text("About {title}: {context}")
-    chain = rest_em_chain(replace(DEMO, prompt_key=str(file)))
+    chain = make_chain("rest_em", replace(DEMO, prompt_key=str(file)))
     assert asked(chain["results"])["prompt_key"] == "mine", "as results call its self-edits"
     before = chain["base_self_edits"].identity
     file.rename(tmp_path / "renamed.txt")
-    moved = rest_em_chain(replace(DEMO, prompt_key=str(tmp_path / "renamed.txt")))
+    moved = make_chain("rest_em", replace(DEMO, prompt_key=str(tmp_path / "renamed.txt")))
     assert moved["base_self_edits"].identity == before
     file.write_text("Everything about {title}: {context}")
-    edited = rest_em_chain(replace(DEMO, prompt_key=str(file)))
+    edited = make_chain("rest_em", replace(DEMO, prompt_key=str(file)))
     assert edited["base_self_edits"].identity != before
 
 
 def test_numbers_of_the_inner_loop_reach_every_server() -> None:
-    chain = rest_em_chain(replace(DEMO, dtype="float32", deterministic=True))
+    chain = make_chain("rest_em", replace(DEMO, dtype="float32", deterministic=True))
     servers = [asked(stage) for stage in chain if stage.notebook == "02_ttt_server"]
     assert [(values["dtype"], values["deterministic"]) for values in servers] == [("float32", True)] * 3
 
 
 def test_grader_reaches_every_server_and_padding_every_inner_loop() -> None:
-    chain = rest_em_chain(replace(DEMO, grader="judge:gpt-4.1", padding_in_loss=True))
+    chain = make_chain("rest_em", replace(DEMO, grader="judge:gpt-4.1", padding_in_loss=True))
     servers = [asked(stage)["grader"] for stage in chain if stage.notebook == "02_ttt_server"]
     assert servers == ["judge:gpt-4.1"] * 3
     training = {"03_query_server", "04_cpt", "06_continual_self_edits"}

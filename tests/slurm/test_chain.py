@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.chain.record import read_record
-from seal_nb.chain.status import failing_cell
+from seal_nb.chain.record import failing_cell, read_record
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Project
 
