@@ -95,7 +95,7 @@ def test_later_requests_train_and_answer_while_earlier_ones_wait_for_their_verdi
 def test_a_waiting_request_keeps_no_adapter_in_memory(loop: InnerLoop, grader: HeldGrader) -> None:
     loop.submit(request("a"))
     advance_until(loop, 1)
-    trained = loop.gradings["a"].trained
+    trained = loop.requests["a"].trained  # type: ignore[union-attr]
     assert trained is not None and trained.adapter is None and trained.n_steps == 1
     grader.let_go.set()
     assert replies(loop)["a"].train_steps == 1  # type: ignore[union-attr]

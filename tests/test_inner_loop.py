@@ -170,7 +170,7 @@ def test_a_refused_request_leaves_nothing_behind(loop: InnerLoop) -> None:
     endless = [{"title": "T", "question": "what is it " * 500, "answer": "a"}]
     with pytest.raises(SettingsError, match="context 4096"):
         loop.submit(request("a", eval_questions=[*QUESTIONS, *endless]))
-    assert not loop.evaluations
+    assert not loop.requests
     replies = run(loop, request("b"))  # asks what the refused one had begun to ask
     assert isinstance(replies["b"], TTTReply) and list(replies) == ["b"]
 
@@ -195,7 +195,7 @@ def test_a_steady_stream_of_texts_does_not_stop_training(loop: InnerLoop, monkey
     loop.submit(request("train", finetune_epochs=3, eval_questions=[]))
     replies: list[str] = []
     for i in range(100):
-        if len(loop.generations) < 2:
+        if len(loop.requests) < 3:
             loop.submit(GenerateRequest(request_id=f"g{i}", prompts=["on and on "] * 2, max_tokens=40, seed=i))
         replies += [str(reply.request_id) for reply in loop.advance()]
         if "train" in replies:

@@ -1,8 +1,7 @@
-"""Requests in progress: what each has and still needs, its training job, its prompts, its scores, and its reply.
+"""Requests in progress: the texts that each needs and has, its training job, its scores, and its reply.
 
 Scores of single tokens (`scored_texts`) show which tokens an adapter made more likely. They take two forward passes
-over the train sequences, the gold answers and the passages, and no generation. A soft score is the sum over a gold
-answer.
+and no generation. A soft score is the sum over a gold answer.
 """
 
 import logging
@@ -10,14 +9,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
-from seal_nb.errors import GradingError, SettingsError
+from seal_nb.errors import GradingError
 from seal_nb.grading.base import Answered, Grader, Verdict
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import Answers, GenerateReply, GenerateRequest, ScoredText, TTTReply, TTTRequest, build_reply
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.decode import Decoded, DecodeRow
+from seal_nb.ttt.decode import Decoded
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.loss import ScoreRow, score
@@ -34,108 +34,27 @@ class Question(NamedTuple):
     max_new_tokens: int
 
 
-@dataclass
-class Evaluation:
-    """A TTTRequest in progress.
-
-    baseline, answers: of the base and of the adapter, one a question; None until generated, empty if not requested
-    scores: of gold answers, train sequences and passages, as far as they are requested
-    verdicts: of all answers, those of the base first
-    """
-
-    request: TTTRequest
-    questions: list[Question]
-    stack: tuple[Adapter, ...]
-    baseline: list[str | None] = field(init=False)
-    answers: list[str | None] = field(init=False)
-    started_s: float = field(default_factory=time.monotonic)
-    trained: Trained | None = None
-    trained_s: float = 0.0
-    adapter_path: str | None = None
-    answered_s: float = 0.0
-    scores: list[ScoredText] = field(default_factory=list)
-    verdicts: Future[list[Verdict]] = field(default_factory=Future)
-
-    def __post_init__(self) -> None:
-        n = len(self.questions)
-        self.baseline = [None] * (0 if self.request.skip_baseline else n)
-        self.answers = [None] * (n if self.request.training_wanted else 0)
-
-    @property
-    def complete(self) -> bool:
-        """Whether it is trained and all its answers are there."""
-        trained = self.trained is not None or not self.request.training_wanted
-        return trained and None not in self.baseline and None not in self.answers
-
-    @property
-    def adapter(self) -> Adapter | None:
-        return self.trained.adapter if self.trained else None
-
-    def set_baseline(self, question: Question, text: str) -> None:
-        """Store the base's answer wherever this request asks that question."""
-        if self.baseline:
-            self.baseline = [
-                text if own == question else old for own, old in zip(self.questions, self.baseline, strict=True)
-            ]
-
-    def drop_adapters(self) -> None:
-        """Free the adapters' memory."""
-        self.stack = ()
-        self.trained = self.trained and replace(self.trained, adapter=None)
-
-    def grade(self, grader: Grader) -> list[Verdict]:
-        """Verdicts of all answers. If the grader fails, they are UNGRADED, so that the training is not lost."""
-        answered = [
-            Answered(question=q.question, gold=q.answer, answer=text or "", title=q.title)
-            for texts in (self.baseline, self.answers)
-            for q, text in zip(self.request.eval_questions, texts, strict=bool(texts))
-        ]
-        try:
-            return grader.grade(answered)
-        except GradingError as error:
-            log.warning("%d answers stay UNGRADED: %s", len(answered), error)
-            return [Verdict.UNGRADED] * len(answered)
-
-    def reply(self, model_id: str) -> TTTReply:
-        """Raises what the grader raised."""
-        request, trained, verdicts, n = self.request, self.trained, self.verdicts.result(), len(self.baseline)
-        trained_s = self.trained_s or self.started_s
-        gold = [text for text in self.scores if text.kind == "gold" and request.soft_scores]
-        timings = {"train_s": trained_s - self.started_s, "answer_s": self.answered_s - trained_s}
-        return build_reply(
-            baseline=None
-            if request.skip_baseline
-            else _answers(self.baseline, verdicts[:n], [t.baseline_logprobs for t in gold]),
-            adapter=_answers(self.answers, verdicts[n:], [t.adapter_logprobs for t in gold]) if trained else None,
-            request_id=request.request_id,
-            seed=request.seed,
-            gold_token_counts=[len(text.tokens) for text in gold],
-            token_logprobs=self.scores if request.return_token_logprobs else [],
-            train_tokens=trained.n_tokens if trained else 0,
-            train_steps=trained.n_steps if trained else 0,
-            epoch_losses=list(trained.epoch_losses) if trained else [],
-            timings=timings | {"grade_s": time.monotonic() - self.answered_s},
-            model_id=model_id,
-            adapter_path=self.adapter_path,
-        )
-
-
-def _answers(texts: Sequence[str | None], verdicts: Sequence[Verdict], gold: Sequence[list[float | None]]) -> Answers:
-    """gold: log-probabilities of each gold answer's tokens."""
-    sums = [None if None in values else sum(cast(list[float], values)) for values in gold]
-    return Answers(texts=[text or "" for text in texts], verdicts=verdicts, gold_logprobs=sums)
+Key = tuple[str, int] | Question  # of a text: request id and index of the prompt; or a question to the base
 
 
 @dataclass
 class Generation:
-    """A GenerateRequest in progress. texts: by prompt index."""
+    """A GenerateRequest in progress. keys: of the texts that it needs; texts: those that are there"""
 
     request: GenerateRequest
+    texts: dict[Key, Decoded] = field(default_factory=dict)
     started_s: float = field(default_factory=time.monotonic)
-    texts: dict[int, Decoded] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own = ((str(self.request.request_id), i) for i in range(len(self.request.prompts)))
+        self.keys: dict[Key, None] = dict.fromkeys(own)  # a set in order
+
+    @property
+    def ready(self) -> bool:
+        return len(self.texts) == len(self.keys)
 
     def reply(self, model_id: str) -> GenerateReply:
-        texts = [self.texts[i] for i in range(len(self.request.prompts))]
+        texts = [self.texts[key] for key in self.keys]
         return GenerateReply(
             texts=[d.text for d in texts],
             token_counts=[len(d.token_ids) for d in texts],
@@ -145,6 +64,89 @@ class Generation:
             timings={"answer_s": time.monotonic() - self.started_s},
             model_id=model_id,
         )
+
+
+@dataclass
+class Evaluation:
+    """A TTTRequest in progress.
+
+    baseline, answers: keys of the texts of the base and of the adapter, one a question; empty if not requested
+    keys, texts: as in Generation
+    scores: of gold answers, train sequences and passages, as far as they are requested
+    verdicts: of all answers, those of the base first; None until it is graded
+    """
+
+    request: TTTRequest
+    questions: list[Question]
+    stack: tuple[Adapter, ...]
+    texts: dict[Key, Decoded] = field(default_factory=dict)
+    trained: Trained | None = None
+    adapter_path: str | None = None
+    scores: list[ScoredText] = field(default_factory=list)
+    verdicts: Future[list[Verdict]] | None = None
+
+    def __post_init__(self) -> None:
+        own: list[Key] = [(str(self.request.request_id), i) for i in range(len(self.questions))]
+        self.baseline: list[Key] = [] if self.request.skip_baseline else [*self.questions]
+        self.answers = own if self.request.training_wanted else []
+        self.keys = frozenset(self.baseline + self.answers)
+        self.timings, self.since_s = {"train_s": 0.0}, time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Record the seconds since the last lap."""
+        now = time.monotonic()
+        self.timings[name], self.since_s = now - self.since_s, now
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is trained and all its answers are there."""
+        trained = self.trained is not None or not self.request.training_wanted
+        return trained and len(self.texts) == len(self.keys)
+
+    @property
+    def ready(self) -> bool:
+        return self.verdicts is not None and self.verdicts.done()
+
+    def grade(self, grader: Grader) -> list[Verdict]:
+        """Verdicts of all answers. If the grader fails, they are UNGRADED, so that the training is not lost."""
+        answered = [
+            Answered(question=q.question, gold=q.answer, answer=self.texts[key].text.strip(), title=q.title)
+            for keys in (self.baseline, self.answers)
+            for q, key in zip(self.request.eval_questions, keys, strict=bool(keys))
+        ]
+        try:
+            return grader.grade(answered)
+        except GradingError as error:
+            log.warning("%d answers stay UNGRADED: %s", len(answered), error)
+            return [Verdict.UNGRADED] * len(answered)
+
+    def reply(self, model_id: str) -> TTTReply:
+        """Raises what the grader raised."""
+        assert self.verdicts is not None
+        request, trained, verdicts, n = self.request, self.trained, self.verdicts.result(), len(self.baseline)
+        gold = [text for text in self.scores if text.kind == "gold" and request.soft_scores]
+        before = self._answers(self.baseline, verdicts[:n], [text.baseline_logprobs for text in gold])
+        after = self._answers(self.answers, verdicts[n:], [text.adapter_logprobs for text in gold])
+        self.lap("grade_s")
+        return build_reply(
+            baseline=None if request.skip_baseline else before,
+            adapter=after if trained else None,
+            request_id=request.request_id,
+            seed=request.seed,
+            gold_token_counts=[len(text.tokens) for text in gold],
+            token_logprobs=self.scores if request.return_token_logprobs else [],
+            train_tokens=trained.n_tokens if trained else 0,
+            train_steps=trained.n_steps if trained else 0,
+            epoch_losses=list(trained.epoch_losses) if trained else [],
+            timings=self.timings,
+            model_id=model_id,
+            adapter_path=self.adapter_path,
+        )
+
+    def _answers(self, keys: list[Key], verdicts: Sequence[Verdict], gold: Sequence[list[float | None]]) -> Answers:
+        """gold: log-probabilities of each gold answer's tokens"""
+        sums = [None if None in values else sum(cast(list[float], values)) for values in gold]
+        return Answers(texts=[self.texts[key].text.strip() for key in keys], verdicts=verdicts, gold_logprobs=sums)
 
 
 def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
@@ -180,31 +182,13 @@ def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) 
     return [Question(stack, tuple(one), request.max_new_tokens) for one in ids]
 
 
-def decode_row(base: FrozenBase, ids: Sequence[int], max_tokens: int, **fields: Any) -> DecodeRow:
-    """A prompt for the decoder. Raises SettingsError if it leaves no room in the model's context."""
-    context = base.model.config.max_position_embeddings
-    if len(ids) >= context:
-        raise SettingsError(f"a prompt has {len(ids)} tokens and the model's context {context}; shorten it")
-    return DecodeRow(token_ids=ids, max_new_tokens=min(max_tokens, context - len(ids)), **fields)
-
-
-def text_rows(base: FrozenBase, request: GenerateRequest, stack: tuple[Adapter, ...]) -> Iterator[DecodeRow]:
-    """The prompts of a request for the decoder, with the keys (request id, index)."""
-    sampling = {"temperature": request.temperature, "top_p": request.top_p, "stop": tuple(request.stop)}
-    for i, prompt in enumerate(request.prompts):
-        key, seed = (str(request.request_id), i), (int(request.seed or 0) + i) % 2**63
-        yield decode_row(base, base.encode(prompt), request.max_tokens, key=key, adapters=stack, seed=seed, **sampling)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text to score. tokens: the stretch of the text of each token; the last ones, `target_ids`, get a value."""
+@dataclass(frozen=True, kw_only=True)
+class Text(ScoreRow):
+    """A text to score. tokens: the stretch of the text of each token; the last ones, `target_ids`, get a value"""
 
     kind: Literal["train", "gold", "passage"]
     index: int
     tokens: list[str]
-    prompt_ids: Sequence[int]
-    target_ids: Sequence[int]
 
     def values(self, found: Sequence[float]) -> list[float | None]:
         """One value a token; None for those without a score."""
@@ -213,10 +197,10 @@ class Text:
 
 def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int) -> list[ScoredText]:
     """What the request wants scored, token by token, without and (if there is one) with the adapter."""
-    texts, adapter = list(_texts(base, evaluation)), evaluation.adapter
-    sides = [evaluation.stack] if adapter is None else [evaluation.stack, (*evaluation.stack, adapter)]
-    rows = [ScoreRow(prompt_ids=t.prompt_ids, target_ids=t.target_ids, adapters=side) for side in sides for t in texts]
-    found = score(base, rows, token_budget=token_budget)
+    texts, trained = list(_texts(base, evaluation)), evaluation.trained
+    adapters = (trained.adapter,) if trained and trained.adapter else ()
+    adapted = [replace(text, adapters=text.adapters + adapters) for text in texts if adapters]
+    found = score(base, texts + adapted, token_budget=token_budget)
     before, after = found[: len(texts)], found[len(texts) :]
     return [
         ScoredText(
@@ -232,23 +216,24 @@ def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int)
 
 def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:
     request, tokenizer = evaluation.request, base.tokenizer
+    text_of = partial(Text, adapters=evaluation.stack)
     if evaluation.trained is not None and request.return_token_logprobs:
         job = evaluation.trained.job
         plain = replace(job.train, padding_in_loss=False)
         for i, text in enumerate(job.texts):
             row, (ids, tokens) = make_row(tokenizer, text, plain), pieces(tokenizer, text)
             n, first = row.n_text, row.n_text - len(row.targets)  # the tokens with loss are the last ones
-            yield Text("train", i, tokens[:n], ids[:first], ids[first:n])
+            yield text_of(kind="train", index=i, tokens=tokens[:n], prompt_ids=ids[:first], target_ids=ids[first:n])
     for i, (own, question) in enumerate(zip(evaluation.questions, request.eval_questions, strict=True)):
         ids, tokens = pieces(tokenizer, question.answer, special_tokens=False)
-        yield Text("gold", i, tokens, own.prompt_ids, ids)
+        yield text_of(kind="gold", index=i, tokens=tokens, prompt_ids=own.prompt_ids, target_ids=ids)
     passages: dict[str, int] = {}
     for i, question in enumerate(request.eval_questions):
         if question.context and request.return_token_logprobs:
             passages.setdefault(f"{question.title}\n{question.context}", i)
     for passage, i in passages.items():
         ids, tokens = pieces(tokenizer, passage)
-        yield Text("passage", i, tokens, ids[:1], ids[1:])
+        yield text_of(kind="passage", index=i, tokens=tokens, prompt_ids=ids[:1], target_ids=ids[1:])
 
 
 def pieces(tokenizer: Any, text: str, *, special_tokens: bool = True) -> tuple[list[int], list[str]]:

@@ -1,15 +1,14 @@
 """The inner loop: requests in, replies out (SEAL, arXiv 2506.10943, section 3.1).
 
-For each request the base answers the questions (once a question; answers are stored), an adapter is trained on the
-train sequences, the adapter answers, and a grader gives verdicts. Many requests are in progress at once: training
-shares the slots, answering shares one batch, and grading runs in threads, since a judge may take seconds.
-`InnerLoop.advance` does a short slice of this work and returns the replies that are complete.
+For each request the base answers the questions, an adapter is trained and answers them, and a grader gives verdicts.
+Many requests are in progress at once: training shares the slots, answering shares one batch, and grading runs in
+threads, since a judge may take seconds. Answers of the base are stored.
 """
 
-import time
 import traceback
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -17,28 +16,18 @@ from typing import Any, cast
 import torch
 
 from seal_nb.errors import SealError, SettingsError
-from seal_nb.grading.base import Grader
+from seal_nb.grading.base import Grader, Verdict
 from seal_nb.grading.choose import make_grader
-from seal_nb.inner_loop.evaluation import (
-    Evaluation,
-    Generation,
-    Question,
-    decode_row,
-    questions_of,
-    scored_texts,
-    text_rows,
-    train_job,
-)
+from seal_nb.inner_loop.evaluation import Evaluation, Generation, Key, Question, questions_of, scored_texts, train_job
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
 from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_reply
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.decode import Decoded, GroupedDecoder
+from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.lora import Adapter, KeptAdapters
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 
-Key = tuple[str, "int | Question"]  # of a text being generated: request id and index, or "" and the base's question
 ANSWER_STEPS_A_PASS = 64
 # Slots that fill a pass (4096 tokens on a GPU, 376 on a CPU; larger ones are hardly faster) with published train
 # sequences (47 tokens), and texts of a batch.
@@ -60,34 +49,37 @@ class InnerLoop:
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
         if settings.deterministic:  # which passes are captured depends on earlier ones
             self.trainer.captured.works, self.decoder.replay.record = False, None
-        self.evaluations: dict[str, Evaluation] = {}  # in training or answering
-        self.generations: dict[str, Generation] = {}
-        self.gradings: dict[str, Evaluation] = {}  # wait for verdicts
+        self.requests: dict[str, Evaluation | Generation] = {}  # by request id
         self.asked: set[Question] = set()  # the base is answering them
-        self.baselines: dict[Question, str] = {}  # the base's answers
+        self.baselines: dict[Question, Decoded] = {}  # the base's answers
         self.kept = KeptAdapters(settings.adapters_dir, base.load_adapter, base.name)
         self.grading_threads = DaemonThreads(MOST_GRADED_AT_ONCE)
-        self.done: deque[Reply] = deque()
+        self.done: list[Reply] = []
         self.answering = False
         self.n_answer_steps = 0
         self.n_done = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self.evaluations or self.generations or self.gradings or self.done)
+        return bool(self.requests)
+
+    @property
+    def gradings(self) -> list[Future[list[Verdict]]]:
+        """The verdicts that requests wait for."""
+        return [one.verdicts for one in self.requests.values() if isinstance(one, Evaluation) and one.verdicts]
 
     @property
     def free_slots(self) -> int:
         """Number of requests to send now: enough that the next one can enter as soon as a slot is free."""
-        if len(self.gradings) >= MOST_GRADED_AT_ONCE:
-            return 0
-        return max(0, 2 * self.trainer.n_slots.now - len(self.evaluations) - len(self.generations))
+        n_graded = len(self.gradings)
+        n_free = 2 * self.trainer.n_slots.now - (len(self.requests) - n_graded)
+        return max(0, n_free) if n_graded < MOST_GRADED_AT_ONCE else 0
 
     def stats(self) -> dict[str, Any]:
         return {
             "slots": self.trainer.n_slots.now,
             "slots_in_use": len(self.trainer.slots),
-            "requests": len(self.evaluations) + len(self.generations) + len(self.gradings),
+            "requests": len(self.requests),
             "requests_in_grading": len(self.gradings),
             "requests_done": self.n_done,
             "training": self.trainer.progress(),
@@ -100,7 +92,7 @@ class InnerLoop:
         }
 
     def submit(self, request: Work) -> None:
-        """Take a request, with `request_id` and `seed` set. Raises SealError, which concerns this request only."""
+        """Take a request, with `request_id` and `seed` set. An error concerns this request only."""
         if request.request_id is None or request.seed is None:
             raise SettingsError("request_id and seed must be set before a request reaches the inner loop")
         if len(set(request.adapter_stack)) < len(request.adapter_stack):
@@ -108,9 +100,7 @@ class InnerLoop:
         stack = dict(map(self.kept.get, request.adapter_stack))
         try:
             if isinstance(request, GenerateRequest):
-                self.generations[request.request_id] = Generation(request)
-                for row in text_rows(self.base, request, tuple(stack.values())):
-                    self.decoder.submit(row)
+                self._generate(request.request_id, request, tuple(stack.values()))
             else:
                 self._evaluate(request.request_id, request, stack)
         except BaseException:
@@ -119,28 +109,28 @@ class InnerLoop:
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and free what it holds. Answers of the base that other requests wait for go on."""
-        self.evaluations.pop(request_id, None)
-        self.generations.pop(request_id, None)
-        if (grading := self.gradings.pop(request_id, None)) is not None:
-            grading.verdicts.cancel()
+        one = self.requests.pop(request_id, None)
+        if isinstance(one, Evaluation) and one.verdicts is not None:
+            one.verdicts.cancel()
         self.trainer.cancel(request_id)
-        rows = [*self.decoder.waiting, *(live.row for live in self.decoder.live)]
-        self.decoder.cancel({row.key for row in rows if cast(Key, row.key)[0] == request_id})
-        self.done = deque(reply for reply in self.done if reply.request_id != request_id)
+        self.decoder.cancel(lambda key: cast(Key, key)[0] == request_id)
 
     def advance(self) -> list[Reply]:
         """One pass of training, or one token for every text being generated; returns the replies that are complete."""
         if self._answer_now():
             for decoded in self.decoder.step():
-                self._decoded(decoded)
+                self._decoded(cast(Key, decoded.key), decoded)
         elif self.trainer.busy:
             for trained in self.trainer.step():
-                self._trained(trained)
-        elif self.gradings and not self.done:
-            wait([one.verdicts for one in self.gradings.values()], GRADING_WAIT_S, FIRST_COMPLETED)
-        self._graded()
-        replies = list(self.done)
-        self.done.clear()
+                self._trained(trained.job.name, trained)
+        else:
+            wait(self.gradings, GRADING_WAIT_S, FIRST_COMPLETED)
+        for request_id, one in list(self.requests.items()):
+            if one.ready:
+                with self._failing_alone(request_id):
+                    self.done.append(one.reply(self.model_id))
+                    del self.requests[request_id]
+        replies, self.done = self.done, []
         self.n_done += len(replies)
         return replies
 
@@ -153,110 +143,98 @@ class InnerLoop:
         self.n_answer_steps += self.answering
         return self.answering and not (self.trainer.busy and self.n_answer_steps % ANSWER_STEPS_A_PASS == 0)
 
+    def _generate(self, request_id: str, request: GenerateRequest, stack: tuple[Adapter, ...]) -> None:
+        self.requests[request_id] = generation = Generation(request)
+        sampling = {"temperature": request.temperature, "top_p": request.top_p, "stop": tuple(request.stop)}
+        for i, (key, prompt) in enumerate(zip(generation.keys, request.prompts, strict=True)):
+            seed = (int(request.seed or 0) + i) % 2**63
+            self._ask(key, self.base.encode(prompt), request.max_tokens, stack, seed=seed, **sampling)
+
     def _evaluate(self, request_id: str, request: TTTRequest, stack: dict[str, Adapter]) -> None:
         job = train_job(request, self.settings.max_seq_length) if request.training_wanted else None
         if job is not None:
             self.base.layout(job.lora)  # refuses unknown targets now
         evaluation = Evaluation(request, questions_of(self.base, request, tuple(stack)), tuple(stack.values()))
-        self.evaluations[request_id] = evaluation
+        self.requests[request_id] = evaluation
         for question in [] if request.skip_baseline else evaluation.questions:
             if question in self.baselines:
-                evaluation.set_baseline(question, self.baselines[question])
+                evaluation.texts[question] = self.baselines[question]
             elif question not in self.asked:
-                self._ask(("", question), question, evaluation.stack)
+                self._ask(question, question.prompt_ids, question.max_new_tokens, evaluation.stack)
                 self.asked.add(question)
         if job is not None:
             self.trainer.submit(job, evaluation.stack)
-        self._grade_if_complete(request_id)
+        self._grade_if_complete(evaluation)
 
-    def _ask(self, key: Key, question: Question, adapters: tuple[Adapter, ...]) -> None:
-        row = decode_row(self.base, question.prompt_ids, question.max_new_tokens, key=key, adapters=adapters)
-        self.decoder.submit(row)
+    def _ask(self, key: Key, ids: Sequence[int], max_tokens: int, stack: tuple[Adapter, ...], **sampling: Any) -> None:
+        """Generate a text. Raises SettingsError if the prompt leaves no room in the model's context."""
+        context = self.base.model.config.max_position_embeddings
+        if len(ids) >= context:
+            raise SettingsError(f"a prompt has {len(ids)} tokens and the model's context {context}; shorten it")
+        n = min(max_tokens, context - len(ids))
+        self.decoder.submit(DecodeRow(key=key, token_ids=ids, adapters=stack, max_new_tokens=n, **sampling))
 
-    def _trained(self, trained: Trained) -> None:
+    def _trained(self, request_id: str, trained: Trained) -> None:
         """Keep the adapter if it has a name, and ask it the questions."""
-        request_id = trained.job.name
-        evaluation = self.evaluations.get(request_id)
-        if evaluation is None:
-            return
-        if trained.adapter is None:
-            self._fail(request_id, SettingsError(trained.error))
-            return
-        evaluation.trained, evaluation.trained_s = trained, time.monotonic()
-        try:
+        evaluation = cast(Evaluation, self.requests[request_id])
+        with self._failing_alone(request_id):  # a full disk, a prompt that is too long
+            if trained.adapter is None:
+                raise SettingsError(trained.error)
+            evaluation.trained = trained
+            evaluation.lap("train_s")
             if (name := evaluation.request.adapter_name) is not None:
                 evaluation.adapter_path = str(self.kept.keep(name, trained.adapter))
-            for i, question in enumerate(evaluation.questions):
-                self._ask((request_id, i), question, (*evaluation.stack, trained.adapter))
-        except REQUEST_FAULTS as error:  # a full disk, a prompt that is too long
-            self._fail(request_id, error)
-        else:
-            self._grade_if_complete(request_id)
+            stack = (*evaluation.stack, trained.adapter)
+            for key, question in zip(evaluation.answers, evaluation.questions, strict=True):
+                self._ask(key, question.prompt_ids, question.max_new_tokens, stack)
+            self._grade_if_complete(evaluation)
 
-    def _decoded(self, decoded: Decoded) -> None:
-        request_id, place = cast(Key, decoded.key)
-        if isinstance(place, Question):
-            self._base_answered(place, decoded)
-        elif decoded.error and request_id in self.evaluations | self.generations:
-            self._fail(request_id, SettingsError(decoded.error))
-        elif (generation := self.generations.get(request_id)) is not None:
-            generation.texts[place] = decoded
-            if len(generation.texts) == len(generation.request.prompts):
-                self.done.append(self.generations.pop(request_id).reply(self.model_id))
-        elif request_id in self.evaluations:
-            self.evaluations[request_id].answers[place] = decoded.text.strip()
-            self._grade_if_complete(request_id)
-
-    def _base_answered(self, question: Question, decoded: Decoded) -> None:
-        """Store the base's answer, in all requests that wait for it too; or fail these requests."""
-        self.asked.discard(question)
-        text = decoded.text.strip()
-        if not decoded.error:
-            self.baselines[question] = text
+    def _decoded(self, key: Key, decoded: Decoded) -> None:
+        """Give a text, or the error for which there is none, to all requests that wait for it."""
+        if isinstance(key, Question):
+            self.asked.discard(key)
+            if not decoded.error:
+                self.baselines[key] = decoded
             while len(self.baselines) > MOST_STORED:
                 del self.baselines[next(iter(self.baselines))]
-        for request_id, evaluation in list(self.evaluations.items()):
-            if decoded.error and evaluation.baseline and question in evaluation.questions:
-                self._fail(request_id, SettingsError(decoded.error))
-            elif not decoded.error:
-                evaluation.set_baseline(question, text)
-                self._grade_if_complete(request_id)
+            request_ids = [request_id for request_id, one in self.requests.items() if key in one.keys]
+        else:
+            request_ids = [key[0]]
+        for request_id in request_ids:
+            one = self.requests.get(request_id)
+            if one is None or key in one.texts:  # it has failed, or it has the stored answer
+                continue
+            with self._failing_alone(request_id):
+                if decoded.error:
+                    raise SettingsError(decoded.error)
+                one.texts[key] = decoded
+                if isinstance(one, Evaluation):
+                    self._grade_if_complete(one)
 
-    def _grade_if_complete(self, request_id: str) -> None:
+    def _grade_if_complete(self, evaluation: Evaluation) -> None:
         """Score a request that has all its answers, and send it to the grader."""
-        evaluation = self.evaluations.get(request_id)
-        if evaluation is None or not evaluation.complete:
+        if not evaluation.complete:
             return
         # Tokens of a pass of scoring; if deterministic, one text a pass.
         budget = 1 if self.settings.deterministic else self.trainer.token_budget.now
-        try:
-            if evaluation.request.soft_scores or evaluation.request.return_token_logprobs:
-                evaluation.scores = scored_texts(self.base, evaluation, token_budget=budget)
-        except REQUEST_FAULTS as error:
-            self._fail(request_id, error)
-            return
-        evaluation.drop_adapters()  # a slow judge must not keep their memory
-        evaluation.answered_s = time.monotonic()
+        if evaluation.request.soft_scores or evaluation.request.return_token_logprobs:
+            evaluation.scores = scored_texts(self.base, evaluation, token_budget=budget)
+        evaluation.stack = ()  # a slow judge must not keep the adapters' memory
+        if evaluation.trained:
+            evaluation.trained = replace(evaluation.trained, adapter=None)
+        evaluation.lap("answer_s")
         evaluation.verdicts = self.grading_threads.submit(partial(evaluation.grade, self.grader))
-        self.gradings[request_id] = self.evaluations.pop(request_id)
 
-    def _graded(self) -> None:
-        for request_id, grading in list(self.gradings.items()):
-            if grading.verdicts.done():
-                try:
-                    reply = grading.reply(self.model_id)
-                except REQUEST_FAULTS as error:
-                    self._fail(request_id, error)
-                else:
-                    del self.gradings[request_id]
-                    self.done.append(reply)
-
-    def _fail(self, request_id: str, error: Exception) -> None:
-        in_progress: dict[str, Any] = self.evaluations | self.generations | self.gradings
-        wants_traceback = in_progress[request_id].request.traceback
-        self.cancel(request_id)
-        trace = "".join(traceback.format_exception(error)) if wants_traceback else None
-        self.done.append(error_reply(error, request_id=request_id, traceback=trace))
+    @contextmanager
+    def _failing_alone(self, request_id: str) -> Iterator[None]:
+        """An error ends this request and not the process."""
+        try:
+            yield
+        except REQUEST_FAULTS as error:
+            wants_traceback = self.requests[request_id].request.traceback
+            self.cancel(request_id)
+            trace = "".join(traceback.format_exception(error)) if wants_traceback else None
+            self.done.append(error_reply(error, request_id=request_id, traceback=trace))
 
 
 def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:

@@ -8,7 +8,7 @@ between, a step only launches work, and on CUDA its tokens are read while the ne
 
 import contextlib
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,11 +106,11 @@ class GroupedDecoder:
             self.seen.clear()
         self.waiting.append(row)
 
-    def cancel(self, keys: set[Hashable]) -> None:
-        """Drop rows of these keys; live ones leave at the next layout."""
-        self.waiting = deque(r for r in self.waiting if r.key not in keys)
+    def cancel(self, chosen: Callable[[Hashable], bool]) -> None:
+        """Drop rows whose keys are chosen; live ones leave at the next layout."""
+        self.waiting = deque(row for row in self.waiting if not chosen(row.key))
         for live in self.live:
-            if live.row.key in keys:
+            if chosen(live.row.key):
                 live.finish_reason = "cancelled"
 
     def run(self) -> list[Decoded]:
