@@ -221,7 +221,7 @@ class InnerLoop:
             evaluation.scores = scored_texts(self.base, evaluation, token_budget=budget)
         evaluation.stack = ()  # a slow judge must not keep the adapters' memory
         if evaluation.trained:
-            evaluation.trained = replace(evaluation.trained, adapter=None)
+            evaluation.trained.adapter = None
         evaluation.lap("answer_s")
         evaluation.verdicts = self.grading_threads.submit(partial(evaluation.grade, self.grader))
 

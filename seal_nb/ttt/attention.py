@@ -1,13 +1,11 @@
 """Attention for packed rows (`Rows`) and for decoding with a KV cache (`Cache`).
 
-A pass is one (1, T) sequence of all rows' tokens, end to end; only attention keeps rows apart. On CUDA in half
-precision it is the variable-length kernel (torch.nn.attention.varlen), elsewhere one product a row. It is registered
-with transformers under the name `ATTENTION`, so any decoder that takes its attention from there works unchanged.
+A pass is one (1, T) sequence of all rows' tokens, end to end; only attention keeps rows apart. It is registered with
+transformers as `ATTENTION`, so any decoder that takes its attention from there works unchanged.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -24,9 +22,7 @@ from seal_nb.ttt.device import has_varlen, sent, tensor_on
 ATTENTION = "seal_rows"
 SHORT = 512  # tokens; up to here the plain product, which rounds less and takes a third of the time in bfloat16
 # From torch 2.12 on, fewer key heads than query heads must be asked for.
-GROUPED_HEADS: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+GROUPED_HEADS: Any = dict.fromkeys({"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys(), True)
 CAUSAL, ALL_KEYS = (-1, 0), (-1, -1)  # windows of varlen_attn: keys to the left, keys to the right
 BLOCK = 32  # tokens by which the cache of all rows grows; a multiple of 16, as CUDA's kernels want the mask
 # Without cuDNN's, which torch prefers on Hopper: it makes a plan, about 30 ms, for each new shape of a batch.
@@ -35,18 +31,24 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of a pass over T tokens.
+    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only.
 
-    ends: (rows + 1,) int32, running sum of the rows' lengths; longest: at least the tokens of each row
+    longest: at least the tokens of each row; 0: exactly
+    ends: (rows + 1,) int32, running sum of the rows' lengths
     real, padding: with padding in the loss, places (int64) of real and of padding tokens, and running sums like `ends`
     """
 
-    ends: Tensor
-    longest: int
-    real: tuple[Tensor, Tensor] | None = None
-    padding: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None, longest: int = 0
+    ):
+        self.ends, self.longest = _running_sum(lengths, device), longest or max(lengths)
+        self.real = self.padding = None
+        if n_real is not None and sum(lengths) > sum(n_real):
+            n_padding = [n - r for n, r in zip(lengths, n_real, strict=True)]
+            is_real = torch.tensor([i < r for n, r in zip(lengths, n_real, strict=True) for i in range(n)])
+            self.real = sent(is_real.nonzero()[:, 0], device), _running_sum(n_real, device)
+            self.padding = sent((~is_real).nonzero()[:, 0], device), _running_sum(n_padding, device)
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Causal attention within rows. No token attends to padding."""
@@ -88,22 +90,6 @@ class Rows:
         return masks
 
 
-def make_rows(
-    lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None, longest: int = 0
-) -> Rows:
-    """Rows of these lengths. Tokens past `n_real` of a row are padding, which attends to real tokens only.
-
-    longest: at least the tokens of each row; 0: exactly
-    """
-    real = padding = None
-    if n_real is not None and sum(lengths) > sum(n_real):
-        n_padding = [n - r for n, r in zip(lengths, n_real, strict=True)]
-        is_real = torch.tensor([i < r for n, r in zip(lengths, n_real, strict=True) for i in range(n)])
-        real = sent(is_real.nonzero()[:, 0], device), _running_sum(n_real, device)
-        padding = sent((~is_real).nonzero()[:, 0], device), _running_sum(n_padding, device)
-    return Rows(ends=_running_sum(lengths, device), longest=longest or max(lengths), real=real, padding=padding)
-
-
 def _running_sum(lengths: Sequence[int], device: torch.device) -> Tensor:
     return tensor_on(device, list(accumulate(lengths, initial=0)), torch.int32)
 
@@ -113,10 +99,8 @@ def _attention(  # type: ignore[no-untyped-def]  # transformers' attention inter
 ):
     """transformers' attention interface. The model's forward passes `attend` on to its layers."""
     if attend is None:
-        raise RuntimeError(
-            "its layers do not pass `attend` on to their attention, or its own forward was called instead of"
-            " FrozenBase.run"
-        )
+        missing = "its layers do not pass `attend` on to their attention"
+        raise RuntimeError(f"{missing}, or its own forward was called instead of FrozenBase.run")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return attend(module, query, key, value, scale), None
 
@@ -125,10 +109,8 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class Cache:
-    """Keys and values of the rows being decoded: a (rows, room, kv_heads, d) tensor a layer, tokens at the left.
-
-    Between two calls of `arrange` a step works in place on the same tensors and reads no length from the device, so it
-    can be recorded and replayed.
+    """Keys and values of the rows being decoded: (rows, room, kv_heads, d) of each layer, tokens at the left. Between
+    two calls of `arrange` a step works in place on the same tensors, so it can be recorded and replayed.
 
     positions: (rows,) of each row's newest token; places: (rows,) its index among all (rows * room)
     mask: (rows, 1, 1, room), 0 where a row has a token, else -inf

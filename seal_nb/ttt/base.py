@@ -1,7 +1,7 @@
 """The frozen base: a transformers decoder that runs packed rows, with the adapters of each row.
 
-Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3, Mistral, …).
-This is checked numerically when the model is loaded. Its weights never change.
+Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3, Mistral, …),
+which is checked numerically when a model is loaded. Its weights never change.
 """
 
 import contextlib
@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import FOUR_BIT
-from seal_nb.ttt.attention import ATTENTION, Attend, make_rows
+from seal_nb.ttt.attention import ATTENTION, Attend, Rows
 from seal_nb.ttt.branches import PLAN, Bank, BranchedLinear, Plan, make_plan
 from seal_nb.ttt.device import free_cached_memory, region, sent
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, linears_of, load_adapter, make_layout
 
 CHECK_ROWS = ((0, 8), (5, 21))  # first token and length of the rows that check a model when it is loaded
+# All names in the code of a forward that is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROTARY = "apply_rotary_pos_emb"
 T = TypeVar("T")
@@ -38,7 +39,14 @@ class FrozenBase:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
-        _refuse_unsupported(model)
+        kinds = set(getattr(model.config, "layer_types", None) or [])
+        if kinds - {"full_attention"}:
+            kind = f"model type {self.model_type!r} has {sorted(kinds)} layers"
+            raise SettingsError(f"{kind}; only full attention is supported")
+        if model.get_output_embeddings() is None:
+            raise SettingsError(
+                f"model type {self.model_type!r} has no language-model head; give a causal language model"
+            )
         rows = [[i % model.config.vocab_size for i in range(first, first + n)] for first, n in CHECK_ROWS]
         with torch.no_grad():
             ids = [torch.tensor([row], device=self.device) for row in rows]
@@ -57,24 +65,16 @@ class FrozenBase:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
-        """Load a model. No code of the model's repository is ever run.
-
-        Args:
-            folder: model folder or hub name.
-            device: a torch device; "auto" is CUDA if there is one.
-            dtype: a torch dtype, "auto" or "4bit".
+        """Load a model, of a folder or hub name. No code of its repository is ever run.
 
         The dtype "auto" is bfloat16 if the device multiplies it natively (CUDA, CPUs with AMX or AVX512-BF16), else
-        float32.
-        "4bit" is "auto" with the weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314): a quarter of the memory.
-
-        Raises:
-            SettingsError: the architecture is not supported, or "4bit" is chosen without bitsandbytes.
+        float32. "4bit" is "auto" with the weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314). Raises
+        SettingsError if the architecture is not supported, or "4bit" is chosen without bitsandbytes.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        in_four_bits, dtype = dtype == FOUR_BIT, "auto" if dtype == FOUR_BIT else dtype
-        if dtype == "auto":
+        in_four_bits = dtype == FOUR_BIT
+        if dtype in ("auto", FOUR_BIT):
             dtype = "bfloat16" if device.startswith("cuda") or cpu_multiplies_bfloat16() else "float32"
         torch_dtype = getattr(torch, dtype)
         options = _four_bit_options(torch_dtype, device) if in_four_bits else {}
@@ -132,21 +132,17 @@ class FrozenBase:
         return load_adapter(folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
-        return ids
+        return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
     def hidden(
         self, rows: Sequence[Sequence[int]], adapters: Sequence[Sequence[Adapter]] = (), *, attend: Attend | None = None
     ) -> Tensor:
-        """Last hidden states (T, d) of rows of token ids, end to end.
-
-        adapters: those of each row; empty: none. attend: replaces attention within rows, when decoding
-        """
+        """Last hidden states (T, d) of rows of token ids, end to end. adapters: those of each row; empty: none. attend:
+        replaces attention within rows, when decoding"""
         lengths = [len(row) for row in rows]
         ids = sent(torch.tensor([token for row in rows for token in row]), self.device)
         positions = sent(torch.cat([torch.arange(n) for n in lengths]), self.device)
-        if attend is None:
-            attend = make_rows(lengths, self.device).attend
+        attend = attend or Rows(lengths, self.device).attend
         return self.run(ids, positions, make_plan(list(zip(lengths, adapters, strict=False))), attend)
 
     def run(self, ids: Tensor, positions: Tensor, plan: Plan, attend: Attend) -> Tensor:
@@ -181,19 +177,6 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise SettingsError(
-            f"model type {config.model_type!r} has {sorted(kinds)} layers; only full attention is supported"
-        )
-    if model.get_output_embeddings() is None:
-        raise SettingsError(
-            f"model type {config.model_type!r} has no language-model head; give a causal language model"
-        )
-
-
 def _four_bit_options(compute_dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Options of `from_pretrained` for NF4 weights. Products run in the compute dtype."""
     if find_spec("bitsandbytes") is None:
@@ -223,20 +206,14 @@ def _make_regions(model: nn.Module) -> None:
     stay in float32, where separate kernels round."""
     for module in model.modules():
         kind: Any = type(module)
+        names = getattr(getattr(kind.forward, "__code__", None), "co_names", ())
         if kind.__name__.endswith("RMSNorm"):
             module.forward = functools.partial(region(kind.forward), module)
-        elif _is_gated(module):
+        elif set(names) == GATED:
             module.forward = functools.partial(_gated_mlp, module)
-        code = sys.modules[kind.__module__]
-        rotary = getattr(code, ROTARY, None)
+        rotary = getattr(code := sys.modules[kind.__module__], ROTARY, None)
         if rotary is not None and not hasattr(rotary, "is_region"):
             setattr(code, ROTARY, region(rotary))
-
-
-def _is_gated(module: nn.Module) -> bool:
-    """Whether forward is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`: its code uses these four names only."""
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    return set(names) == GATED
 
 
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:

@@ -1,16 +1,12 @@
 """Low-rank branches on the Linear layers of the frozen base: y = x Wᵀ + scale (x Aᵀ) Bᵀ (LoRA, arXiv 2106.09685).
 
-The tokens of a pass are one (T, d) matrix, part by part, and each part has its own adapters. The frozen product runs
-once over all tokens. Adapters of one layout on neighbouring parts form a `Group`, whose products are segmented: each
-member multiplies its own tokens with its own weights, without padding. On CUDA one kernel does all members
-(`kernels.py`), elsewhere a loop does. The backward pass writes the gradients of A and B to the `Bank` of the adapters
-in training.
+The frozen product runs once over all tokens of a pass. Neighbouring adapters of one layout are a `Group`, whose members
+multiply their own tokens, without padding: on CUDA in one kernel (`kernels.py`), elsewhere in a loop.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import accumulate, groupby, pairwise
@@ -46,7 +42,7 @@ class Bank:
 
     @property
     def adds_to_gradient(self) -> list[bool]:
-        """For each row whether the next gradient is added to the old one, in an open accumulation window."""
+        """Of each row whether the next gradient is added to the old one, in an open accumulation window."""
         return [i in self.rows and not self.rows[i].opens_window for i in range(self.n)]
 
     def enter(self, settings: LoraSettings, initial: Tensor, dropout_seed: int) -> "BankRow":
@@ -86,9 +82,9 @@ class BankRow(Adapter):
 Part = tuple[int, Sequence[Adapter]]  # a number of tokens and the adapters that act on them
 
 
-@dataclass(kw_only=True)
 class Group:
-    """n adapters (members) of one layout, and the tokens that each acts on, end to end from `start`.
+    """Adapters of one layout (members) on neighbouring parts, and their tokens, end to end from `start`.
+    All rows of a bank are members, in their order; those that are not in this pass have no tokens.
 
     weights: compute dtype; one matrix if kernels are used
     scales: (tokens, 1), at least float32: the factor of each token
@@ -97,15 +93,34 @@ class Group:
     keep: (n,), 1 where the new gradient is added to the old one; None if it replaces every old one
     """
 
-    layout: Layout
-    weights: Weights
-    scales: Tensor
-    start: int
-    ends: Tensor
-    tiles: Tensor | None
-    gradient: Tensor | None = None
-    keep: Tensor | None = None
-    dropouts: tuple[tuple[slice, BankRow], ...] = ()
+    def __init__(self, run: Sequence[tuple[int, int, Any]]):
+        """run: first token, number of tokens and adapter of each part"""
+        self.start, _, first = run[0]
+        self.layout, with_kernels = first.layout, has_kernels(first.layout, first.compute)
+        self.weights: Weights
+        bank = first.bank if isinstance(first, BankRow) else None
+        if bank is not None:
+            lengths, self.weights = [0] * bank.n, bank.compute
+            for _, n, row in run:
+                lengths[row.index] = n
+        else:  # neighbours with the same adapter are one member
+            members = [list(same) for _, same in groupby(run, key=lambda part: id(part[2]))]
+            lengths, weights = (
+                [sum(n for _, n, _ in same) for same in members],
+                [same[0][2].compute for same in members],
+            )
+            self.weights = torch.stack(weights) if with_kernels else weights
+        device, dtype = first.compute.device, torch.promote_types(torch.float32, first.compute.dtype)
+        scales = [adapter.settings.scaling for _, n, adapter in run for _ in range(n)]
+        self.scales = tensor_on(device, scales, dtype)[:, None]
+        self.ends = tensor_on(device, list(accumulate(lengths)), torch.int32)
+        self.tiles = tensor_on(device, kernels.tiles_of(lengths), torch.int32) if with_kernels else None
+        adds = bank.adds_to_gradient if bank else []
+        self.gradient = bank.gradient if bank else None
+        self.keep = tensor_on(device, adds, dtype) if any(adds) else None
+        self.dropouts = [
+            (slice(at - self.start, at - self.start + n), row) for at, n, row in run if bank and row.settings.dropout
+        ]
 
     @cached_property
     def tokens(self) -> slice:
@@ -160,8 +175,8 @@ def has_kernels(layout: Layout, weights: Tensor) -> bool:
 class Plan:
     """The groups of one pass."""
 
-    def __init__(self, groups: Sequence[Group] = ()):
-        self.groups = tuple(groups)
+    def __init__(self, groups: Sequence[Group]):
+        self.groups = groups
         self.names = frozenset(t.name for layout in {g.layout for g in groups} for t in layout.targets)
         self.trains = any(g.gradient is not None for g in groups)
         self.anchor = torch.zeros((), requires_grad=True)
@@ -178,7 +193,7 @@ def make_plan(parts: Sequence[Part]) -> Plan:
     groups = []
     for depth in range(max((len(adapters) for _, adapters in parts), default=0)):
         layer = [(start, n, adapters[depth] if depth < len(adapters) else None) for start, n, adapters in spans]
-        groups += [_group(list(run)) for kind, run in groupby(layer, key=_kind) if kind is not None]
+        groups += [Group(list(run)) for kind, run in groupby(layer, key=_kind) if kind is not None]
     return Plan(groups)
 
 
@@ -188,36 +203,7 @@ def _kind(part: tuple[int, int, Adapter | None]) -> object:
     return adapter.bank if isinstance(adapter, BankRow) else adapter and adapter.layout
 
 
-def _group(run: Sequence[tuple[int, int, Any]]) -> Group:
-    """The group of neighbours (first token, number of tokens, adapter)."""
-    start, _, first = run[0]
-    bank, with_kernels = first.bank if isinstance(first, BankRow) else None, has_kernels(first.layout, first.compute)
-    weights: Weights
-    if bank is not None:  # all its rows are members; those that are not in this pass have no tokens
-        lengths, weights = [0] * bank.n, bank.compute
-        for _, n, row in run:
-            lengths[row.index] = n
-    else:  # neighbours with the same adapter are one member
-        members = [list(same) for _, same in groupby(run, key=lambda part: id(part[2]))]
-        lengths, weights = [sum(n for _, n, _ in same) for same in members], [same[0][2].compute for same in members]
-        weights = torch.stack(weights) if with_kernels else weights
-    device, dtype = weights[0].device, torch.promote_types(torch.float32, weights[0].dtype)
-    group = Group(
-        layout=first.layout,
-        weights=weights,
-        scales=tensor_on(device, [a.settings.scaling for _, n, a in run for _ in range(n)], dtype)[:, None],
-        start=start,
-        ends=tensor_on(device, list(accumulate(lengths)), torch.int32),
-        tiles=tensor_on(device, kernels.tiles_of(lengths), torch.int32) if with_kernels else None,
-    )
-    if bank is not None:
-        adds = bank.adds_to_gradient
-        group.gradient, group.keep = bank.gradient, tensor_on(device, adds, dtype) if any(adds) else None
-        group.dropouts = tuple((slice(at - start, at - start + n), row) for at, n, row in run if row.settings.dropout)
-    return group
-
-
-NO_PLAN = Plan()
+NO_PLAN = Plan(())
 PLAN: ContextVar[Plan] = ContextVar("PLAN", default=NO_PLAN)  # of the pass that is running
 
 

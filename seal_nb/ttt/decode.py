@@ -18,7 +18,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.errors import SettingsError
-from seal_nb.ttt.attention import KERNELS, Cache, make_rows
+from seal_nb.ttt.attention import KERNELS, Cache, Rows
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import make_plan
 from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, sent, tensor_on
@@ -191,7 +191,7 @@ class GroupedDecoder:
         new = [live for live in self.live if live.place is None]
         self._move_cache()
         lengths = [live.n_cached for live in new]
-        rows = make_rows(lengths, self.base.device)
+        rows = Rows(lengths, self.base.device)
         hidden = self.base.hidden(
             [live.row.token_ids for live in new],
             [live.row.adapters for live in new],

@@ -1,9 +1,7 @@
 """LoRA adapters: memory layout, initial values, PEFT files, adapters kept by name, merging into a model folder.
 
-An adapter is one flat vector, so that clipping, AdamW and copies are single operations, with a view A (rank, in) and
-B (out, rank) for each target Linear (Hu et al., arXiv 2106.09685). Initial values and files are PEFT's
-(https://github.com/huggingface/peft): the same seed gives the weights of `get_peft_model`, and a saved adapter loads in
-PEFT and in vLLM. `branches.py` applies adapters in a model.
+An adapter is one flat vector with a view A (rank, in) and B (out, rank) for each target Linear (Hu et al., arXiv
+2106.09685). Initial values and files are PEFT's (https://github.com/huggingface/peft), so PEFT and vLLM load them.
 """
 
 import contextlib
@@ -11,11 +9,11 @@ import json
 import math
 import shutil
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,8 +29,7 @@ ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(NamedTuple):
     """A Linear that gets a low-rank branch: module name, sizes, and offsets of its A and B in the flat vector."""
 
     name: str
@@ -72,11 +69,8 @@ class Layout:
 
 
 def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_type: str) -> Layout:
-    """Layout over `linears`: name → Linear, in the model's order, without the head.
-
-    Raises:
-        SettingsError: a target matches no Linear, or PEFT has no default for the architecture.
-    """
+    """Layout over `linears`: name → Linear, in the model's order, without the head. Raises SettingsError if a target
+    matches no Linear, or PEFT has no default for the architecture."""
     names = list(linears)
     if settings.target_modules != (ALL_LINEAR,):
         wanted = settings.target_modules or _peft_targets(model_type)
@@ -93,7 +87,7 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
     for name in names:
         n_in, n_out = linears[name].in_features, linears[name].out_features
         offset_b = offset + settings.rank * n_in
-        chosen.append(Target(name=name, in_features=n_in, out_features=n_out, offset_a=offset, offset_b=offset_b))
+        chosen.append(Target(name, n_in, n_out, offset_a=offset, offset_b=offset_b))
         offset = offset_b + settings.rank * n_out
     return Layout(settings.rank, tuple(chosen))
 
@@ -185,11 +179,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def load_adapter(
     folder: Path, linears: Mapping[str, nn.Linear], model_type: str, *, compute_dtype: torch.dtype, device: torch.device
 ) -> Adapter:
-    """Read an adapter in PEFT's format (plain LoRA on Linear layers).
-
-    Raises:
-        SettingsError: the folder has no adapter, or the adapter does not fit the model.
-    """
+    """Read an adapter in PEFT's format (plain LoRA on Linear layers). Raises SettingsError if the folder has none, or
+    one that does not fit the model."""
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
         raise SettingsError(f"no adapter at {folder}: adapter_config.json is missing; check the name")
@@ -207,15 +198,12 @@ def load_adapter(
 
 
 class KeptAdapters:
-    """Adapters in `folder`, each kept under its name; those used last stay in memory.
-
-    Other workers write to the same folder, so an adapter's identity is its name and the time it was written.
-    load: reads the folder of an adapter (`FrozenBase.load_adapter`); base_model: for PEFT's configuration
-    """
+    """Adapters in `folder`, each kept under its name; those used last stay in memory. Other workers write to the same
+    folder, so an adapter's identity is its name and the time it was written. load: `FrozenBase.load_adapter`"""
 
     def __init__(self, folder: Path, load: Callable[[Path], Adapter], base_model: str):
         self.folder, self.load, self.base_model = folder, load, base_model
-        self._loaded: OrderedDict[str, Adapter] = OrderedDict()  # by identity
+        self._loaded: dict[str, Adapter] = {}  # by identity, those used last at the end
 
     def get(self, name: str) -> tuple[str, Adapter]:
         """Identity and adapter. Raises SettingsError if there is none of this name, or it does not fit the model."""
@@ -229,10 +217,10 @@ class KeptAdapters:
         return self.folder / name
 
     def _remember(self, identity: str, adapter: Adapter) -> Adapter:
+        self._loaded.pop(identity, None)
         self._loaded[identity] = adapter
-        self._loaded.move_to_end(identity)
         while len(self._loaded) > 1 and sum(a.n_bytes for a in self._loaded.values()) > BYTES_IN_MEMORY:
-            self._loaded.popitem(last=False)
+            del self._loaded[next(iter(self._loaded))]
         return adapter
 
     def _identity(self, name: str) -> str:
@@ -244,29 +232,19 @@ class KeptAdapters:
 
 
 def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
-    """Write a model with adapters merged into its weights as an ordinary model folder.
+    """Write a model (folder, hub name or "embedded") with adapters merged into its weights as an ordinary model folder.
 
-    W + Σ scale · B A (LoRA, arXiv 2106.09685, section 4.1) is added in float32 and rounded once, to the dtype of the
-    stored model. A stack of frozen adapters on the base gives the same outputs without a copy of the model.
-
-    Args:
-        model: folder, hub name or "embedded".
-        adapters: folders in PEFT's format, in the order of training.
-        out: the new model folder.
-
-    Returns:
-        `out`.
-
-    Raises:
-        SettingsError: a folder has no adapter, or one of another model; then `out` is not written.
+    adapters: folders in PEFT's format, in the order of training. W + Σ scale · B A (LoRA, arXiv 2106.09685, section
+    4.1) is added in float32 and rounded once, to the dtype of the stored model. Raises SettingsError, and writes
+    nothing, if a folder has no adapter of this model.
     """
     folder = resolve_model(model)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     linears, kind = linears_of(merged), merged.config.model_type
     for path in adapters:
         adapter = load_adapter(path, linears, kind, compute_dtype=torch.float32, device=merged.device)
-        for target in adapter.layout.targets:
-            linears[target.name].weight.data += adapter.delta(target.name)
+        for name in adapter.layout.by_name:
+            linears[name].weight.data += adapter.delta(name)
     write_model_folder(merged.to(stored_dtype(folder)), AutoTokenizer.from_pretrained(folder), out)
     return out
 

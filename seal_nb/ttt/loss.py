@@ -1,9 +1,7 @@
 """The loss: cross entropy of the next token from hidden states (`weighted_nll`), and soft scores (`score`).
 
-Logits are made in chunks, so that no (T, vocabulary) matrix is kept. Since the head is frozen, the gradient with
-respect to the hidden states is computed in the forward pass, chunk by chunk (the idea of fused linear cross entropy,
-Liger Kernel, arXiv 2410.10989). A soft score is the log-probability of a given text after a prompt: one forward pass,
-no generation and no grader.
+Logits are made in chunks, and since the head is frozen, so is the gradient by the hidden states, in the forward pass
+(the idea of fused linear cross entropy, Liger Kernel, arXiv 2410.10989). A soft score takes no generation.
 """
 
 from collections.abc import Sequence
@@ -33,13 +31,10 @@ def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Ten
     return nll, grad.to(logits.dtype)
 
 
-def weighted_nll(hidden: Tensor, head: torch.nn.Linear, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ weights · nll, nll) for hidden (M, d), targets (M,), weights (M,). Only the sum can be differentiated, by
-    hidden."""
-    return _WeightedNll.apply(hidden, head, targets, weights)
-
-
 class _WeightedNll(torch.autograd.Function):
+    """(Σ weights · nll, nll) of hidden (M, d), head, targets (M,), weights (M,). Only the sum can be differentiated, by
+    hidden."""
+
     @staticmethod
     def forward(ctx, hidden, head, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
         parts, grad = [], torch.empty_like(hidden)
@@ -58,6 +53,9 @@ class _WeightedNll(torch.autograd.Function):
     def backward(ctx, grad_total, _):  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
         return grad * grad_total.to(grad.dtype), None, None, None
+
+
+weighted_nll = _WeightedNll.apply
 
 
 def _logprobs(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:

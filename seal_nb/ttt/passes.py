@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seal_nb.ttt.attention import make_rows
+from seal_nb.ttt.attention import Rows
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Part, has_kernels, make_plan
 from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, sent
@@ -86,7 +86,7 @@ class DevicePass:
         self.base, self.n_slots = base, pass_.n_slots
         self.tokens, self.labels = sent(pass_.tokens, base.device), sent(pass_.labels, base.device)
         self.weights = sent(pass_.weights.to(base.adapter_dtype), base.device)
-        self.rows = make_rows(pass_.lengths, base.device, n_real=pass_.n_real, longest=pass_.longest)
+        self.rows = Rows(pass_.lengths, base.device, n_real=pass_.n_real, longest=pass_.longest)
         self.plan = make_plan(pass_.parts)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.losses = torch.empty(0)

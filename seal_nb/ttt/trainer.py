@@ -1,18 +1,17 @@
 """Slots: many adapters in training on one frozen base.
 
-A step takes the next micro-batch of each slot, as far as the token limit allows, runs the base once over all rows, and
-steps the optimiser of each slot whose accumulation window closes. A finished job leaves its slot; the next job enters
-at the next step. A job's result does not depend on its neighbours, up to rounding.
+A step passes the next micro-batch of each slot, as far as the token limit allows, and steps the optimisers whose
+accumulation windows close. A job's result does not depend on its neighbours, up to rounding.
 """
 
 import logging
 import math
 import os
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float) -> T
     return norm
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Trained:
     """A job that is done: its adapter, or the error for which there is none.
 
@@ -67,37 +66,33 @@ class Trained:
     n_tokens: int = 0
 
 
-@dataclass(eq=False)
 class Slot:
-    """One job, from `submit` to its result. What has no default is set when it enters a slot.
+    """One job, from `submit` to its result. What is only declared is set when it enters a slot.
 
     stack: frozen adapters under the new one; initial: its initial weights, drawn in a thread
-    window: the open accumulation window, None after the last one
-    losses: (epoch, Σ nll / labels of its window, labels of its window) of each pass, on the device
+    window: the open accumulation window, None after the last one; n_passed: its micro-batches that have passed
+    losses: of each pass (epoch, labels, labels of its window, Σ nll / labels of its window), the last on the device
     lone_failures: how often its window has run out of memory alone in a pass
-    outcome: losses and norms of a finished job, copied to the host
+    outcome: losses and norms of the gradient, copied to the host at the end
     """
 
-    job: TrainJob
-    stack: tuple[Adapter, ...]
-    row: BankRow = field(init=False)
-    rows: list[TrainRow] = field(init=False)
-    windows: Iterator[Window] = field(init=False)
-    window: Window | None = None
-    initial: Future[Tensor] | None = None
-    done_in_window: int = 0
-    step: int = 0
-    n_tokens: int = 0
-    losses: list[tuple[int, Tensor, int]] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    lone_failures: int = 0
-    adapter: Adapter | None = None
-    outcome: Readback | None = None
+    row: BankRow
+    rows: list[TrainRow]
+    windows: Iterator[Window]
+    outcome: Readback
+
+    def __init__(self, job: TrainJob, stack: tuple[Adapter, ...]):
+        self.job, self.stack, self.result = job, stack, Trained(job=job)
+        self.initial: Future[Tensor] | None = None
+        self.window: Window | None = None
+        self.n_passed = self.lone_failures = 0
+        self.losses: list[tuple[int, int, int, Tensor]] = []
+        self.norms: list[Tensor] = []
 
     def rewind_window(self) -> None:
         """Undo the passes of the open accumulation window."""
-        self.losses = self.losses[: len(self.losses) - self.done_in_window]
-        self.done_in_window = 0
+        self.losses = self.losses[: len(self.losses) - self.n_passed]
+        self.n_passed = 0
         self.row.opens_window = True
 
     @property
@@ -109,23 +104,30 @@ class Slot:
     def next_rows(self) -> list[TrainRow]:
         """Rows of the next micro-batch."""
         assert self.window is not None
-        return [self.rows[i] for i in self.window.batches[self.done_in_window]]
+        return [self.rows[i] for i in self.window.batches[self.n_passed]]
 
     @property
     def next_tokens(self) -> int:
         return sum(map(len, self.next_rows))
 
     def epoch_losses(self, losses: Sequence[float]) -> list[float]:
-        """Mean loss per label of each epoch so far: over all labels, in an open epoch over those seen."""
-        sums: dict[int, float] = {}
-        labels: dict[int, float] = {}
-        for (epoch, _, n_labels), loss in zip(self.losses, losses, strict=True):
-            sums[epoch] = sums.get(epoch, 0.0) + loss * n_labels
-            # n_labels is of the whole window; the pass is one micro-batch of it.
-            labels[epoch] = labels.get(epoch, 0.0) + n_labels / self.job.train.gradient_accumulation_steps
-        n_all = float(sum(len(row.sources) for row in self.rows))
-        open_epoch = -1 if self.window is None else self.window.epoch
-        return [sums[e] / max(labels[e] if e == open_epoch else n_all, 1.0) for e in sorted(sums)]
+        """Mean loss per label of each epoch so far."""
+        sums, labels = defaultdict[int, float](float), defaultdict[int, int](int)
+        for (epoch, n, n_in_window, _), loss in zip(self.losses, losses, strict=True):
+            sums[epoch] += loss * n_in_window
+            labels[epoch] += n
+        return [sums[epoch] / max(labels[epoch], 1) for epoch in sorted(sums)]
+
+    def read(self) -> Trained:
+        """The result of a job whose outcome is on the host."""
+        values, result = self.outcome.tolist(), self.result
+        result.epoch_losses = tuple(self.epoch_losses(values[: len(self.losses)]))
+        norms = values[len(self.losses) :]
+        bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
+        if bad is not None:
+            result.adapter = None
+            result.error = f"the gradient was not finite at step {bad} of {result.n_steps}; lower finetune_lr"
+        return result
 
 
 class SlotTrainer:
@@ -152,7 +154,7 @@ class SlotTrainer:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.slots or self.leaving or self.failed)
+        return bool(self.waiting or self.slots or self.leaving)
 
     def submit(self, job: TrainJob, stack: Sequence[Adapter] = ()) -> None:
         """Queue a job. stack: frozen adapters under the new one, in the order of training."""
@@ -175,9 +177,9 @@ class SlotTrainer:
             self.token_budget.worked()
         for slot in [s for s in self.slots if s.window is None]:
             self._finish(slot)
-        here = [s for s in self.leaving if s.outcome is not None and (s.outcome.ready or not self.slots)]
-        self.leaving = [s for s in self.leaving if s not in here]
-        done, self.failed = self.failed + [_result(s) for s in here], []
+        here = [slot for slot in self.leaving if slot.outcome.ready or not self.slots]
+        self.leaving = [slot for slot in self.leaving if slot not in here]
+        done, self.failed = self.failed + [slot.read() for slot in here], []
         return done
 
     def run(self) -> list[Trained]:
@@ -193,9 +195,10 @@ class SlotTrainer:
         if time.monotonic() - self._progress_at >= PROGRESS_EVERY_S:
             self._progress_at, self._progress = time.monotonic(), {}
             for slot in self.slots:
-                losses = torch.stack([loss for _, loss, _ in slot.losses]).tolist() if slot.losses else []
+                losses = torch.stack([loss for *_, loss in slot.losses]).tolist() if slot.losses else []
                 means = [mean if math.isfinite(mean) else None for mean in slot.epoch_losses(losses)]
-                self._progress[slot.job.name] = {"step": slot.step, "n_steps": slot.job.n_steps, "epoch_losses": means}
+                steps = {"step": slot.result.n_steps, "n_steps": slot.job.n_steps}
+                self._progress[slot.job.name] = {**steps, "epoch_losses": means}
         return self._progress
 
     def drop_idle(self) -> None:
@@ -211,6 +214,7 @@ class SlotTrainer:
             try:
                 if not self._open(slot):
                     return
+                self.slots.append(slot)
             except torch.OutOfMemoryError:
                 self.n_slots.lower(len(self.slots))
                 if self.slots:  # until another job leaves
@@ -218,8 +222,6 @@ class SlotTrainer:
                 self._fail(slot, "out of memory for a single adapter; lower lora_rank or name fewer target_modules")
             except Exception as error:  # noqa: BLE001  # the error of one job must not end the others
                 self._fail(slot, _text(error))
-            else:
-                self.slots.append(slot)
             self.waiting.popleft()
             self._draw_ahead()
 
@@ -273,11 +275,11 @@ class SlotTrainer:
     def _finish(self, slot: Slot) -> None:
         """Free the slot of a job that is done. Its losses and norms are copied to the host without a wait."""
         try:
-            slot.adapter = self.base.with_room(slot.row.adapter)
+            slot.result.adapter = self.base.with_room(slot.row.adapter)
         except torch.OutOfMemoryError:
             self._fail(slot, "out of memory for the trained adapter; lower lora_rank or n_slots")
             return
-        losses = torch.stack([loss for _, loss, _ in slot.losses])
+        losses = torch.stack([loss for *_, loss in slot.losses])
         slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
         self._release(slot)
         self.leaving.append(slot)
@@ -287,7 +289,7 @@ class SlotTrainer:
         the order of banks and their rows."""
         chosen: list[Slot] = []
         tokens = 0
-        for slot in sorted(self.slots, key=lambda s: s.step):
+        for slot in sorted(self.slots, key=lambda s: s.result.n_steps):
             if chosen and tokens + slot.next_tokens > self.token_budget.now:
                 continue
             if chosen and self.captured.works and slot.kind != chosen[0].kind:
@@ -302,8 +304,7 @@ class SlotTrainer:
         n_tokens = sum(s.next_tokens for s in chosen)
         failure: Exception | None = None
         try:
-            self._pass(chosen)
-            return
+            return self._pass(chosen)
         except torch.OutOfMemoryError:
             pass  # handled below, where the error no longer holds the tensors of the pass
         except torch.AcceleratorError:
@@ -313,8 +314,7 @@ class SlotTrainer:
         for slot in chosen:
             slot.rewind_window()
         if failure is not None:
-            self._find_cause(chosen, failure)
-            return
+            return self._find_cause(chosen, failure)
         self.base.make_room()
         self.token_budget.lower(min(self.token_budget.now, n_tokens) // 2)
         if len(chosen) == 1:
@@ -339,7 +339,8 @@ class SlotTrainer:
 
     def _fail(self, slot: Slot, error: str) -> None:
         self._release(slot)
-        self.failed.append(Trained(job=slot.job, error=error, n_steps=slot.step, n_tokens=slot.n_tokens))
+        slot.result.error = error
+        self.failed.append(slot.result)
 
     def _pass(self, chosen: list[Slot]) -> None:
         parts = [(slot.next_tokens, (*slot.stack, slot.row)) for slot in chosen]
@@ -352,18 +353,18 @@ class SlotTrainer:
 
     def _account(self, slot: Slot, loss: Tensor) -> None:
         """Record the pass. If it closes the window, step the optimiser and go to the next window."""
-        settings, window = slot.job.train, slot.window
+        settings, window, result = slot.job.train, slot.window, slot.result
         assert window is not None
-        slot.losses.append((window.epoch, loss, window.n_labels))
-        slot.n_tokens += sum(row.n_text + len(row) - row.n_real for row in slot.next_rows)
-        slot.done_in_window += 1
-        slot.row.opens_window = slot.done_in_window == len(window.batches)
-        if not slot.row.opens_window:
-            return
-        rate = learning_rate_at(settings, slot.step, slot.job.n_steps)
-        slot.norms.append(adamw_step(slot.row, learning_rate=rate, max_grad_norm=settings.max_grad_norm))
-        slot.step += 1
-        slot.window, slot.done_in_window, slot.lone_failures = next(slot.windows, None), 0, 0
+        n_labels = sum(len(row.sources) for row in slot.next_rows)
+        slot.losses.append((window.epoch, n_labels, window.n_labels, loss))
+        result.n_tokens += sum(row.n_text + len(row) - row.n_real for row in slot.next_rows)
+        slot.n_passed += 1
+        slot.row.opens_window = slot.n_passed == len(window.batches)
+        if slot.row.opens_window:
+            rate = learning_rate_at(settings, result.n_steps, slot.job.n_steps)
+            slot.norms.append(adamw_step(slot.row, learning_rate=rate, max_grad_norm=settings.max_grad_norm))
+            result.n_steps += 1
+            slot.window, slot.n_passed, slot.lone_failures = next(slot.windows, None), 0, 0
 
     def _keep_pace(self) -> None:
         """Let the host be a few passes ahead of the device, so that neither waits, and no more."""
@@ -377,19 +378,3 @@ class SlotTrainer:
 
 def _text(error: Exception) -> str:
     return str(error) if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
-
-
-def _result(slot: Slot) -> Trained:
-    assert slot.outcome is not None
-    values = slot.outcome.tolist()
-    losses, norms = values[: len(slot.losses)], values[len(slot.losses) :]
-    bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
-    error = f"the gradient was not finite at step {bad} of {slot.step}; lower finetune_lr" if bad is not None else ""
-    return Trained(
-        job=slot.job,
-        adapter=None if error else slot.adapter,
-        error=error,
-        epoch_losses=tuple(slot.epoch_losses(losses)),
-        n_steps=slot.step,
-        n_tokens=slot.n_tokens,
-    )
