@@ -1,9 +1,6 @@
 """Files of a run: where they are, results written whole, a journal of finished work, and a record of the settings.
 
-A result file is written whole or not at all. A journal grows by one line for each finished unit of work, and a run
-that died continues from it. A record next to a result has settings, seeds, package versions and the git revision,
-and no absolute path, host name or environment variable. Keys and seeds are derived from content, never from a clock.
-POSIX only: the journal's lock is ``flock``.
+Keys and seeds are derived from content, never from a clock. POSIX only: the journal's lock is ``flock``.
 """
 
 import contextlib
@@ -11,7 +8,6 @@ import fcntl
 import gzip
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -22,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from seal_nb.errors import DataError, RunMismatch
 
@@ -63,22 +59,19 @@ def _is_project(folder: Path) -> bool:
     return (folder / "notebooks").is_dir() and settings.is_file() and 'name = "seal-nb"' in settings.read_text()
 
 
-def canonical_json(obj: object) -> str:
-    """JSON with sorted keys, no spaces and only ASCII; 1 and 1.0 stay different. Raises: DataError for NaN, objects."""
+def content_id(obj: object) -> str:
+    """24 hexadecimal digits that depend only on the content, for request ids and journal keys; 1 and 1.0 differ.
+    Raises: DataError for NaN and for objects that JSON does not have."""
     try:
-        return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        canonical = json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"cannot be written as JSON: {error}", remedy="pass plain finite values") from error
-
-
-def content_id(obj: object) -> str:
-    """24 hexadecimal digits that depend only on the content, for request ids and journal keys."""
-    return hashlib.sha256(canonical_json(obj).encode()).hexdigest()[:24]
+    return hashlib.sha256(canonical.encode()).hexdigest()[:24]
 
 
 def derived_seed(*parts: object) -> int:
     """A seed below 2**31 for one unit of work, derived from its run seed, indices and titles."""
-    return int(hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:8], 16) & 0x7FFFFFFF
+    return int(content_id(parts)[:8], 16) & 0x7FFFFFFF
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -102,7 +95,8 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, obj: object) -> Path:
     """``write_text`` of the published layout: two spaces, real characters. NaN and infinity become null."""
-    return write_text(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False))
+    finite = json.loads(json.dumps(obj, default=os.fspath), parse_constant=lambda _: None)
+    return write_text(path, json.dumps(finite, indent=2, ensure_ascii=False))
 
 
 def read_text(path: str | Path) -> str:
@@ -126,32 +120,26 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"not valid JSON: {error}", path=path, remedy="write the file again") from error
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """Append-only JSON lines ``{"key", "record"}`` for one writer; an append that returned survives a crash.
 
-    A torn last line (the writer died in it) is dropped; a broken line before it is refused. A key that
-    is appended again gets the new record. Without ``in_memory``, memory holds only where each record is,
-    for one that grows without end. Use it as a context manager.
+    A torn last line (the writer died in it) is dropped; a broken line before it is refused. A key that is appended
+    again gets the new record. Memory holds only where each record is. Use it as a context manager.
 
     Raises: DataError for a broken line, RunMismatch while another writer has the journal.
     """
 
-    def __init__(self, path: str | Path, *, in_memory: bool = True) -> None:
-        self.path, self._in_memory = Path(path), in_memory
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.path.with_name(f"{self.path.name}.lock"), of=self.path)
-        try:
-            self._records: dict[str, Any] = {}  # or (offset, bytes) of the record's line
-            self._size = 0
-            for key, record, place in _journal_lines(self.path):
-                self._records[key] = record if in_memory else place
-                self._size = sum(place)
-            self._file = self.path.open("a+b", buffering=0)
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, lock(self.path.with_name(f"{self.path.name}.lock"), of=self.path))
+            self._places = {key: place for key, _, place in _journal_lines(self.path)}
+            self._size = max(map(sum, self._places.values()), default=0)
+            self._file = opened.enter_context(self.path.open("a+b", buffering=0))
             self._file.truncate(self._size)
-        except BaseException:
-            os.close(self._lock)
-            raise
-        _sync_folder(self.path.parent)
+            _sync_folder(self.path.parent)
+            self._opened = opened.pop_all()
 
     def append(self, key: str, record: object) -> None:
         """Add one record; on return it is on the disk. A failed write leaves no half line behind."""
@@ -168,38 +156,30 @@ class Journal:
         except OSError:
             self._file.truncate(self._size)
             raise
-        self._records[key] = json.loads(line)["record"] if self._in_memory else (self._size, len(line))
+        self._places[key] = self._size, len(line)
         self._size += len(line)
 
     def get(self, key: str) -> Any:
         """The latest record of a key. Raises: KeyError."""
-        record = self._records[key]
-        if self._in_memory:
-            return record
         return json.loads(self.get_json(key))
 
     def get_json(self, key: str) -> bytes:
-        """The latest record of a key as the JSON in the file; not with ``in_memory``. Raises: KeyError."""
-        offset, n_bytes = self._records[key]
+        """The latest record of a key as the JSON in the file. Raises: KeyError."""
+        offset, n_bytes = self._places[key]
         return os.pread(self._file.fileno(), n_bytes, offset)[len(_line_start(key)) : -2]
 
     def __contains__(self, key: object) -> bool:
-        return key in self._records
+        return key in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
 
     def close(self) -> None:
-        """Let another writer in; what is in memory can still be read."""
-        if not self._file.closed:
-            self._file.close()
-            os.close(self._lock)
-
-    def __enter__(self) -> Self:
-        return self
+        """Let another writer in."""
+        self._opened.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -235,27 +215,20 @@ def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed RECORDED_PACKAGES; imports none of them."""
     versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def git_revision(root: Path = _PROJECT_ROOT) -> str:
     """The commit of the project's checkout, with ``-dirty`` if files differ from it; "unknown" without a checkout."""
-    top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():  # installed inside another project's checkout
-        return "unknown"
-    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
-
-
-def _git(root: Path, *arguments: str) -> str | None:
+    own = [f"--git-dir={root / '.git'}", f"--work-tree={root}"]  # not another project's, in which this one is installed
+    command = ["git", *own, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _line_start(key: str) -> bytes:
@@ -315,27 +288,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _finite(obj: object) -> object:
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    if isinstance(obj, Mapping):
-        return {str(key): _finite(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [_finite(value) for value in obj]
-    return str(obj) if isinstance(obj, Path) else obj
-
-
-def _without_places(obj: object) -> object:
-    if isinstance(obj, Mapping):
-        return {str(key): _without_places(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [_without_places(value) for value in obj]
-    if isinstance(obj, Path) or (isinstance(obj, str) and obj.startswith(("/", "~"))):
-        path = Path(obj)
-        return path.name if path.is_absolute() or str(obj).startswith("~") else str(obj)
-    if isinstance(obj, str):
-        return re.sub(r"^(tcp|ipc|http)://.*", r"\1://...", obj)
-    return obj
+def _without_places(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _without_places(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_places(one) for one in value]
+    if not isinstance(value, str | Path):
+        return value
+    if str(value).startswith(("/", "~")):
+        return Path(value).name
+    return re.sub(r"^(tcp|ipc|http)://.*", r"\1://...", str(value))
 
 
 def forget_adapters(folder: Path, names: Sequence[str]) -> list[str]:

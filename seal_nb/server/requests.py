@@ -131,7 +131,7 @@ class Results:
         deadline = time.monotonic() + lock_wait_s
         while True:
             try:
-                self._journal = Journal(path, in_memory=False)
+                self._journal = Journal(path)
                 break
             except RunMismatch:
                 if time.monotonic() > deadline:
