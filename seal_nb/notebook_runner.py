@@ -1,8 +1,7 @@
 """Stage notebooks as commands: find one, check its parameters, execute it with papermill.
 
 A notebook's parameters are its one cell tagged ``parameters``: ``name: type = default  # help``, read by papermill.
-Papermill only warns about an unknown parameter. Here an unknown parameter is refused, and so is a value that does
-not fit the declared type. This module does not print: the caller says where text goes.
+Papermill only warns about an unknown parameter or a wrong type; both are refused here.
 """
 
 import ast
@@ -114,12 +113,11 @@ def parse_parameters(pairs: Iterable[tuple[str, str]], declared: Mapping[str, Pa
 def parse_value(text: str, parameter: Parameter) -> Value:
     """``text`` in the parameter's declared type. Raises: SettingsError."""
     kind = parameter.type_name
-    value: Any = text
     try:
-        if kind.startswith("list"):
-            is_json = text.lstrip().startswith("[")
-            value = json.loads(text) if is_json else [part.strip() for part in text.split(",") if part.strip()]
-        return TypeAdapter(_TYPES[kind]).validate_python(value)
+        if text.lstrip().startswith("[") and kind.startswith("list"):
+            return TypeAdapter(_TYPES[kind]).validate_json(text)
+        items = [part.strip() for part in text.split(",") if part.strip()]
+        return TypeAdapter(_TYPES[kind]).validate_python(items if kind.startswith("list") else text)
     except ValueError as error:
         example = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(
             kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b'
@@ -148,14 +146,15 @@ def for_stream(stream: TextIO) -> tuple[Callable[[str], object], dict[str, Any]]
     """``write`` and ``progress_bar`` of ``run_notebook`` for a stream: a bar on a terminal, else lines."""
     from tqdm.auto import tqdm
 
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
-
     if stream.isatty():
         return partial(tqdm.write, file=stream, end=""), {"file": sys.stderr, "leave": False}
     lines = {"bar_format": "cell {n_fmt} of {total_fmt} after {elapsed}\n", "mininterval": LINE_EVERY_S}
-    return write, {"file": stream, "delay": LINE_EVERY_S, "leave": False, **lines}
+    return partial(print, file=stream, end="", flush=True), {
+        "file": stream,
+        "delay": LINE_EVERY_S,
+        "leave": False,
+        **lines,
+    }
 
 
 def run_notebook(
@@ -166,10 +165,12 @@ def run_notebook(
     write: Callable[[str], object],
     progress_bar: bool | dict[str, Any],
 ) -> None:
-    """Execute ``notebook`` into ``executed``.
+    """Execute ``notebook`` into ``executed``. ``write`` receives what the cells print, at once; ``progress_bar`` has
+    arguments of tqdm, or is False.
 
-    SIGTERM interrupts the running cell (KeyboardInterrupt), so that the cell closes its journal and its server.
-    ``write`` receives what the cells print, at once; ``progress_bar`` has arguments of tqdm, or is False.
+    SIGTERM interrupts the running cell (KeyboardInterrupt), so that the cell closes its journal and its server. A
+    kernel that dies before its first cell is started again: it takes ports that were free a moment before, and on a
+    busy machine another process can be quicker.
 
     Raises: StageFailed where a cell raised or the kernel died; StageInterrupted after a SIGTERM.
     """
@@ -181,52 +182,41 @@ def run_notebook(
         if interruption.is_set():  # a kernel that runs no cell has ignored its interrupt
             raise StageInterrupted(f"{notebook.stem}: SIGTERM came between two cells; finished cells are in {executed}")
 
-    def execute() -> None:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters=dict(values),
-            kernel_name="python3",
-            progress_bar=progress_bar,
-            start_timeout=START_TIMEOUT_S,
-            # Code and outputs travel over loopback TCP, which other users of a shared node could read.
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-            stdout_file=SimpleNamespace(write=write, flush=lambda: None),
-            on_cell_start=before_cell,
-        )
-
     executed.parent.mkdir(parents=True, exist_ok=True)
     with interrupted_by_sigterm() as interruption:
-        kind = StageFailed
-        try:
-            _with_a_kernel_that_starts(execute, interruption)
-        except papermill.PapermillExecutionError as error:
-            kind = StageInterrupted if interruption.is_set() else StageFailed
-            cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
-            raise kind(
-                f"{notebook.stem}: cell [{error.exec_count}] raised {error.ename}: {error.evalue}\n"
-                f"{cell}\nwhole traceback: {executed}"
-            ) from error
-        except RuntimeError as error:  # nbclient's DeadKernelError is one
-            if not str(error).startswith("Kernel died"):
-                raise
-            why = "most often because the system had no memory left and ended it"
-            if NOT_STARTED in str(error):
-                why = f"{STARTS} times before replying to its first cell; the output above shows why"
-            if interruption.is_set():
-                kind, why = StageInterrupted, "SIGTERM ended it too"
-            raise kind(f"{notebook.stem}: its kernel died ({why}); finished cells are in {executed}") from error
-
-
-def _with_a_kernel_that_starts(execute: Callable[[], None], interruption: threading.Event) -> None:
-    """Start another kernel if one dies before its first cell. A kernel takes ports that were free a moment before. On a
-    busy machine another process can be quicker."""
-    for starts_left in reversed(range(STARTS)):
-        try:
-            return execute()
-        except RuntimeError as error:
-            if interruption.is_set() or not starts_left or NOT_STARTED not in str(error):
-                raise
+        for starts_left in reversed(range(STARTS)):
+            try:
+                papermill.execute_notebook(
+                    str(notebook),
+                    str(executed),
+                    parameters=dict(values),
+                    kernel_name="python3",
+                    progress_bar=progress_bar,
+                    start_timeout=START_TIMEOUT_S,
+                    # Code and outputs travel over loopback TCP, which other users of a shared node could read.
+                    config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+                    stdout_file=SimpleNamespace(write=write, flush=lambda: None),
+                    on_cell_start=before_cell,
+                )
+                return
+            except papermill.PapermillExecutionError as error:
+                kind = StageInterrupted if interruption.is_set() else StageFailed
+                cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
+                raise kind(
+                    f"{notebook.stem}: cell [{error.exec_count}] raised {error.ename}: {error.evalue}\n"
+                    f"{cell}\nwhole traceback: {executed}"
+                ) from error
+            except RuntimeError as error:  # nbclient's DeadKernelError is one
+                if not str(error).startswith("Kernel died"):
+                    raise
+                kind, why = StageFailed, "most often because the system had no memory left and ended it"
+                if interruption.is_set():
+                    kind, why = StageInterrupted, "SIGTERM ended it too"
+                elif NOT_STARTED in str(error):
+                    if starts_left:
+                        continue
+                    why = f"{STARTS} times before replying to its first cell; the output above shows why"
+                raise kind(f"{notebook.stem}: its kernel died ({why}); finished cells are in {executed}") from error
 
 
 @contextlib.contextmanager
@@ -244,9 +234,6 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
                 if any("ipykernel" in word for word in child.cmdline()):
                     child.send_signal(signal.SIGINT)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield came  # only the main thread may handle signals
-        return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield came
