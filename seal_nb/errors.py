@@ -1,8 +1,7 @@
 """The errors of this package: one base class, and one class for each kind of failure.
 
-Every class also inherits the standard-library error that it specialises, so ``except ValueError`` and
-``except TimeoutError`` work for callers that do not know this package. A message says what happened, with the value,
-and what to do about it.
+Every class also inherits the standard-library error that it specialises, for callers that do not know this package. A
+message says what happened, with the value, and what to do about it.
 """
 
 import traceback
@@ -73,18 +72,12 @@ class ProtocolError(SealError, ValueError):
 
 class RemoteError(SealError, RuntimeError):
     """The server answered with an error. It is a result of the request: asking again gives it again. ``ename`` and
-    ``evalue`` are the remote type and message; ``remote_traceback`` comes if the request asked for it."""
+    ``evalue`` are the remote type and message; the text ends with the remote traceback if the request asked for it."""
 
-    def __init__(
-        self, message: str, field: str | None = None, request_id: str | None = None, traceback: str | None = None
-    ) -> None:
+    def __init__(self, message: str, field: str | None = None, traceback: str | None = None) -> None:
         self.ename, _, self.evalue = message.partition(": ")
-        self.field, self.request_id, self.remote_traceback = field or "", request_id or "", traceback or ""
-        super().__init__(message)
-
-    def __str__(self) -> str:
-        message = super().__str__()
-        return f"{message}\n{self.remote_traceback}" if self.remote_traceback else message
+        self.field = field or ""
+        super().__init__(f"{message}\n{traceback}" if traceback else message)
 
 
 class RoundTimeout(SealError, TimeoutError):

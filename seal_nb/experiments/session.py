@@ -196,7 +196,7 @@ class Collected:
         """The reply to a request. Raises: RemoteError where it failed."""
         key = _key(request)
         if (failure := self.failures.get(key)) is not None:
-            raise RemoteError(failure, request_id=key)
+            raise RemoteError(failure)
         return self.replies[key]
 
 

@@ -208,7 +208,7 @@ class TTTClient:
                 marks.remove(mark)
                 index = self._open.pop(mark).index
                 if isinstance(reply, ErrorReply):
-                    reply = RemoteError(reply.error, reply.field, reply.request_id, reply.traceback)
+                    reply = RemoteError(reply.error, reply.field, reply.traceback)
                 yield index, reply
         finally:
             for mark in marks:
