@@ -1,8 +1,7 @@
 """The console command ``seal-nb``: parsers, and the commands around notebooks and servers.
 
-The commands only parse options, call the package and print. Heavy modules are imported inside the commands that use
-them, so that ``seal-nb --help`` is quick. A SealError becomes one message on standard error and exit code 2, a failed
-stage exit code 1.
+Heavy modules are imported inside the commands that use them, so that ``seal-nb --help`` is quick. A SealError becomes
+one message on standard error and exit code 2, a failed stage exit code 1.
 """
 
 import argparse

@@ -1,13 +1,12 @@
 """Numbers about answers: accuracies, intervals, paired differences, and what would settle one.
 
-Accuracies are fractions. A verdict is True, False or None; None is an ungraded answer, which is left out and counted,
-never taken for wrong. ``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats ×
-self-edits). The statistics of published run files, which must agree in every bit, are in ``results.statistics``.
+A verdict is True, False or None; None is an ungraded answer, which is left out and counted, never taken for wrong.
+``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits).
 """
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from statistics import NormalDist
@@ -95,23 +94,12 @@ def mean_interval(
     n_resamples: int = N_RESAMPLES,
     unit: str = "passages",
 ) -> Estimate:
-    """Mean accuracy with a cluster bootstrap interval: whole passages are resampled, with their questions.
-
-    Args:
-        correct_P_Q: for each passage its verdicts or scores; None is left out.
-        weighting: "passage" is the published mean (of passage means), "question" counts every answer once.
-        n_resamples: of the bootstrap, whose seed is fixed.
-        unit: what the outer list is over, for sentences.
-
-    Returns:
-        The mean with its 95 % interval; with one passage the interval is [0, 1].
-
-    Raises:
-        DataError: nothing was graded.
-    """
+    """Mean accuracy with a 95 % cluster bootstrap interval: whole passages are resampled, with their questions, from a
+    fixed seed; with one passage it is [0, 1]. ``weighting``: "passage" is the published mean (of passage means),
+    "question" counts every answer once. ``unit`` names passages in sentences. Raises: DataError: nothing was graded."""
     known = [scores for passage in correct_P_Q if (scores := [score for score in passage if score is not None])]
     totals, n = _totals(known, weighting), len(known)
-    mean, low, high = _bootstrap(totals, lambda sums: sums[0] / sums[1], n_resamples, widest=(0.0, 1.0))
+    mean, low, high = _bootstrap(totals, n_resamples, widest=(0.0, 1.0))
     return Estimate(mean=mean, low=low, high=high, n=n, n_left_out=len(correct_P_Q) - n, unit=unit)
 
 
@@ -123,17 +111,12 @@ def paired_difference(
     n_resamples: int = N_RESAMPLES,
     unit: str = "passages",
 ) -> Difference:
-    """First minus second run over the same passages in the same order: paired bootstrap and sign-flip test.
-
-    If a passage has the same number of answers in both runs, only answers graded in both are compared. With one passage
-    the interval is [-1, 1]. The other arguments are those of ``mean_interval``.
-
-    Raises:
-        DataError: the numbers of passages differ, or no passage was graded in both.
-    """
+    """First minus second run over the same passages in the same order: paired bootstrap and sign-flip test. If a
+    passage has the same number of answers in both runs, only answers graded in both are compared. With one passage the
+    interval is [-1, 1]. Raises: DataError if the numbers of passages differ, or no passage was graded in both."""
     kept = _graded_in_both(correct_P_Q, minus_P_Q)
     totals = np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
-    mean, low, high = _bootstrap(totals, _difference, n_resamples, widest=(-1.0, 1.0))
+    mean, low, high = _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
     n_left_out, p_value = len(correct_P_Q) - len(kept), _sign_flip_p(totals, n_resamples)
     return Difference(mean=mean, low=low, high=high, n=len(kept), n_left_out=n_left_out, unit=unit, p_value=p_value)
 
@@ -162,27 +145,25 @@ def _totals(scores_P_Q: Sequence[Sequence[float]], weighting: Weighting) -> np.n
     """(2, P) sums and weights; the ratio of their totals is the weighted mean."""
     if not scores_P_Q:
         raise DataError("no passage has a graded answer", remedy="grade the answers of the run again")
-    sums = np.array([sum(scores) for scores in scores_P_Q], dtype=np.float64)
-    counts = np.array([len(scores) for scores in scores_P_Q], dtype=np.float64)
+    sums, counts = np.array([(sum(scores), len(scores)) for scores in scores_P_Q], dtype=np.float64).T
     return np.stack([sums, counts] if weighting == "question" else [sums / counts, np.ones_like(counts)])
 
 
-def _difference(sums: np.ndarray) -> Any:
-    """Of the means of two runs, from the (4, …) sums and weights of both."""
-    return sums[0] / sums[1] - sums[2] / sums[3]
+def _mean(sums: np.ndarray) -> Any:
+    """The mean of a run from its (2, …) sums and weights, or the difference of two means from the (4, …) of both."""
+    means = sums[::2] / sums[1::2]
+    return means[0] - means[1] if len(means) > 1 else means[0]
 
 
-def _bootstrap(
-    totals: np.ndarray, statistic: Callable[[np.ndarray], Any], n_resamples: int, *, widest: tuple[float, float]
-) -> tuple[float, float, float]:
-    """The statistic of (k, P) totals and its 95 % percentile interval over passages drawn with replacement."""
+def _bootstrap(totals: np.ndarray, n_resamples: int, *, widest: tuple[float, float]) -> tuple[float, float, float]:
+    """The mean (`_mean`) and its 95 % percentile interval over passages drawn with replacement."""
     n, (low, high) = totals.shape[1], widest
     if n > 1:
         drawn = np.random.default_rng(0).integers(0, n, size=(n_resamples, n))
-        resampled = statistic(np.stack([values[drawn].sum(axis=1) for values in totals]))
+        resampled = _mean(np.stack([values[drawn].sum(axis=1) for values in totals]))
         # Rounded, so that summation error does not make a zero "real".
         low, high = (round(float(bound), 12) for bound in np.quantile(resampled, [0.025, 0.975]))
-    return float(statistic(totals.sum(axis=1))), low, high
+    return float(_mean(totals.sum(axis=1))), low, high
 
 
 def _sign_flip_p(totals: np.ndarray, n_draws: int) -> float:
@@ -195,19 +176,16 @@ def _sign_flip_p(totals: np.ndarray, n_draws: int) -> float:
         swapped = np.random.default_rng(0).integers(0, 2, size=(n_draws, n))
     more = swapped @ (totals[2:] - totals[:2]).T  # (swaps, 2): what the swaps add to the first run
     sums = totals.sum(axis=1)
-    differences = _difference(np.concatenate([sums[:2] + more, sums[2:] - more], axis=1).T)
+    differences = _mean(np.concatenate([sums[:2] + more, sums[2:] - more], axis=1).T)
     # Rounded sums of the same numbers in another order must not count as smaller.
-    n_as_large = int(np.sum(np.abs(differences) >= abs(_difference(sums)) - 1e-9))
+    n_as_large = int(np.sum(np.abs(differences) >= abs(_mean(sums)) - 1e-9))
     return n_as_large / len(swapped) if is_exact else (n_as_large + 1) / (n_draws + 1)
 
 
 def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores]) -> str:
     """What it would take to settle a difference that is not real: a paired comparison, two-sided at 5 % (Cohen 1988).
-
-    Returns:
-        Such as "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points". Empty for fewer than
-        two passages, which have no spread.
-    """
+    Such as "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points". Empty for fewer than
+    two passages, which have no spread."""
     differences = [statistics.fmean(a) - statistics.fmean(b) for a, b in _graded_in_both(correct_P_Q, minus_P_Q)]
     n = len(differences)
     if n < 2:

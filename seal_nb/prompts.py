@@ -1,9 +1,7 @@
 """Prompts: the published ones (SEAL, arXiv 2506.10943) and later families.
 
-A self-edit prompt is data: `data/prompts.json` has all of them with their sources. To try another one, pass a
-SelfEditPrompt of your own, or give the path of a text file as ``prompt_key``. A family is several prompts under one
-name (``spa`` is ``spa/key-concepts``, ``spa/mind-map``, …), which the self-edits of a passage use in turn. A prompt
-with a ``system`` message is a chat, for instruct models.
+`data/prompts.json` has all of them with their sources. A family is several prompts under one name (``spa`` is
+``spa/key-concepts``, ``spa/mind-map``, …), which the self-edits of a passage use in turn.
 """
 
 import re
@@ -17,26 +15,18 @@ from seal_nb.storage import read_json
 
 DEFAULT_PROMPT_KEY = "implications"
 OTHER_PROMPT = "other"  # the recorded key of an unknown prompt
-FIELDS = ("{title}", "{context}")
 
 ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfEditPrompt:
-    """A prompt that asks for a self-edit.
+    """A prompt that asks for a self-edit."""
 
-    Args:
-        key: its name in files and results.
-        template: text with the fields ``{title}`` and ``{context}``; other braces are text.
-        source: where it comes from.
-        system: a system message; the filled template is then the user's message of a chat.
-    """
-
-    key: str
-    template: str
-    source: str
-    system: str = ""
+    key: str  # its name in files and results
+    template: str  # with the fields ``{title}`` and ``{context}``; other braces are text
+    source: str  # where it comes from
+    system: str = ""  # a system message; the filled template is then the user's message of a chat
 
     def __post_init__(self) -> None:
         if "{context}" not in self.template:
@@ -44,8 +34,8 @@ class SelfEditPrompt:
 
     def text(self, *, title: str, context: str) -> str:
         """The filled template. Braces in a passage are text."""
-        values = dict(zip(FIELDS, (title, context), strict=True))
-        return re.sub("|".join(map(re.escape, FIELDS)), lambda match: values[match.group()], self.template)
+        values = {"{title}": title, "{context}": context}
+        return re.sub(r"\{(?:title|context)\}", lambda field: values[field[0]], self.template)
 
     def asked(self, *, title: str, context: str, chat: bool = False) -> str | tuple[ChatMessage, ...]:
         """The prompt for an engine: a text, or a chat if ``chat`` is true or the prompt has a system message."""
@@ -55,12 +45,10 @@ class SelfEditPrompt:
         return (user,) if chat else user["content"]
 
 
-def _shipped_prompts() -> dict[str, SelfEditPrompt]:
-    entries = read_json(Path(str(resources.files("seal_nb") / "data" / "prompts.json")))
-    return {entry["key"]: SelfEditPrompt(**entry) for entry in entries}
-
-
-SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = _shipped_prompts()
+SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = {
+    entry["key"]: SelfEditPrompt(**entry)
+    for entry in read_json(Path(str(resources.files("seal_nb") / "data" / "prompts.json")))
+}
 
 _ANSWER = "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n"
 
@@ -76,15 +64,8 @@ _GRADING = (
 
 
 def find_prompts(key: str) -> tuple[SelfEditPrompt, ...]:
-    """The prompts of a ``prompt_key``.
-
-    Args:
-        key: a key ("implications"), a family ("spa"), or the path of a text file. In a file, lines of ``---`` separate
-            the prompts of a family.
-
-    Raises:
-        SettingsError: the key is none of these, or a prompt has no ``{context}``.
-    """
+    """The prompts of a key ("implications"), a family ("spa"), or a text file, in which lines of ``---`` separate
+    prompts. Raises: SettingsError for any other key, and for a prompt without ``{context}``."""
     if key in SELF_EDIT_PROMPTS:
         return (SELF_EDIT_PROMPTS[key],)
     if family := [prompt for name, prompt in SELF_EDIT_PROMPTS.items() if name.startswith(f"{key}/")]:
@@ -125,18 +106,13 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
     return prompts[0].text(title=title, context=context)
 
 
-def key_of_prompt(prompt: str, *, title: str, context: str) -> str:
-    """The key of the template that gives this prompt with this passage; "" if there is none."""
-    known = (one for one in SELF_EDIT_PROMPTS.values() if not one.system)
-    return next((one.key for one in known if one.text(title=title, context=context) == prompt), "")
-
-
 def recorded_key(prompt: str, keys: Sequence[str] = (), *, title: str, context: str) -> str:
-    """The prompt key of a passage with this prompt: the family of ``keys``, the key of a known prompt, or OTHER_PROMPT.
-    It is "" if the passage has no prompt."""
-    if keys:
-        return keys[0].split("/")[0]
-    return prompt and (key_of_prompt(prompt, title=title, context=context) or OTHER_PROMPT)
+    """The prompt key of a passage with this prompt: the family of ``keys``, the key of the template that gives this
+    prompt, or OTHER_PROMPT. It is "" if the passage has no prompt."""
+    if keys or not prompt:
+        return keys[0].split("/")[0] if keys else ""
+    known = (one for one in SELF_EDIT_PROMPTS.values() if not one.system)
+    return next((one.key for one in known if one.text(title=title, context=context) == prompt), OTHER_PROMPT)
 
 
 def result_key(prompt_key: str) -> str:

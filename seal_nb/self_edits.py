@@ -1,14 +1,13 @@
 """Self-edits: how a model writes them, and the training sequences that one becomes.
 
-A self-edit is the completion of a self-edit prompt. ``train_sequences`` turns it into the sequences that an adapter is
-trained on, exactly as published (SEAL, ``knowledge-incorporation``: the query client), with its quirks, because they
-are part of the published numbers. No model is loaded or trained here.
+The sequences are exactly those of the published query client (SEAL, ``knowledge-incorporation``), with its quirks,
+because they are part of the published numbers.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from itertools import cycle, islice
 
 from seal_nb.engines.base import Completion, Engine, Incomplete, Prompt, Sampling
 from seal_nb.errors import EngineError, SettingsError
@@ -45,20 +44,6 @@ def train_sequences(completion: str, *, title: str, context: str, split_newlines
     return [f"{title}\n{text}" for text in [*texts, context.strip()]]
 
 
-def passage_only_sequences(*, title: str, context: str) -> list[str]:
-    return train_sequences("", title=title, context=context, split_newlines=True)
-
-
-class _Wanted(NamedTuple):
-    """One self-edit to write; `key` is its name in the journal."""
-
-    key: str
-    title: str
-    prompt: SelfEditPrompt
-    asked: Prompt
-    seed: int
-
-
 def create_self_edits(
     engine: Engine,
     passages: Sequence[Passage],
@@ -82,49 +67,50 @@ def create_self_edits(
     if len({prompt.key for prompt in prompts}) < len(prompts):
         raise SettingsError(f"prompts share keys: {[prompt.key for prompt in prompts]}; give each its own")
 
-    def wanted_of(passage: Passage, nth: int) -> _Wanted:
-        prompt = prompts[nth % len(prompts)]
-        asked = prompt.asked(title=passage.title, context=passage.context, chat=chat)
-        key = content_id([engine.model_id, asked, nth, seed, asdict(sampling)])
-        return _Wanted(key, passage.title, prompt, asked, derived_seed(seed, asked, nth))
-
-    wanted_P = [[wanted_of(passage, nth) for nth in range(k_completions)] for passage in passages]
-    every = {one.key: one for wanted in wanted_P for one in wanted}
+    turns = list(islice(cycle(prompts), k_completions))
+    asked_P_K = [[turn.asked(title=one.title, context=one.context, chat=chat) for turn in turns] for one in passages]
+    keys_P_K = [
+        [content_id([engine.model_id, asked, nth, seed, asdict(sampling)]) for nth, asked in enumerate(asked_K)]
+        for asked_K in asked_P_K
+    ]
+    every: dict[str, tuple[str, Prompt, int]] = {}  # by key: title, prompt and seed of the text
+    for passage, asked_K, keys_K in zip(passages, asked_P_K, keys_P_K, strict=True):
+        for nth, (key, asked) in enumerate(zip(keys_K, asked_K, strict=True)):
+            every[key] = (passage.title, asked, derived_seed(seed, asked, nth))
     texts = {key: journal.get(key)["text"] for key in every if key in journal} if journal is not None else {}
-    missing = [one for key, one in every.items() if key not in texts]
+    missing = [key for key in every if key not in texts]
 
     def keep(index: int, completion: Completion) -> None:
-        texts[missing[index].key] = completion.text
+        texts[missing[index]] = completion.text
         if journal is not None:
-            journal.append(missing[index].key, asdict(completion))
+            journal.append(missing[index], asdict(completion))
         done, total = len(texts), len(every)
         if tell is not None and done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
             tell(f"self-edits: {done} of {total}")
 
     try:
         if missing:
-            seeds = [one.seed for one in missing]
-            engine.generate([one.asked for one in missing], sampling, seeds=seeds, on_text=keep)
+            _, asked_M, seeds = zip(*(every[key] for key in missing), strict=True)
+            engine.generate(asked_M, sampling, seeds=seeds, on_text=keep)
     except Incomplete as error:
-        titles = ", ".join(dict.fromkeys(missing[index].title for index in error.failures))
+        titles = ", ".join(dict.fromkeys(every[missing[index]][0] for index in error.failures))
         kept = "" if journal is None else "; the others are in the journal, run again to get the missing ones"
         raise EngineError(f"{error}{kept}; missing are self-edits of: {titles}") from error
     if len(texts) != len(every):
         raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(every)} were requested")
-    return [
-        _with_texts(engine, passage, wanted, [texts[one.key].strip() for one in wanted])
-        for passage, wanted in zip(passages, wanted_P, strict=True)
-    ]
 
-
-def _with_texts(engine: Engine, passage: Passage, wanted: Sequence[_Wanted], texts: Sequence[str]) -> Passage:
-    prompts, keys = [engine.text_of(one.asked) for one in wanted], [one.prompt.key for one in wanted]
-    is_family = len(set(keys)) > 1
-    has_known_text = not is_family and keys[0] in SELF_EDIT_PROMPTS and "/" not in keys[0]  # which names its prompt
-    return replace(
-        passage,
-        completions=tuple(texts),
-        prompt=prompts[0],
-        prompts=tuple(prompts) if is_family else (),
-        prompt_keys=() if has_known_text else tuple(keys),
-    )
+    names = tuple(turn.key for turn in turns)
+    is_family = len(set(names)) > 1
+    has_known_text = not is_family and names[0] in SELF_EDIT_PROMPTS and "/" not in names[0]  # which names its prompt
+    written = []
+    for passage, asked_K, keys_K in zip(passages, asked_P_K, keys_P_K, strict=True):
+        shown = tuple(map(engine.text_of, asked_K))
+        one = replace(
+            passage,
+            completions=tuple(texts[key].strip() for key in keys_K),
+            prompt=shown[0],
+            prompts=shown if is_family else (),
+            prompt_keys=() if has_known_text else names,
+        )
+        written.append(one)
+    return written

@@ -19,7 +19,7 @@ from seal_nb.experiments.single_passage import (
 )
 from seal_nb.grading.choose import make_grader
 from seal_nb.passages import Passage, Question, load_passages, to_item
-from seal_nb.prompts import answer_prompt, key_of_prompt
+from seal_nb.prompts import answer_prompt, recorded_key
 from seal_nb.server.client import TTTClient
 from seal_nb.storage import Journal
 from tests.server.conftest import server  # noqa: F401  # the stub server, with its real processes
@@ -61,8 +61,9 @@ def test_self_edits_of_another_file_are_matched_by_title_and_context(tmp_path: P
 def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:
     rows = [json.loads(line) for line in (golden / "golden/self_edit_prompts.jsonl").read_text().splitlines()]
     for row in rows:
-        assert key_of_prompt(row["prompt"], title=row["title"], context=row["context"]) == row["prompt_key"]
-    assert key_of_prompt("another", title="T", context="C") == ""
+        assert recorded_key(row["prompt"], title=row["title"], context=row["context"]) == row["prompt_key"]
+    assert recorded_key("another", title="T", context="C") == "other"
+    assert recorded_key("", title="T", context="C") == ""
 
 
 def test_the_ceiling_puts_the_passage_before_the_very_prompt_that_adapters_answer() -> None:

@@ -16,7 +16,7 @@ from seal_nb.experiments.rest_em import select_best, sft_rows
 from seal_nb.passages import Passage, Question, load_passages, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.self_edits import create_self_edits, passage_only_sequences, train_sequences
+from seal_nb.self_edits import create_self_edits, train_sequences
 from seal_nb.storage import Journal, write_json
 
 IMPLICATIONS = find_prompts("implications")
@@ -83,7 +83,7 @@ def test_without_pairs_and_dashes_every_line_is_one_sequence(lines: list[str]) -
 
 
 def test_the_passage_only_arm_is_the_passage_once() -> None:
-    assert passage_only_sequences(title="T", context=" C ") == ["T\nC"]
+    assert train_sequences("", title="T", context=" C ", split_newlines=True) == ["T\nC"]
 
 
 class RecordingEngine(Engine):

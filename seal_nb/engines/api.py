@@ -120,12 +120,10 @@ class ApiClient:
         )
 
     def each(self, asks: Mapping[int, Ask], on_text: OnText | None = None) -> dict[int, Completion | EngineError]:
-        """The outcome of each request, ``max_parallel`` at a time.
-
-        ``on_text`` is called with each text as it comes, one at a time and in another thread, so that Ctrl-C cannot
-        interrupt it. After a failure that concerns all requests, after many failures in a row, and after Ctrl-C no
-        further request is sent, and the replies under way are waited for. A second Ctrl-C ends at once.
-        """
+        """The outcome of each request, ``max_parallel`` at a time. ``on_text`` is called one at a time and in another
+        thread, so that Ctrl-C cannot interrupt it. After a failure that concerns all requests, after many failures in a
+        row, and after Ctrl-C no further request is sent, and the replies under way are waited for. A second Ctrl-C ends
+        at once."""
         stopped, one_at_a_time, n_failed_in_a_row = threading.Event(), threading.Lock(), 0
 
         def outcome(index: int, ask: Ask) -> Completion | EngineError:

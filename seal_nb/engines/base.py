@@ -1,7 +1,6 @@
 """The interface of a text generation engine: prompts in, completions out.
 
-transformers, vLLM and APIs are interchangeable behind it. An engine knows nothing of passages, self-edits or
-experiments. A failure raises EngineError; it is never an empty completion.
+An engine knows nothing of passages, self-edits or experiments. A failure is an EngineError, never an empty completion.
 """
 
 from abc import ABC, abstractmethod

@@ -53,8 +53,7 @@ def vllm_python() -> str:
         return named
     if importlib.util.find_spec("vllm") is not None:
         return sys.executable
-    here = Path.cwd()
-    for folder in (here, *here.parents):
+    for folder in (Path.cwd(), *Path.cwd().parents):
         if (python := folder / ".venv-vllm" / "bin" / "python").is_file():
             return str(python)
     raise SettingsError(
@@ -116,13 +115,9 @@ class VllmServer:
         }
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
+            # In a session of its own: Ctrl-C in the notebook must not reach the server.
             self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C in the notebook must not reach the server
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         try:
             self._wait_until_ready()

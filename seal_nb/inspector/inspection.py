@@ -21,7 +21,7 @@ from seal_nb.grading.rules import normalised
 from seal_nb.passages import Passage, Question
 from seal_nb.results.run import VERDICT_WORDS
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
-from seal_nb.self_edits import passage_only_sequences, train_sequences
+from seal_nb.self_edits import train_sequences
 from seal_nb.storage import read_json, runs_folder
 
 EXAMPLE = "shipped:example"  # the run that comes with the project
@@ -97,10 +97,8 @@ def as_passage(evaluated: EvaluatedPassage) -> Passage:
 
 def sequences_of(evaluated: EvaluatedPassage, text: str, *, split_newlines: bool) -> list[str]:
     """The train sequences of a text about a passage. An empty text gives those of the passage-only arm."""
-    about = {"title": evaluated.title, "context": evaluated.context}
-    if not text.strip():
-        return passage_only_sequences(**about)
-    return train_sequences(text, **about, split_newlines=split_newlines)
+    split = split_newlines or not text.strip()
+    return train_sequences(text, title=evaluated.title, context=evaluated.context, split_newlines=split)
 
 
 def graders_disagree(verdicts: Iterable[Pair]) -> bool:
