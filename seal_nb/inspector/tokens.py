@@ -93,7 +93,7 @@ class TokenTexts:
     @styled
     def chart(self) -> Chart:
         """The same as a picture; ``alt`` describes it in words."""
-        chart = Chart(dpi=DPI)
+        chart = Chart()
         chart.set_layout_engine("none")
         axes = chart.add_axes((0, 0, 1, 1))
         row = 0

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from seal_nb.metrics import counted
 from seal_nb.server.status import Sample
 from seal_nb.views.live import Teller
-from seal_nb.views.style import BLUE, DPI, GREEN, GREY, ORANGE, WIDTH_IN, Chart, legend_outside, styled
+from seal_nb.views.style import BLUE, GREEN, GREY, ORANGE, WIDTH_IN, Chart, styled
 from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle, show
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ LABELS = {
 @styled
 def plot_server_activity(samples: Sequence[Sample]) -> Chart:
     """Requests that wait, slots in use (and slots), and jobs per minute, over the time of watching."""
-    chart = Chart(figsize=(WIDTH_IN, 3.8), dpi=DPI)
+    chart = Chart(figsize=(WIDTH_IN, 3.8))
     above, below = chart.subplots(2, 1, sharex=True)
     over = {name: [sample[name] for sample in samples] for name in ("at_s", *LABELS)}
     for name, colour, style in (("slots", GREY, ":"), ("slots_in_use", BLUE, "-"), ("queued", ORANGE, "-")):
@@ -55,15 +55,13 @@ def plot_server_activity(samples: Sequence[Sample]) -> Chart:
     for axes in (above, below):
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
-    legend_outside(chart)
-    chart.alt = "No status of the server was sampled."
-    if samples:
-        chart.alt = (
-            f"A server over {over['at_s'][-1] - over['at_s'][0]:.0f} s: at most {max(over['queued'])} requests "
-            f"waiting, {max(over['slots_in_use'])} of {over['slots'][-1]} slots in use, "
-            f"{max(over['jobs_per_min']):g} jobs per minute."
-        )
-    return chart
+    if not samples:
+        return chart.finished("No status of the server was sampled.")
+    return chart.finished(
+        f"A server over {over['at_s'][-1] - over['at_s'][0]:.0f} s: at most {max(over['queued'])} requests "
+        f"waiting, {max(over['slots_in_use'])} of {over['slots'][-1]} slots in use, "
+        f"{max(over['jobs_per_min']):g} jobs per minute."
+    )
 
 
 def server_frame(samples: Sequence[Sample]) -> "pd.DataFrame":

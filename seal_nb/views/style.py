@@ -7,28 +7,25 @@ Figures are made without pyplot: no global state, nothing to close. Knows nothin
 
 import base64
 import io
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.rcsetup import cycler
 
 from seal_nb.errors import SettingsError
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 INK, GREY, LIGHT, PALE = "#222222", "#767676", "#B5B5B5", "#D9D9D9"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-HEAT_MAP = "cividis"  # even in lightness, safe for colour-blind readers
 
 WIDTH_IN = 6.4  # a text column of a notebook
 DPI = 110
 STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
+    "figure.dpi": DPI,
     "axes.facecolor": "white",
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -36,9 +33,11 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY, RED]),
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "grid.color": PALE,
     "grid.linewidth": 0.6,
+    "image.cmap": "cividis",  # even in lightness, safe for colour-blind readers
     "legend.frameon": False,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
@@ -51,7 +50,7 @@ STYLE: dict[Any, Any] = {
 }
 UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
-P = ParamSpec("P")
+styled = mpl.rc_context(STYLE)  # a decorator: the function draws in this style, and global settings stay as they are
 
 
 class Chart(Figure):
@@ -60,15 +59,8 @@ class Chart(Figure):
     alt: str = ""
 
     def save(self, path: str | Path, formats: str = "png") -> list[Path]:
-        """Write the figure as files.
-
-        Args:
-            path: without ending; folders are made.
-            formats: comma list of png, svg, pdf (the last two for papers).
-
-        Returns:
-            The files. Raises SettingsError for another format.
-        """
+        """Writes a file for each format of a comma list of png, svg and pdf (the last two for papers). ``path`` has no
+        ending; folders are made. Raises: SettingsError for another format."""
         files = [Path(f"{path}.{ending.strip()}") for ending in formats.split(",")]
         for file in files:
             drawn = self.drawn(file.suffix[1:], dpi=2 * DPI)
@@ -76,45 +68,33 @@ class Chart(Figure):
             file.write_bytes(drawn)
         return files
 
+    @styled
     def drawn(self, ending: str = "png", *, dpi: int = DPI) -> bytes:
         """The content of a file without date or program name, so that equal figures are equal files."""
         if ending not in UNDATED:
             raise SettingsError(f"figure format is {ending!r}; known are {', '.join(UNDATED)}")
         buffer = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            self.savefig(buffer, format=ending, dpi=dpi, facecolor="white", metadata=UNDATED[ending])
+        self.savefig(buffer, format=ending, dpi=dpi, facecolor="white", metadata=UNDATED[ending])
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
         image = base64.b64encode(self.drawn()).decode("ascii")
         return {"image/png": image, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
-
-def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
-    """Runs a drawing function under the style without touching matplotlib's global settings."""
-
-    @wraps(draw)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Chart:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapper
+    def finished(
+        self,
+        alt: str,
+        place: Literal["outside upper left", "outside right center"] = "outside upper left",
+        columns: int = 4,
+    ) -> "Chart":
+        """The chart with its alternative text, and with a legend outside the axes, so that it covers no data."""
+        self.alt = alt
+        if self.axes[0].get_legend_handles_labels()[0]:
+            self.legend(loc=place, ncols=columns, handletextpad=0.4, columnspacing=1.4)
+        return self
 
 
 def new_chart(height_in: float, width_in: float = WIDTH_IN) -> tuple[Chart, Axes]:
     """An empty chart with one pair of axes; call inside a `styled` function."""
-    chart = Chart(figsize=(width_in, height_in), dpi=DPI)
+    chart = Chart(figsize=(width_in, height_in))
     return chart, chart.add_subplot()
-
-
-def legend_outside(
-    chart: Chart, place: Literal["outside upper left", "outside right center"] = "outside upper left", columns: int = 4
-) -> None:
-    """The legend outside the axes, so that it covers no data."""
-    if chart.axes[0].get_legend_handles_labels()[0]:
-        chart.legend(loc=place, ncols=columns, handletextpad=0.4, columnspacing=1.4)
-
-
-def percent_ticks() -> FuncFormatter:
-    """Fractions as percentages, with as many digits as the tick has, so that no two ticks read the same."""
-    return FuncFormatter(lambda share, _: f"{100 * share:.4g}%")
