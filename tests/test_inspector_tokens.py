@@ -9,7 +9,7 @@ import torch
 
 from seal_nb.inner_loop.evaluation import pieces
 from seal_nb.inner_loop.loop import InnerLoop
-from seal_nb.inspector.tokens import TokenTexts, tokens_of, total_change
+from seal_nb.inspector.tokens import TokenTexts, token_frame
 from seal_nb.protocol import ScoredText, TTTReply
 from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures
 
@@ -54,8 +54,7 @@ def test_values_without_an_adapter_are_those_of_the_model_itself(loop: InnerLoop
 
 def test_training_makes_its_own_sequences_more_likely(loop: InnerLoop) -> None:  # noqa: F811
     reply = reply_of(loop, finetune_epochs=20, finetune_lr=1e-2)
-    changes = [total_change(one) for one in texts(reply, "train")]
-    assert all(change is not None and change > 0 for change in changes)
+    assert all(token_frame(one)["change"].sum() > 0 for one in texts(reply, "train"))
 
 
 def test_tokens_behind_the_end_mask_alone_have_values(loop: InnerLoop) -> None:  # noqa: F811
@@ -147,8 +146,8 @@ def test_chart_breaks_long_texts_into_lines_that_fit() -> None:
 
 def test_a_text_without_an_adapter_has_no_change() -> None:
     alone = ScoredText(kind="gold", index=0, tokens=["a"], baseline_logprobs=[-1.0])
-    assert tokens_of(alone)[0].change is None and total_change(alone) is None
-    assert "no values" in TokenTexts([alone], WHO).chart().alt
+    assert token_frame(alone)["change"].isna().tolist() == [True]
+    assert TokenTexts([alone], WHO).chart().alt == "Who?: no values."
 
 
 def test_progress_of_a_job_that_diverges_is_still_json(

@@ -6,6 +6,7 @@ JupyterLab together with its static view.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -47,10 +48,6 @@ def note(text: str) -> str:
     return f'<p class="sn-soft">{escape(text)}</p>'
 
 
-def failure(error: Exception) -> str:  # screen readers read it aloud at once
-    return f'<p class="sn-failure" role="alert">{escape(f"{type(error).__name__}: {error}")}</p>'
-
-
 def text_block(text: str) -> str:
     return f'<div class="sn-text">{escape(text)}</div>'
 
@@ -69,11 +66,12 @@ def loss_curve(losses: Sequence[float]) -> str:
     return f'<span role="img" aria-label="{label}" title="{label}">{bars}</span>'
 
 
+@dataclass(frozen=True)
 class StaticView:
     """HTML and the same content as text. In JupyterLab its tables can be sorted by clicking a heading."""
 
-    def __init__(self, html: str, text: str) -> None:
-        self.html, self.text = html, text
+    html: str
+    text: str
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         return {"text/html": self.html + (SCRIPT if has_live_frontend() else ""), "text/plain": self.text}

@@ -6,7 +6,7 @@ wrong answer is the gold answer of another question. These are observations, not
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from importlib import resources
@@ -31,8 +31,6 @@ _FLIPS = {(False, True): GAINED, (True, False): LOST, (False, False): "stayed wr
 FLIPS = (GAINED, LOST, UNGRADED, "stayed wrong", "stayed right")  # the order in which answers are listed
 COUNTS = ("gained", "lost", "ungraded")  # columns with the number of each of the first three
 DIFFERENCE = "right answers, second − first"
-ANSWERS = ["flip", "rep", "question", "gold", "without adapter", "with adapter", "verdicts", "soft_gain",
-           "what the texts show", "disagree", "answer", "right"]  # fmt: skip
 MOST_NUMBERS = 3  # train sequences named in one sentence
 
 Pair = tuple[bool | None, bool | None]  # verdict without and with the adapter; None: ungraded
@@ -58,13 +56,8 @@ def contains(text: str, gold: str) -> bool:
 
 
 def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequences: Sequence[str]) -> str:
-    """What the texts show about an answer, in one sentence.
-
-    Args:
-        one: The answered question.
-        asked: All answered questions of the same self-edit.
-        sequences: The train sequences of the self-edit; the last one is the passage.
-    """
+    """What the texts show about one of the answers of a self-edit, in one sentence. The last train sequence is the
+    passage."""
     sides = {"baseline": one.baseline_correct, "adapter": one.adapter_correct}
     if missing := [side for side, verdict in sides.items() if verdict is None]:
         return f"no verdict on the {' and the '.join(missing)} answer"
@@ -125,12 +118,7 @@ SHOWN, SORTED = tuple(_FILTERS), tuple(_ORDERS)
 
 
 class Inspection:
-    """A run that is opened for looking at.
-
-    Args:
-        run: The run, from ``open_run``.
-        graders: Names of graders that judge in addition to the file's own verdicts.
-    """
+    """A run that is opened for looking at. ``graders`` (names) judge in addition to the file's own verdicts."""
 
     def __init__(self, run: SinglePassageRun, *, graders: Sequence[str] = OTHER_GRADERS) -> None:
         self.run = run
@@ -227,8 +215,7 @@ class Inspection:
         edit = evaluated.self_edits[self_edit]
         params = edit.made.get("lora_params") or self.run.settings.get("lora_params") or {}
         texts, mask = self._sequences(evaluated, edit), str(params.get("end_mask_substring") or "")
-        parts = [text.partition(mask) if mask and mask in text else ("", "", text) for text in texts]
-        marked = [f"⟦{before}{found}⟧{after}" if found else after for before, found, after in parts]
+        marked = [f"⟦{text.replace(mask, f'{mask}⟧', 1)}" if mask and mask in text else text for text in texts]
         origins = ["the self-edit"] * (len(texts) - 1) + ["the passage"]
         return pd.DataFrame({"n": range(1, len(texts) + 1), "train sequence": marked, "from": origins})
 
@@ -261,32 +248,26 @@ class Inspection:
         return grown
 
     def _judged(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> pd.DataFrame:
-        sequences = self._sequences(passage, edit)
-        by_grader = {"file": [(one.baseline_correct, one.adapter_correct) for one in edit.questions]}
-        by_grader |= {name: verdict_pairs(grader, passage, edit.questions) for name, grader in self.graders.items()}
-        rows = []
-        for one, *pairs in zip(edit.questions, *by_grader.values(), strict=True):
-            verdicts = [f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for before, after in pairs]
-            disagree = graders_disagree(pairs)
-            if disagree:
-                verdicts = ["\n".join(map(": ".join, zip(by_grader, verdicts, strict=True)))]
-            row = {
-                "flip": flip_of(one),
-                "rep": one.repeat,
-                "question": one.question,
-                "gold": one.gold,
-                "without adapter": one.baseline_answer,
-                "with adapter": one.adapter_answer,
-                "verdicts": verdicts[0],
-                "soft_gain": one.soft_gain,
-                "what the texts show": observation(one, edit.questions, sequences),
-                "disagree": disagree,
-                "answer": f"{one.adapter_answer}\n[{VERDICT_WORDS[one.adapter_correct]}]",
-                "right": one.adapter_correct,
-            }
-            rows.append(row)
-        rows.sort(key=lambda row: FLIPS.index(row["flip"]))
-        return pd.DataFrame(rows, columns=ANSWERS).astype({"soft_gain": float, "disagree": bool, "right": float})
+        asked, sequences = edit.questions, self._sequences(passage, edit)
+        by_grader = {"file": [(one.baseline_correct, one.adapter_correct) for one in asked]}
+        by_grader |= {name: verdict_pairs(grader, passage, asked) for name, grader in self.graders.items()}
+        pairs = [dict(zip(by_grader, of_one, strict=True)) for of_one in zip(*by_grader.values(), strict=True)]
+        columns = {
+            "flip": [flip_of(one) for one in asked],
+            "rep": [one.repeat for one in asked],
+            "question": [one.question for one in asked],
+            "gold": [one.gold for one in asked],
+            "without adapter": [one.baseline_answer for one in asked],
+            "with adapter": [one.adapter_answer for one in asked],
+            "verdicts": [_verdicts(of_one) for of_one in pairs],
+            "soft_gain": [one.soft_gain for one in asked],
+            "what the texts show": [observation(one, asked, sequences) for one in asked],
+            "disagree": [graders_disagree(of_one.values()) for of_one in pairs],
+            "answer": [f"{one.adapter_answer}\n[{VERDICT_WORDS[one.adapter_correct]}]" for one in asked],
+            "right": [one.adapter_correct for one in asked],
+        }
+        table = pd.DataFrame(columns).astype({"soft_gain": float, "disagree": bool, "right": float})
+        return table.sort_values("flip", key=lambda flips: flips.map(FLIPS.index), kind="stable", ignore_index=True)
 
     def _sequences(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> list[str]:
         splits = edit.made.get("split_newlines", self.run.settings.get("split_newlines"))
@@ -309,6 +290,12 @@ def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[Ans
     known = dict(zip(unique, grader.grade(unique), strict=True))
     verdicts = [AS_BOOLEAN[known[one]] for one in given]
     return list(zip(verdicts[::2], verdicts[1::2], strict=True))
+
+
+def _verdicts(by_grader: Mapping[str, Pair]) -> str:
+    """The file's verdicts, or those of each grader where the graders disagree."""
+    words = {name: f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for name, (before, after) in by_grader.items()}
+    return "\n".join(map(": ".join, words.items())) if graders_disagree(by_grader.values()) else words["file"]
 
 
 def _equal_once(texts: pd.Series) -> str:

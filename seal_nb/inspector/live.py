@@ -20,7 +20,7 @@ from seal_nb.experiments import single_passage
 from seal_nb.experiments.session import TTT, loop_request
 from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import grader_of
-from seal_nb.inspector.html import StaticView, WidgetView, failure, loss_curve, note, page, static_tables, table_html
+from seal_nb.inspector.html import StaticView, WidgetView, loss_curve, note, page, static_tables, table_html
 from seal_nb.inspector.inspection import as_passage, sequences_of
 from seal_nb.inspector.tokens import TokenTexts
 from seal_nb.inspector.widgets import PassageInspector
@@ -152,11 +152,7 @@ def _request_ids(completion: Mapping[str, Any]) -> list[Any]:
 
 
 class EditTrainer:
-    """Trains edits on a TTT server and asks their adapters questions.
-
-    Args:
-        ttt: The server, from ``seal.ttt_server``. Its first worker may still be loading the model.
-    """
+    """Trains edits on a server from ``seal.ttt_server`` and asks their adapters questions."""
 
     def __init__(self, ttt: TTT) -> None:
         self.ttt = ttt
@@ -164,15 +160,9 @@ class EditTrainer:
         self._lock = threading.Lock()
 
     def train(self, passage: EvaluatedPassage, edit: Edit, *, tell: Tell = lambda *_: None) -> TrainedEdit:
-        """Trains the edit's adapter and asks the passage's questions. The same edit is not trained again.
-
-        Args:
-            passage: The passage whose self-edit was edited.
-            edit: Text and settings.
-            tell: Called while the request runs, from another thread, and once at its end.
-
-        Raises: RemoteError if the server reports an error or the request was cancelled; RoundTimeout.
-        """
+        """Trains the edit's adapter and asks the passage's questions. The same edit is not trained again. ``tell`` is
+        called while the request runs, from another thread, and once at its end. Raises: RemoteError if the server
+        reports an error or the request was cancelled; RoundTimeout."""
         request = edit_request(passage, edit, model_id=self.ttt.model_id)
         trained = TrainedEdit(passage=passage, edit=edit, request=request, reply=self._reply(request, tell))
         tell("done", trained.losses)
@@ -182,14 +172,11 @@ class EditTrainer:
         """Asks the base model and the edit's adapter one more question. Without a gold answer it is not graded.
         Returns: One row: both answers, verdicts, and the change in log-probability of the gold answer in nats."""
         reply = self._reply(self.ttt.identified(trained.question_request(question, gold)), tell)
-        table = single_passage.reply_frame([EvalQuestion(question=question, answer=gold)], reply).replace(
-            {"gold": {"": None}}
-        )
-        after, before = (
-            pd.Series(one, dtype=float) for one in (reply.adapter_gold_logprobs, reply.baseline_gold_logprobs)
-        )
+        table = single_passage.reply_frame([EvalQuestion(question=question, answer=gold)], reply)
+        after, before = reply.adapter_gold_logprobs, reply.baseline_gold_logprobs
+        change = pd.Series(after, dtype=float) - pd.Series(before, dtype=float)
         names = {"baseline_answer": "without adapter", "adapter_answer": "with adapter"}
-        return table.rename(columns=names).assign(soft_gain=after - before)
+        return table.rename(columns=names).assign(gold=gold or None, soft_gain=change)
 
     def cancel(self) -> bool:
         """Cancels the running request; ``train`` then raises RemoteError. False if none is running."""
@@ -202,8 +189,7 @@ class EditTrainer:
         """The reply to a request. Meanwhile a thread tells how far it is."""
         with self._lock:
             over, self._running = threading.Event(), str(request.request_id)
-            watched = (self.ttt.client.where, self._running, over, tell)
-            watcher = threading.Thread(target=_watch, args=watched, daemon=True)
+            watcher = threading.Thread(target=self._watch, args=(self._running, over, tell), daemon=True)
             watcher.start()
             try:
                 return self.ttt.client.evaluate(request)
@@ -212,20 +198,19 @@ class EditTrainer:
                 over.set()
                 watcher.join(timeout=5)
 
-
-def _watch(where: str, request_id: str, over: threading.Event, tell: Tell) -> None:
-    began_at, doing, losses = time.monotonic(), "waiting for a slot", []
-    while not over.is_set():
-        status = look(where)
-        by_worker = [worker.stats.get("training", {}) for worker in status.workers] if status else []
-        if job := next((jobs[request_id] for jobs in by_worker if request_id in jobs), None):
-            doing = f"training, step {job['step']} of {job['n_steps']}"
-            losses = [loss for loss in job["epoch_losses"] if loss is not None]
-        elif doing.startswith("training"):
-            doing = "answering the questions"
-        if not over.is_set():
-            tell(f"{doing}, {time.monotonic() - began_at:.0f} s", losses)
-        over.wait(POLL_S)
+    def _watch(self, request_id: str, over: threading.Event, tell: Tell) -> None:
+        began_at, doing, losses = time.monotonic(), "waiting for a slot", []
+        while not over.is_set():
+            status = look(self.ttt.client.where)
+            by_worker = [worker.stats.get("training", {}) for worker in status.workers] if status else []
+            if job := next((jobs[request_id] for jobs in by_worker if request_id in jobs), None):
+                doing = f"training, step {job['step']} of {job['n_steps']}"
+                losses = [loss for loss in job["epoch_losses"] if loss is not None]
+            elif doing.startswith("training"):
+                doing = "answering the questions"
+            if not over.is_set():
+                tell(f"{doing}, {time.monotonic() - began_at:.0f} s", losses)
+            over.wait(POLL_S)
 
 
 def progress_line() -> Tell:
@@ -242,14 +227,7 @@ def _status(text: str, losses: Sequence[float]) -> str:
 
 class LiveEdit(WidgetView):
     """Edits the self-edit that is selected in an inspector: a widget in JupyterLab, a table of its settings elsewhere.
-
-    Training runs in a thread, so the notebook stays usable. An error shows its message.
-
-    Args:
-        inspector: The inspector above.
-        trainer: Trains the edits.
-        keep_path: Run file for edits that are kept.
-    """
+    Training runs in a thread, so the notebook stays usable. Edits that are kept go into the run file ``keep_path``."""
 
     def __init__(self, inspector: PassageInspector, trainer: EditTrainer, *, keep_path: str | Path) -> None:
         self.inspector, self.trainer, self.keep_path = inspector, trainer, Path(keep_path)
@@ -258,8 +236,7 @@ class LiveEdit(WidgetView):
 
     def edit(self) -> Edit:
         """What the controls say. Settings without a control are those of the run. Raises: SettingsError."""
-        values = {name: control.value for name, control in self.controls.items()}
-        training = replace(self._settings, **values)
+        training = replace(self._settings, **{name: control.value for name, control in self.controls.items()})
         return Edit(text=self.text.value, split_newlines=self.splits.value, seed=self.seed.value, training=training)
 
     def static_view(self) -> StaticView:
@@ -338,7 +315,8 @@ class LiveEdit(WidgetView):
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - a thread has no caller that could handle it
-                self.status.value = page(failure(error))
+                message = escape(f"{type(error).__name__}: {error}")  # screen readers read it aloud at once
+                self.status.value = page(f'<p class="sn-failure" role="alert">{message}</p>')
             finally:
                 self._hold(False)
 

@@ -7,8 +7,9 @@ bold if it rose and underlined if it fell. Pale tokens have no value: nothing pr
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
@@ -27,36 +28,19 @@ NO_VALUES = "This run has no values of single tokens. Train the self-edit below;
 LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
 
 
-class Token(NamedTuple):
-    text: str
-    before: float | None  # nats, without the adapter; None: no value
-    after: float | None
-
-    @property
-    def change(self) -> float | None:
-        return None if self.before is None or self.after is None else self.after - self.before
-
-    @property
-    def opacity(self) -> float:
-        return STRONGEST * min(1.0, abs(self.change or 0.0) / FULL_NATS)
-
-
-def tokens_of(scored: ScoredText) -> list[Token]:
-    """The tokens of one text. Without an adapter no token has a change."""
+def token_frame(scored: ScoredText) -> pd.DataFrame:
+    """One row a token: ``text``, ``before`` and ``after`` (nats, without and with the adapter), ``change`` and its
+    ``opacity``. A token without a value has no change, and without an adapter none has."""
     after = scored.adapter_logprobs or [None] * len(scored.tokens)
-    return [Token(*one) for one in zip(scored.tokens, scored.baseline_logprobs, after, strict=True)]
-
-
-def total_change(scored: ScoredText) -> float | None:
-    """Sum over the text's tokens, in nats; None if no token has a value."""
-    known = [one.change for one in tokens_of(scored) if one.change is not None]
-    return sum(known) if known else None
+    table = pd.DataFrame({"text": scored.tokens, "before": scored.baseline_logprobs, "after": after})
+    table = table.astype({"before": float, "after": float})
+    change = table["after"] - table["before"]
+    return table.assign(change=change, opacity=STRONGEST * (change.abs().fillna(0.0) / FULL_NATS).clip(upper=1.0))
 
 
 class TokenTexts:
-    """Texts token by token, gold answers first, then the passage, then train sequences.
-
-    Shown as coloured HTML in JupyterLab, as a picture elsewhere.
+    """Texts token by token, gold answers first, then the passage, then train sequences. Shown as coloured HTML in
+    JupyterLab, as a picture elsewhere.
 
     Args:
         scored: Texts with a value for each token, as in ``TTTReply.token_logprobs``.
@@ -67,13 +51,14 @@ class TokenTexts:
     def __init__(
         self, scored: Sequence[ScoredText], questions: Sequence[tuple[str, str]], kinds: Sequence[str] = KINDS
     ) -> None:
-        self.texts: list[tuple[str, ScoredText]] = []  # with their headings
+        self.texts: list[tuple[str, pd.DataFrame]] = []  # heading, tokens
         for one in sorted(scored, key=lambda one: (KINDS.index(one.kind), one.index)):
-            names = {"passage": "The passage", "train": f"Train sequence {one.index + 1}"}
-            name = names.get(one.kind) or questions[one.index][0].rpartition("\n")[2]
-            change = total_change(one)
             if one.kind in (kinds or KINDS):
-                self.texts.append((name if change is None else f"{name} ({change:+.1f} nats)", one))
+                names = {"passage": "The passage", "train": f"Train sequence {one.index + 1}"}
+                name = names.get(one.kind) or questions[one.index][0].rpartition("\n")[2]
+                tokens = token_frame(one)
+                total = tokens["change"].sum(min_count=1)
+                self.texts.append((name if pd.isna(total) else f"{name} ({total:+.1f} nats)", tokens))
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         if self.texts and not has_live_frontend():
@@ -81,13 +66,13 @@ class TokenTexts:
         return {"text/html": page(self.html()), "text/plain": self.in_words() or NO_VALUES}
 
     def in_words(self) -> str:
-        return " ".join(f"{name}: {_in_words(scored)}" for name, scored in self.texts)
+        return " ".join(f"{name}: {_in_words(tokens)}" for name, tokens in self.texts)
 
     def html(self) -> str:
         """Headings and coloured texts. Hovering over a token shows its numbers."""
         if not self.texts:
             return note(NO_VALUES)
-        coloured = [(heading(name), "".join(map(_token_html, tokens_of(scored)))) for name, scored in self.texts]
+        coloured = [(heading(name), "".join(map(_token_html, tokens.itertuples()))) for name, tokens in self.texts]
         return note(LEGEND) + "".join(f'{name}<div class="sn-tokens">{text}</div>' for name, text in coloured)
 
     @styled
@@ -97,9 +82,9 @@ class TokenTexts:
         chart.set_layout_engine("none")
         axes = chart.add_axes((0, 0, 1, 1))
         row = 0
-        for name, scored in self.texts:
+        for name, tokens in self.texts:
             axes.text(0, row + 0.5, name[:COLUMNS], fontsize=8.5, va="center", weight="bold", color=INK)
-            row = _draw(axes, tokens_of(scored), row + 1)
+            row = _draw(axes, tokens, row + 1)
         axes.text(0, row + 0.5, LEGEND, fontsize=7.5, va="center", color=GREY)
         axes.set_axis_off()
         axes.set(xlim=(0, COLUMNS), ylim=(row + 1, 0))
@@ -107,13 +92,12 @@ class TokenTexts:
         width, height = COLUMNS * CHARACTER_IN + 0.2, (row + 1) * LINE_IN + 0.15
         chart.set_size_inches(width, height)
         axes.set_position((0.1 / width, 0.075 / height, 1 - 0.2 / width, 1 - 0.15 / height))
-        chart.alt = self.in_words()
-        return chart
+        return chart.finished(self.in_words())
 
 
-def _token_html(token: Token) -> str:
+def _token_html(token: Any) -> str:
     text, change = escape(token.text), token.change
-    if change is None:
+    if pd.isna(change):
         return f'<span class="sn-none">{text}</span>'
     colour = "0,114,178" if change > 0 else "230,159,0"
     numbers = f"{token.before:.2f} → {token.after:.2f} nats ({change:+.2f})"
@@ -122,15 +106,14 @@ def _token_html(token: Token) -> str:
     return f'<span title="{numbers}" style="background:rgba({colour},{token.opacity:.2f})">{text}</span>'
 
 
-def _draw(axes: Axes, tokens: Sequence[Token], row: int) -> int:
+def _draw(axes: Axes, tokens: pd.DataFrame, row: int) -> int:
     """Draws the tokens of a text from this row on. Newlines end a row. Returns: the row after the text."""
     column = 0
     font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "va": "center"}
-    for token in tokens:
-        change = token.change or 0.0
-        weight = "bold" if change >= MARKED_NATS else "normal"
-        colour = BLUE if change > 0 else ORANGE
-        ink = GREY if token.change is None else INK
+    for token in tokens.itertuples():
+        weight = "bold" if token.change >= MARKED_NATS else "normal"
+        colour = BLUE if token.change > 0 else ORANGE
+        ink = GREY if pd.isna(token.change) else INK
         for piece in re.findall(rf"\n|[^\n]{{1,{COLUMNS}}}", token.text):  # several only if longer than a row
             if column and (piece == "\n" or column + len(piece) > COLUMNS):
                 row, column = row + 1, 0
@@ -140,19 +123,18 @@ def _draw(axes: Axes, tokens: Sequence[Token], row: int) -> int:
             at = (column, row + 0.06)
             axes.add_patch(Rectangle(at, len(piece), 0.88, alpha=token.opacity, linewidth=0, facecolor=colour))
             axes.text(column, row + 0.5, piece, weight=weight, color=ink, **font)
-            if change <= -MARKED_NATS:
+            if token.change <= -MARKED_NATS:
                 axes.plot([column, column + len(piece)], [row + 0.92] * 2, color=INK, linewidth=0.8)
             column += len(piece)
     return row + 1
 
 
-def _in_words(scored: ScoredText) -> str:
-    changes = [(change, one.text.strip()) for one in tokens_of(scored) if (change := one.change) is not None]
-    if not changes:
+def _in_words(tokens: pd.DataFrame) -> str:
+    known = tokens.dropna(subset=["change"])
+    if known.empty:
         return "no values."
-    largest, at = max(changes, key=lambda pair: abs(pair[0]))
+    changes, largest = known["change"], known.loc[known["change"].abs().idxmax()]
     return (
-        f"{sum(change > 0 for change, _ in changes)} of {len(changes)} tokens more likely with the adapter, "
-        f"{sum(change < 0 for change, _ in changes)} less; {total_change(scored):+.1f} nats in all, "
-        f"the largest change {largest:+.1f} at {at!r}."
+        f"{sum(changes > 0)} of {len(changes)} tokens more likely with the adapter, {sum(changes < 0)} less; "
+        f"{changes.sum():+.1f} nats in all, the largest change {largest['change']:+.1f} at {largest['text'].strip()!r}."
     )

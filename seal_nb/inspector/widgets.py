@@ -30,15 +30,9 @@ MOST_PASSAGES = 15  # rows of the static list of passages
 class PassageInspector(WidgetView):
     """Shows the selected passage and self-edits of a run: a widget in JupyterLab, tables elsewhere.
 
-    Args:
-        inspection: The run.
-        passage: Index in the run; -1: the first passage that ``show`` and ``sort`` give.
-        self_edit: Index of the self-edit; -1: the best of the passage.
-        against: Index of the self-edit to compare with; -1: the next one.
-        show: One of ``inspection.SHOWN``.
-        sort: One of ``inspection.SORTED``.
-
-    Raises: SettingsError if an index does not exist, or no passage is left by the filter.
+    ``passage``, ``self_edit`` and ``against`` are indices. -1 is the first passage that ``show`` and ``sort`` give, its
+    best self-edit, and the next one to compare with. Raises: SettingsError if an index does not exist, or if the filter
+    leaves no passage.
     """
 
     def __init__(
@@ -183,35 +177,29 @@ class PassageInspector(WidgetView):
         """The widget, made when it is first shown."""
         import ipywidgets as w
 
-        wide, half = (
-            {"layout": w.Layout(width=one), "style": {"description_width": "4em"}} for one in ("auto", "22em")
-        )
-        self.show = w.Dropdown(options=SHOWN, value=self.filter["show"], description="show", **wide)
-        self.sort = w.Dropdown(options=SORTED, value=self.filter["sort"], description="sort", **wide)
-        self.search = w.Text(
-            placeholder="title, passage, question", description="find", continuous_update=False, **wide
-        )
+        def control(kind: Any, description: str, width: str = "auto", **given: Any) -> Any:
+            style = {"description_width": "4em"}
+            return kind(description=description, layout=w.Layout(width=width), style=style, **given)
+
+        self.show = control(w.Dropdown, "show", options=SHOWN, value=self.filter["show"])
+        self.sort = control(w.Dropdown, "sort", options=SORTED, value=self.filter["sort"])
+        self.search = control(w.Text, "find", placeholder="title, passage, question", continuous_update=False)
+        self.edits, self.others = (control(w.Dropdown, name, "22em") for name in ("self-edit", "against"))
         self.passages = w.Select(rows=16, layout=w.Layout(width="auto"), tooltip="passages: arrow keys move")
         self.count = w.HTML()
-        self.edits = w.Dropdown(description="self-edit", **half)
-        self.others = w.Dropdown(description="against", **half)
         self.view = w.ToggleButtons(options=VIEWS, style={"button_width": "7em"})
         self.shown = w.HTML(layout=w.Layout(max_height="42em", width="100%", overflow="auto"))
         self._fill_passages()
         self._fill_edits()
         self._render()
-        for control in (self.show, self.sort, self.search, self.passages, self.edits, self.others):
-            control.observe(self._on_change, "value")
+        choices = [self.show, self.sort, self.search, self.passages]
+        for one in [*choices, self.edits, self.others]:
+            one.observe(self._on_change, "value")
         self.view.observe(lambda _: self._render(), "value")
-        left = w.VBox(
-            [self.show, self.sort, self.search, self.passages, self.count],
-            layout=w.Layout(width="19em", min_width="16em", flex="0 0 auto"),
-        )
-        chosen = w.HBox([self.edits, self.others], layout=w.Layout(flex_flow="row wrap", overflow="visible"))
-        right = w.VBox(
-            [chosen, self.view, self.shown],
-            layout=w.Layout(flex="1 1 0px", min_width="0", margin="0 0 0 1em", overflow="visible"),
-        )
+        left = w.VBox([*choices, self.count], layout=w.Layout(width="19em", min_width="16em", flex="0 0 auto"))
+        edits = w.HBox([self.edits, self.others], layout=w.Layout(flex_flow="row wrap", overflow="visible"))
+        layout = w.Layout(flex="1 1 0px", min_width="0", margin="0 0 0 1em", overflow="visible")
+        right = w.VBox([edits, self.view, self.shown], layout=layout)
         # Without "hidden", margins of a few pixels would give the whole widget a scroll bar; the page has its own.
         box = w.HBox([left, right], layout=w.Layout(width="100%", overflow="hidden"))
         return box.add_class("seal-nb-widget").add_class("seal-nb-inspector")
