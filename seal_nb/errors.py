@@ -21,6 +21,8 @@ _PACKAGE = Path(__file__).resolve().parent
 class SealError(Exception):
     """Base of all errors that seal_nb raises on purpose."""
 
+    exit_code = 2  # of a command that it ends
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the message with its remedy, then one line for each call that led to it.
         The traceback of the cause is left out; the message names the cause."""

@@ -34,9 +34,13 @@ Value = int | float | bool | str | list[Any]
 class StageFailed(SealError, RuntimeError):
     """A cell of a stage's notebook raised, or its kernel died; the executed notebook has the traceback."""
 
+    exit_code = 1
+
 
 class StageInterrupted(StageFailed):
     """SIGTERM ended the stage early. Started again, it goes on from its journal."""
+
+    exit_code = 143  # as a shell gives after SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True)

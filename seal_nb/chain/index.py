@@ -6,6 +6,7 @@ page enforces it. Text from notebooks is escaped, and HTML in their outputs is s
 
 import re
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,47 +26,6 @@ ATTRIBUTES = {
     "a": ["href"],
     "img": ["src", "alt", "width", "height"],
 }
-# nbconvert's page without its scripts and with both of its themes.
-NOTEBOOK_PAGE = """\
-{%- extends 'lab/index.html.j2' -%}
-{% block html_head_js %}<meta http-equiv="Content-Security-Policy" content="POLICY">{% endblock %}
-{% block jupyter_widgets %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_css %}<style>
-:root { color-scheme: light dark; }
-main { max-width: 62rem; margin: 0 auto; }
-.jp-RenderedImage img { background: #fff; border-radius: 4px; }
-@media (prefers-color-scheme: dark) {
-  {{ resources.include_css("static/theme-dark.css") | striptags }}
-}
-</style>{% endblock %}
-""".replace("POLICY", POLICY)
-INDEX_PAGE = """\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="POLICY">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
-:root { color-scheme: light dark }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
-.bad { color: light-dark(#b00020, #ff8a8a); font-weight: 600 }
-.figures { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)) }
-figure { margin: 0; border: 1px solid GrayText; border-radius: 8px; overflow: hidden }
-img { display: block; width: 100%; background: #fff } figcaption { padding: .7rem .9rem; font-size: .92rem }
-table { border-collapse: collapse; width: 100% }
-td, th { padding: .4rem .8rem; border-bottom: 1px solid GrayText; text-align: left }
-</style></head><body><h1>{{ title }}</h1>
-<p>{% set n = pages | length %}{{ n }} notebook{{ "s" if n != 1 }} ran
-{%- if failed %}; <span class="bad">failed: {% for page in failed -%}
-<a href="{{ page.link }}">{{ page.title }}</a>{{ ", " if not loop.last }}{% endfor %}</span>
-{%- else %} to the end.{% endif %}</p>
-{% if figures %}<h2>Main figures</h2><div class="figures">{% for figure in figures %}
-<figure><img src="data:image/png;base64,{{ figure.png }}" alt="{{ figure.alt }}">
-<figcaption><strong>{{ figure.heading }}.</strong> {{ figure.alt }}</figcaption></figure>{% endfor %}</div>{% endif %}
-<h2>Executed notebooks</h2><table><tr><th>notebook</th><th>stage</th><th></th></tr>{% for page in pages %}
-<tr><td><a href="{{ page.link }}">{{ page.title }}</a></td><td>{{ page.stage }}</td>
-<td>{% if page.failure %}<span class="bad">{{ page.failure }}</span>{% endif %}</td></tr>{% endfor %}</table>
-</body></html>
-""".replace("POLICY", POLICY)
 
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
@@ -80,17 +40,21 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
         raise DataError("no executed notebook", path=folder, remedy="run a stage with its output in this folder")
     pages = [_page(path, folder) for path in found]
     pages.sort(key=lambda page: (not page["has_results"], page["started"], page["link"]))
-    exporter = HTMLExporter(raw_template=NOTEBOOK_PAGE, sanitize_html=True)
+    exporter = HTMLExporter(raw_template=_template("notebook_page"), sanitize_html=True)
     exporter.register_filter("clean_html", _clean)
     for page in pages:
         html, _ = exporter.from_notebook_node(page["notebook"], resources={"metadata": {"name": page["title"]}})
         write_text(page["path"].with_suffix(".html"), html)
     results = [page["notebook"] for page in pages if page["has_results"] and not page["failure"]]
     figures = [figure for notebook in results for figure in _figures(notebook)]
-    template = Environment(autoescape=True).from_string(INDEX_PAGE)
+    template = Environment(autoescape=True).from_string(_template("index_page"))
     failed = [page for page in pages if page["failure"]]
     text = template.render(title=title, pages=pages, failed=failed, figures=figures[:N_FIGURES])
     return write_text(folder / "index.html", text)
+
+
+def _template(name: str) -> str:
+    return resources.files("seal_nb").joinpath(f"data/{name}.html.j2").read_text().replace("POLICY", POLICY)
 
 
 def _clean(html: str) -> str:

@@ -16,16 +16,13 @@ from pathlib import Path
 from seal_nb.chain.record import Tell, sole_use, write_record
 from seal_nb.chain.stages import ENDPOINT_FILE, Chain, Stage, as_options
 from seal_nb.errors import SealError
+from seal_nb.notebook_runner import StageFailed
 from seal_nb.processes import end_tree
 
 QUIET_S = 30.0  # after such a silence a line says that a stage is still running
 POLL_S = 0.2
 READY_TIMEOUT_S = 600.0  # of a server that loads a 7B model from a network disk
 STOP_TIMEOUT_S = 30.0
-
-
-class ChainFailed(SealError, RuntimeError):
-    """A stage ended with an error, or a server that it needs did."""
 
 
 def shut_down(endpoint_file: Path) -> None:
@@ -37,7 +34,7 @@ def shut_down(endpoint_file: Path) -> None:
 
 
 def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell) -> None:
-    """Run the stages that are not done yet. Raises: ChainFailed where a stage failed, and later ones were not started;
+    """Run the stages that are not done yet. Raises: StageFailed where a stage failed, and later ones were not started;
     RunMismatch."""
     with sole_use(run_dir, tell) as lock, contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGTERM, signal.SIGHUP):  # child processes are then ended on the way out
@@ -45,8 +42,11 @@ def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell) -> No
             at_the_end.callback(signal.signal, number, before)
         write_record(chain, run_dir)
         run = _Run(chain=chain, run_dir=run_dir, notebooks=notebooks, tell=tell, lock=lock)
-        at_the_end.callback(run.end_servers)
-        run.stages()
+        try:
+            run.stages()
+        finally:
+            for child in reversed(run.children.values()):
+                end_tree(child.pid)
 
 
 class _Child(subprocess.Popen[bytes]):
@@ -81,7 +81,7 @@ class _Run:
     notebooks: Path
     tell: Tell
     lock: int
-    servers: dict[str, _Child] = field(default_factory=dict)
+    children: dict[str, _Child] = field(default_factory=dict)  # that run: servers, and one stage
     started: float = field(default_factory=time.monotonic)
 
     def stages(self) -> None:
@@ -98,15 +98,12 @@ class _Run:
 
     def stage(self, stage: Stage, place: str) -> None:
         for server in self.chain.servers_of(stage):
-            if server.name not in self.servers:
+            if server.name not in self.children:
                 self.start_server(server)
         self.tell(f"{place}: {stage.title}")
         child = self.start(stage)
-        try:
-            self.follow(child, stage)
-        finally:
-            end_tree(child.pid)
-        if code := child.wait():
+        self.follow(child, stage)
+        if code := self.children.pop(stage.name).wait():
             raise self.failure(f"stage {stage.name!r} ended with exit code {code}", stage)
         if missing := stage.missing(self.run_dir):
             raise self.failure(f"stage {stage.name!r} did not write {', '.join(missing)}", stage)
@@ -115,7 +112,9 @@ class _Run:
         self.tell(f"{place}: done in {clock(child.seconds())} ({total} in all)")
 
     def start(self, stage: Stage) -> _Child:
-        return _Child(run_command(stage, self.run_dir, self.notebooks), stage.log(self.run_dir), self.lock)
+        command = run_command(stage, self.run_dir, self.notebooks)
+        child = self.children[stage.name] = _Child(command, stage.log(self.run_dir), self.lock)
+        return child
 
     def follow(self, child: _Child, stage: Stage) -> None:
         """Pass on the stage's output until it ends; raise if a server that it needs ends earlier."""
@@ -138,7 +137,7 @@ class _Run:
         ready = self.run_dir / stage.name / ENDPOINT_FILE
         ready.unlink(missing_ok=True)
         self.tell(f"{stage.name} ({stage.notebook}): {stage.title}")
-        child = self.servers[stage.name] = self.start(stage)
+        child = self.start(stage)
         while not ready.exists():
             self.check_server(stage)
             if child.seconds() > READY_TIMEOUT_S:
@@ -147,14 +146,14 @@ class _Run:
         self.tell(f"{stage.name}: ready after {clock(child.seconds())}")
 
     def check_server(self, stage: Stage) -> None:
-        if (code := self.servers[stage.name].poll()) is not None:
+        if (code := self.children[stage.name].poll()) is not None:
             raise self.failure(f"server {stage.name!r} ended early with exit code {code}", stage)
 
     def stop_servers_except(self, pending: list[Stage]) -> None:
         """Stop the servers that no pending stage needs."""
         needed = {server.name for stage in pending for server in self.chain.servers_of(stage)}
-        for name in [name for name in self.servers if name not in needed]:
-            child = self.servers.pop(name)
+        for name in self.children.keys() - needed:
+            child = self.children.pop(name)
             # A server that does not answer is ended below.
             with contextlib.suppress(SealError, OSError, subprocess.TimeoutExpired):
                 shut_down(self.run_dir / name / ENDPOINT_FILE)
@@ -162,12 +161,8 @@ class _Run:
             end_tree(child.pid)
             self.tell(f"{name}: stopped")
 
-    def end_servers(self) -> None:
-        for child in self.servers.values():
-            end_tree(child.pid)
-
-    def failure(self, problem: str, stage: Stage) -> ChainFailed:
-        return ChainFailed(
+    def failure(self, problem: str, stage: Stage) -> StageFailed:
+        return StageFailed(
             f"{problem}; its output is in {stage.log(self.run_dir)}, its notebook is "
             f"{stage.executed(self.run_dir)}. The same command continues: finished stages are kept"
         )

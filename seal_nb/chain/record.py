@@ -56,12 +56,9 @@ def stage_in(run_dir: Path, output_dir: str | Path) -> Stage:
 
 
 @contextlib.contextmanager
-def marked_when_done(run_dir: Path | None, output_dir: str) -> Iterator[None]:
-    """Mark the stage of ``output_dir`` as done in ``run_dir``, if there is one, and the block ends without an error.
+def marked_when_done(run_dir: Path, output_dir: str) -> Iterator[None]:
+    """Mark the stage of ``output_dir`` as done in ``run_dir`` if the block ends without an error.
     Raises: SettingsError before the block, where there is no such stage; DataError, also for missing results."""
-    if run_dir is None:
-        yield
-        return
     stage, began = stage_in(run_dir, output_dir), time.monotonic()
     yield
     if missing := stage.missing(run_dir):
@@ -115,7 +112,7 @@ def chain_status(chain: Chain, run_dir: Path, *, job_status: Callable[[Stage], S
     return {stage.name: one(stage) for stage in chain}
 
 
-def _without_job(stage: Stage, run_dir: Path, since: float | None) -> tuple[str, str]:
+def _without_job(stage: Stage, run_dir: Path, since: float | None) -> Status:
     """``since``: when the local chain that runs now began. It has not reached a stage whose log is older."""
     log = stage.log(run_dir)
     if failing_cell(stage.executed(run_dir)):
@@ -131,28 +128,23 @@ def _without_job(stage: Stage, run_dir: Path, since: float | None) -> tuple[str,
 
 def status_lines(chain: Chain, statuses: Mapping[str, Status], run_dir: Path) -> Iterator[str]:
     """A line for each stage, then what is known of each stage that failed."""
-    counts = Counter(statuses[stage.name][0] for stage in chain if not stage.background)
+    rows = [(stage, *statuses[stage.name]) for stage in chain]
+    counts = Counter(state for stage, state, _ in rows if not stage.background)
     others = "".join(f", {number} {state}" for state, number in counts.most_common() if state != "done")
     yield f"chain {chain.name}: {counts['done']} of {counts.total()} stages done{others}"
     name, notebook = (max(len(getattr(stage, field)) for stage in chain) for field in ("name", "notebook"))
-    for stage in chain:
-        state, note = statuses[stage.name]
+    for stage, state, note in rows:
         yield f"  {stage.name:<{name}}  {stage.notebook:<{notebook}}  {state:<11}  {note}".rstrip()
-    for stage in chain:
-        state, note = statuses[stage.name]
-        if state in BAD:
-            yield from ("", f"{stage.name}: {note}", *_failure_lines(stage, run_dir))
-
-
-def _failure_lines(stage: Stage, run_dir: Path) -> Iterator[str]:
-    executed, log = stage.executed(run_dir), stage.log(run_dir)
-    yield from failing_cell(executed)
-    if log.exists():
-        yield f"  the end of {log}:"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        yield from (f"      {line}" for line in lines[-LOG_LINES:])
-    if executed.exists():
-        yield f"  executed notebook: {executed}"
+    for stage, state, note in rows:
+        if state not in BAD:
+            continue
+        executed, log = stage.executed(run_dir), stage.log(run_dir)
+        yield from ("", f"{stage.name}: {note}", *failing_cell(executed))
+        if log.exists():
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            yield from (f"  the end of {log}:", *(f"      {line}" for line in lines[-LOG_LINES:]))
+        if executed.exists():
+            yield f"  executed notebook: {executed}"
 
 
 def failing_cell(executed: Path) -> list[str]:
@@ -161,14 +153,14 @@ def failing_cell(executed: Path) -> list[str]:
         cells = json.loads(executed.read_text())["cells"]
     except (FileNotFoundError, ValueError, KeyError):
         return []
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "error":
-                first, *rest = f"raised {output['ename']}: {output['evalue']}".splitlines()
-                # IPython's traceback marks the line of the cell; of several exceptions the last one counts.
-                text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output["traceback"])).rpartition("Cell In[")[2]
-                marked = re.search(r"^-+> *\d+ (.*)$", text, flags=re.MULTILINE)
-                line = marked[1].strip() if marked else "".join(cell["source"]).split("\n")[0]
-                about = [f"      {line}" for line in rest[: MESSAGE_LINES - 1]]
-                return [f"  cell [{cell.get('execution_count')}] {first}", *about, f"  at: {line}"]
-    return []
+    errors = [(cell, one) for cell in cells for one in cell.get("outputs", []) if one["output_type"] == "error"]
+    if not errors:
+        return []
+    cell, error = errors[0]
+    first, *rest = f"raised {error['ename']}: {error['evalue']}".splitlines()
+    # IPython's traceback marks the line of the cell; of several exceptions the last one counts.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error["traceback"])).rpartition("Cell In[")[2]
+    marked = re.search(r"^-+> *\d+ (.*)$", text, flags=re.MULTILINE)
+    line = marked[1].strip() if marked else "".join(cell["source"]).split("\n")[0]
+    about = [f"      {line}" for line in rest[: MESSAGE_LINES - 1]]
+    return [f"  cell [{cell.get('execution_count')}] {first}", *about, f"  at: {line}"]

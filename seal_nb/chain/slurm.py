@@ -16,6 +16,7 @@ from pathlib import Path
 from seal_nb.chain.record import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
 from seal_nb.chain.stages import Chain, Stage, as_options
 from seal_nb.errors import RunMismatch, SealError, SettingsError
+from seal_nb.inner_loop.settings import Settings, setting
 
 SITE_FILE = "slurm/site.sh"  # in the project
 TIMEOUT_S = 60.0  # of one command
@@ -87,8 +88,7 @@ def _call(command: Sequence[str], folder: Path | None = None, env: Mapping[str, 
 def read_site(path: Path) -> dict[str, str]:
     """The variables for sbatch and the scripts that the site file exports. Raises: SettingsError."""
     if not path.is_file():
-        example = path.with_name("site.example.sh")
-        raise SettingsError(f"no {path}; cp {example} {path}, and edit it for your cluster")
+        raise SettingsError(f"no {path}; cp {path.with_name('site.example.sh')} {path}, and edit it for your cluster")
     # The user may have sourced the same file already; its variables would then not count as set by it.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SBATCH_", "SEAL_"))}
     source = ["bash", "-c", 'source "$1" >&2 && env -0', "bash", str(path)]
@@ -101,19 +101,14 @@ def read_site(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class Cluster(Settings):
     """Where jobs start, and over how many nodes servers and trainings are spread."""
 
     project: Path  # the checkout; jobs start in it
     site: Mapping[str, str]  # variables that its SITE_FILE exports
-    server_nodes: int = 1
-    sft_nodes: int = 1  # of a ReST-EM training
-    idle_timeout_s: float = 1800.0  # a server without clients ends after so long
-
-    def __post_init__(self) -> None:
-        for name in ("server_nodes", "sft_nodes"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    server_nodes: int = setting(1, "nodes of a TTT server", least=1)
+    sft_nodes: int = setting(1, "nodes of a ReST-EM training", least=1)
+    idle_timeout_s: float = setting(1800.0, "a server without clients ends after so many seconds")
 
     @property
     def gpus_a_node(self) -> int:
@@ -144,8 +139,13 @@ class Cluster:
             "micro-batches of all processes: give a multiple, or other --sft-nodes"
         )
 
-    def training_options(self, n_processes: int) -> list[str]:
-        """The options of sbatch for a training: nodes, memory, and a GPU for each process."""
+    def resources(self, stage: Stage) -> list[str]:
+        """The options of sbatch for nodes, memory and GPUs. A training has a GPU for each process, a server a worker on
+        each GPU of its node; any other job uses at most one GPU."""
+        if "n_processes" not in stage.parameters:
+            needs_gpus = any(option.startswith("--gpus-per-node") for option in self.script_options(self.script(stage)))
+            return self.gpus(self.gpus_a_node if stage.background else 1) if needs_gpus else []
+        n_processes = int(str(stage.parameters["n_processes"]))
         a_node, rest = divmod(n_processes, self.sft_nodes)
         if rest or (self.gpus_a_node and a_node > self.gpus_a_node):
             raise SettingsError(
@@ -245,13 +245,7 @@ def _options(run_dir: Path, cluster: Cluster, stages: list[Stage]) -> list[str]:
         array = f"0-{cluster.server_nodes - 1}"
     log = f"{cluster.place(run_dir / name)}{part}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
     options = ["--kill-on-invalid-dep=yes", f"--job-name={name}", f"--output={log}"]
-    options += [f"--array={array}"] if array else []
-    if "n_processes" in first.parameters:
-        return options + cluster.training_options(int(str(first.parameters["n_processes"])))
-    if any(option.startswith("--gpus-per-node") for option in cluster.script_options(cluster.script(first))):
-        # A server has a worker on each GPU of its node. Any other job uses one GPU.
-        return options + cluster.gpus(cluster.gpus_a_node if first.background else 1)
-    return options
+    return [*options, *([f"--array={array}"] if array else []), *cluster.resources(first)]
 
 
 def _arguments(run_dir: Path, cluster: Cluster, first: Stage) -> list[str]:
@@ -308,7 +302,10 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
     try:
         for job in jobs:
             numbers[job.name] = _submit(job.command(numbers), cluster.project, env) + job.part
-            tell(_line(job, numbers))
+            number = numbers[job.name] + (f" × {len(job.stages)}" if len(job.stages) > 1 else "")
+            waits = [f"after {', '.join(job.afterok)}"] if job.afterok else []
+            waits += [f"with {', '.join(job.after)}"] if job.after else []
+            tell(f"{number:>10}  {job.name:<24}  {job.stages[0].notebook:<24}  {'; '.join(waits)}".rstrip())
     except BaseException as error:  # also Ctrl-C: jobs that are not in the record would be submitted twice
         if numbers:
             _call(["scancel", *(number.partition("_")[0] for number in numbers.values())])
@@ -319,13 +316,6 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
             f"Look at {cluster.project / SITE_FILE} and at the options of {job.script}"
         ) from error
     return numbers
-
-
-def _line(job: Job, numbers: Mapping[str, str]) -> str:
-    number = numbers[job.name] + (f" × {len(job.stages)}" if len(job.stages) > 1 else "")
-    waits = [f"after {', '.join(job.afterok)}"] if job.afterok else []
-    waits += [f"with {', '.join(job.after)}"] if job.after else []
-    return f"{number:>10}  {job.name:<24}  {job.stages[0].notebook:<24}  {'; '.join(waits)}".rstrip()
 
 
 def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:

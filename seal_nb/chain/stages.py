@@ -13,6 +13,7 @@ from typing import Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import ARMS
+from seal_nb.inner_loop.settings import setting
 from seal_nb.models import DTYPES
 from seal_nb.notebook_runner import Parameter, Value, declared_parameters, find_notebook, format_value
 from seal_nb.prompts import result_key
@@ -21,6 +22,7 @@ from seal_nb.storage import content_id, read_json, write_json
 
 RUN = "{run}"  # the run's folder, in a parameter
 ENGINES = ("local", "vllm")
+MARK = ".done/{}.json"  # of a finished stage
 ENDPOINT_FILE = "endpoint.json"
 SELF_EDITS_FILE = "self_edits.json"
 CONTINUAL = "06_continual_self_edits"
@@ -64,7 +66,7 @@ class Stage:
 
     def mark(self, run_dir: Path) -> dict[str, Any]:
         """``identity``, ``notebook`` and ``seconds`` of the last run that finished; empty if none did."""
-        path = self._mark_path(run_dir)
+        path = run_dir / MARK.format(self.name)
         return dict(read_json(path)) if path.exists() else {}
 
     def is_done(self, run_dir: Path) -> bool:
@@ -74,10 +76,7 @@ class Stage:
 
     def mark_done(self, run_dir: Path, *, seconds: float) -> None:
         value = {"identity": self.identity, "notebook": self.notebook, "seconds": round(seconds, 1)}
-        write_json(self._mark_path(run_dir), value)
-
-    def _mark_path(self, run_dir: Path) -> Path:
-        return run_dir / ".done" / f"{self.name}.json"
+        write_json(run_dir / MARK.format(self.name), value)
 
     def log(self, run_dir: Path) -> Path:
         return run_dir / (f"{self.name}/{self.notebook}-{self.job}.log" if self.job else f"logs/{self.name}.log")
@@ -128,25 +127,13 @@ class Chain:
 
 
 def _identity(stage: Stage, earlier: Mapping[str, Stage]) -> str:
-    """The place of the run's folder does not change it."""
-    own = {
-        name: _content(value) if name in INPUT_FILES else value
-        for name, value in stage.parameters.items()
-        if name not in MACHINE
-    }
+    """The place of the run's folder does not change it. A file counts by its content: an edited file is another
+    experiment."""
+    own = {name: value for name, value in stage.parameters.items() if name not in MACHINE}
+    for name in INPUT_FILES & set(own):
+        if (path := Path(str(own[name]))).is_file():
+            own[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return content_id([stage.notebook, own, [earlier[name].identity for name in stage.needs]])
-
-
-def _content(value: Value) -> Value:
-    """The content of a file instead of its name: an edited file is another experiment."""
-    path = Path(str(value))
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else value
-
-
-def _own(default: Any, text: str, kind: str = "") -> Any:
-    """A setting of the table itself."""
-    own = Parameter(name="", type_name=kind or type(default).__name__, default=default, help=text)
-    return field(default=default, metadata={"own": own})
 
 
 def _to(notebooks: str, default: Any = None, name: str = "") -> Any:
@@ -160,15 +147,15 @@ class ExperimentSettings:
     Settings made by ``_to`` are parameters of the notebooks that are named there, which declare their type and meaning.
     A default of None is the notebook's default."""
 
-    model: str = _own("", "model folder or hub name")
-    train_dataset: str = _own("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train")
-    val_dataset: str = _own("", "passages of the evaluations: item or SQuAD file, or shipped:val")
-    n_train: int = _own(50, "passages of a ReST-EM round")
-    n_val: int = _own(200, "passages of an evaluation")
-    k_completions: int = _own(5, "self-edits of each training passage")
-    eval_times: int = _own(3, "adapters trained on each self-edit to find its reward")
-    n_rounds: int = _own(2, "ReST-EM rounds")
-    arms: tuple[str, ...] = _own(("passage_only", "self_edits"), "of the base model's evaluations", "list[str]")
+    model: str = setting("", "model folder or hub name")
+    train_dataset: str = setting("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train")
+    val_dataset: str = setting("", "passages of the evaluations: item or SQuAD file, or shipped:val")
+    n_train: int = setting(50, "passages of a ReST-EM round")
+    n_val: int = setting(200, "passages of an evaluation")
+    k_completions: int = setting(5, "self-edits of each training passage")
+    eval_times: int = setting(3, "adapters trained on each self-edit to find its reward")
+    n_rounds: int = setting(2, "ReST-EM rounds")
+    arms: tuple[str, ...] = setting(("passage_only", "self_edits"), "of the base model's evaluations")
     shuffle: bool | None = _to("01")
     prompt_key: str | None = _to("01 06")
     engine: str | None = _to("01")
@@ -190,7 +177,7 @@ class ExperimentSettings:
     n_threads: int = _to("02", 1)
     n_slots: int = _to("02", 0)
 
-    cpt_completions: int = _own(5, "self-edits of each validation passage in the one adapter of CPT")
+    cpt_completions: int = setting(5, "self-edits of each validation passage in the one adapter of CPT")
     cpt_epochs: int = _to("04", 3, "finetune_epochs")
     cpt_lr: float | None = _to("04", name="finetune_lr")
     cpt_batch_size: int = _to("04", 4, "batch_size")
@@ -206,7 +193,7 @@ class ExperimentSettings:
     sft_processes: int = _to("05", 1, "n_processes")
 
     continual_arm: str = _to("06", "self_edits", "arm")
-    continual_seeds: tuple[int, ...] = _own(tuple(range(42, 50)), "a continual run for each seed", "list[int]")
+    continual_seeds: tuple[int, ...] = setting(tuple(range(42, 50)), "a continual run for each seed")
     n_sequences: int = _to("06", 8)
     n_datapoints: int = _to("06", 8)
     continual_max_new_tokens: int = _to("06", 64, "max_new_tokens")
@@ -241,20 +228,19 @@ class ExperimentSettings:
         }
 
 
-def declaration(setting: "Field[Any]") -> Parameter:
+_declared = cache(lambda notebook: declared_parameters(find_notebook(notebook)))  # a notebook's parameters, by number
+
+
+def declaration(entry: "Field[Any]") -> Parameter:
     """Type, default and meaning of a field of ExperimentSettings; a notebook's parameter where it has none."""
-    if own := setting.metadata.get("own"):
-        return replace(own, name=setting.name)
-    notebooks = setting.metadata["notebooks"]
-    declared = _declared(notebooks[0])[setting.metadata["name"] or setting.name]
-    default: Any = declared.default if setting.default is None else setting.default
-    text = f"{declared.help} ({', '.join(notebooks)})"
-    return replace(declared, name=setting.name, default=default, help=text)
-
-
-@cache
-def _declared(notebook: str) -> dict[str, Parameter]:
-    return declared_parameters(find_notebook(notebook))
+    default: Any = entry.default
+    if "text" in entry.metadata:
+        kind = f"list[{type(default[0]).__name__}]" if isinstance(default, tuple) else type(default).__name__
+        return Parameter(name=entry.name, type_name=kind, default=default, help=entry.metadata["text"])
+    notebooks = entry.metadata["notebooks"]
+    declared = _declared(notebooks[0])[entry.metadata["name"] or entry.name]
+    default = declared.default if default is None else default
+    return replace(declared, name=entry.name, default=default, help=f"{declared.help} ({', '.join(notebooks)})")
 
 
 # About 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone. Two of the MLP

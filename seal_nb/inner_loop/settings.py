@@ -22,7 +22,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            value, least = getattr(self, one.name), one.metadata["least"]
+            value, least = getattr(self, one.name), one.metadata.get("least")
             if one.type in (Path, Path | None) and value is not None:
                 object.__setattr__(self, one.name, Path(value))
             elif least is not None and value < least:

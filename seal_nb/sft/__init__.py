@@ -1,4 +1,1 @@
-"""Supervised fine-tuning of a ReST-EM round, and full fine-tuning for CPT. Start with ``train.run_job``.
-
-``settings`` has the settings without torch.
-"""
+"""Supervised fine-tuning of a ReST-EM round, and full fine-tuning for CPT. Start with ``train.run_job``."""

@@ -1,7 +1,6 @@
-"""Settings and result of the supervised fine-tuning of a ReST-EM round, without torch.
+"""Settings and result of supervised fine-tuning, without torch.
 
-The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours, for CPT without
-an adapter.
+The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours, for CPT.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,8 @@
 """Supervised fine-tuning of one ReST-EM round: LoRA on {prompt, completion}, then merged into the weights.
 
-SEAL, arXiv 2506.10943, section 3.1 and appendix B: loss on the completion only, rank 64, alpha 128, all linear layers,
-2 epochs, learning rate 3e-4. transformers' Trainer and PEFT do the work. A completion ends with EOS, so that the model
-learns where a self-edit stops. A row of {text} is a train sequence as in the inner loop: no EOS, and loss on all of it.
-
-Method "full" trains all weights instead (ours, for CPT): float32 weights and moments, because bfloat16 ones would round
-small updates away, bfloat16 arithmetic on a GPU, and gradient checkpointing.
-
-A training runs in processes of its own (`run_job`), which free their memory when they end. On GPUs the shipped
-configuration of accelerate shards the model over them (FSDP, or DeepSpeed ZeRO-3). On CPUs they communicate by gloo,
-and each holds the whole model. In a SLURM job over several nodes `srun` starts them on each node. The order of the
-examples is fixed beforehand for all epochs and filled up to whole steps with examples without a loss, so the result is
-that of one process, to rounding. The model folder is written whole or not at all. An interrupted training
-resumes from its last whole checkpoint if rows, settings and model are the same.
+SEAL, arXiv 2506.10943, section 3.1 and appendix B. transformers' Trainer and PEFT do the work, in processes that free
+their memory when they end. On GPUs accelerate shards the model over them (FSDP, or DeepSpeed ZeRO-3). On CPUs each has
+the whole model. The result is that of one process, to rounding.
 """
 
 import contextlib
@@ -46,7 +36,7 @@ from seal_nb.errors import DataError, EngineError, SealError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.processes import end_tree, ending_with_me
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult, SftSettings
-from seal_nb.storage import content_id, write_json
+from seal_nb.storage import content_id, read_json, write_json
 from seal_nb.ttt.lora import merge_stack, stored_dtype, whole_folder, write_model_folder
 
 MODULE = "seal_nb.sft.train"
@@ -57,20 +47,9 @@ Example = dict[str, list[int]]
 
 
 def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
-    """Train a new model in processes of its own, on this machine or on the nodes of this SLURM job.
-
-    Their output goes to `<model_dir>.log`. A model folder that the same training made is used again.
-
-    Args:
-        job: what to train.
-        n_processes: GPUs, or processes on CPUs; it must divide the settings' gradient_accumulation_steps.
-        sharding: how several GPUs share the model, "fsdp" or "deepspeed".
-
-    Raises:
-        SettingsError: the processes cannot share a step, or the sharding is unknown or not installed.
-        DataError: a row of the file is no training example.
-        EngineError: a process failed; the message has the end of the log.
-    """
+    """Train a new model in processes of its own, here or on the nodes of this SLURM job. Their output goes to
+    `<model_dir>.log`. A model folder that the same training made is used again.
+    Raises: SettingsError, DataError for a row that is no training example, EngineError with the end of the log."""
     job.settings.accumulation_of(n_processes)
     line = command(job, n_processes, launch_config(sharding))
     made_from = training_id(job)
@@ -102,11 +81,8 @@ def command(job: SftJob, n_processes: int, config: Path) -> list[str]:
     program = ["-m", MODULE, job.to_json()]
     if n_processes == 1:
         return ending_with_me([sys.executable, *program])
-    options = [
-        f"--config_file={config}",
-        f"--num_processes={n_processes}",
-        f"--num_cpu_threads_per_process={job.n_threads}",
-    ]
+    options = [f"--config_file={config}", f"--num_processes={n_processes}"]
+    options.append(f"--num_cpu_threads_per_process={job.n_threads}")
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if n_nodes == 1:
         start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]  # 0: a free port
@@ -164,7 +140,8 @@ def read_sft_rows(path: Path) -> list[dict[str, str]]:
 
 
 def example(tokenizer: Any, row: dict[str, str], max_seq_length: int) -> Example:
-    """Token ids and labels of one row; labels are -100 on the prompt. Raises: DataError for a text without a loss."""
+    """Token ids and labels of one row. The loss is on the completion only. EOS ends it, so that the model learns where
+    a self-edit stops. {text} is a train sequence as in the inner loop: no EOS, loss on all of it. Raises: DataError."""
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"][:max_seq_length]
         if len(ids) < 2:
@@ -177,7 +154,8 @@ def example(tokenizer: Any, row: dict[str, str], max_seq_length: int) -> Example
 
 
 def in_training_order(examples: Sequence[Example], *, epochs: int, examples_a_step: int, seed: int) -> list[Example]:
-    """All epochs in a row, each shuffled and filled up to whole steps."""
+    """All epochs in a row, each shuffled and filled up to whole steps with examples without a loss, so that any number
+    of processes trains the same steps."""
     draws = random.Random(seed)
     ids = examples[0]["input_ids"][:2]
     fillers: list[Example] = [{"input_ids": ids, "labels": [IGNORED] * len(ids)}] * (-len(examples) % examples_a_step)
@@ -191,8 +169,8 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
 
 
 def train_sft(job: SftJob) -> SftResult:
-    """Fine-tune the model on the rows of the file and write the new model. Every process of a launch makes the same
-    call. A model folder that the same training made is used again."""
+    """Fine-tune the model on the rows of the file and write the new model, whole or not at all. Every process of a
+    launch makes the same call. A model folder that the same training made is used again, or its last checkpoint."""
     torch.set_num_threads(job.n_threads)
     model_dir = job.model_dir
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -203,10 +181,7 @@ def train_sft(job: SftJob) -> SftResult:
     rows = read_sft_rows(job.sft_file)
     checkpoints = _own_checkpoints(model_dir, made_from, processes)
     trainer = _trainer(folder, rows, job.settings, checkpoints, processes.num_processes)
-    # The newest checkpoint that is whole: trainer_state.json is written last.
-    whole = [path for path in checkpoints.glob("checkpoint-*") if _is_json_object(path / "trainer_state.json")]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    trainer.train(resume_from_checkpoint=last and str(last))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     trainer.save_model(str(checkpoints / "trained"))  # every process calls it, because each may hold a part
     result = SftResult(
         model_dir=model_dir,
@@ -231,8 +206,8 @@ def training_id(job: SftJob) -> str:
 def finished(model_dir: Path, made_from: str) -> SftResult | None:
     """The result of this training if its model exists already."""
     try:
-        stored = json.loads((model_dir / RESULT_FILE).read_text())
-    except (FileNotFoundError, ValueError):
+        stored = read_json(model_dir / RESULT_FILE)
+    except DataError:
         return None
     if stored.pop("made_from", None) != made_from:
         return None
@@ -249,7 +224,8 @@ def _trainer(
     )
     torch.manual_seed(settings.seed)
     has_gpu, is_lora = torch.cuda.is_available(), settings.method == "lora"
-    # bfloat16 for frozen weights on one GPU. Sharded weights must have one dtype, and the adapter's is float32.
+    # bfloat16 for frozen weights on one GPU. Sharded weights must have one dtype, and the adapter's is float32. Method
+    # "full" has float32 weights and moments, because bfloat16 ones would round small updates away.
     dtype = torch.bfloat16 if has_gpu and is_lora and n_processes == 1 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if is_lora:
@@ -274,11 +250,9 @@ def _trainer(
         gradient_checkpointing=not is_lora,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not has_gpu,
-        save_strategy="steps",
         save_steps=len(ordered) // settings.epochs // settings.examples_a_step,  # once an epoch
         save_total_limit=1,
         logging_steps=1,
-        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
     )
@@ -304,11 +278,14 @@ def _own_checkpoints(model_dir: Path, made_from: str, processes: PartialState) -
     return own
 
 
-def _is_json_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text()), dict)
-    except (FileNotFoundError, ValueError):
-        return False
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: ``trainer_state.json`` is written last."""
+    steps = sorted((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), reverse=True)
+    for checkpoint in (folder / f"checkpoint-{step}" for step in steps):
+        with contextlib.suppress(DataError):
+            read_json(checkpoint / "trainer_state.json")
+            return str(checkpoint)
+    return None
 
 
 def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, method: str) -> None:

@@ -50,10 +50,6 @@ def shown(data: dict[str, str], **metadata: object) -> nbformat.NotebookNode:
     return new_code_cell("x", outputs=[new_output("display_data", data=data, metadata=metadata)])
 
 
-def _section(n: int) -> tuple[nbformat.NotebookNode, ...]:
-    return new_markdown_cell(f"## S{n}"), picture(f"{n}.0"), picture(f"{n}.1")
-
-
 def test_index_has_the_main_figures_of_the_results_and_links_each_notebook_as_a_page(tmp_path: Path) -> None:
     for folder, start in (("b", "2026-01-01T00:01"), ("a a", "2026-01-01T00:02")):
         executed(tmp_path / folder, "03.ipynb", new_markdown_cell(f"# {folder}"), picture("query"), start=start)

@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from seal_nb.chain import local, record
-from seal_nb.chain.local import ChainFailed, run_chain
+from seal_nb.chain.local import run_chain
 from seal_nb.chain.stages import Chain, Stage, in_run
 from seal_nb.errors import RunMismatch
+from seal_nb.notebook_runner import StageFailed
 from tests.chain.planning import ROOT
 from tests.tiny_notebooks import write_notebook
 
@@ -155,7 +156,7 @@ def test_identity_does_not_depend_on_the_run_folder(tmp_path: Path) -> None:
 
 def test_finished_stages_are_kept_and_a_failed_one_is_repeated(tmp_path: Path, notebooks: Path) -> None:
     run_dir = tmp_path / "run"
-    with pytest.raises(ChainFailed, match=r"stage 'b' ended with exit code 1.*logs/b\.log"):
+    with pytest.raises(StageFailed, match=r"stage 'b' ended with exit code 1.*logs/b\.log"):
         run(chain_of(count("a"), count("b", n=0, needs=("a",)), count("c")), run_dir, notebooks)
     assert "ZeroDivisionError" in (run_dir / "logs/b.log").read_text()
     assert not (run_dir / "c").exists()
@@ -168,7 +169,7 @@ def test_finished_stages_are_kept_and_a_failed_one_is_repeated(tmp_path: Path, n
 
 def test_stage_that_does_not_write_its_result_has_failed(tmp_path: Path, notebooks: Path) -> None:
     stage = Stage(name="a", notebook="count", title="", produces=("other.json",))
-    with pytest.raises(ChainFailed, match=r"did not write other\.json"):
+    with pytest.raises(StageFailed, match=r"did not write other\.json"):
         run(chain_of(stage), tmp_path / "run", notebooks)
 
 
@@ -195,7 +196,7 @@ def test_a_silent_stage_is_told_of(tmp_path: Path, notebooks: Path, monkeypatch:
 
 
 def test_server_that_ends_early_ends_the_stage_that_needs_it(tmp_path: Path, notebooks: Path) -> None:
-    with pytest.raises(ChainFailed, match=r"server 'server' ended early.*logs/server\.log"):
+    with pytest.raises(StageFailed, match=r"server 'server' ended early.*logs/server\.log"):
         slow = Stage(name="slow", notebook="sleep", title="", needs=("server",))
         run(chain_of(serve(short_lived=True), slow), tmp_path / "run", notebooks)
     assert "out of memory" in (tmp_path / "run/logs/server.log").read_text()

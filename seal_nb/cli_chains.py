@@ -1,4 +1,4 @@
-"""Commands on chains of stages: `submit`, `chain-status`, `restart-server`, `demo`. The work is in ``chain``."""
+"""The commands of ``seal-nb`` on chains of stages. The work is in ``chain``."""
 
 import argparse
 import shlex
@@ -12,87 +12,67 @@ from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.storage import runs_folder
 
 if TYPE_CHECKING:
+    from seal_nb.chain.slurm import Cluster
     from seal_nb.chain.stages import Chain, ExperimentSettings
-
-
-def add(commands: Any) -> None:
-    """Add the commands to the parser of ``seal-nb``."""
-    start = commands.add_parser("submit", help="run a chain of stages on a SLURM cluster, or here", add_help=False)
-    start.set_defaults(command=submit)
-    status = commands.add_parser("chain-status", help="show each stage of a chain, and why a stage failed")
-    status.add_argument("run_dir", metavar="RUN", help="the run folder of `seal-nb submit` or `seal-nb demo`")
-    status.set_defaults(command=_chain_status)
-    again = commands.add_parser("restart-server", help="start a chain's server again that ended because it was idle")
-    again.add_argument("folder", metavar="RUN/SERVER", help="the server's folder in the run folder")
-    again.set_defaults(command=_restart_server)
-    demo = commands.add_parser("demo", help="run notebooks 01 to 06 and 08 on the small model and shipped passages")
-    demo.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="folder for results (default: %(default)s)")
-    demo.set_defaults(command=_demo)
 
 
 def submit(arguments: argparse.Namespace) -> None:
     """``seal-nb submit``; ``arguments.rest`` is its command line."""
-    from seal_nb.chain.slurm import SITE_FILE, Cluster, dry_run, read_site, submit_chain
+    from seal_nb.chain import slurm
     from seal_nb.chain.stages import as_options, make_chain
 
     given = _submit_parser().parse_args(arguments.rest)
-    run_dir = runs_folder(given.run_dir)
-    if given.executor == "local":
-        settings = _settings(given)
-        chain = make_chain(given.chain, settings)
-        if given.dry_run:
-            for stage in chain:
-                print(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
-                print(shlex.join(["seal-nb", "run", stage.notebook, *as_options(stage.values(run_dir))]))
-            return
-        _check_inputs(settings, chain, Path.cwd())
-        return run_here(chain, run_dir, title=f"Chain {chain.name}")
-    project = given.project.resolve()
-    cluster = Cluster(
-        project=project, site=read_site(project / SITE_FILE),
-        server_nodes=given.server_nodes, sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
-    )  # fmt: skip
-    run_dir = run_dir.resolve()
-    settings = _settings(given, n_workers=cluster.workers_a_node)
-    if given.sft_processes is None:
-        settings = replace(settings, sft_processes=cluster.training_processes(settings.sft_accumulation))
+    project, run_dir, cluster = Path.cwd(), runs_folder(given.run_dir), None
+    if given.executor == "slurm":
+        project, run_dir = given.project.resolve(), run_dir.resolve()
+        cluster = slurm.Cluster(
+            project=project, site=slurm.read_site(project / slurm.SITE_FILE),
+            server_nodes=given.server_nodes, sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
+        )  # fmt: skip
+    settings = _settings(given, cluster)
     chain = make_chain(given.chain, settings)
+    if given.dry_run and cluster:
+        return print(slurm.dry_run(chain, run_dir, cluster))
     if given.dry_run:
-        return print(dry_run(chain, run_dir, cluster))
-    _check_inputs(settings, chain, cluster.project)
-    if submit_chain(chain, run_dir, cluster, tell=lambda line: print(line, flush=True)):
+        for stage in chain:
+            print(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
+            print(shlex.join(["seal-nb", "run", stage.notebook, *as_options(stage.values(run_dir))]))
+        return
+    _check_inputs(settings, chain, project)
+    if cluster is None:
+        run_here(chain, run_dir, title=f"Chain {chain.name}")
+    elif slurm.submit_chain(chain, run_dir, cluster, tell=lambda line: print(line, flush=True)):
         print(f"to see its progress: seal-nb chain-status {given.run_dir}")
     else:
         print(f"nothing to submit: all stages in {given.run_dir} are done, or their jobs wait or run")
 
 
-def _chain_status(arguments: argparse.Namespace) -> int:
-    from seal_nb.chain.record import BAD, chain_status, read_record, status_lines
-    from seal_nb.chain.slurm import job_status
+def chain_status(arguments: argparse.Namespace) -> int:
+    from seal_nb.chain import record, slurm
 
     run_dir = runs_folder(arguments.run_dir)
-    record = read_record(run_dir)
-    statuses = chain_status(record, run_dir, job_status=job_status)
-    print("\n".join(status_lines(record, statuses, run_dir)))
-    return int(any(state in BAD for state, _ in statuses.values()))
+    chain = record.read_record(run_dir)
+    statuses = record.chain_status(chain, run_dir, job_status=slurm.job_status)
+    print("\n".join(record.status_lines(chain, statuses, run_dir)))
+    return int(any(state in record.BAD for state, _ in statuses.values()))
 
 
-def _restart_server(arguments: argparse.Namespace) -> None:
-    from seal_nb.chain.slurm import restart_server
+def restart_server(arguments: argparse.Namespace) -> None:
+    from seal_nb.chain import slurm
 
     folder = runs_folder(arguments.folder)
     # A job's script reads the number: nothing else may go to standard output.
-    print(restart_server(folder, project=Path.cwd(), tell=lambda line: print(line, file=sys.stderr)))
+    print(slurm.restart_server(folder, project=Path.cwd(), tell=lambda line: print(line, file=sys.stderr)))
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def demo(arguments: argparse.Namespace) -> None:
     from seal_nb.chain.stages import DEMO, make_chain
 
     run_here(make_chain("rest_em", DEMO), runs_folder(arguments.run_dir), title="Demo: self-edits on a small model")
 
 
 def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
-    """Run the chain on this machine, then write its index page. Raises: ChainFailed, RunMismatch."""
+    """Run the chain on this machine, then write its index page. Raises: StageFailed, RunMismatch."""
     from seal_nb.chain.index import write_index
     from seal_nb.chain.local import run_chain
     from seal_nb.chain.slurm import jobs_on_their_way
@@ -112,6 +92,7 @@ def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
 
 
 def _submit_parser() -> argparse.ArgumentParser:
+    from seal_nb.chain.slurm import Cluster
     from seal_nb.chain.stages import CHAINS, ExperimentSettings, declaration
     from seal_nb.notebook_runner import default_notebooks_dir, format_value
 
@@ -127,12 +108,9 @@ def _submit_parser() -> argparse.ArgumentParser:
         "--project", type=Path, metavar="FOLDER", default=default_notebooks_dir().parent,
         help="where jobs start; has slurm/site.sh (default: the checkout)",
     )  # fmt: skip
-    parser.add_argument("--server-nodes", type=int, default=1, help="nodes of a TTT server (default: %(default)s)")
-    parser.add_argument("--sft-nodes", type=int, default=1, help="nodes of a ReST-EM training (default: %(default)s)")
-    parser.add_argument(
-        "--idle-timeout-s", type=float, default=1800.0,
-        help="a server without clients ends after so many seconds (default: %(default)s)",
-    )  # fmt: skip
+    for one in [one for one in fields(Cluster) if "text" in one.metadata]:
+        text = f"{one.metadata['text']} (default: %(default)s)"
+        parser.add_argument(f"--{one.name.replace('_', '-')}", type=one.type, default=one.default, help=text)
     parser.add_argument("--small", action="store_true", help="settings of `seal-nb demo`: small model, small counts")
     group = parser.add_argument_group(
         "settings of the experiment",
@@ -146,28 +124,30 @@ def _submit_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settings(given: argparse.Namespace, **machine: int) -> "ExperimentSettings":
-    """``machine``: settings that the cluster decides unless the command line does."""
+def _settings(given: argparse.Namespace, cluster: "Cluster | None" = None) -> "ExperimentSettings":
+    """Settings of the command line. A cluster decides how many processes serve and train unless it does."""
     from seal_nb.chain.stages import DEMO, ExperimentSettings, declaration
     from seal_nb.notebook_runner import parse_value
 
-    values: dict[str, Any] = dict(machine)
+    values: dict[str, Any] = {}
     for field in fields(ExperimentSettings):
         if (text := getattr(given, field.name)) is not None:
             value = parse_value(text, declaration(field))
             values[field.name] = tuple(value) if isinstance(value, list) else value
-    for name in ("model", "train_dataset", "val_dataset", "prompt_key"):
-        if name in values and given.executor == "slurm":
-            values[name] = _seen_from(given.project.resolve(), values[name])
-    if given.small:
-        return replace(DEMO, **values)
-    if given.chain != "rest_em":
+    if cluster:
+        places = {"model", "train_dataset", "val_dataset", "prompt_key"} & set(values)
+        values |= {name: _seen_from(cluster.project, values[name]) for name in places}
+        values.setdefault("n_workers", cluster.workers_a_node)
+    if given.chain != "rest_em" and not given.small:
         values.setdefault("train_dataset", values.get("val_dataset"))  # nothing is trained on it
     missing = [name for name in ("model", "train_dataset", "val_dataset") if not values.get(name)]
-    if missing:
+    if missing and not given.small:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise SettingsError(f"{options} not given; give them, or --small for those of the demo")
-    return ExperimentSettings(**values)
+    settings = replace(DEMO, **values) if given.small else ExperimentSettings(**values)
+    if cluster and given.sft_processes is None:
+        return replace(settings, sft_processes=cluster.training_processes(settings.sft_accumulation))
+    return settings
 
 
 def _seen_from(project: Path, name: str) -> str:
