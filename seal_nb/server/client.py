@@ -1,9 +1,8 @@
 """The client of a TTT server: many requests in flight, replies as they come, no torch.
 
 A server that goes away and comes back (a batch job that is requeued) is found again through its endpoint file, and
-what it had not answered is sent again; a request with an id is never trained twice. Each message has a mark in its
-envelope, which comes back with the reply. A ping shows that the server lives and which one it is: no request is sent
-to a server that the endpoint file does not name. One thread at a time may use a client.
+what it had not answered is sent again. A ping shows that the server lives and which one it is: no request is sent to a
+server that the endpoint file does not name. One thread at a time may use a client.
 """
 
 import itertools
@@ -48,28 +47,23 @@ DENIED = "it denied our key; put its public half into keys/allowed_clients/ of t
 
 @dataclass(kw_only=True)
 class OpenMessage:
-    """A message without a reply yet. Without `repeat`, it is sent to one server only."""
+    """A message without a reply yet, which carries its mark in the envelope. Without `repeat`, it is sent to one server
+    only."""
 
     body: bytes
     index: int  # of the request in its round
+    expected: type  # of the reply
     repeat: bool
     due_at: float = 0.0  # when to send it; infinite: it was sent
 
 
 class TTTClient:
-    """A client of one server.
+    """A client of the server at `endpoint`: an endpoint file (it survives a restart of the server) or an address.
 
-    Args:
-        endpoint: Endpoint file (it survives a restart of the server), or `tcp://host:port`.
-        timeout_s: Seconds for one reply, or for the next reply of a round, while the server is there.
-        wait_s: Seconds that the server may be away, at the start or later: a batch job may wait or be requeued.
-            Nothing is sent to another server in the meantime.
-        key_file: A `.key_secret` file. None: the one in the run folder that the endpoint file names.
-        server_key: Public key of the server, if `endpoint` is an address outside this machine.
-        window: Requests in flight at most, 1 to 256.
-
-    Raises:
-        SettingsError: `window` is out of range.
+    `timeout_s` is for one reply, or for the next reply of a round, while the server is there. `wait_s` is how long the
+    server may be away, at the start or later; nothing is sent to another server in the meantime. `key_file` is a
+    `.key_secret` file (default: the one in the run folder that the endpoint file names), `server_key` the server's
+    public key where `endpoint` is an address outside this machine. At most `window` requests are in flight.
     """
 
     def __init__(
@@ -93,43 +87,26 @@ class TTTClient:
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket: Socket | None = None
         self._monitor: Socket | None = None
-        self._greeted = False  # this connection's server answered a ping and is the right one
         self._endpoint: Endpoint | None = None
-        self._trouble = ""
-        self._heard_at = self._looked_at = time.monotonic()
+        self._trouble = ""  # why there is no server
+        self._looked_at = -math.inf  # when the endpoint file was read and a ping was sent
         self._pinged_at: float | None = None  # the first ping without an answer
-        self._lost_at: float | None = None  # since when the server does not answer
+        self._lost_at: float | None = 0.0  # since when there is no server; None: the right one answered a ping
 
     def evaluate(self, request: TTTRequest, *, timeout_s: float | None = None) -> TTTReply:
         """Train an adapter and answer the questions. Raises RemoteError, RoundTimeout."""
-        reply: TTTReply
-        (reply,) = self.run_round([request], timeout_s=timeout_s)
-        return reply
+        return next(self.run_round([request], timeout_s=timeout_s))
 
     def generate(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateReply:
         """Generate text. Raises RemoteError, RoundTimeout."""
-        reply: GenerateReply
-        (reply,) = self.run_round([request], timeout_s=timeout_s)
-        return reply
+        return next(self.run_round([request], timeout_s=timeout_s))
 
     def run_round(
         self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
     ) -> Iterator[Any]:
-        """Send requests and yield replies as they come; `request_id` tells which is which.
-
-        Args:
-            requests: Any number; the window limits what is in flight.
-            timeout_s: Seconds for the next reply; None: the client's.
-            progress: Show a progress bar.
-
-        Yields:
-            A TTTReply for a TTTRequest, a GenerateReply for a GenerateRequest.
-
-        Raises:
-            RemoteError: the first failure that the server reports. What is in work goes on: sent again with its id, a
-                request is joined or already answered.
-            RoundTimeout: no reply within `timeout_s`.
-        """
+        """Send any number of requests and yield replies as they come; `request_id` tells which is which. Raises
+        RemoteError for the first failure that the server reports, RoundTimeout without a next reply within `timeout_s`.
+        What is in work then goes on: sent again with its id, a request is joined or already answered."""
         for _, reply in self.run_indexed(requests, timeout_s=timeout_s, progress=progress):
             if isinstance(reply, RemoteError):
                 raise reply
@@ -139,18 +116,13 @@ class TTTClient:
         self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
     ) -> Iterator[tuple[int, Any]]:
         """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
-        bodies = (request.model_dump_json(exclude_none=True).encode() for request in requests)
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        replies = self._exchange(bodies, timeout_s=limit_s, window=self.window)
+        replies = self._exchange(map(_encoded, requests), timeout_s=limit_s, window=self.window)
         if progress:
             from tqdm.auto import tqdm
 
-            replies = tqdm(replies, total=len(requests), unit="reply")
-        for index, reply in replies:
-            expected = TTTReply if isinstance(requests[index], TTTRequest) else GenerateReply
-            if not isinstance(reply, expected | RemoteError):
-                raise ProtocolError(f"the server answered with a {type(reply).__name__}, not a {expected.__name__}")
-            yield index, reply
+            replies = iter(tqdm(replies, total=len(requests), unit="reply"))
+        return replies
 
     def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
         """What the server is doing."""
@@ -182,48 +154,50 @@ class TTTClient:
 
     def _command(self, cmd: str, timeout_s: float, **fields: Any) -> dict[str, Any]:
         """The reply to a command. Only `status` is sent to a server that takes over, too."""
-        body = json.dumps({"cmd": cmd, **fields}).encode()
-        ((_, reply),) = self._exchange([body], timeout_s=timeout_s, repeat=cmd == "status")
+        message = json.dumps({"cmd": cmd, **fields}).encode(), dict
+        ((_, reply),) = self._exchange([message], timeout_s=timeout_s, repeat=cmd == "status")
         if isinstance(reply, RemoteError):
             raise reply
-        if not isinstance(reply, dict):
-            raise ProtocolError(f"the server answered {cmd!r} with a {type(reply).__name__}")
         return reply
 
     def _exchange(
-        self, bodies: Iterable[bytes], *, timeout_s: float, window: int = 1, repeat: bool = True
+        self, messages: Iterable[tuple[bytes, type]], *, timeout_s: float, window: int = 1, repeat: bool = True
     ) -> Iterator[tuple[int, Any]]:
-        """Send messages, at most `window` at once, and yield (index, reply or RemoteError). Raises RoundTimeout.
+        """Send messages, each with the type of its reply, and yield (index, reply or RemoteError). Raises RoundTimeout.
         `timeout_s` is time with a server, for each next reply. While the server is away that clock stops and `wait_s`
         counts. Replies that this call does not wait for (any more) are skipped."""
-        unsent, marks = enumerate(bodies), set[bytes]()
+        unsent, marks = enumerate(messages), set[bytes]()
         try:
             while True:
-                while len(marks) < window and (following := next(unsent, None)) is not None:
+                for index, (body, expected) in itertools.islice(unsent, window - len(marks)):
                     marks.add(mark := next(self._numbers).to_bytes(8, "big"))
-                    self._open[mark] = OpenMessage(body=following[1], index=following[0], repeat=repeat)
+                    self._open[mark] = OpenMessage(body=body, index=index, expected=expected, repeat=repeat)
                 if not marks:
                     return
                 mark, reply = self._next(marks, timeout_s)
                 marks.remove(mark)
-                index = self._open.pop(mark).index
+                message = self._open.pop(mark)
                 if isinstance(reply, ErrorReply):
                     reply = RemoteError(reply.error, reply.field, reply.traceback)
-                yield index, reply
+                elif not isinstance(reply, message.expected):
+                    kinds = f"a {type(reply).__name__}, not a {message.expected.__name__}"
+                    raise ProtocolError(f"the server answered with {kinds}")
+                yield message.index, reply
         finally:
             for mark in marks:
                 del self._open[mark]
 
     def _next(self, marks: set[bytes], timeout_s: float) -> tuple[bytes, Any]:
         left_s = timeout_s
-        self._lost_at = None if self._lost_at is None else time.monotonic()  # each call waits the full wait_s
+        if self._lost_at is not None:
+            self._lost_at = time.monotonic()  # each call waits the full wait_s
         while True:
-            began, was_there = time.monotonic(), self._greeted
+            began, was_there = time.monotonic(), self._lost_at is None
             self._keep_in_touch()
             if self._socket is not None and self._socket.poll(max(0, int(1000 * min(left_s, TURN_S)))):
                 frames = self._socket.recv_multipart()
                 mark, reply = frames[0], read_reply(frames[-1])
-                self._heard_at, self._pinged_at = time.monotonic(), None
+                self._pinged_at = None
                 if mark == PING_MARK and isinstance(reply, dict):
                     self._greet(str(reply.get("server_id", "")))
                 elif mark in marks and isinstance(reply, ErrorReply) and reply.error.split(":")[0] in TRY_LATER:
@@ -250,24 +224,20 @@ class TTTClient:
                 f"no TTT server answers at {self.where} within {self.wait_s:g} s ({'; '.join(why)}); "
                 "start it (seal-nb serve), or raise wait_s if its job still waits in the queue"
             )
-        if self._socket is None or self._is_cut_off() or self._has_moved(now):
-            self._connect(now)
-        elif self._pinged_at is not None and now - self._pinged_at > SILENT_S:
-            self._trouble = self._trouble or f"{SILENT_S:g} s without an answer to a ping"
-            self._connect(now)
-        elif self._pinged_at is None and now - self._heard_at > PING_S:
-            self._ping(self._socket)
+        if self._is_cut_off(now) or (now - self._looked_at > PING_S and self._has_moved()):
+            self._disconnect()
+        if self._socket is None:
+            self._connect()
+        if self._socket is not None and now - self._looked_at > PING_S:
+            self._looked_at, self._pinged_at = now, self._pinged_at or now
+            self._socket.send_multipart([PING_MARK, b"", b'{"cmd": "ping"}'])
         for mark, message in self._open.items():
-            if self._greeted and self._socket is not None and now >= message.due_at:
+            if self._socket is not None and self._lost_at is None and now >= message.due_at:
                 self._socket.send_multipart([mark, b"", message.body])
                 message.due_at = math.inf
 
-    def _connect(self, now: float) -> None:
+    def _connect(self) -> None:
         """Connect to where the server is now. Open messages are sent when it has answered a ping."""
-        if self._lost_at is None:
-            self._lost_at = now
-        self._disconnect()
-        self._looked_at = now
         try:
             self._endpoint = find_endpoint(self.where, server_key=self._server_key)
         except DataError as error:
@@ -277,49 +247,45 @@ class TTTClient:
         self._trouble = self._trouble if self._trouble == DENIED else ""
         self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self._key_file)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
-        self._ping(self._socket)
+        self._looked_at = -math.inf
 
     def _greet(self, server_id: str) -> None:
         """A ping was answered: by the server that we look for, or by another one that has its port now."""
         expected = self._endpoint.server_id if self._endpoint else ""
         if expected and server_id != expected:
-            self._greeted = False
+            self._lost_at = self._lost_at or time.monotonic()
             self._trouble = f"the server there is {server_id}, the endpoint file names {expected}"
-            return
-        self._lost_at, self._trouble = None, ""
-        if self._greeted and server_id == self.server_id:
-            return
-        self._greeted, self.server_id = True, server_id
-        for message in self._open.values():
-            message.due_at = 0.0 if message.repeat else message.due_at
+        elif self._lost_at is not None or server_id != self.server_id:
+            self._lost_at, self._trouble, self.server_id = None, "", server_id
+            for message in self._open.values():
+                message.due_at = 0.0 if message.repeat else message.due_at
 
-    def _is_cut_off(self) -> bool:
-        """Whether the connection broke. Replies may be lost with it, so everything open is sent again."""
-        broke = False
+    def _is_cut_off(self, now: float) -> bool:
+        """Whether the connection broke, or the server is silent. Everything open is then sent again: replies may be
+        lost."""
         while self._monitor is not None and self._monitor.poll(0):
             if recv_monitor_message(self._monitor)["event"] & HANDSHAKE_FAILED:
                 self._trouble = DENIED
-            elif self._greeted:
-                self._trouble, broke = "the connection broke", True
-        return broke
+            elif self._lost_at is None:
+                return True
+        return self._pinged_at is not None and now - self._pinged_at > SILENT_S
 
-    def _has_moved(self, now: float) -> bool:
+    def _has_moved(self) -> bool:
         """Whether the endpoint file names another server now."""
-        if "://" in self.where or self._endpoint is None or now - self._looked_at < PING_S:
-            return False
-        self._looked_at = now
         try:
-            return find_endpoint(self.where).server_id != self._endpoint.server_id
+            return self._endpoint is not None and find_endpoint(self.where).server_id != self._endpoint.server_id
         except DataError:
             return False
-
-    def _ping(self, socket: Socket) -> None:
-        self._pinged_at = time.monotonic()
-        socket.send_multipart([PING_MARK, b"", b'{"cmd": "ping"}'])
 
     def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.disable_monitor()
             self._socket.close(linger=200)
-        self._socket, self._monitor, self._greeted, self._pinged_at = None, None, False, None
-        self._heard_at = time.monotonic()
+        self._socket, self._monitor, self._pinged_at = None, None, None
+        self._lost_at = self._lost_at or time.monotonic()
+
+
+def _encoded(request: Work) -> tuple[bytes, type]:
+    """A message, and the type of its reply."""
+    body = request.model_dump_json(exclude_none=True).encode()
+    return body, TTTReply if isinstance(request, TTTRequest) else GenerateReply
