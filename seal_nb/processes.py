@@ -1,4 +1,4 @@
-"""End a tree of processes, end a process when its parent ends, and threads that keep no process alive.
+"""Start a process with a log, end a tree of them, end one with its parent; threads that keep no process alive.
 
 A stage is a tree: runner, Jupyter kernel, TTT server, workers. Some of them have a session of their own, so neither
 Ctrl-C in a terminal nor the death of the root reaches all of them by itself.
@@ -13,12 +13,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
 POLL_S = 0.5
 T = TypeVar("T")
+
+
+def started(command: list[str], log: Path, *, mode: str = "ab", **options: Any) -> "subprocess.Popen[bytes]":
+    """A process that writes into `log`, in a session of its own: Ctrl-C does not reach it. `options` are Popen's."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open(mode) as out:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+        return subprocess.Popen(command, **streams, start_new_session=True, **options)
 
 
 def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
@@ -31,8 +40,7 @@ def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=grace_s)
-    _kill(alive)
+    _kill(psutil.wait_procs(tree, timeout=grace_s)[1])
 
 
 def _kill(processes: list[psutil.Process]) -> None:
@@ -42,8 +50,8 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """From now on this process and its descendants end when ``parent_pid`` is no longer its parent. A parent that is
-    killed with signal 9 cannot end its children. They see that their parent's number changes."""
+    """From now on this process and its descendants end when ``parent_pid`` is no longer its parent: a parent that is
+    killed with signal 9 cannot end its children."""
 
     def watch() -> None:
         while os.getppid() == parent_pid:

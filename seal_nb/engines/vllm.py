@@ -24,7 +24,7 @@ from seal_nb.engines.api import ApiClient, ApiSettings, Refused, Unavailable
 from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, contents
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
-from seal_nb.processes import end_tree
+from seal_nb.processes import end_tree, started
 from seal_nb.storage import content_id
 
 PYTHON_VARIABLE = "SEAL_NB_VLLM_PYTHON"
@@ -113,12 +113,7 @@ class VllmServer:
             "PYTHONPATH": str(PLUGIN),  # only the plugin: the server has other packages than this interpreter
             **({"HF_HUB_OFFLINE": "1"} if Path(self.model).is_dir() else {}),
         }
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
-            # In a session of its own: Ctrl-C in the notebook must not reach the server.
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        self.process = started(command, self.log_path, env=environment)
         try:
             self._wait_until_ready()
         except BaseException:

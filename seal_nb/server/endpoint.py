@@ -1,16 +1,14 @@
-"""Where a server is, and who may connect: the endpoint file and CURVE keys.
+"""Where a server is, and who may connect: the endpoint file, and CURVE keys if other machines can reach the server.
 
-A client recognises an endpoint file that an older server left behind: who answers there has another `server_id`.
-
-A server that other machines can reach uses keys. They are made on first use in `keys/` of the run folder, readable by
-their owner only: one pair each for the server, its clients and its workers. Only the public keys in `allowed_clients/`
-and `allowed_workers/` may connect: both folders are read at each connection.
+Keys are made on first use in `keys/` of the run folder, readable by their owner only: one pair each for the server, its
+clients and its workers. Only the public keys in `allowed_clients/` and `allowed_workers/` may connect.
 """
 
 import ipaddress
 import logging
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -118,40 +116,30 @@ def connected(
     socket.ipv6 = "[" in address
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if endpoint.public_key:
-        secret = load_pair(Path(key_file or Path(endpoint.run_dir) / "keys" / f"{role}.key_secret"))
-        secure(socket, secret, server_key=endpoint.public_key)
+        pair = load_pair(Path(key_file or Path(endpoint.run_dir) / "keys" / f"{role}.key_secret"))
+        socket.curve_publickey, socket.curve_secretkey = pair
+        socket.curve_serverkey = endpoint.public_key.encode()
     socket.connect(address)
     return socket
 
 
-def secure(socket: Socket, pair: Pair, *, server_key: str) -> None:
-    """Use these keys; call it before connect."""
-    socket.curve_publickey, socket.curve_secretkey = pair
-    socket.curve_serverkey = server_key.encode()
-
-
 def make_keys(folder: Path) -> None:
-    """Make the missing key pairs, and the lists of allowed keys if they are missing."""
+    """Make the missing key pairs. Those of clients and workers may connect."""
     if not zmq.has("curve"):
         raise SettingsError("this ZMQ has no CURVE; bind to 127.0.0.1, or install pyzmq from its wheel")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("server", "client", "worker"):
-        if not (folder / f"{name}.key_secret").exists():
-            make_pair(folder, name)
-        allowed = folder / f"allowed_{name}s"
-        if name != "server" and not allowed.exists():
-            with TemporaryDirectory(dir=folder) as part:  # a list without the owner's key would lock the owner out
-                (Path(part) / "keys").mkdir(mode=0o700)
-                (Path(part) / "keys" / f"{name}.key").write_text((folder / f"{name}.key").read_text())
-                (Path(part) / "keys").rename(allowed)
-
-
-def make_pair(folder: Path, name: str) -> None:
-    """Write both files of a new pair, in a private folder first: never readable by others, never incomplete."""
-    with TemporaryDirectory(dir=folder) as private:
-        for path in map(Path, zmq.auth.create_certificates(private, name)):
-            path.chmod(0o600)
-            path.rename(folder / path.name)
+        if (folder / f"{name}.key_secret").exists():
+            continue
+        with TemporaryDirectory(dir=folder) as private:  # no file is ever readable by others, or incomplete
+            public, secret = map(Path, zmq.auth.create_certificates(private, name))
+            if name != "server":
+                allowed = folder / f"allowed_{name}s"
+                allowed.mkdir(mode=0o700, exist_ok=True)
+                shutil.copy(public, allowed)
+            for path in (public, secret):  # the secret comes last: where it is, the pair is allowed
+                path.chmod(0o600)
+                path.rename(folder / path.name)
 
 
 def load_pair(path: Path) -> Pair:

@@ -20,12 +20,11 @@ from seal_nb.protocol import PROTOCOL_VERSION, Command, ServerStatus, WorkerStat
 from seal_nb.server.endpoint import LOUD, KeyGate, Socket
 from seal_nb.server.queue import Envelope, Worker
 from seal_nb.server.requests import Cancelled, RequestTable, ServerStopping, WorkerLost
-from seal_nb.server.worker import Message, pack, rss_bytes, unpack
+from seal_nb.server.worker import pack, rss_bytes, unpack
 from seal_nb.storage import forget_adapters
 
 log = logging.getLogger(__name__)
 
-Tick = Callable[[float], None]
 TICK_S = 0.2
 BURST = 200  # messages of one socket before the other socket's turn
 MAX_FRAMES = 8
@@ -44,16 +43,16 @@ class Workers:
         self.mismatch = ""  # why this server cannot go on with its workers
         self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
-        self._handlers: dict[str, Callable[[bytes, Message], None]] = {
-            "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result,
-            "failed": self._on_failed, "leaving": self._on_leaving,
+        self._handlers: dict[str, Callable[..., None]] = {
+            "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result, "failed": self._on_failed,
+            "leaving": lambda identity, _: self._lose(identity, "it left as planned", planned=True),
         }  # fmt: skip
 
     def receive(self, frames: list[bytes]) -> None:
-        """Handle one message of a worker."""
+        """Handle one message of a worker; the fields of its header are arguments of the handler."""
         try:
-            message = unpack(frames[1:])
-            self._handlers[message.kind](frames[0], message)
+            kind, header, body = unpack(frames[1:])
+            self._handlers[kind](frames[0], body, **header)
         except Exception as error:
             self.meter.counts["rubbish_of_workers"] += 1
             if self.meter.counts["rubbish_of_workers"] <= LOUD:
@@ -95,7 +94,7 @@ class Workers:
     def status(self, now: float) -> list[WorkerStatus]:
         return [
             WorkerStatus(
-                **{name: worker.about[name] for name in ("worker_id", "host", "pid", "model_id")},
+                **worker.about,
                 n_running=len(worker.requests),
                 capacity=worker.capacity,
                 silent_s=round(now - worker.seen_at, 3),
@@ -105,13 +104,13 @@ class Workers:
             for worker in self.queue.workers.values()
         ]
 
-    def _on_ready(self, identity: bytes, message: Message) -> None:
-        header, now, known = message.header, time.monotonic(), self.queue.workers.get(identity)
-        about = {name: header[name] for name in ("worker_id", "host", "pid", "model_id", "session")}
-        if known is None or known.about["session"] != about["session"]:
+    def _on_ready(self, identity: bytes, _: bytes, *, session: int, capacity: int, **others: Any) -> None:
+        about = {name: others[name] for name in ("worker_id", "host", "pid", "model_id")}
+        now, known = time.monotonic(), self.queue.workers.get(identity)
+        if known is None or known.session != session:
             if not self._has_our_model(identity, about):
                 return
-            worker = Worker(capacity=int(header["capacity"]), seen_at=now, stepped_at=now, about=about)
+            worker = Worker(capacity=int(capacity), seen_at=now, stepped_at=now, session=session, about=about)
             self._lose(identity, f"worker {about['worker_id']} started again")
             self.queue.join(identity, worker)
             log.info("worker %s is ready: %d requests at once", about["worker_id"], worker.capacity)
@@ -131,33 +130,27 @@ class Workers:
         self.tell(identity, pack("stop", why=why))
         return False
 
-    def _on_beat(self, identity: bytes, message: Message) -> None:
-        header = message.header
-        lease, capacity, steps, stats = header["lease"], int(header["capacity"]), int(header["steps"]), header["stats"]
-        alive = self.queue.beat(identity, lease=lease, capacity=capacity, steps=steps, now=time.monotonic())
+    def _on_beat(self, identity: bytes, _: bytes, *, lease: int, capacity: int, steps: int, stats: object) -> None:
+        now, stats = time.monotonic(), dict(stats)
+        alive = self.queue.beat(identity, lease=lease, capacity=int(capacity), steps=int(steps), now=now)
         if alive:
-            self.queue.workers[identity].stats = dict(stats)
+            self.queue.workers[identity].stats = stats
         self.tell(identity, pack("beat" if alive else "expired", lease=lease))
 
-    def _on_result(self, identity: bytes, message: Message) -> None:
-        token, error, tokens = message.header["token"], str(message.header["error"]), int(message.header["tokens"])
-        request = self.queue.finish(identity, token)
-        if request is None:
+    def _on_result(self, identity: bytes, body: bytes, *, token: str, error: str, tokens: int) -> None:
+        error, tokens = str(error), int(tokens)
+        if (request := self.queue.finish(identity, token)) is not None:
+            self.table.deliver(request, body, error=error, tokens=tokens)
+        else:
             self.meter.counts["void_results"] += 1
             log.info("a result of a try that is not current was dropped")
-            return
-        self.table.deliver(request, message.body, error=error, tokens=tokens)
 
-    def _on_failed(self, identity: bytes, message: Message) -> None:
-        error = str(message.header["error"])
-        self.failures[int(message.header["pid"])] = error
+    def _on_failed(self, identity: bytes, _: bytes, *, pid: int, error: str, traceback: str) -> None:
+        self.failures[int(pid)] = error = str(error)
         # While a worker loads, its errors cannot contain text of requests.
         log.error("a worker failed: %s", error if identity not in self.queue.workers else error.partition(":")[0])
-        log.debug("its error: %s\n%s", error, message.header.get("traceback", ""))
+        log.debug("its error: %s\n%s", error, traceback)
         self._lose(identity, error)
-
-    def _on_leaving(self, identity: bytes, message: Message) -> None:
-        self._lose(identity, "it left as planned", planned=True)
 
     def _lose(self, identity: bytes, why: str, *, planned: bool = False) -> None:
         if identity not in self.queue.workers:
@@ -176,42 +169,39 @@ class Workers:
 
 
 class FrontEnd:
-    """Serve until told to stop. `watch` is called at every tick (worker processes, endpoint file, parent)."""
+    """Clients, and the one loop in which everything happens."""
 
-    def __init__(
-        self, table: RequestTable, clients: Socket, workers: Socket, gate: KeyGate | None, watch: Tick
-    ) -> None:
-        self.table, self.clients, self.gate, self.watch = table, clients, gate, watch
+    def __init__(self, table: RequestTable, clients: Socket, workers: Socket, gate: KeyGate | None) -> None:
+        self.table, self.clients, self.gate = table, clients, gate
         self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
         table.send = self._send
         self.workers = Workers(workers, table)
         self.drain_until: float | None = None
         self.for_good, self.exit_code = True, 0
         self._client_seen_at = time.monotonic()
-        self._stop_reason = ""
-        self._impatient = self._done = False
 
-    def run(self) -> None:
+    def run(self, watch: Callable[[float], None]) -> None:
+        """Serve until told to stop. `watch` is called at every tick (worker processes, endpoint file, parent)."""
         sources = {self.clients: self._on_client, self.workers.socket: self.workers.receive}
-        next_tick = time.monotonic()
-        while not self._done:
+        next_tick = 0.0
+        while self.drain_until is None or (self.queue.requests and time.monotonic() <= self.drain_until):
             for socket in zmq.select([*sources], [], [], TICK_S)[0]:
                 with contextlib.suppress(zmq.Again):
                     for _ in range(BURST):
                         sources[socket](socket.recv_multipart(zmq.NOBLOCK))
             self.workers.dispatch()
-            if time.monotonic() >= next_tick:
-                next_tick = time.monotonic() + TICK_S
-                self._tick(time.monotonic())
+            if (now := time.monotonic()) >= next_tick:
+                next_tick = now + TICK_S
+                watch(now)
+                self._tick(now)
         self._turn_away()
 
-    def ask_to_stop(self, why: str, *, impatient: bool = False, for_good: bool = True, exit_code: int = 0) -> None:
-        """Drain at the next turn of the loop, or end at once if `impatient`. Safe in a signal handler. Not `for_good`:
-        another server will follow (a requeued job), and workers of other nodes wait for it."""
-        self._impatient = self._impatient or impatient
+    def ask_to_stop(self, why: str, *, for_good: bool = True, exit_code: int = 0) -> None:
+        """Drain from the next tick on. Safe in a signal handler. Not `for_good`: another server will follow (a requeued
+        job), and workers of other nodes wait for it."""
         self.exit_code = self.exit_code or exit_code
-        if not self._stop_reason:
-            self._stop_reason, self.for_good = why, for_good
+        if not self.table.stopping:
+            self.table.stopping, self.for_good = f"the server is ending: {why}", for_good
 
     def status(self) -> ServerStatus:
         now, table, queue = time.monotonic(), self.table, self.queue
@@ -303,22 +293,18 @@ class FrontEnd:
 
     def _tick(self, now: float) -> None:
         self.workers.check_leases(now)
-        self.watch(now)
         self.table.save()
         if self.gate:
             self.gate.look()
         if self.queue.requests or (self.settings.n_workers > 0 and not self.table.model_id):
             self._client_seen_at = now  # clients wait for work in progress, and for the model to load
         idle_s = now - self._client_seen_at
-        if 0 < self.settings.idle_timeout_s < idle_s and not self._stop_reason:
+        if 0 < self.settings.idle_timeout_s < idle_s:
             self.ask_to_stop(f"no client for {self.settings.idle_timeout_s:g} s")
-        if self._stop_reason and self.drain_until is None:  # turn away what waits; the rest has `drain_s` to finish
+        if self.table.stopping and self.drain_until is None:  # turn away what waits; the rest has `drain_s` to finish
             self.drain_until = now + self.settings.drain_s
-            self.table.stopping = f"the server is ending: {self._stop_reason}"
-            log.info("ending (%s): %d running requests may finish", self._stop_reason, self.queue.n_running)
+            log.info("%s; %d running requests may finish", self.table.stopping, self.queue.n_running)
             self._turn_away(waiting_only=True)
-        if self.drain_until is not None:
-            self._done = self._impatient or now > self.drain_until or not self.queue.requests
 
     def _turn_away(self, *, waiting_only: bool = False) -> None:
         why = f"{self.table.stopping} before this request was done; send it again to the next server"

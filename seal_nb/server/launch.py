@@ -1,8 +1,4 @@
-"""Processes: `TTTServer` runs a server for a `with` block, `LocalWorkers` are the workers that a server starts.
-
-The server is the same that a cluster runs, as a child process with its own log (`server.log` in the run folder). It
-ends with the block, and also when this process is killed.
-"""
+"""Processes: `TTTServer` runs a server for a `with` block, a `LocalWorker` is a worker that a server starts."""
 
 import contextlib
 import logging
@@ -10,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
 from seal_nb.errors import SealError, SettingsError
+from seal_nb.processes import started
 from seal_nb.server.endpoint import Endpoint, read_endpoint
 from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command
 from seal_nb.server.status import look
@@ -33,14 +30,9 @@ class ServerFailed(SealError, RuntimeError):
 class TTTServer:
     """A server for a block: `with TTTServer(model=…, run_dir=…) as server: TTTClient(server.endpoint)`.
 
-    Args:
-        start_timeout_s: Seconds until the server must be ready; loading a model may take minutes.
-        log_level: Of the server's log.
-        **settings: Fields of `seal_nb.server.settings.ServeSettings`; `seal-nb serve --help` lists them.
-
-    Raises:
-        SettingsError: a setting is unknown or out of range.
-        ServerFailed: the server does not start.
+    It is the server that a cluster runs, as a child process with its own log. It ends with the block, and also when
+    this process is killed. `settings` are fields of ServeSettings (`seal-nb serve --help` lists them). It must be ready
+    within `start_timeout_s`, as loading a model may take minutes. Raises SettingsError; ServerFailed at the start.
     """
 
     def __init__(self, *, start_timeout_s: float = 900.0, log_level: str = "INFO", **settings: Any) -> None:
@@ -73,14 +65,9 @@ class TTTServer:
         """Start the server if it does not run. Raises ServerFailed."""
         if self.is_up():
             return self
-        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "SEAL_NB_LOG_LEVEL": self.log_level, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with self.log_path.open("ab") as file:
-            self._log_start = file.tell()
-            self.process = subprocess.Popen(
-                command(self.settings), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env,
-                start_new_session=True,  # Ctrl-C in a notebook does not reach the server
-            )  # fmt: skip
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        self.process = started(command(self.settings), self.log_path, env=env)
         try:
             self._wait_until_ready(self.process)
         except BaseException:
@@ -126,70 +113,51 @@ class TTTServer:
         return f"{why}; the end of its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-@dataclass(kw_only=True)
-class WorkerProcess:
-    """One of the server's own workers, and when it starts again."""
+class LocalWorker:
+    """A worker that a server starts on its machine, and again after each end, which calls `exited(pid, why)`."""
 
-    process: "subprocess.Popen[bytes] | None" = None
-    started_at: float = 0.0
-    start_at: float = 0.0
-    seen_at: float = 0.0  # when it was among the server's workers; 0: not ready yet
-    n_early_ends: int = 0
-
-
-class LocalWorkers:
-    """The workers that a server starts on its machine, again after each end. Calls `exited(pid, why)` at the end."""
-
-    def __init__(self, settings: ServeSettings, exited: Callable[[int, str], None]) -> None:
-        self.settings, self.exited = settings, exited
+    def __init__(self, settings: ServeSettings, index: int, exited: Callable[[int, str], None]) -> None:
         shared = {one.name: getattr(settings, one.name) for one in fields(SharedSettings)}
         shared |= {"parent_pid": os.getpid(), "endpoint_file": settings.endpoint_path}
-        self.command = command(WorkerSettings(**shared))
-        self.workers = [WorkerProcess() for _ in range(settings.n_workers)]
-        self._gpus = visible_gpus()
+        self.command, self.env = command(WorkerSettings(**shared)), dict(os.environ)
+        if settings.n_workers > 1 and settings.device in ("auto", "cuda") and (gpus := visible_gpus()):
+            self.env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+        self.exited, self.stall_s = exited, settings.stall_s
+        self.process: subprocess.Popen[bytes] | None = None
+        self.n_early_ends = 0
+        self._started_at = self._start_at = 0.0
+        self._ready_at = 0.0  # when it was last among the server's workers; 0: not yet
 
     @property
-    def pids(self) -> set[int]:
-        return {worker.process.pid for worker in self.workers if worker.process is not None}
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
 
-    def watch(self, now: float, ready: Collection[int]) -> None:
-        """Start workers that are due, kill those that were in `ready` (processes) and did not come back to it."""
-        for index, worker in enumerate(self.workers):
-            process = worker.process
-            if process is not None and (code := process.poll()) is not None:
-                worker.n_early_ends = worker.n_early_ends + 1 if now - worker.started_at < STEADY_S else 0
-                worker.start_at = now + min(30.0, 0.1 * 2**worker.n_early_ends)
-                why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                log.warning("worker process %d ended (%s)", process.pid, why)
-                self.exited(process.pid, why)
-                worker.process = None
-            elif process is not None and process.pid in ready:
-                worker.seen_at = now
-            elif process is not None and worker.seen_at and 0 < self.settings.stall_s < now - worker.seen_at:
-                log.warning("worker process %d is killed: it made no progress", process.pid)
-                process.kill()
-            if worker.process is None and now >= worker.start_at:
-                worker.process, worker.started_at, worker.seen_at = self._start(index), now, 0.0
+    def watch(self, now: float, *, is_ready: bool) -> None:
+        """Start it if it is due. Kill it if it was ready and does not come back."""
+        if self.process is None:
+            if now >= self._start_at:
+                self.process = subprocess.Popen(self.command, env=self.env, stdin=subprocess.DEVNULL)
+                self._started_at, self._ready_at = now, 0.0
+        elif (code := self.process.poll()) is not None:
+            self.n_early_ends = self.n_early_ends + 1 if now - self._started_at < STEADY_S else 0
+            self._start_at = now + min(30.0, 0.1 * 2**self.n_early_ends)
+            why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            log.warning("worker process %d ended (%s)", self.pid, why)
+            self.exited(self.pid, why)
+            self.process = None
+        elif is_ready:
+            self._ready_at = now
+        elif self._ready_at and 0 < self.stall_s < now - self._ready_at:
+            log.warning("worker process %d is killed: it made no progress", self.pid)
+            self.process.kill()
 
-    def end(self, told: Collection[int], timeout_s: float = 10.0) -> None:
-        """Wait for the workers in `told`, which know that they must stop. Kill the others, and those that are late."""
-        deadline = time.monotonic() + timeout_s
-        for worker in self.workers:
-            if worker.process is None:
-                continue
-            if worker.process.pid not in told:
-                worker.process.kill()
+    def end(self, deadline: float) -> None:
+        """Wait for it until the deadline, then kill it."""
+        if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-            worker.process.kill()
-            worker.process.wait()
-            worker.process = None
-
-    def _start(self, index: int) -> "subprocess.Popen[bytes]":
-        env = dict(os.environ)
-        if self._gpus and self.settings.n_workers > 1 and self.settings.device in ("auto", "cuda"):
-            env["CUDA_VISIBLE_DEVICES"] = self._gpus[index % len(self._gpus)]
-        return subprocess.Popen(self.command, env=env, stdin=subprocess.DEVNULL)
+                self.process.wait(max(0.0, deadline - time.monotonic()))
+            self.process.kill()
+            self.process.wait()
 
 
 def visible_gpus() -> list[str]:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
 from seal_nb.server.endpoint import Endpoint, KeyGate, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
 from seal_nb.server.frontend import FrontEnd
-from seal_nb.server.launch import LocalWorkers
+from seal_nb.server.launch import LocalWorker
 from seal_nb.server.requests import RequestTable
 from seal_nb.server.settings import ServeSettings, parse
 from seal_nb.server.status import look
@@ -62,18 +63,18 @@ class Server:
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
         table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
         stack.callback(table.close)
-        self.front = FrontEnd(table, clients, workers, self.gate, self._watch)
-        self.local_workers = LocalWorkers(settings, self._worker_exited)
-        stack.callback(lambda: self.local_workers.end(told=self.front.workers.here().keys()))
+        self.front = FrontEnd(table, clients, workers, self.gate)
+        self.local_workers = [LocalWorker(settings, index, self._exited) for index in range(settings.n_workers)]
+        stack.callback(self._end_workers)
 
     def run(self) -> int:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         log.info("server %s listens at %s (%s)", self.server_id, self.endpoint.endpoint, self.settings.endpoint_path)
-        self.front.run()
+        self.front.run(self._watch)
         table, workers = self.front.table, self.front.workers
-        here = [identity for pid, identity in workers.here().items() if pid in self.local_workers.pids]
-        for identity in workers.queue.workers if self.front.for_good else here:  # others wait for the next server
+        own = [identity for pid, identity in workers.here().items() if pid in {one.pid for one in self.local_workers}]
+        for identity in workers.queue.workers if self.front.for_good else own:  # others wait for the next server
             workers.tell(identity, pack("stop", why=table.stopping))
         log.info("server %s ended: %s", self.server_id, table.stopping)
         table.save()
@@ -83,8 +84,9 @@ class Server:
 
     def _on_signal(self, number: int, _: object) -> None:
         """Drain; a second Ctrl-C ends at once. A batch system may send SIGTERM more than once."""
-        again = number == signal.SIGINT and self.front.drain_until is not None
-        self.front.ask_to_stop(signal.Signals(number).name, impatient=again, for_good=False)
+        if number == signal.SIGINT and self.front.drain_until is not None:
+            self.front.drain_until = 0.0
+        self.front.ask_to_stop(signal.Signals(number).name, for_good=False)
 
     def _bound(self, address: str, role: Role) -> Socket:
         socket = self.context.socket(zmq.ROUTER)
@@ -130,7 +132,9 @@ class Server:
         """At every tick: look after workers, the parent process and the endpoint file."""
         workers = self.front.workers
         if self.front.drain_until is None:
-            self.local_workers.watch(now, ready=workers.here().keys())
+            ready = workers.here()
+            for worker in self.local_workers:
+                worker.watch(now, is_ready=worker.pid in ready)
         if workers.mismatch:
             self.front.ask_to_stop(workers.mismatch, exit_code=1)
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
@@ -143,13 +147,19 @@ class Server:
             elif not self._is_mine(missing_is_mine=True):
                 self.front.ask_to_stop(f"another server has taken {path}", for_good=False)
 
-    def _worker_exited(self, pid: int, why: str) -> None:
+    def _end_workers(self) -> None:
+        """Those that the front end knows were told to stop and get ten seconds."""
+        told, deadline = self.front.workers.here(), time.monotonic() + 10.0
+        for worker in self.local_workers:
+            worker.end(deadline if worker.pid in told else 0.0)
+
+    def _exited(self, pid: int, why: str) -> None:
         error = self.front.workers.failures.pop(pid, "")
         self.front.workers.exited(pid, error or why)
         if self.front.table.model_id:
             return  # workers can start, so only this one failed
         self._n_failed += bool(error)
-        n_early_ends = max(worker.n_early_ends for worker in self.local_workers.workers)
+        n_early_ends = max(worker.n_early_ends for worker in self.local_workers)
         if self._n_failed >= self.settings.n_workers or n_early_ends >= MAX_EARLY_ENDS:
             log.error("no worker can start: %s", error or why)
             self.front.ask_to_stop(f"no worker can start: {error or why}", exit_code=1)

@@ -52,6 +52,7 @@ class Worker:
     stepped_at: float
     steps: int = 0  # its own count; a change shows that its work moves on
     lease: int = 0
+    session: int = 0  # its own count of its starts
     requests: dict[str, Request] = field(default_factory=dict)
     alone: bool = False  # it runs a last try and gets nothing else
     about: dict[str, Any] = field(default_factory=dict)

@@ -1,9 +1,8 @@
 """What happens to a request (refused, answered from the journal, joined, queued) and to its result.
 
 A request with an id is idempotent; a result is kept before the client gets it. A published request has neither id nor
-seed: its seed comes from the server's seed, its content and a number, the smallest one with which this content was not
-answered yet and is not in work. So three repeats of one published request are three trainings, and a restarted server
-goes on with the next number.
+seed: its seed comes from the server's seed, its content and a number (see `AnswerCounts`). So three repeats of one
+published request are three trainings, and a restarted server goes on with the next number.
 """
 
 import contextlib
@@ -193,10 +192,9 @@ class RequestTable:
 
     def accept(self, work: Work, message: bytes, envelope: Envelope, now: float) -> None:
         """Answer, join or queue `work`, which was parsed from `message`. Raises SealError if it is refused."""
-        content = content_of(work)
-        if (reply := self._kept(work.request_id, content)) is not None:
+        content, key = content_of(work), work.request_id or self._name(envelope)
+        if (reply := self._kept(key, content)) is not None:
             return self.send(envelope, reply)
-        key = work.request_id or self._name(envelope)
         if (request := self.queue.requests.get(key)) is not None:
             return self._join(request, content, envelope)
         self._check_room(envelope)
@@ -227,7 +225,7 @@ class RequestTable:
             log.error("%s cannot be written (%s)", path, error)
         self.model_id = model_id
         for request in list(self.queue.requests.values()):
-            if request.has_id and (reply := self._kept(request.key, request.content)) is not None:
+            if (reply := self._kept(request.key, request.content)) is not None:
                 self.queue.cancel(request.key)
                 for envelope in request.waiters:
                     self.send(envelope, reply)
@@ -274,13 +272,13 @@ class RequestTable:
         """The bytes of an error reply."""
         return error_reply(error, request_id=request_id, server_id=self.server_id).to_json()
 
-    def _kept(self, request_id: str | None, content: str) -> bytes | None:
+    def _kept(self, key: str, content: str) -> bytes | None:
         """The reply to this request, if there is one. Raises ProtocolError if the id belongs to another request."""
-        record = self.results.get(request_id) if request_id is not None and self.model_id else None
+        record = self.results.get(key) if self.model_id else None
         if record is None:
             return None
         start, _, reply = record.partition(b'", "reply": ')
-        check_same(str(request_id), start.removeprefix(b'{"content": "').decode(), content)
+        check_same(key, start.removeprefix(b'{"content": "').decode(), content)
         self.meter.counts["from_journal"] += 1
         return reply[:-1]
 
@@ -301,15 +299,12 @@ class RequestTable:
         if self.stopping:
             raise ServerStopping(f"{self.stopping}; send the request again to the next server")
         limits, queue = self.settings, self.queue
+        unsaved_bytes = sum(map(len, self.results.unsaved.values()))
         for what, used, most in (
             ("requests wait", queue.n_waiting, limits.max_queued),
             ("requests of this client wait", queue.n_waiting_of(envelope[0]), limits.max_queued_per_client),
             ("bytes wait", queue.waiting_bytes, limits.max_queued_bytes),
-            (
-                "bytes of results wait for a full disk",
-                sum(map(len, self.results.unsaved.values())),
-                limits.max_unsaved_bytes,
-            ),
+            ("bytes of results wait for a full disk", unsaved_bytes, limits.max_unsaved_bytes),
         ):
             if used >= most:
                 raise QueueFull(f"{used} {what}, {most} is the most; send it again later")

@@ -7,11 +7,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from functools import cached_property
 from typing import Self
 
 import zmq
 
 from seal_nb.errors import SealError
+from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import ServerStatus, WorkerStatus
 from seal_nb.server.client import TTTClient
 
@@ -79,13 +82,10 @@ def sample_of(status: ServerStatus, at_s: float) -> Sample:
 
 
 class Watch:
-    """`with Watch(where) as watch`: a thread takes samples until the server or the block ends.
+    """`with Watch(where) as watch`: takes a sample every `every_s` seconds until the server or the block ends.
 
-    Args:
-        where: Endpoint file or address of the server.
-        alive: Whether the server's process runs. None: the server has ended after `patience_s` of silence.
-        every_s: Seconds between samples.
-        patience_s: Seconds; a server that restarts within this time counts as the same one.
+    `alive` tells whether the server's process runs. Without it the server has ended after `patience_s` of silence; one
+    that restarts within this time counts as the same one.
     """
 
     def __init__(
@@ -96,8 +96,6 @@ class Watch:
         self._kept: list[Sample] = []
         self._every, self._n = 1, 0
         self._stopped = threading.Event()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def samples(self) -> list[Sample]:
         """At most `MOST_SAMPLES` over the whole time, and the newest one."""
@@ -108,21 +106,23 @@ class Watch:
         """The newest sample, then each new one, until the server ends or `for_s` seconds are over. The first sample is
         waited for in any case. Raises what ended the watch, if that was not the server's end."""
         deadline, seen = time.monotonic() + for_s, None
-        while self._thread.is_alive() or self.last is not seen:
+        while not self._end.done() or self.last is not seen:
             if self.last is not None and self.last is not seen:
                 seen = self.last
                 yield seen
             elif seen is not None and time.monotonic() >= deadline:
                 return
             else:
-                self._thread.join(min(0.1, self.every_s))
-        if self._error is not None:
-            raise self._error
+                wait([self._end], min(0.1, self.every_s))
+        self._end.result()
+
+    @cached_property
+    def _end(self) -> Future[None]:
+        return DaemonThreads(1).submit(self._run)
 
     def start(self) -> Self:
         """Begin to take samples, if that has not begun."""
-        if self._thread.ident is None:
-            self._thread.start()
+        _ = self._end
         return self
 
     def add(self, sample: Sample) -> None:
@@ -138,18 +138,15 @@ class Watch:
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
-        self._thread.join()
+        wait([self._end])
 
     def _run(self) -> None:
-        try:
-            began_at = heard_at = time.monotonic()
-            while not self._stopped.is_set() and (self.alive is None or self.alive()):
-                status, now = look(self.where), time.monotonic()
-                if status is not None:
-                    heard_at = now
-                    self.add(sample_of(status, now - began_at))
-                elif self.alive is None and now - heard_at > self.patience_s:
-                    return
-                self._stopped.wait(self.every_s)
-        except Exception as error:  # noqa: BLE001 - raised in follow, in the caller's thread
-            self._error = error
+        began_at = heard_at = time.monotonic()
+        while not self._stopped.is_set() and (self.alive is None or self.alive()):
+            status, now = look(self.where), time.monotonic()
+            if status is not None:
+                heard_at = now
+                self.add(sample_of(status, now - began_at))
+            elif self.alive is None and now - heard_at > self.patience_s:
+                return
+            self._stopped.wait(self.every_s)

@@ -3,12 +3,6 @@
 The main thread drives the inner loop, one short slice after another; a second thread owns the socket and sends
 heartbeats. If the front end gives up the worker's lease, the worker drops all its work and introduces itself again, so
 a request never gets two answers. An error of one request becomes its reply; one of the whole loop ends the process.
-
-A message between worker and front end is three frames: kind, JSON header, body. From the worker: `ready` (capacity,
-model_id, ...), `beat` (lease, capacity, steps, stats), `result` (token, error, tokens; body: the reply), `failed`
-(error, traceback; the process ends), `leaving`. From the front end: `welcome` (lease), `beat`, `expired` (the lease is
-over), `job` (token, key, seed, ...; body: the request as the client sent it), `cancel` (key), `stop`, `abort` (end at
-once). Clients speak `seal_nb.protocol` instead.
 """
 
 import json
@@ -23,10 +17,11 @@ import time
 import traceback
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -43,23 +38,19 @@ log = logging.getLogger(__name__)
 IDLE_S = 0.5  # one wait for messages of a worker without work
 
 
-class Message(NamedTuple):
-    """One message between a worker and the front end."""
-
-    kind: str
-    header: dict[str, Any]
-    body: bytes = b""
+Message = tuple[str, dict[str, Any], bytes]
 
 
 def pack(kind: str, body: bytes = b"", **header: Any) -> list[bytes]:
-    """The frames of one message."""
+    """The three frames of a message between worker and front end: its kind, its header in JSON, its body. The body of a
+    `job` is the request as the client sent it, that of a `result` the reply; other messages have none."""
     return [kind.encode(), json.dumps(header).encode(), body]
 
 
 def unpack(frames: list[bytes]) -> Message:
     """The message in `frames`. Raises ValueError or RecursionError."""
     kind, header, body = frames
-    return Message(kind.decode("ascii"), json.loads(header), body)
+    return kind.decode("ascii"), json.loads(header), body
 
 
 class Link(threading.Thread):
@@ -126,10 +117,9 @@ class Link(threading.Thread):
 
     def _receive(self, dealer: Socket) -> None:
         while dealer.poll(0):
-            message = unpack(dealer.recv_multipart())
+            kind, header, body = unpack(dealer.recv_multipart())
             self._heard_at = self._found_at = time.monotonic()
-            header = message.header
-            match message.kind:
+            match kind:
                 case "beat":
                     pass
                 case "welcome":
@@ -140,7 +130,7 @@ class Link(threading.Thread):
                     log.error("the front end gave up this worker: %s; ending", header["why"])
                     os._exit(6)  # the main thread is stuck
                 case _:
-                    self.inbox.put(message)
+                    self.inbox.put((kind, header, body))
 
     def _beat(self, dealer: Socket) -> None:
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
@@ -176,7 +166,7 @@ class Link(threading.Thread):
         log.warning("%s; dropping all work and starting again", why)
         self._lease = None
         self._session += 1
-        self.inbox.put(Message("drop", {}))
+        self.inbox.put(("drop", {}, b""))
 
 
 class Worker:
@@ -195,8 +185,11 @@ class Worker:
             "host": sockets.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
         while not self._stopped and not self.leaving:
-            for message in self._messages():
-                self._handle(message)
+            with suppress(queue.Empty):
+                if not self.loop.busy:
+                    self._handle(*self.link.inbox.get(timeout=IDLE_S))
+                while True:
+                    self._handle(*self.link.inbox.get_nowait())
             if self.loop.busy:
                 for reply in self.loop.advance():
                     self._reply(reply)
@@ -212,22 +205,10 @@ class Worker:
         self.link.capacity = len(self.jobs) + max(0, self.loop.free_slots)
         self.link.stats = {**self.loop.stats(), "rss_bytes": rss_bytes(), **gpu_memory()}
 
-    def _messages(self) -> list[Message]:
-        """What came in; waits a little if there is no work."""
-        messages: list[Message] = []
-        try:
-            if not self.loop.busy:
-                messages.append(self.link.inbox.get(timeout=IDLE_S))
-            while True:
-                messages.append(self.link.inbox.get_nowait())
-        except queue.Empty:
-            return messages
-
-    def _handle(self, message: Message) -> None:
-        header = message.header
-        match message.kind:
+    def _handle(self, kind: str, header: dict[str, Any], body: bytes) -> None:
+        match kind:
             case "job":
-                self._submit(header, message.body)
+                self._submit(header, body)
             case "cancel":
                 self._drop(header["key"])
             case "drop":

@@ -2,22 +2,15 @@
 
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 import zmq
+import zmq.auth
 
 from seal_nb.errors import RoundTimeout, SettingsError
 from seal_nb.server.client import TTTClient
-from seal_nb.server.endpoint import (
-    allowed_keys,
-    is_loopback,
-    load_pair,
-    make_keys,
-    make_pair,
-    read_endpoint,
-    secure,
-    split_tcp,
-)
+from seal_nb.server.endpoint import allowed_keys, is_loopback, load_pair, make_keys, read_endpoint, split_tcp
 from tests.server.conftest import HASTE, STUB, eventually, plain_req, remote_worker
 from tests.server.test_server import BASELINE_ONLY, ask, sequence
 
@@ -37,7 +30,8 @@ def server(tmp_path_factory):
 @pytest.fixture
 def stranger(tmp_path):
     """The folder of somebody who knows the server's public key and has a pair of their own."""
-    make_pair(tmp_path, "stranger")
+    _, secret = zmq.auth.create_certificates(tmp_path, "stranger")
+    Path(secret).chmod(0o600)
     return tmp_path
 
 
@@ -92,7 +86,8 @@ def test_a_wrong_server_key_gets_nothing(server, stranger):
     with zmq.Context() as context, context.socket(zmq.REQ) as req:
         req.setsockopt(zmq.LINGER, 0)
         req.setsockopt(zmq.RCVTIMEO, 700)
-        secure(req, pair, server_key=wrong)
+        req.curve_publickey, req.curve_secretkey = pair
+        req.curve_serverkey = wrong.encode()
         req.connect(server.info.endpoint)
         with pytest.raises(zmq.Again):
             ask(req, BASELINE_ONLY)
