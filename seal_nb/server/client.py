@@ -39,6 +39,7 @@ TRY_LATER = ("QueueFull", "ServerStopping")  # errors that do not concern the re
 TRY_LATER_S = 1.0
 TURN_S = 0.2
 PING_MARK = b"ping"
+REPLY_TYPES = {TTTRequest: TTTReply, GenerateRequest: GenerateReply}
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
@@ -47,8 +48,7 @@ DENIED = "it denied our key; put its public half into keys/allowed_clients/ of t
 
 @dataclass(kw_only=True)
 class OpenMessage:
-    """A message without a reply yet, which carries its mark in the envelope. Without `repeat`, it is sent to one server
-    only."""
+    """A message without a reply yet. Without `repeat`, it is sent to one server only."""
 
     body: bytes
     index: int  # of the request in its round
@@ -101,13 +101,11 @@ class TTTClient:
         """Generate text. Raises RemoteError, RoundTimeout."""
         return next(self.run_round([request], timeout_s=timeout_s))
 
-    def run_round(
-        self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
-    ) -> Iterator[Any]:
+    def run_round(self, requests: Sequence[Work], *, timeout_s: float | None = None) -> Iterator[Any]:
         """Send any number of requests and yield replies as they come; `request_id` tells which is which. Raises
         RemoteError for the first failure that the server reports, RoundTimeout without a next reply within `timeout_s`.
         What is in work then goes on: sent again with its id, a request is joined or already answered."""
-        for _, reply in self.run_indexed(requests, timeout_s=timeout_s, progress=progress):
+        for _, reply in self.run_indexed(requests, timeout_s=timeout_s):
             if isinstance(reply, RemoteError):
                 raise reply
             yield reply
@@ -117,7 +115,8 @@ class TTTClient:
     ) -> Iterator[tuple[int, Any]]:
         """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        replies = self._exchange(map(_encoded, requests), timeout_s=limit_s, window=self.window)
+        messages = ((one.model_dump_json(exclude_none=True).encode(), REPLY_TYPES[type(one)]) for one in requests)
+        replies = self._exchange(messages, timeout_s=limit_s, window=self.window)
         if progress:
             from tqdm.auto import tqdm
 
@@ -283,9 +282,3 @@ class TTTClient:
             self._socket.close(linger=200)
         self._socket, self._monitor, self._pinged_at = None, None, None
         self._lost_at = self._lost_at or time.monotonic()
-
-
-def _encoded(request: Work) -> tuple[bytes, type]:
-    """A message, and the type of its reply."""
-    body = request.model_dump_json(exclude_none=True).encode()
-    return body, TTTReply if isinstance(request, TTTRequest) else GenerateReply

@@ -40,12 +40,12 @@ class Workers:
 
     def __init__(self, socket: Socket, table: RequestTable) -> None:
         self.socket, self.table, self.queue, self.meter = socket, table, table.queue, table.meter
-        self.mismatch = ""  # why this server cannot go on with its workers
+        self.mismatch = ""  # why the first worker cannot work with this run folder
         self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
         self._handlers: dict[str, Callable[..., None]] = {
             "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result, "failed": self._on_failed,
-            "leaving": lambda identity, _: self._lose(identity, "it left as planned", planned=True),
+            "leaving": lambda identity, _: self.lose(identity, "it left as planned", planned=True),
         }  # fmt: skip
 
     def receive(self, frames: list[bytes]) -> None:
@@ -63,22 +63,32 @@ class Workers:
         """Send each request that can start now to its worker."""
         for request in self.queue.assignments(time.monotonic()):
             assert request.worker is not None
-            header = {"key": request.key, "seed": request.seed, "token": request.token}
-            queue_s = round(request.assigned_at - request.submitted_at, 6)
-            job = pack("job", request.message, **header, server_id=self.table.server_id, queue_s=queue_s)
-            self.tell(request.worker, job)
+            header: dict[str, Any] = {"key": request.key, "seed": request.seed, "token": request.token}
+            header["queue_s"] = round(request.assigned_at - request.submitted_at, 6)
+            self.tell(request.worker, pack("job", request.message, **header, server_id=self.table.server_id))
 
     def check_leases(self, now: float) -> None:
         for identity in self.queue.expired(now):
-            self._lose(identity, f"silent for more than {self.table.settings.lease_s:g} s")
+            self.lose(identity, f"silent for more than {self.table.settings.lease_s:g} s")
         for identity, why in self.queue.stuck(now).items():
             self.tell(identity, pack("abort", why=why))  # it still sends heartbeats, so it can end itself
-            self._lose(identity, why)
+            self.lose(identity, why)
 
-    def exited(self, pid: int, why: str) -> None:
-        """A worker process of this machine ended; its lease need not run out."""
-        if (identity := self.here().get(pid)) is not None:
-            self._lose(identity, why)
+    def lose(self, identity: bytes, why: str, *, planned: bool = False) -> None:
+        """A worker is gone; its lease need not run out. Its requests go to others."""
+        if identity not in self.queue.workers:
+            return
+        name, self.last_loss = self.queue.workers[identity].about["worker_id"], why
+        n_requeued, given_up = self.queue.lose(identity, planned=planned)
+        log.warning("worker %s %s; %d requests wait again", name, "leaves" if planned else "is lost", n_requeued)
+        log.debug("because: %s", why)
+        self.meter.counts["workers_lost"] += not planned
+        self.meter.counts["requeued"] += n_requeued
+        for request in given_up:
+            log.warning("a request is given up: it lost its worker %d times", request.tries)
+            what = f"request {request.key!r} lost its worker {request.tries} times (the last: {why})"
+            remedy = "look at the server's log, make the request smaller, or send it again"
+            self.table.fail(request, WorkerLost(f"{what}; {remedy}"))
 
     def here(self) -> dict[int, bytes]:
         """The workers of this machine by their process."""
@@ -108,33 +118,24 @@ class Workers:
         about = {name: others[name] for name in ("worker_id", "host", "pid", "model_id")}
         now, known = time.monotonic(), self.queue.workers.get(identity)
         if known is None or known.session != session:
-            if not self._has_our_model(identity, about):
-                return
             worker = Worker(capacity=int(capacity), seen_at=now, stepped_at=now, session=session, about=about)
-            self._lose(identity, f"worker {about['worker_id']} started again")
+            try:
+                self.table.set_model(about["model_id"])
+            except RunMismatch as error:
+                log.error("worker %s is turned away: %s", about["worker_id"], error)
+                self.mismatch = "" if self.table.model_id else str(error)
+                return self.tell(identity, pack("stop", why=str(error)))
+            self.lose(identity, f"worker {about['worker_id']} started again")
             self.queue.join(identity, worker)
             log.info("worker %s is ready: %d requests at once", about["worker_id"], worker.capacity)
         self.tell(identity, pack("welcome", lease=self.queue.workers[identity].lease))
 
-    def _has_our_model(self, identity: bytes, about: dict[str, Any]) -> bool:
-        """All workers must have the model of the first one, and the run folder's results must be that model's."""
-        why = f"it has model {about['model_id']!r}, this server's workers have {self.table.model_id!r}"
-        if not self.table.model_id:
-            try:
-                self.table.set_model(about["model_id"])
-            except RunMismatch as error:
-                self.mismatch = why = str(error)
-        if about["model_id"] == self.table.model_id:
-            return True
-        log.error("worker %s is turned away: %s", about["worker_id"], why)
-        self.tell(identity, pack("stop", why=why))
-        return False
-
-    def _on_beat(self, identity: bytes, _: bytes, *, lease: int, capacity: int, steps: int, stats: object) -> None:
-        now, stats = time.monotonic(), dict(stats)
-        alive = self.queue.beat(identity, lease=lease, capacity=int(capacity), steps=int(steps), now=now)
+    def _on_beat(
+        self, identity: bytes, _: bytes, *, lease: int, capacity: int, steps: int, stats: dict[str, Any]
+    ) -> None:
+        alive = self.queue.beat(identity, lease=lease, capacity=int(capacity), steps=int(steps), now=time.monotonic())
         if alive:
-            self.queue.workers[identity].stats = stats
+            self.queue.workers[identity].stats = dict(stats)
         self.tell(identity, pack("beat" if alive else "expired", lease=lease))
 
     def _on_result(self, identity: bytes, body: bytes, *, token: str, error: str, tokens: int) -> None:
@@ -150,22 +151,7 @@ class Workers:
         # While a worker loads, its errors cannot contain text of requests.
         log.error("a worker failed: %s", error if identity not in self.queue.workers else error.partition(":")[0])
         log.debug("its error: %s\n%s", error, traceback)
-        self._lose(identity, error)
-
-    def _lose(self, identity: bytes, why: str, *, planned: bool = False) -> None:
-        if identity not in self.queue.workers:
-            return
-        name, self.last_loss = self.queue.workers[identity].about["worker_id"], why
-        n_requeued, given_up = self.queue.lose(identity, planned=planned)
-        log.warning("worker %s %s; %d requests wait again", name, "leaves" if planned else "is lost", n_requeued)
-        log.debug("because: %s", why)
-        self.meter.counts["workers_lost"] += not planned
-        self.meter.counts["requeued"] += n_requeued
-        for request in given_up:
-            log.warning("a request is given up: it lost its worker %d times", request.tries)
-            what = f"request {request.key!r} lost its worker {request.tries} times (the last: {why})"
-            remedy = "look at the server's log, make the request smaller, or send it again"
-            self.table.fail(request, WorkerLost(f"{what}; {remedy}"))
+        self.lose(identity, error)
 
 
 class FrontEnd:

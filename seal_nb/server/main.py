@@ -55,8 +55,9 @@ class Server:
         self.gate = None if local else KeyGate(self.context, settings.run_dir / "keys")
         if self.gate:
             stack.callback(self.gate.stop)
-        clients, workers = self._bound(settings.endpoint, "client"), self._bound(worker_address, "worker")
-        self.endpoint = self._endpoint(clients, workers)
+        clients, address = self._bound(settings.endpoint, "client")
+        workers, worker_address = self._bound(worker_address, "worker")
+        self.endpoint = self._endpoint(address, worker_address)
         stack.callback(lambda: settings.endpoint_path.unlink(missing_ok=True) if self._is_mine() else None)
         # Before the journal: an earlier run of this batch job sees that its file was taken and releases the journal.
         write_json(settings.endpoint_path, asdict(self.endpoint))
@@ -88,7 +89,8 @@ class Server:
             self.front.drain_until = 0.0
         self.front.ask_to_stop(signal.Signals(number).name, for_good=False)
 
-    def _bound(self, address: str, role: Role) -> Socket:
+    def _bound(self, address: str, role: Role) -> tuple[Socket, str]:
+        """A socket, and the address at which others reach it."""
         socket = self.context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that connects again takes over its identity
@@ -105,18 +107,15 @@ class Server:
             socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
         except zmq.ZMQError as error:
             raise SettingsError(f"cannot listen at {address}: {error}; choose another address, or port 0") from error
-        return socket
+        host, port = split_tcp(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+        host = self.settings.advertise_host or (this_node() if host in WILDCARDS else host)
+        return socket, f"tcp://{host}:{port}"
 
-    def _endpoint(self, clients: Socket, workers: Socket) -> Endpoint:
-        addresses = []
-        for socket in (workers, clients):
-            host, port = split_tcp(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
-            # Others cannot use a wildcard: it becomes this node's name.
-            host = self.settings.advertise_host or (this_node() if host in WILDCARDS else host)
-            addresses.append(f"tcp://{host}:{port}")
+    def _endpoint(self, address: str, worker_address: str) -> Endpoint:
+        host, port = split_tcp(address)
         return Endpoint(
-            endpoint=addresses[1],
-            worker_endpoint=addresses[0],
+            endpoint=address,
+            worker_endpoint=worker_address,
             host=host,
             port=int(port),
             pid=os.getpid(),
@@ -154,15 +153,18 @@ class Server:
             worker.end(deadline if worker.pid in told else 0.0)
 
     def _exited(self, pid: int, why: str) -> None:
-        error = self.front.workers.failures.pop(pid, "")
-        self.front.workers.exited(pid, error or why)
+        workers = self.front.workers
+        error = workers.failures.pop(pid, "")
+        why = error or why
+        if (identity := workers.here().get(pid)) is not None:
+            workers.lose(identity, why)
         if self.front.table.model_id:
             return  # workers can start, so only this one failed
         self._n_failed += bool(error)
         n_early_ends = max(worker.n_early_ends for worker in self.local_workers)
         if self._n_failed >= self.settings.n_workers or n_early_ends >= MAX_EARLY_ENDS:
-            log.error("no worker can start: %s", error or why)
-            self.front.ask_to_stop(f"no worker can start: {error or why}", exit_code=1)
+            log.error("no worker can start: %s", why)
+            self.front.ask_to_stop(f"no worker can start: {why}", exit_code=1)
 
     def _is_mine(self, missing_is_mine: bool = False) -> bool:
         try:

@@ -211,7 +211,12 @@ class RequestTable:
         self.meter.counts["accepted"] += 1
 
     def set_model(self, model_id: str) -> None:
-        """The first worker is ready: kept results are answers now. Raises RunMismatch if they are another model's."""
+        """A worker is ready; after the first one, kept results are answers. All workers must have its model, and the
+        run folder's results must be that model's. Raises RunMismatch."""
+        if self.model_id == model_id:
+            return
+        if self.model_id:
+            raise RunMismatch(f"it has model {model_id!r}, this server's workers have {self.model_id!r}")
         path = self.settings.run_dir / "model.json"
         kept = read_json(path)["model_id"] if path.exists() else model_id
         if kept != model_id and len(self.results):

@@ -99,8 +99,7 @@ class Watch:
 
     def samples(self) -> list[Sample]:
         """At most `MOST_SAMPLES` over the whole time, and the newest one."""
-        kept, last = list(self._kept), self.last  # the thread may add
-        return kept if last is None or (kept and kept[-1]["at_s"] >= last["at_s"]) else [*kept, last]
+        return list(self._kept)  # the thread may add
 
     def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
         """The newest sample, then each new one, until the server ends or `for_s` seconds are over. The first sample is
@@ -126,11 +125,12 @@ class Watch:
         return self
 
     def add(self, sample: Sample) -> None:
-        """Keep a sample. When the list is full, every second one goes, and half as many are added from then on."""
-        if self._n % self._every == 0:
-            self._kept.append(sample)
-        if len(self._kept) >= MOST_SAMPLES:
-            self._kept, self._every = self._kept[::2], 2 * self._every
+        """Keep a sample. When the list is full, every second one goes, and half as many stay from then on."""
+        if (self._n - 1) % self._every:
+            self._kept.pop()  # it stayed only as the newest one
+        self._kept.append(sample)
+        if len(self._kept) > MOST_SAMPLES:
+            self._kept, self._every = [*self._kept[:-1:2], sample], 2 * self._every
         self._n += 1
         self.last = sample
 

@@ -139,6 +139,9 @@ def test_kept_results_wait_until_it_is_known_whose_model_is_there(open_table):
     assert table.take(named) is None
     table.set_model("model")
     assert table.sent == [((b"client", b""), reply)] and table.started() == []
+    with pytest.raises(RunMismatch, match="it has model 'another', this server's workers have 'model'"):
+        table.set_model("another")
+    table.model_id = ""
     with pytest.raises(RunMismatch, match="holds results of model 'model'"):
         table.set_model("another")
 
