@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,30 +57,23 @@ class OpenMessage:
     due_at: float = 0.0  # when to send it; infinite: it was sent
 
 
+@dataclass(eq=False)
 class TTTClient:
-    """A client of the server at `endpoint`: an endpoint file (it survives a restart of the server) or an address.
+    """A client of one server. While the server is away, nothing is sent to another one. Raises SettingsError."""
 
-    `timeout_s` is for one reply, or for the next reply of a round, while the server is there. `wait_s` is how long the
-    server may be away, at the start or later; nothing is sent to another server in the meantime. `key_file` is a
-    `.key_secret` file (default: the one in the run folder that the endpoint file names), `server_key` the server's
-    public key where `endpoint` is an address outside this machine. At most `window` requests are in flight.
-    """
+    endpoint: str | Path  # endpoint file (it survives a restart of the server), or tcp://host:port
+    _: KW_ONLY
+    timeout_s: float = 3600.0  # for one reply, or for the next reply of a round, while the server is there
+    wait_s: float = DEFAULT_WAIT_S  # that the server may be away, at the start or later: a batch job may be requeued
+    key_file: str | Path | None = None  # a .key_secret file; None: the one in the run folder of the endpoint file
+    server_key: str = ""  # public key of the server, if `endpoint` is an address outside this machine
+    window: int = DEFAULT_WINDOW  # requests in flight at most, 1 to 256
 
-    def __init__(
-        self,
-        endpoint: str | Path,
-        *,
-        timeout_s: float = 3600.0,
-        wait_s: float = DEFAULT_WAIT_S,
-        key_file: str | Path | None = None,
-        server_key: str = "",
-        window: int = DEFAULT_WINDOW,
-    ) -> None:
-        if not 1 <= window <= DEFAULT_WINDOW:
-            raise SettingsError(f"window is {window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
-        self.where, self.timeout_s, self.wait_s, self.window = str(endpoint), timeout_s, wait_s, window
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= DEFAULT_WINDOW:
+            raise SettingsError(f"window is {self.window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
+        self.where = str(self.endpoint)
         self.server_id = ""  # of the server that answered last
-        self._key_file, self._server_key = key_file, server_key
         self._name = b"c" + uuid.uuid4().bytes
         self._open: dict[bytes, OpenMessage] = {}
         self._numbers = itertools.count(1)
@@ -238,13 +231,13 @@ class TTTClient:
     def _connect(self) -> None:
         """Connect to where the server is now. Open messages are sent when it has answered a ping."""
         try:
-            self._endpoint = find_endpoint(self.where, server_key=self._server_key)
+            self._endpoint = find_endpoint(self.where, server_key=self.server_key)
         except DataError as error:
             self._trouble = str(error)
             time.sleep(0.1)
             return
         self._trouble = self._trouble if self._trouble == DENIED else ""
-        self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self._key_file)
+        self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self.key_file)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
         self._looked_at = -math.inf
 

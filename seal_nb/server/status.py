@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Self
 
@@ -81,17 +82,17 @@ def sample_of(status: ServerStatus, at_s: float) -> Sample:
     }
 
 
+@dataclass(eq=False)
 class Watch:
-    """`with Watch(where) as watch`: takes a sample every `every_s` seconds until the server or the block ends.
+    """`with Watch(where) as watch`: a thread takes samples until the server or the block ends."""
 
-    `alive` tells whether the server's process runs. Without it the server has ended after `patience_s` of silence; one
-    that restarts within this time counts as the same one.
-    """
+    where: str
+    _: KW_ONLY
+    alive: Callable[[], bool] | None = None  # whether its process runs; None: it ends with a silence of `patience_s`
+    every_s: float = 1.0
+    patience_s: float = 15.0  # a server that restarts within this time counts as the same one
 
-    def __init__(
-        self, where: str, *, alive: Callable[[], bool] | None = None, every_s: float = 1.0, patience_s: float = 15.0
-    ) -> None:
-        self.where, self.alive, self.every_s, self.patience_s = where, alive, every_s, patience_s
+    def __post_init__(self) -> None:
         self.last: Sample | None = None
         self._kept: list[Sample] = []
         self._every, self._n = 1, 0
