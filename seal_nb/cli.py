@@ -179,7 +179,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> None:
     from seal_nb.server.client import TTTClient
-    from seal_nb.server.status import status_rows
+    from seal_nb.server.launch import status_rows
 
     with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
         status = client.status()

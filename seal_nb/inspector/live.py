@@ -28,7 +28,7 @@ from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.server.client import TTTClient
-from seal_nb.server.status import look
+from seal_nb.server.launch import look
 from seal_nb.storage import read_json, write_json
 
 ARM = "live_edit"

@@ -1,26 +1,35 @@
-"""Processes: `TTTServer` runs a server for a `with` block, a `LocalWorker` is a worker that a server starts."""
+"""A server from outside: start it (`TTTServer`), look at it (`look`, the table of `seal-nb status`), `Watch` it.
 
-import contextlib
-import logging
+Looking does not keep an idle server running (`idle_timeout_s`).
+"""
+
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import fields
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from seal_nb.errors import SealError, SettingsError
-from seal_nb.processes import started
-from seal_nb.server.endpoint import Endpoint, read_endpoint
-from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command
-from seal_nb.server.status import look
+import zmq
 
-log = logging.getLogger(__name__)
+from seal_nb.errors import SealError, SettingsError
+from seal_nb.processes import DaemonThreads, started
+from seal_nb.protocol import ServerStatus, WorkerStatus
+from seal_nb.server.client import TTTClient
+from seal_nb.server.endpoint import Endpoint, read_endpoint
+from seal_nb.server.settings import ServeSettings, command
 
 LOG_TAIL_LINES = 15
-STEADY_S = 60.0  # a worker that lives so long has started well
+ANSWER_S = 2.0  # the front end answers at once, even while its workers train
+MOST_SAMPLES = 600
+MIB = 2**20
+Sample = dict[str, float]
 
 
 class ServerFailed(SealError, RuntimeError):
@@ -113,57 +122,129 @@ class TTTServer:
         return f"{why}; the end of its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
 
 
-class LocalWorker:
-    """A worker that a server starts on its machine, and again after each end, which calls `exited(pid, why)`."""
-
-    def __init__(self, settings: ServeSettings, index: int, exited: Callable[[int, str], None]) -> None:
-        shared = {one.name: getattr(settings, one.name) for one in fields(SharedSettings)}
-        shared |= {"parent_pid": os.getpid(), "endpoint_file": settings.endpoint_path}
-        self.command, self.env = command(WorkerSettings(**shared)), dict(os.environ)
-        if settings.n_workers > 1 and settings.device in ("auto", "cuda") and (gpus := visible_gpus()):
-            self.env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
-        self.exited, self.stall_s = exited, settings.stall_s
-        self.process: subprocess.Popen[bytes] | None = None
-        self.n_early_ends = 0
-        self._started_at = self._start_at = 0.0
-        self._ready_at = 0.0  # when it was last among the server's workers; 0: not yet
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid if self.process else 0
-
-    def watch(self, now: float, *, is_ready: bool) -> None:
-        """Start it if it is due. Kill it if it was ready and does not come back."""
-        if self.process is None:
-            if now >= self._start_at:
-                self.process = subprocess.Popen(self.command, env=self.env, stdin=subprocess.DEVNULL)
-                self._started_at, self._ready_at = now, 0.0
-        elif (code := self.process.poll()) is not None:
-            self.n_early_ends = self.n_early_ends + 1 if now - self._started_at < STEADY_S else 0
-            self._start_at = now + min(30.0, 0.1 * 2**self.n_early_ends)
-            why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            log.warning("worker process %d ended (%s)", self.pid, why)
-            self.exited(self.pid, why)
-            self.process = None
-        elif is_ready:
-            self._ready_at = now
-        elif self._ready_at and 0 < self.stall_s < now - self._ready_at:
-            log.warning("worker process %d is killed: it made no progress", self.pid)
-            self.process.kill()
-
-    def end(self, deadline: float) -> None:
-        """Wait for it until the deadline, then kill it."""
-        if self.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(max(0.0, deadline - time.monotonic()))
-            self.process.kill()
-            self.process.wait()
+def look(where: str) -> ServerStatus | None:
+    """The status of the server at `where` (endpoint file or address); None if there is no answer."""
+    try:
+        with TTTClient(where, wait_s=ANSWER_S) as client:
+            return client.status(timeout_s=ANSWER_S)
+    except (SealError, zmq.ZMQError):  # no endpoint file, no keys, no sockets left
+        return None
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs in CUDA_VISIBLE_DEVICES, or all GPUs of the machine, without the help of a library."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is not None:
-        return [name for name in allowed.split(",") if name.strip()]
-    cards = Path("/proc/driver/nvidia/gpus")
-    return [str(index) for index, _ in enumerate(cards.iterdir())] if cards.is_dir() else []
+def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
+    """The table that `seal-nb status` shows on a terminal."""
+    counts, now = Counter(status.counts), sample_of(status, status.uptime_s)
+    failures = [f"{counts[name]} {name}" for name in ("failed", "requeued", "refused", "cancelled")]
+    workers = f"workers {(now['memory_bytes'] - status.rss_bytes) / MIB:.0f} MiB"
+    workers += f", on GPUs {now['gpu_bytes'] / MIB:.0f} MiB" if now["gpu_bytes"] else ""
+    rows = [
+        ("server", f"{status.server_id}, up {status.uptime_s:.0f} s" + ", draining" * status.draining),
+        ("model", status.model_id or "(no worker is ready yet)"),
+        ("queue", f"{status.n_queued} waiting, {status.n_running} running of {status.n_slots} at once"),
+        ("throughput", f"{status.jobs_per_min:g} jobs/min, {status.tokens_per_s:g} trained tokens/s"),
+        ("answered", f"{counts['answered']}, and {counts['from_journal']} again from journal"),
+        ("failures", ", ".join(failures)),
+        ("memory", f"front end {status.rss_bytes / MIB:.0f} MiB, {workers}"),
+        *((f"worker {worker.worker_id}", _worker_line(worker)) for worker in status.workers),
+    ]
+    return [*rows, ("trouble", status.trouble)] if status.trouble else rows
+
+
+def _worker_line(worker: WorkerStatus) -> str:
+    gpu_bytes, peak_bytes = (worker.stats.get(name, 0) for name in ("gpu_bytes", "gpu_peak_bytes"))
+    gpu = f", GPU {gpu_bytes / MIB:.0f} MiB (at most {peak_bytes / MIB:.0f} MiB)" if peak_bytes else ""
+    return (
+        f"ready on {worker.host} (process {worker.pid}): {worker.n_running}/{worker.capacity} requests, "
+        f"{worker.stats.get('rss_bytes', 0) / MIB:.0f} MiB{gpu}, heard {worker.silent_s:.1f} s ago, "
+        f"{worker.no_step_s:.0f} s into its current step"
+    )
+
+
+def sample_of(status: ServerStatus, at_s: float) -> Sample:
+    """The numbers of one status. Where an inner loop reports no slots (adapters in training), its requests count."""
+    reported = [worker for worker in status.workers if worker.stats]
+    counts = Counter(status.counts)
+    return {
+        "at_s": at_s,
+        "queued": status.n_queued,
+        "running": status.n_running,
+        "slots_in_use": sum(worker.stats.get("slots_in_use", worker.n_running) for worker in reported),
+        "slots": sum(worker.stats.get("slots", worker.capacity) for worker in reported),
+        "jobs_per_min": status.jobs_per_min,
+        "tokens_per_s": status.tokens_per_s,
+        "memory_bytes": status.rss_bytes + sum(worker.stats.get("rss_bytes", 0) for worker in reported),
+        "gpu_bytes": sum(worker.stats.get("gpu_bytes", 0) for worker in reported),
+        **{name: counts[name] for name in ("answered", "failed", "requeued")},
+        "workers": len(status.workers),
+    }
+
+
+@dataclass(eq=False)
+class Watch:
+    """`with Watch(where) as watch`: a thread takes samples until the server or the block ends."""
+
+    where: str
+    _: KW_ONLY
+    alive: Callable[[], bool] | None = None  # whether its process runs; None: it ends with a silence of `patience_s`
+    every_s: float = 1.0
+    patience_s: float = 15.0  # a server that restarts within this time counts as the same one
+
+    def __post_init__(self) -> None:
+        self.last: Sample | None = None
+        self._kept: list[Sample] = []
+        self._every, self._n = 1, 0
+        self._stopped = threading.Event()
+
+    def samples(self) -> list[Sample]:
+        """At most `MOST_SAMPLES` over the whole time, and the newest one."""
+        return list(self._kept)  # the thread may add
+
+    def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
+        """The newest sample, then each new one, until the server ends or `for_s` seconds are over. The first sample is
+        waited for in any case. Raises what ended the watch, if that was not the server's end."""
+        deadline, seen = time.monotonic() + for_s, None
+        while not self._end.done() or self.last is not seen:
+            if self.last is not None and self.last is not seen:
+                seen = self.last
+                yield seen
+            elif seen is not None and time.monotonic() >= deadline:
+                return
+            else:
+                wait([self._end], min(0.1, self.every_s))
+        self._end.result()
+
+    @cached_property
+    def _end(self) -> Future[None]:
+        return DaemonThreads(1).submit(self._run)
+
+    def start(self) -> Self:
+        """Begin to take samples, if that has not begun."""
+        _ = self._end
+        return self
+
+    def add(self, sample: Sample) -> None:
+        """Keep a sample. When the list is full, every second one goes, and half as many stay from then on."""
+        if (self._n - 1) % self._every:
+            self._kept.pop()  # it stayed only as the newest one
+        self._kept.append(sample)
+        if len(self._kept) > MOST_SAMPLES:
+            self._kept, self._every = [*self._kept[:-1:2], sample], 2 * self._every
+        self._n += 1
+        self.last = sample
+
+    __enter__ = start
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        wait([self._end])
+
+    def _run(self) -> None:
+        began_at = heard_at = time.monotonic()
+        while not self._stopped.is_set() and (self.alive is None or self.alive()):
+            status, now = look(self.where), time.monotonic()
+            if status is not None:
+                heard_at = now
+                self.add(sample_of(status, now - began_at))
+            elif self.alive is None and now - heard_at > self.patience_s:
+                return
+            self._stopped.wait(self.every_s)

@@ -7,12 +7,13 @@ shutdown, idle, another server on the same endpoint file), 1 no worker could sta
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,9 @@ from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
 from seal_nb.server.endpoint import Endpoint, KeyGate, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
 from seal_nb.server.frontend import FrontEnd
-from seal_nb.server.launch import LocalWorker
+from seal_nb.server.launch import look
 from seal_nb.server.requests import RequestTable
-from seal_nb.server.settings import ServeSettings, parse
-from seal_nb.server.status import look
+from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command, parse
 from seal_nb.server.worker import pack
 from seal_nb.storage import write_json
 
@@ -35,7 +35,56 @@ log = logging.getLogger(__name__)
 HARD_SIZE_FACTOR = 4  # ZMQ drops messages that exceed the limit by this factor, without a reply
 FILE_CHECK_S = 1.0
 MAX_EARLY_ENDS = 3
+STEADY_S = 60.0  # a worker that lives so long has started well
 WILDCARDS = ("0.0.0.0", "*", "[::]")
+
+
+class LocalWorker:
+    """A worker that a server starts on its machine, and again after each end, which calls `exited(pid, why)`."""
+
+    def __init__(self, settings: ServeSettings, index: int, exited: Callable[[int, str], None]) -> None:
+        shared = {one.name: getattr(settings, one.name) for one in fields(SharedSettings)}
+        shared |= {"parent_pid": os.getpid(), "endpoint_file": settings.endpoint_path}
+        self.command, self.env = command(WorkerSettings(**shared)), dict(os.environ)
+        if settings.n_workers > 1 and settings.device in ("auto", "cuda") and (gpus := visible_gpus()):
+            self.env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+        self.exited, self.stall_s = exited, settings.stall_s
+        self.process: subprocess.Popen[bytes] | None = None
+        self.n_early_ends = 0
+        self._started_at = self._start_at = 0.0
+        self._ready_at = 0.0  # when it was last among the server's workers; 0: not yet
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
+
+    def watch(self, now: float, *, is_ready: bool) -> None:
+        """Start it if it is due. Kill it if it was ready and does not come back."""
+        if self.process is None:
+            if now >= self._start_at:
+                self.process = subprocess.Popen(self.command, env=self.env, stdin=subprocess.DEVNULL)
+                self._started_at, self._ready_at = now, 0.0
+        elif (code := self.process.poll()) is not None:
+            self.n_early_ends = self.n_early_ends + 1 if now - self._started_at < STEADY_S else 0
+            self._start_at = now + min(30.0, 0.1 * 2**self.n_early_ends)
+            why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            log.warning("worker process %d ended (%s)", self.pid, why)
+            self.exited(self.pid, why)
+            self.process = None
+        elif is_ready:
+            self._ready_at = now
+        elif self._ready_at and 0 < self.stall_s < now - self._ready_at:
+            log.warning("worker process %d is killed: it made no progress", self.pid)
+            self.process.kill()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs in CUDA_VISIBLE_DEVICES, or all GPUs of the machine, without the help of a library."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [name for name in allowed.split(",") if name.strip()]
+    cards = Path("/proc/driver/nvidia/gpus")
+    return [str(index) for index, _ in enumerate(cards.iterdir())] if cards.is_dir() else []
 
 
 class Server:
@@ -149,8 +198,11 @@ class Server:
     def _end_workers(self) -> None:
         """Those that the front end knows were told to stop and get ten seconds."""
         told, deadline = self.front.workers.here(), time.monotonic() + 10.0
-        for worker in self.local_workers:
-            worker.end(deadline if worker.pid in told else 0.0)
+        for process in [worker.process for worker in self.local_workers if worker.process]:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()) if process.pid in told else 0.0)
+            process.kill()
+            process.wait()
 
     def _exited(self, pid: int, why: str) -> None:
         workers = self.front.workers

@@ -59,11 +59,10 @@ class Link(threading.Thread):
     def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(name="link", daemon=True)
         self.settings = settings
-        self.worker_id = f"{sockets.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        host, pid = sockets.gethostname(), os.getpid()
+        self.about = {"worker_id": f"{host}-{pid}-{uuid.uuid4().hex[:6]}", "host": host, "pid": pid}
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.introduction: dict[str, Any] | None = None  # set when the inner loop is loaded
-        self.capacity, self.steps = 0, 0  # set by the main thread, sent with each heartbeat
-        self.stats: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}  # of the inner loop as soon as it is loaded; sent with each heartbeat
         self._session = 0
         self._lease: int | None = None
         self._was_welcome = False
@@ -112,7 +111,7 @@ class Link(threading.Thread):
 
     def _connected(self) -> Socket:
         endpoint = read_endpoint(self.settings.endpoint_file)
-        name = self.worker_id.encode()[:255]
+        name = str(self.about["worker_id"]).encode()[:255]
         return connected(self._context, endpoint, "worker", name=name, key_file=self.settings.key_file)
 
     def _receive(self, dealer: Socket) -> None:
@@ -120,8 +119,6 @@ class Link(threading.Thread):
             kind, header, body = unpack(dealer.recv_multipart())
             self._heard_at = self._found_at = time.monotonic()
             match kind:
-                case "beat":
-                    pass
                 case "welcome":
                     self._lease, self._was_welcome = header["lease"], True
                 case "expired" if header["lease"] == self._lease:
@@ -129,23 +126,22 @@ class Link(threading.Thread):
                 case "abort":
                     log.error("the front end gave up this worker: %s; ending", header["why"])
                     os._exit(6)  # the main thread is stuck
-                case _:
+                case "job" | "cancel" | "stop":
                     self.inbox.put((kind, header, body))
 
     def _beat(self, dealer: Socket) -> None:
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
             log.error("the parent process is gone; ending")
             os._exit(143)  # the main thread may be in a long slice
-        now: dict[str, Any] = {"capacity": self.capacity, "stats": self.stats}
         if self._lease is not None:
-            dealer.send_multipart(pack("beat", lease=self._lease, steps=self.steps, **now))
-        elif self.introduction is not None:
-            dealer.send_multipart(pack("ready", session=self._session, **self.introduction, **now))
+            dealer.send_multipart(pack("beat", lease=self._lease, **self.state))
+        elif self.state:
+            dealer.send_multipart(pack("ready", session=self._session, **self.about, **self.state))
 
     def _found_again(self, dealer: Socket) -> Socket:
         """The same socket, or after a long silence a new one to the present front end."""
         now = time.monotonic()
-        if self.introduction is None:
+        if not self.state:
             self._heard_at = self._found_at = now  # nothing was sent yet
         if now - self._found_at > self.settings.patience_s:
             log.error("no front end for %g s; ending", self.settings.patience_s)
@@ -175,16 +171,14 @@ class Worker:
     def __init__(self, loop: "InnerLoop", link: Link) -> None:
         self.loop, self.link = loop, link
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.n_steps = 0
         self.leaving = self._stopped = False
 
     def run(self) -> None:
         """Until `stop` comes or `leaving` is set. Raises what the inner loop raises."""
-        self.report()
-        self.link.introduction = {
-            "worker_id": self.link.worker_id, "model_id": self.loop.model_id,
-            "host": sockets.gethostname(), "pid": os.getpid(),
-        }  # fmt: skip
+        self.link.about["model_id"] = self.loop.model_id
         while not self._stopped and not self.leaving:
+            self.report()
             with suppress(queue.Empty):
                 if not self.loop.busy:
                     self._handle(*self.link.inbox.get(timeout=IDLE_S))
@@ -193,7 +187,6 @@ class Worker:
             if self.loop.busy:
                 for reply in self.loop.advance():
                     self._reply(reply)
-            self.report()
 
     def leave(self, *_: object) -> None:
         """End soon, as a signal handler does."""
@@ -201,9 +194,10 @@ class Worker:
 
     def report(self) -> None:
         """What the next heartbeat says. One turn of the main thread is one step."""
-        self.link.steps += 1
-        self.link.capacity = len(self.jobs) + max(0, self.loop.free_slots)
-        self.link.stats = {**self.loop.stats(), "rss_bytes": rss_bytes(), **gpu_memory()}
+        self.n_steps += 1
+        capacity = len(self.jobs) + max(0, self.loop.free_slots)
+        stats = {**self.loop.stats(), "rss_bytes": rss_bytes(), **gpu_memory()}
+        self.link.state = {"capacity": capacity, "steps": self.n_steps, "stats": stats}
 
     def _handle(self, kind: str, header: dict[str, Any], body: bytes) -> None:
         match kind:

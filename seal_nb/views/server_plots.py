@@ -1,7 +1,7 @@
 """A server over time: figure and table of sampled status records, live in JupyterLab.
 
 JupyterLab gets one display that is updated. A headless run prints lines, less and less often, because a server may
-run for days. Samples of ``seal_nb.server.status.Watch`` come in; nothing is sampled here.
+run for days. Samples of ``seal_nb.server.launch.Watch`` come in; nothing is sampled here.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.ticker import MaxNLocator
 
 from seal_nb.metrics import counted
-from seal_nb.server.status import Sample
+from seal_nb.server.launch import Sample
 from seal_nb.views.live import Teller
 from seal_nb.views.style import BLUE, GREEN, GREY, ORANGE, WIDTH_IN, Chart, styled
 from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle, show

@@ -17,9 +17,8 @@ from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.protocol import EvalQuestion, GenerateRequest, ServerStatus, TTTRequest, WorkerStatus
 from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import read_endpoint
-from seal_nb.server.launch import ServerFailed, TTTServer
+from seal_nb.server.launch import ServerFailed, TTTServer, status_rows
 from seal_nb.server.settings import ServeSettings, WorkerSettings, command, parse
-from seal_nb.server.status import status_rows
 from seal_nb.server.worker import gpu_memory
 from tests.server.conftest import HASTE, STUB, eventually, is_running, plain_req
 
