@@ -22,12 +22,14 @@ POLL_S = 0.5
 T = TypeVar("T")
 
 
-def started(command: list[str], log: Path, *, mode: str = "ab", **options: Any) -> "subprocess.Popen[bytes]":
+class LoggedProcess(subprocess.Popen[bytes]):
     """A process that writes into `log`, in a session of its own: Ctrl-C does not reach it. `options` are Popen's."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open(mode) as out:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
-        return subprocess.Popen(command, **streams, start_new_session=True, **options)
+
+    def __init__(self, command: list[str], log: Path, *, mode: str = "ab", **options: Any) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open(mode) as out:
+            options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
+            super().__init__(command, **options)
 
 
 def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
@@ -64,9 +66,8 @@ def end_with_parent(parent_pid: int) -> None:
 
 
 def ending_with_me(command: list[str]) -> list[str]:
-    """The command line of another program that then ends with this process. It gets SIGTERM and ten seconds, so that
-    `srun` can end its processes on other nodes. If a signal kills it, its exit code is 128 and the signal's number, as
-    in a shell."""
+    """The command line of another program that ends with this process: by SIGTERM, so that `srun` can end its processes
+    on other nodes, and ten seconds later by force. Where a signal kills it, its exit code is that of a shell."""
     return [sys.executable, "-m", "seal_nb.processes", str(os.getpid()), *command]
 
 
@@ -83,9 +84,8 @@ def _run(parent_pid: int, command: list[str]) -> int:
 
 
 class DaemonThreads:
-    """At most ``n_threads`` daemon threads, started as calls come; each ends when no call waits. A call that has not
-    begun can be cancelled. The threads of a ThreadPoolExecutor would keep the process alive until a slow service has
-    answered every call."""
+    """At most ``n_threads`` daemon threads, started as calls come; each ends when no call waits. Those of a
+    ThreadPoolExecutor would keep the process alive until a slow service has answered every call."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
@@ -109,12 +109,11 @@ class DaemonThreads:
                     self._n_running -= 1
                     return
                 future, call = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - the caller of result() gets it
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - the caller of result() gets it
+                    future.set_exception(error)
 
 
 if __name__ == "__main__":

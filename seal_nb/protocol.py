@@ -1,8 +1,7 @@
 """The wire format of the TTT server: requests, replies, and reading them from JSON.
 
 The published request and reply (SEAL, arXiv 2506.10943, the ZMQ server of its knowledge-incorporation code) are kept
-field by field with their defaults. Our own fields are optional and unknown fields are ignored, so clients written by
-others work unchanged. `docs/protocol.md` describes the same in prose.
+with their defaults. Our own fields are optional, so clients written by others work unchanged (docs/protocol.md).
 """
 
 import math

@@ -17,7 +17,7 @@ from seal_nb.chain.record import Tell, sole_use, write_record
 from seal_nb.chain.stages import ENDPOINT_FILE, Chain, Stage, as_options
 from seal_nb.errors import SealError
 from seal_nb.notebook_runner import StageFailed
-from seal_nb.processes import end_tree
+from seal_nb.processes import LoggedProcess, end_tree
 
 QUIET_S = 30.0  # after such a silence a line says that a stage is still running
 POLL_S = 0.2
@@ -49,17 +49,12 @@ def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell) -> No
                 end_tree(child.pid)
 
 
-class _Child(subprocess.Popen[bytes]):
+class _Child(LoggedProcess):
     """A stage's process. It writes into a log file, which is read while it grows."""
 
     def __init__(self, command: list[str], log: Path, lock: int) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as out:
-            # In a session of its own: Ctrl-C then reaches only the chain, which ends its children in order.
-            super().__init__(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                start_new_session=True, pass_fds=(lock,),
-            )  # fmt: skip
+        # Ctrl-C reaches only the chain, which ends its children in order.
+        super().__init__(command, log, mode="wb", env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,))
         self.started = time.monotonic()
         self._log, self._rest = log.open(encoding="utf-8", errors="replace"), ""
 

@@ -24,7 +24,7 @@ from seal_nb.engines.api import ApiClient, ApiSettings, Refused, Unavailable
 from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, contents
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
-from seal_nb.processes import end_tree, started
+from seal_nb.processes import LoggedProcess, end_tree
 from seal_nb.storage import content_id
 
 PYTHON_VARIABLE = "SEAL_NB_VLLM_PYTHON"
@@ -113,7 +113,7 @@ class VllmServer:
             "PYTHONPATH": str(PLUGIN),  # only the plugin: the server has other packages than this interpreter
             **({"HF_HUB_OFFLINE": "1"} if Path(self.model).is_dir() else {}),
         }
-        self.process = started(command, self.log_path, env=environment)
+        self.process = LoggedProcess(command, self.log_path, env=environment)
         try:
             self._wait_until_ready()
         except BaseException:

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 LOUD = 100  # log lines before they become rare
 Role = Literal["client", "worker"]
 Socket = zmq.Socket[bytes]
-Pair = tuple[bytes, bytes]  # public and secret key, as ZMQ takes them (Z85 text)
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.%a-z]+\]|[^:/\[\]]+):(?P<port>\d{1,5}|\*)$")
 
 
@@ -142,25 +141,24 @@ def make_keys(folder: Path) -> None:
                 path.rename(folder / path.name)
 
 
-def load_pair(path: Path) -> Pair:
-    """The pair in `NAME.key_secret`. Raises SettingsError if it is missing, broken, or readable by others."""
+def load_pair(path: Path) -> tuple[bytes, bytes]:
+    """Public and secret key (Z85 text) of `NAME.key_secret`. Raises SettingsError if it is missing, broken, or readable
+    by others."""
     try:
         mode = path.stat().st_mode
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SettingsError(
-                f"{path} may be read by others (mode {stat.S_IMODE(mode):o}); chmod 600 {path}, "
-                "or make new keys if others may have read them"
-            )
         public, secret = zmq.auth.load_certificate(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(
-            f"no key in {path} ({error.strerror or error}); ask the owner of the server for a key pair, "
+            f"no key in {path} ({error}); ask the owner of the server for a key pair, "
             "or take the one in keys/ of its run folder"
         ) from error
-    except ValueError as error:
-        raise SettingsError(f"{path} holds no key: {error}") from error
     if secret is None:
         raise SettingsError(f"{path} holds no secret key; give the .key_secret file")
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SettingsError(
+            f"{path} may be read by others (mode {stat.S_IMODE(mode):o}); chmod 600 {path}, "
+            "or make new keys if others may have read them"
+        )
     return public, secret
 
 

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import zmq
 
 from seal_nb.errors import SealError, SettingsError
-from seal_nb.processes import DaemonThreads, started
+from seal_nb.processes import DaemonThreads, LoggedProcess
 from seal_nb.protocol import ServerStatus, WorkerStatus
 from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import Endpoint, read_endpoint
@@ -50,21 +49,14 @@ class TTTServer:
             raise SettingsError(f"TTTServer does not know {sorted(unknown)}; it takes {sorted(names)}")
         self.settings = ServeSettings(**{**settings, "parent_pid": os.getpid()})
         self.start_timeout_s, self.log_level = start_timeout_s, log_level
+        self.endpoint = str(self.settings.endpoint_path)  # for TTTClient; it also leads to a server that was restarted
+        self.log_path = self.settings.run_dir / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._log_start = 0  # where this start begins in the log
 
     @property
-    def endpoint(self) -> str:
-        """The endpoint file, for TTTClient: it also leads to a server that was restarted."""
-        return str(self.settings.endpoint_path)
-
-    @property
     def info(self) -> Endpoint:
-        return read_endpoint(self.settings.endpoint_path)
-
-    @property
-    def log_path(self) -> Path:
-        return self.settings.run_dir / "server.log"
+        return read_endpoint(self.endpoint)
 
     def is_up(self) -> bool:
         """Whether the server process runs."""
@@ -76,7 +68,7 @@ class TTTServer:
             return self
         env = {**os.environ, "SEAL_NB_LOG_LEVEL": self.log_level, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        self.process = started(command(self.settings), self.log_path, env=env)
+        self.process = LoggedProcess(command(self.settings), self.log_path, env=env)
         try:
             self._wait_until_ready(self.process)
         except BaseException:

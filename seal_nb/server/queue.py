@@ -1,9 +1,8 @@
 """Which worker gets which request next: turns of clients, leases of workers, tries of requests.
 
-A state machine without sockets, threads or clocks: the front end says what happened and when (a monotonic clock).
-Clients take turns, one request each. Among the requests of one client, higher priority goes first, then first come.
-A lost worker's requests go to other workers, `max_tries` times at most. The last try runs alone on its worker, so that
-a request that kills workers cannot stop its neighbours a third time.
+A state machine without sockets, threads or clocks: the front end says what happened and when. Clients take turns, one
+request each. Among one client's requests, higher priority goes first, then first come. A lost worker's requests go to
+other workers, `max_tries` times at most. The last try runs alone: a request that kills workers has no more neighbours.
 """
 
 import itertools

@@ -198,10 +198,9 @@ class RequestTable:
         if (request := self.queue.requests.get(key)) is not None:
             return self._join(request, content, envelope)
         self._check_room(envelope)
-        has_id, seed = work.request_id is not None, work.seed
+        seed, has_id = work.seed, work.request_id is not None
         number = self.counts.take(content) if seed is None and not has_id else None
-        if seed is None:
-            seed = derived_seed(self.settings.seed, content, work.request_id if has_id else number)
+        seed = derived_seed(self.settings.seed, content, work.request_id or number) if seed is None else seed
         self.queue.add(
             Request(
                 key=key, client=envelope[0], message=message, content=content, has_id=has_id, number=number, seed=seed,

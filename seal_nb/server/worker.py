@@ -1,8 +1,8 @@
 """A worker: one process, one device, one inner loop. It takes requests from the front end and sends replies.
 
-The main thread drives the inner loop, one short slice after another; a second thread owns the socket and sends
-heartbeats. If the front end gives up the worker's lease, the worker drops all its work and introduces itself again, so
-a request never gets two answers. An error of one request becomes its reply; one of the whole loop ends the process.
+The main thread drives the inner loop; a second thread owns the socket and sends heartbeats. If the front end gives up
+the worker's lease, the worker drops all its work and introduces itself again, so a request never gets two answers. An
+error of one request becomes its reply; one of the whole loop ends the process.
 """
 
 import json
@@ -54,13 +54,13 @@ def unpack(frames: list[bytes]) -> Message:
 
 
 class Link(threading.Thread):
-    """The thread of the socket. `inbox` has what came in; the main thread calls `send`."""
+    """The thread of the socket. `inbox` has what came in; the main thread calls `send` with the frames of a message."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(name="link", daemon=True)
         self.settings = settings
         host, pid = sockets.gethostname(), os.getpid()
-        self.about = {"worker_id": f"{host}-{pid}-{uuid.uuid4().hex[:6]}", "host": host, "pid": pid}
+        self.about: dict[str, Any] = {"worker_id": f"{host}-{pid}-{uuid.uuid4().hex[:6]}", "host": host, "pid": pid}
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.state: dict[str, Any] = {}  # of the inner loop as soon as it is loaded; sent with each heartbeat
         self._session = 0
@@ -70,14 +70,12 @@ class Link(threading.Thread):
         self._inside, self._outside = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._inside.bind("inproc://outbox")
         self._outside.connect("inproc://outbox")  # used by the main thread only
+        self.send = self._outside.send_multipart
         self._heard_at = self._found_at = time.monotonic()
-
-    def send(self, frames: list[bytes]) -> None:
-        self._outside.send_multipart(frames)
 
     def close(self) -> None:
         """Send what is left, then end the thread."""
-        self._outside.send_multipart([b""])
+        self.send([b""])
         self.join(timeout=5)
         self._outside.close(0)
         self._context.destroy(linger=2000)
@@ -111,7 +109,7 @@ class Link(threading.Thread):
 
     def _connected(self) -> Socket:
         endpoint = read_endpoint(self.settings.endpoint_file)
-        name = str(self.about["worker_id"]).encode()[:255]
+        name = self.about["worker_id"].encode()[:255]
         return connected(self._context, endpoint, "worker", name=name, key_file=self.settings.key_file)
 
     def _receive(self, dealer: Socket) -> None:
