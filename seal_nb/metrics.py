@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from seal_nb.errors import DataError
+from seal_nb.protocol import accuracy as accuracy
+from seal_nb.protocol import gain as gain
 
 
 def counted(number: int, plural: str) -> str:
@@ -31,20 +33,6 @@ MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
 SIGNIFICANCE = 0.05
 MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond that they are drawn
 POWER = 0.8  # of ``to_settle``
-
-
-def accuracy(correct: Scores) -> float | None:
-    """Share of graded answers that are correct: 0.0 without questions, None where none was graded."""
-    graded = [verdict for verdict in correct if verdict is not None]
-    if not correct:
-        return 0.0
-    return sum(graded) / len(graded) if graded else None
-
-
-def gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
-    """Adapter accuracy minus baseline accuracy, unrounded; None where either is."""
-    before, after = accuracy(baseline), accuracy(adapter)
-    return None if before is None or after is None else after - before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -268,12 +268,24 @@ class Answers:
     def correct(self) -> list[bool | None]:
         return [None if v == "UNGRADED" else v == "CORRECT" for v in self.verdicts]
 
-    def accuracy(self) -> float | None:
-        """Unrounded, over the graded questions. 0.0 without questions, None if no question was graded."""
-        graded = [c for c in self.correct() if c is not None]
-        if not self.verdicts:
-            return 0.0
-        return sum(graded) / len(graded) if graded else None
+
+def accuracy(correct: Sequence[float | None]) -> float | None:
+    """Share of graded answers that are correct: 0.0 without questions, None where none was graded."""
+    graded = [verdict for verdict in correct if verdict is not None]
+    if not correct:
+        return 0.0
+    return sum(graded) / len(graded) if graded else None
+
+
+def gain(baseline: Sequence[bool | None], adapter: Sequence[bool | None]) -> float | None:
+    """Adapter accuracy minus baseline accuracy, unrounded; None where either is."""
+    before, after = accuracy(baseline), accuracy(adapter)
+    return None if before is None or after is None else after - before
+
+
+def rounded(value: float | None) -> float | None:
+    """As published: to 4 decimals."""
+    return None if value is None else round(value, 4)
 
 
 def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **measured: Any) -> TTTReply:
@@ -282,17 +294,16 @@ def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **m
     answers are repeated and the gain is 0. All are rounded to 4 decimals, the gain after the subtraction."""
     after = adapter or baseline or Answers(texts=[], verdicts=[])
     before = baseline or Answers(texts=[], verdicts=["UNGRADED"] * len(after.verdicts))
-    before_accuracy, after_accuracy = before.accuracy(), after.accuracy()
-    gain = None if before_accuracy is None or after_accuracy is None else after_accuracy - before_accuracy
-    pairs = list(zip(before.correct(), after.correct(), strict=True))
+    before_correct, after_correct = before.correct(), after.correct()
+    pairs = list(zip(before_correct, after_correct, strict=True))
     return TTTReply(
-        baseline_accuracy=_rounded(before_accuracy),
-        adapter_accuracy=_rounded(after_accuracy),
-        adapter_gain=_rounded(gain),
+        baseline_accuracy=rounded(accuracy(before_correct)),
+        adapter_accuracy=rounded(accuracy(after_correct)),
+        adapter_gain=rounded(gain(before_correct, after_correct)),
         baseline_texts=list(before.texts),
         adapter_texts=list(after.texts),
-        baseline_correct=[b for b, _ in pairs],
-        adapter_correct=[a for _, a in pairs],
+        baseline_correct=before_correct,
+        adapter_correct=after_correct,
         gains=[None if a is None or b is None else int(a) - int(b) for b, a in pairs],
         baseline_verdicts=[str(v) for v in baseline.verdicts] if baseline else [],  # type: ignore[misc]
         adapter_verdicts=[str(v) for v in after.verdicts],  # type: ignore[misc]
@@ -301,10 +312,6 @@ def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **m
         adapter_gold_logprobs=list(after.gold_logprobs),
         **measured,
     )
-
-
-def _rounded(accuracy: float | None) -> float | None:
-    return None if accuracy is None else round(accuracy, 4)
 
 
 def read_json(message: bytes) -> dict[str, Any]:

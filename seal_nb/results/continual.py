@@ -17,9 +17,10 @@ from pydantic import BaseModel
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Verdicts, accuracy, mean_interval, paired_difference
+from seal_nb.protocol import rounded
 from seal_nb.results.cpt import check_length, split_by_passage
 from seal_nb.results.run import VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame, unequal
-from seal_nb.results.statistics import mean, rounded, sample_std
+from seal_nb.results.statistics import mean, sample_std
 from seal_nb.storage import read_json, write_json
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from seal_nb.errors import DataError
 from seal_nb.grading.base import IN_WORDS, Answered
 from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
 from seal_nb.passages import Passage
-from seal_nb.protocol import Answers, build_reply
+from seal_nb.protocol import Answers, build_reply, rounded
 from seal_nb.results.run import KINDS, VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame
-from seal_nb.results.statistics import rounded
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from seal_nb.metrics import Scores, Verdicts, accuracy, gain
+from seal_nb.protocol import rounded
 
 
 def repeat_stats(repeats: Iterable[tuple[Verdicts, Verdicts]]) -> dict[str, float | None]:
@@ -89,7 +90,3 @@ def sample_std(values: Scores) -> float | None:
     """The sample standard deviation of what is known: 0.0 of one value, None of nothing."""
     known = [value for value in values if value is not None]
     return statistics.stdev(known) if len(known) > 1 else (0.0 if known else None)
-
-
-def rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
