@@ -28,8 +28,17 @@ class LoggedProcess(subprocess.Popen[bytes]):
     def __init__(self, command: list[str], log: Path, *, mode: str = "ab", **options: Any) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open(mode) as out:
+            self.log, self._began_at = log, out.tell()
             options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
             super().__init__(command, **options)
+
+    def lines(self) -> list[str]:
+        """What it has written."""
+        return self.log.read_bytes()[self._began_at :].decode(errors="replace").splitlines()
+
+    def ending(self) -> str:
+        """The end of its log, for the message of an error."""
+        return f"the end of {self.log}:\n" + "\n".join(self.lines()[-15:])
 
 
 def end_tree(pid: int, *, grace_s: float = 10.0) -> None:

@@ -82,7 +82,7 @@ def test_a_crash_at_the_start_tells_exit_code_and_last_lines(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "crash")
-    with pytest.raises(VllmFailed, match=r"exit code 3\); the end of vllm.log:\nRuntimeError: no such device"):
+    with pytest.raises(VllmFailed, match=r"exit code 3\); the end of .*vllm.log:\nRuntimeError: no such device"):
         server_of(tmp_path).start()
 
 

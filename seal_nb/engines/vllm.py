@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -34,7 +33,6 @@ HOST = "127.0.0.1"
 SERVED_NAME = "base"
 # A server takes omitted fields from the model's generation_config.json, and Qwen's has a penalty and a top_k.
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-LOG_TAIL_LINES = 15
 HEALTH_TIMEOUT_S = 5.0
 STOP_GRACE_S = 20.0
 POLL_S = 0.2
@@ -78,7 +76,7 @@ class VllmServer:
     start_timeout_s: float = 900.0  # a 7B model loads and compiles for minutes
     key: str = field(init=False, repr=False, default_factory=lambda: secrets.token_hex(16))
     port: int = field(init=False, default=0)
-    process: "subprocess.Popen[bytes] | None" = field(init=False, default=None)
+    process: LoggedProcess | None = field(init=False, default=None)
 
     @property
     def url(self) -> str:
@@ -115,7 +113,7 @@ class VllmServer:
         }
         self.process = LoggedProcess(command, self.log_path, env=environment)
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(self.process)
         except BaseException:
             self.stop(grace_s=0.0)
             raise
@@ -144,14 +142,14 @@ class VllmServer:
         if (code := self.process.poll()) is not None:
             ending = f": {signal.Signals(-code).name}" if code < 0 else ""
             hint = ", perhaps out of memory" if code == -signal.SIGKILL else ""
-            raise VllmFailed(f"the vLLM server ended (exit code {code}{ending}{hint}); {self._log_tail()}")
+            raise VllmFailed(f"the vLLM server ended (exit code {code}{ending}{hint}); {self.process.ending()}")
 
     def client(self, *, max_parallel: int = 64, timeout_s: float = 600.0) -> ApiClient:
         """A client of this server. Its requests fail at once if the server has ended."""
         settings = ApiSettings(base_url=self.url, max_parallel=max_parallel, timeout_s=timeout_s, max_attempts=3)
         return ApiClient(settings, key=self.key, check=self.check)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: LoggedProcess) -> None:
         deadline = time.monotonic() + self.start_timeout_s
         client = self.client(timeout_s=HEALTH_TIMEOUT_S)
         while time.monotonic() < deadline:
@@ -161,11 +159,7 @@ class VllmServer:
                 return
             time.sleep(POLL_S)
         limit = f"start_timeout_s={self.start_timeout_s:g}"
-        raise VllmFailed(f"the vLLM server was not ready within {limit}; {self._log_tail()}")
-
-    def _log_tail(self) -> str:
-        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return f"the end of {self.log_path.name}:\n" + "\n".join(lines)
+        raise VllmFailed(f"the vLLM server was not ready within {limit}; {process.ending()}")
 
 
 def _free_port() -> int:

@@ -24,7 +24,6 @@ from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import Endpoint, read_endpoint
 from seal_nb.server.settings import ServeSettings, command
 
-LOG_TAIL_LINES = 15
 ANSWER_S = 2.0  # the front end answers at once, even while its workers train
 MOST_SAMPLES = 600
 MIB = 2**20
@@ -51,8 +50,7 @@ class TTTServer:
         self.start_timeout_s, self.log_level = start_timeout_s, log_level
         self.endpoint = str(self.settings.endpoint_path)  # for TTTClient; it also leads to a server that was restarted
         self.log_path = self.settings.run_dir / "server.log"
-        self.process: subprocess.Popen[bytes] | None = None
-        self._log_start = 0  # where this start begins in the log
+        self.process: LoggedProcess | None = None
 
     @property
     def info(self) -> Endpoint:
@@ -67,7 +65,6 @@ class TTTServer:
         if self.is_up():
             return self
         env = {**os.environ, "SEAL_NB_LOG_LEVEL": self.log_level, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         self.process = LoggedProcess(command(self.settings), self.log_path, env=env)
         try:
             self._wait_until_ready(self.process)
@@ -92,26 +89,21 @@ class TTTServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def _wait_until_ready(self, process: "subprocess.Popen[bytes]") -> None:
+    def _wait_until_ready(self, process: LoggedProcess) -> None:
         """The endpoint file is this process's, the server answers, and a worker is ready if it starts any."""
-        deadline = time.monotonic() + self.start_timeout_s
-        while True:
+        deadline, failure = time.monotonic() + self.start_timeout_s, ""
+        while not failure:
             if self.settings.endpoint_path.exists() and self.info.pid == process.pid:
                 status = look(self.endpoint)
                 if status and (status.workers or not self.settings.n_workers):
                     return
             if process.poll() is not None:
-                raise ServerFailed(f"the server ended at its start (exit code {process.returncode}){self._tail()}")
-            if time.monotonic() > deadline:
-                raise ServerFailed(f"the server was not ready within {self.start_timeout_s:g} s{self._tail()}")
+                failure = f"ended at its start (exit code {process.returncode})"
+            elif time.monotonic() > deadline:
+                failure = f"was not ready within {self.start_timeout_s:g} s"
             time.sleep(0.05)
-
-    def _tail(self) -> str:
-        """The last error of this start, then the end of its log."""
-        lines = self.log_path.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
-        errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
-        why = f": {errors[-1]}" if errors else ""
-        return f"{why}; the end of its log:\n" + "\n".join(lines[-LOG_TAIL_LINES:])
+        errors = [f": {line.partition(' ERROR ')[2]}" for line in process.lines() if " ERROR " in line]
+        raise ServerFailed(f"the server {failure}{''.join(errors[-1:])}; {process.ending()}")
 
 
 def look(where: str) -> ServerStatus | None:

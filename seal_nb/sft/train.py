@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,13 +33,12 @@ from transformers import (
 
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError
 from seal_nb.models import model_identity, resolve_model
-from seal_nb.processes import end_tree, ending_with_me
+from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult, SftSettings
 from seal_nb.storage import content_id, read_json, write_json
 from seal_nb.ttt.lora import merge_stack, stored_dtype, whole_folder, write_model_folder
 
 MODULE = "seal_nb.sft.train"
-LOG_TAIL_LINES = 15
 IGNORED = -100  # a label outside the loss
 RESULT_FILE = "sft_result.json"  # in the model folder: the training that made it, and its losses
 Example = dict[str, list[int]]
@@ -55,24 +53,20 @@ def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> Sft
     made_from = training_id(job)
     if (done := finished(job.model_dir, made_from)) is not None:
         return done
-    job.model_dir.parent.mkdir(parents=True, exist_ok=True)
-    log_path = job.model_dir.with_name(f"{job.model_dir.name}.log")
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code = process.wait()
-        except BaseException:  # an interrupt must not leave processes that hold GPUs and write checkpoints
-            end_tree(process.pid)
-            process.wait()
-            raise
+    process = LoggedProcess(line, job.model_dir.with_name(f"{job.model_dir.name}.log"), mode="wb")
+    try:
+        code = process.wait()
+    except BaseException:  # an interrupt must not leave processes that hold GPUs and write checkpoints
+        end_tree(process.pid)
+        process.wait()
+        raise
     if code:  # the parent of the processes may have been killed alone
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
     result = finished(job.model_dir, made_from)
     if code or result is None:
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         where = "a process" if n_processes == 1 else f"{n_processes} processes"
-        raise EngineError(f"training in {where} ended with code {code}; the end of {log_path}:\n{tail}")
+        raise EngineError(f"training in {where} ended with code {code}; {process.ending()}")
     return result
 
 
