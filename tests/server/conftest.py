@@ -38,6 +38,8 @@ def server(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
         with TTTServer(run_dir=folder / "run", inner_loop=STUB, n_workers=2, n_threads=7, **HASTE) as server:
+            with TTTClient(server.endpoint) as client:
+                eventually(lambda: len(worker_pids(client)) == 2)
             yield server
 
 
