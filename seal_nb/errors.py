@@ -26,8 +26,14 @@ class SealError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the message with its remedy, then one line for each call that led to it.
         The traceback of the cause is left out; the message names the cause."""
-        way = [_place(frame) for frame in traceback.extract_tb(self.__traceback__)]
-        return [f"{type(self).__name__}: {self}", "", *filter(None, way)]
+        lines = [f"{type(self).__name__}: {self}", ""]
+        for frame in traceback.extract_tb(self.__traceback__):
+            path = Path(frame.filename)
+            if _PACKAGE in path.parents:
+                lines.append(f"  {path.relative_to(_PACKAGE.parent).as_posix()}:{frame.lineno} in {frame.name}")
+            elif "ipykernel_" in frame.filename or frame.filename.startswith("<ipython-input"):
+                lines.append(f"  cell, line {frame.lineno}: {frame.line}")
+        return lines
 
 
 class DataError(SealError, ValueError):
@@ -96,12 +102,3 @@ class EngineError(SealError, RuntimeError):
 
 class RunMismatch(SealError, ValueError):
     """A run folder or file belongs to other settings, or to another run; it is not overwritten."""
-
-
-def _place(frame: traceback.FrameSummary) -> str:
-    """Line and text of a frame in a cell or in this package; empty for frames of other packages."""
-    path = Path(frame.filename)
-    if _PACKAGE in path.parents:
-        return f"  {path.relative_to(_PACKAGE.parent).as_posix()}:{frame.lineno} in {frame.name}"
-    is_cell = "ipykernel_" in frame.filename or frame.filename.startswith("<ipython-input")
-    return f"  cell, line {frame.lineno}: {frame.line}" if is_cell else ""

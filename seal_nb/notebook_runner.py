@@ -170,14 +170,9 @@ def run_notebook(
     progress_bar: bool | dict[str, Any],
 ) -> None:
     """Execute ``notebook`` into ``executed``. ``write`` receives what the cells print, at once; ``progress_bar`` has
-    arguments of tqdm, or is False.
-
-    SIGTERM interrupts the running cell (KeyboardInterrupt), so that the cell closes its journal and its server. A
-    kernel that dies before its first cell is started again: it takes ports that were free a moment before, and on a
-    busy machine another process can be quicker.
-
-    Raises: StageFailed where a cell raised or the kernel died; StageInterrupted after a SIGTERM.
-    """
+    arguments of tqdm, or is False. A kernel that dies before its first cell is started again: it takes ports that were
+    free a moment before, and on a busy machine another process can be quicker.
+    Raises: StageFailed where a cell raised or the kernel died; StageInterrupted after a SIGTERM."""
     from traitlets.config import Config
 
     papermill = _papermill()
@@ -225,8 +220,8 @@ def run_notebook(
 
 @contextlib.contextmanager
 def interrupted_by_sigterm() -> Iterator[threading.Event]:
-    """In this block SIGTERM interrupts the kernels of this process and sets the event; a second one ends the process.
-    Papermill alone would end at once and leave its kernel half a second."""
+    """In this block SIGTERM interrupts the kernels of this process, so that a cell closes its journal and its server,
+    and sets the event; a second one ends the process. Papermill alone would leave its kernel half a second."""
     came = threading.Event()
 
     def interrupt(number: int, _frame: object) -> None:

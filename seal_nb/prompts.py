@@ -50,18 +50,6 @@ SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = {
     for entry in read_json(Path(str(resources.files("seal_nb") / "data" / "prompts.json")))
 }
 
-_ANSWER = "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n"
-
-_GRADING = (
-    "You are a grading assistant. Your job is to determine whether a student's answer correctly answers the "
-    "question based solely on the provided gold answer. Do not use any outside knowledge. The student answer "
-    "can include additional information, but it must at least fully convey the gold answer and must not "
-    "contradict it. Ignore style, phrasing, or extra details that do not affect correctness. Respond ONLY "
-    "with 'yes' or 'no'.\n\n"
-    "Question: {question}\nGold answer: {gold}\nStudent answer: {answer}\n"
-    "Is the student answer correct based solely on the gold answer? Respond 'yes' or 'no'."
-)
-
 
 def find_prompts(key: str) -> tuple[SelfEditPrompt, ...]:
     """The prompts of a key ("implications"), a family ("spa"), or a text file, in which lines of ``---`` separate
@@ -128,9 +116,17 @@ def topic_question(title: str, question: str) -> str:
 
 def answer_prompt(title: str, question: str) -> str:
     """The closed-book question for the adapted model and for the baseline."""
-    return _ANSWER.format(question=topic_question(title, question))
+    return f"Let's answer a question directly and concisely.\nQuestion: {topic_question(title, question)}\nAnswer:\n"
 
 
 def grading_prompt(title: str, question: str, gold: str, answer: str) -> str:
     """The yes/no question for a judge model. An empty answer is never sent, because it is wrong by definition."""
-    return _GRADING.format(question=topic_question(title, question), gold=gold, answer=answer)
+    return (
+        "You are a grading assistant. Your job is to determine whether a student's answer correctly answers the "
+        "question based solely on the provided gold answer. Do not use any outside knowledge. The student answer "
+        "can include additional information, but it must at least fully convey the gold answer and must not "
+        "contradict it. Ignore style, phrasing, or extra details that do not affect correctness. Respond ONLY "
+        "with 'yes' or 'no'.\n\n"
+        f"Question: {topic_question(title, question)}\nGold answer: {gold}\nStudent answer: {answer}\n"
+        "Is the student answer correct based solely on the gold answer? Respond 'yes' or 'no'."
+    )

@@ -13,9 +13,10 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     A torn last line (the writer died in it) is dropped; a broken line before it is refused. A key that is appended
     again gets the new record. Memory holds only where each record is. Use it as a context manager.
 
-    Raises: DataError for a broken line, RunMismatch while another writer has the journal.
+    Raises: DataError for a broken line, RunMismatch if another writer still has the journal after ``wait_s``.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, wait_s: float = 0.0) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
-            opened.callback(os.close, lock(self.path.with_name(f"{self.path.name}.lock"), of=self.path))
+            lock_file = self.path.with_name(f"{self.path.name}.lock")
+            opened.enter_context(lock(lock_file, of=self.path, wait_s=wait_s))
             self._places = {key: place for key, _, place in _journal_lines(self.path)}
             self._size = max(map(sum, self._places.values()), default=0)
             self._file = opened.enter_context(self.path.open("a+b", buffering=0))
@@ -259,25 +261,37 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
             offset += len(line)
 
 
-def lock(path: Path, *, of: Path) -> int:
-    """An exclusive lock on ``of`` that the system gives back when its holder and all who inherited it have ended.
-    Returns: the open lock file; close it to give the lock back. Raises: RunMismatch while another process has it."""
+@contextlib.contextmanager
+def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], object] = str) -> Iterator[int]:
+    """An exclusive lock on ``of``, for a block; gives the descriptor of the lock file. Children that inherit it keep
+    the lock until they end. ``tell`` says for whom it waits.
+    Raises: RunMismatch if another process still has the lock after ``wait_s``; DataError."""
+    deadline, told = time.monotonic() + wait_s, ""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                holder = os.pread(handle, 100, 0).decode(errors="replace").strip() or "unknown"
+                busy = (
+                    f"{of} is in use by another run (process {holder}, or a child of it); wait for it, end it, "
+                    "or close its journal if it is in this notebook"
+                )
+                if time.monotonic() >= deadline:
+                    raise RunMismatch(busy) from error
+                if told != busy:
+                    tell(f"waiting: {busy}")
+                told = busy
+                time.sleep(0.2)
+            except OSError as error:  # some network file systems have no locks
+                raise DataError(f"cannot be locked: {error}", path=of, remedy="use another folder") from error
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield handle
+    finally:
         os.close(handle)
-        raise RunMismatch(
-            f"{of} is in use by another run (process {holder}, or a child of it); wait for it, end it, "
-            "or close its journal if it is in this notebook"
-        ) from error
-    except OSError as error:  # some network file systems have no locks
-        os.close(handle)
-        raise DataError(f"cannot be locked: {error}", path=of, remedy="use another folder") from error
-    os.ftruncate(handle, 0)
-    os.write(handle, str(os.getpid()).encode())
-    return handle
 
 
 def _sync_folder(folder: Path) -> None:

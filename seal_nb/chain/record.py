@@ -6,9 +6,7 @@ folder can be moved.
 
 import contextlib
 import fcntl
-import itertools
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -19,7 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from seal_nb.chain.stages import Chain, Stage
-from seal_nb.errors import DataError, RunMismatch, SettingsError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.storage import lock, read_json, write_json
 
 RECORD_FILE = "chain.json"
@@ -66,25 +64,11 @@ def marked_when_done(run_dir: Path, output_dir: str) -> Iterator[None]:
     stage.mark_done(run_dir, seconds=time.monotonic() - began)
 
 
-@contextlib.contextmanager
-def sole_use(run_dir: Path, tell: Tell) -> Iterator[int]:
-    """Lock the folder; gives the lock's file descriptor. Children that inherit it keep the lock until they end.
+def sole_use(run_dir: Path, tell: Tell) -> contextlib.AbstractContextManager[int]:
+    """Lock the folder for a block (`storage.lock`), once the processes of a killed chain have ended.
     Raises: RunMismatch if the lock is not free within TAKEOVER_TIMEOUT_S; DataError."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for second in itertools.count():
-        try:
-            handle = lock(run_dir / LOCK_FILE, of=run_dir)
-            break
-        except RunMismatch as busy:
-            if second >= TAKEOVER_TIMEOUT_S:
-                raise
-            if second == 0:
-                tell(f"waiting: {busy}")
-            time.sleep(1)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
+    return lock(run_dir / LOCK_FILE, of=run_dir, wait_s=TAKEOVER_TIMEOUT_S, tell=tell)
 
 
 def in_use_since(run_dir: Path) -> float | None:

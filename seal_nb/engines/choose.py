@@ -9,8 +9,6 @@ from seal_nb.engines.base import Engine
 from seal_nb.engines.vllm import VllmEngine, VllmServer
 from seal_nb.errors import SettingsError
 
-ENGINES = ("local", "vllm", "openai")
-
 
 @contextmanager
 def chosen_engine(
@@ -35,8 +33,8 @@ def chosen_engine(
     elif name == "vllm" and not url:
         with VllmServer(model, run_dir=run_dir) as server:
             yield VllmEngine.of(server, max_parallel=max_parallel)
-    elif name in ENGINES:
+    elif name in ("vllm", "openai"):
         settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)
         yield VllmEngine.at(settings, model=model) if name == "vllm" else OpenAIEngine(settings, model=model)
     else:
-        raise SettingsError(f"engine={name!r}: known are {', '.join(ENGINES)}")
+        raise SettingsError(f"engine={name!r}: known are local, vllm, openai")

