@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from seal_nb.experiments.continual_strategies import ContinualSettings, Edits, draw_sequences, edit_request
+from seal_nb.experiments.continual import ContinualSettings, Edits, draw_sequences, edit_request
 from seal_nb.experiments.settings import Training
 from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
 from seal_nb.inner_loop.settings import InnerLoopSettings
@@ -72,22 +72,13 @@ def _one_of(settings: ContinualSettings) -> ContinualSettings:
 
 def edit_all(loop: InnerLoop, sequences: list[Any], settings: ContinualSettings) -> list[Edits]:
     """Every step of all sequences at once."""
-    edits_S = [Edits() for _ in sequences]
+    edits_S = [Edits(number=number, passages=sequence) for number, sequence in enumerate(sequences)]
     for step in range(settings.n_datapoints):
-        requests = [
-            edit_request(
-                number,
-                sequence,
-                [*edits.texts, sequence[step].hand_written],
-                edits.stack,
-                settings,
-                model_id=loop.model_id,
-            )
-            for number, (sequence, edits) in enumerate(zip(sequences, edits_S, strict=True))
-        ]
-        replies = answered(loop, requests)
-        for sequence, edits, request, reply in zip(sequences, edits_S, requests, replies, strict=True):
-            edits.add(sequence[step].hand_written, request, reply)
+        texts = [edits.passages[step].hand_written for edits in edits_S]
+        pairs = zip(edits_S, texts, strict=True)
+        requests = [edit_request(edits, text, settings, model_id=loop.model_id) for edits, text in pairs]
+        for edits, text, request, reply in zip(edits_S, texts, requests, answered(loop, requests), strict=True):
+            edits.add(text, request, reply)
     return edits_S
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.settings import ArmSource, Training, names_in, parse_arms, passages_of_arm
+from seal_nb.experiments.settings import Training, names_in, parse_arms, passages_of_arm
 from seal_nb.experiments.single_passage import (
     SinglePassageSettings,
     build_run,
@@ -29,12 +29,9 @@ IN_CONTEXT = SinglePassageSettings(arm="in_context", eval_times=3)
 
 
 def test_arms_are_names_or_a_name_with_a_file() -> None:
-    assert parse_arms("passage_only, in_context,gpt4_1:a/b.json,own:shipped:val") == [
-        ArmSource(name="passage_only", arm="passage_only"),
-        ArmSource(name="in_context", arm="in_context"),
-        ArmSource(name="gpt4_1", arm="self_edits", file="a/b.json"),
-        ArmSource(name="own", arm="self_edits", file="shipped:val"),
-    ]
+    parsed = parse_arms("passage_only, in_context,gpt4_1:a/b.json,own:shipped:val")
+    expected = {"passage_only": "", "in_context": "", "gpt4_1": "a/b.json", "own": "shipped:val"}
+    assert list(parsed.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize(
@@ -49,13 +46,13 @@ def test_self_edits_of_another_file_are_matched_by_title_and_context(tmp_path: P
     mine = load_passages("shipped:val")[:3]
     theirs = [replace(one, completions=(f"about {one.title}",), prompt="p") for one in mine[::-1]]
     (tmp_path / "x.json").write_text(json.dumps([to_item(one) for one in theirs]))
-    source = ArmSource(name="x", arm="self_edits", file=str(tmp_path / "x.json"))
-    found = passages_of_arm(mine, source)
+    file = str(tmp_path / "x.json")
+    found = passages_of_arm(mine, file)
     assert [one.completions for one in found] == [(f"about {one.title}",) for one in mine]
     assert [replace(one, completions=(), prompt="") for one in found] == mine
     with pytest.raises(DataError, match="has no item for passage 0 of the dataset, 'Orle'"):
-        passages_of_arm([ORLE], source)
-    assert passages_of_arm([ORLE], ArmSource(name="passage_only", arm="passage_only")) == [ORLE]
+        passages_of_arm([ORLE], file)
+    assert passages_of_arm([ORLE], "") == [ORLE]
 
 
 def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:

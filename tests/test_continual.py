@@ -1,10 +1,13 @@
 """Continual edits as requests: every edit stands on its sequence's own stack, and has a name of its own."""
 
+from dataclasses import replace
+
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual_strategies import (
+from seal_nb.experiments.continual import (
     ContinualSettings,
+    Edits,
     draw_sequences,
     edit_request,
     self_edit_request,
@@ -43,8 +46,8 @@ def test_row_zero_asks_all_passages_and_trains_nothing() -> None:
 
 
 def test_an_edit_asks_all_passages_so_far_on_top_of_the_edits_before() -> None:
-    stack = ["edit-1"]
-    request = edit_request(0, PASSAGES, ["first", "line 1\nline 2"], stack, SETTINGS, model_id="m")
+    edits = Edits(passages=PASSAGES, texts=["first"], stack=["edit-1"])
+    request = edit_request(edits, "line 1\nline 2", SETTINGS, model_id="m")
     assert request.adapter_stack == ["edit-1"]
     assert request.train_sequences == ["t1\nline 1", "t1\nline 2", "t1\ncontext 1"]
     assert [q.title for q in request.eval_questions] == ["t0", "t1", "t1"]
@@ -53,8 +56,8 @@ def test_an_edit_asks_all_passages_so_far_on_top_of_the_edits_before() -> None:
 
 def test_an_edit_is_named_after_what_it_is() -> None:
     def name(number: int = 0, text: str = "x", stack: tuple[str, ...] = (), model_id: str = "m") -> str:
-        texts = [*["earlier"] * len(stack), text]
-        return str(edit_request(number, PASSAGES, texts, stack, SETTINGS, model_id=model_id).adapter_name)
+        edits = Edits(number=number, passages=PASSAGES, texts=["earlier"] * len(stack), stack=list(stack))
+        return str(edit_request(edits, text, SETTINGS, model_id=model_id).adapter_name)
 
     assert name() == name()
     others = {name(number=1), name(text="y"), name(stack=("edit-1",)), name(model_id="n")}
@@ -62,9 +65,10 @@ def test_an_edit_is_named_after_what_it_is() -> None:
 
 
 def test_the_model_with_all_edits_so_far_writes_the_next_self_edit() -> None:
-    request = self_edit_request(0, PASSAGES[2], ["edit-1", "edit-2"], SETTINGS, model_id="m")
+    edits = Edits(passages=PASSAGES, texts=["one", "two"], stack=["edit-1", "edit-2"])
+    request = self_edit_request(edits, SETTINGS, model_id="m")
     assert request.adapter_stack == ["edit-1", "edit-2"] and "context 2" in request.prompts[0]
-    other = self_edit_request(1, PASSAGES[2], ["edit-1", "edit-2"], SETTINGS, model_id="m")
+    other = self_edit_request(replace(edits, number=1), SETTINGS, model_id="m")
     assert request.seed != other.seed and request.request_id != other.request_id
 
 

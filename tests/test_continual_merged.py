@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from seal_nb.errors import RunMismatch
-from seal_nb.experiments.continual_strategies import (
+from seal_nb.experiments.continual import (
     ContinualSettings,
+    Edits,
     content_of,
     draw_sequences,
     edit_and_merge,
@@ -47,27 +48,27 @@ def logits(folder: Path) -> torch.Tensor:
 def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
     merged, stacked = (ContinualSettings(strategy=name, **SETTINGS) for name in ("merged", "stacked"))  # type: ignore[arg-type]
-    (sequence,) = sequences = draw_sequences(PASSAGES, stacked)
-    with Journal(tmp_path / "j.jsonl") as journal:
-        stack: list[str] = []
-        with ttt_server(str(base), folder=tmp_path / "server", **SERVER) as ttt:
-            where = {"folder": tmp_path / "merged"}
-            ttt.model_id, model_id = "another", ttt.model_id
-            with pytest.raises(RunMismatch, match=f"asked of model another, .* has {model_id}"):
-                edit_and_merge(ttt, sequences, merged, journal, **where)
-            ttt.model_id = model_id
-            (done,) = edit_and_merge(ttt, sequences, merged, journal, **where)
-            (again,) = edit_and_merge(ttt, sequences, merged, journal, **where)
-            for step in range(1, 4):
-                request = edit_request(0, sequence, done.texts[:step], stack, stacked, model_id=model_id)
-                reply = ask(ttt, [request], journal).of(request)
-                stack.append(str(request.adapter_name))
-                theirs = done.replies[step - 1]
-                assert reply.adapter_texts == theirs.adapter_texts, f"step {step}"
-                losses, their_losses = torch.tensor(reply.epoch_losses), torch.tensor(theirs.epoch_losses)
-                assert torch.allclose(losses, their_losses, rtol=1e-4)
+    (sequence,) = draw_sequences(PASSAGES, stacked)
+    done, again, ours = (Edits(passages=sequence) for _ in range(3))
+    with Journal(tmp_path / "j.jsonl") as journal, ttt_server(str(base), folder=tmp_path / "server", **SERVER) as ttt:
+        where = {"folder": tmp_path / "merged"}
+        ttt.model_id, model_id = "another", ttt.model_id
+        with pytest.raises(RunMismatch, match=f"asked of model another, .* has {model_id}"):
+            edit_and_merge(ttt, done, merged, journal, **where)
+        ttt.model_id = model_id
+        edit_and_merge(ttt, done, merged, journal, **where)
+        edit_and_merge(ttt, again, merged, journal, **where)
+        for step in range(1, 4):
+            text = done.texts[step - 1]
+            request = edit_request(ours, text, stacked, model_id=model_id)
+            reply = ask(ttt, [request], journal).of(request)
+            ours.add(text, request, reply)
+            theirs = done.replies[step - 1]
+            assert reply.adapter_texts == theirs.adapter_texts, f"step {step}"
+            losses, their_losses = torch.tensor(reply.epoch_losses), torch.tensor(theirs.epoch_losses)
+            assert torch.allclose(losses, their_losses, rtol=1e-4)
     assert again.stack == done.stack and again.replies == done.replies
-    adapters = [tmp_path / "server" / "adapters" / name for name in stack]
+    adapters = [tmp_path / "server" / "adapters" / name for name in ours.stack]
     at_once = merge_stack(str(base), adapters, tmp_path / "at_once")
     (step_by_step,) = (tmp_path / "merged").glob("sequence_1_*/model_3")
     change = (logits(base) - logits(at_once)).norm()

@@ -7,25 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual import summary_file_name
-from seal_nb.experiments.continual_strategies import (
+from seal_nb.experiments.continual import (
     STRATEGIES,
     Bm25,
     ContinualSettings,
+    Edits,
     edit_request,
     retrieval_accuracy,
     route,
     self_edit_request,
+    summary_file_name,
 )
-from seal_nb.experiments.control import control_frame, general_questions
+from seal_nb.experiments.session import control_frame, general_questions
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTReply, build_reply
 from seal_nb.results.continual import strategy_rows
 
 SHIPPED = load_passages("shipped:val")
 SEQUENCE = SHIPPED[:4]
-TEXTS = ["one", "two\ntoo", "three"]
 STACK = ["edit-1", "edit-2"]
+EDITS = Edits(passages=SEQUENCE, texts=["one", "two\ntoo"], stack=STACK)
 
 
 def settings(strategy: str, **fields: object) -> ContinualSettings:
@@ -33,16 +34,13 @@ def settings(strategy: str, **fields: object) -> ContinualSettings:
 
 
 def third_edit(strategy: str, **fields: object):
-    return edit_request(0, SEQUENCE, TEXTS, STACK, settings(strategy, **fields), model_id="m")
+    return edit_request(EDITS, "three", settings(strategy, **fields), model_id="m")
 
 
 def test_only_stacked_strategies_edit_and_write_on_top_of_earlier_edits() -> None:
     under = {name: third_edit(name).adapter_stack for name in STRATEGIES}
     assert under == {"stacked": STACK, "replay": STACK, "merged": [], "retrieval": []}
-    writing = {
-        name: self_edit_request(0, SEQUENCE[2], STACK, settings(name), model_id="m").adapter_stack
-        for name in STRATEGIES
-    }
+    writing = {name: self_edit_request(EDITS, settings(name), model_id="m").adapter_stack for name in STRATEGIES}
     assert writing == under
 
 

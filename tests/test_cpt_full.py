@@ -142,7 +142,8 @@ def test_what_is_finished_is_neither_trained_nor_asked_again(finished: Path) -> 
     weights = finished / "model_hand_written_full" / "model.safetensors"
     before, written = weights.stat().st_mtime_ns, (finished / "cpt_run_hand_written_full.json").read_text()
     own = {"model": str(finished.parent / "tiny"), "run_dir": finished / "server", "inner_loop": "no_such:module"}
-    ttt = TTT(TTTClient("tcp://127.0.0.1:1"), server=TTTServer(**own), grader="local")
+    server = TTTServer(**own)
+    ttt = TTT(TTTClient("tcp://127.0.0.1:1"), server=server, settings=server.settings, grader="local")
     ttt.model_id = json.loads(written)["model"]
     settings = settings_of_run()
     again = cpt(

@@ -9,13 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.rest_em import (
-    eval_times_wanted,
-    ranking_summary,
-    repeats_needed,
-    repeats_sentence,
-    winner_agreement,
-)
+from seal_nb.experiments.rest_em import RankingSummary, WinnerAgreement
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import SinglePassageRun
 
@@ -57,55 +51,55 @@ def _measured(truth: float, within: float, draws: random.Random) -> float:
 def test_the_published_ranking_is_hardly_better_than_chance(golden: Path) -> None:
     """Two of its three repeats agree on the winner about once in four; chance is once in five."""
     run = read_run(golden / "results/rank_iter0.json.gz")
-    agreement = winner_agreement(run)
-    assert agreement is not None and agreement.chance == 0.2
+    agreement = WinnerAgreement(run)
+    assert agreement.observed is not None and agreement.chance == 0.2
     assert agreement.observed.mean == pytest.approx(0.243, abs=0.001)
     assert agreement.sentence().endswith("chance 20.0 %: not distinguishable from chance")
-    summary = ranking_summary(run)
+    summary = RankingSummary(run)
     assert summary.reliability == pytest.approx(0.318, abs=0.001)
-    assert repeats_needed(summary, reliability=0.8) == 26
-    assert "0.80 would take 26 repeats" in repeats_sentence(summary)
+    assert summary.repeats_needed(reliability=0.8) == 26
+    assert "0.80 would take 26 repeats" in summary.sentence()
 
 
 def test_repeats_that_agree_always_pick_the_same_winner() -> None:
-    agreement = winner_agreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 8))
-    assert agreement is not None
+    agreement = WinnerAgreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 8))
+    assert agreement.observed is not None
     assert (agreement.observed.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
     assert "more than chance" in agreement.sentence()
-    few = winner_agreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
-    assert few is not None and few.sentence().endswith("too few to tell (at least 6)")
+    few = WinnerAgreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
+    assert few.sentence().endswith("too few to tell (at least 6)")
 
 
 def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() -> None:
-    agreement = winner_agreement(run_of([[[0.4, 0.4]] * 4] * 10))
-    assert agreement is not None and agreement.observed.mean == agreement.chance == 0.25
+    agreement = WinnerAgreement(run_of([[[0.4, 0.4]] * 4] * 10))
+    assert agreement.observed is not None and agreement.observed.mean == agreement.chance == 0.25
 
 
 def test_pure_noise_agrees_as_often_as_chance_and_has_no_number_of_repeats() -> None:
     run = noisy(200, 2, between=0.0, within=0.2)
-    agreement = winner_agreement(run)
-    assert agreement is not None
+    agreement = WinnerAgreement(run)
+    assert agreement.observed is not None
     assert agreement.observed.low <= agreement.chance <= agreement.observed.high
-    no_difference = ranking_summary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
-    assert repeats_needed(no_difference) is None
-    assert "coin toss" in repeats_sentence(no_difference)
+    no_difference = RankingSummary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
+    assert no_difference.repeats_needed() is None
+    assert "coin toss" in no_difference.sentence()
 
 
 def test_the_repeats_that_are_said_to_be_needed_give_the_reliability_asked_for() -> None:
     """Variances 0.01 and 0.02: 0.8 takes 4 × 0.02 / 0.01 = 8 repeats."""
-    summary = ranking_summary(noisy(150, 3, between=0.1, within=0.02**0.5))
-    assert repeats_needed(summary, reliability=0.8) == pytest.approx(8, abs=3)
-    enough = ranking_summary(noisy(100, 8, between=0.1, within=0.02**0.5, seed=1))
+    summary = RankingSummary(noisy(150, 3, between=0.1, within=0.02**0.5))
+    assert summary.repeats_needed(reliability=0.8) == pytest.approx(8, abs=3)
+    enough = RankingSummary(noisy(100, 8, between=0.1, within=0.02**0.5, seed=1))
     assert enough.reliability == pytest.approx(0.8, abs=0.05)
-    assert "enough for 0.70" in repeats_sentence(enough, reliability=0.7)
+    assert "enough for 0.70" in enough.sentence(reliability=0.7)
 
 
 def test_one_repeat_says_nothing_and_wants_a_second() -> None:
     run = run_of([[[0.1], [0.9]]] * 3)
-    assert winner_agreement(run) is None
-    assert repeats_needed(ranking_summary(run)) is None
-    assert "is not known" in repeats_sentence(ranking_summary(run))
-    assert eval_times_wanted(run, reliability=0.8, most=9) == 2
+    assert WinnerAgreement(run).observed is None
+    assert RankingSummary(run).repeats_needed() is None
+    assert "is not known" in RankingSummary(run).sentence()
+    assert RankingSummary(run).repeats_wanted(reliability=0.8, most=9) == 2
 
 
 SIX_NOISY = noisy(6, 3, between=0.1, within=0.2)
@@ -113,14 +107,14 @@ SIX_NOISY = noisy(6, 3, between=0.1, within=0.2)
 
 @given(st.floats(0.05, 0.95), st.integers(1, 30))
 def test_repeats_are_added_never_taken_away_and_never_beyond_the_most(reliability: float, most: int) -> None:
-    assert 3 <= eval_times_wanted(SIX_NOISY, reliability=reliability, most=most) <= max(3, most)
+    assert 3 <= RankingSummary(SIX_NOISY).repeats_wanted(reliability=reliability, most=most) <= max(3, most)
 
 
 def test_a_reliability_that_cannot_be_is_refused() -> None:
     with pytest.raises(SettingsError, match="reliability is 1"):
-        repeats_needed(ranking_summary(run_of([[[0.1, 0.2], [0.3, 0.4]]])), reliability=1)
+        RankingSummary(run_of([[[0.1, 0.2], [0.3, 0.4]]])).repeats_needed(reliability=1)
 
 
 def test_a_run_without_any_answer_has_no_repeats() -> None:
-    summary = ranking_summary(SinglePassageRun(value={"articles": [{"title": "T", "completions": []}]}))
+    summary = RankingSummary(SinglePassageRun(value={"articles": [{"title": "T", "completions": []}]}))
     assert (summary.reliability, summary.n_ranked) == (None, 0)

@@ -12,7 +12,7 @@ import seal_nb
 from benchmarks.stand_in import Answer, Asked, error, stand_in
 from seal_nb.cli import main
 from seal_nb.errors import DataError
-from seal_nb.experiments.continual import sequence_record
+from seal_nb.experiments.continual import Edits, sequence_record
 from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request
 from seal_nb.experiments.rest_em import select_best
 from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Verdict
@@ -218,7 +218,8 @@ def own_summary(step_verdicts: Sequence[Sequence[bool | None]]) -> dict[str, Any
     rows = [verdict_row(reply.adapter_correct, counts, step) for step, reply in enumerate(replies)]
     summary = summarize_sequences([continual_matrix(rows)], dataset="d", base_model="m")
     requests = [TTTRequest(train_sequences=["x"], request_id=str(n), seed=n) for n in range(3)]
-    return {**summary, "sequences": [sequence_record(sequence, ["t"] * 2, requests, replies)]}
+    edits = Edits(passages=sequence, texts=["t"] * 2, requests=requests, replies=replies)
+    return {**summary, "sequences": [sequence_record(edits)]}
 
 
 def test_continual_summary_graded_again_is_what_it_would_have_been() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.rest_em import ranking_summary, select_best, sft_file_name, sft_rows, write_sft_file
+from seal_nb.experiments.rest_em import RankingSummary, select_best, sft_file_name, sft_rows, write_sft_file
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import read_json
@@ -60,9 +60,9 @@ def test_the_published_selection_survives_without_per_question_records(published
 
 def test_22_of_50_published_passages_tie_and_10_gain_nothing(published: dict[str, Any]) -> None:
     run = SinglePassageRun(value=published)
-    summary = ranking_summary(run)
+    summary = RankingSummary(run)
     assert (summary.n_passages, summary.n_tied_best, summary.n_best_without_gain) == (50, 22, 10)
-    assert sum(choice.is_kept for choice in select_best(run, drop_no_gain=True)) == 40
+    assert sum(choice.self_edit is not None for choice in select_best(run, drop_no_gain=True)) == 40
     assert summary.share_between is not None and 0.05 < summary.share_between < 0.3
 
 
@@ -85,14 +85,14 @@ def test_several_best_come_best_first() -> None:
 
 def test_a_null_mean_is_unrankable_and_said() -> None:
     (choice,) = select_best(one_passage(None, None))
-    assert not choice.is_kept and "no self-edit can be ranked" in choice.reason
-    assert ranking_summary(one_passage(None, 0.5)).n_unrankable_self_edits == 1
+    assert choice.self_edit is None and "no self-edit can be ranked" in choice.reason
+    assert RankingSummary(one_passage(None, 0.5)).n_unrankable_self_edits == 1
     assert sft_rows(one_passage(None), [choice]) == []
 
 
 def test_null_records_anywhere_are_absent_records() -> None:
     run = SinglePassageRun(value={"overall": None, "articles": [None, {"completions": [None, {"text": None}]}]})
-    assert [choice.is_kept for choice in select_best(run)] == [False, False]
+    assert [choice.self_edit for choice in select_best(run)] == [None, None]
 
 
 def test_an_ungraded_answer_is_no_reward() -> None:
@@ -103,9 +103,9 @@ def test_an_ungraded_answer_is_no_reward() -> None:
     assert choice.reason.endswith(
         "left out: UNGRADED answers in self-edit 1, 2; grade it again: seal-nb grade --only-ungraded"
     )
-    assert ranking_summary(run).n_unrankable_self_edits == 2
+    assert RankingSummary(run).n_unrankable_self_edits == 2
     (none,) = select_best(graded_passage([question(True), question(None)]))
-    assert not none.is_kept and "grade it again: seal-nb grade --only-ungraded" in none.reason
+    assert none.self_edit is None and "grade it again: seal-nb grade --only-ungraded" in none.reason
     assert sft_rows(run, [none]) == []
 
 
@@ -123,9 +123,9 @@ def test_without_soft_scores_file_order_decides_and_is_named() -> None:
 
 def test_dropping_what_gains_nothing_says_what_was_dropped_and_keeps_what_is_unknown() -> None:
     (dropped,) = select_best(one_passage(0.1, 0.2), drop_no_gain=True)
-    assert not dropped.is_kept and dropped.reason == "its best self-edit gains nothing (+0.0 points)"
+    assert dropped.self_edit is None and dropped.reason == "its best self-edit gains nothing (+0.0 points)"
     unknown = one_passage(completions=[{"text": "a", "stats": {"adapter_mean": 0.5, "gain_mean": None}}])
-    assert select_best(unknown, drop_no_gain=True)[0].is_kept
+    assert select_best(unknown, drop_no_gain=True)[0].self_edit is not None
 
 
 def test_a_missing_prompt_is_refused_by_place_and_filled_in_when_its_key_is_given() -> None:
@@ -139,12 +139,12 @@ def test_a_missing_prompt_is_refused_by_place_and_filled_in_when_its_key_is_give
 def test_variances_are_those_of_a_worked_example() -> None:
     repeats = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
     run = graded_passage(*[[question(bool(value), rep=rep) for rep, value in enumerate(values)] for values in repeats])
-    summary = ranking_summary(run)
+    summary = RankingSummary(run)
     within = statistics.mean(map(statistics.variance, repeats))
     assert summary.variance_between_repeats == pytest.approx(within)
     between = statistics.variance([2 / 3, 1 / 3]) - within / 3
     assert summary.variance_between_self_edits == pytest.approx(max(0.0, between))
-    assert ranking_summary(one_passage(0.5, 0.4)).share_between is None
+    assert RankingSummary(one_passage(0.5, 0.4)).share_between is None
 
 
 def test_no_selection_can_be_asked_for_that_is_not_one() -> None:

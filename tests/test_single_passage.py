@@ -228,7 +228,7 @@ def test_an_inner_loop_without_a_reply_is_missing_and_not_wrong() -> None:
 def test_a_run_without_any_reply_has_null_numbers() -> None:
     run = built(loops_of(), {})
     assert set(run["overall"].values()) == {None}
-    assert not any(choice.is_kept for choice in select_best(SinglePassageRun(value=run)))
+    assert not any(choice.self_edit is not None for choice in select_best(SinglePassageRun(value=run)))
 
 
 def test_a_reply_to_other_questions_is_refused() -> None:

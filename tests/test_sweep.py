@@ -8,7 +8,7 @@ import pytest
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
-from seal_nb.experiments.sweep import Point, grid_of, sweep_points, sweep_rows
+from seal_nb.experiments.sweep import Point, Sweep, grid_of, sweep_points
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, TTTReply, build_reply
 from seal_nb.results.single_passage import SinglePassageRun
@@ -41,7 +41,7 @@ def answered(points: Sequence[Point], loops: Sequence[Sequence[PlannedLoop]]) ->
 
 def rows_of(points: Sequence[Point], loops: Sequence[Sequence[PlannedLoop]], replies: dict[str, TTTReply]) -> list:
     built = [build_run(PASSAGES, own, replies, settings) for (_, settings), own in zip(points, loops, strict=True)]
-    return sweep_rows([values for values, _ in points], [SinglePassageRun(value=value) for value in built])
+    return Sweep([values for values, _ in points], [SinglePassageRun(value=value) for value in built]).rows
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"lora_rank": 8}', "lora_rank=8"])

@@ -1,102 +1,117 @@
 """Continual self-edits: passages are edited into the weights one after the other (`continual`).
 
-SEAL, arXiv 2506.10943, `continual_self_edits.py`: the model as it is now writes a self-edit of the next passage, an
-adapter is trained on it, and all passages so far are asked again. The published code merges each adapter into the
-weights. Here it stays as a frozen adapter in a stack, which gives the same outputs, so all sequences advance together.
-Other strategies are in `continual_strategies`; the matrix and its means are in `results.continual`.
+SEAL, arXiv 2506.10943: the model as it is now writes a self-edit of the next passage, an adapter is trained on it, and
+all passages so far are asked again. `edit_and_merge` makes a model folder and a server for each edit, as published.
+Stacked adapters give the same outputs without copies of the model, and all sequences advance together. With retrieval,
+BM25 (Robertson & Zaragoza 2009) chooses one adapter for a question, or the base where no word is shared.
 """
 
+import math
+import random
+import re
+import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
-from seal_nb.experiments.continual_strategies import (
-    ContinualSettings,
-    Edits,
-    answers_by_retrieval,
-    draw_sequences,
-    edit_and_merge,
-    edit_request,
-    texts_of_step,
-    unedited_request,
-)
-from seal_nb.experiments.control import ask_control, control_frame
-from seal_nb.experiments.session import TTT, ask, tell_work
-from seal_nb.experiments.settings import Arm, Training, names_in
-from seal_nb.metrics import Verdicts
+import pandas as pd
+from matplotlib.figure import Figure
+
+from seal_nb.errors import RunMismatch, SettingsError
+from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
+from seal_nb.experiments.settings import Arm, Settings, Training, names_in, texts_of_arm
+from seal_nb.experiments.single_passage import eval_questions
+from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
-from seal_nb.protocol import TTTReply, TTTRequest
-from seal_nb.results.continual import (
-    ContinualRun,
-    Matrix,
-    continual_estimates,
-    continual_matrix,
-    strategy_rows,
-    summarize_sequences,
-    verdict_row,
-)
-from seal_nb.storage import Journal, runs_folder, write_json, write_record
+from seal_nb.prompts import self_edit_prompt
+from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, build_reply
+from seal_nb.results.continual import ContinualRun, continual_estimates, strategy_rows
+from seal_nb.self_edits import train_sequences
+from seal_nb.storage import Journal, content_id, derived_seed, runs_folder, write_record
 from seal_nb.views import plots
+from seal_nb.views.live import Teller
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+Strategy = Literal["stacked", "merged", "replay", "retrieval"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+STACKED = ("stacked", "replay")  # earlier edits lie below the next one, and also write its self-edit
+K1, B = 1.5, 0.75  # the customary values of BM25
 
 
-class Continual(dict[str, list[list[list[Verdicts | None]]]]):
-    """Verdicts after every edit, by strategy, with tables and figures. `continual["stacked"][s][t][p]` are the verdicts
-    on passage p of sequence s after t edits; None where the passage was not asked. `sequences[s]` are the passages of a
-    sequence, `texts[strategy][s]` the self-edits."""
+@dataclass(frozen=True, kw_only=True)
+class ContinualSettings(Settings):
+    """One strategy; defaults as published (one of its eight runs; run r has seed 42 + r)."""
+
+    n_sequences: int = 8
+    n_datapoints: int = 8  # passages of a sequence
+    strategy: Strategy = "stacked"  # how an edit is kept
+    replay_passages: int = 0  # with "replay": earlier passages trained on again with each edit; 0: all
+    arm: Arm = "self_edits"  # written by the model with all edits so far; the other arms have given texts
+    prompt_key: str = "implications"
+    max_tokens: int = 8192  # of one self-edit
+    temperature: float = 1.0
+    top_p: float = 0.95
+    split_newlines: bool = True
+    seed: int = 42
+    training: Training = field(default_factory=Training)
+
+    positive = ("n_sequences", "n_datapoints")
+    not_negative = ("replay_passages",)
+
+
+@dataclass(kw_only=True)
+class Edits:
+    """A sequence of passages with its edits so far: adapter (`stack`) and self-edit (`texts`) of each. `requests` and
+    `replies` begin with those of row 0, which asks the model without edits. `number`: of the sequence."""
+
+    number: int = 0
+    passages: Sequence[Passage]
+    stack: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    requests: list[TTTRequest] = field(default_factory=list)
+    replies: list[TTTReply] = field(default_factory=list)
+
+    def add(self, text: str, request: TTTRequest, reply: TTTReply) -> None:
+        self.stack.append(str(request.adapter_name))
+        self.texts.append(text)
+        self.requests.append(request)
+        self.replies.append(reply)
+
+
+class Continual(dict[str, ContinualRun]):
+    """What `continual` returns: the runs by strategy, with tables and figures. `sequences[s]` are the passages of a
+    sequence; `continual["stacked"].verdicts()[s][t][p]` are the verdicts on its passage p after t edits."""
 
     def __init__(
-        self,
-        sequences: Sequence[Sequence[Passage]],
-        verdicts: Mapping[str, list[list[list[Verdicts | None]]]],
-        texts: Mapping[str, list[list[str]]],
-        control: Mapping[str, TTTReply],
+        self, sequences: Sequence[Sequence[Passage]], runs: Mapping[str, ContinualRun], control: Mapping[str, TTTReply]
     ) -> None:
-        super().__init__(verdicts)
-        self.sequences, self.texts, self._control = sequences, texts, control
+        super().__init__(runs)
+        self.sequences, self._control = sequences, control
 
-    def matrices(self, strategy: str) -> list[list[list[float | None]]]:
-        """One matrix for each sequence: row t, column p is the accuracy on passage p after t edits."""
-        return [continual_matrix(rows) for rows in self[strategy]]
-
-    def mean_matrix(self, strategy: str) -> Matrix:
-        """The matrix averaged over sequences."""
-        return self._run(strategy).mean
-
-    def _run(self, strategy: str) -> ContinualRun:
-        return ContinualRun(value=summarize_sequences(self.matrices(strategy), dataset="", base_model=""))
-
-    def estimates(self) -> "pd.DataFrame":
+    def estimates(self) -> pd.DataFrame:
         """Strategy, quantity, mean and 95 % interval; differences are paired over sequences."""
-        import pandas as pd
-
         return pd.DataFrame(
             {"strategy": name, "quantity": quantity, **asdict(estimate)}
-            for name in self
-            for quantity, estimate in continual_estimates(self.matrices(name)).items()
+            for name, run in self.items()
+            for quantity, estimate in continual_estimates(run.matrices).items()
         )
 
-    def strategies(self) -> "pd.DataFrame":
+    def strategies(self) -> pd.DataFrame:
         """Accuracy on all passages after the last edit, each strategy against the first."""
-        import pandas as pd
+        return pd.DataFrame(strategy_rows({name: run.matrices for name, run in self.items()}))
 
-        return pd.DataFrame(strategy_rows({name: self.matrices(name) for name in self}))
-
-    def unrelated(self) -> "pd.DataFrame":
+    def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions before and after all edits; empty unless they were asked."""
         return control_frame(self._control)
 
-    def plot_matrix(self, strategy: str) -> "Figure":
+    def plot_matrix(self, strategy: str) -> Figure:
         """The mean matrix as a heat map; cells of passages that were not asked are blank."""
-        return plots.plot_continual_matrix(self.mean_matrix(strategy), n_sequences=len(self.sequences))
+        return plots.plot_continual_matrix(self[strategy].mean, n_sequences=len(self.sequences))
 
-    def plot_curve(self, strategy: str) -> "Figure":
+    def plot_curve(self, strategy: str) -> Figure:
         """Accuracy on all passages so far after each edit, and of the model that was never edited."""
-        run = self._run(strategy)
+        run = self[strategy]
         curve = run.curve()
         return plots.plot_continual_curve(run.seen(), curve["never_edited"], just_edited=curve["just_edited"])
 
@@ -148,7 +163,7 @@ def continual(
         price_per_hour: of the server; adds the cost to the line that says how much work it is.
 
     Returns:
-        Verdicts by strategy. The summaries (`summary_continual.json` …) are in `folder`.
+        The runs by strategy. Their files (`summary_continual.json` …) are in `folder`.
 
     Raises:
         SettingsError: for settings that do not fit, such as fewer passages than a sequence needs.
@@ -156,100 +171,67 @@ def continual(
 
     Source: SEAL, arXiv 2506.10943, "catastrophic forgetting".
     """
-    folder = runs_folder(folder)
-    settings = {
-        name: ContinualSettings(
-            strategy=name,  # type: ignore[arg-type]
-            n_sequences=n_sequences,
-            n_datapoints=n_datapoints,
-            arm=arm,
-            replay_passages=replay_passages,
-            prompt_key=prompt_key,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            split_newlines=split_newlines,
-            seed=seed,
-            training=training or Training(),
-        )
-        for name in names_in("strategies", strategies)
-    }
+    given, folder = locals() | {"training": training or Training()}, runs_folder(folder)
+    names = names_in("strategies", strategies)
+    settings = {name: ContinualSettings.from_parameters(given, strategy=name) for name in names}
     first = next(iter(settings.values()))
     sequences = draw_sequences(passages, first)
     edits_of: dict[str, list[Edits]] = {}
     with Journal(folder / "journal.jsonl") as journal:
         row_zero = [unedited_request(sequence, first, model_id=ttt.model_id) for sequence in sequences]
-        unedited = [ask(ttt, row_zero, journal, what="never edited").of(request) for request in row_zero]
+        unedited = ask(ttt, row_zero, journal, what="never edited")
         for name, one in settings.items():
+            edits_S = edits_of[name] = [
+                Edits(number=number, passages=sequence, requests=[request], replies=[unedited.of(request)])
+                for number, (sequence, request) in enumerate(zip(sequences, row_zero, strict=True))
+            ]
             if name == "merged":
-                edits_of[name] = edit_and_merge(ttt, sequences, one, journal, folder=folder / name)
+                for edits in edits_S:
+                    edit_and_merge(ttt, edits, one, journal, folder=folder / name)
                 continue
-            edits_of[name] = [Edits() for _ in sequences]
             for step in range(1, n_datapoints + 1):
-                texts = texts_of_step(ttt, journal, sequences, edits_of[name], one)
-                requests = [
-                    edit_request(number, sequence, [*edits.texts, text], edits.stack, one, model_id=ttt.model_id)
-                    for number, (sequence, edits, text) in enumerate(zip(sequences, edits_of[name], texts, strict=True))
-                ]
-                what = f"{name}, edit {step} of {n_datapoints}"
-                tell_work(ttt, requests, journal, what=what, price_per_hour=price_per_hour)
-                collected = ask(ttt, requests, journal, what=f"{name}, edit {step}")
-                for edits, text, request in zip(edits_of[name], texts, requests, strict=True):
+                what, texts = f"{name}, edit {step}", next_texts(ttt, edits_S, one, journal)
+                pairs = zip(edits_S, texts, strict=True)
+                requests = [edit_request(edits, text, one, model_id=ttt.model_id) for edits, text in pairs]
+                work = f"{what} of {n_datapoints}"
+                collected = ask(ttt, requests, journal, what=what, work=work, price_per_hour=price_per_hour)
+                for edits, text, request in zip(edits_S, texts, requests, strict=True):
                     edits.add(text, request, collected.of(request))
                 if name == "retrieval":
-                    stacks = [edits.stack for edits in edits_of[name]]
-                    answered = answers_by_retrieval(ttt, journal, sequences, stacks, settings=one)
-                    for edits, reply in zip(edits_of[name], answered, strict=True):
-                        edits.replies[-1] = reply
+                    answers_by_retrieval(ttt, edits_S, one, journal)
         control = {}
         if check_unrelated:
-            stacked = [name for name in settings if name in ("stacked", "replay")]
-            ends = {f"{name} {s + 1}": edits.stack for name in stacked for s, edits in enumerate(edits_of[name])}
+            stacked = [name for name in settings if name in STACKED]
+            ends = {f"{name} {edits.number + 1}": edits.stack for name in stacked for edits in edits_of[name]}
             control = ask_control(ttt, journal, ends, first.training, seed=seed)
-    verdicts = {
-        name: [
-            [
-                verdict_row(reply.adapter_correct, [len(passage.questions) for passage in sequence], step)
-                for step, reply in enumerate([unedited[s], *edits.replies])
-            ]
-            for s, (sequence, edits) in enumerate(zip(sequences, edits_S, strict=True))
-        ]
-        for name, edits_S in edits_of.items()
-    }
-    result = Continual(
-        sequences, verdicts, {name: [edits.texts for edits in edits_S] for name, edits_S in edits_of.items()}, control
-    )
+    runs = {}
     for name, one in settings.items():
-        records = [
-            sequence_record(sequence, edits.texts, [row_zero[s], *edits.requests], [unedited[s], *edits.replies])
-            for s, (sequence, edits) in enumerate(zip(sequences, edits_of[name], strict=True))
-        ]
-        summary = summarize_sequences(result.matrices(name), dataset=Path(dataset).name, base_model=ttt.model_id)
-        path = write_json(folder / summary_file_name(name), summary | {"strategy": name, "sequences": records})
-        write_record(path, stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed})
-    return result
+        records, about = [sequence_record(edits) for edits in edits_of[name]], Path(dataset).name
+        runs[name] = ContinualRun.of(records, dataset=about, base_model=ttt.model_id, strategy=name)
+        runs[name].path = runs[name].write(folder / summary_file_name(name))
+        write_record(runs[name].path, stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed})
+    return Continual(sequences, runs, control)
 
 
-def sequence_record(
-    sequence: Sequence[Passage], texts: Sequence[str], requests: Sequence[TTTRequest], replies: Sequence[TTTReply]
-) -> dict[str, Any]:
+def sequence_record(edits: Edits) -> dict[str, Any]:
     """What a summary keeps of one sequence: self-edits, answers and verdicts of every step, row 0 first."""
     return {
-        "titles": [passage.title for passage in sequence],
+        "titles": [passage.title for passage in edits.passages],
         # Titles repeat: without its questions no answer could be graded again.
         "questions": [
-            [{"question": one.question, "answer": one.answer} for one in passage.questions] for passage in sequence
+            [{"question": one.question, "answer": one.answer} for one in passage.questions]
+            for passage in edits.passages
         ],
-        "self_edits": list(texts),
+        "self_edits": edits.texts,
         "steps": [
             {
                 "request_id": request.request_id,
                 "seed": request.seed,
                 "texts": reply.adapter_texts,
                 "correct": reply.adapter_correct,
-                "n_ungraded": sum(verdict is None for verdict in reply.adapter_correct),
+                "n_ungraded": reply.n_ungraded,
             }
-            for request, reply in zip(requests, replies, strict=True)
+            for request, reply in zip(edits.requests, edits.replies, strict=True)
         ],
     }
 
@@ -257,3 +239,185 @@ def sequence_record(
 def summary_file_name(strategy: str) -> str:
     """`summary_continual.json` for stacked adapters, the published way; other strategies add their name."""
     return "summary_continual.json" if strategy == "stacked" else f"summary_continual_{strategy}.json"
+
+
+def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> list[list[Passage]]:
+    """`n_sequences` random samples without repetition within a sequence. Raises: SettingsError."""
+    n, n_there = settings.n_datapoints, len(passages)
+    if n_there < n:
+        raise SettingsError(f"n_datapoints={n}, but the dataset has {n_there} passages; lower it")
+    generator = random.Random(settings.seed)
+    return [generator.sample(list(passages), n) for _ in range(settings.n_sequences)]
+
+
+def unedited_request(sequence: Sequence[Passage], settings: ContinualSettings, *, model_id: str) -> TTTRequest:
+    """Row 0: all passages of a sequence, asked of the untouched model."""
+    how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
+    return loop_request(model_id, settings.training, questions=eval_questions(*sequence), **how)
+
+
+def edit_request(edits: Edits, text: str, settings: ContinualSettings, *, model_id: str) -> TTTRequest:
+    """Train on the self-edit `text` of the next passage and on those that are replayed, keep the adapter, ask all
+    passages so far. With retrieval nothing is asked here: the adapter is chosen question by question."""
+    last, texts = len(edits.texts), [*edits.texts, text]
+    replayed: list[int] = []
+    if settings.strategy == "replay":
+        draws = random.Random(derived_seed(settings.seed, "replay", edits.number, last))
+        replayed = sorted(draws.sample(range(last), min(last, settings.replay_passages or last)))
+    lines = []
+    for at in (*replayed, last):
+        about = {"title": edits.passages[at].title, "context": edits.passages[at].context}
+        lines += train_sequences(texts[at], **about, split_newlines=settings.split_newlines)
+    seen = [] if settings.strategy == "retrieval" else edits.passages[: last + 1]
+    return loop_request(
+        model_id,
+        settings.training,
+        texts=lines,
+        questions=eval_questions(*seen),
+        keep="edit",
+        adapter_stack=edits.stack if settings.strategy in STACKED else [],
+        skip_baseline=True,  # the row before has already asked the model without this edit
+        seed=derived_seed(settings.seed, "edit", edits.number, edits.passages[last].title, last + 1),
+    )
+
+
+def self_edit_request(edits: Edits, settings: ContinualSettings, *, model_id: str) -> GenerateRequest:
+    """The model with all edits so far writes the self-edit of the next passage."""
+    passage = edits.passages[len(edits.texts)]
+    request = GenerateRequest(
+        prompts=[self_edit_prompt(settings.prompt_key, title=passage.title, context=passage.context)],
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        adapter_stack=edits.stack if settings.strategy in STACKED else [],
+        priority=0,
+        seed=derived_seed(settings.seed, "write", edits.number, passage.title, len(edits.stack)),
+    )
+    return identified(request, model_id)
+
+
+def next_texts(ttt: TTT, edits_S: Sequence[Edits], settings: ContinualSettings, journal: Journal) -> list[str]:
+    """What the next edit of each sequence is trained on: new self-edits, or texts of the arm. Raises: RemoteError."""
+    if settings.arm != "self_edits":
+        step = len(edits_S[0].texts)
+        return [texts_of_arm(settings.arm, edits.passages[step], step, k_completions=1)[0] for edits in edits_S]
+    requests = [self_edit_request(edits, settings, model_id=ttt.model_id) for edits in edits_S]
+    written = ask(ttt, requests, journal, what="self-edits")
+    return [written.of(request).texts[0].strip() for request in requests]
+
+
+def edit_and_merge(ttt: TTT, edits: Edits, settings: ContinualSettings, journal: Journal, *, folder: Path) -> None:
+    """All edits of a sequence, each on the model that the edit before it was merged into, by servers like `ttt`. The
+    subfolder is named after the content, so that a merged model is never used for other passages or settings. The last
+    model stays. Raises: RunMismatch where the first of these servers holds another model than `ttt`, RemoteError."""
+    from seal_nb.ttt.lora import merge_stack
+
+    content = content_of(edits.number, edits.passages, settings, ttt.model_id)
+    place = folder / f"sequence_{edits.number + 1}_{content}"
+    now = ttt.settings.model if ttt.settings else ""  # without settings, `another` raises
+    for step in range(1, len(edits.passages) + 1):
+        key, run_dir = content_id(["merged", content, step]), place / f"server_{step}"
+        if key not in journal:
+            with ttt.another(now, folder=run_dir) as served:
+                if step == 1 and served.model_id != ttt.model_id:
+                    raise RunMismatch(
+                        f"row 0 was asked of model {ttt.model_id}, the server for the merged edits has "
+                        f"{served.model_id}; give both the same model, dtype, grader and deterministic"
+                    )
+                (text,) = next_texts(served, [edits], settings, journal)
+                request = edit_request(edits, text, settings, model_id=served.model_id)
+                # Not through the journal: a stacked run has the same first edit, with its adapter elsewhere.
+                reply = served.client.evaluate(request)
+            done = {"request": request.model_dump(mode="json"), "reply": reply.model_dump(mode="json")}
+            journal.append(key, {"text": text, **done})
+        done = journal.get(key)
+        edits.add(done["text"], TTTRequest.model_validate(done["request"]), TTTReply.model_validate(done["reply"]))
+        if not (merged := place / f"model_{step}").is_dir():
+            merge_stack(now, [run_dir / "adapters" / edits.stack[-1]], merged)
+        if Path(now).parent == place:
+            shutil.rmtree(now, ignore_errors=True)  # the merged model before this one
+        now = str(merged)
+        Teller()(f"merged, sequence {edits.number + 1}: edit {step} of {len(edits.passages)}")
+
+
+def content_of(number: int, sequence: Sequence[Passage], settings: ContinualSettings, model_id: str) -> str:
+    """The id of everything that the edits of a sequence depend on. Titles alone do not tell passages apart."""
+    own: list[object] = [settings.arm, settings.prompt_key, settings.max_tokens, settings.temperature, settings.top_p]
+    own += [settings.split_newlines, settings.seed, settings.training.request_fields()]
+    return content_id([model_id, number, [asdict(passage) for passage in sequence], own])
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+class Bm25:
+    """Scores of a question against a few passages, title and text."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.counts_P = [Counter(words(f"{one.title} {one.context}")) for one in passages]
+        lengths = [sum(counts.values()) for counts in self.counts_P]
+        mean = sum(lengths) / max(len(lengths), 1) or 1.0  # 1.0: no passage has a word, and every score is 0
+        self.norms_P = [K1 * (1 - B + B * length / mean) for length in lengths]
+
+    def scores(self, question: str) -> list[float]:
+        """One for each passage; 0.0 where they share no word."""
+        rarity = {}
+        for word in words(question):
+            holding = sum(word in counts for counts in self.counts_P)
+            rarity[word] = math.log(1 + (len(self.counts_P) - holding + 0.5) / (holding + 0.5))
+        return [
+            sum(rare * counts[word] * (K1 + 1) / (counts[word] + norm) for word, rare in rarity.items())
+            for counts, norm in zip(self.counts_P, self.norms_P, strict=True)
+        ]
+
+    def best(self, question: str) -> int | None:
+        """The passage with the highest score, the first of equals; None where no word is shared."""
+        scores = self.scores(question)
+        return scores.index(max(scores)) if any(scores) else None
+
+
+def answers_by_retrieval(ttt: TTT, edits_S: Sequence[Edits], settings: ContinualSettings, journal: Journal) -> None:
+    """Ask all questions so far, each of the adapter that BM25 chooses; the answers are the last reply of each sequence.
+    Raises: RemoteError where one failed."""
+    routed_S = [route(edits.passages, edits.stack, settings, model_id=ttt.model_id) for edits in edits_S]
+    collected = ask(ttt, [request for routed in routed_S for _, request in routed], journal, what="answers")
+    for edits, routed in zip(edits_S, routed_S, strict=True):
+        answered: dict[int, tuple[str, str]] = {}
+        for places, request in routed:
+            reply = collected.of(request)  # without training, its adapter side is that of base and stack
+            answered |= zip(places, zip(reply.adapter_texts, reply.adapter_verdicts, strict=True), strict=True)
+        ordered = [answered[place] for place in sorted(answered)]
+        answers = Answers(texts=[text for text, _ in ordered], verdicts=[verdict for _, verdict in ordered])
+        edits.replies[-1] = build_reply(baseline=None, adapter=answers, model_id=ttt.model_id)
+
+
+def route(
+    sequence: Sequence[Passage], adapters: Sequence[str], settings: ContinualSettings, *, model_id: str
+) -> list[tuple[list[int], TTTRequest]]:
+    """All questions so far, one request for each adapter that BM25 chooses, with the questions' places."""
+    seen = sequence[: len(adapters)]
+    index, questions = Bm25(seen), eval_questions(*seen)
+    places_of: dict[int | None, list[int]] = {}
+    for place, question in enumerate(questions):
+        # Without the topic line: with the title in the question, choosing would be no task.
+        _, bare = asked_about(Answered(question=question.question, gold=question.answer, answer=""))
+        places_of.setdefault(index.best(bare), []).append(place)
+    how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
+    routed = []
+    for which, places in places_of.items():
+        asked, stack = [questions[at] for at in places], [] if which is None else [adapters[which]]
+        request = loop_request(model_id, settings.training, questions=asked, adapter_stack=stack, **how)
+        routed.append((places, request))
+    return routed
+
+
+def retrieval_accuracy(sequences: Sequence[Sequence[Passage]]) -> float | None:
+    """Share of all questions for which BM25 finds their own passage among all of the sequence."""
+    right = [
+        Bm25(sequence).best(question.question) == at
+        for sequence in sequences
+        for at, passage in enumerate(sequence)
+        for question in passage.questions
+    ]
+    return sum(right) / len(right) if right else None

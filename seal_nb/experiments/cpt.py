@@ -1,10 +1,8 @@
 """Multi-passage evaluation (CPT): one adapter for the self-edits of many passages, asked about all of them (`cpt`).
 
-Passages become one request for each arm, the reply becomes a `cpt_run_*.json` as published (SEAL, arXiv 2506.10943).
-The published `per_article` is keyed by title and loses passages of equal titles (200 become 47); here it keeps all
-questions of a title, and `per_passage` has one entry for each passage. Method "full" is ours: all weights are trained
-by `sft.train` in processes of their own, and a server of the new model is asked. A finished model is used again, and
-an answer in the journal is not asked for again.
+The run file is as published (SEAL, arXiv 2506.10943), but the published `per_article` loses passages of equal titles
+(200 become 47): here it keeps all questions of a title, and `per_passage` has one entry for each passage. Method "full"
+is ours: `sft.train` trains all weights in processes of its own, and a server of the new model is asked.
 """
 
 import json
@@ -12,23 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
+
+import pandas as pd
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.control import ask_control, control_frame, general_questions
-from seal_nb.experiments.session import TTT, ask_named, identified, loop_request, tell_work
-from seal_nb.experiments.settings import ARMS, Arm, Training, names_in, texts_of_arm
+from seal_nb.experiments.session import TTT, ask_control, ask_named, control_frame, general_questions, loop_request
+from seal_nb.experiments.settings import Arm, Settings, Training, names_in, texts_of_arm
 from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import CPT
-from seal_nb.sft.settings import METHODS, SftJob, SftResult, SftSettings
+from seal_nb.sft.settings import SftJob, SftResult, SftSettings
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
 from seal_nb.views.live import Teller
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
@@ -43,33 +39,26 @@ def published_cpt_training() -> Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPTSettings:
+class CPTSettings(Settings):
     """What is run; ``k_completions`` 0 is the published passage-only baseline, empty sequences and all."""
 
     k_completions: int = 5
     split_newlines: bool = False
     seed: int = 42
     arm: Arm = "self_edits"
-    method: str = "lora"  # published; "full": all weights, with the schedule of `training` alone
+    method: Literal["lora", "full"] = "lora"  # published; "full": all weights, with the schedule of `training` alone
     training: Training = field(default_factory=published_cpt_training)
 
+    not_negative = ("k_completions",)
+
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise SettingsError(f"method={self.method!r}: known are {', '.join(METHODS)}")
+        super().__post_init__()
         for name, off in (("padding_in_loss", False), ("end_mask_substring", "")):
             if self.method == "full" and (value := getattr(self.training, name)) != off:
                 raise SettingsError(
                     f"{name}={value!r} is a setting of adapters, and method is 'full'; leave it {off!r}, or "
                     "choose method 'lora'"
                 )
-        if self.arm not in ARMS or self.k_completions < 0:
-            raise SettingsError(f"{self.arm=}, {self.k_completions=}: known arms are {', '.join(ARMS)}, k >= 0")
-
-    def lora_params(self) -> dict[str, Any]:
-        """The published key of a run file; without an adapter its shape is null."""
-        params = self.training.lora_params()
-        shape = ("rank", "alpha", "dropout", "target_modules")
-        return params if self.method == "lora" else params | dict.fromkeys(shape)
 
 
 def cpt_file_name(settings: CPTSettings) -> str:
@@ -82,19 +71,9 @@ class Cpt(Arms[CptRun]):
 
     published = CPT
 
-    def __init__(
-        self,
-        passages: Sequence[Passage],
-        runs: Mapping[str, CptRun],
-        losses: Mapping[str, Sequence[float | None]],
-        control: Mapping[str, TTTReply],
-    ) -> None:
-        super().__init__(passages, runs, losses)
-        self._control = control
-
-    def unrelated(self) -> "pd.DataFrame":
+    def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions of the base and of each arm; empty unless they were asked."""
-        return control_frame(self._control)
+        return control_frame(self.control)
 
 
 def cpt(
@@ -143,18 +122,9 @@ def cpt(
 
     Source: SEAL, arXiv 2506.10943, continued pretraining.
     """
-    folder = runs_folder(folder)
-    settings = {
-        name: CPTSettings(
-            arm=name,  # type: ignore[arg-type]
-            method=method,
-            k_completions=k_completions,
-            split_newlines=split_newlines,
-            seed=seed,
-            training=training or published_cpt_training(),
-        )
-        for name in names_in("arms", arms)
-    }
+    training = training or published_cpt_training()
+    given, folder = locals(), runs_folder(folder)
+    settings = {name: CPTSettings.from_parameters(given, arm=name) for name in names_in("arms", arms)}
     if method == "full" and ttt.server is None:
         raise SettingsError(
             f"endpoint is {ttt.client.where!r}, and method 'full' trains and asks a model on this machine; "
@@ -163,35 +133,17 @@ def cpt(
     requests = {
         arm: cpt_request(passages, one, model_id=ttt.model_id, keep=check_unrelated) for arm, one in settings.items()
     }
-    control: dict[str, TTTReply] = {}
     with Journal(folder / "journal.jsonl") as journal:
-        if method == "lora":
-            tell_work(ttt, list(requests.values()), journal, price_per_hour=price_per_hour)
-            replies = ask_named(ttt, requests, journal)
+        if ttt.server is not None and method == "full":
+            how: dict[str, Any] = {"folder": folder, "n_processes": n_processes, "n_threads": n_threads}
+            base = ttt.server.settings.model
+            jobs = {arm: full_job(requests[arm], one, model=base, **how) for arm, one in settings.items()}
+            replies, control = full_replies(ttt, requests, jobs, training, journal, check_unrelated, n_processes)
+        else:
+            replies, control = ask_named(ttt, requests, journal, work="to do", price_per_hour=price_per_hour), {}
             if check_unrelated:
                 stacks = {arm: [str(request.adapter_name)] for arm, request in requests.items()}
-                first = next(iter(settings.values()))
-                control = ask_control(ttt, journal, stacks, first.training, seed=seed)
-        else:
-            assert ttt.server is not None
-            for one in settings.values():
-                sft_settings(one, seed=seed, n_processes=n_processes)  # refuses what does not fit before any training
-            served, model_id = ttt.server.settings, ttt.model_id
-            asked = questions_only(next(iter(requests.values())), model_id, check_unrelated)
-            before = ask_named(ttt, asked, journal, what="questions")
-            if check_unrelated:
-                control["never edited"] = before["control"]
-            ttt.close()
-            replies = {}
-            for arm, one in settings.items():
-                how = {"model": served.model, "folder": folder, "n_processes": n_processes, "n_threads": n_threads}
-                trained, model_dir = train_all_weights(requests[arm], one, **how)  # type: ignore[arg-type]
-                Teller()(f"{arm}: {trained.n_steps} steps of all weights")
-                asked = questions_only(requests[arm], str(requests[arm].request_id), check_unrelated)
-                after = _ask_model(str(model_dir), asked, journal, ttt, folder / f"server_{arm}_full")
-                replies[arm] = full_reply(requests[arm], before["answers"], after["answers"], trained)
-                if check_unrelated:
-                    control[arm] = after["control"]
+                control = ask_control(ttt, journal, stacks, training, seed=seed)
     about = {"model": ttt.model_id, "dataset": Path(dataset).name, "timestamp": f"{datetime.now(UTC):%m%d_%H%M%S}"}
     runs = {}
     for arm, one in settings.items():
@@ -199,28 +151,16 @@ def cpt(
         path = write_json(folder / cpt_file_name(one), value)
         write_record(path, stage="04_cpt", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = CptRun(value=value, path=path, passages=passages)
-    return Cpt(passages, runs, {arm: replies[arm].epoch_losses for arm in settings}, control)
-
-
-def _ask_model(
-    model: str, asked: Mapping[str, TTTRequest], journal: Journal, ttt: TTT, folder: Path
-) -> dict[str, TTTReply]:
-    """The questions put to a model folder, by a server like `ttt`'s; none is started where all are journalled."""
-    if all(str(request.request_id) in journal for request in asked.values()):
-        return {name: TTTReply.model_validate(journal.get(str(one.request_id))) for name, one in asked.items()}
-    assert ttt.settings is not None
-    with ttt.another(model, folder=folder, n_workers=ttt.settings.n_workers) as server:
-        return ask_named(server, asked, journal, what="questions")
+    return Cpt(runs, {arm: reply.epoch_losses for arm, reply in replies.items()}, control)
 
 
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:
     """The sequences of all passages in order; a passage follows each of its k self-edits, as published."""
     sequences: list[str] = []
+    is_baseline = settings.arm == "self_edits" and not settings.k_completions  # the published one, passages only
     for at, passage in enumerate(passages):
-        texts: Sequence[str] = [""]  # k_completions 0: the published passage-only baseline
-        if settings.arm != "self_edits" or settings.k_completions:
-            texts = texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions or 1)
-        for text in texts:
+        k = settings.k_completions or 1
+        for text in [""] if is_baseline else texts_of_arm(settings.arm, passage, at, k_completions=k):
             sequences += arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
     return sequences
 
@@ -233,7 +173,7 @@ def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id:
         f"{model_id}-full" if is_full else model_id,
         settings.training,
         texts=cpt_train_sequences(passages, settings),
-        questions=[question for passage in passages for question in eval_questions(passage)],
+        questions=eval_questions(*passages),
         keep="cpt" if keep and not is_full else "",
         seed=derived_seed(settings.seed, "cpt", [passage.title for passage in passages]),
     )
@@ -251,6 +191,9 @@ def build_cpt_run(
 ) -> dict[str, Any]:
     """The CPT run file: published keys first, then per-passage results, seed and request id."""
     check_answers(reply, len(request.eval_questions))
+    lora_params = settings.training.lora_params()
+    if settings.method == "full":  # there is no adapter
+        lora_params |= dict.fromkeys(("rank", "alpha", "dropout", "target_modules"))
     value = {
         "overall": {},
         "timestamp": timestamp,
@@ -259,7 +202,7 @@ def build_cpt_run(
         "n_articles": len(passages),
         "k_completions": settings.k_completions,
         "split_newlines": settings.split_newlines,
-        "lora_params": settings.lora_params(),
+        "lora_params": lora_params,
         "method": settings.method,
         "arm": settings.arm,
         "seed": settings.seed,
@@ -292,32 +235,52 @@ def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> S
     return sft
 
 
-def questions_only(request: TTTRequest, asked_of: str, control: bool) -> dict[str, TTTRequest]:
-    """The questions of a run without its training, and with `control` the general ones; `asked_of`: the model."""
-    plain = request.model_copy(update={"train_sequences": [], "skip_training": True})
-    requests = {"answers": identified(plain, asked_of)}
-    if control:
-        general = plain.model_copy(update={"eval_questions": general_questions()})
-        requests["control"] = identified(general, asked_of)
-    return requests
-
-
-def train_all_weights(
+def full_job(
     request: TTTRequest, settings: CPTSettings, *, model: str, folder: Path, n_processes: int, n_threads: int
-) -> tuple[SftResult, Path]:
-    """Train the model of one arm on the request's sequences; the result and the new model's folder."""
+) -> SftJob:
+    """The training of all weights of one arm on the request's sequences. Raises: SettingsError."""
+    sft = sft_settings(settings, seed=int(request.seed or 0), n_processes=n_processes)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
+    file = write_text(folder / f"cpt_train_{settings.arm}_full.jsonl", rows)
+    place = folder / f"model_{settings.arm}_full"
+    return SftJob(sft_file=file, model=model, model_dir=place, settings=sft, n_threads=n_threads)
+
+
+def full_replies(
+    ttt: TTT,
+    requests: Mapping[str, TTTRequest],
+    jobs: Mapping[str, SftJob],
+    training: Training,
+    journal: Journal,
+    check_unrelated: bool,
+    n_processes: int,
+) -> tuple[dict[str, TTTReply], dict[str, TTTReply]]:
+    """Train the model of each arm, and ask the base and each of them. Returns the replies as adapters give them, and
+    those to the general questions."""
     from seal_nb.sft.train import run_job
 
-    name = f"{settings.arm}_full"
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
-    job = SftJob(
-        sft_file=write_text(folder / f"cpt_train_{name}.jsonl", rows),
-        model=model,
-        model_dir=folder / f"model_{name}",
-        settings=sft_settings(settings, seed=int(request.seed or 0), n_processes=n_processes),
-        n_threads=n_threads,
-    )
-    return run_job(job, n_processes=n_processes), job.model_dir
+    def asked_of(model_id: str, request: TTTRequest) -> dict[str, TTTRequest]:
+        questions = {"answers": request.eval_questions} | ({"control": general_questions()} if check_unrelated else {})
+        how: dict[str, Any] = {"skip_training": True, "seed": request.seed}
+        return {name: loop_request(model_id, training, questions=asked, **how) for name, asked in questions.items()}
+
+    assert ttt.settings is not None
+    before = ask_named(ttt, asked_of(ttt.model_id, next(iter(requests.values()))), journal, what="questions")
+    ttt.close()  # the training needs the memory
+    replies, control = {}, {"never edited": before["control"]} if check_unrelated else {}
+    for arm, request in requests.items():
+        trained = run_job(jobs[arm], n_processes=n_processes)
+        Teller()(f"{arm}: {trained.n_steps} steps of all weights")
+        asked, place = asked_of(str(request.request_id), request), trained.model_dir.with_name(f"server_{arm}_full")
+        if all(str(one.request_id) in journal for one in asked.values()):
+            after = ask_named(ttt, asked, journal)  # sends nothing
+        else:
+            with ttt.another(str(trained.model_dir), folder=place, n_workers=ttt.settings.n_workers) as server:
+                after = ask_named(server, asked, journal, what="questions")
+        replies[arm] = full_reply(request, before["answers"], after["answers"], trained)
+        if check_unrelated:
+            control[arm] = after["control"]
+    return replies, control
 
 
 def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: SftResult) -> TTTReply:
@@ -330,13 +293,12 @@ def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: 
     return build_reply(
         baseline=base,
         adapter=new,
-        request_id=request.request_id,
-        seed=request.seed,
         gold_token_counts=after.gold_token_counts,
         train_tokens=trained.n_tokens,
         train_steps=trained.n_steps,
         epoch_losses=epoch_means(trained.losses, request.finetune_epochs),
         model_id=after.model_id,
+        **request.model_dump(include={"request_id", "seed"}),
     )
 
 

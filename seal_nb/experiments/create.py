@@ -4,7 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from seal_nb.engines.base import Sampling, contents
 from seal_nb.engines.choose import chosen_engine
@@ -17,10 +20,6 @@ from seal_nb.storage import Journal, read_journal, runs_folder, write_json, writ
 from seal_nb.views import plots
 from seal_nb.views.live import Teller
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
 
 @dataclass(kw_only=True)
 class SelfEdits:
@@ -32,10 +31,8 @@ class SelfEdits:
     n_tokens: int
     n_cut: int  # texts that reached max_tokens
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> pd.DataFrame:
         """One row for each self-edit: words, train sequences, share of words that the passage does not have."""
-        import pandas as pd
-
         return pd.DataFrame(
             {
                 "passage": passage.title,
@@ -48,7 +45,7 @@ class SelfEdits:
             for number, text in enumerate(passage.completions)
         )
 
-    def plot_lengths(self) -> "Figure":
+    def plot_lengths(self) -> Figure:
         """Words of each self-edit, and of its passage."""
         return plots.plot_self_edit_lengths(
             [passage.title for passage in self.passages],

@@ -1,9 +1,7 @@
 """One number of a run made again, alone: the same inner loop from what the run file says, and compared.
 
-The request is rebuilt from the file (texts, questions, settings, seed); its id, which covers all of that and
-the model, must come out as the file has it, so that what is compared is the same work. It is sent without
-the id: otherwise the server would answer from its journal and train nothing. Answers that differ are shown,
-not explained: how near their best tokens were to each other is not measured.
+The request is rebuilt from the file, and its id must come out as the file has it, so that the work is the same. It is
+sent without the id: otherwise the server would answer from its journal and train nothing.
 """
 
 import tempfile
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 
 from seal_nb.errors import DataError, RunMismatch
 from seal_nb.experiments.session import TTT, loop_request, ttt_server
-from seal_nb.experiments.settings import IN_CONTEXT, Training
+from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import arm_sequences, eval_questions
 from seal_nb.grading.choose import grader_of
 from seal_nb.passages import Passage, Question
@@ -55,6 +53,7 @@ class StoredLoop:
 def stored_loop(path: str | Path, item: Item) -> StoredLoop:
     """Raises: DataError where the file has no such item or not all that made it."""
     run = read_json(path)
+    about: dict[str, Any] = {"path": path, "item": str(item)}
     try:
         article = run["articles"][item.passage]
         completion = article["completions"][item.self_edit]
@@ -67,11 +66,11 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
         questions, seed = eval_questions(passage), made["seed"]
         request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=seed)
     except (KeyError, IndexError, TypeError, StopIteration) as error:
-        raise DataError("has no such item, or not what made it", path=path, item=str(item), remedy=OURS) from error
+        raise DataError("has no such item, or not what made it", **about, remedy=OURS) from error
     if not rows:
-        raise DataError("has no answer in this file", path=path, item=str(item), remedy="run 03 again")
-    if run["trained_on"] == IN_CONTEXT:
-        raise DataError("was trained on nothing", path=path, item=str(item), remedy="choose another arm's file")
+        raise DataError("has no answer in this file", **about, remedy="run 03 again")
+    if run["trained_on"] == "in_context":
+        raise DataError("was trained on nothing", **about, remedy="choose another arm's file")
     if request.request_id != made["request_id"]:
         raise RunMismatch(f"{path}, item {item}: what the file says does not give its request id; it was changed")
     unnamed = request.model_copy(update={"request_id": None})
@@ -79,8 +78,7 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
 
 
 def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
-    """Train and ask again; what came out, in words (`compared`).
-    Raises: RunMismatch where the server holds another model, RemoteError."""
+    """Train and ask again; what came out, in words. Raises: RunMismatch for a server of another model, RemoteError."""
     if ttt.model_id != stored.model_id:
         raise RunMismatch(
             f"the run was made by model {stored.model_id}, the server has {ttt.model_id}; start it with that "
@@ -90,8 +88,7 @@ def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
 
 
 def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[str]:
-    """``rerun`` on the server at ``endpoint``, or on one started for it (``server``: its settings). That one grades as
-    the run was graded."""
+    """``rerun`` on the server at ``endpoint``, or on one started with these settings, which grades as the run was."""
     stored = stored_loop(path, item)
     server = {"grader": grader_of({"model": stored.model_id}), **server}
     with (
@@ -110,8 +107,7 @@ def compared(stored: StoredLoop, reply: TTTReply) -> list[str]:
             if then != now or row[f"{which}_correct"] != getattr(reply, f"{which}_correct")[at]:
                 differing += [f"  {which}: {row['question']}", f"    then: {then!r}", f"    now:  {now!r}"]
     n, n_then = len(stored.questions), sum(row["adapter_correct"] is True for row in stored.questions)
-    n_now = sum(verdict is True for verdict in reply.adapter_correct)
-    head = f"item {stored.item}: {n_then} of {n} right with the adapter then, {n_now} now; "
+    head = f"item {stored.item}: {n_then} of {n} right with the adapter then, {reply.adapter_correct.count(True)} now; "
     if not differing:
         return [f"{head}every answer is the same"]
     return [

@@ -1,33 +1,30 @@
 """A ReST-EM round: keep the best self-edits of an evaluated run, and fine-tune the model on them (`rest_em_round`).
 
 As published (SEAL, arXiv 2506.10943, `build_SFT_dataset.py`): the best self-edits of each passage by mean adapter
-accuracy, the first in the file among equal means, in a file of {prompt, completion} lines. Options of ours drop
-passages that gain nothing and break ties by the soft score. `ranking_summary` and `winner_agreement` say how much the
-ranking knows: where repeats of one self-edit differ as much as two self-edits do, the choice is a coin toss and
-training on it teaches noise.
+accuracy, the first in the file among equal means. `RankingSummary` and `WinnerAgreement` say how much the ranking
+knows: where repeats of one self-edit differ as much as two self-edits do, the choice is a coin toss.
 """
 
 import json
 import math
-import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.metrics import MIN_PASSAGES, Estimate, accuracy, counted, mean_interval
+from seal_nb.metrics import MIN_PASSAGES, accuracy, counted, mean_interval
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
 from seal_nb.storage import runs_folder, write_record, write_text
 from seal_nb.views import plots
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 TieBreak = Literal["order", "soft"]
 RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
@@ -40,14 +37,9 @@ class Choice:
     passage: int
     title: str
     self_edit: int | None = None
-    text: str = ""
     reward: float | None = None
     gain: float | None = None
     reason: str
-
-    @property
-    def is_kept(self) -> bool:
-        return self.self_edit is not None
 
 
 class RestEmRound:
@@ -57,39 +49,28 @@ class RestEmRound:
     def __init__(self, run: SinglePassageRun, choices: Sequence[Choice], rows: list[dict[str, str]], sft_file: Path):
         self.run, self._choices, self.rows, self.sft_file = run, choices, rows, sft_file
 
-    def choices(self) -> "pd.DataFrame":
+    def choices(self) -> pd.DataFrame:
         """One row for each kept self-edit or left-out passage, with the reason."""
-        import pandas as pd
+        frame = pd.DataFrame(self._choices, columns=[field.name for field in fields(Choice)])
+        return frame.astype({"self_edit": "Int64"})
 
-        columns = [field.name for field in fields(Choice)]
-        frame = pd.DataFrame([asdict(one) for one in self._choices], columns=columns)
-        return frame.drop(columns="text").astype({"self_edit": "Int64"})
-
-    def ranking(self) -> "pd.DataFrame":
+    def ranking(self) -> pd.DataFrame:
         """How much the ranking knows: ties, variances, reliability (see `RankingSummary`)."""
-        import pandas as pd
-
-        return pd.DataFrame(asdict(ranking_summary(self.run)).items(), columns=["quantity", "value"])
+        return pd.DataFrame(vars(RankingSummary(self.run)).items(), columns=["quantity", "value"])
 
     def sentences(self, *, reliability: float = RELIABLE) -> list[str]:
         """Whether two repeats pick the same winner, and how many repeats `reliability` would take."""
-        agreement = winner_agreement(self.run)
-        return [
-            agreement.sentence() if agreement else "no passage has two self-edits with two repeats each",
-            repeats_sentence(ranking_summary(self.run), reliability=reliability),
-        ]
+        return [WinnerAgreement(self.run).sentence(), RankingSummary(self.run).sentence(reliability=reliability)]
 
-    def plot_rewards(self) -> "Figure":
+    def plot_rewards(self) -> Figure:
         """The rewards of each passage's self-edits, the kept ones marked, with the baseline."""
-        chosen = [
-            [one.self_edit for one in self._choices if one.passage == passage.index and one.self_edit is not None]
-            for passage in self.run.passages
-        ]
+        passages = self.run.passages
+        kept = [(one.passage, one.self_edit) for one in self._choices if one.self_edit is not None]
         return plots.plot_rewards(
-            [passage.title for passage in self.run.passages],
-            [[mean_reward(edit) for edit in passage.self_edits] for passage in self.run.passages],
-            chosen,
-            [p.self_edits[0].stats()["baseline_mean"] if p.self_edits else None for p in self.run.passages],
+            [passage.title for passage in passages],
+            [[mean_reward(edit) for edit in passage.self_edits] for passage in passages],
+            [[edit for at, edit in kept if at == passage.index] for passage in passages],
+            [passage.self_edits[0].stats()["baseline_mean"] if passage.self_edits else None for passage in passages],
         )
 
     def train(
@@ -172,12 +153,9 @@ def rest_em_round(
 def select_best(
     run: SinglePassageRun, *, k_best: int = 1, drop_no_gain: bool = False, tie_break: TieBreak = "order"
 ) -> list[Choice]:
-    """The `k_best` self-edits of each passage, best first, passages in file order; each with its reason.
-
-    `tie_break` "soft" takes the larger mean change in log-probability of the gold answers among equal means, and file
-    order where there is none. A self-edit without a graded answer or stored mean cannot be ranked. Neither can one
-    with an UNGRADED answer: the mean of the other answers would be a reward for an answer that was not graded.
-    """
+    """The `k_best` self-edits of each passage, best first, passages in file order; each with its reason. A self-edit
+    without a graded answer or stored mean cannot be ranked. Neither can one with an UNGRADED answer: the mean of the
+    other answers would be a reward for an answer that was not graded."""
     if k_best < 1 or tie_break not in ("order", "soft"):
         raise SettingsError(f"{k_best=}, {tie_break=}: k_best is at least 1, tie_break is 'order' or 'soft'")
     choices: list[Choice] = []
@@ -193,21 +171,21 @@ def select_best(
         else:
             for place, edit in enumerate(best_first[:k_best]):
                 reason = _reason(best_first, place, tie_break) + (f"; left out: {ungraded}" if ungraded else "")
-                mine = {"self_edit": edit.index, "text": edit.text or "", "gain": edit.stats()["gain_mean"]}
-                choices.append(Choice(**about | mine, reward=mean_reward(edit), reason=reason))
+                own = {"self_edit": edit.index, "reward": mean_reward(edit), "gain": edit.stats()["gain_mean"]}
+                choices.append(Choice(**about | own, reason=reason))
     return choices
 
 
 def ranked(passage: EvaluatedPassage, tie_break: TieBreak = "order") -> list[EvaluatedSelfEdit]:
-    """Best first; the sort is stable, so the first of equals stays first, as published."""
-    rankable = [
-        edit
-        for edit in passage.self_edits
-        if edit.text is not None and mean_reward(edit) is not None and not is_partly_graded(edit)
-    ]
-    if tie_break == "soft":
-        rankable.sort(key=_soft_or_last, reverse=True)
-    return sorted(rankable, key=lambda edit: mean_reward(edit) or 0.0, reverse=True)
+    """Best first. The sort is stable, so the first of equals stays first, as published. With `tie_break` "soft", the
+    larger mean change in log-probability of the gold answers is first among equal means."""
+
+    def rank(edit: EvaluatedSelfEdit) -> tuple[float, float]:
+        soft = edit.soft_gain() if tie_break == "soft" else None
+        return mean_reward(edit) or 0.0, -math.inf if soft is None else soft
+
+    has_reward = [one for one in passage.self_edits if one.text is not None and mean_reward(one) is not None]
+    return sorted((one for one in has_reward if not is_partly_graded(one)), key=rank, reverse=True)
 
 
 def mean_reward(edit: EvaluatedSelfEdit) -> float | None:
@@ -227,17 +205,12 @@ def _ungraded_sentence(passage: EvaluatedPassage) -> str:
     return indices and f"UNGRADED answers in self-edit {indices}; grade it again: seal-nb grade --only-ungraded"
 
 
-def _soft_or_last(edit: EvaluatedSelfEdit) -> float:
-    soft = edit.soft_gain()
-    return -math.inf if soft is None else soft
-
-
 def _reason(best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieBreak) -> str:
     edit = best_first[place]
     equals = [other for other in best_first if mean_reward(other) == mean_reward(edit)]
     reason = f"mean {100 * (mean_reward(edit) or 0.0):.1f} %, place {place + 1} of {len(best_first)}"
     if len(equals) > 1:
-        by_soft = tie_break == "soft" and len(set(map(_soft_or_last, equals))) > 1
+        by_soft = tie_break == "soft" and len({other.soft_gain() for other in equals}) > 1
         reason += f", equal to {len(equals) - 1} more, by {'soft score' if by_soft else 'file order'}"
     return reason if edit.is_graded else f"{reason}, from the stored mean (no verdicts in the file)"
 
@@ -245,25 +218,21 @@ def _reason(best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieB
 def sft_rows(
     run: SinglePassageRun, choices: Iterable[Choice], *, prompt_key: str | None = None
 ) -> list[dict[str, str]]:
-    """The kept choices as {prompt, completion}, completions stripped. ``prompt_key`` fills in the prompt of a passage
-    whose file has none. Raises: DataError where neither has."""
-    return [
-        {"prompt": _prompt(run, choice, prompt_key), "completion": choice.text.strip()}
-        for choice in choices
-        if choice.is_kept
-    ]
-
-
-def _prompt(run: SinglePassageRun, choice: Choice, prompt_key: str | None) -> str:
-    """What the self-edit completes: its own prompt, else its passage's, else that of the key."""
-    passage = run.passages[choice.passage]
-    own = next((edit.prompt for edit in passage.self_edits if edit.index == choice.self_edit), None)
-    if known := own or passage.prompt:
-        return known
-    if prompt_key is None or not passage.context:
-        remedy = "give the prompt_key the self-edits were written with"
-        raise DataError("is missing", path=run.path, item=passage.index, field="prompt", remedy=remedy)
-    return self_edit_prompt(prompt_key, title=passage.title, context=passage.context)
+    """The kept choices as {prompt, completion}. The prompt is that of the self-edit, else of its passage, else of
+    ``prompt_key``. Raises: DataError where there is none."""
+    rows = []
+    for passage, at in ((run.passages[choice.passage], choice.self_edit) for choice in choices):
+        if at is None:
+            continue
+        edit = passage.self_edits[at]
+        prompt = edit.prompt or passage.prompt
+        if not prompt:
+            if prompt_key is None or not passage.context:
+                remedy = "give the prompt_key the self-edits were written with"
+                raise DataError("is missing", path=run.path, item=passage.index, field="prompt", remedy=remedy)
+            prompt = self_edit_prompt(prompt_key, title=passage.title, context=passage.context)
+        rows.append({"prompt": prompt, "completion": (edit.text or "").strip()})
+    return rows
 
 
 def sft_file_name(run: SinglePassageRun, *, k_best: int, exp_name: str = "") -> str:
@@ -277,55 +246,66 @@ def write_sft_file(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:
     return write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-@dataclass(frozen=True, kw_only=True)
 class RankingSummary:
-    """Ties, empty gains, and variances of adapter accuracy within a passage.
+    """Ties, empty gains, and variances of adapter accuracy within a passage: between self-edits (the repeats' share
+    taken out) and between repeats of one self-edit. ``share_between`` is the first over both, the share of one
+    measurement that belongs to the self-edit; ``reliability`` is that of the mean over the repeats. None where a run
+    has a single repeat, a single self-edit, or no verdicts."""
 
-    Variances are between self-edits (the repeats' share taken out) and between repeats of one self-edit.
-    ``share_between`` is the first over both, the share of one measurement that belongs to the self-edit;
-    ``reliability`` is that of the mean over the repeats. None where a run has a single repeat, a single
-    self-edit, or no verdicts.
-    """
+    def __init__(self, run: SinglePassageRun) -> None:
+        ranked_P, rewards_P = [ranked(passage) for passage in run.passages], [_rewards(one) for one in run.passages]
+        bests = [best_first for best_first in ranked_P if best_first]
+        gains = [best_first[0].stats()["gain_mean"] for best_first in bests]
+        repeats_E = [repeats for of_passage in rewards_P for repeats in of_passage]
+        of_repeats = [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
+        of_means = [statistics.variance(map(statistics.mean, one)) for one in rewards_P if len(one) > 1]
+        self.n_passages = len(run.passages)
+        self.n_ranked = len(bests)
+        self.n_tied_best = sum(len(r) > 1 and mean_reward(r[0]) == mean_reward(r[1]) for r in bests)
+        self.n_best_without_gain = sum(gain is not None and gain <= 0 for gain in gains)
+        self.n_unrankable_self_edits = sum(len(p.self_edits) for p in run.passages) - sum(map(len, ranked_P))
+        self.n_repeats: float = statistics.mean(map(len, repeats_E)) if repeats_E else 1.0
+        self.variance_between_self_edits: float | None = None
+        self.variance_between_repeats: float | None = None
+        self.share_between: float | None = None
+        self.reliability: float | None = None
+        if of_means and of_repeats:
+            self.variance_between_repeats = within = statistics.mean(of_repeats)
+            self.variance_between_self_edits = between = max(0.0, statistics.mean(of_means) - within / self.n_repeats)
+            if between + within:
+                self.share_between = between / (between + within)
+                self.reliability = between / (between + within / self.n_repeats)
 
-    n_passages: int
-    n_ranked: int
-    n_tied_best: int
-    n_best_without_gain: int
-    n_unrankable_self_edits: int
-    n_repeats: float
-    variance_between_self_edits: float | None
-    variance_between_repeats: float | None
-    share_between: float | None
-    reliability: float | None
+    def repeats_needed(self, *, reliability: float = RELIABLE) -> int | None:
+        """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown). None where the
+        run cannot say (one repeat only), or self-edits do not differ beyond noise."""
+        check_reliability(reliability)
+        between, within = self.variance_between_self_edits, self.variance_between_repeats
+        if not between or within is None:
+            return None
+        return max(1, math.ceil(round(reliability / (1 - reliability) * within / between, 9)))
 
+    def repeats_wanted(self, *, reliability: float, most: int) -> int:
+        """Repeats that the run should have: those it has if they suffice, else more, at most ``most``. A run that
+        cannot say gets a second repeat; one whose self-edits do not differ stays as it is."""
+        has, wanted = math.ceil(self.n_repeats), self.repeats_needed(reliability=reliability)
+        if self.variance_between_repeats is None:
+            wanted = 2
+        return max(has, min(wanted or has, most))
 
-def ranking_summary(run: SinglePassageRun) -> RankingSummary:
-    """Ties, empty gains and variance components of a run."""
-    ranked_P, rewards_P = [ranked(passage) for passage in run.passages], [_rewards(one) for one in run.passages]
-    bests = [best_first for best_first in ranked_P if best_first]
-    gains = [best_first[0].stats()["gain_mean"] for best_first in bests]
-    repeats_E = [repeats for of_passage in rewards_P for repeats in of_passage]
-    n_repeats = statistics.mean(map(len, repeats_E)) if repeats_E else 1.0
-    of_repeats = [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
-    of_means = [statistics.variance(map(statistics.mean, one)) for one in rewards_P if len(one) > 1]
-    between = within = share = reliability = None
-    if of_means and of_repeats:
-        within = statistics.mean(of_repeats)
-        between = max(0.0, statistics.mean(of_means) - within / n_repeats)
-        if between + within:
-            share, reliability = between / (between + within), between / (between + within / n_repeats)
-    return RankingSummary(
-        n_passages=len(run.passages),
-        n_ranked=len(bests),
-        n_tied_best=sum(len(r) > 1 and mean_reward(r[0]) == mean_reward(r[1]) for r in bests),
-        n_best_without_gain=sum(gain is not None and gain <= 0 for gain in gains),
-        n_unrankable_self_edits=sum(len(passage.self_edits) for passage in run.passages) - sum(map(len, ranked_P)),
-        n_repeats=n_repeats,
-        variance_between_self_edits=between,
-        variance_between_repeats=within,
-        share_between=share,
-        reliability=reliability,
-    )
+    def sentence(self, *, reliability: float = RELIABLE) -> str:
+        """What the ranking knows and what it would take, in words."""
+        if self.reliability is None:
+            return "it is not known how much the ranking knows: that takes two self-edits and two repeats (eval_times)"
+        n, needed = counted(self.n_ranked, "passages"), self.repeats_needed(reliability=reliability)
+        has = f"{self.n_repeats:g} repeats on {n} give a reliability of {self.reliability:.2f}"
+        if needed is None:
+            return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
+        if needed > self.n_repeats:
+            more = f"{reliability:.2f} would take {needed} repeats"
+            return f"{has}; {more} (eval_times {needed} in 03: earlier ones are kept)"
+        few = f", but {n} are too few to tell (at least {MIN_PASSAGES})" if self.n_ranked < MIN_PASSAGES else ""
+        return f"{has}: enough for {reliability:.2f}{few}"
 
 
 def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
@@ -337,86 +317,36 @@ def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
     ]
 
 
-class WinnerAgreement(NamedTuple):
+class WinnerAgreement:
     """Whether a second ranking would pick the same self-edit. ``observed``: how often two repeats, each taken alone,
-    pick the same winner, ties broken by lot; its interval is over passages. ``chance``: the same for repeats that know
-    nothing, one in k."""
+    pick the same winner, ties broken by lot; its interval is over passages; None where no passage has two self-edits
+    with two repeats each. ``chance``: the same for repeats that know nothing, one in k."""
 
-    observed: Estimate
-    chance: float
+    def __init__(self, run: SinglePassageRun) -> None:
+        agreements_P, chances = [], []
+        for rewards_E in map(_rewards, run.passages):
+            n_repeats = min(map(len, rewards_E), default=0)
+            if len(rewards_E) > 1 and n_repeats > 1:
+                rewards = np.array([repeats[:n_repeats] for repeats in rewards_E])
+                best = rewards == rewards.max(axis=0)  # of each repeat
+                shares_R = (best / best.sum(axis=0)).T  # how likely each self-edit is drawn among the best
+                agreements_P.append([float(one @ other) for one, other in combinations(shares_R, 2)])
+                chances.append(1 / len(rewards_E))
+        self.observed = mean_interval(agreements_P) if agreements_P else None
+        self.chance = statistics.mean(chances) if chances else 0.0
 
     def sentence(self) -> str:
         """Such as "two repeats pick the same winner in 34.2 % [26, 43] of 50 passages; chance 20.0 %: …"."""
-        low, high = 100 * self.observed.low, 100 * self.observed.high
-        verdict = "more than chance" if self.observed.low > self.chance else "not distinguishable from chance"
-        if self.observed.n < MIN_PASSAGES:
+        if (seen := self.observed) is None:
+            return "no passage has two self-edits with two repeats each"
+        verdict = "more than chance" if seen.low > self.chance else "not distinguishable from chance"
+        if seen.n < MIN_PASSAGES:
             verdict = f"too few to tell (at least {MIN_PASSAGES})"
-        return (
-            f"two repeats pick the same winner in {100 * self.observed.mean:.1f} % [{low:.1f}, {high:.1f}] "
-            f"of {self.observed.n} passages; chance {100 * self.chance:.1f} %: {verdict}"
-        )
-
-
-def winner_agreement(run: SinglePassageRun) -> WinnerAgreement | None:
-    """None where no passage has two self-edits with two repeats each."""
-    agreements_P, chances = [], []
-    for passage in run.passages:
-        rewards_E = _rewards(passage)
-        n_repeats = min(map(len, rewards_E), default=0)
-        if len(rewards_E) < 2 or n_repeats < 2:
-            continue
-        shares_R = [_winning_shares([rewards[rep] for rewards in rewards_E]) for rep in range(n_repeats)]
-        agreements_P.append([sum(map(operator.mul, *pair)) for pair in combinations(shares_R, 2)])
-        chances.append(1 / len(rewards_E))
-    return WinnerAgreement(mean_interval(agreements_P), statistics.mean(chances)) if agreements_P else None
-
-
-def _winning_shares(rewards: Sequence[float]) -> list[float]:
-    """How likely each self-edit is drawn among the best of one repeat."""
-    best = [reward == max(rewards) for reward in rewards]
-    return [is_best / sum(best) for is_best in best]
+        share = f"{100 * seen.mean:.1f} % [{100 * seen.low:.1f}, {100 * seen.high:.1f}] of {seen.n} passages"
+        return f"two repeats pick the same winner in {share}; chance {100 * self.chance:.1f} %: {verdict}"
 
 
 def check_reliability(reliability: float) -> None:
     """Raises: SettingsError for a number that no share of a variance can be asked to be."""
     if not 0 < reliability < 1:
         raise SettingsError(f"reliability is {reliability}; it is between 0 and 1")
-
-
-def repeats_needed(summary: RankingSummary, *, reliability: float = RELIABLE) -> int | None:
-    """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown). None where the run
-    cannot say (one repeat only), or self-edits do not differ beyond noise: then no number of repeats is known to
-    help."""
-    check_reliability(reliability)
-    between, within = summary.variance_between_self_edits, summary.variance_between_repeats
-    if between is None or within is None or between <= 0:
-        return None
-    return max(1, math.ceil(round(reliability / (1 - reliability) * within / between, 9)))
-
-
-def eval_times_wanted(run: SinglePassageRun, *, reliability: float, most: int) -> int:
-    """Repeats that a run should have: those it has if they suffice, else more, at most ``most``. A run that cannot say
-    gets a second repeat; one whose self-edits do not differ stays as it is."""
-    summary = ranking_summary(run)
-    has = math.ceil(summary.n_repeats)
-    if summary.variance_between_repeats is None:
-        wanted = max(2, has)
-    else:
-        wanted = repeats_needed(summary, reliability=reliability) or has
-    return min(max(wanted, has), max(most, has))
-
-
-def repeats_sentence(summary: RankingSummary, *, reliability: float = RELIABLE) -> str:
-    """What the ranking knows and what it would take, in words."""
-    if summary.reliability is None:
-        return "it is not known how much the ranking knows: that takes two self-edits and two repeats (eval_times)"
-    n = counted(summary.n_ranked, "passages")
-    has = f"{summary.n_repeats:g} repeats on {n} give a reliability of {summary.reliability:.2f}"
-    needed = repeats_needed(summary, reliability=reliability)
-    if needed is None:
-        return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
-    if needed <= summary.n_repeats:
-        few = f", but {n} are too few to tell (at least {MIN_PASSAGES})"
-        return f"{has}: enough for {reliability:.2f}{few if summary.n_ranked < MIN_PASSAGES else ''}"
-    more = f"{reliability:.2f} would take {needed} repeats"
-    return f"{has}; {more} (eval_times {needed} in 03: earlier ones are kept)"

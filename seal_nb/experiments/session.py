@@ -1,26 +1,30 @@
 """A TTT server as experiments use it (`ttt_server`, `connect`), and requests that are never sent twice (`ask`).
 
 A request is known by its id, which follows from its content and the model. The journal of a run folder has every
-reply that came, so a notebook that was stopped sends only what is missing. A request that failed on the server
-is not journalled: the next run sends it again. Statistics and result files are made elsewhere.
+reply, so a notebook that was stopped sends only what is missing, and what failed on the server. `ask_control` asks
+twenty general questions that no passage is about; they show a collapse, not a change of a few points.
 """
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
+
+import pandas as pd
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import check_grader
+from seal_nb.metrics import accuracy, paired_difference
 from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, validated
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
-from seal_nb.storage import Journal, content_id, runs_folder
+from seal_nb.storage import Journal, content_id, read_json, runs_folder
 from seal_nb.views.live import Teller
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
@@ -30,29 +34,20 @@ _NOT_CONTENT = {"request_id", "priority", "traceback"}  # fields that change not
 SomeRequest = TypeVar("SomeRequest", TTTRequest, GenerateRequest)
 
 
-class TTT:
+@dataclass(eq=False)
+class TTT(AbstractContextManager["TTT"]):
     """A TTT server to work with: its client, and the server itself where it was started here. Use it as a context
     manager, or call `close`. A server that was started here ends with it, and with the notebook's kernel."""
 
-    def __init__(
-        self,
-        client: TTTClient,
-        *,
-        server: TTTServer | None = None,
-        settings: ServeSettings | None = None,
-        grader: str = "",
-    ) -> None:
-        self.client, self.server, self.grader = client, server, grader
-        self.settings = server.settings if server else settings
+    client: TTTClient
+    server: TTTServer | None = field(default=None, kw_only=True)
+    settings: ServeSettings | None = field(default=None, kw_only=True)  # None: not known
+    grader: str = field(default="", kw_only=True)
 
     @cached_property
     def model_id(self) -> str:
         """The identity of the served model (weights, dtype, grader); waits until a worker is ready.
-
-        Raises:
-            RoundTimeout: when no worker became ready.
-            SettingsError: when the server's grader is not the one that was asked for.
-        """
+        Raises: RoundTimeout when none is, SettingsError for a grader that is not the one that was asked for."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not (model_id := self.client.status().model_id):
             if time.monotonic() > deadline:
@@ -77,31 +72,21 @@ class TTT:
                 f"the settings of the server at {self.client.where} are not known; open it with "
                 "ttt_server(model, endpoint=…, …) and the settings that it was started with"
             )
-        names = {field.name for field in fields(SharedSettings)} - {"model"}
-        shared = {name: getattr(self.settings, name) for name in names}
+        shared = {one.name: getattr(self.settings, one.name) for one in fields(SharedSettings) if one.name != "model"}
         return ttt_server(model, folder=folder, n_workers=n_workers, **shared)
-
-    def identified(self, request: SomeRequest) -> SomeRequest:
-        """The request with the id that its content and the served model give it."""
-        return identified(request, self.model_id)
 
     def generate(
         self, prompt: str, *, max_tokens: int = 64, temperature: float = 1.0, top_p: float = 0.95, seed: int = 0
     ) -> str:
         """Text that the served model writes after `prompt`, stripped; temperature 0 is greedy."""
-        request = GenerateRequest(
-            prompts=[prompt], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, priority=0
-        )
-        return self.client.generate(request).texts[0].strip()
+        how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        return self.client.generate(GenerateRequest(prompts=[prompt], **how)).texts[0].strip()
 
     def close(self) -> None:
         """Disconnect; end the server if it was started here. Repeated calls do nothing."""
         self.client.close()
         if self.server is not None:
             self.server.stop()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -141,11 +126,7 @@ def ttt_server(
     if endpoint:
         return TTT(TTTClient(endpoint, wait_s=wait_s), settings=server.settings, grader=grader)
     server.start()
-    with ExitStack() as undo:
-        undo.callback(server.stop)
-        client = TTTClient(server.endpoint)
-        undo.pop_all()
-    return TTT(client, server=server, grader=grader)
+    return TTT(TTTClient(server.endpoint), server=server, settings=server.settings, grader=grader)
 
 
 def connect(endpoint: str, *, grader: str = "", wait_s: float = DEFAULT_WAIT_S) -> TTT:
@@ -179,61 +160,63 @@ def loop_request(
     and a resumed run finds its own. Raises: ProtocolError for a value that the protocol does not allow."""
     values = {"train_sequences": list(texts), "eval_questions": list(questions), **training.request_fields(), **others}
     request = identified(validated(TTTRequest, values), model_id)
-    if keep:
-        named = request.model_copy(update={"adapter_name": f"{keep}-{request.request_id}"})
-        request = identified(named, model_id)
-    return request
+    if not keep:
+        return request
+    return identified(request.model_copy(update={"adapter_name": f"{keep}-{request.request_id}"}), model_id)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
     """Replies, and the error texts of requests that failed on the server, both by request id."""
 
-    replies: dict[str, Any] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    replies: dict[str, Any]
+    failures: dict[str, str]
 
     def of(self, request: TTTRequest | GenerateRequest) -> Any:
         """The reply to a request. Raises: RemoteError where it failed."""
         key = _key(request)
-        if (failure := self.failures.get(key)) is not None:
-            raise RemoteError(failure)
+        if key in self.failures:
+            raise RemoteError(self.failures[key])
         return self.replies[key]
 
 
-def ask(ttt: TTT, requests: Sequence[SomeRequest], journal: Journal, *, what: str = "adapters") -> Collected:
-    """The reply to every request: from the journal, or from the server and then into the journal.
-
-    Args:
-        ttt: the server.
-        requests: with ids (`identified`); equal ids are sent once.
-        journal: of the run folder.
-        what: the noun in the progress line.
-
-    Raises:
-        RoundTimeout: when the server went away and did not come back.
-    """
+def ask(
+    ttt: TTT,
+    requests: Sequence[SomeRequest],
+    journal: Journal,
+    *,
+    what: str = "adapters",
+    work: str = "",
+    price_per_hour: float = 0.0,
+) -> Collected:
+    """The reply to every request (with an id; equal ids are sent once): from the journal, or from the server and then
+    into the journal. `what` is the noun in the progress line. With `work`, a line that begins so first says how much
+    work is left. Raises: RoundTimeout when the server went away and did not come back."""
     wanted = {_key(request): request for request in requests}
-    missing = [key for key in wanted if key not in journal]
-    kinds = {key: TTTReply if isinstance(one, TTTRequest) else GenerateReply for key, one in wanted.items()}
-    replies = {key: kinds[key].model_validate(journal.get(key)) for key in wanted if key in journal}
+    missing = [request for key, request in wanted.items() if key not in journal]
+    if trainings := [request for request in missing if work and isinstance(request, TTTRequest)]:
+        speed = ttt.client.status().tokens_per_s
+        Teller()(f"{work}: {work_of(trainings, tokens_per_s=speed, price_per_hour=price_per_hour)}")
+    kinds = {key: TTTReply if isinstance(request, TTTRequest) else GenerateReply for key, request in wanted.items()}
+    replies = {key: kind.model_validate(journal.get(key)) for key, kind in kinds.items() if key in journal}
     failures: dict[str, str] = {}
-    tell, arriving = Teller(), ttt.client.run_indexed([wanted[key] for key in missing])
-    for done, (index, reply) in enumerate(arriving, start=len(replies) + 1):
+    tell = Teller()
+    for done, (index, reply) in enumerate(ttt.client.run_indexed(missing), start=len(replies) + 1):
+        key = _key(missing[index])
         if isinstance(reply, RemoteError):
-            failures[missing[index]] = str(reply)
+            failures[key] = str(reply)
         else:
-            journal.append(missing[index], reply.model_dump(mode="json"))
-            replies[missing[index]] = reply
+            journal.append(key, reply.model_dump(mode="json"))
+            replies[key] = reply
         if done * 10 // len(wanted) > (done - 1) * 10 // len(wanted):
             tell(f"{what}: {done} of {len(wanted)}")
     return Collected(replies={key: replies[key] for key in wanted if key in replies}, failures=failures)
 
 
-def ask_named(
-    ttt: TTT, requests: Mapping[str, SomeRequest], journal: Journal, *, what: str = "adapters"
-) -> dict[str, Any]:
-    """The reply to each named request. Raises: RemoteError for one that failed, once the others are journalled."""
-    collected = ask(ttt, list(requests.values()), journal, what=what)
+def ask_named(ttt: TTT, requests: Mapping[str, SomeRequest], journal: Journal, **how: Any) -> dict[str, Any]:
+    """The reply to each named request; `how` is as for `ask`.
+    Raises: RemoteError for one that failed, once the others are journalled."""
+    collected = ask(ttt, list(requests.values()), journal, **how)
     return {name: collected.of(request) for name, request in requests.items()}
 
 
@@ -243,13 +226,38 @@ def _key(request: TTTRequest | GenerateRequest) -> str:
     return request.request_id
 
 
-def tell_work(
-    ttt: TTT, requests: Sequence[TTTRequest], journal: Journal, *, what: str = "to do", price_per_hour: float = 0.0
-) -> None:
-    """One line: how much work the requests are that the journal has no reply to; nothing where there are none."""
-    if left := [request for request in requests if _key(request) not in journal]:
-        speed = ttt.client.status().tokens_per_s
-        Teller()(f"{what}: {work_of(left, tokens_per_s=speed, price_per_hour=price_per_hour)}")
+def general_questions() -> list[EvalQuestion]:
+    """The shipped questions, without a title."""
+    path = Path(str(resources.files("seal_nb") / "data" / "general_questions.json"))
+    return [EvalQuestion(**entry) for entry in read_json(path)]
+
+
+def ask_control(
+    ttt: TTT, journal: Journal, stacks: Mapping[str, Sequence[str]], training: Training, *, seed: int
+) -> dict[str, TTTReply]:
+    """The general questions asked of the base ("never edited") and of each named stack of kept adapters.
+    Raises: RemoteError where one failed."""
+    how: dict[str, Any] = {"skip_training": True, "seed": seed}
+    requests = {
+        name: loop_request(ttt.model_id, training, questions=general_questions(), adapter_stack=list(stack), **how)
+        for name, stack in {"never edited": (), **stacks}.items()
+    }
+    return ask_named(ttt, requests, journal, what="general questions")
+
+
+def control_frame(replies: Mapping[str, TTTReply]) -> pd.DataFrame:
+    """One row for each model: accuracy on the general questions, answers lost and won, the paired change."""
+    rows = []
+    before = next((reply.adapter_correct for reply in replies.values()), [])
+    for name, reply in replies.items():
+        after = reply.adapter_correct
+        pairs = list(zip(before, after, strict=True))
+        lost, won = (sum(pair == wanted for pair in pairs) for wanted in ((True, False), (False, True)))
+        change = None
+        if any(None not in pair for pair in pairs):
+            change = paired_difference([[a] for a in after], [[b] for b in before], unit="questions").sentence()
+        rows.append((name, len(after), accuracy(after), lost, won, change))
+    return pd.DataFrame(rows, columns=["model", "questions", "accuracy", "lost", "won", "change"])
 
 
 def n_tokens(text: str) -> int:
@@ -258,8 +266,7 @@ def n_tokens(text: str) -> int:
 
 def work_of(requests: Iterable[TTTRequest], *, tokens_per_s: float = 0.0, price_per_hour: float = 0.0) -> str:
     """What the requests add up to, such as "8 adapters, 320 optimiser steps, about 15,000 tokens, at most 80 answers".
-    A question's baseline answer is generated once. `tokens_per_s`: the measured speed of the server; it adds the time
-    of a long training, and with a price its cost."""
+    `tokens_per_s`, the measured speed of the server, adds the time of a long training, and with a price its cost."""
     n_adapters = n_steps = n_train = n_answers = 0
     of_base: set[tuple[str, ...]] = set()
     for request in requests:

@@ -9,20 +9,57 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.passages import Passage, load_passages
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
-ARMS: tuple[Arm, ...] = ("self_edits", "passage_only", "hand_written")
+ARMS: tuple[Arm, ...] = typing.get_args(Arm)
 SingleArm = Literal[Arm, "in_context"]  # in_context trains nothing: the passage is in the prompt
-IN_CONTEXT: SingleArm = "in_context"
+SINGLE_ARMS: tuple[SingleArm, ...] = typing.get_args(SingleArm)
+# As run files name them under `lora_params`: the published names first, then ours.
+LORA_PARAMS = {
+    "rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "epochs": "finetune_epochs",
+    "lr": "finetune_lr", "batch_size": "batch_size", "grad_accum_steps": "gradient_accumulation_steps",
+    "target_modules": "target_modules", "end_mask_substring": "end_mask_substring",
+    "padding_in_loss": "padding_in_loss",
+}  # fmt: skip
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes part of a file name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Settings:
+    """Settings whose types and values are checked when they are made."""
+
+    positive: ClassVar[tuple[str, ...]] = ()  # fields that are at least 1
+    not_negative: ClassVar[tuple[str, ...]] = ()  # at least 0
+
+    def __post_init__(self) -> None:
+        kinds = typing.get_type_hints(type(self))
+        for one in fields(self):
+            _check_kind(one.name, getattr(self, one.name), kinds[one.name])
+        for name in (*self.positive, *self.not_negative):
+            if getattr(self, name) < (least := int(name in self.positive)):
+                raise SettingsError(f"{name}={getattr(self, name)}: must be at least {least}")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any], **settings: Any) -> Self:
+        """The settings that parameters name; the others keep their defaults.
+
+        Args:
+            parameters: a notebook's `globals()`, or the arguments of an experiment.
+            **settings: fields that are no parameters.
+
+        Raises:
+            SettingsError: for a parameter of the wrong type; the message names it.
+        """
+        named = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
+        return cls(**named | settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Settings):
     """How one adapter is trained and how its answers are generated.
 
     Args:
@@ -63,27 +100,11 @@ class Training:
     soft_scores: bool = False
     chat: bool = False
 
+    positive = ("lora_rank", "finetune_epochs", "batch_size", "gradient_accumulation_steps", "max_new_tokens")
+
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            _check_type(name, getattr(self, name), kind)
-        for name in ("lora_rank", "finetune_epochs", "batch_size", "gradient_accumulation_steps", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
+        super().__post_init__()
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any], **settings: Any) -> Self:
-        """The settings that a notebook's parameters name; the others keep their defaults.
-
-        Args:
-            parameters: the notebook's `globals()`.
-            **settings: fields that are no parameters of the notebook.
-
-        Raises:
-            SettingsError: for a parameter of the wrong type; the message names it.
-        """
-        named = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
-        return cls(**(named | settings))
 
     def request_fields(self) -> dict[str, Any]:
         """As fields of a `protocol.TTTRequest`."""
@@ -91,18 +112,8 @@ class Training:
 
     def lora_params(self) -> dict[str, Any]:
         """As run files state them: the published keys first, then ours."""
-        return {
-            "rank": self.lora_rank,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-            "epochs": self.finetune_epochs,
-            "lr": self.finetune_lr,
-            "batch_size": self.batch_size,
-            "grad_accum_steps": self.gradient_accumulation_steps,
-            "target_modules": list(self.target_modules),
-            "end_mask_substring": self.end_mask_substring,
-            "padding_in_loss": self.padding_in_loss,
-        }
+        values = self.request_fields()
+        return {name: values[ours] for name, ours in LORA_PARAMS.items()}
 
 
 _KINDS: dict[Any, tuple[Any, str]] = {
@@ -110,17 +121,17 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number such as 1e-3"),
     bool: (bool, "True or False"),
     str: (str, "a text"),
+    Sequence[str]: ((list, tuple), 'a list of texts such as ["q_proj", "v_proj"]'),
 }
 
 
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if kind in _KINDS:
-        wanted, example = _KINDS[kind]
-        is_right = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
-    else:
-        is_right = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
-        example = 'a list of texts such as ["q_proj", "v_proj"]'
-    if not is_right:
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    known = typing.get_args(kind) if typing.get_origin(kind) is Literal else (value,)
+    if value not in known:
+        raise SettingsError(f"{name}={value!r}: known are {', '.join(known)}")
+    wanted, example = _KINDS.get(kind, (object, ""))
+    is_right = isinstance(value, wanted) and not (isinstance(value, bool) and kind in (int, float))
+    if not is_right or (kind == Sequence[str] and not all(isinstance(one, str) for one in value)):
         raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {example}")
 
 
@@ -132,47 +143,35 @@ def names_in(parameter: str, value: str | Sequence[str]) -> list[str]:
     return names
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmSource:
-    """An arm by name, what it trains on, and the item file of its self-edits (empty: those of the dataset)."""
-
-    name: str
-    arm: SingleArm
-    file: str = ""
-
-
-def parse_arms(arms: str | Sequence[str]) -> list[ArmSource]:
-    """Arms in order: `passage_only`, `self_edits`, `hand_written`, `in_context`, or `NAME:FILE` for the self-edits of
-    another item file on the same passages, such as `gpt4_1:gpt4_1_val.json`.
+def parse_arms(arms: str | Sequence[str]) -> dict[str, str]:
+    """The arms in order, each with the item file of its self-edits (empty: those of the dataset). An arm is
+    `passage_only`, `self_edits`, `hand_written`, `in_context`, or `NAME:FILE` for the self-edits of another item file
+    on the same passages, such as `gpt4_1:gpt4_1_val.json`.
     Raises: SettingsError for an unknown arm and for a name that occurs twice."""
-    sources = [_parse(entry) for entry in names_in("arms", arms)]
-    names_in("arms", [source.name for source in sources])  # two files under one name
-    return sources
+    found = []
+    for entry in names_in("arms", arms):
+        name, has_file, file = (part.strip() for part in entry.partition(":"))
+        is_own = name not in SINGLE_ARMS and file and _ARM_NAME.fullmatch(name)
+        if not (is_own if has_file else name in SINGLE_ARMS):
+            raise SettingsError(
+                f"arms has {entry!r}: known are {', '.join(SINGLE_ARMS)}, or a name of your own with an item file: "
+                "gpt4_1:gpt4_1_val.json"
+            )
+        found.append((name, file))
+    names_in("arms", [name for name, _ in found])  # two files under one name
+    return dict(found)
 
 
-def _parse(entry: str) -> ArmSource:
-    known = (*ARMS, IN_CONTEXT)
-    name, has_file, file = (part.strip() for part in entry.partition(":"))
-    if not has_file and name in known:
-        return ArmSource(name=name, arm=name)
-    if has_file and file and _ARM_NAME.fullmatch(name) and name not in known:
-        return ArmSource(name=name, arm="self_edits", file=file)
-    raise SettingsError(
-        f"arms has {entry!r}: known are {', '.join(known)}, or a name of your own with an item file: "
-        "gpt4_1:gpt4_1_val.json"
-    )
-
-
-def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Passage]:
-    """The passages with the self-edits of the arm. Raises: DataError where its file lacks a passage."""
-    if not source.file:
+def passages_of_arm(passages: Sequence[Passage], file: str) -> list[Passage]:
+    """The passages with the self-edits of an item file; unchanged without one. Raises: DataError where it lacks one."""
+    if not file:
         return list(passages)
-    items, found = {(one.title, one.context): one for one in load_passages(source.file)}, []
+    items, found = {(one.title, one.context): one for one in load_passages(file)}, []
     for at, passage in enumerate(passages):
         if (own := items.get((passage.title, passage.context))) is None:
             raise DataError(
                 f"has no item for passage {at} of the dataset, {passage.title!r} (same title and context)",
-                path=source.file,
+                path=file,
                 remedy="give self-edits of these very passages, or lower n_articles",
             )
         found.append(replace(own, questions=passage.questions))
@@ -182,7 +181,7 @@ def passages_of_arm(passages: Sequence[Passage], source: ArmSource) -> list[Pass
 def texts_of_arm(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:
     """The texts an arm trains on besides the passage, one adapter each; `passage_only` has one empty text.
     Raises: DataError for a passage without such a text."""
-    if arm in ("passage_only", IN_CONTEXT):
+    if arm in ("passage_only", "in_context"):
         return ("",)
     texts = passage.completions if arm == "self_edits" else (passage.hand_written,)
     if not texts or (arm == "hand_written" and not texts[0]):

@@ -1,9 +1,8 @@
 """Single-passage evaluation: one adapter for each arm, passage, self-edit and repeat, then all questions (`evaluate`).
 
-Passages become requests, replies become the `run_*.json` of SEAL (arXiv 2506.10943, the published query client)
-with verdicts, soft scores, seeds and request ids added. Every request has a seed and an id that follow from its
-content, so any single number can be made again alone. The arm `in_context` trains nothing: its questions are asked
-with the passage in the prompt.
+Replies become the `run_*.json` of SEAL (arXiv 2506.10943, the published query client) with verdicts, soft scores,
+seeds and request ids added. Seeds and ids follow from content, so any single number can be made again alone. The arm
+`in_context` trains nothing: its questions are asked with the passage in the prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,27 +10,24 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.rest_em import check_reliability, eval_times_wanted
-from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request, tell_work
-from seal_nb.experiments.settings import (
-    ARMS,
-    IN_CONTEXT,
-    SingleArm,
-    Training,
-    parse_arms,
-    passages_of_arm,
-    texts_of_arm,
-)
+from seal_nb.experiments.rest_em import RankingSummary, check_reliability
+from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request
+from seal_nb.experiments.settings import Settings, SingleArm, Training, parse_arms, passages_of_arm, texts_of_arm
 from seal_nb.grading.base import Answered, Grader
 from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
+from seal_nb.results.collect import stacked
+from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import KINDS, VERDICT_WORDS, Run, frame
+from seal_nb.results.run import KINDS, VERDICT_WORDS
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.results.statistics import mean
 from seal_nb.self_edits import train_sequences as sequences_of_text
@@ -39,15 +35,11 @@ from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, writ
 from seal_nb.views import plots
 from seal_nb.views.live import Teller
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-SomeRun = TypeVar("SomeRun", bound=Run)
+SomeRun = TypeVar("SomeRun", bound=SinglePassageRun | CptRun)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SinglePassageSettings:
+class SinglePassageSettings(Settings):
     """One arm of an evaluation; defaults as published for evaluation (ranking: `eval_times` 3). `label` names an arm
     whose self-edits come from a file of its own, `texts_from`."""
 
@@ -60,11 +52,7 @@ class SinglePassageSettings:
     texts_from: str = ""
     training: Training = field(default_factory=Training)
 
-    def __post_init__(self) -> None:
-        if self.arm not in (*ARMS, IN_CONTEXT):
-            raise SettingsError(f"arm={self.arm!r}: known are {', '.join((*ARMS, IN_CONTEXT))}")
-        if self.k_completions < 1 or self.eval_times < 1:
-            raise SettingsError(f"{self.k_completions=}, {self.eval_times=}: both must be at least 1")
+    positive = ("k_completions", "eval_times")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,41 +72,36 @@ class PlannedLoop:
 
 class Arms(dict[str, SomeRun]):
     """The runs of an experiment by arm, as their run files say, with tables and figures. `losses`: the training loss by
-    epoch (nats per token) of each adapter."""
+    epoch (nats per token) of each adapter. `control`: the replies to general questions."""
 
     published: ClassVar[Mapping[str, float]]  # accuracy of each arm on the 200 published passages
 
     def __init__(
-        self, passages: Sequence[Passage], runs: Mapping[str, SomeRun], losses: Mapping[str, Sequence[float | None]]
+        self, runs: Mapping[str, SomeRun], losses: Mapping[str, Sequence[float | None]], control: Mapping[str, TTTReply]
     ) -> None:
         super().__init__(runs)
-        self.passages, self.losses = list(passages), dict(losses)
+        self.losses, self.control = losses, control
 
-    def accuracy(self) -> "pd.DataFrame":
-        """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p.
+    def accuracy(self) -> pd.DataFrame:
+        """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p, and
+        `recited` (single passages): share of adapter answers that contain the gold answer of another question."""
+        return stacked(self.values()).drop(columns=["prompt", "file"], errors="ignore")
 
-        `recited` (single passages): share of adapter answers that contain the gold answer of another question of the
-        passage.
-        """
-        import pandas as pd
-
-        frame = pd.concat([run.accuracy() for run in self.values()], ignore_index=True)
-        return frame.drop(columns=["prompt", "file"], errors="ignore")
-
-    def plot_accuracy(self) -> "Figure":
+    def plot_accuracy(self) -> Figure:
         """Accuracy of each arm with its interval, the baseline, and published values for the published passages."""
         bars = {run.arm: estimate for run in self.values() if (estimate := run.estimate("adapter"))}
-        are_published = are_published_passages((p.title, p.context) for p in self.passages)
-        baseline = list(self.values())[-1].estimate("baseline")
-        return plots.plot_accuracy(bars, baseline=baseline, published=self.published if are_published else {})
+        run = list(self.values())[-1]
+        are_published = are_published_passages((passage.title, passage.context) for passage in run.passages)
+        published = self.published if are_published else {}
+        return plots.plot_accuracy(bars, baseline=run.estimate("baseline"), published=published)
 
-    def plot_gains(self, arm: str = "") -> "Figure":
+    def plot_gains(self, arm: str = "") -> Figure:
         """Baseline and adapter accuracy of each passage; `arm`: the last one unless given."""
         run = self[arm or list(self)[-1]]
         before, after = ([mean(scores) for scores in run.scores(kind)] for kind in KINDS)
-        return plots.plot_gains([passage.title for passage in self.passages], before, after)
+        return plots.plot_gains([passage.title for passage in run.passages], before, after)
 
-    def plot_losses(self) -> "Figure":
+    def plot_losses(self) -> Figure:
         """Training loss by epoch of each adapter; those of single passages are named passage.self_edit.repeat."""
         return plots.plot_losses(self.losses)
 
@@ -128,7 +111,7 @@ class Evaluation(Arms[SinglePassageRun]):
 
     published = SINGLE_PASSAGE
 
-    def answers(self, arm: str = "") -> "pd.DataFrame":
+    def answers(self, arm: str = "") -> pd.DataFrame:
         """One row for each question and repeat, changed verdicts first; `arm`: the last one unless given."""
         frame = self[arm or list(self)[-1]].answers(changed_first=True)
         return frame.drop(columns=["baseline_correct", "adapter_correct"])
@@ -179,46 +162,37 @@ def evaluate(
 
     Source: SEAL, arXiv 2506.10943, section 3.1, single passage.
     """
-    folder, sources = runs_folder(folder), parse_arms(arms)
+    training, tell = training or Training(), Teller()
+    given, folder = locals(), runs_folder(folder)
     if reliability:
         check_reliability(reliability)
-    common = {"k_completions": k_completions, "eval_times": eval_times, "split_newlines": split_newlines, "seed": seed}
-    settings = {
-        source.name: SinglePassageSettings(
-            arm=source.arm,
-            label=source.name if source.file else "",
-            texts_from=Path(source.file).name if source.file else "",
-            training=training or Training(),
-            **common,  # type: ignore[arg-type]
-        )
-        for source in sources
-    }
-    texts = {source.name: passages_of_arm(passages, source) for source in sources}
-    tell = Teller()
-    for source in sources:
-        most = max((len(one.completions) for one in texts[source.name]), default=0)
-        if source.arm == "self_edits" and most > k_completions:
-            tell(f"{source.name}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
-    grader = make_grader(ttt.grader or "local") if IN_CONTEXT in settings else None
+    settings, texts = {}, {}
+    for arm, file in parse_arms(arms).items():
+        own = {"arm": "self_edits", "label": arm, "texts_from": Path(file).name} if file else {"arm": arm}
+        settings[arm] = SinglePassageSettings.from_parameters(given, **own)
+        texts[arm] = passages_of_arm(passages, file)
+        most = max((len(one.completions) for one in texts[arm]), default=0)
+        if settings[arm].arm == "self_edits" and most > k_completions:
+            tell(f"{arm}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
+    grader = make_grader(ttt.grader or "local") if "in_context" in settings else None
     if grader is not None:  # verdicts of two graders cannot be compared
         check_grader(grader.name, ttt.model_id, where=ttt.client.where)
     with Journal(folder / "journal.jsonl") as journal:
         while True:
             loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
             requests = [loop.request for arm_loops in loops.values() for loop in arm_loops]
-            tell_work(ttt, requests, journal, price_per_hour=price_per_hour)
-            collected = ask(ttt, requests, journal)
+            collected = ask(ttt, requests, journal, work="to do", price_per_hour=price_per_hour)
             one = settings.get("self_edits")
             if one is None or not reliability:
                 break
-            ranked = build_run(texts["self_edits"], loops["self_edits"], collected.replies, one)
-            wanted = eval_times_wanted(SinglePassageRun(value=ranked), reliability=reliability, most=most_eval_times)
+            run = SinglePassageRun(value=build_run(texts["self_edits"], loops["self_edits"], collected.replies, one))
+            wanted = RankingSummary(run).repeats_wanted(reliability=reliability, most=most_eval_times)
             if wanted <= one.eval_times:
                 break
             settings["self_edits"] = replace(one, eval_times=wanted)
         replies = collected.replies
         if grader is not None:
-            replies = with_in_context(ttt, passages, loops[IN_CONTEXT], replies, journal, grader)
+            replies = with_in_context(ttt, passages, loops["in_context"], replies, journal, grader)
     about = {"model": ttt.model_id, "dataset": Path(dataset).name, "timestamp": f"{datetime.now(UTC):%m%d_%H%M%S}"}
     runs, losses = {}, {}
     for arm, one in settings.items():
@@ -230,7 +204,7 @@ def evaluate(
             if (reply := replies.get(loop.request_id)) is not None and reply.epoch_losses:
                 name = f"{loop.passage}.{loop.self_edit}.{loop.repeat} {arm}, {passages[loop.passage].title}"
                 losses[name] = reply.epoch_losses
-    return Evaluation(passages, runs, losses)
+    return Evaluation(runs, losses, control={})
 
 
 def train_and_ask(
@@ -279,7 +253,7 @@ def train_and_ask(
         return ask_named(ttt, requests, journal)
 
 
-def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> "pd.DataFrame":
+def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> pd.DataFrame:
     """The answers of one reply.
 
     Args:
@@ -290,17 +264,16 @@ def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> "pd
     Returns:
         One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``.
     """
-    return frame(
-        [
-            {
-                "question": one.question,
-                "gold": one.answer,
-                "baseline_answer": reply.baseline_texts[at],
-                "adapter_answer": reply.adapter_texts[at],
-                "verdicts": " → ".join(VERDICT_WORDS[v[at]] for v in (reply.baseline_correct, reply.adapter_correct)),
-            }
-            for at, one in enumerate(asked, start=start)
-        ]
+    at = slice(start, start + len(asked))
+    pairs = zip(reply.baseline_correct[at], reply.adapter_correct[at], strict=True)
+    return pd.DataFrame(
+        {
+            "question": [one.question for one in asked],
+            "gold": [one.answer for one in asked],
+            "baseline_answer": reply.baseline_texts[at],
+            "adapter_answer": reply.adapter_texts[at],
+            "verdicts": [f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for before, after in pairs],
+        }
     )
 
 
@@ -308,22 +281,21 @@ def requests_for_run(
     passages: Sequence[Passage], settings: SinglePassageSettings, *, model_id: str
 ) -> list[PlannedLoop]:
     """Every inner loop of one arm, passages outermost, repeats innermost. Raises: DataError."""
-    loops = []
+    loops, n_repeats = [], 1 if settings.arm == "in_context" else settings.eval_times
     for at, passage in enumerate(passages):
         questions = eval_questions(passage)
-        for self_edit, text in enumerate(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions)):
+        for number, text in enumerate(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions)):
             texts = arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
-            for repeat in range(1 if settings.arm == IN_CONTEXT else settings.eval_times):
-                seed = derived_seed(settings.seed, at, passage.title, self_edit, repeat)
+            for repeat in range(n_repeats):
+                seed = derived_seed(settings.seed, at, passage.title, number, repeat)
                 request = loop_request(model_id, settings.training, texts=texts, questions=questions, seed=seed)
-                place = {"passage": at, "self_edit": self_edit, "repeat": repeat}
-                loops.append(PlannedLoop(**place, text=text, request=request))
+                loops.append(PlannedLoop(passage=at, self_edit=number, repeat=repeat, text=text, request=request))
     return loops
 
 
 def arm_sequences(arm: str, text: str, passage: Passage, *, split_newlines: bool) -> list[str]:
     """What one adapter of an arm is trained on; nothing for in_context."""
-    if arm == IN_CONTEXT:
+    if arm == "in_context":
         return []
     is_split = split_newlines or arm == "passage_only"  # a passage alone has no self-edit to split
     return sequences_of_text(text, title=passage.title, context=passage.context, split_newlines=is_split)
@@ -345,14 +317,14 @@ def train_sequences(
 
     Source: SEAL, arXiv 2506.10943, the published query client.
     """
-    (source,) = parse_arms([arm])
-    (passage,) = passages_of_arm([passage], source)
-    text = texts_of_arm(source.arm, passage, 0, k_completions=self_edit + 1)[self_edit]
-    return arm_sequences(source.arm, text, passage, split_newlines=split_newlines)
+    ((name, file),) = parse_arms([arm]).items()
+    (passage,), trained_on = passages_of_arm([passage], file), "self_edits" if file else name
+    text = texts_of_arm(trained_on, passage, 0, k_completions=self_edit + 1)[self_edit]
+    return arm_sequences(trained_on, text, passage, split_newlines=split_newlines)
 
 
-def eval_questions(passage: Passage) -> list[EvalQuestion]:
-    """The questions as published clients send them, with their topic line."""
+def eval_questions(*passages: Passage) -> list[EvalQuestion]:
+    """The questions of one or more passages as published clients send them, with their topic line."""
     return [
         EvalQuestion(
             title=passage.title,
@@ -360,6 +332,7 @@ def eval_questions(passage: Passage) -> list[EvalQuestion]:
             question=topic_question(passage.title, question.question),
             answer=question.answer,
         )
+        for passage in passages
         for question in passage.questions
     ]
 
@@ -427,8 +400,7 @@ def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) ->
 
 def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> dict[str, Any]:
     """A self-edit with one row for each question and repeat, and what each repeat takes to be run again alone."""
-    questions: list[dict[str, Any]] = []
-    repeats: list[dict[str, Any]] = []
+    questions, repeats = list[dict[str, Any]](), list[dict[str, Any]]()
     for loop in loops:
         repeats.append({"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id})
         if (reply := replies.get(loop.request_id)) is None:
@@ -439,15 +411,10 @@ def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping
             "last_epoch_loss": reply.epoch_losses[-1] if reply.epoch_losses else None,
         }
         check_answers(reply, len(passage.questions))
-        columns: dict[str, Sequence[Any]] = {
-            "baseline_answer": reply.baseline_texts,
-            "adapter_answer": reply.adapter_texts,
-            "baseline_correct": reply.baseline_correct,
-            "adapter_correct": reply.adapter_correct,
-        }
+        columns = {f"{kind}_answer": getattr(reply, f"{kind}_texts") for kind in KINDS}
+        columns |= {f"{kind}_correct": getattr(reply, f"{kind}_correct") for kind in KINDS}
         if reply.baseline_gold_logprobs and reply.adapter_gold_logprobs:
-            columns["baseline_gold_logprob"] = reply.baseline_gold_logprobs
-            columns["adapter_gold_logprob"] = reply.adapter_gold_logprobs
+            columns |= {f"{kind}_gold_logprob": getattr(reply, f"{kind}_gold_logprobs") for kind in KINDS}
         for at, question in enumerate(passage.questions):
             row = {"rep": loop.repeat, "question": question.question, "answer": question.answer}
             questions.append(row | {name: values[at] for name, values in columns.items()})
@@ -481,8 +448,8 @@ def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) ->
         max_tokens=loop.request.max_new_tokens,
         temperature=0.0,
         top_p=1.0,
-        seed=loop.request.seed,
         priority=0,
+        seed=loop.request.seed,
     )
     return identified(request, model_id)
 
@@ -495,9 +462,8 @@ def with_in_context(
     journal: Journal,
     grader: Grader,
 ) -> dict[str, TTTReply]:
-    """`replies` with the in-context answers as the adapter's answers of `loops`. The server grades only what it asks
-    without the passage, so these answers are graded here, by the server's grader. A passage whose answers failed is
-    missing in the run."""
+    """`replies` with the in-context answers as the adapter's answers of `loops`, without those that failed. The server
+    grades only what it asks without the passage, so these are graded here, by the server's grader."""
     answered = [loop for loop in loops if loop.request_id in replies]
     requests = [in_context_request(passages[loop.passage], loop, model_id=ttt.model_id) for loop in answered]
     generated = ask(ttt, requests, journal, what="passages in the prompt").replies
@@ -506,15 +472,13 @@ def with_in_context(
         if (reply := generated.get(str(request.request_id))) is None:
             continue
         passage, baseline, texts = passages[loop.passage], replies[loop.request_id], [t.strip() for t in reply.texts]
-        verdicts = grader.grade(
-            [
-                Answered(question=question.question, gold=question.answer, answer=text, title=passage.title)
-                for question, text in zip(passage.questions, texts, strict=True)
-            ]
-        )
+        answers = [
+            Answered(question=question.question, gold=question.answer, answer=text, title=passage.title)
+            for question, text in zip(passage.questions, texts, strict=True)
+        ]
         completed[loop.request_id] = build_reply(
             baseline=Answers(texts=baseline.baseline_texts, verdicts=baseline.baseline_verdicts),
-            adapter=Answers(texts=texts, verdicts=verdicts),
+            adapter=Answers(texts=texts, verdicts=grader.grade(answers)),
             **baseline.model_dump(include={"request_id", "seed", "model_id", "server_id"}),
         )
     return completed

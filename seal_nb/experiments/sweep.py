@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.session import TTT, ask, tell_work
+from seal_nb.experiments.session import TTT, ask
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.metrics import paired_difference, written_value
@@ -22,14 +25,8 @@ from seal_nb.results.statistics import mean
 from seal_nb.storage import Journal, runs_folder, write_record
 from seal_nb.views import plots
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
 MOST_POINTS = 200
 GRID_REMEDY = 'write settings with their values, such as {"lora_rank": [8, 32]}'
-
-
 Point = tuple[Mapping[str, Any], SinglePassageSettings]  # one combination: the swept values, and all settings
 
 
@@ -37,20 +34,36 @@ class Sweep:
     """The swept values of each point (`points`) with its accuracy; `frame` and `plot` show them."""
 
     def __init__(self, points: Sequence[Mapping[str, Any]], runs: Sequence[SinglePassageRun]) -> None:
-        self.points, self.rows = points, sweep_rows(points, runs)
+        self.points, self.rows = points, list[dict[str, Any]]()
+        for values, run in zip(points, runs, strict=True):
+            estimate, scores = run.estimate("adapter"), run.scores("adapter")
+            are_graded = self.rows and estimate and self.rows[0]["estimate"]
+            against = paired_difference(scores, runs[0].scores("adapter")).sentence() if are_graded else None
+            row = {
+                **values,
+                "label": ", ".join(f"{name} {written_value(value)}" for name, value in values.items()),
+                "estimate": estimate,
+                "accuracy": estimate and estimate.mean,
+                "low": estimate and estimate.low,
+                "high": estimate and estimate.high,
+                "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
+                "passages": estimate.n if estimate else 0,
+                "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
+                "missing": len(run.value["missing"]),
+                "against the first": against,
+            }
+            self.rows.append(row)
 
-    def frame(self) -> "pd.DataFrame":
+    def frame(self) -> pd.DataFrame:
         """One row for each point: its values, accuracy with 95 % interval, soft gain (nats), difference from the first.
         `passages` have a graded answer; `ungraded` counts answers; `missing` counts inner loops without a reply."""
-        import pandas as pd
-
         return pd.DataFrame(self.rows).drop(columns=["label", "estimate"])
 
     def best(self) -> dict[str, Any]:
         """The row of the point with the highest accuracy, the first of equals."""
         return max(self.rows, key=lambda row: row["accuracy"] or 0.0)
 
-    def plot(self) -> "Figure":
+    def plot(self) -> Figure:
         """Accuracy of each point with its interval."""
         return plots.plot_sweep(self.rows, list(self.points[0]))
 
@@ -84,20 +97,14 @@ def sweep(
     Raises:
         SettingsError: for a name that is no setting, and for more than 200 points.
     """
+    training = training or Training()
+    fixed = SinglePassageSettings.from_parameters(locals(), k_completions=1)
     folder, values = runs_folder(folder), grid_of(grid) if isinstance(grid, str) else grid
-    fixed = SinglePassageSettings(
-        arm=arm,  # type: ignore[arg-type]
-        k_completions=1,
-        eval_times=eval_times,
-        seed=seed,
-        training=training or Training(),
-    )
     points = sweep_points(fixed, values)
     loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
     requests = [loop.request for of_point in loops for loop in of_point]
     with Journal(folder / "journal.jsonl") as journal:
-        tell_work(ttt, requests, journal)
-        replies = ask(ttt, requests, journal).replies
+        replies = ask(ttt, requests, journal, work="to do").replies
     runs = [
         SinglePassageRun(value=build_run(passages, of_point, replies, settings))
         for (_, settings), of_point in zip(points, loops, strict=True)
@@ -137,26 +144,3 @@ def sweep_points(settings: SinglePassageSettings, grid: Mapping[str, Sequence[An
             training = replace(training, lora_alpha=base.lora_alpha / base.lora_rank * training.lora_rank)
         points.append((values, replace(settings, training=training)))
     return points
-
-
-def sweep_rows(points: Sequence[Mapping[str, Any]], runs: Sequence[SinglePassageRun]) -> list[dict[str, Any]]:
-    """One row for each point, as `Sweep.frame` shows them, with its label and estimate for the figure."""
-    rows: list[dict[str, Any]] = []
-    for values, run in zip(points, runs, strict=True):
-        estimate, scores = run.estimate("adapter"), run.scores("adapter")
-        are_graded = rows and estimate and rows[0]["estimate"]
-        against = paired_difference(scores, runs[0].scores("adapter")).sentence() if are_graded else None
-        row = {
-            **values,
-            "label": ", ".join(f"{name} {written_value(value)}" for name, value in values.items()),
-            "estimate": estimate,
-            "accuracy": estimate and estimate.mean,
-            **{name: getattr(estimate, name, None) for name in ("low", "high")},
-            "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
-            "passages": estimate.n if estimate else 0,
-            "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
-            "missing": len(run.value["missing"]),
-            "against the first": against,
-        }
-        rows.append(row)
-    return rows

@@ -17,8 +17,8 @@ from typing import Any
 import pandas as pd
 
 from seal_nb.experiments import single_passage
-from seal_nb.experiments.session import TTT, loop_request
-from seal_nb.experiments.settings import Training
+from seal_nb.experiments.session import TTT, identified, loop_request
+from seal_nb.experiments.settings import LORA_PARAMS, Training
 from seal_nb.grading.choose import grader_of
 from seal_nb.inspector.html import StaticView, WidgetView, loss_curve, note, page, static_tables, table_html
 from seal_nb.inspector.inspection import as_passage, sequences_of
@@ -33,8 +33,6 @@ from seal_nb.storage import read_json, write_json
 
 ARM = "live_edit"
 POLL_S = 0.5  # between two looks at the server's status
-PUBLISHED_NAMES = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "epochs": "finetune_epochs",
-                   "lr": "finetune_lr", "grad_accum_steps": "gradient_accumulation_steps"}  # fmt: skip
 TARGETS = {"all linear layers": ("all-linear",), "PEFT's default (published)": ()}
 
 Tell = Callable[[str, Sequence[float]], object]  # what the request is doing, and the losses of its finished epochs
@@ -55,7 +53,7 @@ def settings_of_run(settings: Mapping[str, Any]) -> Training:
     ``lora_params``; ours state all of them, under ``training`` too."""
     known = {field.name for field in fields(Training)}
     ours = settings.get("training") or {}
-    published = {PUBLISHED_NAMES.get(key, key): value for key, value in (settings.get("lora_params") or {}).items()}
+    published = {LORA_PARAMS.get(key, key): value for key, value in (settings.get("lora_params") or {}).items()}
     stated = {name: value for name, value in [*ours.items(), *published.items()] if value is not None}
     return Training(**{name: value for name, value in stated.items() if name in known} | {"soft_scores": True})
 
@@ -171,7 +169,7 @@ class EditTrainer:
     def ask(self, trained: TrainedEdit, question: str, gold: str = "", *, tell: Tell = lambda *_: None) -> pd.DataFrame:
         """Asks the base model and the edit's adapter one more question. Without a gold answer it is not graded.
         Returns: One row: both answers, verdicts, and the change in log-probability of the gold answer in nats."""
-        reply = self._reply(self.ttt.identified(trained.question_request(question, gold)), tell)
+        reply = self._reply(identified(trained.question_request(question, gold), self.ttt.model_id), tell)
         table = single_passage.reply_frame([EvalQuestion(question=question, answer=gold)], reply)
         after, before = reply.adapter_gold_logprobs, reply.baseline_gold_logprobs
         change = pd.Series(after, dtype=float) - pd.Series(before, dtype=float)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel
 
@@ -204,15 +204,27 @@ class ContinualRun(Run):
         ]
 
     def fill_statistics(self) -> None:
-        matrices = []
-        for sequence in self.value["sequences"]:
-            counts, rows = [len(asked) for asked in sequence["questions"]], []
-            for step, record in enumerate(sequence["steps"]):
-                rows.append(verdict_row(record["correct"], counts, step))
-                record["n_ungraded"] = record["correct"].count(None)
-            matrices.append(continual_matrix(rows))
+        for _, _, record, _ in self._steps():
+            record["n_ungraded"] = record["correct"].count(None)
         about = {name: self.value.get(name, "") for name in ("dataset", "base_model")}
-        self.value.update(summarize_sequences(matrices, **about))
+        self.value.update(summarize_sequences([continual_matrix(rows) for rows in self.verdicts()], **about))
+
+    @classmethod
+    def of(cls, sequences: Sequence[Mapping[str, Any]], *, dataset: str, base_model: str, strategy: str) -> Self:
+        """The run of one strategy from its sequences, as files have them."""
+        matrices = [continual_matrix(sequence_verdicts(sequence)) for sequence in sequences]
+        summary = summarize_sequences(matrices, dataset=dataset, base_model=base_model)
+        return cls(value=summary | {"strategy": strategy, "sequences": sequences})
+
+    def verdicts(self) -> list[list[list[Verdicts | None]]]:
+        """``verdicts()[s][t][p]`` are those on passage p of sequence s after t edits; None if it was not asked."""
+        return [sequence_verdicts(sequence) for sequence in self.value.get("sequences") or []]
+
+
+def sequence_verdicts(sequence: Mapping[str, Any]) -> list[list[Verdicts | None]]:
+    """The verdicts of a sequence as a summary keeps it, by step and passage."""
+    counts = [len(asked) for asked in sequence["questions"]]
+    return [verdict_row(record["correct"], counts, step) for step, record in enumerate(sequence["steps"])]
 
 
 def verdict_row(correct: Verdicts, counts: Sequence[int], step: int) -> list[Verdicts | None]:
