@@ -233,6 +233,9 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
                 if any("ipykernel" in word for word in child.cmdline()):
                     child.send_signal(signal.SIGINT)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # only the main thread may handle signals
+        return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield came
