@@ -38,9 +38,9 @@ class InternalError(SealError, RuntimeError):
 class Workers:
     """The workers as the front end sees them: introductions, heartbeats, results, losses."""
 
-    def __init__(self, socket: Socket, table: RequestTable) -> None:
+    def __init__(self, socket: Socket, table: RequestTable, ask_to_stop: Callable[..., None]) -> None:
         self.socket, self.table, self.queue, self.meter = socket, table, table.queue, table.meter
-        self.mismatch = ""  # why the first worker cannot work with this run folder
+        self.ask_to_stop = ask_to_stop
         self.last_loss = ""
         self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
         self._handlers: dict[str, Callable[..., None]] = {
@@ -123,7 +123,8 @@ class Workers:
                 self.table.set_model(about["model_id"])
             except RunMismatch as error:
                 log.error("worker %s is turned away: %s", about["worker_id"], error)
-                self.mismatch = "" if self.table.model_id else str(error)
+                if not self.table.model_id:  # it has another model than the results of the run folder
+                    self.ask_to_stop(str(error), exit_code=1)
                 return self.tell(identity, pack("stop", why=str(error)))
             self.lose(identity, f"worker {about['worker_id']} started again")
             self.queue.join(identity, worker)
@@ -161,7 +162,7 @@ class FrontEnd:
         self.table, self.clients, self.gate = table, clients, gate
         self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
         table.send = self._send
-        self.workers = Workers(workers, table)
+        self.workers = Workers(workers, table, self.ask_to_stop)
         self.drain_until: float | None = None
         self.for_good, self.exit_code = True, 0
         self._client_seen_at = time.monotonic()

@@ -178,13 +178,10 @@ class Server:
 
     def _watch(self, now: float) -> None:
         """At every tick: look after workers, the parent process and the endpoint file."""
-        workers = self.front.workers
         if self.front.drain_until is None:
-            ready = workers.here()
+            ready = self.front.workers.here()
             for worker in self.local_workers:
                 worker.watch(now, is_ready=worker.pid in ready)
-        if workers.mismatch:
-            self.front.ask_to_stop(workers.mismatch, exit_code=1)
         if self.settings.parent_pid and os.getppid() != self.settings.parent_pid:
             self.front.ask_to_stop("the process that started the server is gone")
         if now - self._checked_at > FILE_CHECK_S:
