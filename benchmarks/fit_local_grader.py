@@ -9,7 +9,7 @@ here does:
 
 A row is weighted by the square root of how often the answer was given, because a run counts it that often. Folds are by
 question, so no question is graded by a model that has seen it. In whole runs, a question of the fitted half is graded
-by the model that has not seen its fold, and any other by the model of all folds. `LocalGrader` decides three kinds of
+by the model that has not seen its fold, and any other by the model of all folds. The grader decides three kinds of
 answers without the model. An answer that has nothing of the gold answer is measured here; the two rare other kinds (the
 gold answer itself, a denial) are not.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from seal_nb.prompts import self_edit_prompt
     from seal_nb.protocol import EvalQuestion
     from seal_nb.results.collect import collect, read_run
-    from seal_nb.results.compare import compare
+    from seal_nb.results.run import compare
     from seal_nb.sft.settings import SftSettings
     from seal_nb.storage import runs_folder
     from seal_nb.views.live import Summary
@@ -42,7 +42,7 @@ _NAMES = {
     "prompts": ["self_edit_prompt"],
     "protocol": ["EvalQuestion"],
     "results.collect": ["collect", "read_run"],
-    "results.compare": ["compare"],
+    "results.run": ["compare"],
     "sft.settings": ["SftSettings"],
     "storage": ["runs_folder"],
     "views.live": ["Summary"],

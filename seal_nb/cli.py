@@ -244,13 +244,13 @@ def _runs_pool(arguments: argparse.Namespace) -> None:
 
 def _runs_compare(arguments: argparse.Namespace) -> None:
     from seal_nb.results.collect import read_run
-    from seal_nb.results.compare import difference_sentence
+    from seal_nb.results.run import difference_sentence
 
     print(difference_sentence(read_run(arguments.first), read_run(arguments.second)))
 
 
 def _runs_diff(arguments: argparse.Namespace) -> None:
-    from seal_nb.results.compare import settings_difference
+    from seal_nb.results.run import settings_difference
     from seal_nb.views.tables import as_text
 
     found = settings_difference(arguments.first, arguments.second)

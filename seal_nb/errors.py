@@ -5,12 +5,11 @@ message says what happened, with the value, and what to do about it.
 """
 
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from pydantic import ValidationError
-
+T = TypeVar("T")
 _WANTED = {
     "string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number", "list": "a list",
     "tuple": "a list",
@@ -50,14 +49,19 @@ class DataError(SealError, ValueError):
         super().__init__(f"{message}; {remedy}" if remedy else message)
 
 
-def refused(error: "ValidationError", *, path: str | Path, item: int | str | None = None) -> DataError:
-    """The first error of pydantic's check of a file, with item, field and value."""
-    first = error.errors(include_url=False, include_context=False)[0]
+def checked(validate: Callable[[Any], T], value: object, *, path: str | Path, item: int | str | None = None) -> T:
+    """What one of pydantic's validations makes of a value from a file. Raises: DataError with item, field and value."""
+    from pydantic import ValidationError
+
+    try:
+        return validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
     place = [at for at in first["loc"] if at != "bool"]  # which is the first kind that a verdict may have
     if item is None and place[:1] == ["articles"] and len(place) > 1:
         item, place = place[1], place[2:]
     problem = f"is {repr(first['input'])[:40]}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"
-    return DataError(
+    raise DataError(
         {"missing": "is missing", "empty": "is empty"}.get(first["type"], problem),
         path=path,
         item=item,

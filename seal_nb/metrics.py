@@ -1,4 +1,4 @@
-"""Numbers about answers: accuracies, intervals, paired differences, and what would settle one.
+"""Numbers about answers: accuracies, intervals, paired differences, what would settle one; published statistics.
 
 A verdict is True, False or None; None is an ungraded answer, which is left out and counted, never taken for wrong.
 ``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits).
@@ -6,7 +6,7 @@ A verdict is True, False or None; None is an ungraded answer, which is left out 
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from statistics import NormalDist
@@ -17,6 +17,7 @@ import numpy as np
 from seal_nb.errors import DataError
 from seal_nb.protocol import accuracy as accuracy
 from seal_nb.protocol import gain as gain
+from seal_nb.protocol import rounded
 
 
 def counted(number: int, plural: str) -> str:
@@ -33,6 +34,20 @@ MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
 SIGNIFICANCE = 0.05
 MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond that they are drawn
 POWER = 0.8  # of ``to_settle``
+STATS = ("baseline_mean", "baseline_std", "adapter_mean", "adapter_std", "gain_mean")  # of a self-edit
+
+
+def mean(values: Scores) -> float | None:
+    """The exact mean of what is known, as published; None of nothing. With numpy about a third of the published means
+    differ in the last bit, and a mean that is off by a bit picks another self-edit among equals."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def sample_std(values: Scores) -> float | None:
+    """The sample standard deviation of what is known: 0.0 of one value, None of nothing."""
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) > 1 else (0.0 if known else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,3 +213,53 @@ def written_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "+".join(map(str, value)) or "default"
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def repeat_stats(repeats: Sequence[tuple[Verdicts, Verdicts]]) -> dict[str, float | None]:
+    """Published stats of one self-edit from (baseline, adapter) verdicts of each repeat. Accuracies are rounded to 4
+    decimals before averaging, as the published server sends them. A repeat without any graded answer is left out."""
+    before = [rounded(accuracy(baseline)) for baseline, _ in repeats]
+    after = [rounded(accuracy(adapter)) for _, adapter in repeats]
+    gains = [rounded(_paired_gain(baseline, adapter)) for baseline, adapter in repeats]
+    numbers = (mean(before), sample_std(before), mean(after), sample_std(after), mean(gains))
+    return dict(zip(STATS, numbers, strict=True))
+
+
+def _paired_gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
+    """Over the questions graded on both sides, so that an answer that one side lacks is no gain."""
+    both = [pair for pair in zip(baseline, adapter, strict=True) if None not in pair]
+    return gain([before for before, _ in both], [after for _, after in both]) if both or not baseline else None
+
+
+def published_statistics(
+    completion_stats_P_E: Sequence[Sequence[Mapping[str, Any]]],
+) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
+    """Published ``stats`` of every article and the ``overall`` of a run, from the stats of its self-edits. Averages run
+    over unrounded values; every number is rounded to 4 decimals once."""
+    articles = []
+    for stats_E in completion_stats_P_E:
+        column = {name: [stats[name] for stats in stats_E] for name in STATS}
+        articles.append(
+            {
+                "baseline_accuracy": mean(column["baseline_mean"]),
+                "adapter_mean_accuracy": mean(column["adapter_mean"]),
+                "adapter_std_over_completions": sample_std(column["adapter_mean"]),
+                "mean_adapter_std_within_completions": mean(column["adapter_std"]),
+                "mean_gain": mean(column["gain_mean"]),
+            }
+        )
+    within = [stats["adapter_std"] for stats_E in completion_stats_P_E for stats in stats_E]
+    before = [article["baseline_accuracy"] for article in articles]
+    after = [article["adapter_mean_accuracy"] for article in articles]
+    before_mean, after_mean = mean(before), mean(after)
+    overall = {
+        "baseline_mean_accuracy": before_mean,
+        "baseline_std_of_article_means": sample_std(before),
+        "adapter_mean_accuracy": after_mean,
+        "adapter_std_of_article_means": sample_std(after),
+        "mean_adapter_std_over_completions": mean([a["adapter_std_over_completions"] for a in articles]),
+        "mean_adapter_std_within_completions": mean(within),
+        "mean_gain": None if before_mean is None or after_mean is None else after_mean - before_mean,
+    }
+    rounded_P = [{name: rounded(value) for name, value in article.items()} for article in articles]
+    return rounded_P, {name: rounded(value) for name, value in overall.items()}

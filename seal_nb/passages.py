@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from seal_nb.errors import DataError, SettingsError, refused
+from seal_nb.errors import DataError, SettingsError, checked
 from seal_nb.storage import read_json, read_text, runs_folder, write_json
 
 CSV_COLUMNS = ("title", "context", "question", "answer")
@@ -227,7 +227,6 @@ class _SquadArticle(BaseModel):
 
 _PASSAGE = TypeAdapter(Passage)
 _SQUAD_ARTICLE = TypeAdapter(_SquadArticle)
-T = TypeVar("T")
 
 
 def _passages(items: Iterable[Placed], path: Path | str) -> list[Passage]:
@@ -235,7 +234,7 @@ def _passages(items: Iterable[Placed], path: Path | str) -> list[Passage]:
     for place, value in items:
         if isinstance(value, dict):  # null means absent
             value = {name: entry for name, entry in value.items() if entry is not None}
-        one = _checked(_PASSAGE, value, path, place)
+        one = checked(_PASSAGE.validate_python, value, path=path, item=place)
         for name in ("prompts", "prompt_keys"):
             if (n := len(getattr(one, name))) not in (0, len(one.completions)):
                 problem = f"has {n} entries for {len(one.completions)} completions"
@@ -244,18 +243,10 @@ def _passages(items: Iterable[Placed], path: Path | str) -> list[Passage]:
     return passages
 
 
-def _checked(kind: TypeAdapter[T], value: object, path: Path | str, place: int | str) -> T:
-    """The value of this kind. Raises: DataError with path, item and the first wrong field."""
-    try:
-        return kind.validate_python(value)
-    except ValidationError as error:
-        raise refused(error, path=path, item=place) from None
-
-
 def _squad_items(path: Path, articles: list[Any]) -> Iterator[Placed]:
     """One item per paragraph; the title with spaces and the first answer as gold, as in published items."""
     for index, value in enumerate(articles):
-        article = _checked(_SQUAD_ARTICLE, value, path, index)
+        article = checked(_SQUAD_ARTICLE.validate_python, value, path=path, item=index)
         for paragraph in article.paragraphs:
             asked = [{"question": one.question, "answer": one.answers[0].text} for one in paragraph.qas]
             yield index, {"title": article.title.replace("_", " "), "context": paragraph.context, "questions": asked}

@@ -266,9 +266,9 @@ def test_a_key_that_is_not_there_is_told_before_anything_is_asked(
 def test_settings_in_a_name() -> None:
     one = judge_settings("judge:org/model:1b?base_url=http://h:1/v1&max_parallel=3&timeout_s=2.5&cache_dir=/x")
     assert (one.model, str(one.cache_dir)) == ("org/model:1b", "/x")
-    assert (one.api.base_url, one.api.max_parallel, one.api.timeout_s) == ("http://h:1/v1", 3, 2.5)
+    assert (one.base_url, one.max_parallel, one.timeout_s) == ("http://h:1/v1", 3, 2.5)
     assert judge_settings("judge").model == "gpt-4.1"
-    assert judge_settings("judge?api_key_env=").api.api_key_env == ""
+    assert judge_settings("judge?api_key_env=").api_key_env == ""
 
 
 @pytest.mark.parametrize(

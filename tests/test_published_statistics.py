@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from seal_nb.metrics import published_statistics, repeat_stats
 from seal_nb.results.collect import read_run
-from seal_nb.results.statistics import published_statistics, repeat_stats
 
 
 def test_all_1507_published_statistics_of_a_ranking_run_agree_to_the_last_bit(golden: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from seal_nb.cli import main
 from seal_nb.errors import DataError
 from seal_nb.results.collect import collect, read_run
-from seal_nb.results.compare import compare, difference_sentence, settings_difference
 from seal_nb.results.continual import summarize_sequences
+from seal_nb.results.run import compare, difference_sentence, settings_difference
 from seal_nb.storage import write_json, write_record
 
 

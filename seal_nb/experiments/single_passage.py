@@ -21,15 +21,15 @@ from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_re
 from seal_nb.experiments.settings import Settings, SingleArm, Training, parse_arms, passages_of_arm, texts_of_arm
 from seal_nb.grading.base import Answered, Grader
 from seal_nb.grading.choose import check_grader, make_grader
+from seal_nb.metrics import mean
 from seal_nb.passages import Passage
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.collect import stacked
 from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import KINDS, VERDICT_WORDS
+from seal_nb.results.run import KINDS, verdict_change
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
-from seal_nb.results.statistics import mean
 from seal_nb.self_edits import train_sequences as sequences_of_text
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record
 from seal_nb.views import plots
@@ -265,14 +265,13 @@ def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> pd.
         One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``.
     """
     at = slice(start, start + len(asked))
-    pairs = zip(reply.baseline_correct[at], reply.adapter_correct[at], strict=True)
     return pd.DataFrame(
         {
             "question": [one.question for one in asked],
             "gold": [one.answer for one in asked],
             "baseline_answer": reply.baseline_texts[at],
             "adapter_answer": reply.adapter_texts[at],
-            "verdicts": [f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for before, after in pairs],
+            "verdicts": list(map(verdict_change, reply.baseline_correct[at], reply.adapter_correct[at])),
         }
     )
 

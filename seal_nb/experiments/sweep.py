@@ -18,10 +18,9 @@ from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import TTT, ask
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
-from seal_nb.metrics import paired_difference, written_value
+from seal_nb.metrics import mean, paired_difference, written_value
 from seal_nb.passages import Passage
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.results.statistics import mean
 from seal_nb.storage import Journal, runs_folder, write_record
 from seal_nb.views import plots
 

@@ -1,7 +1,6 @@
 """The interface of a grader: question, gold answer and given answer in, a verdict out."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -45,17 +44,16 @@ def without_asking(one: Answered) -> Verdict | None:
     return None if one.gold.strip() else Verdict.UNGRADED
 
 
-class Rule(ABC):
-    """A grader that computes each verdict from the texts alone."""
+@dataclass
+class Rule:
+    """A grader that computes each verdict from the texts alone. ``is_correct`` judges an answer and a gold answer that
+    are not empty; None if it cannot tell."""
 
     name: str
+    is_correct: Callable[[Answered], bool | None]
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
         return [without_asking(one) or IN_WORDS[self.is_correct(one)] for one in answered]
-
-    @abstractmethod
-    def is_correct(self, one: Answered) -> bool | None:
-        """Of an answer and a gold answer that are not empty; None if it cannot be told."""
 
 
 def asked_about(one: Answered) -> tuple[str, str]:

@@ -1,12 +1,7 @@
 """A language model as grader: the published yes/no question, sent to any OpenAI-compatible service.
 
-SEAL (arXiv 2506.10943) takes its verdicts from GPT-4.1 in this way, one call after another, and counts a failed call as
-"wrong". Here many calls run at a time, the client retries passing failures (``engines.api``), each reply is saved so
-that no answer is paid for twice, and an answer without a plain yes or no is UNGRADED. A failed call is not saved, so
-grading again asks again.
-
-    make_grader("judge:gpt-4.1")
-    make_grader("judge:qwen2.5-7b-instruct?base_url=http://127.0.0.1:8000/v1&api_key_env=")
+SEAL (arXiv 2506.10943) takes its verdicts from GPT-4.1 in this way and counts a failed call as "wrong". Here an answer
+without a plain yes or no is UNGRADED, and each reply is saved, so that no answer is paid for twice.
 """
 
 import fcntl
@@ -38,40 +33,40 @@ _YES_OR_NO = re.compile(r"\b(yes|no)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeSettings:
+class JudgeSettings(ApiSettings):
     """Which model judges. Its name should identify the weights, because saved replies are found by it."""
 
+    timeout_s: float = 60.0
     model: str = "gpt-4.1"  # published
     max_tokens: int = 16  # of a reply; "yes" needs one, a model that argues first needs more
     cache_dir: Path = field(default_factory=lambda: cache_dir() / "judge")
-    api: ApiSettings = field(default_factory=lambda: ApiSettings(timeout_s=60.0))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise SettingsError("the judge has no model; write judge:MODEL, such as judge:gpt-4.1")
 
 
 def judge_settings(name: str) -> JudgeSettings:
-    """Settings from ``judge:MODEL?field=value&…``, a single text for command lines and notebook parameters. The fields
-    are those of JudgeSettings and ApiSettings. Raises: SettingsError."""
+    """Settings from ``judge:MODEL?field=value&…``, such as "judge:qwen2.5-7b?base_url=http://127.0.0.1:8000/v1", a
+    single text for command lines and notebook parameters. Raises: SettingsError."""
     model, _, options = name.removeprefix("judge").removeprefix(":").partition("?")
     try:
         given = dict(parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options)))
     except ValueError as error:
         raise SettingsError(f"grader is {name!r}: {error}; write judge:MODEL?field=value&field=value") from error
-    own: dict[str, Any] = {"model": model} if name.startswith("judge:") else {}
-    api: dict[str, Any] = {"timeout_s": 60.0}
-    of_api = {one.name: type(one.default) for one in fields(ApiSettings)}
-    known: dict[str, Any] = {"max_tokens": int, "cache_dir": Path} | of_api
+    values: dict[str, Any] = {"model": model} if name.startswith("judge:") else {}
+    known: dict[str, Any] = {"max_tokens": int, "cache_dir": Path}
+    known |= {one.name: type(one.default) for one in fields(ApiSettings)}
     for field_name, text in given.items():
         if field_name not in known:
             raise SettingsError(f"grader is {name!r}: {field_name!r} is unknown; known are {', '.join(known)}")
         try:
-            (api if field_name in of_api else own)[field_name] = known[field_name](text)
+            values[field_name] = known[field_name](text)
         except ValueError as error:
             kind = known[field_name].__name__
             raise SettingsError(f"grader is {name!r}: {field_name}={text!r} is no {kind}") from error
-    return JudgeSettings(**own, api=ApiSettings(**api))
+    return JudgeSettings(**values)
 
 
 def read_verdict(reply: str) -> Verdict:
@@ -90,7 +85,7 @@ class JudgeGrader:
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.name = f"judge:{settings.model}"
-        self.client = ApiClient(settings.api)
+        self.client = ApiClient(settings)
         self.failures: Counter[str] = Counter()
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
@@ -113,7 +108,7 @@ class JudgeGrader:
     def _verdict(self, prompt: str, no_use: threading.Event) -> Verdict:
         if no_use.is_set():
             return Verdict.UNGRADED
-        key = content_id([self.settings.api.base_url, self.settings.model, self.settings.max_tokens, prompt])
+        key = content_id([self.settings.base_url, self.settings.model, self.settings.max_tokens, prompt])
         try:
             return read_verdict(self._saved_reply(key, prompt))
         except EngineError as error:
@@ -143,18 +138,15 @@ class JudgeGrader:
             try:
                 return str(json.loads(file.read())["reply"])
             except (ValueError, KeyError, TypeError):
-                record = self._asked(prompt)
+                sampling = Sampling(max_tokens=self.settings.max_tokens, temperature=0.0, top_p=1.0)
+                message = {"role": "user", "content": prompt}
+                reply = self.client.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
+            about = {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
             try:
                 file.seek(0)
                 file.truncate()
-                file.write(json.dumps(record).encode())
+                file.write(json.dumps(about).encode())
                 os.fsync(file.fileno())
             except OSError as error:  # the reply is still good; asking again would cost again
                 log.warning("a graded answer could not be saved in %s: %s", self.settings.cache_dir, error)
-            return str(record["reply"])
-
-    def _asked(self, prompt: str) -> dict[str, Any]:
-        sampling = Sampling(max_tokens=self.settings.max_tokens, temperature=0.0, top_p=1.0)
-        message = {"role": "user", "content": prompt}
-        reply = self.client.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
-        return {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
+            return reply.text

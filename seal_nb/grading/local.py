@@ -1,10 +1,8 @@
 """The local grader: a logistic model over features of the texts, fitted to the verdicts of GPT-4.1.
 
-Its weights are in ``seal_nb/data/local_grader.json``, with their origin and what was measured;
-``benchmarks/fit_local_grader.py`` fits them. The features compare letters and words: how much of the gold answer is in
-the answer, and how. Most look at the *novel* gold words, those that are not in the question, because the others prove
-nothing. The grader knows no synonyms: half of its mistakes are answers that are right in other words, or that contain
-the gold words and mean something else. It needs no network and no numpy, and a verdict depends on its answer alone.
+``benchmarks/fit_local_grader.py`` fits its weights (``seal_nb/data/local_grader.json``). The features compare letters
+and words: how much of the gold answer is in the answer, and how. Most look at the *novel* gold words, those that are
+not in the question, because the others prove nothing. docs/graders.md has its mistakes.
 """
 
 import json
@@ -12,10 +10,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
+from statistics import fmean
+from typing import Any
 
-from seal_nb.grading.base import Answered, Rule, asked_about
+from seal_nb.grading.base import Answered, asked_about
 from seal_nb.grading.rules import EMPTY_WORDS, FUNCTION_WORDS, Word, folded, sentences, trigrams, words_of
 
 _KINDS_OF_QUESTION = {
@@ -57,11 +57,14 @@ class Said:
 
     text: str  # folded
     words: list[Word]
+    keys: set[str]
+    stems: set[str]
 
 
 def read_answer(answer: str) -> Said:
     text = folded(answer)
-    return Said(text=text, words=words_of(text))
+    words = words_of(text)
+    return Said(text, words, {word.key for word in words}, {word.stem for word in words})
 
 
 @lru_cache(maxsize=2_000)
@@ -76,7 +79,7 @@ def read_question(question: str, gold: str, title: str = "") -> Asked | None:
     new = tuple(word for word in content if word.key not in keys)
     novel = new or content
     numbers = {word.stem for word in gold_words if word.is_number}
-    constants = {
+    constants: dict[str, float] = {
         "gold_all_in_question": not new,
         "gold_length": len(gold_words),
         "gold_parts": gold.count(",") + gold.count(" and "),
@@ -94,49 +97,45 @@ def read_question(question: str, gold: str, title: str = "") -> Asked | None:
         gold_letters="".join(word.text for word in gold_words),
         gold_trigrams=frozenset(trigrams(" ".join(word.text for word in gold_words))),
         negated=_negated(asked_words) or _negated(gold_words),
-        constants={name: float(value) for name, value in constants.items()},
+        constants=constants,
     )
 
 
 def features(asked: Asked, answer: Said) -> dict[str, float]:
     """All features of one answer. ``recall`` is the plain share of novel gold words that it contains."""
-    return (
-        asked.constants
-        | _recall(asked, answer.words)
-        | _letters(asked, answer.words)
-        | _sentences(asked, answer)
-        | _neighbours(asked, answer)
-        | _contradiction(asked, answer)
-    )
+    values = asked.constants.copy()
+    for part in (_recall, _letters, _sentences, _neighbours, _contradiction):
+        values |= part(asked, answer)
+    return values
 
 
-def _recall(asked: Asked, words: Sequence[Word]) -> dict[str, float]:
+def _recall(asked: Asked, answer: Said) -> dict[str, float]:
     """How many gold words are in the answer; words with the same key are the same word."""
-    keys, stems = {word.key for word in words}, {word.stem for word in words}
+    keys = answer.keys
     return {
-        "recall": _share(word.key in keys for word in asked.novel),
-        "recall_beyond_title": _share(word.key in keys for word in asked.beyond_title),
-        "recall_of_stems": _share(word.stem in stems for word in asked.gold),
-        "last_word": float(asked.novel[-1].key in keys),
-        "missing_names": float(sum(word.capital and word.key not in keys for word in asked.novel)),
-        "missing_numbers": float(len({word.stem for word in asked.gold if word.is_number} - stems)),
+        "recall": fmean(word.key in keys for word in asked.novel),
+        "recall_beyond_title": fmean(word.key in keys for word in asked.beyond_title),
+        "recall_of_stems": fmean(word.stem in answer.stems for word in asked.gold),
+        "last_word": asked.novel[-1].key in keys,
+        "missing_names": sum(word.capital and word.key not in keys for word in asked.novel),
+        "missing_numbers": len({word.stem for word in asked.gold if word.is_number} - answer.stems),
     }
 
 
-def _letters(asked: Asked, words: Sequence[Word]) -> dict[str, float]:
+def _letters(asked: Asked, answer: Said) -> dict[str, float]:
     """Likeness below the word (compounds, other spellings), and the gold answer as one phrase."""
-    keys, found = {word.key for word in words}, trigrams(" ".join(word.text for word in words))
+    words, found = answer.words, trigrams(" ".join(word.text for word in answer.words))
     phrase = _phrase(words)
     place = phrase.find(asked.gold_phrase)
     weights = [_weight(word) for word in asked.novel]
-    likeness = [_likeness(word, keys, found) for word in asked.novel]
+    likeness = [_likeness(word, answer.keys, found) for word in asked.novel]
     common = len(asked.gold_trigrams & found)
     return {
         "weighted_recall": sum(w * s for w, s in zip(weights, likeness, strict=True)) / sum(weights),
         "trigrams": common / len(asked.gold_trigrams),
         "trigrams_precision": common / len(found) if found else 0.0,
-        "letters": float(asked.gold_letters in "".join(word.text for word in words)),
-        "phrase": float(place >= 0),
+        "letters": asked.gold_letters in "".join(word.text for word in words),
+        "phrase": place >= 0,
         "phrase_place": place / len(phrase) if place >= 0 else 1.0,
     }
 
@@ -150,11 +149,11 @@ def _sentences(asked: Asked, answer: Said) -> dict[str, float]:
     first = cut[0]
     said = [word for word in first if word.text not in EMPTY_WORDS and word.key not in asked.question_keys]
     return {
-        "question_taken_up": _overlap(asked.question_keys, words),
-        "question_beside_gold": _overlap(asked.question_keys, best),
-        "first_precision": sum(word.key in novel_keys for word in said) / len(said) if said else 0.0,
-        "first_other_names": float(sum(word.capital and word.key not in known for word in first[1:])),
-        "distinct_words": len({word.stem for word in words}) / len(words) if words else 0.0,
+        "question_taken_up": _overlap(asked.question_keys, answer.keys),
+        "question_beside_gold": _overlap(asked.question_keys, {word.key for word in best}),
+        "first_precision": fmean(word.key in novel_keys for word in said) if said else 0.0,
+        "first_other_names": sum(word.capital and word.key not in known for word in first[1:]),
+        "distinct_words": len(answer.stems) / len(words) if words else 0.0,
     }
 
 
@@ -171,7 +170,7 @@ def _neighbours(asked: Asked, answer: Said) -> dict[str, float]:
     before = words[first - 1] if hits and first else None
     after = words[last + 1] if hits and last + 1 < len(words) else None
     is_other = [word is not None and word.text not in EMPTY_WORDS and word.key not in known for word in (before, after)]
-    values = {
+    return {
         "other_before": is_other[0],
         "other_after": is_other[1],
         "name_before": is_other[0] and before is not None and before.capital,
@@ -181,7 +180,6 @@ def _neighbours(asked: Asked, answer: Said) -> dict[str, float]:
         "and_after": after is not None and after.text in ("and", "or"),
         "negation_before": bool(hits) and _negated(words[max(0, first - 6) : first]),
     }
-    return {name: float(value) for name, value in values.items()}
 
 
 def _contradiction(asked: Asked, answer: Said) -> dict[str, float]:
@@ -189,10 +187,10 @@ def _contradiction(asked: Asked, answer: Said) -> dict[str, float]:
     numbers = {word.stem for word in answer.words if word.is_number} - gold_numbers
     others = sum(number[:5] not in asked.question_keys for number in numbers)
     return {
-        "other_numbers": float(others if gold_numbers else 0),
-        "negation_differs": float(_negated(answer.words) != _negated(asked.gold)),
-        "is_a_question": float(answer.text.rstrip().endswith("?")),
-        "hedged": float(bool(_HEDGE.search(answer.text.lower()))),
+        "other_numbers": others if gold_numbers else 0,
+        "negation_differs": _negated(answer.words) != _negated(asked.gold),
+        "is_a_question": answer.text.rstrip().endswith("?"),
+        "hedged": bool(_HEDGE.search(answer.text.lower())),
     }
 
 
@@ -217,44 +215,33 @@ def _phrase(words: Sequence[Word]) -> str:
     return f" {' '.join(word.stem for word in words if word.text not in _ARTICLES)} "
 
 
-def _share(there: Iterable[bool]) -> float:
-    flags = list(there)
-    return sum(flags) / len(flags)
+def _overlap(keys: frozenset[str], found: set[str]) -> float:
+    return len(keys & found) / len(keys) if keys else 0.0
 
 
-def _overlap(keys: frozenset[str], words: Sequence[Word]) -> float:
-    return len(keys & {word.key for word in words}) / len(keys) if keys else 0.0
+@cache
+def _model() -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(resources.files("seal_nb").joinpath("data/local_grader.json").read_text())
+    return model
 
 
-class LocalGrader(Rule):
-    """Grades some 4,000 answers a second on one core. The gold answer itself is CORRECT. An answer that has nothing of
-    it, or denies it, is INCORRECT. The model decides the rest."""
-
-    name = "local"
-
-    def __init__(self) -> None:
-        stored = json.loads(resources.files("seal_nb").joinpath("data/local_grader.json").read_text())
-        self.intercept: float = stored["intercept"]
-        self.weights: dict[str, float] = stored["weights"]
-        self.threshold: float = stored["threshold"]
-
-    def is_correct(self, one: Answered) -> bool:
-        title, question = asked_about(one)
-        asked = read_question(question, one.gold, title)
-        if asked is None:  # the gold answer is a sign, such as "§"
-            return one.gold.strip() in one.answer
-        said = read_answer(one.answer)
-        return "".join(word.text for word in said.words) == asked.gold_letters or self._is_likely(asked, said)
-
-    def _is_likely(self, asked: Asked, said: Said) -> bool:
-        """P(CORRECT) = 1 / (1 + exp(-(intercept + sum of weight * feature))) is above the threshold."""
-        values = features(asked, said)
-        if not values["recall"] and not values["letters"]:
-            return False
-        # One answer at a time and in a fixed order: the last bit must not depend on the batch.
-        score = self.intercept + sum(weight * values[name] for name, weight in self.weights.items())
-        probability = 1 / (1 + math.exp(-max(-50.0, min(50.0, score))))
-        return probability > self.threshold and not _is_denied(asked, said)
+def is_likely_correct(one: Answered) -> bool:
+    """The gold answer itself is correct. An answer that has nothing of it, or denies it, is not. The model decides the
+    rest, some 4,000 answers a second on one core: P = 1 / (1 + exp(-(intercept + sum of weight * feature)))."""
+    title, question = asked_about(one)
+    asked = read_question(question, one.gold, title)
+    if asked is None:  # the gold answer is a sign, such as "§"
+        return one.gold.strip() in one.answer
+    said, model = read_answer(one.answer), _model()
+    if "".join(word.text for word in said.words) == asked.gold_letters:
+        return True
+    values = features(asked, said)
+    if not values["recall"] and not values["letters"]:
+        return False
+    # One answer at a time and in a fixed order: the last bit must not depend on the batch.
+    score = model["intercept"] + sum(weight * values[name] for name, weight in model["weights"].items())
+    probability = 1 / (1 + math.exp(-max(-50.0, min(50.0, score))))
+    return probability > model["threshold"] and not _is_denied(asked, said)
 
 
 def _is_denied(asked: Asked, said: Said) -> bool:

@@ -1,8 +1,7 @@
 """Read one run file, or everything that a folder holds about finished experiments, ours and published.
 
-Result files are recognised by their content; other files are ignored. A file that looks like a result and cannot be
-read is listed with its reason. Two collections from the release count as run files too: verdicts of published
-evaluations, and the overall numbers of published runs.
+Result files are recognised by their content. Two collections from the release count as run files too: verdicts of
+published evaluations, and the overall numbers of published runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from seal_nb.errors import DataError, SealError
 from seal_nb.metrics import Estimate, accuracy
 from seal_nb.passages import Passage
-from seal_nb.results.compare import COMPARED, comparison
 from seal_nb.results.continual import ContinualRun
 from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import Run, frame
+from seal_nb.results.run import COMPARED, Run, comparison, frame
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import read_json, runs_folder
 
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
 MOST_BYTES = 200_000_000  # no result file is larger
+AT_A_GLANCE = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
+               "after the last continual edit")  # fmt: skip
 
 
 def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
@@ -53,20 +53,17 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
 
 def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> Run:
     """The run in a JSON value. Raises: DataError."""
-    path = Path(path)
-    if isinstance(value, dict):
-        if "articles" in value:
-            return SinglePassageRun(value=value, path=path, file=file)
-        if "server_reply" in value:
-            return CptRun(value=value, path=path, file=file, passages=passages)
-        if "mean_over_sequences" in value:
-            return ContinualRun(value=value, path=path, file=file)
-    raise DataError(
-        "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary "
-        "(mean_over_sequences)",
-        path=path,
-        remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
-    )
+    if not is_run(value):
+        raise DataError(
+            "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary "
+            "(mean_over_sequences)",
+            path=path,
+            remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
+        )
+    about: dict[str, Any] = {"value": value, "path": Path(path), "file": file}
+    if "articles" in value:
+        return SinglePassageRun(**about)
+    return CptRun(**about, passages=passages) if "server_reply" in value else ContinualRun(**about)
 
 
 def is_run(value: Any) -> bool:
@@ -89,8 +86,7 @@ def collect(folder: str | Path) -> "Collection":
     root = runs_folder(folder)
     if not root.is_dir():
         raise DataError("no such folder", path=root, remedy="give a folder of runs")
-    runs: list[Run] = []
-    unread: list[tuple[str, str]] = []
+    runs, unread = [], []
     for path in sorted(_json_files(root)):
         file = path.relative_to(root).as_posix()
         try:
@@ -161,21 +157,16 @@ class Collection:
         """One row per run: ``file``, ``kind``, ``arm``, ``n`` (passages or sequences), ``accuracy``."""
         rows = []
         for run in self.runs:
-            is_ranking = isinstance(run, SinglePassageRun) and run.is_ranking
-            estimate = run.estimate()
-            about = {"file": run.file, "kind": "ranking" if is_ranking else run.form.replace("_", " "), "arm": run.arm}
-            rows.append({**about, "n": estimate and estimate.n, "accuracy": estimate and estimate.mean})
+            is_ranking, estimate = isinstance(run, SinglePassageRun) and run.is_ranking, run.estimate()
+            kind = "ranking" if is_ranking else run.form.replace("_", " ")
+            rows.append((run.file, kind, run.arm, estimate and estimate.n, estimate and estimate.mean))
         return frame(rows, ("file", "kind", "arm", "n", "accuracy"))
 
     def arms(self, prompt_key: str = "") -> dict[str, SinglePassageRun]:
         """One evaluation per arm, by its name; with ``prompt_key``, only those with this prompt."""
-        arms: dict[str, SinglePassageRun] = {}
-        for run in self.single_passage:
-            wanted = not run.is_ranking and prompt_key in ("", run.prompt_key)
-            if wanted and (run.has_verdicts or run.stored_mean("adapter") is not None):
-                earlier = arms.get(run.arm)
-                if earlier is None or run.has_verdicts or not earlier.has_verdicts:
-                    arms[run.arm] = run
+        wanted = [run for run in self.single_passage if not run.is_ranking and prompt_key in ("", run.prompt_key)]
+        measured = [run for run in wanted if run.has_verdicts or run.stored_mean("adapter") is not None]
+        arms = {run.arm: run for run in sorted(measured, key=lambda run: run.has_verdicts)}  # the last one stays
         return dict(sorted(arms.items(), key=lambda item: _order(item[1])))
 
     def accuracy(self, prompt_key: str = "", *, form: str = "single_passage") -> "pd.DataFrame":
@@ -186,12 +177,8 @@ class Collection:
 
     def left_out(self, prompt_key: str = "") -> "pd.DataFrame":
         """``file`` and ``reason`` of every single-passage run that ``arms`` does not hold."""
-        shown = {run.file for run in self.arms(prompt_key).values()}
-        rows = [
-            {"file": run.file, "reason": _why_left_out(run, prompt_key)}
-            for run in self.single_passage
-            if run.file not in shown
-        ]
+        shown = self.arms(prompt_key).values()
+        rows = [(run.file, _why_left_out(run, prompt_key)) for run in self.single_passage if run not in shown]
         return frame(rows, ("file", "reason"))
 
     def prompt_keys(self) -> list[str]:
@@ -223,13 +210,13 @@ class Collection:
 
     def published_arms(self, prompt_key: str = "") -> dict[str, float]:
         """The published accuracy of every arm that was run on exactly the published passages."""
-        arms = self.arms(prompt_key).items()
-        return {arm: SINGLE_PASSAGE[arm] for arm, run in arms if arm in SINGLE_PASSAGE and _is_published(run)}
+        arms = [arm for arm, run in self.arms(prompt_key).items() if are_published_passages(run.unit_keys())]
+        return {arm: SINGLE_PASSAGE[arm] for arm in arms if arm in SINGLE_PASSAGE}
 
     def published_rounds(self) -> dict[str, tuple[float, ...]]:
         """The published accuracy of every round by prompt, if the rounds were run on the published passages."""
         runs = [run for rounds in self.rounds_by_prompt().values() for run in rounds if run]
-        return ROUNDS_BY_PROMPT if runs and _is_published(runs[0]) else {}
+        return ROUNDS_BY_PROMPT if runs and are_published_passages(runs[0].unit_keys()) else {}
 
     def baseline(self, prompt_key: str = "") -> Estimate | None:
         """The model without adapter, from the first arm that has it."""
@@ -245,46 +232,29 @@ class Collection:
 
     def summary(self, prompt_key: str = "") -> dict[str, str | None]:
         """The few numbers to look at first; None where there are no runs for one."""
-        cpt = [(run, estimate) for run in self.cpt if (estimate := run.estimate())]
-        differences, known = self.differences(prompt_key), [run for run in self.rounds(prompt_key) if run]
-        ends = [_percent(run.estimate()) for run in (known[:1] + known[-1:])]
-        best_cpt = max(cpt, key=lambda pair: pair[1].mean, default=None)
-        return {
-            "best arm": self._best_arm(prompt_key),
-            "differences between arms": (
-                f"{sum(differences['is_real'])} of {len(differences)} are real" if len(differences) else None
-            ),
-            "ReST-EM rounds": " → ".join(ends) or None,
-            "best of many passages in one adapter": (
-                f"{best_cpt[0].arm} {best_cpt[1].mean:.1%}, {best_cpt[1].n} passages" if best_cpt else None
-            ),
-            "after the last continual edit": self._last_edit(),
-        }
-
-    def _best_arm(self, prompt_key: str) -> str | None:
-        found = [(run, estimate) for run in self.arms(prompt_key).values() if (estimate := run.estimate())]
-        most = max((estimate.n for _, estimate in found), default=0)  # one passage tried by hand is no evaluation
-        whole = [(run, estimate) for run, estimate in found if estimate.n == most]
-        if not whole:
-            return None
-        best, accuracy = max(whole, key=lambda pair: pair[1].mean)
-        baseline = next((one for run, _ in whole if (one := run.estimate("baseline"))), None)
-        return f"{best.arm} {_percent(accuracy)}, baseline {_percent(baseline)}"
-
-    def _last_edit(self) -> str | None:
+        said: dict[str, str | None] = dict.fromkeys(AT_A_GLANCE)
+        arms = [(estimate, run) for run in self.arms(prompt_key).values() if (estimate := run.estimate())]
+        most = max((estimate.n for estimate, _ in arms), default=0)  # one passage tried by hand is no evaluation
+        if whole := [(estimate, run) for estimate, run in arms if estimate.n == most]:
+            best, of_best = max(whole, key=lambda pair: pair[0].mean)
+            baseline = next((one for _, run in whole if (one := run.estimate("baseline"))), None)
+            said["best arm"] = f"{of_best.arm} {_percent(best)}, baseline {_percent(baseline)}"
+        if len(differences := self.differences(prompt_key)):
+            said["differences between arms"] = f"{sum(differences['is_real'])} of {len(differences)} are real"
+        if known := [run for run in self.rounds(prompt_key) if run]:
+            said["ReST-EM rounds"] = " → ".join(_percent(run.estimate()) for run in (known[0], known[-1]))
+        if cpt := [(estimate, run) for run in self.cpt if (estimate := run.estimate())]:
+            best, of_cpt = max(cpt, key=lambda pair: pair[0].mean)
+            said["best of many passages in one adapter"] = f"{of_cpt.arm} {best.mean:.1%}, {best.n} passages"
         ends = [(run.stored_mean("adapter"), run.stored_mean("baseline")) for run in self.continual]
-        known = [(after, before) for after, before in ends if after is not None and before is not None]
-        best = max(known, default=None)
-        return f"{best[0]:.1%}, never edited {best[1]:.1%}" if best else None
+        if ends := [(after, before) for after, before in ends if after is not None and before is not None]:
+            said["after the last continual edit"] = "{:.1%}, never edited {:.1%}".format(*max(ends))
+        return said
 
 
 def stacked(runs: Iterable[Run]) -> "pd.DataFrame":
     """The ``accuracy()`` rows of several runs as one DataFrame."""
     return frame([row for run in runs for row in run.accuracy().to_dict("records")])
-
-
-def _is_published(run: SinglePassageRun) -> bool:
-    return are_published_passages(run.unit_keys())
 
 
 def _why_left_out(run: SinglePassageRun, prompt_key: str) -> str:
@@ -297,9 +267,8 @@ def _why_left_out(run: SinglePassageRun, prompt_key: str) -> str:
 
 def _order(run: SinglePassageRun) -> tuple[int, str]:
     """Passage only first, self-edits by round, then texts that no round wrote."""
-    if run.arm == "passage only":
-        return 0, run.arm
-    return (100 if run.rest_em_round is None else 1 + run.rest_em_round), run.arm
+    number = run.rest_em_round
+    return 0 if run.arm == "passage only" else 100 if number is None else 1 + number, run.arm
 
 
 def _percent(estimate: Estimate | None) -> str:

@@ -1,28 +1,24 @@
 """Grade finished answers again, without training: run files, and files of answers; compare graders on one run.
 
 A regraded run keeps the earlier verdicts in ``earlier``, by the name of their grader; a grader that grades again
-replaces its own verdicts. The field ``grader`` (or the name of the model) says whose verdicts a file holds; published
-files do not say, and theirs are called "earlier".
-
-A file of answers is JSON lines of ``question``, ``gold``, ``answer``; the output has a ``verdict`` too, in the same
-order with all other fields. A ``verdict`` of true, false or null in the input is a reference: it becomes
-``reference_verdict``, and the grader is measured against it, overall and by ``kind`` (baseline, adapter, or both),
-because a grader that is stricter on one arm shifts every gain. A broken row is refused; then nothing is written.
+replaces its own verdicts. A grader is measured against earlier verdicts by ``kind`` too (baseline, adapter, or both),
+because one that is stricter on one arm shifts every gain.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from seal_nb.errors import DataError, SettingsError, refused
+from seal_nb.errors import DataError, SettingsError, checked
 from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Grader, Verdict
 from seal_nb.grading.choose import GRADERS, grader_of, make_grader
 from seal_nb.metrics import Verdicts, accuracy
-from seal_nb.passages import Passage, load_passages
+from seal_nb.passages import load_passages
 from seal_nb.results.collect import is_run, run_of
 from seal_nb.results.run import KINDS, Run, StoredVerdict
 from seal_nb.storage import read_json, read_text, write_text
@@ -30,7 +26,7 @@ from seal_nb.storage import read_json, read_text, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-UNNAMED = "earlier"  # the grader of a file that names none
+UNNAMED = "earlier"  # the grader of a file that names none, such as a published one
 
 
 class Agreement(NamedTuple):
@@ -60,20 +56,15 @@ def agreement_of(verdicts: Verdicts, reference: Verdicts) -> Agreement | None:
     says, truly = sum(v for v, _ in pairs), sum(r for _, r in pairs)
     agree = sum(v == r for v, r in pairs) / n
     by_chance = (says * truly + (n - says) * (n - truly)) / n**2
-    return Agreement(
-        n=n,
-        n_left_out=len(verdicts) - n,
-        agreement=agree,
-        kappa=1.0 if by_chance == 1 else (agree - by_chance) / (1 - by_chance),
-        bias=(says - truly) / n,
-    )
+    kappa = 1.0 if by_chance == 1 else (agree - by_chance) / (1 - by_chance)
+    return Agreement(n=n, n_left_out=len(verdicts) - n, agreement=agree, kappa=kappa, bias=(says - truly) / n)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graded:
-    """The verdicts of a grader on the answers of a file, in its order, and the reference verdicts in it. ``kinds``:
-    "baseline", "adapter", "adapter+baseline", or "" if it is not known. ``run``: a run file with the new verdicts; its
-    reference verdicts are those of ``earlier_grader``."""
+    """The verdicts of a grader on the answers of a file, and the reference verdicts in it. ``kinds``: "baseline",
+    "adapter", "adapter+baseline", or "" if it is not known. ``run``: a run with the new verdicts; its reference
+    verdicts are those of ``earlier_grader``."""
 
     grader: str
     kinds: Sequence[str]
@@ -84,9 +75,8 @@ class Graded:
 
     def agreement(self, *kinds: str) -> Agreement | None:
         """With the reference verdicts, over all answers or those of some kinds."""
-        rows = zip(self.kinds, self.verdicts, self.reference, strict=True)
-        pairs = [(verdict, reference) for kind, verdict, reference in rows if not kinds or kind in kinds]
-        return agreement_of([verdict for verdict, _ in pairs], [reference for _, reference in pairs])
+        wanted = [not kinds or kind in kinds for kind in self.kinds]
+        return agreement_of(*(list(compress(of, wanted)) for of in (self.verdicts, self.reference)))
 
     @property
     def gain_bias(self) -> float | None:
@@ -111,12 +101,14 @@ class Graded:
             said.append(f"a gain measured on such answers comes out {abs(self.gain_bias) * 100:.1f} points too {way}")
         if self.run:
             for name, verdicts in ((self.earlier_grader, self.reference), (self.grader, self.verdicts)):
-                said.append(f"{name}: " + ", ".join(f"{kind} {self._correct(kind, verdicts)}" for kind in KINDS))
+                of_kind = {kind: list(compress(verdicts, (one == kind for one in self.kinds))) for kind in KINDS}
+                said.append(f"{name}: " + ", ".join(f"{kind} {_share(own)}" for kind, own in of_kind.items()))
         return said
 
-    def _correct(self, kind: str, verdicts: Verdicts) -> str:
-        share = accuracy([verdict for own, verdict in zip(self.kinds, verdicts, strict=True) if own == kind])
-        return "none graded" if share is None else f"{share:.1%} of answers correct"
+
+def _share(verdicts: Verdicts) -> str:
+    share = accuracy(verdicts)
+    return "none graded" if share is None else f"{share:.1%} of answers correct"
 
 
 def _grade(grader: Grader, answered: Sequence[Answered], earlier: Verdicts, only_ungraded: bool) -> list[bool | None]:
@@ -141,12 +133,10 @@ class _Row(BaseModel):
 def grade_file(
     source: str | Path, out: str | Path, *, grader: str | Grader = "local", only_ungraded: bool = False
 ) -> Graded:
-    """Grade ``source`` (JSON lines, also gzip-compressed) into ``out``, whole or not at all.
-
-    ``only_ungraded``: only rows that an earlier grading left UNGRADED; the others keep their verdict.
-    Raises: DataError with path, line and field for a row that cannot be graded; SettingsError for an unknown
-    grader.
-    """
+    """Grade ``source`` (JSON lines of ``question``, ``gold``, ``answer``, also gzip-compressed) into ``out``, with all
+    fields and a ``verdict`` in words. A ``verdict`` of true, false or null becomes ``reference_verdict``.
+    ``only_ungraded``: rows that an earlier grading did not leave UNGRADED keep their verdict. Raises: DataError with
+    path, line and field, and then nothing is written; SettingsError for an unknown grader."""
     judge = make_grader(grader) if isinstance(grader, str) else grader
     if Path(out).suffix == ".gz":
         raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
@@ -175,11 +165,9 @@ def grade_file(
 def _row(line: str, *, path: str | Path, item: str) -> dict[str, Any]:
     try:
         row: dict[str, Any] = json.loads(line)
-        _Row.model_validate(row)
-    except ValidationError as error:
-        raise refused(error, path=path, item=item) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON: {error}", path=path, item=item) from error
+    checked(_Row.model_validate, row, path=path, item=item)
     return row
 
 
@@ -197,10 +185,8 @@ def regrade_file(
     """`regrade` from file to file, written whole or not at all. ``dataset``: the items that a CPT run was asked about;
     empty: the shipped dataset that the run names, if it does."""
     value = read_json(path)
-    passages: Sequence[Passage] = ()
-    if "server_reply" in value:
-        named = str(dataset or value.get("dataset") or "")
-        passages = load_passages(named) if dataset or named.startswith("shipped:") else ()
+    named = str(dataset or value.get("dataset") or "") if "server_reply" in value else ""
+    passages = load_passages(named) if named and (dataset or named.startswith("shipped:")) else ()
     done = regrade(run_of(value, path=path, passages=passages), grader, only_ungraded=only_ungraded)
     if done.run:
         done.run.write(out)
@@ -212,18 +198,12 @@ def regrade(run: Run, grader: Grader, *, only_ungraded: bool = False) -> Graded:
     the verdicts that are there. Raises: DataError if the run has no answers, or its passages are needed and missing;
     and what the grader raises."""
     places, named, name = _answers_of(run), grader_of(run.value) or UNNAMED, grader.name
-    earlier = [place.verdict for place in places]
+    earlier, kinds = [place.verdict() for place in places], [place.kind for place in places]
     verdicts = _grade(grader, [place.answered for place in places], earlier, only_ungraded)
     if only_ungraded and name != named and set(earlier) != {None}:
         name = f"{named}, what it left: {name}"
-    return Graded(
-        run=run.graded(verdicts, grader=name, keep_as=named if named != grader.name else ""),
-        grader=name,
-        earlier_grader=named,
-        kinds=[place.kind for place in places],
-        verdicts=verdicts,
-        reference=earlier,
-    )
+    again = run.graded(verdicts, grader=name, keep_as=named if named != grader.name else "")
+    return Graded(grader=name, kinds=kinds, verdicts=verdicts, reference=earlier, run=again, earlier_grader=named)
 
 
 def _answers_of(run: Run) -> list[StoredVerdict]:
@@ -234,30 +214,20 @@ def _answers_of(run: Run) -> list[StoredVerdict]:
 
 
 def compare_graders(run: Run, *, reference: str = "") -> "pd.DataFrame":
-    """The graders on the answers of one run, measured against a reference grader.
+    """The graders of a run (the file's, the earlier ones, and those that need no service) against a reference grader:
+    a row of the result, or else a judge's verdicts in the file, or else the first grading.
 
-    The graders are the one of the file, those of its earlier verdicts, and those that need no service. A grader that is
-    too strict on both arms moves both accuracies; one that is stricter on one arm shifts the gain.
-
-    Args:
-        run: a run with its answers; a CPT run must be read with its passages.
-        reference: a grader of the result; empty: a judge's verdicts in the file, else the first grading.
-
-    Returns:
-        One row per grader, over the answers that it and the reference judged: ``grader``, ``n``, ``ungraded``,
-        ``baseline`` and ``adapter`` (share called correct), ``agreement``, ``kappa``, ``baseline_bias``,
-        ``adapter_bias`` (share called correct minus the reference's), ``gain``, ``gain_bias``. Missing if the two
-        judged no answer of an arm in common.
-
-    Raises:
-        DataError: the run holds no answers. SettingsError: there is no such reference.
+    One row per grader, over the answers that it and the reference judged: ``grader``, ``n``, ``ungraded``,
+    ``baseline`` and ``adapter`` (share called correct), ``agreement``, ``kappa``, ``baseline_bias``, ``adapter_bias``
+    (share called correct minus the reference's), ``gain``, ``gain_bias``. Missing if the two judged no answer of an
+    arm in common. Raises: DataError if the run has no answers; SettingsError if there is no such reference.
     """
     import pandas as pd
 
     places, own = _answers_of(run), grader_of(run.value)
-    stored: dict[str, Verdicts] = {f"{own} (in the file)" if own else "in the file": [one.verdict for one in places]}
+    stored: dict[str, Verdicts] = {f"{own} (in the file)" if own else "in the file": [one.verdict() for one in places]}
     for name in dict.fromkeys(name for one in places for name in one.holder.get("earlier", {})):
-        stored[f"{name} (in the file)"] = [one.earlier(name) for one in places]
+        stored[f"{name} (in the file)"] = [one.verdict(name) for one in places]
     reference = reference or next((name for name in stored if name.startswith("judge")), list(stored)[-1])
     answered = [one.answered for one in places]
     by_grader = stored | {name: [AS_BOOLEAN[v] for v in make_grader(name).grade(answered)] for name in GRADERS}
@@ -278,8 +248,7 @@ def compare_graders(run: Run, *, reference: str = "") -> "pd.DataFrame":
                 **shares["own"],
                 "agreement": agreed and agreed.agreement,
                 "kappa": agreed and agreed.kappa,
-                "baseline_bias": bias["baseline"],
-                "adapter_bias": bias["adapter"],
+                **bias.add_suffix("_bias"),
                 "gain": gains["own"],
                 "gain_bias": gains["own"] - gains["reference"],
             }

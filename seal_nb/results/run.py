@@ -1,8 +1,6 @@
-"""What the three forms of run files share: estimates with intervals, DataFrames, recomputed statistics.
+"""What the three forms of run files share: estimates, tables, recomputed statistics; and the comparison of two runs.
 
-The forms are `single_passage.SinglePassageRun`, `cpt.CptRun` and `continual.ContinualRun`. A run keeps the JSON value
-of its file with all fields, known and unknown, and knows where the verdicts are in it. This package trains and grades
-nothing.
+A run keeps the JSON value of its file with all fields, known and unknown, and knows where the verdicts are in it.
 """
 
 from abc import ABC, abstractmethod
@@ -10,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from seal_nb.errors import DataError, refused
+from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
-from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference
-from seal_nb.storage import write_json
+from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference, to_settle
+from seal_nb.storage import read_json, record_path, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +34,9 @@ ARM_NAMES = {
     "self_edits": "self-edits",
 }
 
+COMPARED = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence", "to_settle")
+_NO_SETTINGS = {"timestamp", "overall", "server_reply", "per_article"}
+
 
 class RunFields(BaseModel):
     """The fields of a run file that are read, whatever its form; null means absent."""
@@ -50,44 +51,39 @@ class RunFields(BaseModel):
     eval_times: int | None = None
 
 
-F = TypeVar("F", bound=RunFields)
-
-
-def frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> "pd.DataFrame":
+def frame(rows: Sequence[Any], columns: Sequence[str] | None = None) -> "pd.DataFrame":
     """A DataFrame of rows. pandas is imported here only, so that commands without tables start fast."""
     import pandas as pd
 
-    return pd.DataFrame(list(rows), columns=None if columns is None else list(columns))
+    return pd.DataFrame(list(rows), columns=columns)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredVerdict:
-    """One verdict of a run file, at ``holder[field]``, or at ``holder[field][index]`` if that is a list."""
+def verdict_change(before: bool | None, after: bool | None) -> str:
+    """Two verdicts in words, such as "wrong → right"."""
+    return f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}"
+
+
+class StoredVerdict(NamedTuple):
+    """One verdict of a run file, at ``holder[field]``, or at ``holder[field][place]`` if that is a list."""
 
     kind: Kind
     answered: Answered
     holder: dict[str, Any]
     field: str
-    index: int | None = None
+    place: int | None = None
 
-    @property
-    def verdict(self) -> bool | None:
-        return self._in(self.holder)
-
-    def earlier(self, grader: str) -> bool | None:
-        """The verdict that this grader gave before the answer was graded again."""
-        return self._in(self.holder.get("earlier", {}).get(grader, {}))
+    def verdict(self, grader: str = "") -> bool | None:
+        """The verdict, or the one that this grader gave before the answer was graded again."""
+        holder = self.holder.get("earlier", {}).get(grader, {}) if grader else self.holder
+        found: Any = holder.get(self.field)
+        verdict: bool | None = found if self.place is None or found is None else found[self.place]
+        return verdict
 
     def replace(self, verdict: bool | None) -> None:
-        if self.index is None:
+        if self.place is None:
             self.holder[self.field] = verdict
         else:
-            self.holder[self.field][self.index] = verdict
-
-    def _in(self, holder: Mapping[str, Any]) -> bool | None:
-        found: Any = holder.get(self.field)
-        verdict: bool | None = found[self.index] if self.index is not None and found is not None else found
-        return verdict
+            self.holder[self.field][self.place] = verdict
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,13 +98,6 @@ class Run(ABC):
     unit: ClassVar[str] = "passages"  # what intervals are over
     weighting: ClassVar[Weighting] = "passage"
 
-    def checked(self, kind: type[F]) -> F:
-        """The fields that this form reads. Raises: DataError with path, item and field for a value of another kind."""
-        try:
-            return kind.model_validate(self.value)
-        except ValidationError as error:
-            raise refused(error, path=self.path) from None
-
     @property
     def name(self) -> str:
         """The file name without folder and ending."""
@@ -121,9 +110,17 @@ class Run(ABC):
         arm = str(self.value.get("arm") or "") or self.name
         return ARM_NAMES.get(arm, arm)
 
+    @property
+    def stored_overall(self) -> Mapping[str, Any]:
+        return self.value.get("overall") or {}
+
     @abstractmethod
     def scores(self, kind: Kind) -> list[Scores]:
         """For each unit (passage or sequence) its verdicts or accuracies; empty if the file has none."""
+
+    def flat_verdicts(self, kind: Kind) -> list[Any]:
+        """Of all answers, in the order of the file."""
+        return [score for scores in self.scores(kind) for score in scores]
 
     @abstractmethod
     def stored_mean(self, kind: Kind) -> float | None:
@@ -151,7 +148,7 @@ class Run(ABC):
 
     def disagreements(self) -> list[str]:
         """Stored numbers that differ from the computed ones."""
-        return unequal("overall", self.value.get("overall") or {}, self.overall())
+        return unequal("overall", self.stored_overall, self.overall())
 
     def notes(self) -> list[str]:
         """What the file cannot give."""
@@ -176,10 +173,9 @@ class Run(ABC):
 
     def gain(self) -> Difference | None:
         """Adapter minus baseline accuracy, paired; None if no unit was graded on both sides."""
+        after, before = self.scores("adapter"), self.scores("baseline")
         try:
-            return paired_difference(
-                self.scores("adapter"), self.scores("baseline"), weighting=self.weighting, unit=self.unit
-            )
+            return paired_difference(after, before, weighting=self.weighting, unit=self.unit)
         except DataError:
             return None
 
@@ -215,46 +211,39 @@ class Run(ABC):
 
     def summary(self) -> dict[str, Any]:
         """What ``seal-nb summarize`` prints, as one JSON-able object: recomputed numbers, intervals, disagreements."""
-        gain = self.gain()
-        estimates = {kind: self.estimate(kind) for kind in KINDS}
-        intervals: dict[str, Any] = {kind: asdict(estimate) for kind, estimate in estimates.items() if estimate}
-        if gain:
+        intervals: dict[str, Any] | None = None
+        if gain := self.gain():
+            intervals = {kind: asdict(estimate) for kind in KINDS if (estimate := self.estimate(kind))}
             intervals["gain"] = asdict(gain) | {"sentence": gain.sentence()}
         return {
             "kind": self.form,
             "file": self.path.name,
             "overall": self.overall(),
             **self.counts(),
-            "intervals": intervals if gain else None,
+            "intervals": intervals,
             "disagreements": self.disagreements(),
             "notes": self.notes(),
         }
 
     def counts(self) -> dict[str, Any]:
         """Answers (one question in one repeat of one self-edit), and those without a verdict."""
-        before, after = ([score for scores in self.scores(kind) for score in scores] for kind in KINDS)
+        before, after = (self.flat_verdicts(kind) for kind in KINDS)
         return {
             "n_passages": len(self.scores("adapter")),
             "n_answers": len(after),
-            "n_ungraded_baseline": sum(score is None for score in before),
-            "n_ungraded_adapter": sum(score is None for score in after),
+            "n_ungraded_baseline": before.count(None),
+            "n_ungraded_adapter": after.count(None),
         }
 
     def graded(self, verdicts: Sequence[bool | None], *, grader: str, keep_as: str = "") -> Self:
-        """A copy with other verdicts and the statistics that follow from them.
-
-        Args:
-            verdicts: one per entry of ``stored_verdicts()``, in that order; None is ungraded.
-            grader: the name of the grader, written to the field ``grader``.
-            keep_as: if given, the old verdicts are kept in ``earlier`` under this grader name.
-        """
+        """A copy with the verdicts of ``grader``, one per entry of ``stored_verdicts()``, and the statistics that
+        follow from them. The old verdicts are kept in ``earlier`` under the grader name ``keep_as``, if it is given."""
         copy = replace(self, value=deepcopy(self.value))
-        places = copy.stored_verdicts()
-        for holder, name in {(id(one.holder), one.field): (one.holder, one.field) for one in places}.values():
+        for old, new, verdict in zip(self.stored_verdicts(), copy.stored_verdicts(), verdicts, strict=True):
             if keep_as:
-                holder.setdefault("earlier", {}).setdefault(keep_as, {})[name] = deepcopy(holder.get(name))
-        for place, verdict in zip(places, verdicts, strict=True):
-            place.replace(verdict)
+                earlier = new.holder.setdefault("earlier", {}).setdefault(keep_as, {})
+                earlier[old.field] = old.holder.get(old.field)
+            new.replace(verdict)
         copy.value["grader"] = grader
         copy.fill_statistics()
         return replace(copy)
@@ -271,3 +260,99 @@ def unequal(where: str, stored: Mapping[str, Any], computed: Mapping[str, Any]) 
         for name in computed
         if stored.get(name) is not None and stored[name] != computed[name]
     ]
+
+
+def compare(a: Run, b: Run, *, shared_only: bool = False) -> "pd.DataFrame":
+    """How much higher the accuracy of ``a`` is than that of ``b``, paired over passages.
+
+    Args:
+        a: a run of any form.
+        b: a run of the same form over the same passages (a continual run: the same sequences).
+        shared_only: compare the passages that both runs have, instead of refusing other passages.
+
+    Returns:
+        One row: ``arm``, ``against``, ``n`` (pairs), ``difference`` with its 95 % bootstrap interval ``low``, ``high``,
+        the sign-flip ``p`` (exact up to 12 pairs), ``is_real`` (interval and test both exclude zero, at least 6 pairs),
+        ``sentence``, and ``to_settle``: what would settle a difference that is not settled.
+
+    Raises:
+        DataError: the runs have different forms or passages, or a run has no verdicts.
+    """
+    return frame([comparison(a, b, shared_only=shared_only)])
+
+
+def comparison(a: Run, b: Run, *, shared_only: bool = False) -> dict[str, Any]:
+    """The row of ``compare``."""
+    first, second = paired_scores(a, b, shared_only=shared_only)
+    d = paired_difference(first, second, weighting=a.weighting, unit=a.unit)
+    unsettled = None if d.is_real else to_settle(first, second) or None
+    row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), unsettled)
+    return dict(zip(COMPARED, row, strict=True))
+
+
+def difference_sentence(first: Run, second: Run) -> str:
+    """Second minus first run over the passages that both have, and both means, in one line. Raises: DataError."""
+    row = comparison(second, first, shared_only=True)
+    scores = paired_scores(first, second, shared_only=True)
+    before, after = (mean_interval(of, weighting=first.weighting, n_resamples=1).mean for of in scores)
+    said = "; ".join(filter(None, (row["sentence"], row["to_settle"])))
+    return f"{100 * before:.1f} % → {100 * after:.1f} %: {said}"
+
+
+def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Scores], list[Scores]]:
+    """The adapter scores of both runs, passage by passage. Raises: DataError if they cannot be paired."""
+    if a.form != b.form:
+        raise DataError(f"is a {b.form} run, not a {a.form} run", path=b.path, remedy="compare runs of one form")
+    for run in (a, b):
+        if not run.has_verdicts:
+            raise DataError("has no verdicts of single passages", path=run.path, remedy="give a run file with answers")
+    scores_a, scores_b = a.scores("adapter"), b.scores("adapter")
+    keys_a, keys_b = a.unit_keys(), b.unit_keys()
+    at = {key: place for place, key in enumerate(keys_a)}
+    titles_repeat = len(at) < len(keys_a) and keys_a == keys_b  # the order identifies a passage
+    # One published file may hold several runs, without titles.
+    if titles_repeat or (not keys_a and not keys_b and a.path == b.path and len(scores_a) == len(scores_b)):
+        return scores_a, scores_b
+    shared = [(at[key], place) for place, key in enumerate(keys_b) if key in at]
+    if not shared:
+        raise DataError(
+            f"shares no {a.unit.removesuffix('s')} with the other run",
+            path=b.path,
+            remedy=f"compare runs on the same {a.unit}",
+        )
+    if not shared_only and not len(shared) == len(keys_a) == len(keys_b):
+        raise DataError(
+            f"shares {len(shared)} of {len(keys_b)} {a.unit} with the other run, which has {len(keys_a)}",
+            path=b.path,
+            remedy="compare runs on the same passages, or pass shared_only=True",
+        )
+    return [scores_a[i] for i, _ in shared], [scores_b[j] for _, j in shared]
+
+
+def settings_difference(first: str | Path, second: str | Path) -> "pd.DataFrame":
+    """Every setting, seed and version that differs: ``setting`` (dotted name), ``first``, ``second`` ("–": absent)."""
+    a, b = _flat(_settings_of(first)), _flat(_settings_of(second))
+    both = [(name, a.get(name, "–"), b.get(name, "–")) for name in sorted({*a, *b})]
+    rows = [(name, str(one), str(other)) for name, one, other in both if one != other]
+    return frame(rows, ("setting", "first", "second"))
+
+
+def _settings_of(path: str | Path) -> Mapping[str, Any]:
+    """The record next to a result; without one, the settings in the file itself."""
+    if record_path(path).is_file():
+        return dict(read_json(record_path(path)))
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError("is not a result file", path=path, remedy="give a run file")
+    return {
+        name: entry
+        for name, entry in value.items()
+        if isinstance(entry, str | int | float | bool | dict) and name not in _NO_SETTINGS
+    }
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, entry in value.items():
+        flat |= _flat(entry, f"{prefix}{name}.") if isinstance(entry, Mapping) else {f"{prefix}{name}": entry}
+    return flat

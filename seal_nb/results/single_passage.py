@@ -1,34 +1,34 @@
 """Single-passage run files, published and ours: read, written, recomputed.
 
 The published form: ``{overall, …, articles: [{stats, title, context, prompt, completions: [{text, stats, questions:
-[{rep, …, baseline_correct, adapter_correct}]}]}]}``. Released files may lack per-question records or hold nulls; both
-are read as absent. A value of another kind is refused with path, item and field.
+[{rep, …, baseline_correct, adapter_correct}]}]}]}``. Released files may lack per-question records or hold nulls.
 """
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from seal_nb.errors import checked
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
-from seal_nb.metrics import Scores, Verdicts
+from seal_nb.metrics import STATS, Scores, Verdicts, mean, published_statistics, repeat_stats
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import ARM_NAMES, KINDS, VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame, unequal
-from seal_nb.results.statistics import mean, published_statistics, repeat_stats
+from seal_nb.results.run import ARM_NAMES, KINDS, Kind, Run, RunFields, StoredVerdict, frame, unequal, verdict_change
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STATS = ("baseline_mean", "baseline_std", "adapter_mean", "adapter_std", "gain_mean")
 ROUND = re.compile(r"(?:iter|round)[_-]?(\d+)")
 RANKING = re.compile(r"(^|_)rank(_|$|\.)")
 PROMPT = re.compile(r"prompt-([a-z-]+)")
 PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names
 _CHANGES = {"wrong → right": 0, "right → wrong": 1}  # order of ``answers(changed_first=True)``
+ANSWERS = ("passage", "self_edit", "repeat", "question", "gold", "baseline_answer", "adapter_answer", "verdicts",
+           "baseline_correct", "adapter_correct")  # fmt: skip
 
 
 def run_file_name(exp_name: str, arm: str) -> str:
@@ -48,16 +48,20 @@ Number = Annotated[float | None, AfterValidator(_finite)]
 
 
 class _Entry(BaseModel):
-    """Part of a run file; null means absent everywhere."""
+    """Part of a run file; null means absent everywhere. ``stored`` is the part itself, in which statistics and verdicts
+    are replaced."""
 
     model_config = ConfigDict(strict=True, frozen=True, populate_by_name=True)
+
+    stored: Any = Field(None, exclude=True, repr=False)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: entry for name, entry in value.items() if entry is not None}
-        return {} if value is None else value
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            return value
+        return {name: entry for name, entry in value.items() if entry is not None} | {"stored": value}
 
 
 class AnsweredQuestion(_Entry):
@@ -72,6 +76,10 @@ class AnsweredQuestion(_Entry):
     adapter_correct: bool | None = None
     baseline_gold_logprob: Number = None  # nats; not in published files
     adapter_gold_logprob: Number = None
+
+    @property
+    def change(self) -> str:
+        return verdict_change(self.baseline_correct, self.adapter_correct)
 
     @property
     def soft_gain(self) -> float | None:
@@ -98,15 +106,14 @@ class EvaluatedSelfEdit(_Entry):
         """Everything else that the file says about the self-edit: seeds, settings, scores of tokens."""
         return self.model_extra or {}
 
-    def repeats(self) -> list[tuple[Verdicts, Verdicts]]:
+    def repeats(self) -> Sequence[tuple[Verdicts, Verdicts]]:
         """(baseline, adapter) verdicts of each repeat, in file order."""
-        by_repeat: dict[int, list[AnsweredQuestion]] = {}
-        for answered in self.questions:
-            by_repeat.setdefault(answered.repeat, []).append(answered)
-        return [
-            ([a.baseline_correct for a in answers], [a.adapter_correct for a in answers])
-            for answers in by_repeat.values()
-        ]
+        by_repeat: dict[int, tuple[list[bool | None], list[bool | None]]] = {}
+        for one in self.questions:
+            before, after = by_repeat.setdefault(one.repeat, ([], []))
+            before.append(one.baseline_correct)
+            after.append(one.adapter_correct)
+        return list(by_repeat.values())
 
     @property
     def is_graded(self) -> bool:
@@ -148,11 +155,7 @@ class SinglePassageRun(Run):
     form: ClassVar[str] = "single_passage"
 
     def __post_init__(self) -> None:
-        self.passages = self.checked(_Articles).articles
-
-    @property
-    def stored_overall(self) -> Mapping[str, Any]:
-        return self.value.get("overall") or {}
+        self.passages = checked(_Articles.model_validate, self.value, path=self.path).articles
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -173,10 +176,8 @@ class SinglePassageRun(Run):
 
     @property
     def rest_em_round(self) -> int | None:
-        """The ReST-EM round whose model wrote the self-edits: "iter2" and "round_2" are 2, "base" is 0.
-
-        None for other arms and for names without a round.
-        """
+        """The ReST-EM round whose model wrote the self-edits: "iter2" and "round_2" are 2, "base" is 0. None for other
+        arms and for names without a round."""
         if self.settings.get("arm") not in (None, "", "self_edits"):
             return None
         found = ROUND.search(self.name)
@@ -198,9 +199,8 @@ class SinglePassageRun(Run):
 
     @property
     def is_ranking(self) -> bool:
-        """Whether this measures rewards on training passages and is no evaluation. No file says so. Its name does, or
-        that several self-edits were each measured several times; several self-edits alone are an evaluation over more
-        texts."""
+        """Whether this measures rewards on training passages and is no evaluation: its name says so, or several
+        self-edits were each measured several times. Several self-edits alone are an evaluation over more texts."""
         n_edits, n_repeats = (self.settings.get(key) or 1 for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
@@ -229,25 +229,14 @@ class SinglePassageRun(Run):
             ``adapter_correct`` (missing: ungraded).
         """
         rows = [
-            {
-                "passage": passage.title,
-                "self_edit": edit.index,
-                "repeat": one.repeat,
-                "question": one.question,
-                "gold": one.gold,
-                "baseline_answer": one.baseline_answer,
-                "adapter_answer": one.adapter_answer,
-                "verdicts": f"{VERDICT_WORDS[one.baseline_correct]} → {VERDICT_WORDS[one.adapter_correct]}",
-                "baseline_correct": one.baseline_correct,
-                "adapter_correct": one.adapter_correct,
-            }
+            {"passage": passage.title, "self_edit": edit.index, "verdicts": one.change, **one.model_dump()}
             for passage in self.passages
             for edit in passage.self_edits
             for one in edit.questions
         ]
         if changed_first:
-            rows.sort(key=lambda row: _CHANGES.get(str(row["verdicts"]), 2))
-        return frame(rows)
+            rows.sort(key=lambda row: _CHANGES.get(row["verdicts"], 2))
+        return frame(rows, ANSWERS)
 
     def rewards(self) -> "pd.DataFrame":
         """The reward of each self-edit: accuracy of its adapters, averaged over the repeats.
@@ -255,18 +244,12 @@ class SinglePassageRun(Run):
         Returns:
             One row per self-edit: ``passage`` and ``self_edit`` (indices), ``title``, ``text``, ``reward``, ``gain``.
         """
-        rows = [
-            {
-                "passage": passage.index,
-                "title": passage.title,
-                "self_edit": edit.index,
-                "text": edit.text,
-                "reward": edit.stats()["adapter_mean"],
-                "gain": edit.stats()["gain_mean"],
-            }
-            for passage in self.passages
-            for edit in passage.self_edits
-        ]
+        rows = []
+        for passage in self.passages:
+            for edit in passage.self_edits:
+                about = {"passage": passage.index, "title": passage.title, "self_edit": edit.index, "text": edit.text}
+                stats = edit.stats()
+                rows.append({**about, "reward": stats["adapter_mean"], "gain": stats["gain_mean"]})
         return frame(rows)
 
     def recited(self) -> float | None:
@@ -275,7 +258,7 @@ class SinglePassageRun(Run):
         decides what an answer contains. None without answers."""
         grader, recited = make_grader("local"), []
         for passage in self.passages:
-            asked = dict.fromkeys((one.question, one.gold) for one in passage.questions())
+            asked = {(one.question, one.gold) for one in passage.questions()}
             for one in passage.questions():
                 others = [
                     Answered(question=question, gold=gold, answer=one.adapter_answer)
@@ -318,31 +301,21 @@ class SinglePassageRun(Run):
         return found
 
     def stored_verdicts(self) -> list[StoredVerdict]:
-        return [
-            StoredVerdict(
-                kind=kind,
-                answered=Answered(
-                    title=article.get("title") or "",
-                    question=row.get("question") or "",
-                    gold=row.get("answer") or "",
-                    answer=row.get(f"{kind}_answer") or "",
-                ),
-                holder=row,
-                field=f"{kind}_correct",
-            )
-            for article in self.value["articles"]
-            for completion in article.get("completions") or []
-            for row in completion.get("questions") or []
-            for kind in KINDS
-        ]
+        found = []
+        for passage in self.passages:
+            for one in passage.questions():
+                for kind, answer in zip(KINDS, (one.baseline_answer, one.adapter_answer), strict=True):
+                    answered = Answered(title=passage.title, question=one.question, gold=one.gold, answer=answer)
+                    found.append(StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
+        return found
 
     def fill_statistics(self) -> None:
-        passages = SinglePassageRun(value=self.value, path=self.path).passages
+        passages = replace(self).passages  # read again, because verdicts were replaced
         stats_P_E = [[repeat_stats(edit.repeats()) for edit in passage.self_edits] for passage in passages]
         stats_P, self.value["overall"] = published_statistics(stats_P_E)
-        for article, stats, stats_E in zip(self.value["articles"], stats_P, stats_P_E, strict=True):
-            article["stats"] = stats
-            for completion, own in zip(article.get("completions") or [], stats_E, strict=True):
-                completion["stats"] = own
+        for passage, stats, stats_E in zip(passages, stats_P, stats_P_E, strict=True):
+            passage.stored["stats"] = stats
+            for edit, own in zip(passage.self_edits, stats_E, strict=True):
+                edit.stored["stats"] = own
         answered = [one for passage in passages for one in passage.questions()]
         self.value["n_ungraded"] = sum(None in (one.baseline_correct, one.adapter_correct) for one in answered)
