@@ -17,10 +17,9 @@ from seal_nb.grading.base import Answered, Grader, Verdict
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import Answers, GenerateReply, GenerateRequest, ScoredText, TTTReply, TTTRequest, build_reply
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.decode import Decoded
+from seal_nb.ttt.decode import Decoded, ScoreRow, score
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import Adapter
-from seal_nb.ttt.loss import ScoreRow, score
 from seal_nb.ttt.trainer import Trained
 
 log = logging.getLogger(__name__)
@@ -68,13 +67,7 @@ class Generation:
 
 @dataclass
 class Evaluation:
-    """A TTTRequest in progress.
-
-    baseline, answers: keys of the texts of the base and of the adapter, one a question; empty if not requested
-    keys, texts: as in Generation
-    scores: of gold answers, train sequences and passages, as far as they are requested
-    verdicts: of all answers, those of the base first; None until it is graded
-    """
+    """A TTTRequest in progress. keys, texts: as in Generation"""
 
     request: TTTRequest
     questions: list[Question]
@@ -82,10 +75,11 @@ class Evaluation:
     texts: dict[Key, Decoded] = field(default_factory=dict)
     trained: Trained | None = None
     adapter_path: str | None = None
-    scores: list[ScoredText] = field(default_factory=list)
-    verdicts: Future[list[Verdict]] | None = None
+    scores: list[ScoredText] = field(default_factory=list)  # of all kinds of texts that are requested
+    verdicts: Future[list[Verdict]] | None = None  # of all answers, those of the base first; None until graded
 
     def __post_init__(self) -> None:
+        # Keys of the texts of the base and of the adapter, one a question; empty if not requested.
         own: list[Key] = [(str(self.request.request_id), i) for i in range(len(self.questions))]
         self.baseline: list[Key] = [] if self.request.skip_baseline else [*self.questions]
         self.answers = own if self.request.training_wanted else []

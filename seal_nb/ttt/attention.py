@@ -32,17 +32,14 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Rows:
-    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only.
-
-    longest: at least the tokens of each row; 0: exactly
-    ends: (rows + 1,) int32, running sum of the rows' lengths
-    real, padding: with padding in the loss, places (int64) of real and of padding tokens, and running sums like `ends`
-    """
+    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only. longest: tokens of a
+    row, at most; 0: exactly"""
 
     def __init__(
         self, lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None, longest: int = 0
     ):
         self.ends, self.longest = _running_sum(lengths, device), longest or max(lengths)
+        # With padding, the places (int64) of real and of padding tokens, and running sums like `ends`.
         self.real = self.padding = None
         if n_real is not None and sum(lengths) > sum(n_real):
             n_padding = [n - r for n, r in zip(lengths, n_real, strict=True)]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from seal_nb.errors import SettingsError
 from seal_nb.models import FOUR_BIT
 from seal_nb.ttt.attention import ATTENTION, Attend, Rows
-from seal_nb.ttt.branches import PLAN, Bank, BranchedLinear, Plan, make_plan
+from seal_nb.ttt.branches import PLAN, Bank, BranchedLinear, Plan
 from seal_nb.ttt.device import free_cached_memory, region, sent
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, linears_of, load_adapter, make_layout
@@ -76,14 +76,16 @@ class FrozenBase:
         in_four_bits = dtype == FOUR_BIT
         if dtype in ("auto", FOUR_BIT):
             dtype = "bfloat16" if device.startswith("cuda") or cpu_multiplies_bfloat16() else "float32"
-        torch_dtype = getattr(torch, dtype)
-        options = _four_bit_options(torch_dtype, device) if in_four_bits else {}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch_dtype, attn_implementation="sdpa", **options
-        )
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
         if in_four_bits:
-            _keep_weights_readable(model)
+            options |= _four_bit_options(options["dtype"], device)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        for module in model.modules():
+            # bitsandbytes 0.50 (nn.modules.Linear4bit.forward) repacks a weight at its first product on CPUs with
+            # AVX512-BF16, and `dense_weight` could not read it.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         return cls(model if in_four_bits else model.to(device), tokenizer, name=str(folder))
 
     @property
@@ -143,7 +145,7 @@ class FrozenBase:
         ids = sent(torch.tensor([token for row in rows for token in row]), self.device)
         positions = sent(torch.cat([torch.arange(n) for n in lengths]), self.device)
         attend = attend or Rows(lengths, self.device).attend
-        return self.run(ids, positions, make_plan(list(zip(lengths, adapters, strict=False))), attend)
+        return self.run(ids, positions, Plan(list(zip(lengths, adapters, strict=False))), attend)
 
     def run(self, ids: Tensor, positions: Tensor, plan: Plan, attend: Attend) -> Tensor:
         """As `hidden`, from token ids and positions (T,) on the device."""
@@ -183,21 +185,8 @@ def _four_bit_options(compute_dtype: torch.dtype, device: str) -> dict[str, Any]
         raise SettingsError("dtype is '4bit', which needs bitsandbytes: pip install -e '.[4bit]', or take bfloat16")
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _keep_weights_readable(model: nn.Module) -> None:
-    """Switch off bitsandbytes' repacking of a weight at its first product on CPUs with AVX512-BF16 (0.50,
-    ``nn.modules.Linear4bit.forward``): `dense_weight` could not read a repacked weight."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
 
 
 def _make_regions(model: nn.Module) -> None:

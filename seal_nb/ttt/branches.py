@@ -25,10 +25,7 @@ Weights = Tensor | list[Tensor]  # (n, layout.size), or n vectors of layout.size
 
 
 class Bank:
-    """Memory of n adapters of one layout in training: (n, layout.size) each of weights, gradient and AdamW's moments.
-
-    dtype: of weights, gradient and moments; compute_dtype: of `compute`, the copy of the weights for passes
-    """
+    """Memory of n adapters of one layout in training, (n, layout.size) each, and the rows that are taken."""
 
     def __init__(self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype):
         self.layout, self.n = layout, n
@@ -37,6 +34,7 @@ class Bank:
             torch.empty(n, layout.size, device=device, dtype=dtype) for _ in range(4)
         )
         same = dtype == compute_dtype
+        # The copy of the weights for passes.
         self.compute = self.weights if same else torch.empty_like(self.weights, dtype=compute_dtype)
         self.rows: dict[int, BankRow] = {}
 
@@ -45,18 +43,14 @@ class Bank:
         """Of each row whether the next gradient is added to the old one, in an open accumulation window."""
         return [i in self.rows and not self.rows[i].opens_window for i in range(self.n)]
 
-    def enter(self, settings: LoraSettings, initial: Tensor, dropout_seed: int) -> "BankRow":
-        """Take the first free row."""
-        index = next(i for i in range(self.n) if i not in self.rows)
-        self.rows[index] = BankRow(self, index, settings, initial, dropout_seed)
-        return self.rows[index]
-
 
 class BankRow(Adapter):
-    """One adapter in training: row `index` of a bank."""
+    """One adapter in training: the first free row of a bank."""
 
-    def __init__(self, bank: Bank, index: int, settings: LoraSettings, initial: Tensor, dropout_seed: int):
-        self.bank, self.index, self.layout, self.settings = bank, index, bank.layout, settings
+    def __init__(self, bank: Bank, settings: LoraSettings, initial: Tensor, *, dropout_seed: int):
+        self.index = next(i for i in range(bank.n) if i not in bank.rows)
+        bank.rows[self.index], index = self, self.index
+        self.bank, self.layout, self.settings = bank, bank.layout, settings
         self.flat, self.compute, self.gradient = bank.weights[index], bank.compute[index], bank.gradient[index]
         self.mean, self.square = bank.mean[index], bank.square[index]
         self.flat.copy_(initial, non_blocking=True)
@@ -84,20 +78,13 @@ Part = tuple[int, Sequence[Adapter]]  # a number of tokens and the adapters that
 
 class Group:
     """Adapters of one layout (members) on neighbouring parts, and their tokens, end to end from `start`.
-    All rows of a bank are members, in their order; those that are not in this pass have no tokens.
-
-    weights: compute dtype; one matrix if kernels are used
-    scales: (tokens, 1), at least float32: the factor of each token
-    ends: (n,) int32: end of each member's tokens, counted from `start`; tiles: the same for the kernels
-    gradient: (n, layout.size) for members in training, else None
-    keep: (n,), 1 where the new gradient is added to the old one; None if it replaces every old one
-    """
+    All rows of a bank are members, in their order; those that are not in this pass have no tokens."""
 
     def __init__(self, run: Sequence[tuple[int, int, Any]]):
         """run: first token, number of tokens and adapter of each part"""
         self.start, _, first = run[0]
         self.layout, with_kernels = first.layout, has_kernels(first.layout, first.compute)
-        self.weights: Weights
+        self.weights: Weights  # compute dtype; one matrix if kernels are used
         bank = first.bank if isinstance(first, BankRow) else None
         if bank is not None:
             lengths, self.weights = [0] * bank.n, bank.compute
@@ -112,11 +99,12 @@ class Group:
             self.weights = torch.stack(weights) if with_kernels else weights
         device, dtype = first.compute.device, torch.promote_types(torch.float32, first.compute.dtype)
         scales = [adapter.settings.scaling for _, n, adapter in run for _ in range(n)]
-        self.scales = tensor_on(device, scales, dtype)[:, None]
-        self.ends = tensor_on(device, list(accumulate(lengths)), torch.int32)
+        self.scales = tensor_on(device, scales, dtype)[:, None]  # (tokens, 1)
+        self.ends = tensor_on(device, list(accumulate(lengths)), torch.int32)  # (n,) of each member, from `start`
         self.tiles = tensor_on(device, kernels.tiles_of(lengths), torch.int32) if with_kernels else None
         adds = bank.adds_to_gradient if bank else []
         self.gradient = bank.gradient if bank else None
+        # (n,), 1 where the new gradient is added to the old one; None if it replaces every old one.
         self.keep = tensor_on(device, adds, dtype) if any(adds) else None
         self.dropouts = [
             (slice(at - self.start, at - self.start + n), row) for at, n, row in run if bank and row.settings.dropout
@@ -173,28 +161,22 @@ def has_kernels(layout: Layout, weights: Tensor) -> bool:
 
 
 class Plan:
-    """The groups of one pass."""
+    """The groups of a pass over these parts, end to end. Rows of one bank must be in their order."""
 
-    def __init__(self, groups: Sequence[Group]):
-        self.groups = groups
-        self.names = frozenset(t.name for layout in {g.layout for g in groups} for t in layout.targets)
-        self.trains = any(g.gradient is not None for g in groups)
+    def __init__(self, parts: Sequence[Part]):
+        stops = accumulate(n for n, _ in parts)
+        spans = [(stop - n, n, adapters) for (n, adapters), stop in zip(parts, stops, strict=True)]
+        self.groups: list[Group] = []
+        for depth in range(max((len(adapters) for _, adapters in parts), default=0)):
+            layer = [(start, n, adapters[depth] if depth < len(adapters) else None) for start, n, adapters in spans]
+            self.groups += [Group(list(run)) for kind, run in groupby(layer, key=_kind) if kind is not None]
+        self.names = {target.name for group in self.groups for target in group.layout.targets}
+        self.trains = any(group.gradient is not None for group in self.groups)
         self.anchor = torch.zeros((), requires_grad=True)
 
     def active(self, name: str) -> Iterator[tuple[Group, Target]]:
         """Groups with an adapter on the Linear of this name."""
         return ((g, g.layout.by_name[name]) for g in self.groups if name in g.layout.by_name)
-
-
-def make_plan(parts: Sequence[Part]) -> Plan:
-    """The groups of a pass over these parts, end to end. Rows of one bank must be in their order."""
-    stops = accumulate(n for n, _ in parts)
-    spans = [(stop - n, n, adapters) for (n, adapters), stop in zip(parts, stops, strict=True)]
-    groups = []
-    for depth in range(max((len(adapters) for _, adapters in parts), default=0)):
-        layer = [(start, n, adapters[depth] if depth < len(adapters) else None) for start, n, adapters in spans]
-        groups += [Group(list(run)) for kind, run in groupby(layer, key=_kind) if kind is not None]
-    return Plan(groups)
 
 
 def _kind(part: tuple[int, int, Adapter | None]) -> object:

@@ -1,15 +1,17 @@
-"""Text generation for many adapters and the base in one batch, with a KV cache.
+"""Answers: texts generated for many adapters and the base in one batch (`GroupedDecoder`), and log-probabilities of
+given ones (`score`).
 
-Each step gives every live row its next token in one pass of the frozen base. Rows with the same adapters are
-neighbours, so that their branch is one product. Finished rows leave and waiting rows enter when a new layout is due; in
-between, a step only launches work, and on CUDA its tokens are read while the next step runs. Greedy answers equal
-`transformers.generate` with the PEFT adapter. Each row samples from its own random stream.
+Rows with the same adapters are neighbours, so that their branch is one product. Finished rows leave and waiting rows
+enter when a new layout is due; in between, a step only launches work, and on CUDA its tokens are read while the next
+step runs. Greedy answers equal `transformers.generate` with the PEFT adapter.
 """
 
 import contextlib
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.attention import KERNELS, Cache, Rows
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import make_plan
+from seal_nb.ttt.branches import NO_PLAN, Plan
 from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, sent, tensor_on
 from seal_nb.ttt.lora import Adapter
 
+SCORED_AT_A_TIME = 1024  # tokens whose logits are made for scores
 BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried
 
 
@@ -54,16 +57,13 @@ class Decoded:
 
 @dataclass(eq=False)
 class LiveRow:
-    """A row in the batch, with its new tokens.
-
-    rank: sorts the batch; place: its row of the cache, None before its first pass
-    """
+    """A row in the batch, with its new tokens."""
 
     row: DecodeRow
-    rank: tuple[bool, list[int], int]
+    rank: tuple[bool, list[int], int]  # sorts the batch
     new_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    place: int | None = None
+    place: int | None = None  # its row of the cache, None before its first pass
 
     @property
     def n_cached(self) -> int:
@@ -92,7 +92,7 @@ class GroupedDecoder:
     def _clear(self) -> None:
         """Free all that a batch holds on the device."""
         self.cache = Cache(self.base.device, self.base.dtype)
-        self.plan, self.ids = make_plan(()), torch.empty(0)
+        self.plan, self.ids = NO_PLAN, torch.empty(0)
         self.unread: Readback | None = None
         self.steps_left = 0
         self.replay.clear()
@@ -174,19 +174,15 @@ class GroupedDecoder:
 
     def _next_rows(self) -> list[LiveRow]:
         """Waiting rows for which there are places and prompt tokens."""
-        new: list[LiveRow] = []
-        tokens = 0
-        while self.waiting and len(self.live) + len(new) < self.max_rows.now:
-            if new and tokens + len(self.waiting[0].token_ids) > self.prefill_tokens.now:
-                break
-            tokens += len(self.waiting[0].token_ids)
-            row = self.waiting.popleft()
-            new.append(LiveRow(row, self._rank(row)))
-        return new
+        n_places = max(0, self.max_rows.now - len(self.live))
+        stops = accumulate(len(row.token_ids) for row in islice(self.waiting, n_places))
+        n = sum(i == 0 or stop <= self.prefill_tokens.now for i, stop in enumerate(stops))
+        rows = [self.waiting.popleft() for _ in range(n)]
+        return [LiveRow(row, self._rank(row)) for row in rows]
 
     def _enter(self, new: list[LiveRow]) -> None:
         """Prefill: pass the prompts of new rows, and give each its place in the batch and its first token."""
-        self.steps_left, self.plan = 0, make_plan(())  # no memory for two plans
+        self.steps_left, self.plan = 0, NO_PLAN  # no memory for two plans
         self.live = sorted([*self.live, *new], key=lambda live: live.rank)
         new = [live for live in self.live if live.place is None]
         self._move_cache()
@@ -219,9 +215,9 @@ class GroupedDecoder:
         """Send to the device all that stays the same in the next steps."""
         if not self.live:
             return self._clear()
-        self.plan = make_plan(())
+        self.plan = NO_PLAN
         room = self._move_cache()
-        self.plan = make_plan([(1, live.row.adapters) for live in self.live])
+        self.plan = Plan([(1, live.row.adapters) for live in self.live])
         newest = torch.tensor([live.new_ids[-1] for live in self.live])
         self.ids = sent(newest, self.base.device)
         self.chooser = _Chooser(self.live, self.base.device)
@@ -309,3 +305,55 @@ class _Chooser:
         mass = torch.where(below < self.top_p, p, 0).cumsum(-1)
         place = (mass <= draws * mass[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
         return tokens.index_copy_(0, self.where, order.gather(1, place[:, None])[:, 0])
+
+
+def _logprobs(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
+    """Log-probability (M,) of each target under hidden (M, d)."""
+    parts = [hidden.new_zeros(0)]
+    for i in range(0, len(targets), SCORED_AT_A_TIME):
+        # The product itself in float32: in bfloat16 it moves in steps of an eighth of a nat.
+        part, bias = hidden[i : i + SCORED_AT_A_TIME], head.bias
+        dtype = torch.promote_types(torch.float32, part.dtype)
+        logits = F.linear(part.to(dtype), head.weight.to(dtype), bias if bias is None else bias.to(dtype))
+        parts.append(logits.gather(1, targets[i : i + SCORED_AT_A_TIME, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """A prompt and the text whose tokens are scored."""
+
+    prompt_ids: Sequence[int]
+    target_ids: Sequence[int]
+    adapters: tuple[Adapter, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
+
+
+@torch.no_grad()
+def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 4096) -> list[list[float]]:
+    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of one pass, fewer if memory runs
+    out."""
+    results: list[list[float]] = []
+    while left := rows[len(results) :]:
+        stops = accumulate(map(len, left))
+        chunk = left[: max(1, sum(stop <= token_budget for stop in stops))]
+        try:
+            results += base.with_room(partial(_score_chunk, base, chunk))
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            token_budget = sum(map(len, chunk)) // 2
+    return results
+
+
+def _score_chunk(base: FrozenBase, rows: Sequence[ScoreRow]) -> list[list[float]]:
+    hidden = base.hidden([[*row.prompt_ids, *row.target_ids] for row in rows], [row.adapters for row in rows])
+    starts = accumulate(map(len, rows), initial=-1)
+    sources = [
+        torch.arange(len(row.target_ids)) + len(row.prompt_ids) + at for row, at in zip(rows, starts, strict=False)
+    ]
+    targets = torch.tensor([t for row in rows for t in row.target_ids], device=base.device)
+    found = _logprobs(hidden[torch.cat(sources).to(base.device)], base.head, targets)
+    return [part.tolist() for part in found.split([len(row.target_ids) for row in rows])]

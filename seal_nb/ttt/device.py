@@ -56,10 +56,7 @@ def free_cached_memory(device: torch.device) -> None:
 
 
 class Limit:
-    """A size that is lowered when memory runs out, and doubled again, up to its first value, after enough work.
-
-    work_to_recover: work without running out of memory until the size is doubled
-    """
+    """A size that is lowered when memory runs out, and doubled again, up to its first value, after enough work."""
 
     def __init__(self, size: int, work_to_recover: float):
         self.now = self.most = size
@@ -109,10 +106,8 @@ def cuda_graph(
 
 
 class Replay:
-    """Calls `function`; records its third call after each `renew` and replays the recording from then on.
-
-    record: `cuda_graph`, or None to call the function each time, as after a recording that failed
-    """
+    """Calls `function`; records its third call after each `renew` and replays the recording from then on. record:
+    `cuda_graph`, or None to call the function each time, as after a recording that failed"""
 
     def __init__(self, function: Callable[[], Tensor], record: Callable[..., tuple[Any, Tensor]] | None):
         self.function, self.record = function, record

@@ -1,8 +1,7 @@
 """Training jobs: settings, tokenised train sequences (`make_row`), and the order in which they are trained.
 
 Defaults are those of the published inner loop (arXiv 2506.10943, section 3.1 and appendix B; `lora_params` of the
-published run files). The order of rows and their grouping into optimiser steps are those of transformers' Trainer.
-This module knows nothing of models or devices.
+published run files). Rows are ordered and grouped into optimiser steps as in transformers' Trainer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,19 +49,13 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRow:
-    """One tokenised train sequence.
+    """One tokenised train sequence, with padding if that is in the loss, without the last token, which has no label."""
 
-    token_ids: (n,) int64, the sequence and, if it is in the loss, padding; without the last token, which has no label
-    n_real: tokens before the padding; padding attends to these only
-    n_text: tokens of the sequence
-    sources: (m,) int64, places in the row whose next token carries loss; targets: (m,) int64, that token's id
-    """
-
-    token_ids: Tensor
-    n_real: int
-    n_text: int
-    sources: Tensor
-    targets: Tensor
+    token_ids: Tensor  # (n,) int64
+    n_real: int  # tokens before the padding, which attends to these only
+    n_text: int  # tokens of the sequence
+    sources: Tensor  # (m,) int64, places in the row whose next token carries loss
+    targets: Tensor  # (m,) int64, that token's id
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -100,14 +93,11 @@ def make_row(tokenizer: Any, text: str, settings: TrainSettings) -> TrainRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The micro-batches of one optimiser step.
-
-    batches: indices of the rows of each micro-batch; n_labels: labels of all of them, the divisor of the loss
-    """
+    """One optimiser step."""
 
     epoch: int
-    batches: tuple[list[int], ...]
-    n_labels: int
+    batches: tuple[list[int], ...]  # indices of the rows of each micro-batch
+    n_labels: int  # of all of them, the divisor of the loss
 
 
 @dataclass(frozen=True, kw_only=True)

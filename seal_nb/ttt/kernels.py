@@ -1,9 +1,7 @@
 """Triton kernels of the low-rank branches, for CUDA: each member of a group multiplies its own tokens.
 
-`narrow`: (tokens, wide) → (tokens, rank). `widen`: (tokens, rank) added to (tokens, wide). `outer`: the
-gradients of A and B. Sums are in float32. The idea is that of segmented gather products (Punica, arXiv
-2310.18547; S-LoRA, arXiv 2311.03285), here with the backward pass. torch.nn.functional.grouped_mm does the
-same with more launches, and only for bfloat16 and ranks in steps of 8; benchmarks/gpu_log.md has the times of both.
+The idea is that of segmented gather products (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285), here with the
+backward pass and sums in float32. benchmarks/gpu_log.md has the times of these and of torch's grouped_mm.
 """
 
 import functools

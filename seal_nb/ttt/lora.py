@@ -119,10 +119,7 @@ class Adapter:
     def __init__(self, layout: Layout, settings: LoraSettings, flat: Tensor, compute_dtype: torch.dtype):
         self.layout, self.settings, self.flat = layout, settings, flat
         self.compute = flat.to(compute_dtype)
-
-    @property
-    def n_bytes(self) -> int:
-        return self.flat.nbytes + self.compute.nbytes
+        self.n_bytes = self.flat.nbytes + self.compute.nbytes
 
     def delta(self, name: str) -> Tensor:
         """Change of the weight of `name`, scale · B A: (out, in), the adapter's dtype."""

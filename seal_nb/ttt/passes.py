@@ -1,18 +1,14 @@
-"""One training pass: forward and backward over the micro-batches of many slots.
+"""One training pass: forward, loss and backward over the micro-batches of many slots.
 
-A `Pass` on the host becomes a `DevicePass`, which runs kernel by kernel, for every pass on every device, or as a CUDA
-graph (`CapturedPasses`), which is recorded once and then launched as a whole. At 7B a pass has about 4,500 kernels, and
-launching them one by one costs the host 120 ms, however few tokens there are. A captured pass is filled up to one of a
-few static shapes with tokens that have no label: no other token attends to them, and they add exactly nothing to any
-gradient.
+On any device a pass runs kernel by kernel. On CUDA it is filled up to one of a few static shapes, recorded once as a
+CUDA graph and then launched as a whole: at 7B, launching its 4,500 kernels one by one costs the host 120 ms.
 """
 
 import logging
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,25 +16,59 @@ from torch.nn import functional as F
 
 from seal_nb.ttt.attention import Rows
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank, Part, has_kernels, make_plan
-from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, sent
+from seal_nb.ttt.branches import Bank, Part, Plan, has_kernels
+from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, region, sent
 from seal_nb.ttt.jobs import TrainRow
-from seal_nb.ttt.loss import weighted_nll
 
 MOST_GRAPHS = 32
 PASSES_WITHOUT = 50  # eager passes after running out of memory in a capture
 TOKEN_STEP, ROW_STEP, SHORTEST = 128, 64, 512
+CHUNK = 1024  # labels whose logits are made at a time
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Static sizes of a pass: tokens, rows, longest row; adds: whether a gradient is added to an old one."""
+@region
+def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """nll (labels,), and the gradient of weights · nll by the logits (labels, vocabulary), in the logits' dtype."""
+    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    norm = wide.logsumexp(-1, keepdim=True)
+    nll = norm[:, 0] - wide.gather(1, targets[:, None])[:, 0]
+    hit = torch.arange(wide.shape[1], device=wide.device)[None] == targets[:, None]
+    grad = wide.sub_(norm).exp_().sub_(hit.to(wide.dtype)).mul_(weights[:, None].to(wide.dtype))
+    return nll, grad.to(logits.dtype)
+
+
+class WeightedNll(torch.autograd.Function):
+    """(Σ weights · nll, nll) of hidden (M, d), head, targets (M,), weights (M,). Only the sum can be differentiated, by
+    hidden."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
+        parts, grad = [], torch.empty_like(hidden)
+        for i in range(0, len(targets), CHUNK):
+            part = slice(i, i + CHUNK)
+            logits = F.linear(hidden[part], head.weight, head.bias)
+            nll, grad_logits = _nll_and_grad(logits, targets[part], weights[part])
+            grad[part] = grad_logits @ head.weight
+            parts.append(nll)
+        ctx.save_for_backward(grad)
+        nll = torch.cat(parts) if parts else weights.new_zeros(0)
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights.to(nll.dtype)).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad_total, _):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None
+
+
+class Shape(NamedTuple):
+    """Static sizes of a pass."""
 
     n_tokens: int
     n_rows: int
-    longest: int
-    adds: bool
+    longest: int  # tokens of a row, at most
+    adds: bool  # whether a gradient is added to an old one
 
 
 class Pass:
@@ -46,28 +76,26 @@ class Pass:
 
     parts, rows_S: the tokens and adapters, and the rows of each slot; the last adapter is in training
     n_labels_S: labels of its window, the divisor of its loss
-    lengths, n_real: tokens of each row, and those before its padding; longest: at least the tokens of each row
-    tokens: (2, T) token ids, positions
-    labels: (3, labels) place of the token that predicts it, the label's token id, its slot
-    weights: (labels,) float64, factor of each label's loss
     """
 
     def __init__(self, parts: Sequence[Part], rows_S: Sequence[Sequence[TrainRow]], n_labels_S: Sequence[int]):
         rows = [row for rows in rows_S for row in rows]
         self.parts, self.n_slots = parts, len(parts)
         self.lengths, self.n_real = [len(row) for row in rows], [row.n_real for row in rows]
-        self.longest = max(self.lengths)
+        self.longest = max(self.lengths)  # or more
         ids, positions = [row.token_ids for row in rows], [torch.arange(n) for n in self.lengths]
-        self.tokens = torch.stack([torch.cat(ids), torch.cat(positions)])
+        self.tokens = torch.stack([torch.cat(ids), torch.cat(positions)])  # (2, T)
         starts = accumulate(self.lengths, initial=0)
         sources = torch.cat([row.sources + start for row, start in zip(rows, starts, strict=False)])
         counts = torch.tensor([sum(len(row.sources) for row in rows) for rows in rows_S])
         slots = torch.arange(len(rows_S)).repeat_interleave(counts)
+        # (3, labels): the place of the token that predicts it, its id, its slot; and the factor of its loss.
         self.labels = torch.stack([sources, torch.cat([row.targets for row in rows]), slots])
         self.weights = 1 / torch.tensor(n_labels_S).clamp(min=1).double()[slots]
 
     def filled_up(self, shape: Shape, n_slots: int) -> "Pass":
-        """This pass in a static shape. The tokens that fill it up are one more row of the last slot."""
+        """This pass in a static shape. The tokens that fill it up are one more row of the last slot. They have no label
+        and no other token attends to them, so they add exactly nothing to any gradient."""
         filled, missing = copy(self), shape.n_tokens - sum(self.lengths)
         n, adapters = self.parts[-1]
         filled.parts, filled.n_slots = [*self.parts[:-1], (n + missing, adapters)], n_slots
@@ -87,7 +115,7 @@ class DevicePass:
         self.tokens, self.labels = sent(pass_.tokens, base.device), sent(pass_.labels, base.device)
         self.weights = sent(pass_.weights.to(base.adapter_dtype), base.device)
         self.rows = Rows(pass_.lengths, base.device, n_real=pass_.n_real, longest=pass_.longest)
-        self.plan = make_plan(pass_.parts)
+        self.plan = Plan(pass_.parts)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.losses = torch.empty(0)
 
@@ -95,7 +123,7 @@ class DevicePass:
         """Loss of each slot, (slots,) float64. Gradients go to the slots' rows of their banks."""
         hidden = self.base.run(self.tokens[0], self.tokens[1], self.plan, self.rows.attend)
         sources, targets, slots = self.labels
-        total, nll = weighted_nll(hidden.index_select(0, sources), self.base.head, targets, self.weights)
+        total, nll = WeightedNll.apply(hidden.index_select(0, sources), self.base.head, targets, self.weights)
         total.backward()
         losses = torch.zeros(self.n_slots, dtype=torch.float64, device=self.weights.device)
         return losses.index_add_(0, slots, (nll * self.weights).double())
@@ -122,10 +150,7 @@ class DevicePass:
 
 
 class CapturedPasses:
-    """The captured passes of one base, for the shapes used last.
-
-    n_without: eager passes until the next capture; largest: tokens of the pass whose memory all captures share
-    """
+    """The captured passes of one base, for the shapes used last."""
 
     def __init__(self, base: FrozenBase):
         config = base.model.config.get_text_config()
@@ -133,14 +158,15 @@ class CapturedPasses:
         self.base = base
         self.works = base.dtype == torch.bfloat16 and has_varlen(base.device, base.dtype, head_size)
         self.statics: dict[tuple[int, Shape], DevicePass] = {}
-        self.n_without = self.largest = 0
+        self.n_without = 0  # eager passes until the next capture
+        self.largest = 0  # tokens of the pass whose memory all captures share
 
     def run(self, pass_: Pass) -> Tensor:
         """As `DevicePass.run`. A shape is warmed up at its first pass and captured at its second."""
         bank = self._only_bank(pass_)
         if bank is None or self.n_without:
             self.n_without = max(0, self.n_without - 1)
-            return self._eager(pass_)
+            return DevicePass(self.base, pass_).run()
         shape = _shape(pass_, bank)
         new = DevicePass(self.base, pass_.filled_up(shape, bank.n))
         static = self.statics.pop((id(bank), shape), None)
@@ -152,24 +178,15 @@ class CapturedPasses:
         static.fill(new)
         if static.graph is None:
             self._capture(static)
-        return static.replay() if static.graph is not None else self._eager(pass_)
-
-    def _eager(self, pass_: Pass) -> Tensor:
-        return DevicePass(self.base, pass_).run()
-
-    def forget(self) -> None:
-        """Free all captured passes."""
-        self.statics.clear()
+        return static.replay() if static.graph is not None else DevicePass(self.base, pass_).run()
 
     def _only_bank(self, pass_: Pass) -> Bank | None:
-        """The bank of all slots if the pass can be captured, else None."""
-        rows: list[Any] = [adapters[-1] for _, adapters in pass_.parts]
-        bank: Bank = rows[0].bank
-        other = any(row.bank is not bank or row.settings.dropout for row in rows)
-        stacked = any(len(adapters) > 1 for _, adapters in pass_.parts)
-        padded = pass_.n_real != pass_.lengths
-        static = self.works and not (other or stacked or padded)
-        return bank if static and has_kernels(bank.layout, bank.compute) else None
+        """The bank of all slots if the pass can be captured, else None. While captures work, all slots of a pass are of
+        one kind (`Slot.kind`)."""
+        adapters = pass_.parts[0][1]
+        row: Any = adapters[-1]
+        plain = len(adapters) == 1 and not row.settings.dropout and pass_.n_real == pass_.lengths
+        return row.bank if self.works and plain and has_kernels(row.layout, row.compute) else None
 
     def _capture(self, static: "DevicePass") -> None:
         """Capture a pass that has run. If memory runs out, all captures are freed and the next passes are eager. If the
@@ -183,7 +200,7 @@ class CapturedPasses:
             log.warning("this model's passes cannot be captured and are launched kernel by kernel: %s", error)
             self.works = False
         if static.graph is None:
-            self.forget()
+            self.statics.clear()
             free_cached_memory(self.base.device)
 
     def _graph_to_share_memory_with(self, static: "DevicePass") -> "torch.cuda.CUDAGraph | None":

@@ -52,42 +52,33 @@ def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float) -> T
 
 @dataclass(kw_only=True)
 class Trained:
-    """A job that is done: its adapter, or the error for which there is none.
-
-    epoch_losses: mean loss per label of each epoch, in nats; n_tokens: tokens of the train sequences and of padding in
-    the loss, all epochs
-    """
+    """A job that is done: its adapter, or the error for which there is none."""
 
     job: TrainJob
     adapter: Adapter | None = None
     error: str = ""
-    epoch_losses: tuple[float, ...] = ()
+    epoch_losses: tuple[float, ...] = ()  # mean loss per label of each epoch, in nats
     n_steps: int = 0
-    n_tokens: int = 0
+    n_tokens: int = 0  # of the train sequences and of padding in the loss, all epochs
 
 
 class Slot:
-    """One job, from `submit` to its result. What is only declared is set when it enters a slot.
-
-    stack: frozen adapters under the new one; initial: its initial weights, drawn in a thread
-    window: the open accumulation window, None after the last one; n_passed: its micro-batches that have passed
-    losses: of each pass (epoch, labels, labels of its window, Σ nll / labels of its window), the last on the device
-    lone_failures: how often its window has run out of memory alone in a pass
-    outcome: losses and norms of the gradient, copied to the host at the end
-    """
+    """One job, from `submit` to its result. What is only declared is set when it enters a slot."""
 
     row: BankRow
     rows: list[TrainRow]
     windows: Iterator[Window]
-    outcome: Readback
+    outcome: Readback  # losses and norms of a finished job
 
     def __init__(self, job: TrainJob, stack: tuple[Adapter, ...]):
         self.job, self.stack, self.result = job, stack, Trained(job=job)
-        self.initial: Future[Tensor] | None = None
-        self.window: Window | None = None
-        self.n_passed = self.lone_failures = 0
+        self.initial: Future[Tensor] | None = None  # weights, drawn in a thread
+        self.window: Window | None = None  # the open accumulation window, None after the last one
+        self.n_passed = 0  # its micro-batches that have passed
+        self.lone_failures = 0  # how often it has run out of memory alone in a pass
+        # Of each pass: epoch, labels, labels of its window, and on the device Σ nll / labels of its window.
         self.losses: list[tuple[int, int, int, Tensor]] = []
-        self.norms: list[Tensor] = []
+        self.norms: list[Tensor] = []  # of the gradient at each step, on the device
 
     def rewind_window(self) -> None:
         """Undo the passes of the open accumulation window."""
@@ -204,7 +195,7 @@ class SlotTrainer:
     def drop_idle(self) -> None:
         """Free banks without jobs, and the captured passes, which read and write banks."""
         self.banks = [bank for bank in self.banks if bank.rows]
-        self.captured.forget()
+        self.captured.statics.clear()
 
     def _fill(self) -> None:
         """Let waiting jobs enter free slots."""
@@ -247,7 +238,7 @@ class SlotTrainer:
                 f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences"
             )
         assert slot.initial is not None
-        slot.row = bank.enter(job.lora, slot.initial.result(), dropout_seed=job.train.seed)
+        slot.row = BankRow(bank, job.lora, slot.initial.result(), dropout_seed=job.train.seed)
         slot.initial, slot.windows = None, job.windows(n_labels_R)
         slot.window = next(slot.windows)
         return True
@@ -329,7 +320,7 @@ class SlotTrainer:
         if len(chosen) == 1 and not captured:
             self._fail(chosen[0], _text(error))
             return
-        self.captured.forget()
+        self.captured.statics.clear()
         n_failed = len(self.failed)
         for slot in chosen:
             self._guarded_pass([slot])

@@ -21,10 +21,9 @@ from benchmarks.one_adapter import OneAdapter, twin
 from seal_nb.server.launch import TTTServer
 from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
+from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder, ScoreRow, score
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import Adapter, initial_weights
-from seal_nb.ttt.loss import ScoreRow, score
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.server.conftest import plain_req
 from tests.ttt.tiny import SIZES, AsciiTokenizer, save_tiny_model

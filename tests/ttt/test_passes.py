@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank
+from seal_nb.ttt.branches import Bank, BankRow
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.passes import CapturedPasses, DevicePass, Pass, Shape, _shape
@@ -28,7 +28,8 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
     bank = BASE.new_bank(layout, n_rows)
     for t in (bank.weights, bank.gradient, bank.mean, bank.square):
         t.fill_(float("nan"))  # what was never set must not matter
-    entered = [bank.enter(LORA, initial_weights(layout, seed), seed) for seed in range(2 * len(lengths_of_slots))]
+    seeds = range(2 * len(lengths_of_slots))
+    entered = [BankRow(bank, LORA, initial_weights(layout, seed), dropout_seed=seed) for seed in seeds]
     for row in entered[1::2]:
         row.leave()
     parts, rows_S = [], []
