@@ -184,10 +184,6 @@ class Text(ScoreRow):
     index: int
     tokens: list[str]
 
-    def values(self, found: Sequence[float]) -> list[float | None]:
-        """One value a token; None for those without a score."""
-        return [None] * (len(self.tokens) - len(found)) + list(found)
-
 
 def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int) -> list[ScoredText]:
     """What the request wants scored, token by token, without and (if there is one) with the adapter."""
@@ -195,17 +191,13 @@ def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int)
     adapters = (trained.adapter,) if trained and trained.adapter else ()
     adapted = [replace(text, adapters=text.adapters + adapters) for text in texts if adapters]
     found = score(base, texts + adapted, token_budget=token_budget)
-    before, after = found[: len(texts)], found[len(texts) :]
-    return [
-        ScoredText(
-            kind=text.kind,
-            index=text.index,
-            tokens=text.tokens,
-            baseline_logprobs=text.values(before[i]),
-            adapter_logprobs=text.values(after[i]) if after else [],
-        )
-        for i, text in enumerate(texts)
-    ]
+    scored = []
+    for i, text in enumerate(texts):
+        no_values = [None] * (len(text.tokens) - len(text.target_ids))
+        before, *after = ([*no_values, *values] for values in found[i :: len(texts)])
+        values = {"baseline_logprobs": before, "adapter_logprobs": after[0] if after else []}
+        scored.append(ScoredText(kind=text.kind, index=text.index, tokens=text.tokens, **values))
+    return scored
 
 
 def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:

@@ -32,8 +32,8 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Rows:
-    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only. longest: tokens of a
-    row, at most; 0: exactly"""
+    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only. longest: the most
+    tokens of a row; 0: exactly"""
 
     def __init__(
         self, lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None, longest: int = 0
@@ -161,10 +161,10 @@ class Cache:
         )
         return out.flatten(1, 2)[None]
 
-    def prefill(self, rows: Rows, lengths: Sequence[int], at: Sequence[int]) -> Attend:
-        """Attention of the first pass of `rows`; their keys and values go to rows `at` of the cache."""
+    def prefill(self, lengths: Sequence[int], at: Sequence[int]) -> Attend:
+        """Attention of the first pass of rows of these lengths; their keys and values go to rows `at` of the cache."""
         places = torch.cat([torch.arange(n) + i * self.room for i, n in zip(at, lengths, strict=True)])
-        places = sent(places, self.device)
+        places, rows = sent(places, self.device), Rows(lengths, self.device)
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
             self._write(layer, k, v, places)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from seal_nb.errors import SettingsError
 from seal_nb.models import FOUR_BIT
 from seal_nb.ttt.attention import ATTENTION, Attend, Rows
-from seal_nb.ttt.branches import PLAN, Bank, BranchedLinear, Plan
+from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
 from seal_nb.ttt.device import free_cached_memory, region, sent
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, linears_of, load_adapter, make_layout
@@ -54,8 +54,7 @@ class FrozenBase:
         self.trainers: WeakSet[Any] = WeakSet()  # SlotTrainers, which hold memory that they can free
         self.linears = linears_of(model)
         for linear_name, linear in self.linears.items():
-            parent, _, child = linear_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, BranchedLinear(linear, linear_name))
+            model.set_submodule(linear_name, BranchedLinear(linear, linear_name))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events and streams are made on the current device
             _make_regions(model)
@@ -101,20 +100,6 @@ class FrozenBase:
 
     def layout(self, settings: LoraSettings) -> Layout:
         return make_layout(self.linears, settings, self.model_type)
-
-    @property
-    def adapter_dtype(self) -> torch.dtype:
-        """float32; float64 on a float64 base."""
-        return torch.promote_types(torch.float32, self.dtype)
-
-    def new_bank(self, layout: Layout, n: int) -> Bank:
-        """Memory for n adapters of one layout in training."""
-        return Bank(layout, n, device=self.device, dtype=self.adapter_dtype, compute_dtype=self.dtype)
-
-    def bank_row_bytes(self, layout: Layout) -> int:
-        """Memory of one adapter in training: weights, gradient, two moments, and the copy in the base's dtype."""
-        own = 4 * self.adapter_dtype.itemsize
-        return layout.size * (own + self.dtype.itemsize * (self.dtype != self.adapter_dtype))
 
     def make_room(self) -> None:
         """Free what is cached on the device, by trainers of this base and by torch."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seal_nb.ttt.device import tensor_on
+from seal_nb.ttt.device import tensor_on, wide
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, Target
 
@@ -27,8 +27,8 @@ Weights = Tensor | list[Tensor]  # (n, layout.size), or n vectors of layout.size
 class Bank:
     """Memory of n adapters of one layout in training, (n, layout.size) each, and the rows that are taken."""
 
-    def __init__(self, layout: Layout, n: int, *, device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype):
-        self.layout, self.n = layout, n
+    def __init__(self, layout: Layout, n: int, *, device: torch.device, compute_dtype: torch.dtype):
+        self.layout, self.n, dtype = layout, n, wide(compute_dtype)
         # Not filled: a row is set when a job enters, and a CPU allocates memory when it is written to.
         self.weights, self.gradient, self.mean, self.square = (
             torch.empty(n, layout.size, device=device, dtype=dtype) for _ in range(4)
@@ -42,6 +42,11 @@ class Bank:
     def adds_to_gradient(self) -> list[bool]:
         """Of each row whether the next gradient is added to the old one, in an open accumulation window."""
         return [i in self.rows and not self.rows[i].opens_window for i in range(self.n)]
+
+
+def bank_row_bytes(layout: Layout, compute_dtype: torch.dtype) -> int:
+    dtype = wide(compute_dtype)
+    return layout.size * (4 * dtype.itemsize + compute_dtype.itemsize * (dtype != compute_dtype))
 
 
 class BankRow(Adapter):
@@ -92,12 +97,10 @@ class Group:
                 lengths[row.index] = n
         else:  # neighbours with the same adapter are one member
             members = [list(same) for _, same in groupby(run, key=lambda part: id(part[2]))]
-            lengths, weights = (
-                [sum(n for _, n, _ in same) for same in members],
-                [same[0][2].compute for same in members],
-            )
+            lengths = [sum(n for _, n, _ in same) for same in members]
+            weights = [same[0][2].compute for same in members]
             self.weights = torch.stack(weights) if with_kernels else weights
-        device, dtype = first.compute.device, torch.promote_types(torch.float32, first.compute.dtype)
+        device, dtype = first.compute.device, wide(first.compute.dtype)
         scales = [adapter.settings.scaling for _, n, adapter in run for _ in range(n)]
         self.scales = tensor_on(device, scales, dtype)[:, None]  # (tokens, 1)
         self.ends = tensor_on(device, list(accumulate(lengths)), torch.int32)  # (n,) of each member, from `start`

@@ -20,10 +20,10 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.errors import SettingsError
-from seal_nb.ttt.attention import KERNELS, Cache, Rows
+from seal_nb.ttt.attention import KERNELS, Cache
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import NO_PLAN, Plan
-from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, sent, tensor_on
+from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, sent, tensor_on, wide
 from seal_nb.ttt.lora import Adapter
 
 SCORED_AT_A_TIME = 1024  # tokens whose logits are made for scores
@@ -187,11 +187,10 @@ class GroupedDecoder:
         new = [live for live in self.live if live.place is None]
         self._move_cache()
         lengths = [live.n_cached for live in new]
-        rows = Rows(lengths, self.base.device)
         hidden = self.base.hidden(
             [live.row.token_ids for live in new],
             [live.row.adapters for live in new],
-            attend=self.cache.prefill(rows, lengths, [live.place for live in new if live.place is not None]),
+            attend=self.cache.prefill(lengths, [live.place for live in new if live.place is not None]),
         )
         last = torch.tensor(lengths).cumsum(0) - 1
         logits = self._logits(hidden.index_select(0, sent(last, self.base.device)))
@@ -218,8 +217,7 @@ class GroupedDecoder:
         self.plan = NO_PLAN
         room = self._move_cache()
         self.plan = Plan([(1, live.row.adapters) for live in self.live])
-        newest = torch.tensor([live.new_ids[-1] for live in self.live])
-        self.ids = sent(newest, self.base.device)
+        self.ids = tensor_on(self.base.device, [live.new_ids[-1] for live in self.live], torch.long)
         self.chooser = _Chooser(self.live, self.base.device)
         self.replay.renew()
         self.steps_left = min(room, max(live.row.max_new_tokens - len(live.new_ids) for live in self.live))
@@ -229,9 +227,7 @@ class GroupedDecoder:
         tokens = self.chooser(self.replay())
         self.ids.copy_(tokens)
         self.steps_left -= 1
-        before, self.unread = self.unread, Readback(tokens)
-        if before is not None:
-            self._append(self.live, before.tolist())
+        self._read(Readback(tokens))
         if not self.reads_late:
             self._read()
 
@@ -245,11 +241,11 @@ class GroupedDecoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.base.head.weight, self.base.head.bias)
 
-    def _read(self) -> None:
-        """Append the tokens of the last pass, if that has not been done."""
-        if self.unread is not None:
-            self._append(self.live, self.unread.tolist())
-        self.unread = None
+    def _read(self, newest: Readback | None = None) -> None:
+        """Append the unread tokens of the last pass; those of the newest are unread from now on."""
+        before, self.unread = self.unread, newest
+        if before is not None:
+            self._append(self.live, before.tolist())
 
     def _append(self, rows: Sequence[LiveRow], tokens: Sequence[int]) -> None:
         """Give each row its new token, and set the finish reason of those that are done."""
@@ -313,7 +309,7 @@ def _logprobs(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
     for i in range(0, len(targets), SCORED_AT_A_TIME):
         # The product itself in float32: in bfloat16 it moves in steps of an eighth of a nat.
         part, bias = hidden[i : i + SCORED_AT_A_TIME], head.bias
-        dtype = torch.promote_types(torch.float32, part.dtype)
+        dtype = wide(part.dtype)
         logits = F.linear(part.to(dtype), head.weight.to(dtype), bias if bias is None else bias.to(dtype))
         parts.append(logits.gather(1, targets[i : i + SCORED_AT_A_TIME, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)

@@ -14,6 +14,11 @@ EAGER_CALLS = 2  # the first calls also load kernels and fill caches, which a re
 log = logging.getLogger(__name__)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what must not be rounded to half precision."""
+    return torch.promote_types(torch.float32, dtype)
+
+
 def pinned(t: Tensor, device: torch.device) -> Tensor:
     """A host tensor in pinned memory, so that its copy to a GPU does not wait."""
     return t.pin_memory() if device.type == "cuda" and t.numel() else t

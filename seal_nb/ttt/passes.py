@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from seal_nb.ttt.attention import Rows
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Part, Plan, has_kernels
-from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, region, sent
+from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, region, sent, wide
 from seal_nb.ttt.jobs import TrainRow
 
 MOST_GRAPHS = 32
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 @region
 def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """nll (labels,), and the gradient of weights · nll by the logits (labels, vocabulary), in the logits' dtype."""
-    wide = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    norm = wide.logsumexp(-1, keepdim=True)
-    nll = norm[:, 0] - wide.gather(1, targets[:, None])[:, 0]
-    hit = torch.arange(wide.shape[1], device=wide.device)[None] == targets[:, None]
-    grad = wide.sub_(norm).exp_().sub_(hit.to(wide.dtype)).mul_(weights[:, None].to(wide.dtype))
+    exact = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    norm = exact.logsumexp(-1, keepdim=True)
+    nll = norm[:, 0] - exact.gather(1, targets[:, None])[:, 0]
+    hit = torch.arange(exact.shape[1], device=exact.device)[None] == targets[:, None]
+    grad = exact.sub_(norm).exp_().sub_(hit.to(exact.dtype)).mul_(weights[:, None].to(exact.dtype))
     return nll, grad.to(logits.dtype)
 
 
@@ -113,7 +113,7 @@ class DevicePass:
     def __init__(self, base: FrozenBase, pass_: Pass):
         self.base, self.n_slots = base, pass_.n_slots
         self.tokens, self.labels = sent(pass_.tokens, base.device), sent(pass_.labels, base.device)
-        self.weights = sent(pass_.weights.to(base.adapter_dtype), base.device)
+        self.weights = sent(pass_.weights.to(wide(base.dtype)), base.device)
         self.rows = Rows(pass_.lengths, base.device, n_real=pass_.n_real, longest=pass_.longest)
         self.plan = Plan(pass_.parts)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -219,11 +219,9 @@ class CapturedPasses:
 
 def _shape(pass_: Pass, bank: Bank) -> Shape:
     """The smallest static shape that holds the pass and one row of the tokens that fill it up."""
-    n = sum(pass_.lengths)
+    n, longest = sum(pass_.lengths), max(pass_.lengths)
     step = TOKEN_STEP if n <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
-    longest = SHORTEST
-    while longest < max(pass_.lengths):
-        longest *= 2
+    longest = max(SHORTEST, 2 ** (longest - 1).bit_length())
     return Shape(_up(n, step), _up(len(pass_.lengths) + 1, ROW_STEP), longest, any(bank.adds_to_gradient))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank, BankRow
+from seal_nb.ttt.branches import Bank, BankRow, bank_row_bytes
 from seal_nb.ttt.device import Limit, Readback, pinned
 from seal_nb.ttt.jobs import TrainJob, TrainRow, Window, learning_rate_at, make_row
 from seal_nb.ttt.lora import Adapter, Layout, initial_weights
@@ -110,14 +110,16 @@ class Slot:
         return [sums[epoch] / max(labels[epoch], 1) for epoch in sorted(sums)]
 
     def read(self) -> Trained:
-        """The result of a job whose outcome is on the host."""
-        values, result = self.outcome.tolist(), self.result
-        result.epoch_losses = tuple(self.epoch_losses(values[: len(self.losses)]))
-        norms = values[len(self.losses) :]
-        bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
-        if bad is not None:
-            result.adapter = None
-            result.error = f"the gradient was not finite at step {bad} of {result.n_steps}; lower finetune_lr"
+        """The result of a job that has failed, or whose outcome is on the host."""
+        result = self.result
+        if not result.error:
+            values = self.outcome.tolist()
+            losses, norms = values[: len(self.losses)], values[len(self.losses) :]
+            result.epoch_losses = tuple(self.epoch_losses(losses))
+            bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
+            if bad is not None:
+                result.adapter = None
+                result.error = f"the gradient was not finite at step {bad} of {result.n_steps}; lower finetune_lr"
         return result
 
 
@@ -134,7 +136,6 @@ class SlotTrainer:
         self.slots: list[Slot] = []
         self.leaving: list[Slot] = []
         self.banks: list[Bank] = []
-        self.failed: list[Trained] = []
         self.n_tokens = 0
         self.captured = CapturedPasses(base)
         on_gpu = base.device.type == "cuda"
@@ -168,10 +169,9 @@ class SlotTrainer:
             self.token_budget.worked()
         for slot in [s for s in self.slots if s.window is None]:
             self._finish(slot)
-        here = [slot for slot in self.leaving if slot.outcome.ready or not self.slots]
+        here = [slot for slot in self.leaving if slot.result.error or slot.outcome.ready or not self.slots]
         self.leaving = [slot for slot in self.leaving if slot not in here]
-        done, self.failed = self.failed + [slot.read() for slot in here], []
-        return done
+        return [slot.read() for slot in here]
 
     def run(self) -> list[Trained]:
         """Step until no job is left."""
@@ -250,12 +250,12 @@ class SlotTrainer:
             if bank.layout == layout:
                 return bank
         self.base.make_room()
-        n = self.n_slots.now
-        if self.base.device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(self.base.device)
-            n = max(1, min(n, int(BANK_SHARE * free_bytes / self.base.bank_row_bytes(layout))))
+        n, device, dtype = self.n_slots.now, self.base.device, self.base.dtype
+        if device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            n = max(1, min(n, int(BANK_SHARE * free_bytes / bank_row_bytes(layout, dtype))))
             self.n_slots.lower(len(self.slots) + n)
-        self.banks.append(self.base.new_bank(layout, n))
+        self.banks.append(Bank(layout, n, device=device, compute_dtype=dtype))
         return self.banks[-1]
 
     def _release(self, slot: Slot) -> None:
@@ -268,8 +268,7 @@ class SlotTrainer:
         try:
             slot.result.adapter = self.base.with_room(slot.row.adapter)
         except torch.OutOfMemoryError:
-            self._fail(slot, "out of memory for the trained adapter; lower lora_rank or n_slots")
-            return
+            return self._fail(slot, "out of memory for the trained adapter; lower lora_rank or n_slots")
         losses = torch.stack([loss for *_, loss in slot.losses])
         slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
         self._release(slot)
@@ -318,20 +317,18 @@ class SlotTrainer:
         fails, the capture is the cause, and later passes are eager."""
         captured, self.captured.works = self.captured.works, False
         if len(chosen) == 1 and not captured:
-            self._fail(chosen[0], _text(error))
-            return
+            return self._fail(chosen[0], _text(error))
         self.captured.statics.clear()
-        n_failed = len(self.failed)
         for slot in chosen:
             self._guarded_pass([slot])
-        self.captured.works = captured and len(self.failed) > n_failed
+        self.captured.works = captured and any(slot.result.error for slot in chosen)
         if captured and not self.captured.works:
             log.warning("passes are launched kernel by kernel from now on: %s", _text(error))
 
     def _fail(self, slot: Slot, error: str) -> None:
         self._release(slot)
         slot.result.error = error
-        self.failed.append(slot.result)
+        self.leaving.append(slot)
 
     def _pass(self, chosen: list[Slot]) -> None:
         parts = [(slot.next_tokens, (*slot.stack, slot.row)) for slot in chosen]

@@ -25,7 +25,7 @@ LETTERS = "the quick brown fox jumps over a lazy dog "
 def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bool]) -> tuple[Bank, Pass]:
     """Adapters in rows 0, 2, 4, … of a bank (others stay unset), each with its rows of so many tokens."""
     layout = BASE.layout(LORA)
-    bank = BASE.new_bank(layout, n_rows)
+    bank = Bank(layout, n_rows, device=BASE.device, compute_dtype=BASE.dtype)
     for t in (bank.weights, bank.gradient, bank.mean, bank.square):
         t.fill_(float("nan"))  # what was never set must not matter
     seeds = range(2 * len(lengths_of_slots))
@@ -75,7 +75,7 @@ def test_a_shape_holds_its_pass_and_a_row_that_fills_it_up() -> None:
 def test_shapes_are_few_and_waste_little(n_tokens: int) -> None:
     _, pass_ = bank_and_pass([[20]], 2, [True])
     pass_.lengths = [n_tokens // 4, n_tokens - n_tokens // 4]
-    shape = _shape(pass_, BASE.new_bank(BASE.layout(LORA), 1))
+    shape = _shape(pass_, Bank(BASE.layout(LORA), 1, device=BASE.device, compute_dtype=BASE.dtype))
     assert 0 <= shape.n_tokens - n_tokens < 256 and shape.longest >= max(pass_.lengths)
 
 
