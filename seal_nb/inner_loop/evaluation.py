@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 from seal_nb.errors import GradingError
@@ -81,9 +82,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         # Keys of the texts of the base and of the adapter, one a question; empty if not requested.
         own: list[Key] = [(str(self.request.request_id), i) for i in range(len(self.questions))]
-        self.baseline: list[Key] = [] if self.request.skip_baseline else [*self.questions]
+        self.baseline = [] if self.request.skip_baseline else self.questions
         self.answers = own if self.request.training_wanted else []
-        self.keys = frozenset(self.baseline + self.answers)
+        self.keys = frozenset([*self.baseline, *self.answers])
         self.timings, self.since_s = {"train_s": 0.0}, time.monotonic()
 
     def lap(self, name: str) -> None:
@@ -137,7 +138,7 @@ class Evaluation:
             adapter_path=self.adapter_path,
         )
 
-    def _answers(self, keys: list[Key], verdicts: Sequence[Verdict], gold: Sequence[list[float | None]]) -> Answers:
+    def _answers(self, keys: Sequence[Key], verdicts: Sequence[Verdict], gold: Sequence[list[float | None]]) -> Answers:
         """gold: log-probabilities of each gold answer's tokens"""
         sums = [None if None in values else sum(cast(list[float], values)) for values in gold]
         return Answers(texts=[self.texts[key].text.strip() for key in keys], verdicts=verdicts, gold_logprobs=sums)
@@ -226,8 +227,5 @@ def pieces(tokenizer: Any, text: str, *, special_tokens: bool = True) -> tuple[l
     """Token ids, and the stretch of the text that each token ends. Joined, the stretches are the text. If a character
     takes several tokens, its first token has it and the others are empty."""
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
-    stretches, reached = [], 0
-    for _, stop in encoded["offset_mapping"]:
-        stretches.append(text[reached : max(stop, reached)])
-        reached = max(stop, reached)
-    return list(encoded["input_ids"]), stretches
+    stops = accumulate((stop for _, stop in encoded["offset_mapping"]), max, initial=0)
+    return list(encoded["input_ids"]), [text[start:stop] for start, stop in pairwise(stops)]

@@ -1,8 +1,7 @@
 """The inner loop: requests in, replies out (SEAL, arXiv 2506.10943, section 3.1).
 
-For each request the base answers the questions, an adapter is trained and answers them, and a grader gives verdicts.
-Many requests are in progress at once: training shares the slots, answering shares one batch, and grading runs in
-threads, since a judge may take seconds. Answers of the base are stored.
+For each request the base answers the questions (these answers are stored), an adapter is trained and answers them, and
+a grader gives verdicts. Many requests share the slots and one batch; grading runs in threads, as a judge takes seconds.
 """
 
 import traceback
@@ -156,7 +155,7 @@ class InnerLoop:
             self.base.layout(job.lora)  # refuses unknown targets now
         evaluation = Evaluation(request, questions_of(self.base, request, tuple(stack)), tuple(stack.values()))
         self.requests[request_id] = evaluation
-        for question in [] if request.skip_baseline else evaluation.questions:
+        for question in evaluation.baseline:
             if question in self.baselines:
                 evaluation.texts[question] = self.baselines[question]
             elif question not in self.asked:

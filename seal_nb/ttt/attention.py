@@ -98,8 +98,7 @@ def _attention(  # type: ignore[no-untyped-def]  # transformers' attention inter
     if attend is None:
         missing = "its layers do not pass `attend` on to their attention"
         raise RuntimeError(f"{missing}, or its own forward was called instead of FrozenBase.run")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return attend(module, query, key, value, scale), None
+    return attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -107,11 +106,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 class Cache:
     """Keys and values of the rows being decoded: (rows, room, kv_heads, d) of each layer, tokens at the left. Between
-    two calls of `arrange` a step works in place on the same tensors, so it can be recorded and replayed.
-
-    positions: (rows,) of each row's newest token; places: (rows,) its index among all (rows * room)
-    mask: (rows, 1, 1, room), 0 where a row has a token, else -inf
-    """
+    two calls of `arrange` a step works in place on the same tensors, so it can be recorded and replayed."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.keys: dict[int, Tensor] = {}
@@ -125,11 +120,11 @@ class Cache:
         room = (max(lengths) // BLOCK + 1) * BLOCK
         if room != self.room or list(old_rows) != list(range(self.n_rows)):
             self._move(old_rows, room)
-        self.positions = tensor_on(self.device, lengths, torch.long) - 1
-        self.places = self.positions + torch.arange(self.n_rows, device=self.device) * room
+        self.positions = tensor_on(self.device, lengths, torch.long) - 1  # (rows,) of each row's newest token
+        self.places = self.positions + torch.arange(self.n_rows, device=self.device) * room  # among all rows * room
         unseen = torch.arange(room, device=self.device) > self.positions[:, None]
         mask = torch.zeros(self.n_rows, room, device=self.device, dtype=self.dtype)
-        self.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None]
+        self.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None]  # (rows, 1, 1, room)
         return room - max(lengths)
 
     def _move(self, old_rows: Sequence[int | None], room: int) -> None:

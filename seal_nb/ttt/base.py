@@ -38,7 +38,7 @@ class FrozenBase:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype, self.model_type = model.device, model.dtype, model.config.model_type
         kinds = set(getattr(model.config, "layer_types", None) or [])
         if kinds - {"full_attention"}:
             kind = f"model type {self.model_type!r} has {sorted(kinds)} layers"
@@ -64,12 +64,9 @@ class FrozenBase:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
-        """Load a model, of a folder or hub name. No code of its repository is ever run.
-
-        The dtype "auto" is bfloat16 if the device multiplies it natively (CUDA, CPUs with AMX or AVX512-BF16), else
-        float32. "4bit" is "auto" with the weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314). Raises
-        SettingsError if the architecture is not supported, or "4bit" is chosen without bitsandbytes.
-        """
+        """Load a model (folder or hub name); no code of its repository is ever run. The dtype "auto" is bfloat16 if the
+        device multiplies it natively (CUDA, CPUs with AMX or AVX512-BF16), else float32; "4bit" is "auto" with the
+        weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314). Raises SettingsError if that lacks bitsandbytes."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         in_four_bits = dtype == FOUR_BIT
@@ -86,10 +83,6 @@ class FrozenBase:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return cls(model if in_four_bits else model.to(device), tokenizer, name=str(folder))
-
-    @property
-    def model_type(self) -> str:
-        return self.model.config.model_type
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -124,8 +117,7 @@ class FrozenBase:
     def hidden(
         self, rows: Sequence[Sequence[int]], adapters: Sequence[Sequence[Adapter]] = (), *, attend: Attend | None = None
     ) -> Tensor:
-        """Last hidden states (T, d) of rows of token ids, end to end. adapters: those of each row; empty: none. attend:
-        replaces attention within rows, when decoding"""
+        """Last hidden states (T, d) of rows of token ids, end to end. attend: replaces attention within rows"""
         lengths = [len(row) for row in rows]
         ids = sent(torch.tensor([token for row in rows for token in row]), self.device)
         positions = sent(torch.cat([torch.arange(n) for n in lengths]), self.device)

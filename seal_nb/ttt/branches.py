@@ -41,7 +41,7 @@ class Bank:
     @property
     def adds_to_gradient(self) -> list[bool]:
         """Of each row whether the next gradient is added to the old one, in an open accumulation window."""
-        return [i in self.rows and not self.rows[i].opens_window for i in range(self.n)]
+        return [i in self.rows and self.rows[i].n_passed > 0 for i in range(self.n)]
 
 
 def bank_row_bytes(layout: Layout, compute_dtype: torch.dtype) -> int:
@@ -62,7 +62,7 @@ class BankRow(Adapter):
         for left_over in (self.gradient, self.mean, self.square):
             left_over.zero_()
         self.steps = torch.zeros((), device=bank.weights.device)
-        self.opens_window = True  # the next gradient replaces the old one
+        self.n_passed = 0  # passes of the open accumulation window; the gradient of the first replaces the old one
         self.draws = torch.Generator(bank.weights.device).manual_seed(dropout_seed)
         self.refresh()
 
@@ -73,9 +73,6 @@ class BankRow(Adapter):
 
     def adapter(self) -> Adapter:
         return Adapter(self.layout, self.settings, self.flat.clone(), self.compute.dtype)
-
-    def leave(self) -> None:
-        del self.bank.rows[self.index]
 
 
 Part = tuple[int, Sequence[Adapter]]  # a number of tokens and the adapters that act on them
@@ -143,8 +140,7 @@ class Group:
             y[own].addmm_(h[own], view(self.weights[i], target))
 
     def outer(self, h: Tensor, x: Tensor, gradient: Tensor) -> None:
-        """Write hᵀ x of each member to its place in gradient (n, rank, wide), or add it (see `keep`). Nothing is
-        written for members without tokens."""
+        """Write hᵀ x of each member with tokens to its place in gradient (n, rank, wide), or add it (see `keep`)."""
         if self.tiles is not None:
             kernels.outer(h, x, gradient, self.ends, self.keep)
             return

@@ -1,9 +1,7 @@
-"""Answers: texts generated for many adapters and the base in one batch (`GroupedDecoder`), and log-probabilities of
-given ones (`score`).
+"""Answers: texts generated for many adapters and the base in one batch, and log-probabilities of given texts (`score`).
 
-Rows with the same adapters are neighbours, so that their branch is one product. Finished rows leave and waiting rows
-enter when a new layout is due; in between, a step only launches work, and on CUDA its tokens are read while the next
-step runs. Greedy answers equal `transformers.generate` with the PEFT adapter.
+Rows of the same adapters are neighbours, so that their branch is one product. Between two layouts of the batch a step
+only launches work. Greedy answers equal `transformers.generate` with the PEFT adapter.
 """
 
 import contextlib
@@ -72,8 +70,7 @@ class LiveRow:
 
 
 class GroupedDecoder:
-    """Generates many texts at once. max_rows: texts in the batch; prefill_tokens: prompt tokens of a pass (a longer
-    prompt is passed alone)"""
+    """Generates many texts at once. prefill_tokens: prompt tokens of a pass (a longer prompt is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         if max_rows < 1 or prefill_tokens < 1:
@@ -329,8 +326,7 @@ class ScoreRow:
 
 @torch.no_grad()
 def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 4096) -> list[list[float]]:
-    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of one pass, fewer if memory runs
-    out."""
+    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of a pass, until memory runs out"""
     results: list[list[float]] = []
     while left := rows[len(results) :]:
         stops = accumulate(map(len, left))

@@ -69,8 +69,7 @@ def masked_prefix(token_ids: Sequence[int], mark: Sequence[int]) -> int:
 
 
 def make_row(tokenizer: Any, text: str, settings: TrainSettings) -> TrainRow:
-    """Tokenise one train sequence, cut it, mask it, and pad it if padding is in the loss. tokenizer: of transformers.
-    Raises SettingsError if the text has no token, or there is no EOS token to pad with."""
+    """Tokenise, cut, mask and pad one train sequence. Raises SettingsError without a token, or an EOS to pad with."""
     padded, eos = settings.padding_in_loss, tokenizer.eos_token_id
     longest = min(settings.max_seq_length, settings.pad_to) if padded else settings.max_seq_length
     ids = list(tokenizer(text)["input_ids"])[:longest]

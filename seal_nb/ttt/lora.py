@@ -69,8 +69,7 @@ class Layout:
 
 
 def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_type: str) -> Layout:
-    """Layout over `linears`: name → Linear, in the model's order, without the head. Raises SettingsError if a target
-    matches no Linear, or PEFT has no default for the architecture."""
+    """Layout over a model's Linear layers. Raises SettingsError if a target matches none, or PEFT has no default."""
     names = list(linears)
     if settings.target_modules != (ALL_LINEAR,):
         wanted = settings.target_modules or _peft_targets(model_type)
@@ -101,8 +100,7 @@ def _peft_targets(model_type: str) -> tuple[str, ...]:
 
 def initial_weights(layout: Layout, seed: int) -> Tensor:
     """Flat float32 vector as PEFT draws it after `torch.manual_seed(seed)`: A uniform (Kaiming), B zero. For each
-    target PEFT first makes two nn.Linear, whose values it discards, and then draws A. The same random stream is
-    followed here."""
+    target PEFT first makes two nn.Linear, whose values it discards, and then draws A."""
     flat = torch.zeros(layout.size)
     stream = torch.Generator().manual_seed(seed)
     discarded = torch.empty(layout.rank * max((max(t.in_features, t.out_features) for t in layout.targets), default=0))
@@ -176,8 +174,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def load_adapter(
     folder: Path, linears: Mapping[str, nn.Linear], model_type: str, *, compute_dtype: torch.dtype, device: torch.device
 ) -> Adapter:
-    """Read an adapter in PEFT's format (plain LoRA on Linear layers). Raises SettingsError if the folder has none, or
-    one that does not fit the model."""
+    """Read a plain LoRA adapter in PEFT's format. Raises SettingsError if there is none, or one of another model."""
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
         raise SettingsError(f"no adapter at {folder}: adapter_config.json is missing; check the name")
@@ -229,12 +226,9 @@ class KeptAdapters:
 
 
 def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
-    """Write a model (folder, hub name or "embedded") with adapters merged into its weights as an ordinary model folder.
-
-    adapters: folders in PEFT's format, in the order of training. W + Σ scale · B A (LoRA, arXiv 2106.09685, section
-    4.1) is added in float32 and rounded once, to the dtype of the stored model. Raises SettingsError, and writes
-    nothing, if a folder has no adapter of this model.
-    """
+    """Write a model with adapters, folders in PEFT's format in the order of training, merged into its weights as an
+    ordinary model folder. W + Σ scale · B A (LoRA, arXiv 2106.09685, section 4.1) is added in float32 and rounded once,
+    to the dtype of the stored model. Raises SettingsError, and writes nothing, if an adapter does not fit."""
     folder = resolve_model(model)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     linears, kind = linears_of(merged), merged.config.model_type

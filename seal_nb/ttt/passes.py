@@ -39,8 +39,7 @@ def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Ten
 
 
 class WeightedNll(torch.autograd.Function):
-    """(Σ weights · nll, nll) of hidden (M, d), head, targets (M,), weights (M,). Only the sum can be differentiated, by
-    hidden."""
+    """(Σ weights · nll, nll) of hidden (M, d), head, targets (M,), weights (M,). Only hidden gets a gradient."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
@@ -72,11 +71,8 @@ class Shape(NamedTuple):
 
 
 class Pass:
-    """Micro-batches of many slots, on the host.
-
-    parts, rows_S: the tokens and adapters, and the rows of each slot; the last adapter is in training
-    n_labels_S: labels of its window, the divisor of its loss
-    """
+    """Micro-batches of many slots, on the host. Of each slot: its tokens and adapters (the last is in training), its
+    rows, and the labels of its window, the divisor of its loss."""
 
     def __init__(self, parts: Sequence[Part], rows_S: Sequence[Sequence[TrainRow]], n_labels_S: Sequence[int]):
         rows = [row for rows in rows_S for row in rows]
@@ -143,11 +139,6 @@ class DevicePass:
         with fused():
             return self.run()
 
-    def replay(self) -> Tensor:
-        assert self.graph is not None
-        self.graph.replay()
-        return self.losses.clone()  # the next replay of any graph may write here
-
 
 class CapturedPasses:
     """The captured passes of one base, for the shapes used last."""
@@ -178,11 +169,13 @@ class CapturedPasses:
         static.fill(new)
         if static.graph is None:
             self._capture(static)
-        return static.replay() if static.graph is not None else DevicePass(self.base, pass_).run()
+        if static.graph is None:
+            return DevicePass(self.base, pass_).run()
+        static.graph.replay()
+        return static.losses.clone()  # the next replay of any graph may write here
 
     def _only_bank(self, pass_: Pass) -> Bank | None:
-        """The bank of all slots if the pass can be captured, else None. While captures work, all slots of a pass are of
-        one kind (`Slot.kind`)."""
+        """The bank of a pass that can be captured. While captures work, its slots are of one kind (`Slot.kind`)."""
         adapters = pass_.parts[0][1]
         row: Any = adapters[-1]
         plain = len(adapters) == 1 and not row.settings.dropout and pass_.n_real == pass_.lengths
@@ -219,11 +212,8 @@ class CapturedPasses:
 
 def _shape(pass_: Pass, bank: Bank) -> Shape:
     """The smallest static shape that holds the pass and one row of the tokens that fill it up."""
-    n, longest = sum(pass_.lengths), max(pass_.lengths)
-    step = TOKEN_STEP if n <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
+    n_tokens, n_rows, longest = sum(pass_.lengths), len(pass_.lengths) + 1, max(pass_.lengths)
+    step = TOKEN_STEP if n_tokens <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
     longest = max(SHORTEST, 2 ** (longest - 1).bit_length())
-    return Shape(_up(n, step), _up(len(pass_.lengths) + 1, ROW_STEP), longest, any(bank.adds_to_gradient))
-
-
-def _up(n: int, step: int) -> int:
-    return -(-n // step) * step
+    adds = any(bank.adds_to_gradient)
+    return Shape(-(-n_tokens // step) * step, -(-n_rows // ROW_STEP) * ROW_STEP, longest, adds)

@@ -74,17 +74,10 @@ class Slot:
         self.job, self.stack, self.result = job, stack, Trained(job=job)
         self.initial: Future[Tensor] | None = None  # weights, drawn in a thread
         self.window: Window | None = None  # the open accumulation window, None after the last one
-        self.n_passed = 0  # its micro-batches that have passed
         self.lone_failures = 0  # how often it has run out of memory alone in a pass
         # Of each pass: epoch, labels, labels of its window, and on the device Σ nll / labels of its window.
         self.losses: list[tuple[int, int, int, Tensor]] = []
         self.norms: list[Tensor] = []  # of the gradient at each step, on the device
-
-    def rewind_window(self) -> None:
-        """Undo the passes of the open accumulation window."""
-        self.losses = self.losses[: len(self.losses) - self.n_passed]
-        self.n_passed = 0
-        self.row.opens_window = True
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -95,7 +88,7 @@ class Slot:
     def next_rows(self) -> list[TrainRow]:
         """Rows of the next micro-batch."""
         assert self.window is not None
-        return [self.rows[i] for i in self.window.batches[self.n_passed]]
+        return [self.rows[i] for i in self.window.batches[self.row.n_passed]]
 
     @property
     def next_tokens(self) -> int:
@@ -124,8 +117,7 @@ class Slot:
 
 
 class SlotTrainer:
-    """Trains many jobs at once on one base. n_slots: adapters in training at a time; token_budget: tokens of a pass (a
-    larger micro-batch is passed alone)"""
+    """Trains many jobs at once on one base. token_budget: tokens of a pass (a larger micro-batch is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, n_slots: int, token_budget: int = 4096):
         if n_slots < 1 or token_budget < 1:
@@ -162,8 +154,7 @@ class SlotTrainer:
     def step(self) -> list[Trained]:
         """One pass: fill free slots, train, and return the jobs that are done."""
         self._fill()
-        chosen = self._choose()
-        if chosen:
+        if chosen := self._choose():
             self._guarded_pass(chosen)
             self.n_slots.worked()
             self.token_budget.worked()
@@ -244,8 +235,7 @@ class SlotTrainer:
         return True
 
     def _bank(self, layout: Layout) -> Bank:
-        """The bank of this layout. A new one takes the memory of empty ones, and has a row for each slot as far as a
-        GPU's memory allows."""
+        """The bank of this layout. A new one has a row for each slot, as far as a GPU's memory allows."""
         for bank in self.banks:
             if bank.layout == layout:
                 return bank
@@ -260,7 +250,7 @@ class SlotTrainer:
 
     def _release(self, slot: Slot) -> None:
         if slot in self.slots:
-            slot.row.leave()
+            del slot.row.bank.rows[slot.row.index]
             self.slots.remove(slot)
 
     def _finish(self, slot: Slot) -> None:
@@ -275,8 +265,7 @@ class SlotTrainer:
         self.leaving.append(slot)
 
     def _choose(self) -> list[Slot]:
-        """Slots of the next pass. Those with the fewest steps are first, so that each gets its turn; the result is in
-        the order of banks and their rows."""
+        """Slots of the next pass in the order of banks and rows. Those with the fewest steps have their turn first."""
         chosen: list[Slot] = []
         tokens = 0
         for slot in sorted(self.slots, key=lambda s: s.result.n_steps):
@@ -302,7 +291,8 @@ class SlotTrainer:
         except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
             failure = error
         for slot in chosen:
-            slot.rewind_window()
+            slot.losses = slot.losses[: len(slot.losses) - slot.row.n_passed]
+            slot.row.n_passed = 0
         if failure is not None:
             return self._find_cause(chosen, failure)
         self.base.make_room()
@@ -346,13 +336,12 @@ class SlotTrainer:
         n_labels = sum(len(row.sources) for row in slot.next_rows)
         slot.losses.append((window.epoch, n_labels, window.n_labels, loss))
         result.n_tokens += sum(row.n_text + len(row) - row.n_real for row in slot.next_rows)
-        slot.n_passed += 1
-        slot.row.opens_window = slot.n_passed == len(window.batches)
-        if slot.row.opens_window:
+        slot.row.n_passed += 1
+        if slot.row.n_passed == len(window.batches):
             rate = learning_rate_at(settings, result.n_steps, slot.job.n_steps)
             slot.norms.append(adamw_step(slot.row, learning_rate=rate, max_grad_norm=settings.max_grad_norm))
             result.n_steps += 1
-            slot.window, slot.n_passed, slot.lone_failures = next(slot.windows, None), 0, 0
+            slot.window, slot.row.n_passed, slot.lone_failures = next(slot.windows, None), 0, 0
 
     def _keep_pace(self) -> None:
         """Let the host be a few passes ahead of the device, so that neither waits, and no more."""

@@ -31,12 +31,12 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
     seeds = range(2 * len(lengths_of_slots))
     entered = [BankRow(bank, LORA, initial_weights(layout, seed), dropout_seed=seed) for seed in seeds]
     for row in entered[1::2]:
-        row.leave()
+        del bank.rows[row.index]
     parts, rows_S = [], []
     for row, lengths, opening in zip(entered[::2], lengths_of_slots, opens, strict=True):
         row.flat.add_(0.01)  # B is zero at first, and hides A
         row.gradient.fill_(0.5)
-        row.opens_window = opening
+        row.n_passed = int(not opening)
         rows = [make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings()) for i, n in enumerate(lengths)]
         parts.append((sum(map(len, rows)), (row,)))
         rows_S.append(rows)
@@ -67,7 +67,7 @@ def test_filling_a_pass_up_changes_no_loss_and_no_gradient(
 def test_a_shape_holds_its_pass_and_a_row_that_fills_it_up() -> None:
     bank, pass_ = bank_and_pass([[40, 30], [40]], 4, [True, True])
     assert _shape(pass_, bank) == Shape(128, 64, 512, False)
-    bank.rows[0].opens_window = False
+    bank.rows[0].n_passed = 1
     assert _shape(pass_, bank).adds
 
 
