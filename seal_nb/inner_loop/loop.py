@@ -193,7 +193,7 @@ class InnerLoop:
         if isinstance(key, Question):
             self.asked.discard(key)
             if not decoded.error:
-                self.baselines[key] = decoded
+                self.baselines[key] = replace(decoded, token_ids=())  # texts are enough
             while len(self.baselines) > MOST_STORED:
                 del self.baselines[next(iter(self.baselines))]
             request_ids = [request_id for request_id, one in self.requests.items() if key in one.keys]
