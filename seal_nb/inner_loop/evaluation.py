@@ -1,7 +1,6 @@
 """Requests in progress: the texts that each needs and has, its training job, its scores, and its reply.
 
-Scores of single tokens (`scored_texts`) show which tokens an adapter made more likely. They take two forward passes
-and no generation. A soft score is the sum over a gold answer.
+Scores of single tokens take two forward passes and no generation. A soft score is the sum over a gold answer.
 """
 
 import logging
