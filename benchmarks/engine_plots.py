@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from seal_nb.views.style import BLUE, GREY, ORANGE, WIDTH_IN, Chart, styled
+from seal_nb.views.plots import BLUE, GREY, ORANGE, WIDTH_IN, Chart, styled
 
 
 @styled

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from seal_nb.views import server_plots
-from seal_nb.views.server_plots import ServerView, plot_server_activity, server_frame
-from seal_nb.views.style import Chart
+from seal_nb.views import live
+from seal_nb.views.live import ServerView, server_frame
+from seal_nb.views.plots import Chart, plot_server_activity
 from tests.server.test_watch import sample
 
 Shown = tuple[str, Any]  # how, and what
@@ -75,13 +75,13 @@ def test_headless_are_lines_now_and_then_and_table_and_figure_at_the_end(
 def test_live_there_is_one_display_that_is_updated(
     shown: list[Shown], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_plots, "has_live_frontend", lambda: True)
+    monkeypatch.setattr(live, "has_live_frontend", lambda: True)
     view = ServerView()
     view.show(SAMPLES)
     view.show(SAMPLES)
     view.close(SAMPLES)
     assert [how for how, _ in shown] == ["displayed", "updated", "updated", "displayed"]
-    assert "image/png" in shown[1][1].data and "requests waiting" in shown[1][1].data
+    assert "image/png" in shown[1][1]["text/html"] and "requests waiting" in shown[1][1]["text/html"]
     assert [type(what) for _, what in shown[2:]] == [dict, Chart] and capsys.readouterr().out == ""
 
 

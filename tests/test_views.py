@@ -16,6 +16,8 @@ from seal_nb.errors import SettingsError
 from seal_nb.metrics import Estimate
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.plots import (
+    STYLE,
+    Chart,
     asked_cells,
     plot_accuracy,
     plot_continual_curve,
@@ -26,7 +28,6 @@ from seal_nb.views.plots import (
     plot_rewards,
     plot_rounds,
 )
-from seal_nb.views.style import STYLE, Chart
 from seal_nb.views.tables import as_html, as_text, mime_bundle
 
 

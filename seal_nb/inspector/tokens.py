@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from seal_nb.inspector.html import heading, note, page
 from seal_nb.protocol import ScoredText
-from seal_nb.views.style import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
+from seal_nb.views.plots import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
 from seal_nb.views.tables import has_live_frontend
 
 FULL_NATS = 4.0  # a change this large has the full colour

@@ -1,21 +1,46 @@
-"""Displays that change while a notebook runs: the summary at its top, and progress.
+"""Displays that change while a notebook runs: the summary at its top, progress, and a server over time.
 
-JupyterLab gets bars and updated displays. Under papermill, nbval or nbconvert the same content is plain lines
-without times, so that what is committed is small and the same every time.
+JupyterLab gets bars and updated displays. Under papermill, nbval or nbconvert the same content is plain lines, so that
+what is committed is small and the same every time. A server may run for days: its lines come less and less often.
 """
 
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+import time
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from seal_nb.views.tables import has_live_frontend, mime_bundle
+from seal_nb.metrics import counted
+from seal_nb.views.plots import plot_server_activity
+from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from seal_nb.server.launch import Sample
 
 COUNTED = re.compile(r"^(.*?):? *(\d+) of (\d+)$")
 NOT_YET = "not run yet"
 LONGEST_SENTENCE = 200  # characters of a summary's line
+REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
+FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0
+MIB = 2**20
+LABELS = {
+    "queued": "requests waiting",
+    "slots_in_use": "slots in use",
+    "slots": "slots",
+    "jobs_per_min": "jobs per minute",
+    "tokens_per_s": "trained tokens per second",
+    "memory_bytes": "memory, front end and workers (MiB)",
+    "gpu_bytes": "GPU memory of the workers (MiB)",
+    "answered": "answered",
+    "failed": "failed",
+    "requeued": "requeued",
+    "workers": "workers",
+}
 
 
 class Teller:
@@ -68,5 +93,69 @@ class Summary:
     def _bundle(self) -> dict[str, str]:
         import pandas as pd
 
-        rows = pd.DataFrame({"at a glance": list(self.values), "": list(self.values.values())})
+        rows = pd.DataFrame(self.values.items(), columns=["at a glance", ""])
         return mime_bundle(rows, longest_cell=LONGEST_SENTENCE)
+
+
+def server_frame(samples: Sequence["Sample"]) -> "pd.DataFrame":
+    """The last state and the maximum of each number: columns ``""`` (what), ``now``, ``most``."""
+    import pandas as pd
+
+    over = pd.DataFrame(samples, columns=list(LABELS), dtype=float)
+    over[["memory_bytes", "gpu_bytes"]] /= MIB
+    table = pd.DataFrame({"": LABELS, "now": over.iloc[-1], "most": over.max()})
+    if not over["gpu_bytes"].any():
+        table = table.drop("gpu_bytes")
+    return table.reset_index(drop=True).map(lambda value: value if isinstance(value, str) else f"{value:,.0f}")
+
+
+def status_line(sample: "Sample") -> str:
+    """One sample for a log."""
+    on_gpu = f" (GPU {sample['gpu_bytes'] / MIB:.0f} MiB)" if sample["gpu_bytes"] else ""
+    return (
+        f"{sample['at_s']:.0f} s: {sample['queued']} waiting, {sample['slots_in_use']}/{sample['slots']} slots, "
+        f"{sample['jobs_per_min']:g} jobs/min, {sample['tokens_per_s']:g} tokens/s, "
+        f"{sample['memory_bytes'] / MIB:.0f} MiB{on_gpu}, {sample['failed']} failed, "
+        f"{counted(int(sample['workers']), 'workers')}"
+    )
+
+
+class ServerView:
+    """Call ``show`` for every sample of ``Watch`` and ``close`` at the end, both with what is kept of them."""
+
+    def __init__(self) -> None:
+        self.live = has_live_frontend()
+        self._handle: Any = None
+        self._image = ""
+        self._due_at, self._pause_s = 0.0, REDRAW_S if self.live else FIRST_LINE_S
+
+    def show(self, samples: Sequence["Sample"]) -> None:
+        """Update the display, or print a line if it is time for one."""
+        if not samples:
+            return
+        if is_due := time.monotonic() >= self._due_at:
+            self._due_at = time.monotonic() + self._pause_s
+        if self.live:
+            if is_due:
+                image = b64encode(plot_server_activity(samples).drawn()).decode()
+                self._image = f'<img alt="the server over time" src="data:image/png;base64,{image}">'
+            self._display({"text/html": as_html(server_frame(samples)) + self._image})
+        elif is_due:
+            Teller()(status_line(samples[-1]))
+            self._pause_s = min(2 * self._pause_s, LONGEST_LINE_S)
+
+    def close(self, samples: Sequence["Sample"]) -> None:
+        """Show the final table and figure."""
+        from IPython.display import display
+
+        if samples:
+            self._display(mime_bundle(server_frame(samples)))
+            display(plot_server_activity(samples))
+
+    def _display(self, bundle: dict[str, str]) -> None:
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)

@@ -1,29 +1,106 @@
-"""Every figure of an experiment: accuracy, rewards, losses, continual edits, graders and log-probabilities.
+"""Every figure: accuracy, rewards, losses, continual edits, graders, log-probabilities and a server's activity.
 
 Every axis names its unit and n, every figure draws the baseline it is compared with, and every figure has its content
-in words (`Chart.alt`). Accuracies are fractions.
+in words (`Chart.alt`). Accuracies are fractions. Figures are made without pyplot: no global state, nothing to close.
 """
 
+import base64
+import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from seal_nb.errors import SettingsError
 from seal_nb.metrics import Estimate, counted, written_value
-from seal_nb.views.style import BLUE, GREY, INK, LIGHT, ORANGE, PALE, RED, SKY, Chart, new_chart, styled
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from seal_nb.server.launch import Sample
+
+# Okabe and Ito (jfly.uni-koeln.de/color): told apart under every common colour blindness.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY = "#CC79A7", "#56B4E9"
+INK, GREY, LIGHT, PALE = "#222222", "#767676", "#B5B5B5", "#D9D9D9"
+
+WIDTH_IN = 6.4  # a text column of a notebook
+DPI = 110
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(["axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"], INK),
+    **dict.fromkeys(["legend.fontsize", "xtick.labelsize", "ytick.labelsize"], 9),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+    "figure.constrained_layout.use": True,
+    "figure.dpi": DPI,
+    "axes.facecolor": "white",  # reads the same in a dark JupyterLab, on GitHub and on paper
+    "axes.titlelocation": "left",
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY, RED]),
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "image.cmap": "cividis",  # even in lightness, safe for colour-blind readers
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "seal-nb",  # the same figure gives the same file
+}
+UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 MOST_LINES = 30  # of single passages in one figure
 MOST_DUMBBELLS = 40  # with more passages, the histogram is drawn
 MOST_CURVES = 6  # with more adapters, the mean is drawn
 LONGEST_NAME = 34  # characters
+Place = Literal["outside upper left", "outside right center"]  # of the legend
+styled = mpl.rc_context(STYLE)  # a decorator: the function draws in this style, and global settings stay as they are
+
+
+class Chart(Figure):
+    """A matplotlib Figure with its content in words (`alt`), which notebooks show as alternative text."""
+
+    alt: str = ""
+
+    def save(self, path: str | Path, formats: str = "png") -> list[Path]:
+        """Writes a file for each format of a comma list of png, svg and pdf (the last two for papers). ``path`` has no
+        ending; folders are made. Raises: SettingsError for another format."""
+        files = [Path(f"{path}.{ending.strip()}") for ending in formats.split(",")]
+        for file in files:
+            drawn = self.drawn(file.suffix[1:], dpi=2 * DPI)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(drawn)
+        return files
+
+    @styled
+    def drawn(self, ending: str = "png", *, dpi: int = DPI) -> bytes:
+        """The content of a file without date or program name, so that equal figures are equal files."""
+        if ending not in UNDATED:
+            raise SettingsError(f"figure format is {ending!r}; known are {', '.join(UNDATED)}")
+        buffer = io.BytesIO()
+        self.savefig(buffer, format=ending, dpi=dpi, facecolor="white", metadata=UNDATED[ending])
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        image = base64.b64encode(self.drawn()).decode("ascii")
+        return {"image/png": image, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
+
+    def finished(self, alt: str, place: Place = "outside upper left", columns: int = 4) -> "Chart":
+        """The chart with its alternative text, and with a legend outside the axes, so that it covers no data."""
+        self.alt = alt
+        if self.axes[0].get_legend_handles_labels()[0]:
+            self.legend(loc=place, ncols=columns, handletextpad=0.4, columnspacing=1.4)
+        return self
+
+
+def new_chart(height_in: float, width_in: float = WIDTH_IN) -> tuple[Chart, Axes]:
+    """An empty chart with one pair of axes."""
+    chart = Chart(figsize=(width_in, height_in))
+    return chart, chart.add_subplot()
 
 
 @styled
@@ -74,7 +151,7 @@ def plot_rounds(
     for number, (name, estimates) in enumerate(series.items()):
         shift = 0.04 * (number - (len(series) - 1) / 2)  # intervals side by side
         run = {k + shift: one for k, one in enumerate(estimates) if one is not None}
-        colour = _estimates(axes, list(run), list(run.values()), name)
+        colour = _estimates(axes, run, name)
         if values := published.get(name):
             label, colour = ("published", GREY) if is_alone else (f"{name}, published", colour)
             axes.plot(range(len(values)), values, "--o", color=colour, mfc="white", label=label)
@@ -239,8 +316,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Chart
         label = ", ".join(f"{name} {written_value(row[name])}" for name in names[1:])
         lines.setdefault(label, {})[place[written_value(row[names[0]])]] = row["estimate"]
     for label, own in lines.items():
-        xs = sorted(own)
-        _estimates(axes, xs, [own[x] for x in xs], label)
+        _estimates(axes, dict(sorted(own.items())), label)
     if is_numeric and values and 0 < 10 * min(place.values()) <= max(place.values()):
         axes.set_xscale("log")
     axes.set_xticks(list(place.values()), list(place))
@@ -291,7 +367,7 @@ def plot_continual_curve(
     axes.plot(edits, before, ":", color=INK, linewidth=1.6, label="never edited, same passages")
     if len(just_edited):
         axes.plot(edits, np.array(just_edited, dtype=float), "s", color=ORANGE, label="passage just edited")
-    _estimates(axes, edits, seen, "all passages so far")
+    _estimates(axes, dict(enumerate(seen, start=1)), "all passages so far")
     axes.set_xlabel("number of edits")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _scale(axes.yaxis, _accuracy_label(seen), percent=True)
@@ -301,6 +377,33 @@ def plot_continual_curve(
         for t, (one, unedited) in enumerate(zip(seen, before, strict=True), 1)
     ]
     return chart.finished(f"Accuracy on the passages edited in so far: {'; '.join(words)}", columns=2)
+
+
+@styled
+def plot_server_activity(samples: Sequence["Sample"]) -> Chart:
+    """Requests that wait, slots in use (and slots), and jobs per minute, over the time of watching."""
+    chart = Chart(figsize=(WIDTH_IN, 3.8))
+    above, below = chart.subplots(2, 1, sharex=True)
+    names = {"slots": "slots", "slots_in_use": "slots in use", "queued": "requests waiting"}
+    over = {name: [sample[name] for sample in samples] for name in ("at_s", "jobs_per_min", *names)}
+    for name, colour, style in zip(names, (GREY, BLUE, ORANGE), (":", "-", "-"), strict=True):
+        # A count holds until the next sample: steps, not slopes.
+        above.step(over["at_s"], over[name], style, where="post", color=colour, label=names[name])
+    below.plot(over["at_s"], over["jobs_per_min"], color=GREEN, label="jobs per minute")
+    above.set_ylabel("number")
+    above.yaxis.set_major_locator(MaxNLocator(integer=True))
+    below.set_ylabel("jobs per minute\n(of the last minute)")
+    below.set_xlabel(f"seconds since watching began (n = {len(samples)} samples)")
+    for axes in (above, below):
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+    if not samples:
+        return chart.finished("No status of the server was sampled.")
+    return chart.finished(
+        f"A server over {over['at_s'][-1] - over['at_s'][0]:.0f} s: at most {max(over['queued'])} requests "
+        f"waiting, {max(over['slots_in_use'])} of {over['slots'][-1]} slots in use, "
+        f"{max(over['jobs_per_min']):g} jobs per minute."
+    )
 
 
 def asked_cells(matrix: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray:
@@ -362,10 +465,10 @@ def _dots(
     axes.plot([], [], "|", color=INK, markersize=10, label=labels[2])
 
 
-def _estimates(axes: Axes, xs: Sequence[float], estimates: Sequence[Estimate], label: str) -> Any:
+def _estimates(axes: Axes, by_x: Mapping[float, Estimate], label: str) -> Any:
     """A line through the means with the 95 % intervals. Returns: its colour."""
-    means = [one.mean for one in estimates]
-    drawn = axes.errorbar(xs, means, yerr=_reach(estimates), fmt="-o", capsize=3, label=label)
+    means = [one.mean for one in by_x.values()]
+    drawn = axes.errorbar(list(by_x), means, yerr=_reach(by_x.values()), fmt="-o", capsize=3, label=label)
     return drawn.lines[0].get_color()
 
 
