@@ -9,7 +9,7 @@ import torch
 
 from seal_nb.inner_loop.evaluation import pieces
 from seal_nb.inner_loop.loop import InnerLoop
-from seal_nb.inspector.tokens import TokenTexts, token_frame
+from seal_nb.inspector.html import TokenTexts, token_frame
 from seal_nb.protocol import ScoredText, TTTReply
 from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures
 

@@ -10,11 +10,10 @@ import pytest
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import ttt_server
-from seal_nb.inspector import html, tokens, widgets
-from seal_nb.inspector.html import loss_curve
+from seal_nb.inspector import html, widgets
+from seal_nb.inspector.html import NO_VALUES, TokenTexts, loss_curve
 from seal_nb.inspector.inspection import Inspection
 from seal_nb.inspector.live import EditTrainer, LiveEdit
-from seal_nb.inspector.tokens import NO_VALUES, TokenTexts
 from seal_nb.inspector.widgets import VIEWS, PassageInspector, run_files
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.server.launch import TTTServer
@@ -62,7 +61,7 @@ def inspector() -> PassageInspector:
 
 @pytest.fixture
 def in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (html, tokens, widgets):
+    for module in (html, widgets):
         monkeypatch.setattr(module, "has_live_frontend", lambda: True)
 
 

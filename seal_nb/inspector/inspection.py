@@ -1,8 +1,7 @@
 """A single-passage run for reading: its passages, self-edits, answers and train sequences as DataFrames.
 
 Opening a run computes only the list of passages. The other graders judge the answers of a passage when it is first
-looked at. What is said about an answer compares texts: which train sequence contains the gold answer, and whether a
-wrong answer is the gold answer of another question. These are observations, not causes.
+looked at. What is said about an answer compares texts: these are observations, not causes.
 """
 
 from collections import Counter
@@ -37,8 +36,7 @@ Pair = tuple[bool | None, bool | None]  # verdict without and with the adapter; 
 
 
 def open_run(source: str | Path) -> SinglePassageRun:
-    """Reads a single-passage run file, published or ours; "shipped:example" is one that comes with the project.
-    Raises: DataError."""
+    """Reads a single-passage run file, published or ours, or "shipped:example". Raises: DataError."""
     shipped = resources.files("seal_nb") / "data" / "inspector_run.json.gz"
     path = Path(str(shipped)) if str(source) == EXAMPLE else runs_folder(source)
     return SinglePassageRun(value=read_json(path), path=path)
@@ -191,12 +189,9 @@ class Inspection:
         return table[table["passage"] == passage].drop(columns="passage").reset_index(drop=True)
 
     def answers(self, passage: int, self_edit: int) -> pd.DataFrame:
-        """One row a question and repeat, flips first.
-
-        ``verdicts`` are the file's, or those of each grader where the graders disagree (``disagree``). ``answer`` is
-        the adapter's answer with the file's verdict, ``right`` that verdict as a number. ``soft_gain`` is the
-        change in log-probability of the gold answer, in nats.
-        """
+        """One row a question and repeat, flips first. ``verdicts`` are the file's, or those of each grader where they
+        ``disagree``. ``answer`` is the adapter's answer with the file's verdict, ``right`` that verdict as a number.
+        ``soft_gain`` is the change in log-probability of the gold answer, in nats."""
         if (passage, self_edit) not in self._answers:
             evaluated = self.run.passages[passage]
             self._answers[passage, self_edit] = self._judged(evaluated, evaluated.self_edits[self_edit])
@@ -233,9 +228,8 @@ class Inspection:
         """The answers of an edit next to those of the self-edit that it was made from."""
         before, after = self.answers(passage, old), self.answers(passage, new)
         answers = before.drop_duplicates("question").set_index("question")["answer"]
-        table = after[["flip", "question", "gold", "without adapter"]].copy()
-        table["before the edit"], table["after the edit"] = after["question"].map(answers), after["answer"]
-        return table.assign(soft_gain=after["soft_gain"])
+        table = after.assign(**{"before the edit": after["question"].map(answers), "after the edit": after["answer"]})
+        return table[["flip", "question", "gold", "without adapter", "before the edit", "after the edit", "soft_gain"]]
 
     def with_self_edit(self, passage: int, edit: EvaluatedSelfEdit) -> "Inspection":
         """The same run with one more self-edit of a passage. No file is written."""

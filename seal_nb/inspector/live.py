@@ -1,14 +1,13 @@
 """The live edit: a self-edit is changed, its adapter is trained on a TTT server, and the result can be kept.
 
-An edit becomes the request that a run would send for it, plus values of single tokens. The server answers a request
-that it has answered before at once, and training is deterministic; so no adapter is kept, and a further question
-trains the same adapter again. Calls may come from any thread; one request runs at a time.
+An edit becomes the request that a run would send for it. Training is deterministic: no adapter is kept, and a further
+question trains the same adapter again. Calls may come from any thread; one request runs at a time.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -20,9 +19,8 @@ from seal_nb.experiments import single_passage
 from seal_nb.experiments.session import TTT, identified, loop_request
 from seal_nb.experiments.settings import LORA_PARAMS, Training
 from seal_nb.grading.choose import grader_of
-from seal_nb.inspector.html import StaticView, WidgetView, loss_curve, note, page, static_tables, table_html
+from seal_nb.inspector.html import StaticView, TokenTexts, WidgetView, loss_curve, note, page, static_tables, table_html
 from seal_nb.inspector.inspection import as_passage, sequences_of
-from seal_nb.inspector.tokens import TokenTexts
 from seal_nb.inspector.widgets import PassageInspector
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
@@ -51,11 +49,10 @@ class Edit:
 def settings_of_run(settings: Mapping[str, Any]) -> Training:
     """The training settings that a run file states, with soft scores on. Published files state some of them under
     ``lora_params``; ours state all of them, under ``training`` too."""
-    known = {field.name for field in fields(Training)}
-    ours = settings.get("training") or {}
     published = {LORA_PARAMS.get(key, key): value for key, value in (settings.get("lora_params") or {}).items()}
-    stated = {name: value for name, value in [*ours.items(), *published.items()] if value is not None}
-    return Training(**{name: value for name, value in stated.items() if name in known} | {"soft_scores": True})
+    stated = [*(settings.get("training") or {}).items(), *published.items()]
+    known = {name: value for name, value in stated if value is not None and name in Training.__dataclass_fields__}
+    return Training(**known | {"soft_scores": True})
 
 
 def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> TTTRequest:
@@ -276,19 +273,16 @@ class LiveEdit(WidgetView):
         self.inspector.on_select(self.fill)
         self.fill()
         numbers = [*self.controls.values()]
-        rows = [
+        lines = [
             numbers[:4],
             [self.seed, *numbers[4:], self.splits],
-            [self.unshown],
             [self.train_button, self.cancel_button, self.keep_button, reset_button],
-            [self.status],
-            [self.outcome],
             [self.question, self.gold, self.ask_button],
-            [self.answered],
         ]
         wrapped = w.Layout(flex_flow="row wrap", align_items="center")
-        parts = [row[0] if len(row) == 1 else w.HBox(row, layout=wrapped) for row in rows]
-        box = w.VBox([self.text, *parts], layout=w.Layout(width="100%", overflow="hidden"))
+        first, second, buttons, own = (w.HBox(line, layout=wrapped) for line in lines)
+        parts = [self.text, first, second, self.unshown, buttons, self.status, self.outcome, own, self.answered]
+        box = w.VBox(parts, layout=w.Layout(width="100%", overflow="hidden"))
         return box.add_class("seal-nb-widget").add_class("seal-nb-live")
 
     def fill(self) -> None:

@@ -14,9 +14,8 @@ from urllib.parse import quote
 import pandas as pd
 
 from seal_nb.errors import SettingsError
-from seal_nb.inspector.html import StaticView, WidgetView, heading, note, page, static_tables, table_html, text_block
+from seal_nb.inspector.html import StaticView, TokenTexts, WidgetView, heading, note, page, static_tables, table_html
 from seal_nb.inspector.inspection import GAINED, LOST, SHOWN, SORTED, Inspection, as_passage
-from seal_nb.inspector.tokens import TokenTexts
 from seal_nb.metrics import counted
 from seal_nb.protocol import ScoredText
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit
@@ -28,12 +27,9 @@ MOST_PASSAGES = 15  # rows of the static list of passages
 
 
 class PassageInspector(WidgetView):
-    """Shows the selected passage and self-edits of a run: a widget in JupyterLab, tables elsewhere.
-
-    ``passage``, ``self_edit`` and ``against`` are indices. -1 is the first passage that ``show`` and ``sort`` give, its
-    best self-edit, and the next one to compare with. Raises: SettingsError if an index does not exist, or if the filter
-    leaves no passage.
-    """
+    """Shows the selected passage and self-edits of a run: a widget in JupyterLab, tables elsewhere. The index -1 is the
+    first passage that ``show`` and ``sort`` give, its best self-edit, and the next one to compare with.
+    Raises: SettingsError if an index does not exist, or if the filter leaves no passage."""
 
     def __init__(
         self,
@@ -120,14 +116,14 @@ class PassageInspector(WidgetView):
                 caption = f"; the graders disagree on {n} of {len(answers)}" if n else ""
                 best = edits["best"].map({True: "★", False: ""})
                 return [
-                    text_block(self.evaluated.context),
+                    _text_block(self.evaluated.context),
                     (f"Answers with self-edit {edit}{caption}", answers.drop(columns=unused)),
                     ("All self-edits of this passage", edits.assign(best=best)),
                 ]
             case "self-edit":
                 return [
                     heading(f"Self-edit {edit} as written"),
-                    text_block(self.text or "(empty: only the passage is trained on)"),
+                    _text_block(self.text or "(empty: only the passage is trained on)"),
                     (f"Train sequences of self-edit {edit}", inspection.sequences(passage, edit)),
                     note("Text in ⟦ ⟧ carries no loss; the first token of a sequence carries none either."),
                 ]
@@ -137,7 +133,7 @@ class PassageInspector(WidgetView):
                 return [note("Choose two different self-edits to compare them.")]
             case "compare":
                 pair = [(n, self.evaluated.self_edits[n].text or "") for n in (edit, against)]
-                texts = [f"<div>{heading(f'Self-edit {n}')}{text_block(text)}</div>" for n, text in pair]
+                texts = [f"<div>{heading(f'Self-edit {n}')}{_text_block(text)}</div>" for n, text in pair]
                 caption = f"Self-edit {edit} (first) and self-edit {against} (second)"
                 table = inspection.compare(passage, edit, against)
                 return [(caption, table), f'<div class="sn-pair">{"".join(texts)}</div>']
@@ -266,3 +262,7 @@ def _edit_label(row: Mapping[str, Any]) -> str:
     accuracy = "–" if pd.isna(row["adapter"]) else f"{row['adapter']:.0%}"
     origin = "" if row["origin"] == "the run" else f", {row['origin']}"
     return f"{row['self-edit']}: {accuracy}{origin}{' ★' if row['best'] else ''}"
+
+
+def _text_block(text: str) -> str:
+    return f'<div class="sn-text">{escape(text)}</div>'

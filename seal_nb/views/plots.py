@@ -21,7 +21,7 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seal_nb.errors import SettingsError
-from seal_nb.metrics import Estimate, counted, written_value
+from seal_nb.metrics import Estimate, Scores, counted, written_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +169,7 @@ def plot_rounds(
 
 
 @styled
-def plot_gains(titles: Sequence[str], baseline: Sequence[float | None], adapter: Sequence[float | None]) -> Chart:
+def plot_gains(titles: Sequence[str], baseline: Scores, adapter: Scores) -> Chart:
     """One line per passage from baseline to adapter accuracy, the largest gain on top, or a histogram of the gains for
     more than 40 passages. Passages without one of the accuracies (None) are left out."""
     sides = zip(titles, baseline, adapter, strict=True)
@@ -240,16 +240,13 @@ def plot_gold_logprobs(questions: Sequence[str], before: Sequence[float], after:
 
 @styled
 def plot_rewards(
-    titles: Sequence[str],
-    rewards: Sequence[Sequence[float | None]],
-    chosen: Sequence[Sequence[int]],
-    baseline: Sequence[float | None],
+    titles: Sequence[str], rewards: Sequence[Scores], chosen: Sequence[Sequence[int]], baseline: Scores
 ) -> Chart:
     """The rewards (mean adapter accuracies) of each passage's self-edits (None: not graded), the indices of the chosen
     ones (none: the passage is dropped), and the accuracy without adapter."""
     label = f"reward: mean adapter accuracy (n = {len(titles)} passages)"
     chart, axes = _row_chart([short(title) for title in titles], 1.4, 0.3, label, percent=True)
-    _dots(axes, rewards, baseline, chosen, labels=("self-edit", "chosen", "baseline"))
+    _dots(axes, rewards, baseline, chosen, ("self-edit", "chosen", "baseline"))
     axes.set_xlim(-0.03, 1.03)
     n, kept = len(titles), sum(map(bool, chosen))
     return chart.finished(f"Rewards of the self-edits of {n} passages; self-edits of {kept} of them are kept.")
@@ -263,14 +260,14 @@ def plot_self_edit_lengths(
     label = f"words (n = {len(titles)} passages, {sum(map(len, words_P_E))} self-edits)"
     chart, axes = _row_chart([short(title) for title in titles], 1.3, 0.3, label)
     every = [range(len(words)) for words in words_P_E]
-    _dots(axes, words_P_E, passage_words, every, labels=("", "self-edit", "the passage itself"))
+    _dots(axes, words_P_E, passage_words, every, ("", "self-edit", "the passage itself"))
     axes.set_xlim(left=0)
     words = [f"{title} {', '.join(map(str, own))}" for title, own in zip(titles, words_P_E, strict=True)]
     return chart.finished(f"Words of the self-edits of each passage: {'; '.join(words)}")
 
 
 @styled
-def plot_losses(curves: Mapping[str, Sequence[float | None]], *, step: str = "epoch") -> Chart:
+def plot_losses(curves: Mapping[str, Scores], *, step: str = "epoch") -> Chart:
     """Training loss of each adapter by epoch; more than six adapters are drawn pale, with their mean.
 
     Args:
@@ -329,7 +326,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Chart
 
 
 @styled
-def plot_continual_matrix(matrix: Sequence[Sequence[float | None]], *, n_sequences: int) -> Chart:
+def plot_continual_matrix(matrix: Sequence[Scores], *, n_sequences: int) -> Chart:
     """The (K+1)×K accuracies, the mean of ``n_sequences`` sequences, as a heat map. The passage of each edit is
     outlined; cells that were not asked are blank."""
     k = len(matrix) - 1
@@ -357,9 +354,7 @@ def plot_continual_matrix(matrix: Sequence[Sequence[float | None]], *, n_sequenc
 
 
 @styled
-def plot_continual_curve(
-    seen: Sequence[Estimate], never_edited: Sequence[float | None], *, just_edited: Sequence[float | None] = ()
-) -> Chart:
+def plot_continual_curve(seen: Sequence[Estimate], never_edited: Scores, *, just_edited: Scores = ()) -> Chart:
     """Mean accuracy on the passages edited so far by number of edits, that of the unedited model on the same passages,
     and that on the passage of each edit right after it."""
     chart, axes = new_chart(3.3)
@@ -406,7 +401,7 @@ def plot_server_activity(samples: Sequence["Sample"]) -> Chart:
     )
 
 
-def asked_cells(matrix: Sequence[Sequence[float | None]]) -> np.ma.MaskedArray:
+def asked_cells(matrix: Sequence[Scores]) -> np.ma.MaskedArray:
     """(K+1, K) accuracies; masked where the passage was not asked or not graded."""
     values = np.array(matrix, dtype=float)  # None becomes NaN
     rows, columns = np.indices(values.shape)
@@ -440,24 +435,19 @@ def _dumbbells(axes: Axes, ends_P_2: Sequence[Sequence[float]] | np.ndarray, lab
 
 
 def _dots(
-    axes: Axes,
-    values_P_E: Sequence[Sequence[float | None]],
-    marks_P: Sequence[float | None],
-    chosen_P: Sequence[Collection[int]],
-    *,
-    labels: tuple[str, str, str],
+    axes: Axes, dots_P_E: Sequence[Scores], marks_P: Scores, chosen_P: Sequence[Collection[int]], labels: Sequence[str]
 ) -> None:
     """In each row a dot for each value and a mark. ``labels``: open dot, chosen dot, mark."""
-    dots = [
+    points = [
         (value, row + 0.16 * values[:at].count(value), at in chosen)  # equal values do not cover each other
-        for row, (values, chosen) in enumerate(zip(values_P_E, chosen_P, strict=True))
+        for row, (values, chosen) in enumerate(zip(dots_P_E, chosen_P, strict=True))
         for at, value in enumerate(values)
         if value is not None
     ]
-    xs, ys, is_chosen = np.array(dots, dtype=float).reshape(-1, 3).T
+    xs, ys, is_chosen = np.array(points, dtype=float).reshape(-1, 3).T
     axes.plot(xs[is_chosen == 0], ys[is_chosen == 0], "o", color=GREY, mfc="white", label=labels[0])
     axes.plot(xs[is_chosen == 1], ys[is_chosen == 1], "o", color=BLUE, zorder=3, label=labels[1])
-    for row, values in enumerate(values_P_E):
+    for row, values in enumerate(dots_P_E):
         if known := [value for value in values if value is not None]:
             axes.hlines(row, min(known), max(known), color=PALE, linewidth=2, zorder=1)
     marks, rows = np.array(marks_P, dtype=float), np.arange(len(marks_P))
