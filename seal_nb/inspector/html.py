@@ -77,8 +77,7 @@ def loss_curve(losses: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class StaticView:
-    """HTML and the same content as text, for headless notebooks, GitHub and exported pages. In JupyterLab a click on a
-    heading sorts its tables."""
+    """HTML and the same content as text. In JupyterLab its tables can be sorted by clicking a heading."""
 
     html: str
     text: str
@@ -202,8 +201,7 @@ def _draw(axes: Axes, tokens: pd.DataFrame, row: int) -> int:
                 piece = piece.lstrip(" ")
             if not piece.strip("\n"):
                 continue
-            at = (column, row + 0.06)
-            axes.add_patch(Rectangle(at, len(piece), 0.88, alpha=token.opacity, linewidth=0, facecolor=colour))
+            axes.add_patch(Rectangle((column, row + 0.06), len(piece), 0.88, alpha=token.opacity, lw=0, fc=colour))
             axes.text(column, row + 0.5, piece, weight=weight, color=ink, **font)
             if token.change <= -MARKED_NATS:
                 axes.plot([column, column + len(piece)], [row + 0.92] * 2, color=INK, linewidth=0.8)

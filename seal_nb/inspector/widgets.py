@@ -58,10 +58,8 @@ class PassageInspector(WidgetView):
             raise SettingsError(f"passage is {passage}; the run has {n}, counted from 0")
         best = self.inspection.self_edits(passage)["best"]
         n_edits = len(best)
-        if n_edits and self_edit < 0:
-            self_edit = int(best.argmax())
-        if n_edits and against < 0:
-            against = (self_edit + 1) % n_edits
+        self_edit = int(best.argmax()) if n_edits and self_edit < 0 else self_edit
+        against = (self_edit + 1) % n_edits if n_edits and against < 0 else against
         for name, value in (("self_edit", self_edit), ("against", against)):
             if not 0 <= value < n_edits:
                 raise SettingsError(f"{name} is {value}; passage {passage} has {n_edits}, counted from 0")
@@ -206,10 +204,9 @@ class PassageInspector(WidgetView):
         numbers = rows["n"].tolist()
         self._filling = True
         self.passages.options = [(_passage_label(row), row["n"]) for row in rows.to_dict("records")]
-        if numbers:
-            if self.passage not in numbers:
-                self.select(numbers[0])
-            self.passages.value = self.passage
+        if numbers and self.passage not in numbers:
+            self.select(numbers[0])
+        self.passages.value = self.passage if numbers else None
         self._filling = False
         self.count.value = page(note(f"{len(rows)} of {len(self.inspection.run.passages)} passages"))
 

@@ -56,7 +56,6 @@ UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date":
 MOST_LINES = 30  # of single passages in one figure
 MOST_DUMBBELLS = 40  # with more passages, the histogram is drawn
 MOST_CURVES = 6  # with more adapters, the mean is drawn
-LONGEST_NAME = 34  # characters
 Place = Literal["outside upper left", "outside right center"]  # of the legend
 styled = mpl.rc_context(STYLE)  # a decorator: the function draws in this style, and global settings stay as they are
 
@@ -138,8 +137,7 @@ def plot_rounds(
 ) -> Chart:
     """Accuracy by ReST-EM round with 95 % intervals; round 0 is the base model. ``series`` has a line for each name
     (such as a prompt key), with None for a round that was not run. ``per_passage`` accuracies are thin lines, if there
-    is one series and at most 30 passages. ``published`` accuracies by name are dashed; only for the published passages.
-    """
+    is one series and at most 30 passages. ``published`` accuracies are dashed; only for the published passages."""
     chart, axes = new_chart(3.6)
     is_alone, published = len(series) == 1, published or {}
     for at, accuracies in enumerate(per_passage if is_alone and len(per_passage) <= MOST_LINES else []):
@@ -253,14 +251,12 @@ def plot_rewards(
 
 
 @styled
-def plot_self_edit_lengths(
-    titles: Sequence[str], words_P_E: Sequence[Sequence[int]], passage_words: Sequence[int]
-) -> Chart:
+def plot_self_edit_lengths(titles: Sequence[str], words_P_E: Sequence[Sequence[int]], words_P: Sequence[int]) -> Chart:
     """For each passage the number of words of each self-edit, and of the passage itself."""
     label = f"words (n = {len(titles)} passages, {sum(map(len, words_P_E))} self-edits)"
     chart, axes = _row_chart([short(title) for title in titles], 1.3, 0.3, label)
     every = [range(len(words)) for words in words_P_E]
-    _dots(axes, words_P_E, passage_words, every, ("", "self-edit", "the passage itself"))
+    _dots(axes, words_P_E, words_P, every, ("", "self-edit", "the passage itself"))
     axes.set_xlim(left=0)
     words = [f"{title} {', '.join(map(str, own))}" for title, own in zip(titles, words_P_E, strict=True)]
     return chart.finished(f"Words of the self-edits of each passage: {'; '.join(words)}")
@@ -408,7 +404,7 @@ def asked_cells(matrix: Sequence[Scores]) -> np.ma.MaskedArray:
     return np.ma.array(values, mask=((rows >= 1) & (columns >= rows)) | np.isnan(values))
 
 
-def short(text: str, longest: int = LONGEST_NAME) -> str:
+def short(text: str, longest: int = 34) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
