@@ -204,7 +204,7 @@ def test_own_cpt_run_graded_again_is_what_it_would_have_been(tmp_path: Path) -> 
 
 
 def test_cpt_run_with_other_passages_is_refused_with_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"has 6 entries, and the passages 5 questions; .*--dataset"):
+    with pytest.raises(DataError, match=r"has 6 entries for 5 questions; .*--dataset"):
         Again(own_cpt_run([True] * 6), Says(lambda _: True), passages=PASSAGES[:2])
 
 

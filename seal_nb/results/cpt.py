@@ -170,7 +170,7 @@ def check_length(values: Any, n_questions: int, *, path: str | Path, field: str)
     n_there = len(values) if isinstance(values, list) else 0
     if n_there != n_questions:
         raise DataError(
-            f"has {n_there} entries, and the passages {n_questions} questions",
+            f"has {n_there} entries for {n_questions} questions",
             path=path,
             field=field,
             remedy="give the item file that this run was asked about (--dataset)",
