@@ -84,11 +84,14 @@ class ProtocolError(SealError, ValueError):
 
 class RemoteError(SealError, RuntimeError):
     """The server answered with an error. It is a result of the request: asking again gives it again. ``ename`` and
-    ``evalue`` are the remote type and message; the text ends with the remote traceback if the request asked for it."""
+    ``evalue`` are the remote type and message; the text ends with the remote traceback if the request asked for it.
+    ``request_id`` is that of the request, if it had one."""
 
-    def __init__(self, message: str, field: str | None = None, traceback: str | None = None) -> None:
+    def __init__(
+        self, message: str, field: str | None = None, traceback: str | None = None, request_id: str | None = None
+    ) -> None:
         self.ename, _, self.evalue = message.partition(": ")
-        self.field = field or ""
+        self.field, self.request_id = field or "", request_id or ""
         super().__init__(f"{message}\n{traceback}" if traceback else message)
 
 

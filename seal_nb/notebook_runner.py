@@ -153,12 +153,8 @@ def for_stream(stream: TextIO) -> tuple[Callable[[str], object], dict[str, Any]]
     if stream.isatty():
         return partial(tqdm.write, file=stream, end=""), {"file": sys.stderr, "leave": False}
     lines = {"bar_format": "cell {n_fmt} of {total_fmt} after {elapsed}\n", "mininterval": LINE_EVERY_S}
-    return partial(print, file=stream, end="", flush=True), {
-        "file": stream,
-        "delay": LINE_EVERY_S,
-        "leave": False,
-        **lines,
-    }
+    lines |= {"file": stream, "delay": LINE_EVERY_S, "leave": False}
+    return partial(print, file=stream, end="", flush=True), lines
 
 
 def run_notebook(

@@ -51,7 +51,8 @@ def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _kill(psutil.wait_procs(tree, timeout=grace_s)[1])
+    _, alive = psutil.wait_procs(tree, timeout=grace_s)
+    _kill(alive)
 
 
 def _kill(processes: list[psutil.Process]) -> None:
@@ -76,7 +77,7 @@ def end_with_parent(parent_pid: int) -> None:
 
 def ending_with_me(command: list[str]) -> list[str]:
     """The command line of another program that ends with this process: by SIGTERM, so that `srun` can end its processes
-    on other nodes, and ten seconds later by force. Where a signal kills it, its exit code is that of a shell."""
+    on other nodes, and ten seconds later by force. Where a signal kills it, its exit code is 128 + the signal."""
     return [sys.executable, "-m", "seal_nb.processes", str(os.getpid()), *command]
 
 

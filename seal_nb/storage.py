@@ -95,7 +95,8 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, obj: object) -> Path:
-    """``write_text`` of the published layout: two spaces, real characters. NaN and infinity become null."""
+    """``write_text`` of the published layout: two spaces, real characters. NaN and infinity become null. A path is
+    written as text; other values that are not JSON's raise TypeError."""
     finite = json.loads(json.dumps(obj, default=os.fspath), parse_constant=lambda _: None)
     return write_text(path, json.dumps(finite, indent=2, ensure_ascii=False))
 
@@ -163,12 +164,17 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def get(self, key: str) -> Any:
         """The latest record of a key. Raises: KeyError."""
-        return json.loads(self.get_json(key))
+        return json.loads(self._line(key))["record"]
 
     def get_json(self, key: str) -> bytes:
         """The latest record of a key as the JSON in the file. Raises: KeyError."""
+        line, start = self._line(key), _line_start(key)
+        # Another program may have written the line with other spaces.
+        return line[len(start) : -2] if line.startswith(start) else json.dumps(json.loads(line)["record"]).encode()
+
+    def _line(self, key: str) -> bytes:
         offset, n_bytes = self._places[key]
-        return os.pread(self._file.fileno(), n_bytes, offset)[len(_line_start(key)) : -2]
+        return os.pread(self._file.fileno(), n_bytes, offset)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -180,7 +186,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return len(self._places)
 
     def close(self) -> None:
-        """Let another writer in."""
+        """Let another writer in. Its records can then be read by ``read_journal`` only."""
         self._opened.close()
 
     def __exit__(self, *exception: object) -> None:
@@ -262,9 +268,9 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], object] = str) -> Iterator[int]:
+def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], object] = lambda _: None) -> Iterator[int]:
     """An exclusive lock on ``of``, for a block; gives the descriptor of the lock file. Children that inherit it keep
-    the lock until they end. ``tell`` says for whom it waits.
+    the lock until they end. ``tell`` receives a line that names the holder.
     Raises: RunMismatch if another process still has the lock after ``wait_s``; DataError."""
     deadline, told = time.monotonic() + wait_s, ""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -151,6 +151,14 @@ def test_a_journal_gives_back_the_latest_record_of_each_key(tmp_path: Path) -> N
         assert list(journal) == ["a", "b"] and len(journal) == 2
 
 
+def test_a_journal_that_another_program_wrote_with_other_spaces_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"key":"a","record":12345}\n{ "record": {"x": 1}, "key": "b" }\n')
+    with Journal(path) as journal:
+        assert (journal.get("a"), journal.get("b")) == (12345, {"x": 1})
+        assert (journal.get_json("a"), journal.get_json("b")) == (b"12345", b'{"x": 1}')
+
+
 @settings(max_examples=25)
 @given(records=st.lists(st.tuples(st.text(max_size=5), JSON_VALUES), min_size=1, max_size=5), data=st.data())
 def test_a_journal_cut_anywhere_keeps_every_whole_line_and_takes_more(

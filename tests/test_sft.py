@@ -175,8 +175,9 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_ignored(
     base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = cut_short(base, tmp_path, "cut", monkeypatch)
+    (checkpoints / "checkpoint-old").mkdir()  # somebody's copy
     shutil.copytree(checkpoints, tmp_path / "kept")
-    for state in (None, '{"global_step": 6, "log_hi'):
+    for state in (None, '{"global_step": 6, "log_hi', "null"):
         (state_file,) = checkpoints.glob("checkpoint-*/trainer_state.json")
         state_file.unlink()
         if state:

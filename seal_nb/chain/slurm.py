@@ -52,9 +52,11 @@ def job_status(stage: Stage) -> Status:
     if not job:
         # A server that ended leaves no mark. Without a mark any other stage has no result.
         return ("ended" if stage.background else "lost"), f"{number}, which SLURM has forgotten"
+    job = {"Reason": "None", "NodeList": "", "Restarts": "0", "ExitCode": "0:0", **job}
     state, reason = job["JobState"], job["Reason"]
     on = f" on {job['NodeList']}" if job["NodeList"] not in ("", "(null)") else ""
-    again = f", run {int(job['Restarts']) + 1}" if job["Restarts"] != "0" else ""
+    restarts = int(job["Restarts"]) if job["Restarts"].isdecimal() else 0
+    again = f", run {restarts + 1}" if restarts else ""
     because = f" ({reason})" if reason not in ("None", "NonZeroExitCode") else ""
     if state == "PENDING":
         return "waiting", f"{number}{again} ({reason})"
@@ -108,7 +110,7 @@ class Cluster(Settings):
     site: Mapping[str, str]  # variables that its SITE_FILE exports
     server_nodes: int = setting(1, "nodes of a TTT server", least=1)
     sft_nodes: int = setting(1, "nodes of a ReST-EM training", least=1)
-    idle_timeout_s: float = setting(1800.0, "a server without clients ends after so many seconds")
+    idle_timeout_s: float = setting(1800.0, "a server without clients ends after so many seconds", least=0)
 
     @property
     def gpus_a_node(self) -> int:

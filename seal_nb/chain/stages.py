@@ -228,7 +228,9 @@ class ExperimentSettings:
         }
 
 
-_declared = cache(lambda notebook: declared_parameters(find_notebook(notebook)))  # a notebook's parameters, by number
+@cache
+def _declared(notebook: str) -> dict[str, Parameter]:
+    return declared_parameters(find_notebook(notebook))
 
 
 def declaration(entry: "Field[Any]") -> Parameter:

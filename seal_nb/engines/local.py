@@ -21,7 +21,8 @@ class LocalEngine(Engine):
 
     def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """See Engine. Prompts with different adapters share a batch."""
-        loaded = {folder: self.base.load_adapter(folder) for folder in {ask.adapter: None for ask in asks} if folder}
+        folders = dict.fromkeys(ask.adapter for ask in asks if ask.adapter)
+        loaded = {folder: self.base.load_adapter(folder) for folder in folders}
         decoder = GroupedDecoder(self.base, max_rows=ROWS)
         for index, ask in enumerate(asks):
             row = DecodeRow(

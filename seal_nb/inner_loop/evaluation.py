@@ -178,7 +178,8 @@ def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(ScoreRow):
-    """A text to score. tokens: the stretch of the text of each token; the last ones, `target_ids`, get a value"""
+    """A text to score. tokens: the stretch of the text of each token; only the last ones, `target_ids`, are
+    scored"""
 
     kind: Literal["train", "gold", "passage"]
     index: int
@@ -188,14 +189,16 @@ class Text(ScoreRow):
 def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int) -> list[ScoredText]:
     """What the request wants scored, token by token, without and (if there is one) with the adapter."""
     texts, trained = list(_texts(base, evaluation)), evaluation.trained
-    adapters = (trained.adapter,) if trained and trained.adapter else ()
-    adapted = [replace(text, adapters=text.adapters + adapters) for text in texts if adapters]
+    adapted = []
+    if trained and trained.adapter:
+        adapted = [replace(text, adapters=(*text.adapters, trained.adapter)) for text in texts]
     found = score(base, texts + adapted, token_budget=token_budget)
     scored = []
     for i, text in enumerate(texts):
         no_values = [None] * (len(text.tokens) - len(text.target_ids))
-        before, *after = ([*no_values, *values] for values in found[i :: len(texts)])
-        values = {"baseline_logprobs": before, "adapter_logprobs": after[0] if after else []}
+        before = [*no_values, *found[i]]
+        after = [*no_values, *found[len(texts) + i]] if adapted else []
+        values = {"baseline_logprobs": before, "adapter_logprobs": after}
         scored.append(ScoredText(kind=text.kind, index=text.index, tokens=text.tokens, **values))
     return scored
 

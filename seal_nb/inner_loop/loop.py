@@ -175,8 +175,8 @@ class InnerLoop:
 
     def _trained(self, request_id: str, trained: Trained) -> None:
         """Keep the adapter if it has a name, and ask it the questions."""
-        evaluation = cast(Evaluation, self.requests[request_id])
         with self._failing_alone(request_id):  # a full disk, a prompt that is too long
+            evaluation = cast(Evaluation, self.requests[request_id])
             if trained.adapter is None:
                 raise SettingsError(trained.error)
             evaluation.trained = trained

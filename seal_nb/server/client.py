@@ -39,7 +39,6 @@ TRY_LATER = ("QueueFull", "ServerStopping")  # errors that do not concern the re
 TRY_LATER_S = 1.0
 TURN_S = 0.2
 PING_MARK = b"ping"
-REPLY_TYPES = {TTTRequest: TTTReply, GenerateRequest: GenerateReply}
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
@@ -108,7 +107,13 @@ class TTTClient:
     ) -> Iterator[tuple[int, Any]]:
         """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        messages = ((one.model_dump_json(exclude_none=True).encode(), REPLY_TYPES[type(one)]) for one in requests)
+        messages = (
+            (
+                one.model_dump_json(exclude_none=True).encode(),
+                TTTReply if isinstance(one, TTTRequest) else GenerateReply,
+            )
+            for one in requests
+        )
         replies = self._exchange(messages, timeout_s=limit_s, window=self.window)
         if progress:
             from tqdm.auto import tqdm
@@ -170,7 +175,7 @@ class TTTClient:
                 marks.remove(mark)
                 message = self._open.pop(mark)
                 if isinstance(reply, ErrorReply):
-                    reply = RemoteError(reply.error, reply.field, reply.traceback)
+                    reply = RemoteError(reply.error, reply.field, reply.traceback, reply.request_id)
                 elif not isinstance(reply, message.expected):
                     kinds = f"a {type(reply).__name__}, not a {message.expected.__name__}"
                     raise ProtocolError(f"the server answered with {kinds}")

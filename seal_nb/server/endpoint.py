@@ -123,22 +123,22 @@ def connected(
 
 
 def make_keys(folder: Path) -> None:
-    """Make the missing key pairs. Those of clients and workers may connect."""
+    """Make the missing key pairs. Those of clients and workers may connect; a lost list of them is made again."""
     if not zmq.has("curve"):
         raise SettingsError("this ZMQ has no CURVE; bind to 127.0.0.1, or install pyzmq from its wheel")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("server", "client", "worker"):
-        if (folder / f"{name}.key_secret").exists():
-            continue
-        with TemporaryDirectory(dir=folder) as private:  # no file is ever readable by others, or incomplete
-            public, secret = map(Path, zmq.auth.create_certificates(private, name))
-            if name != "server":
-                allowed = folder / f"allowed_{name}s"
-                allowed.mkdir(mode=0o700, exist_ok=True)
-                shutil.copy(public, allowed)
-            for path in (public, secret):  # the secret comes last: where it is, the pair is allowed
-                path.chmod(0o600)
-                path.rename(folder / path.name)
+        with TemporaryDirectory(dir=folder) as private:  # no secret is ever readable by others; nothing is incomplete
+            if not (folder / f"{name}.key_secret").exists():
+                for path in map(Path, zmq.auth.create_certificates(private, name)):
+                    path.chmod(0o600)
+                    path.rename(folder / path.name)
+            allowed = folder / f"allowed_{name}s"
+            if name != "server" and not allowed.exists():
+                listed = Path(private) / allowed.name
+                listed.mkdir(mode=0o700)
+                shutil.copy(folder / f"{name}.key", listed)
+                listed.rename(allowed)
 
 
 def load_pair(path: Path) -> tuple[bytes, bytes]:

@@ -192,7 +192,8 @@ class RequestTable:
         self._check_room(envelope)
         seed, has_id = work.seed, work.request_id is not None
         number = self.counts.take(content) if seed is None and not has_id else None
-        seed = derived_seed(self.settings.seed, content, work.request_id or number) if seed is None else seed
+        if seed is None:
+            seed = derived_seed(self.settings.seed, content, work.request_id or number)
         self.queue.add(
             Request(
                 key=key, client=envelope[0], message=message, content=content, has_id=has_id, number=number, seed=seed,
@@ -221,7 +222,12 @@ class RequestTable:
             log.error("%s cannot be written (%s)", path, error)
         self.model_id = model_id
         for request in list(self.queue.requests.values()):
-            if (reply := self._kept(request.key, request.content)) is not None:
+            try:
+                reply = self._kept(request.key, request.content)
+            except ProtocolError as error:  # the id is that of another request
+                self.cancel(request.key, error)
+                continue
+            if reply is not None:
                 self.queue.cancel(request.key)
                 for envelope in request.waiters:
                     self.send(envelope, reply)

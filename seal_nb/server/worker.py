@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.5  # one wait for messages of a worker without work
-
-
 Message = tuple[str, dict[str, Any], bytes]
 
 

@@ -274,11 +274,11 @@ def _own_checkpoints(model_dir: Path, made_from: str, processes: PartialState) -
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole: ``trainer_state.json`` is written last."""
-    steps = sorted((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), reverse=True)
-    for checkpoint in (folder / f"checkpoint-{step}" for step in steps):
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    for step in sorted(map(int, filter(str.isdecimal, steps)), reverse=True):
         with contextlib.suppress(DataError):
-            read_json(checkpoint / "trainer_state.json")
-            return str(checkpoint)
+            if isinstance(read_json(folder / f"checkpoint-{step}" / "trainer_state.json"), dict):
+                return str(folder / f"checkpoint-{step}")
     return None
 
 

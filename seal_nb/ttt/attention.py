@@ -22,7 +22,7 @@ from seal_nb.ttt.device import has_varlen, sent, tensor_on
 ATTENTION = "seal_rows"
 SHORT = 512  # tokens; up to here the plain product, which rounds less and takes a third of the time in bfloat16
 # From torch 2.12 on, fewer key heads than query heads must be asked for.
-GROUPED_HEADS: Any = dict.fromkeys({"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys(), True)
+GROUPED_HEADS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 CAUSAL, ALL_KEYS = (-1, 0), (-1, -1)  # windows of varlen_attn: keys to the left, keys to the right
 BLOCK = 32  # tokens by which the cache of all rows grows; a multiple of 16, as CUDA's kernels want the mask
 # Without cuDNN's, which torch prefers on Hopper: it makes a plan, about 30 ms, for each new shape of a batch.
@@ -32,8 +32,8 @@ Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Rows:
-    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only. longest: the most
-    tokens of a row; 0: exactly"""
+    """Rows of a pass. Tokens past `n_real` of a row are padding, which attends to real tokens only. longest: no
+    row has more tokens; 0: the number of tokens of the longest row"""
 
     def __init__(
         self, lengths: Sequence[int], device: torch.device, *, n_real: Sequence[int] | None = None, longest: int = 0

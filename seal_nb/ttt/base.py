@@ -177,7 +177,8 @@ def _make_regions(model: nn.Module) -> None:
             module.forward = functools.partial(region(kind.forward), module)
         elif set(names) == GATED:
             module.forward = functools.partial(_gated_mlp, module)
-        rotary = getattr(code := sys.modules[kind.__module__], ROTARY, None)
+        code = sys.modules[kind.__module__]
+        rotary = getattr(code, ROTARY, None)
         if rotary is not None and not hasattr(rotary, "is_region"):
             setattr(code, ROTARY, region(rotary))
 

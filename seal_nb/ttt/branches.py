@@ -53,8 +53,7 @@ class BankRow(Adapter):
     """One adapter in training: the first free row of a bank."""
 
     def __init__(self, bank: Bank, settings: LoraSettings, initial: Tensor, *, dropout_seed: int):
-        self.index = next(i for i in range(bank.n) if i not in bank.rows)
-        bank.rows[self.index], index = self, self.index
+        self.index = index = next(i for i in range(bank.n) if i not in bank.rows)
         self.bank, self.layout, self.settings = bank, bank.layout, settings
         self.flat, self.compute, self.gradient = bank.weights[index], bank.compute[index], bank.gradient[index]
         self.mean, self.square = bank.mean[index], bank.square[index]
@@ -65,6 +64,7 @@ class BankRow(Adapter):
         self.n_passed = 0  # passes of the open accumulation window; the gradient of the first replaces the old one
         self.draws = torch.Generator(bank.weights.device).manual_seed(dropout_seed)
         self.refresh()
+        bank.rows[index] = self  # last: where something above fails, the row stays free
 
     def refresh(self) -> None:
         """Update the passes' copy after the weights have changed."""
@@ -146,7 +146,10 @@ class Group:
             return
         for i, own in self.members:
             new = h[own].t() @ x[own]
-            _ = gradient[i].add_(new) if self.kept[i] else gradient[i].copy_(new)
+            if self.kept[i]:
+                gradient[i].add_(new)
+            else:
+                gradient[i].copy_(new)
 
 
 View = Callable[..., Tensor]  # Layout.a or Layout.b_transposed: (..., layout.size) → (..., rank, wide)

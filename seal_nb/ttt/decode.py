@@ -239,7 +239,7 @@ class GroupedDecoder:
         return F.linear(hidden, self.base.head.weight, self.base.head.bias)
 
     def _read(self, newest: Readback | None = None) -> None:
-        """Append the unread tokens of the last pass; those of the newest are unread from now on."""
+        """Append the unread tokens of the last pass. newest: those of the pass just launched, for the next call."""
         before, self.unread = self.unread, newest
         if before is not None:
             self._append(self.live, before.tolist())

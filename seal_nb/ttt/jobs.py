@@ -69,7 +69,8 @@ def masked_prefix(token_ids: Sequence[int], mark: Sequence[int]) -> int:
 
 
 def make_row(tokenizer: Any, text: str, settings: TrainSettings) -> TrainRow:
-    """Tokenise, cut, mask and pad one train sequence. Raises SettingsError without a token, or an EOS to pad with."""
+    """Tokenise, cut, mask and pad one train sequence. Raises SettingsError if the text has no token, or
+    if padding is wanted and the tokenizer has no EOS token."""
     padded, eos = settings.padding_in_loss, tokenizer.eos_token_id
     longest = min(settings.max_seq_length, settings.pad_to) if padded else settings.max_seq_length
     ids = list(tokenizer(text)["input_ids"])[:longest]

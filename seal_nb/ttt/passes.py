@@ -71,14 +71,14 @@ class Shape(NamedTuple):
 
 
 class Pass:
-    """Micro-batches of many slots, on the host. Of each slot: its tokens and adapters (the last is in training), its
-    rows, and the labels of its window, the divisor of its loss."""
+    """Micro-batches of many slots, on the host. parts: tokens and adapters of each slot (the last adapter is in
+    training); rows_S: its rows; n_labels_S: the labels of its window, the divisor of its loss."""
 
     def __init__(self, parts: Sequence[Part], rows_S: Sequence[Sequence[TrainRow]], n_labels_S: Sequence[int]):
         rows = [row for rows in rows_S for row in rows]
         self.parts, self.n_slots = parts, len(parts)
         self.lengths, self.n_real = [len(row) for row in rows], [row.n_real for row in rows]
-        self.longest = max(self.lengths)  # or more
+        self.longest = max(self.lengths)  # `filled_up` may raise it
         ids, positions = [row.token_ids for row in rows], [torch.arange(n) for n in self.lengths]
         self.tokens = torch.stack([torch.cat(ids), torch.cat(positions)])  # (2, T)
         starts = accumulate(self.lengths, initial=0)
@@ -175,7 +175,7 @@ class CapturedPasses:
         return static.losses.clone()  # the next replay of any graph may write here
 
     def _only_bank(self, pass_: Pass) -> Bank | None:
-        """The bank of a pass that can be captured. While captures work, its slots are of one kind (`Slot.kind`)."""
+        """The bank of a pass that can be captured. While captures work, its slots must be of one kind (`Slot.kind`)."""
         adapters = pass_.parts[0][1]
         row: Any = adapters[-1]
         plain = len(adapters) == 1 and not row.settings.dropout and pass_.n_real == pass_.lengths

@@ -63,7 +63,7 @@ class Trained:
 
 
 class Slot:
-    """One job, from `submit` to its result. What is only declared is set when it enters a slot."""
+    """One job, from `submit` to its result. Attributes without a value are set when it enters a slot."""
 
     row: BankRow
     rows: list[TrainRow]
@@ -109,6 +109,7 @@ class Slot:
             values = self.outcome.tolist()
             losses, norms = values[: len(self.losses)], values[len(self.losses) :]
             result.epoch_losses = tuple(self.epoch_losses(losses))
+            result.n_tokens = self.job.train.epochs * sum(row.n_text + len(row) - row.n_real for row in self.rows)
             bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
             if bad is not None:
                 result.adapter = None
@@ -229,9 +230,10 @@ class SlotTrainer:
                 f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences"
             )
         assert slot.initial is not None
-        slot.row = BankRow(bank, job.lora, slot.initial.result(), dropout_seed=job.train.seed)
-        slot.initial, slot.windows = None, job.windows(n_labels_R)
+        slot.windows = job.windows(n_labels_R)
         slot.window = next(slot.windows)
+        slot.row = BankRow(bank, job.lora, slot.initial.result(), dropout_seed=job.train.seed)
+        slot.initial = None
         return True
 
     def _bank(self, layout: Layout) -> Bank:
@@ -310,7 +312,8 @@ class SlotTrainer:
             return self._fail(chosen[0], _text(error))
         self.captured.statics.clear()
         for slot in chosen:
-            self._guarded_pass([slot])
+            if slot.window is not None:  # None: the pass itself went well for it, and was its last one
+                self._guarded_pass([slot])
         self.captured.works = captured and any(slot.result.error for slot in chosen)
         if captured and not self.captured.works:
             log.warning("passes are launched kernel by kernel from now on: %s", _text(error))
@@ -335,7 +338,6 @@ class SlotTrainer:
         assert window is not None
         n_labels = sum(len(row.sources) for row in slot.next_rows)
         slot.losses.append((window.epoch, n_labels, window.n_labels, loss))
-        result.n_tokens += sum(row.n_text + len(row) - row.n_real for row in slot.next_rows)
         slot.row.n_passed += 1
         if slot.row.n_passed == len(window.batches):
             rate = learning_rate_at(settings, result.n_steps, slot.job.n_steps)

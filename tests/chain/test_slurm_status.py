@@ -39,6 +39,7 @@ def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
          ("waiting", "job 7 (Dependency)")),
         ("JobId=7 JobState=BOOT_FAIL Reason=None Restarts=0 ExitCode=0:0 NodeList=(null)",
          ("failed", "job 7: BOOT_FAIL, exit code 0")),
+        ("JobId=7 JobState=RUNNING Restarts=(null)", ("running", "job 7")),
         ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0 NodeList=node1",
          ("failed", "job 7 ended without its results")),
     ],

@@ -1,5 +1,6 @@
 """Keys: made on first use, readable by their owner only, and nobody comes in whose key is not on the list."""
 
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_keys_are_kept_and_a_list_that_was_emptied_lets_nobody_in(tmp_path):
     make_keys(tmp_path / "keys")
     assert load_pair(tmp_path / "keys" / "server.key_secret") == before
     assert allowed_keys(tmp_path / "keys" / "allowed_clients") == set()
+
+
+def test_a_list_that_was_lost_is_made_again_with_the_owners_key(tmp_path):
+    make_keys(tmp_path)
+    shutil.rmtree(tmp_path / "allowed_workers")
+    make_keys(tmp_path)
+    assert allowed_keys(tmp_path / "allowed_workers") == {load_pair(tmp_path / "worker.key_secret")[0]}
+    assert stat.S_IMODE((tmp_path / "allowed_workers").stat().st_mode) == 0o700
 
 
 def test_a_secret_that_others_can_read_is_refused_with_the_remedy(tmp_path):

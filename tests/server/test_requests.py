@@ -16,6 +16,10 @@ REQUEST = TTTRequest(train_sequences=["Zor\nZor is a moon."])
 REPLY = build_reply(baseline=Answers(texts=["é"], verdicts=["CORRECT"]), train_tokens=12).to_json()
 
 
+def asked(request):
+    return request, request.model_dump_json(exclude_none=True).encode()
+
+
 class Table(RequestTable):
     """A table that notes what it sends."""
 
@@ -29,7 +33,7 @@ class Table(RequestTable):
     def take(self, request=REQUEST, envelope=(b"client", b"")):
         """The reply that is sent at once, if there is one."""
         self.sent.clear()
-        self.accept(request, request.model_dump_json(exclude_none=True).encode(), envelope, now=1.0)
+        self.accept(*asked(request), envelope, now=1.0)
         return self.sent[0][1] if self.sent else None
 
     def started(self):
@@ -144,6 +148,21 @@ def test_kept_results_wait_until_it_is_known_whose_model_is_there(open_table):
     table.model_id = ""
     with pytest.raises(RunMismatch, match="holds results of model 'model'"):
         table.set_model("another")
+
+
+def test_a_waiting_id_that_another_request_had_is_refused_and_the_next_kept_result_is_sent(open_table):
+    table, named = open_table(), [REQUEST.model_copy(update={"request_id": name}) for name in ("r1", "r2")]
+    for request in named:
+        table.take(request)
+    replies = [table.answer(one)[0][1] for one, _ in table.started()]
+    table.sent.clear()
+    table.model_id = ""  # a server that was restarted and has no worker yet
+    table.accept(*asked(named[0].model_copy(update={"finetune_lr": 0.5})), (b"other", b""), now=1.0)
+    table.accept(*asked(named[1]), (b"client", b""), now=1.0)
+    table.set_model("model")
+    (refused_to, refused), kept = table.sent
+    assert refused_to == (b"other", b"") and b"a different request" in refused
+    assert kept == ((b"client", b""), replies[1]) and table.started() == []
 
 
 def test_work_in_progress_is_joined_and_everybody_gets_the_one_result(open_table):

@@ -109,8 +109,9 @@ def test_a_round_of_generations_is_a_round_too(client):
 
 def test_a_remote_failure_has_its_remote_traceback_in_its_text(client):
     with pytest.raises(RemoteError, match="somewhere") as caught:
-        client.evaluate(sequence("fail", traceback=True))
-    assert (caught.value.ename, caught.value.evalue[:8]) == ("EngineError", "the loss")
+        client.evaluate(sequence("fail", traceback=True, request_id="which"))
+    error = caught.value
+    assert (error.ename, error.evalue[:8], error.request_id) == ("EngineError", "the loss", "which")
 
 
 def test_an_id_asked_again_by_another_client_gets_the_same_result(server, client):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seal_nb.ttt import trainer
 from seal_nb.ttt.base import FrozenBase
+from seal_nb.ttt.branches import BankRow
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.trainer import SlotTrainer, Trained
@@ -82,7 +83,9 @@ def test_a_job_enters_at_the_step_after_another_leaves() -> None:
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [a_job("a", gradient_accumulation_steps=3, epochs=2), a_job("b", epochs=2)]
-    alone = {j.name: weights(run([j], n_slots=1)[j.name]) for j in jobs}
+    trained = {j.name: run([j], n_slots=1)[j.name] for j in jobs}
+    alone = {name: weights(one) for name, one in trained.items()}
+    n_tokens = {name: one.n_tokens for name, one in trained.items()}
     slots = SlotTrainer(BASE, n_slots=2)
     for job in jobs:
         slots.submit(job)
@@ -101,6 +104,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.M
     assert all(len(t.epoch_losses) == 2 for t in done.values())
     for name in alone:
         assert distance(weights(done[name]), alone[name]) < 1e-10
+        assert done[name].n_tokens == n_tokens[name]  # a repeated pass counts once
 
 
 def test_after_running_out_of_memory_passes_grow_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +127,20 @@ def test_after_running_out_of_memory_passes_grow_again(monkeypatch: pytest.Monke
     assert slots.token_budget.now < 100
     assert all(t.adapter is not None for t in slots.run())
     assert slots.n_slots.now == 2 and slots.token_budget.now > 1000
+
+
+def test_a_job_that_fails_while_it_enters_leaves_its_row_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    refresh, left = BankRow.refresh, [1]
+
+    def fails_once(row: BankRow) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("no memory for the copy")
+        refresh(row)
+
+    monkeypatch.setattr(BankRow, "refresh", fails_once)
+    done = run([a_job("first", epochs=1), a_job("second", epochs=1)], n_slots=1)
+    assert "no memory for the copy" in done["first"].error and done["second"].adapter is not None
 
 
 def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
