@@ -41,8 +41,9 @@ class DataError(SealError, ValueError):
     def __init__(
         self, problem: str, *, path: str | Path = "", item: int | str | None = None, field: str = "", remedy: str = ""
     ) -> None:
-        self.problem, self.path, self.item, self.field, self.remedy = problem, str(path), item, field, remedy
-        where = [str(path)] if str(path) else []
+        self.problem, self.item, self.field, self.remedy = problem, item, field, remedy
+        self.path = "" if path == Path() else str(path)
+        where = [self.path] if self.path else []
         where += [f"item {item}"] if item is not None else []
         where += [f"field {field!r}"] if field else []
         message = f"{', '.join(where)}: {problem}" if where else problem

@@ -102,8 +102,8 @@ def mean_interval(
     "question" counts every answer once. ``unit`` names passages in sentences. Raises: DataError: nothing was graded."""
     known = [scores for passage in correct_P_Q if (scores := [score for score in passage if score is not None])]
     totals, n = _totals(known, weighting), len(known)
-    mean, low, high = _bootstrap(totals, n_resamples, widest=(0.0, 1.0))
-    return Estimate(mean=mean, low=low, high=high, n=n, n_left_out=len(correct_P_Q) - n, unit=unit)
+    centre, low, high = _bootstrap(totals, n_resamples, widest=(0.0, 1.0))
+    return Estimate(mean=centre, low=low, high=high, n=n, n_left_out=len(correct_P_Q) - n, unit=unit)
 
 
 def paired_difference(
@@ -119,9 +119,9 @@ def paired_difference(
     interval is [-1, 1]. Raises: DataError if the numbers of passages differ, or no passage was graded in both."""
     kept = _graded_in_both(correct_P_Q, minus_P_Q)
     totals = np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
-    mean, low, high = _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
+    centre, low, high = _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
     n_left_out, p_value = len(correct_P_Q) - len(kept), _sign_flip_p(totals, n_resamples)
-    return Difference(mean=mean, low=low, high=high, n=len(kept), n_left_out=n_left_out, unit=unit, p_value=p_value)
+    return Difference(mean=centre, low=low, high=high, n=len(kept), n_left_out=n_left_out, unit=unit, p_value=p_value)
 
 
 def _graded_in_both(
@@ -193,19 +193,19 @@ def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores]) -> str
     n = len(differences)
     if n < 2:
         return ""
-    mean, spread = statistics.mean(differences), statistics.stdev(differences)
+    centre, spread = statistics.mean(differences), statistics.stdev(differences)
     # How many standard errors a difference must be for the test to find it this often.
     reach = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) + NormalDist().inv_cdf(POWER)
-    needed = max(MIN_PASSAGES, math.ceil(round((spread * reach / mean) ** 2, 9))) if mean else None
+    needed = max(MIN_PASSAGES, math.ceil(round((spread * reach / centre) ** 2, 9))) if centre else None
     if not round(spread, 12) or (needed and needed <= n):
         return (
             f"the normal approximation does not hold for {n} passages that differ by "
-            f"{100 * mean:+.1f} ± {100 * spread:.1f} points: it cannot say how many would settle it"
+            f"{100 * centre:+.1f} ± {100 * spread:.1f} points: it cannot say how many would settle it"
         )
     power, found = f"({100 * POWER:.0f} % power)", f"{n} find {100 * reach * spread / math.sqrt(n):.1f} points"
     if not needed:
         return f"no difference to settle; {found} {power}"
-    return f"to settle {100 * mean:+.1f} points would take {needed} passages {power}; {found}"
+    return f"to settle {100 * centre:+.1f} points would take {needed} passages {power}; {found}"
 
 
 def written_value(value: Any) -> str:

@@ -267,6 +267,8 @@ def fetch_squad(split: str, folder: Path) -> Path:
     """Write a split as an item file into ``folder``. Raises: DataError if it cannot be downloaded."""
     from huggingface_hub import hf_hub_download
 
+    if split not in FILES:
+        raise DataError(f"SQuAD has no split {split!r}", remedy=f"give {' or '.join(FILES)}")
     try:
         from pyarrow import parquet
     except ImportError as error:

@@ -97,8 +97,10 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
 def recorded_key(prompt: str, keys: Sequence[str] = (), *, title: str, context: str) -> str:
     """The prompt key of a passage with this prompt: the family of ``keys``, the key of the template that gives this
     prompt, or OTHER_PROMPT. It is "" if the passage has no prompt."""
-    if keys or not prompt:
-        return keys[0].split("/")[0] if keys else ""
+    if keys:
+        return keys[0].split("/")[0]
+    if not prompt:
+        return ""
     known = (one for one in SELF_EDIT_PROMPTS.values() if not one.system)
     return next((one.key for one in known if one.text(title=title, context=context) == prompt), OTHER_PROMPT)
 

@@ -73,31 +73,31 @@ def create_self_edits(
         [content_id([engine.model_id, asked, nth, seed, asdict(sampling)]) for nth, asked in enumerate(asked_K)]
         for asked_K in asked_P_K
     ]
-    every: dict[str, tuple[str, Prompt, int]] = {}  # by key: title, prompt and seed of the text
+    titles, prompts_of, seeds = dict[str, str](), dict[str, Prompt](), dict[str, int]()  # by key
     for passage, asked_K, keys_K in zip(passages, asked_P_K, keys_P_K, strict=True):
         for nth, (key, asked) in enumerate(zip(keys_K, asked_K, strict=True)):
-            every[key] = (passage.title, asked, derived_seed(seed, asked, nth))
-    texts = {key: journal.get(key)["text"] for key in every if key in journal} if journal is not None else {}
-    missing = [key for key in every if key not in texts]
+            titles[key], prompts_of[key], seeds[key] = passage.title, asked, derived_seed(seed, asked, nth)
+    texts = {key: journal.get(key)["text"] for key in titles if key in journal} if journal is not None else {}
+    missing = [key for key in titles if key not in texts]
 
     def keep(index: int, completion: Completion) -> None:
         texts[missing[index]] = completion.text
         if journal is not None:
             journal.append(missing[index], asdict(completion))
-        done, total = len(texts), len(every)
+        done, total = len(texts), len(titles)
         if tell is not None and done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
             tell(f"self-edits: {done} of {total}")
 
     try:
         if missing:
-            _, asked_M, seeds = zip(*(every[key] for key in missing), strict=True)
-            engine.generate(asked_M, sampling, seeds=seeds, on_text=keep)
+            asked_M, seeds_M = [prompts_of[key] for key in missing], [seeds[key] for key in missing]
+            engine.generate(asked_M, sampling, seeds=seeds_M, on_text=keep)
     except Incomplete as error:
-        titles = ", ".join(dict.fromkeys(every[missing[index]][0] for index in error.failures))
+        of = ", ".join(dict.fromkeys(titles[missing[index]] for index in error.failures))
         kept = "" if journal is None else "; the others are in the journal, run again to get the missing ones"
-        raise EngineError(f"{error}{kept}; missing are self-edits of: {titles}") from error
-    if len(texts) != len(every):
-        raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(every)} were requested")
+        raise EngineError(f"{error}{kept}; missing are self-edits of: {of}") from error
+    if len(texts) != len(titles):
+        raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(titles)} were requested")
 
     names = tuple(turn.key for turn in turns)
     is_family = len(set(names)) > 1

@@ -9,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import DataError
+from seal_nb.results.collect import collect
 from seal_nb.results.continual import (
     ContinualRun,
     Matrix,
     aggregate_summaries,
     continual_estimates,
     continual_matrix,
+    pool_summaries,
     summarize_sequences,
     was_asked,
 )
+from seal_nb.storage import write_json
 
 # Three passages: each is learnt by its own edit, and the first is forgotten by the last edit.
 FORGETTING: Matrix = [[0.0, 0.0, 0.0], [1.0, None, None], [0.5, 1.0, None], [0.0, 1.0, 1.0]]
@@ -25,6 +28,10 @@ FORGETTING: Matrix = [[0.0, 0.0, 0.0], [1.0, None, None], [0.5, 1.0, None], [0.0
 
 def summary(matrices: list[Matrix]) -> dict:
     return summarize_sequences(matrices, dataset="d.json", base_model="m")
+
+
+def pooled(*summaries: dict) -> dict:
+    return aggregate_summaries([ContinualRun(value=value) for value in summaries])
 
 
 def test_the_matrix_holds_accuracies_and_leaves_blank_what_was_not_asked() -> None:
@@ -59,7 +66,7 @@ def test_runs_aggregate_as_published_mean_of_means_and_mean_of_stds(values: list
         }
         for mean, std in values
     ]
-    made = aggregate_summaries(runs)
+    made = pooled(*runs)
     assert made["n_sequences"] == 8 * len(values)
     assert made["mean_over_sequences"][0][0] == round(statistics.mean(m / 10000 for m, _ in values), 4)
     assert made["mean_over_sequences"][1][0] == round(statistics.mean(m / 20000 for m, _ in values), 4)
@@ -69,7 +76,7 @@ def test_runs_aggregate_as_published_mean_of_means_and_mean_of_stds(values: list
 def test_the_pooled_spread_is_that_of_all_sequences_together() -> None:
     starts = [[0.1, 0.5, 0.3], [0.9, 0.7], [0.2, 0.2, 0.6, 1.0]]
     runs = [summary([[[start], [1.0]] for start in run]) for run in starts]
-    made = aggregate_summaries(runs)
+    made = pooled(*runs)
     everything = [start for run in starts for start in run]
     assert made["pooled_std_over_sequences"][0][0] == pytest.approx(statistics.stdev(everything), abs=2e-4)
     assert made["std_over_sequences"][0][0] < made["pooled_std_over_sequences"][0][0]
@@ -78,7 +85,7 @@ def test_the_pooled_spread_is_that_of_all_sequences_together() -> None:
 
 def test_the_published_overall_results_aggregate_to_themselves_and_give_the_published_numbers(golden: Path) -> None:
     published = json.loads((golden / "published_results.json").read_text())["continual_overall_results"]
-    made = aggregate_summaries([published, published])
+    made = pooled(published, published)
     assert made["mean_over_sequences"] == published["mean_over_sequences"]
     assert made["std_over_sequences"] == published["std_over_sequences"]
     mean = published["mean_over_sequences"]
@@ -92,19 +99,41 @@ def test_the_published_overall_results_aggregate_to_themselves_and_give_the_publ
 def test_runs_of_other_sizes_are_not_put_together() -> None:
     two: Matrix = [[0.0, 0.0], [1.0, None], [1.0, 1.0]]
     with pytest.raises(DataError, match="do not make one set"):
-        aggregate_summaries([summary([FORGETTING]), summary([two])])
+        pooled(summary([FORGETTING]), summary([two]))
     with pytest.raises(DataError):
         summary([])
-    with pytest.raises(DataError, match="mean_over_sequences"):
-        aggregate_summaries([{"n_sequences": 8}])
+    with pytest.raises(DataError, match="field 'mean_over_sequences': is missing"):
+        pooled({"n_sequences": 8})
+    with pytest.raises(DataError, match="field 'std_over_sequences': matrices of sizes"):
+        pooled(summary([FORGETTING]) | {"std_over_sequences": two})
+
+
+@pytest.mark.parametrize("field", ["n_sequences", "std_over_sequences"])
+def test_a_summary_without_a_number_that_pooling_needs_is_named_with_its_file(tmp_path: Path, field: str) -> None:
+    whole = write_json(tmp_path / "whole.json", summary([FORGETTING]))
+    cut = write_json(tmp_path / "cut.json", {**summary([FORGETTING]), field: None})
+    with pytest.raises(DataError, match=rf"cut\.json, field '{field}': is missing"):
+        pool_summaries([whole, cut], tmp_path / "pooled.json")
+    assert not (tmp_path / "pooled.json").exists()
+
+
+def test_a_summary_whose_step_lacks_an_answer_is_listed_and_ends_no_collection(tmp_path: Path) -> None:
+    asked = [[{"question": "q", "answer": "a"}]]
+    steps = [{"texts": ["a"], "correct": [True]}, {"texts": [], "correct": []}]
+    broken = summary([[[1.0], [1.0]]]) | {"sequences": [{"titles": ["t"], "questions": asked, "steps": steps}]}
+    write_json(tmp_path / "summary_broken.json", broken)
+    write_json(tmp_path / "summary_base.json", summary([FORGETTING]))
+    found = collect(tmp_path)
+    assert found.unread == (("summary_broken.json", "has 0 entries for 1 questions"),)
+    assert list(found.accuracy(form="continual")["arm"]) == ["summary_base"]
 
 
 @pytest.mark.parametrize("field", ["dataset", "base_model", "strategy"])
 def test_runs_of_another_kind_are_not_put_together(field: str) -> None:
     one = summary([FORGETTING]) | {"strategy": "stacked"}
-    assert aggregate_summaries([one, one])["strategy"] == "stacked"
+    assert pooled(one, one)["strategy"] == "stacked"
     with pytest.raises(DataError, match=f"field '{field}': differs between the summaries: .*'another'"):
-        aggregate_summaries([one, one | {field: "another"}])
+        pooled(one, one | {field: "another"})
 
 
 def test_forgetting_and_backward_transfer_of_a_worked_example() -> None:

@@ -81,7 +81,8 @@ class Edits:
 
 class Continual(dict[str, ContinualRun]):
     """What `continual` returns: the runs by strategy, with tables and figures. `sequences[s]` are the passages of a
-    sequence; `continual["stacked"].verdicts()[s][t][p]` are the verdicts on its passage p after t edits."""
+    sequence; `continual["stacked"].verdicts()[s][t][p]` are the verdicts on its passage p after t edits, and
+    `.value["sequences"][s]["self_edits"]` its self-edits."""
 
     def __init__(
         self, sequences: Sequence[Sequence[Passage]], runs: Mapping[str, ContinualRun], control: Mapping[str, TTTReply]

@@ -63,7 +63,8 @@ class CPTSettings(Settings):
 
 def cpt_file_name(settings: CPTSettings) -> str:
     """`cpt_run_<arm>.json`; full fine-tuning adds its name."""
-    return f"cpt_run_{settings.arm}{'_full' * (settings.method == 'full')}.json"
+    suffix = "_full" if settings.method == "full" else ""
+    return f"cpt_run_{settings.arm}{suffix}.json"
 
 
 class Cpt(Arms[CptRun]):
@@ -255,8 +256,8 @@ def full_replies(
     check_unrelated: bool,
     n_processes: int,
 ) -> tuple[dict[str, TTTReply], dict[str, TTTReply]]:
-    """Train the model of each arm, and ask the base and each of them. Returns the replies as adapters give them, and
-    those to the general questions."""
+    """Train the model of each arm, and ask the base and each of them. Returns: the reply of each arm, in the form
+    of an adapter's reply, and those to the general questions."""
     from seal_nb.sft.train import run_job
 
     def asked_of(model_id: str, request: TTTRequest) -> dict[str, TTTRequest]:

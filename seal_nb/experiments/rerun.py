@@ -88,7 +88,7 @@ def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
 
 
 def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[str]:
-    """``rerun`` on the server at ``endpoint``, or on one started with these settings, which grades as the run was."""
+    """``rerun`` on the server at ``endpoint``, or on one started with these settings, and the run's grader."""
     stored = stored_loop(path, item)
     server = {"grader": grader_of({"model": stored.model_id}), **server}
     with (

@@ -190,8 +190,8 @@ def ask(
     price_per_hour: float = 0.0,
 ) -> Collected:
     """The reply to every request (with an id; equal ids are sent once): from the journal, or from the server and then
-    into the journal. `what` is the noun in the progress line. With `work`, a line that begins so first says how much
-    work is left. Raises: RoundTimeout when the server went away and did not come back."""
+    into the journal. `what` is the noun in the progress line. `work`: if given, a line that begins with it is
+    printed first and says how much is left. Raises: RoundTimeout when the server went away and did not come back."""
     wanted = {_key(request): request for request in requests}
     missing = [request for key, request in wanted.items() if key not in journal]
     if trainings := [request for request in missing if work and isinstance(request, TTTRequest)]:
@@ -252,7 +252,7 @@ def control_frame(replies: Mapping[str, TTTReply]) -> pd.DataFrame:
     for name, reply in replies.items():
         after = reply.adapter_correct
         pairs = list(zip(before, after, strict=True))
-        lost, won = (sum(pair == wanted for pair in pairs) for wanted in ((True, False), (False, True)))
+        lost, won = pairs.count((True, False)), pairs.count((False, True))
         change = None
         if any(None not in pair for pair in pairs):
             change = paired_difference([[a] for a in after], [[b] for b in before], unit="questions").sentence()

@@ -40,7 +40,8 @@ class Settings:
         for one in fields(self):
             _check_kind(one.name, getattr(self, one.name), kinds[one.name])
         for name in (*self.positive, *self.not_negative):
-            if getattr(self, name) < (least := int(name in self.positive)):
+            least = 1 if name in self.positive else 0
+            if getattr(self, name) < least:
                 raise SettingsError(f"{name}={getattr(self, name)}: must be at least {least}")
 
     @classmethod
@@ -126,9 +127,8 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    known = typing.get_args(kind) if typing.get_origin(kind) is Literal else (value,)
-    if value not in known:
-        raise SettingsError(f"{name}={value!r}: known are {', '.join(known)}")
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        raise SettingsError(f"{name}={value!r}: known are {', '.join(typing.get_args(kind))}")
     wanted, example = _KINDS.get(kind, (object, ""))
     is_right = isinstance(value, wanted) and not (isinstance(value, bool) and kind in (int, float))
     if not is_right or (kind == Sequence[str] and not all(isinstance(one, str) for one in value)):

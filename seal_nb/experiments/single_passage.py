@@ -77,10 +77,13 @@ class Arms(dict[str, SomeRun]):
     published: ClassVar[Mapping[str, float]]  # accuracy of each arm on the 200 published passages
 
     def __init__(
-        self, runs: Mapping[str, SomeRun], losses: Mapping[str, Sequence[float | None]], control: Mapping[str, TTTReply]
+        self,
+        runs: Mapping[str, SomeRun],
+        losses: Mapping[str, Sequence[float | None]],
+        control: Mapping[str, TTTReply] | None = None,
     ) -> None:
         super().__init__(runs)
-        self.losses, self.control = losses, control
+        self.losses, self.control = losses, control or {}
 
     def accuracy(self) -> pd.DataFrame:
         """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p, and
@@ -204,7 +207,7 @@ def evaluate(
             if (reply := replies.get(loop.request_id)) is not None and reply.epoch_losses:
                 name = f"{loop.passage}.{loop.self_edit}.{loop.repeat} {arm}, {passages[loop.passage].title}"
                 losses[name] = reply.epoch_losses
-    return Evaluation(runs, losses, control={})
+    return Evaluation(runs, losses)
 
 
 def train_and_ask(
@@ -316,14 +319,19 @@ def train_sequences(
 
     Source: SEAL, arXiv 2506.10943, the published query client.
     """
-    ((name, file),) = parse_arms([arm]).items()
-    (passage,), trained_on = passages_of_arm([passage], file), "self_edits" if file else name
+    name, file = next(iter(parse_arms([arm]).items()))
+    (passage,) = passages_of_arm([passage], file)
+    trained_on = "self_edits" if file else name
     text = texts_of_arm(trained_on, passage, 0, k_completions=self_edit + 1)[self_edit]
     return arm_sequences(trained_on, text, passage, split_newlines=split_newlines)
 
 
 def eval_questions(*passages: Passage) -> list[EvalQuestion]:
-    """The questions of one or more passages as published clients send them, with their topic line."""
+    """The questions of one or more passages as published clients send them, with their topic line.
+
+    Args:
+        *passages: in order.
+    """
     return [
         EvalQuestion(
             title=passage.title,
@@ -399,7 +407,8 @@ def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) ->
 
 def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> dict[str, Any]:
     """A self-edit with one row for each question and repeat, and what each repeat takes to be run again alone."""
-    questions, repeats = list[dict[str, Any]](), list[dict[str, Any]]()
+    questions: list[dict[str, Any]] = []
+    repeats: list[dict[str, Any]] = []
     for loop in loops:
         repeats.append({"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id})
         if (reply := replies.get(loop.request_id)) is None:

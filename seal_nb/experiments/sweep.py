@@ -33,7 +33,8 @@ class Sweep:
     """The swept values of each point (`points`) with its accuracy; `frame` and `plot` show them."""
 
     def __init__(self, points: Sequence[Mapping[str, Any]], runs: Sequence[SinglePassageRun]) -> None:
-        self.points, self.rows = points, list[dict[str, Any]]()
+        self.points = points
+        self.rows: list[dict[str, Any]] = []
         for values, run in zip(points, runs, strict=True):
             estimate, scores = run.estimate("adapter"), run.scores("adapter")
             are_graded = self.rows and estimate and self.rows[0]["estimate"]

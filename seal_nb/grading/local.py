@@ -2,7 +2,7 @@
 
 ``benchmarks/fit_local_grader.py`` fits its weights (``seal_nb/data/local_grader.json``). The features compare letters
 and words: how much of the gold answer is in the answer, and how. Most look at the *novel* gold words, those that are
-not in the question, because the others prove nothing. docs/graders.md has its mistakes.
+not in the question, because the others prove nothing. docs/graders.md lists the mistakes it makes.
 """
 
 import json

@@ -178,8 +178,7 @@ def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(ScoreRow):
-    """A text to score. tokens: the stretch of the text of each token; only the last ones, `target_ids`, are
-    scored"""
+    """A text to score. tokens: the stretch of the text of each token; only the last ones, `target_ids`, are scored"""
 
     kind: Literal["train", "gold", "passage"]
     index: int

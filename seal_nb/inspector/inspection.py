@@ -18,7 +18,7 @@ from seal_nb.grading.base import AS_BOOLEAN, Answered, Grader
 from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import normalised
 from seal_nb.passages import Passage, Question
-from seal_nb.results.run import VERDICT_WORDS
+from seal_nb.results.run import VERDICT_WORDS, verdict_change
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.self_edits import train_sequences
 from seal_nb.storage import read_json, runs_folder
@@ -288,7 +288,7 @@ def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[Ans
 
 def _verdicts(by_grader: Mapping[str, Pair]) -> str:
     """The file's verdicts, or those of each grader where the graders disagree."""
-    words = {name: f"{VERDICT_WORDS[before]} → {VERDICT_WORDS[after]}" for name, (before, after) in by_grader.items()}
+    words = {name: verdict_change(*pair) for name, pair in by_grader.items()}
     return "\n".join(map(": ".join, words.items())) if graders_disagree(by_grader.values()) else words["file"]
 
 

@@ -27,8 +27,8 @@ MOST_PASSAGES = 15  # rows of the static list of passages
 
 
 class PassageInspector(WidgetView):
-    """Shows the selected passage and self-edits of a run: a widget in JupyterLab, tables elsewhere. The index -1 is the
-    first passage that ``show`` and ``sort`` give, its best self-edit, and the next one to compare with.
+    """Shows the selected passage and self-edits of a run: a widget in JupyterLab, tables elsewhere. -1 as
+    ``passage`` is the first one that ``show`` and ``sort`` give; as ``self_edit`` its best, as ``against`` the next.
     Raises: SettingsError if an index does not exist, or if the filter leaves no passage."""
 
     def __init__(

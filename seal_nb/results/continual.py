@@ -1,7 +1,7 @@
 """Continual self-edits: the (K+1)×K accuracy matrix, its summary files, forgetting.
 
 Row t of a matrix is the accuracy on each passage after t edits, row 0 before any. Step j + 1 edits passage j, which is
-asked from then on. A cell without a verdict is None; means in files (SEAL, arXiv 2506.10943) have 0.0 if not asked.
+asked from then on. A cell without a verdict is None. In files (SEAL, arXiv 2506.10943) the mean is 0.0 if not asked.
 """
 
 import math
@@ -79,6 +79,19 @@ class ContinualRun(Run):
         self.matrices: Sequence[Matrix] = read.matrices or []
         self.n_sequences = read.n_sequences or 0
         check_sizes([self.mean, *self.matrices], path=self.path, field="mean_over_sequences")
+        if read.std_over_sequences is not None:
+            check_sizes([self.mean, self.std], path=self.path, field="std_over_sequences")
+        for number, sequence in enumerate(read.sequences or []):
+            counts = [len(asked) for asked in sequence.questions]
+            for step, record in enumerate(sequence.steps):
+                n_questions = sum(n for at, n in enumerate(counts) if was_asked(step, at))
+                for name in ("texts", "correct"):
+                    where = f"sequences[{number}].steps[{step}].{name}"
+                    check_length(getattr(record, name), n_questions, path=self.path, field=where)
+
+    @property
+    def arm(self) -> str:
+        return self.name
 
     def scores(self, kind: Kind) -> list[Scores]:
         return [matrix[0 if kind == "baseline" else -1] for matrix in self.matrices]
@@ -126,11 +139,11 @@ class ContinualRun(Run):
             One row per question and step: ``sequence``, ``edits`` (0: before any), ``passage``, ``question``, ``gold``,
             ``answer``, ``verdict``, ``correct`` (missing: ungraded).
         """
-        rows = [
-            (*edited, one.title, one.question, one.gold, one.answer, VERDICT_WORDS[stored.verdict()], stored.verdict())
-            for *edited, stored in self._placed_verdicts()
-            for one in [stored.answered]
-        ]
+        rows = []
+        for sequence, edits, stored in self._placed_verdicts():
+            one, verdict = stored.answered, stored.verdict()
+            row = (sequence, edits, one.title, one.question, one.gold, one.answer, VERDICT_WORDS[verdict], verdict)
+            rows.append(row)
         return frame(rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct"))
 
     def overall(self) -> dict[str, Any]:
@@ -153,21 +166,15 @@ class ContinualRun(Run):
         return [stored for _, _, stored in self._placed_verdicts()]
 
     def _placed_verdicts(self) -> Iterator[tuple[int, int, StoredVerdict]]:
-        """(sequence, number of edits, verdict) of every answer. Raises: DataError."""
+        """(sequence, number of edits, verdict) of every answer."""
         for number, sequence in enumerate(self.value.get("sequences") or []):
             passages = list(zip(sequence["titles"], sequence["questions"], strict=True))
             for step, record in enumerate(sequence["steps"]):
                 asked = [(title, one) for title, questions in passages[: step or None] for one in questions]
-                for name in ("texts", "correct"):
-                    field = f"sequences[{number}].steps[{step}].{name}"
-                    check_length(record[name], len(asked), path=self.path, field=field)
+                kind: Kind = "adapter" if step else "baseline"
                 for at, ((title, one), text) in enumerate(zip(asked, record["texts"], strict=True)):
                     answered = Answered(title=title, question=one["question"], gold=one["answer"], answer=text)
-                    yield (
-                        number,
-                        step,
-                        StoredVerdict("adapter" if step else "baseline", answered, record, "correct", at),
-                    )
+                    yield number, step, StoredVerdict(kind, answered, record, "correct", at)
 
     def fill_statistics(self) -> None:
         for sequence in self.value["sequences"]:
@@ -264,20 +271,24 @@ def _cellwise(
     ]
 
 
-def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def aggregate_summaries(runs: Sequence[ContinualRun]) -> dict[str, Any]:
     """Pool several runs as published: the mean of their means and the mean of their stds. ``pooled_std_over_sequences``
     (ours) is the standard deviation over all sequences; the mean of stds leaves out the differences between runs.
-    Raises: DataError for different sizes, datasets, base models or strategies."""
-    runs = [ContinualRun(value=summary) for summary in summaries]
+    Raises: DataError for different sizes, datasets, base models or strategies, and for a missing number."""
+    for run in runs:
+        for name in ("n_sequences", "std_over_sequences"):
+            if not run.value.get(name):
+                raise DataError("is missing", path=run.path, field=name, remedy="give a summary of a continual run")
     means, stds, counts = [run.mean for run in runs], [run.std for run in runs], [run.n_sequences for run in runs]
-    about = {name: _shared(summaries, name) for name in ("dataset", "base_model", "strategy")}
+    n_passages = check_sizes([*means, *stds])
+    about = {name: _shared(runs, name) for name in ("dataset", "base_model", "strategy")}
     if not about["strategy"]:
         del about["strategy"]
     return {
         "mean_over_sequences": _cellwise(mean, means),
         "std_over_sequences": _cellwise(mean, stds),
         "n_sequences": sum(counts),
-        "n_datapoints": check_sizes([*means, *stds]),
+        "n_datapoints": n_passages,
         **about,
         "n_runs": len(runs),
         "pooled_std_over_sequences": _cellwise(partial(_pooled_std, counts), [*means, *stds]),
@@ -285,9 +296,9 @@ def aggregate_summaries(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _shared(summaries: Sequence[dict[str, Any]], field: str) -> str:
+def _shared(runs: Sequence[ContinualRun], field: str) -> str:
     """What all summaries say of a field, "" where they say nothing."""
-    said = list(dict.fromkeys(str(summary.get(field) or "") for summary in summaries))
+    said = list(dict.fromkeys(str(run.value.get(field) or "") for run in runs))
     if len(said) > 1:
         raise DataError(
             f"differs between the summaries: {', '.join(map(repr, said))}",
@@ -310,7 +321,7 @@ def _pooled_std(counts: Sequence[int], cells: Sequence[float | None]) -> float |
 
 def pool_summaries(paths: Sequence[str | Path], out: str | Path) -> str:
     """Write the pooled summary of several files; returns a sentence about the spread. Raises: DataError."""
-    pooled = aggregate_summaries([read_json(path) for path in paths])
+    pooled = aggregate_summaries([ContinualRun(value=read_json(path), path=Path(path)) for path in paths])
     write_json(out, pooled)
     stds = (pooled[name][-1][-1] for name in ("std_over_sequences", "pooled_std_over_sequences"))
     mean_of_stds, pooled_std = (f"{100 * std:.1f}" if std is not None else "–" for std in stds)

@@ -54,14 +54,13 @@ class CptRun(Run):
 
     def __post_init__(self) -> None:
         reply = checked(_File.model_validate, self.value, path=self.path).server_reply
-        n_before, n_after = len(reply.baseline_correct), len(reply.adapter_correct)
-        if n_before != n_after:
-            raise DataError(
-                f"has {n_after} entries, not {n_before}",
-                path=self.path,
-                field="server_reply.adapter_correct",
-                remedy="write the file again",
-            )
+        n = len(reply.baseline_correct)
+        lists = {"adapter_correct": reply.adapter_correct}
+        lists |= {f"{kind}_texts": texts for kind in KINDS if (texts := getattr(reply, f"{kind}_texts"))}
+        for name, values in lists.items():
+            if len(values) != n:
+                problem, field = f"has {len(values)} entries, not {n}", f"server_reply.{name}"
+                raise DataError(problem, path=self.path, field=field, remedy="write the file again")
         self.passages = tuple(self.passages)[: self.value.get("n_articles") or None]
 
     @property

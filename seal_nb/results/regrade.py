@@ -101,7 +101,8 @@ class Graded:
             said.append(f"a gain measured on such answers comes out {abs(self.gain_bias) * 100:.1f} points too {way}")
         if self.run:
             for name, verdicts in ((self.earlier_grader, self.reference), (self.grader, self.verdicts)):
-                of_kind = {kind: list(compress(verdicts, (one == kind for one in self.kinds))) for kind in KINDS}
+                judged = list(zip(self.kinds, verdicts, strict=True))
+                of_kind = {kind: [verdict for one, verdict in judged if one == kind] for kind in KINDS}
                 said.append(f"{name}: " + ", ".join(f"{kind} {_share(own)}" for kind, own in of_kind.items()))
         return said
 

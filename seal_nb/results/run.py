@@ -242,7 +242,7 @@ class Run(ABC):
         for old, new, verdict in zip(self.stored_verdicts(), copy.stored_verdicts(), verdicts, strict=True):
             if keep_as:
                 earlier = new.holder.setdefault("earlier", {}).setdefault(keep_as, {})
-                earlier[old.field] = old.holder.get(old.field)
+                earlier[old.field] = deepcopy(old.holder.get(old.field))
             new.replace(verdict)
         copy.value["grader"] = grader
         copy.fill_statistics()
@@ -309,9 +309,10 @@ def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Sc
     scores_a, scores_b = a.scores("adapter"), b.scores("adapter")
     keys_a, keys_b = a.unit_keys(), b.unit_keys()
     at = {key: place for place, key in enumerate(keys_a)}
-    titles_repeat = len(at) < len(keys_a) and keys_a == keys_b  # the order identifies a passage
+    if len(at) < len(keys_a) and keys_a == keys_b:  # titles repeat: the order identifies a passage
+        return scores_a, scores_b
     # One published file may hold several runs, without titles.
-    if titles_repeat or (not keys_a and not keys_b and a.path == b.path and len(scores_a) == len(scores_b)):
+    if not keys_a and not keys_b and a.path == b.path and len(scores_a) == len(scores_b):
         return scores_a, scores_b
     shared = [(at[key], place) for place, key in enumerate(keys_b) if key in at]
     if not shared:

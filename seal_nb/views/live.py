@@ -51,12 +51,12 @@ class Teller:
         self._bar: Any = None
 
     def __call__(self, text: str) -> None:
-        counted = COUNTED.match(text) if self.live else None
-        if counted is None:
+        found = COUNTED.match(text) if self.live else None
+        if found is None:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
             return
-        what, done, total = counted[1], int(counted[2]), int(counted[3])
+        what, done, total = found[1], int(found[2]), int(found[3])
         if self._bar is None or (self._bar.desc, self._bar.total) != (what, total):
             self._bar = tqdm(total=total, desc=what)
         self._bar.update(done - self._bar.n)
