@@ -25,7 +25,7 @@ settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITING = ("browser", "chain", "server")  # folders whose tests start processes and wait for them
-LONG = ("notebooks", "slurm", "waiting", "vllm")  # groups that start first: no process shall end long after the others
+FIRST = ("slurm", "waiting", ".ipynb", "vllm")  # ends of the names of long groups, which start first
 # What `make check` leaves out: tests that start servers, kernels or other programs, or that load or train a model.
 SLOW_FOLDERS = ("browser", "slurm", "vllm")
 SLOW_FIXTURES = {"server", "ttt", "start_server", "client", "endpoint", "small_model_dir"}
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if is_slow(item.path, getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: [group_of(item.nodeid) != name for name in LONG])
+    items.sort(key=lambda item: [not group_of(item.nodeid).endswith(name) for name in FIRST])
 
 
 def is_slow(path: Path, fixtures: Iterable[str]) -> bool:
@@ -71,10 +71,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 def group_of(node_id: str) -> str:
     """A group is a file, with exceptions. Tests that mostly wait are one group, because their processes would
-    disturb one another. The tests of SLURM share a cluster, those of vLLM a server. The notebooks share a folder."""
+    disturb one another. The tests of SLURM share a cluster, those of vLLM a server. 08 reads what 03 wrote."""
     path = PurePosixPath(node_id.split("::")[0])
     if path.suffix == ".ipynb":
-        return "notebooks"
+        return "03_query_server.ipynb" if path.stem == "08_results" else path.name
     if path.parent.name in WAITING:
         return "waiting"
     return path.parent.name if path.parent.name in ("slurm", "vllm") else str(path)

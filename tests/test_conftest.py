@@ -36,7 +36,7 @@ def test_tests_that_wait_for_processes_run_one_after_another() -> None:
     waiting = ("tests/chain/test_local.py::test_a", "tests/server/test_keys.py::test_b[x::y]")
     assert {group_of(node_id) for node_id in waiting} == {"waiting"}
     assert group_of("tests/slurm/test_chain.py::test_a") == group_of("tests/slurm/test_faults.py::test_b") == "slurm"
-    assert group_of("build/notebooks/00_tour.ipynb::Cell 0") == group_of("notebooks/09_sweep.ipynb::Cell 3")
+    assert group_of("build/notebooks/08_results.ipynb::Cell 0") == group_of("notebooks/03_query_server.ipynb::Cell 3")
     assert group_of("tests/ttt/test_decode.py::test_a") != group_of("tests/ttt/test_passes.py::test_a")
 
 
