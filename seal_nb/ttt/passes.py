@@ -38,7 +38,7 @@ def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Ten
     return nll, grad.to(logits.dtype)
 
 
-class WeightedNll(torch.autograd.Function):
+class _WeightedNll(torch.autograd.Function):
     """(Σ weights · nll, nll) of hidden (M, d), head, targets (M,), weights (M,). Only hidden gets a gradient."""
 
     @staticmethod
@@ -119,7 +119,7 @@ class DevicePass:
         """Loss of each slot, (slots,) float64. Gradients go to the slots' rows of their banks."""
         hidden = self.base.run(self.tokens[0], self.tokens[1], self.plan, self.rows.attend)
         sources, targets, slots = self.labels
-        total, nll = WeightedNll.apply(hidden.index_select(0, sources), self.base.head, targets, self.weights)
+        total, nll = _WeightedNll.apply(hidden.index_select(0, sources), self.base.head, targets, self.weights)
         total.backward()
         losses = torch.zeros(self.n_slots, dtype=torch.float64, device=self.weights.device)
         return losses.index_add_(0, slots, (nll * self.weights).double())
