@@ -79,7 +79,7 @@ class ContinualRun(Run):
         self.matrices: Sequence[Matrix] = read.matrices or []
         self.n_sequences = read.n_sequences or 0
         check_sizes([self.mean, *self.matrices], path=self.path, field="mean_over_sequences")
-        if read.std_over_sequences is not None:
+        if self.std:  # absent or empty: only pooling needs it
             check_sizes([self.mean, self.std], path=self.path, field="std_over_sequences")
         for number, sequence in enumerate(read.sequences or []):
             counts = [len(asked) for asked in sequence.questions]
