@@ -117,14 +117,23 @@ def test_a_summary_without_a_number_that_pooling_needs_is_named_with_its_file(tm
     assert not (tmp_path / "pooled.json").exists()
 
 
-def test_a_summary_whose_step_lacks_an_answer_is_listed_and_ends_no_collection(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("titles", "second_step", "reason"),
+    [
+        (["t"], {"texts": [], "correct": []}, "has 0 entries for 1 questions"),
+        (["t", "u"], {"texts": ["a"], "correct": [True]}, "has 1 entries for 2 titles"),
+    ],
+)
+def test_a_summary_whose_lists_do_not_fit_is_listed_and_ends_no_collection(
+    tmp_path: Path, titles: list[str], second_step: dict, reason: str
+) -> None:
     asked = [[{"question": "q", "answer": "a"}]]
-    steps = [{"texts": ["a"], "correct": [True]}, {"texts": [], "correct": []}]
-    broken = summary([[[1.0], [1.0]]]) | {"sequences": [{"titles": ["t"], "questions": asked, "steps": steps}]}
+    steps = [{"texts": ["a"], "correct": [True]}, second_step]
+    broken = summary([[[1.0], [1.0]]]) | {"sequences": [{"titles": titles, "questions": asked, "steps": steps}]}
     write_json(tmp_path / "summary_broken.json", broken)
     write_json(tmp_path / "summary_base.json", summary([FORGETTING]))
     found = collect(tmp_path)
-    assert found.unread == (("summary_broken.json", "has 0 entries for 1 questions"),)
+    assert found.unread == (("summary_broken.json", reason),)
     assert list(found.accuracy(form="continual")["arm"]) == ["summary_base"]
 
 

@@ -32,6 +32,25 @@ def said(first: Path, second: Path) -> str:
     return difference_sentence(read_run(first), read_run(second))
 
 
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"runs": {"x": {"passages": [{"baseline": "01", "adapter": "0"}]}}}, "has 1 entries for 2 questions"),
+        ({"runs": {"x": {"passages": [{"adapter": "0"}]}}}, "is missing"),
+        ({"runs": {"x": {"passages": 3}}}, "is 3, not a list"),
+        ({"query_server": [{"overall": {}}], "continual_overall_results": {}}, "is missing"),
+        ({"query_server": 3, "continual_overall_results": {}}, "is 3, not a list"),
+    ],
+)
+def test_a_broken_collection_of_the_release_is_listed_and_ends_nothing(
+    tmp_path: Path, broken: dict[str, Any], reason: str
+) -> None:
+    write_json(tmp_path / "broken.json", broken)
+    run_file(tmp_path / "run_mine.json", [True])
+    found = collect(tmp_path)
+    assert found.unread == (("broken.json", reason),) and len(found.runs) == 1
+
+
 def test_every_kind_of_result_is_listed_published_ones_too(golden: Path, tmp_path: Path) -> None:
     run_file(tmp_path / "run_mine.json", [True, False])
     ((file, kind, _, n, accuracy),) = collect(tmp_path).overview().to_numpy().tolist()

@@ -71,6 +71,7 @@ class Cpt(Arms[CptRun]):
     """What `cpt` returns: the runs by arm, with tables and figures. Every question counts once."""
 
     published = CPT
+    control: Mapping[str, TTTReply]  # the replies to general questions
 
     def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions of the base and of each arm; empty unless they were asked."""
@@ -152,7 +153,9 @@ def cpt(
         path = write_json(folder / cpt_file_name(one), value)
         write_record(path, stage="04_cpt", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = CptRun(value=value, path=path, passages=passages)
-    return Cpt(runs, {arm: reply.epoch_losses for arm, reply in replies.items()}, control)
+    done = Cpt(runs, {arm: reply.epoch_losses for arm, reply in replies.items()})
+    done.control = control
+    return done
 
 
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:

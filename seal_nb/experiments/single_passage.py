@@ -72,18 +72,13 @@ class PlannedLoop:
 
 class Arms(dict[str, SomeRun]):
     """The runs of an experiment by arm, as their run files say, with tables and figures. `losses`: the training loss by
-    epoch (nats per token) of each adapter. `control`: the replies to general questions."""
+    epoch (nats per token) of each adapter."""
 
     published: ClassVar[Mapping[str, float]]  # accuracy of each arm on the 200 published passages
 
-    def __init__(
-        self,
-        runs: Mapping[str, SomeRun],
-        losses: Mapping[str, Sequence[float | None]],
-        control: Mapping[str, TTTReply] | None = None,
-    ) -> None:
+    def __init__(self, runs: Mapping[str, SomeRun], losses: Mapping[str, Sequence[float | None]]) -> None:
         super().__init__(runs)
-        self.losses, self.control = losses, control or {}
+        self.losses = losses
 
     def accuracy(self) -> pd.DataFrame:
         """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p, and

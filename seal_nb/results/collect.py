@@ -12,11 +12,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_nb.errors import DataError, SealError
+from pydantic import BaseModel
+
+from seal_nb.errors import DataError, SealError, checked
 from seal_nb.metrics import Estimate, accuracy
 from seal_nb.passages import Passage
 from seal_nb.results.continual import ContinualRun
-from seal_nb.results.cpt import CptRun
+from seal_nb.results.cpt import CptRun, check_length
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import COMPARED, Run, comparison, frame
 from seal_nb.results.single_passage import SinglePassageRun
@@ -113,8 +115,9 @@ def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
     forms: list[tuple[str, dict[str, Any]]] = []
     runs = value.get("runs")
     if isinstance(runs, dict) and all(isinstance(run, dict) and "passages" in run for run in runs.values()):
-        forms = [(name, _from_verdict_strings(run)) for name, run in runs.items()]
+        forms = [(name, _from_verdict_strings(run, path=path, item=name)) for name, run in runs.items()]
     elif "query_server" in value and "continual_overall_results" in value:
+        checked(_Overalls.model_validate, value, path=path)
         no_verdicts: dict[str, list[bool]] = {"baseline_correct": [], "adapter_correct": []}
         forms = [(run["file"], {**run, "articles": []}) for run in value["query_server"]]
         forms += [(run["file"], {**run, "server_reply": no_verdicts}) for run in value.get("cpt", [])]
@@ -122,10 +125,32 @@ def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
     return [run_of(run, path=path, file=f"{file}: {name}") for name, run in forms]
 
 
-def _from_verdict_strings(run: Mapping[str, Any]) -> dict[str, Any]:
+class _Marks(BaseModel):
+    baseline: str
+    adapter: str
+
+
+class _Passages(BaseModel):
+    passages: list[_Marks]
+
+
+class _Named(BaseModel):
+    file: str
+
+
+class _Overalls(BaseModel):
+    query_server: list[_Named]
+    cpt: list[_Named] = []
+    continual_overall_results: dict[str, Any]
+
+
+def _from_verdict_strings(run: Mapping[str, Any], *, path: str | Path, item: str) -> dict[str, Any]:
     """A single-passage run from the verdicts of each passage as a string of 0 and 1."""
     articles = []
-    for passage in run["passages"]:
+    checked(_Passages.model_validate, run, path=path, item=item)
+    for at, passage in enumerate(run["passages"]):
+        field = f"runs.{item}.passages[{at}].adapter"
+        check_length(passage["adapter"], len(passage["baseline"]), path=path, field=field)
         marks = zip(passage["baseline"], passage["adapter"], strict=True)
         questions = [{"baseline_correct": before == "1", "adapter_correct": after == "1"} for before, after in marks]
         articles.append({"completions": [{"questions": questions}]})

@@ -82,11 +82,12 @@ class ContinualRun(Run):
         if self.std:  # absent or empty: only pooling needs it
             check_sizes([self.mean, self.std], path=self.path, field="std_over_sequences")
         for number, sequence in enumerate(read.sequences or []):
-            counts = [len(asked) for asked in sequence.questions]
+            counts, place = [len(asked) for asked in sequence.questions], f"sequences[{number}]"
+            check_length(counts, len(sequence.titles), path=self.path, field=f"{place}.questions", of="titles")
             for step, record in enumerate(sequence.steps):
                 n_questions = sum(n for at, n in enumerate(counts) if was_asked(step, at))
                 for name in ("texts", "correct"):
-                    where = f"sequences[{number}].steps[{step}].{name}"
+                    where = f"{place}.steps[{step}].{name}"
                     check_length(getattr(record, name), n_questions, path=self.path, field=where)
 
     @property
@@ -142,8 +143,8 @@ class ContinualRun(Run):
         rows = []
         for sequence, edits, stored in self._placed_verdicts():
             one, verdict = stored.answered, stored.verdict()
-            row = (sequence, edits, one.title, one.question, one.gold, one.answer, VERDICT_WORDS[verdict], verdict)
-            rows.append(row)
+            asked = one.title, one.question, one.gold, one.answer
+            rows.append((sequence, edits, *asked, VERDICT_WORDS[verdict], verdict))
         return frame(rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct"))
 
     def overall(self) -> dict[str, Any]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+OTHER_PASSAGES = "give the item file that this run was asked about (--dataset)"
+
+
 class _Reply(BaseModel):
     model_config = ConfigDict(strict=True)
 
@@ -54,13 +57,10 @@ class CptRun(Run):
 
     def __post_init__(self) -> None:
         reply = checked(_File.model_validate, self.value, path=self.path).server_reply
-        n = len(reply.baseline_correct)
-        lists = {"adapter_correct": reply.adapter_correct}
-        lists |= {f"{kind}_texts": texts for kind in KINDS if (texts := getattr(reply, f"{kind}_texts"))}
-        for name, values in lists.items():
-            if len(values) != n:
-                problem, field = f"has {len(values)} entries, not {n}", f"server_reply.{name}"
-                raise DataError(problem, path=self.path, field=field, remedy="write the file again")
+        for name in ("adapter_correct", "baseline_texts", "adapter_texts"):
+            values, where = getattr(reply, name), f"server_reply.{name}"
+            if values or name == "adapter_correct":  # texts may be absent or empty
+                check_length(values, len(reply.baseline_correct), path=self.path, field=where, of="verdicts")
         self.passages = tuple(self.passages)[: self.value.get("n_articles") or None]
 
     @property
@@ -110,7 +110,7 @@ class CptRun(Run):
         }
         for name, values in columns.items():
             if values:
-                check_length(values, len(after), path=self.path, field=name)
+                check_length(values, len(after), path=self.path, field=name, remedy=OTHER_PASSAGES)
         return pd.DataFrame({name: values or None for name, values in columns.items()}, index=range(len(after)))
 
     def overall(self) -> dict[str, float | None]:
@@ -131,9 +131,9 @@ class CptRun(Run):
     def stored_verdicts(self) -> list[StoredVerdict]:
         reply = self.value["server_reply"]
         asked = [(passage.title, question) for passage in self.passages for question in passage.questions]
-        for kind in KINDS:
-            for name in (f"{kind}_texts", f"{kind}_correct"):
-                check_length(reply.get(name), len(asked), path=self.path, field=f"server_reply.{name}")
+        for name in ("baseline_texts", "baseline_correct", "adapter_texts", "adapter_correct"):
+            where = f"server_reply.{name}"
+            check_length(reply.get(name), len(asked), path=self.path, field=where, remedy=OTHER_PASSAGES)
         found = []
         for at, (title, one) in enumerate(asked):
             for kind in KINDS:
@@ -164,16 +164,13 @@ class CptRun(Run):
         self.value.update(overall=overall, n_ungraded=n_ungraded, per_article=per_article, per_passage=per_passage)
 
 
-def check_length(values: Any, n_questions: int, *, path: str | Path, field: str) -> None:
-    """Refuse answers or verdicts that are not one per question. Raises: DataError."""
-    n_there = len(values) if isinstance(values, list) else 0
-    if n_there != n_questions:
-        raise DataError(
-            f"has {n_there} entries for {n_questions} questions",
-            path=path,
-            field=field,
-            remedy="give the item file that this run was asked about (--dataset)",
-        )
+def check_length(
+    values: Sequence[Any] | None, n: int, *, path: str | Path, field: str, of: str = "questions", remedy: str = ""
+) -> None:
+    """Refuse a list that has not one entry per question. Raises: DataError."""
+    if (n_there := len(values or ())) != n:
+        remedy = remedy or "write the file again"
+        raise DataError(f"has {n_there} entries for {n} {of}", path=path, field=field, remedy=remedy)
 
 
 def split_by_passage(verdicts: Verdicts, counts: Sequence[int]) -> list[Verdicts]:

@@ -107,14 +107,12 @@ class TTTClient:
     ) -> Iterator[tuple[int, Any]]:
         """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        messages = (
-            (
-                one.model_dump_json(exclude_none=True).encode(),
-                TTTReply if isinstance(one, TTTRequest) else GenerateReply,
-            )
-            for one in requests
-        )
-        replies = self._exchange(messages, timeout_s=limit_s, window=self.window)
+
+        def message(one: Work) -> tuple[bytes, type]:
+            kind = TTTReply if isinstance(one, TTTRequest) else GenerateReply
+            return one.model_dump_json(exclude_none=True).encode(), kind
+
+        replies = self._exchange(map(message, requests), timeout_s=limit_s, window=self.window)
         if progress:
             from tqdm.auto import tqdm
 
