@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
         help="set a parameter; may be repeated",
     )  # fmt: skip
-    run.add_argument(
-        "--output", type=Path, metavar="EXECUTED.ipynb", help="default: the notebook's name in its output_dir"
-    )
+    run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="default: the same name in output_dir")
     run.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: notebooks/ of the checkout")
     run.add_argument("--parameters", action="store_true", help="list the notebook's parameters and run nothing")
     run.add_argument("--chain", type=Path, metavar="RUN", help="mark the stage as done in this run folder at the end")
@@ -58,13 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     # serve and submit read the rest of the command line: their options are declared with their settings.
     _command(commands, "serve", _serve, "start a TTT server: a front end and its workers", add_help=False)
     status = _command(commands, "status", _status, "show what a TTT server is doing")
-    status.add_argument(
-        "--endpoint", default=DEFAULT_ENDPOINT, help="tcp://HOST:PORT or an endpoint file (default: %(default)s)"
-    )
+    status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="address or endpoint file (default: %(default)s)")
     status.add_argument("--json", action="store_true", help="print one JSON object, as always without a terminal")
-    status.add_argument(
-        "--wait-s", type=float, default=5.0, help="seconds to wait for the server (default: %(default)s)"
-    )
+    status.add_argument("--wait-s", type=float, default=5.0, help="wait for the server so long (default: %(default)s)")
     text = "run a chain of stages on a SLURM cluster, or here"
     _command(commands, "submit", cli_chains.submit, text, add_help=False)
     text = "show each stage of a chain, and why a stage failed"
@@ -82,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_file_commands(commands: Any) -> None:
     summarize = _command(commands, "summarize", _summarize, "compute a run file's statistics from its verdicts")
-    summarize.add_argument(
-        "run", type=Path, metavar="RUN.json", help="run_*.json, cpt_run_*.json or summary_*.json, also .gz"
-    )
+    summarize.add_argument("run", type=Path, metavar="RUN.json", help="run_*, cpt_run_* or summary_*.json, also .gz")
     summarize.add_argument("--json", action="store_true", help="print one JSON object")
 
     grade = _command(commands, "grade", _grade, "grade answers, or grade a run file again without training")
@@ -104,9 +96,7 @@ def _add_file_commands(commands: Any) -> None:
     rerun.add_argument("--item", required=True, metavar="PASSAGE.SELF_EDIT.REPEAT", help="such as 0.0.0")
     rerun.add_argument("--endpoint", default="", help="of a TTT server (default: start one)")
     rerun.add_argument("--model", default="embedded", help="of a server started here (default: %(default)s)")
-    rerun.add_argument(
-        "--deterministic", action="store_true", help="of a server started here; use it if the run used it"
-    )
+    rerun.add_argument("--deterministic", action="store_true", help="of a server started here; if the run used it")
 
     runs = commands.add_parser("runs", help="list runs, compare two, show how two differ, pool continual runs")
     what = runs.add_subparsers(required=True, metavar="WHAT")

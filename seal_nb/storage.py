@@ -207,8 +207,7 @@ def record_path(result: str | Path) -> Path:
 def write_record(
     result: str | Path, *, stage: str, settings: Mapping[str, Any], seeds: Mapping[str, int] | None = None
 ) -> Path:
-    """Write the settings, seeds and versions that made a result next to it. Absolute paths are cut to their last part,
-    and host names are left out."""
+    """Write the settings, seeds and versions of a result next to it, without folders and host names."""
     record = {
         "stage": stage,
         "settings": _without_places(settings),

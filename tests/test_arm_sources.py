@@ -47,12 +47,12 @@ def test_self_edits_of_another_file_are_matched_by_title_and_context(tmp_path: P
     theirs = [replace(one, completions=(f"about {one.title}",), prompt="p") for one in mine[::-1]]
     (tmp_path / "x.json").write_text(json.dumps([to_item(one) for one in theirs]))
     file = str(tmp_path / "x.json")
-    found = passages_of_arm(mine, file)
+    found = passages_of_arm("gpt4_1", mine, file)
     assert [one.completions for one in found] == [(f"about {one.title}",) for one in mine]
     assert [replace(one, completions=(), prompt="") for one in found] == mine
     with pytest.raises(DataError, match="has no item for passage 0 of the dataset, 'Orle'"):
-        passages_of_arm([ORLE], file)
-    assert passages_of_arm([ORLE], "") == [ORLE]
+        passages_of_arm("gpt4_1", [ORLE], file)
+    assert passages_of_arm("passage_only", [ORLE]) == [ORLE]
 
 
 def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,7 @@ from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.server.launch import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually
 
-NO_SERVER: Any = None  # nothing is trained
+NO_SERVER: Any = SimpleNamespace(client=None)  # nothing is trained
 EVIL = "<script>alert(1)</script>"
 
 

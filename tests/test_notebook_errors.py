@@ -1,7 +1,7 @@
 """A mistake in a notebook's parameters shows one sentence with its remedy, not a long traceback.
 
-Each notebook has one kernel; each case runs the cells from the top until one fails. Most mistakes are found before a
-server is needed. Cases with GRADES_BY_RECALL ask a server without a model that has another grader.
+Each notebook has one kernel; each case runs the cells from the top until one fails. No case waits for a model: a
+notebook's own server starts only when nothing is wrong. Cases with GRADES_BY_RECALL ask a server with another grader.
 """
 
 import re
@@ -46,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("03_query_server", {"arms": "in_context", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
     ("04_cpt", {"dataset": "missing.json"}, "check the path"),
     ("04_cpt", {"arms": "magic"}, "magic"),
+    ("04_cpt", {"arms": "self_edits"}, "run 01_create_self_edits"),
     ("04_cpt", NOWHERE, "start it (seal-nb serve)"),
     ("04_cpt", {"grader": "local", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
     ("05_rest_em_round", {"run_json": "missing.json"}, "check the path"),
@@ -66,6 +67,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("08_results", {"figure_formats": "bmp", "runs_dir": "."}, "bmp"),
     ("09_sweep", {"dataset": "missing.json"}, "check the path"),
     ("09_sweep", {"grid": '{"colour": [1]}'}, "colour"),
+    ("09_sweep", {"arm": "self_edits"}, "run 01_create_self_edits"),
     ("09_sweep", NO_FILE, "start it (seal-nb serve)"),
     ("09_sweep", {"grid": "{"}, "grid is no JSON"),
     ("09_sweep", {"grader": "local", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
@@ -136,6 +138,7 @@ def test_a_mistake_is_a_sentence_with_its_remedy(
     assert kind in ("DataError", "SettingsError", "GradingError", "RoundTimeout", "ServerFailed"), lines
     assert lines[0].startswith(f"{kind}: ") and re.search(re.escape(remedy), lines[0]), lines[0]
     assert len(lines) <= LONGEST, lines
+    assert not list(kernels.folder.rglob("server.log")), "a server was started"
     if asks_a_server:
         with TTTClient(values["endpoint"]) as client:
             assert client.status().counts.get("answered", 0) == 0

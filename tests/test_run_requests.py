@@ -102,9 +102,11 @@ def test_a_model_id_that_names_no_grader_fits_any() -> None:
     check_grader("local", "stub", where="here")
 
 
-def test_an_empty_grader_starts_a_server_with_the_default_one(tmp_path: Path) -> None:
+def test_an_own_server_has_the_default_grader_and_starts_at_its_first_use(tmp_path: Path) -> None:
     with ttt_server("stub-own", folder=tmp_path, inner_loop=STUB, **HASTE) as ttt:
-        assert ttt.model_id == "stub-own"
+        assert not ttt.server.is_up() and not list(tmp_path.iterdir())
+        assert ttt.model_id == "stub-own" and ttt.server.is_up()
+    assert not ttt.server.is_up()
 
 
 def test_another_server_has_the_settings_of_this_one(server, tmp_path: Path) -> None:  # noqa: F811

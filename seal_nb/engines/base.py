@@ -73,8 +73,7 @@ class Incomplete(EngineError):
 
 
 class Engine(ABC):
-    """Anything that completes prompts. ``model_id`` identifies the weights and the software that runs them, so that
-    results are never mixed up."""
+    """Anything that completes prompts. ``model_id`` identifies the weights and the software that runs them."""
 
     model_id: str
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
-from seal_nb.experiments.settings import Arm, Settings, Training, names_in, texts_of_arm
+from seal_nb.experiments.settings import Arm, Settings, Training, names_in, passages_of_arm, texts_of_arm
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
@@ -177,6 +177,8 @@ def continual(
     settings = {name: ContinualSettings.from_parameters(given, strategy=name) for name in names}
     first = next(iter(settings.values()))
     sequences = draw_sequences(passages, first)
+    for sequence in sequences if arm != "self_edits" else []:
+        passages_of_arm(arm, sequence)  # refuses what the arm lacks, before a server starts
     edits_of: dict[str, list[Edits]] = {}
     with Journal(folder / "journal.jsonl") as journal:
         row_zero = [unedited_request(sequence, first, model_id=ttt.model_id) for sequence in sequences]

@@ -129,9 +129,11 @@ def cpt(
     settings = {name: CPTSettings.from_parameters(given, arm=name) for name in names_in("arms", arms)}
     if method == "full" and ttt.server is None:
         raise SettingsError(
-            f"endpoint is {ttt.client.where!r}, and method 'full' trains and asks a model on this machine; "
+            f"endpoint is {ttt.where!r}, and method 'full' trains and asks a model on this machine; "
             "leave endpoint empty, or choose method 'lora'"
         )
+    for one in settings.values():
+        cpt_train_sequences(passages, one)  # refuses what an arm lacks, before a server starts
     requests = {
         arm: cpt_request(passages, one, model_id=ttt.model_id, keep=check_unrelated) for arm, one in settings.items()
     }

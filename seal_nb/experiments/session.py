@@ -8,7 +8,7 @@ twenty general questions that no passage is about; they show a collapse, not a c
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -36,13 +36,27 @@ SomeRequest = TypeVar("SomeRequest", TTTRequest, GenerateRequest)
 
 @dataclass(eq=False)
 class TTT(AbstractContextManager["TTT"]):
-    """A TTT server to work with: its client, and the server itself where it was started here. Use it as a context
-    manager, or call `close`. A server that was started here ends with it, and with the notebook's kernel."""
+    """A TTT server to work with, and the server itself if it is this notebook's own. Use it as a context manager, or
+    call `close`. An own server ends with it, and with the notebook's kernel. It starts when its client is first used:
+    settings of an experiment that do not fit are refused before any model is loaded."""
 
-    client: TTTClient
-    server: TTTServer | None = field(default=None, kw_only=True)
-    settings: ServeSettings | None = field(default=None, kw_only=True)  # None: not known
-    grader: str = field(default="", kw_only=True)
+    _client: TTTClient
+    _: KW_ONLY
+    server: TTTServer | None = None
+    settings: ServeSettings | None = None  # None: not known
+    grader: str = ""
+
+    @property
+    def where(self) -> str:
+        """Endpoint file or address."""
+        return self._client.where
+
+    @cached_property
+    def client(self) -> TTTClient:
+        """The client. Raises: ServerFailed where the server does not start; the message has the end of its log."""
+        if self.server is not None:
+            self.server.start()
+        return self._client
 
     @cached_property
     def model_id(self) -> str:
@@ -52,11 +66,11 @@ class TTT(AbstractContextManager["TTT"]):
         while not (model_id := self.client.status().model_id):
             if time.monotonic() > deadline:
                 raise RoundTimeout(
-                    f"no worker of the server at {self.client.where} was ready within {READY_TIMEOUT_S:g} s; "
+                    f"no worker of the server at {self.where} was ready within {READY_TIMEOUT_S:g} s; "
                     "look at its log (server.log in its run folder)"
                 )
             time.sleep(0.5)
-        check_grader(self.grader, model_id, where=self.client.where)
+        check_grader(self.grader, model_id, where=self.where)
         return model_id
 
     def ready(self) -> TTTClient:
@@ -69,7 +83,7 @@ class TTT(AbstractContextManager["TTT"]):
         Raises: SettingsError where they are not known, which is so after `connect`."""
         if self.settings is None:
             raise SettingsError(
-                f"the settings of the server at {self.client.where} are not known; open it with "
+                f"the settings of the server at {self.where} are not known; open it with "
                 "ttt_server(model, endpoint=…, …) and the settings that it was started with"
             )
         shared = {one.name: getattr(self.settings, one.name) for one in fields(SharedSettings) if one.name != "model"}
@@ -84,7 +98,7 @@ class TTT(AbstractContextManager["TTT"]):
 
     def close(self) -> None:
         """Disconnect; end the server if it was started here. Repeated calls do nothing."""
-        self.client.close()
+        self._client.close()
         if self.server is not None:
             self.server.stop()
 
@@ -102,7 +116,7 @@ def ttt_server(
     wait_s: float = DEFAULT_WAIT_S,
     **settings: Any,
 ) -> TTT:
-    """Start a TTT server on this machine, or connect to the one at `endpoint` if an endpoint is given.
+    """A TTT server of this machine, or the one at `endpoint` if an endpoint is given.
 
     Args:
         model: model folder, hub name, or "embedded" (SmolLM2-135M-Instruct).
@@ -115,17 +129,15 @@ def ttt_server(
             deterministic. With an endpoint they say how that server was started (see `TTT.another`).
 
     Returns:
-        The server; close it, or use it in a `with` block.
+        The server; close it, or use it in a `with` block. One of this machine starts at its first use.
 
     Raises:
         SettingsError: for a setting that is unknown or out of range.
-        ServerFailed: when the started server does not become ready; the message has the end of its log.
     """
     given = settings | ({"grader": grader} if grader else {})
     server = TTTServer(run_dir=runs_folder(folder), model=model, endpoint=listen, **given)
     if endpoint:
         return TTT(TTTClient(endpoint, wait_s=wait_s), settings=server.settings, grader=grader)
-    server.start()
     return TTT(TTTClient(server.endpoint), server=server, settings=server.settings, grader=grader)
 
 
@@ -199,9 +211,9 @@ def ask(
         Teller()(f"{work}: {work_of(trainings, tokens_per_s=speed, price_per_hour=price_per_hour)}")
     kinds = {key: TTTReply if isinstance(request, TTTRequest) else GenerateReply for key, request in wanted.items()}
     replies = {key: kind.model_validate(journal.get(key)) for key, kind in kinds.items() if key in journal}
-    failures: dict[str, str] = {}
-    tell = Teller()
-    for done, (index, reply) in enumerate(ttt.client.run_indexed(missing), start=len(replies) + 1):
+    failures, tell = dict[str, str](), Teller()
+    coming = ttt.client.run_indexed(missing) if missing else ()
+    for done, (index, reply) in enumerate(coming, start=len(replies) + 1):
         key = _key(missing[index])
         if isinstance(reply, RemoteError):
             failures[key] = str(reply)

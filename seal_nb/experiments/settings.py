@@ -162,18 +162,19 @@ def parse_arms(arms: str | Sequence[str]) -> dict[str, str]:
     return dict(found)
 
 
-def passages_of_arm(passages: Sequence[Passage], file: str) -> list[Passage]:
-    """The passages with the self-edits of an item file; unchanged without one. Raises: DataError where it lacks one."""
-    if not file:
-        return list(passages)
-    items, found = {(one.title, one.context): one for one in load_passages(file)}, []
+def passages_of_arm(arm: str, passages: Sequence[Passage], file: str = "") -> list[Passage]:
+    """The passages, with the self-edits of an item file if there is one. Raises: DataError where the file lacks one,
+    and for a passage without a text for the arm."""
+    items, found = {(one.title, one.context): one for one in load_passages(file)} if file else {}, []
     for at, passage in enumerate(passages):
-        if (own := items.get((passage.title, passage.context))) is None:
+        own = items.get((passage.title, passage.context)) if file else passage
+        if own is None:
             raise DataError(
                 f"has no item for passage {at} of the dataset, {passage.title!r} (same title and context)",
                 path=file,
                 remedy="give self-edits of these very passages, or lower n_articles",
             )
+        texts_of_arm("self_edits" if file else arm, own, at, k_completions=1)
         found.append(replace(own, questions=passage.questions))
     return found
 

@@ -168,13 +168,13 @@ def evaluate(
     for arm, file in parse_arms(arms).items():
         own = {"arm": "self_edits", "label": arm, "texts_from": Path(file).name} if file else {"arm": arm}
         settings[arm] = SinglePassageSettings.from_parameters(given, **own)
-        texts[arm] = passages_of_arm(passages, file)
+        texts[arm] = passages_of_arm(arm, passages, file)
         most = max((len(one.completions) for one in texts[arm]), default=0)
         if settings[arm].arm == "self_edits" and most > k_completions:
             tell(f"{arm}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
     grader = make_grader(ttt.grader or "local") if "in_context" in settings else None
     if grader is not None:  # verdicts of two graders cannot be compared
-        check_grader(grader.name, ttt.model_id, where=ttt.client.where)
+        check_grader(grader.name, ttt.model_id, where=ttt.where)
     with Journal(folder / "journal.jsonl") as journal:
         while True:
             loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
@@ -315,7 +315,7 @@ def train_sequences(
     Source: SEAL, arXiv 2506.10943, the published query client.
     """
     name, file = next(iter(parse_arms([arm]).items()))
-    (passage,) = passages_of_arm([passage], file)
+    (passage,) = passages_of_arm(name, [passage], file)
     trained_on = "self_edits" if file else name
     text = texts_of_arm(trained_on, passage, 0, k_completions=self_edit + 1)[self_edit]
     return arm_sequences(trained_on, text, passage, split_newlines=split_newlines)

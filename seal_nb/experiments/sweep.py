@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.settings import Training
+from seal_nb.experiments.settings import Training, passages_of_arm
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.metrics import mean, paired_difference, written_value
 from seal_nb.passages import Passage
@@ -100,7 +100,7 @@ def sweep(
     training = training or Training()
     fixed = SinglePassageSettings.from_parameters(locals(), k_completions=1)
     folder, values = runs_folder(folder), grid_of(grid) if isinstance(grid, str) else grid
-    points = sweep_points(fixed, values)
+    points, passages = sweep_points(fixed, values), passages_of_arm(arm, passages)
     loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
     requests = [loop.request for of_point in loops for loop in of_point]
     with Journal(folder / "journal.jsonl") as journal:

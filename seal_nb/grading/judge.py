@@ -79,8 +79,7 @@ def read_verdict(reply: str) -> Verdict:
 
 
 class JudgeGrader:
-    """Grades ``max_parallel`` answers at a time; may be used from many threads. ``failures`` counts the error messages
-    of failed calls."""
+    """Grades ``max_parallel`` answers at a time, for many threads. ``failures`` counts messages of failed calls."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings

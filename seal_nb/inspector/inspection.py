@@ -54,8 +54,7 @@ def contains(text: str, gold: str) -> bool:
 
 
 def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequences: Sequence[str]) -> str:
-    """What the texts show about one of the answers of a self-edit, in one sentence. The last train sequence is the
-    passage."""
+    """What the texts show about one answer, in one sentence. The last train sequence is the passage."""
     sides = {"baseline": one.baseline_correct, "adapter": one.adapter_correct}
     if missing := [side for side, verdict in sides.items() if verdict is None]:
         return f"no verdict on the {' and the '.join(missing)} answer"

@@ -150,7 +150,7 @@ class EditTrainer:
     """Trains edits on a server from ``seal.ttt_server`` and asks their adapters questions."""
 
     def __init__(self, ttt: TTT) -> None:
-        self.ttt = ttt
+        self.ttt, self._client = ttt, ttt.client  # an own server starts now, not when a button is pressed
         self._running: str | None = None  # id of the request
         self._lock = threading.Lock()
 
@@ -177,7 +177,7 @@ class EditTrainer:
         """Cancels the running request; ``train`` then raises RemoteError. False if none is running."""
         if self._running is None:
             return False
-        with TTTClient(self.ttt.client.where) as other:  # the first client is waiting in another thread
+        with TTTClient(self.ttt.where) as other:  # the first client is waiting in another thread
             return other.cancel(self._running)
 
     def _reply(self, request: TTTRequest, tell: Tell) -> TTTReply:
@@ -187,7 +187,7 @@ class EditTrainer:
             watcher = threading.Thread(target=self._watch, args=(self._running, over, tell), daemon=True)
             watcher.start()
             try:
-                return self.ttt.client.evaluate(request)
+                return self._client.evaluate(request)
             finally:
                 self._running = None
                 over.set()
@@ -196,7 +196,7 @@ class EditTrainer:
     def _watch(self, request_id: str, over: threading.Event, tell: Tell) -> None:
         began_at, doing, losses = time.monotonic(), "waiting for a slot", []
         while not over.is_set():
-            status = look(self.ttt.client.where)
+            status = look(self.ttt.where)
             by_worker = [worker.stats.get("training", {}) for worker in status.workers] if status else []
             if job := next((jobs[request_id] for jobs in by_worker if request_id in jobs), None):
                 doing = f"training, step {job['step']} of {job['n_steps']}"

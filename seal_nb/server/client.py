@@ -102,9 +102,7 @@ class TTTClient:
                 raise reply
             yield reply
 
-    def run_indexed(
-        self, requests: Sequence[Work], *, timeout_s: float | None = None, progress: bool = False
-    ) -> Iterator[tuple[int, Any]]:
+    def run_indexed(self, requests: Sequence[Work], *, timeout_s: float | None = None) -> Iterator[tuple[int, Any]]:
         """As `run_round`, but yields (index of the request, its reply or its RemoteError): a failure ends no round."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
 
@@ -112,12 +110,7 @@ class TTTClient:
             kind = TTTReply if isinstance(one, TTTRequest) else GenerateReply
             return one.model_dump_json(exclude_none=True).encode(), kind
 
-        replies = self._exchange(map(message, requests), timeout_s=limit_s, window=self.window)
-        if progress:
-            from tqdm.auto import tqdm
-
-            replies = iter(tqdm(replies, total=len(requests), unit="reply"))
-        return replies
+        return self._exchange(map(message, requests), timeout_s=limit_s, window=self.window)
 
     def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
         """What the server is doing."""
@@ -256,8 +249,7 @@ class TTTClient:
                 message.due_at = 0.0 if message.repeat else message.due_at
 
     def _is_cut_off(self, now: float) -> bool:
-        """Whether the connection broke, or the server is silent. Everything open is then sent again: replies may be
-        lost."""
+        """Whether the connection broke, or the server is silent. What is open is then sent again."""
         while self._monitor is not None and self._monitor.poll(0):
             if recv_monitor_message(self._monitor)["event"] & HANDSHAKE_FAILED:
                 self._trouble = DENIED

@@ -142,8 +142,7 @@ def make_keys(folder: Path) -> None:
 
 
 def load_pair(path: Path) -> tuple[bytes, bytes]:
-    """Public and secret key (Z85 text) of `NAME.key_secret`. Raises SettingsError if it is missing, broken, or readable
-    by others."""
+    """Public and secret key (Z85 text). Raises SettingsError for a file that is missing, broken, or open to others."""
     try:
         mode = path.stat().st_mode
         public, secret = zmq.auth.load_certificate(path)

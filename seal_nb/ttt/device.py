@@ -77,8 +77,7 @@ class Limit:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch.nn.attention.varlen works here: half precision, compute capability 8.0 or above, and heads of at
-    most 256 in steps of 8."""
+    """Whether torch.nn.attention.varlen works: half precision, compute capability 8.0, heads of 8, 16 … 256."""
     half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     fits = head_size % 8 == 0 and head_size <= 256
     return half and fits and torch.cuda.get_device_capability(device) >= (8, 0)

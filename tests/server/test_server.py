@@ -350,13 +350,6 @@ def test_a_worker_tells_what_a_real_gpu_holds():
     assert told["gpu_reserved_bytes"] >= told["gpu_peak_bytes"] >= told["gpu_bytes"] >= kept.nbytes
 
 
-def test_a_round_shows_a_progress_bar_if_asked(client, capsys):
-    assert len(dict(client.run_indexed([sequence("quick")] * 3, progress=True))) == 3
-    assert "3/3" in capsys.readouterr().err
-    list(client.run_round([sequence("quick")]))
-    assert capsys.readouterr().err == ""
-
-
 def test_a_command_line_gives_all_settings_back(tmp_path):
     changed = {"run_dir": tmp_path, "n_workers": 3, "lease_s": 1.5, "max_queued": 7, "deterministic": True}
     settings = ServeSettings(**changed, endpoint_file=tmp_path / "e.json", grader="exact")
