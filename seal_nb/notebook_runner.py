@@ -166,9 +166,8 @@ def run_notebook(
     progress_bar: bool | dict[str, Any],
 ) -> None:
     """Execute ``notebook`` into ``executed``. ``write`` receives what the cells print, at once; ``progress_bar`` has
-    arguments of tqdm, or is False. A kernel that dies before its first cell is started again: it takes ports that were
-    free a moment before, and on a busy machine another process can be quicker.
-    Raises: StageFailed where a cell raised or the kernel died; StageInterrupted after a SIGTERM."""
+    arguments of tqdm, or is False. A kernel that dies before its first cell is started again: another process may have
+    taken its ports. Raises: StageFailed where a cell raised or the kernel died; StageInterrupted after a SIGTERM."""
     from traitlets.config import Config
 
     papermill = _papermill()
@@ -192,6 +191,7 @@ def run_notebook(
                     config=Config({"KernelManager": {"transport_encryption": "auto"}}),
                     stdout_file=SimpleNamespace(write=write, flush=lambda: None),
                     on_cell_start=before_cell,
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # its interrupt at the end is no error
                 )
                 return
             except papermill.PapermillExecutionError as error:
