@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
         help="set a parameter; may be repeated",
     )  # fmt: skip
-    run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="default: the same name in output_dir")
+    run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="executed copy (default: in output_dir)")
     run.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: notebooks/ of the checkout")
     run.add_argument("--parameters", action="store_true", help="list the notebook's parameters and run nothing")
     run.add_argument("--chain", type=Path, metavar="RUN", help="mark the stage as done in this run folder at the end")
@@ -57,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "serve", _serve, "start a TTT server: a front end and its workers", add_help=False)
     status = _command(commands, "status", _status, "show what a TTT server is doing")
     status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="address or endpoint file (default: %(default)s)")
-    status.add_argument("--json", action="store_true", help="print one JSON object, as always without a terminal")
-    status.add_argument("--wait-s", type=float, default=5.0, help="wait for the server so long (default: %(default)s)")
+    status.add_argument("--json", action="store_true", help="print one JSON object; without a terminal always")
+    status.add_argument("--wait-s", type=float, default=5.0, help="seconds to wait (default: %(default)s)")
     text = "run a chain of stages on a SLURM cluster, or here"
     _command(commands, "submit", cli_chains.submit, text, add_help=False)
     text = "show each stage of a chain, and why a stage failed"
     chain = _command(commands, "chain-status", cli_chains.chain_status, text)
     chain.add_argument("run_dir", metavar="RUN", help="the run folder of `seal-nb submit` or `seal-nb demo`")
-    text = "start a chain's server again that ended because it was idle"
+    text = "restart a chain's server that ended because it was idle"
     again = _command(commands, "restart-server", cli_chains.restart_server, text)
     again.add_argument("folder", metavar="RUN/SERVER", help="the server's folder in the run folder")
     text = "run notebooks 01 to 06 and 08 on the small model and shipped passages"
@@ -81,7 +81,7 @@ def _add_file_commands(commands: Any) -> None:
 
     grade = _command(commands, "grade", _grade, "grade answers, or grade a run file again without training")
     grade.add_argument(
-        "answers", type=Path, metavar="IN", help="lines of question, gold and answer (.jsonl), or a run file (.json)"
+        "answers", type=Path, metavar="IN", help="JSONL of question, gold, answer; or a run file (.json)"
     )
     grade.add_argument("--out", type=Path, required=True, metavar="OUT", help="file to write")
     grade.add_argument(
@@ -89,14 +89,14 @@ def _add_file_commands(commands: Any) -> None:
         help="local, exact, f1, recall, or judge:MODEL?base_url=URL (default: %(default)s)",
     )  # fmt: skip
     grade.add_argument("--only-ungraded", action="store_true", help="keep the verdicts that the file has")
-    grade.add_argument("--dataset", default="", help="item file that a CPT run was asked about")
+    grade.add_argument("--dataset", default="", help="item file with a CPT run's questions")
 
     rerun = _command(commands, "rerun", _rerun, "train one adapter of a run again and compare its answers")
     rerun.add_argument("run", type=Path, metavar="RUN.json", help="a run_*.json of 03_query_server")
     rerun.add_argument("--item", required=True, metavar="PASSAGE.SELF_EDIT.REPEAT", help="such as 0.0.0")
     rerun.add_argument("--endpoint", default="", help="of a TTT server (default: start one)")
     rerun.add_argument("--model", default="embedded", help="of a server started here (default: %(default)s)")
-    rerun.add_argument("--deterministic", action="store_true", help="of a server started here; if the run used it")
+    rerun.add_argument("--deterministic", action="store_true", help="if the run used it (server started here)")
 
     runs = commands.add_parser("runs", help="list runs, compare two, show how two differ, pool continual runs")
     what = runs.add_subparsers(required=True, metavar="WHAT")

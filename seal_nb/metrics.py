@@ -153,7 +153,7 @@ def _totals(scores_P_Q: Sequence[Sequence[float]], weighting: Weighting) -> np.n
 
 
 def _mean(sums: np.ndarray) -> Any:
-    """The mean of a run from its (2, …) sums and weights, or the difference of two means from the (4, …) of both."""
+    """One run's mean from (2, …) sums and weights, or two runs' difference of means from (4, …)."""
     means = sums[::2] / sums[1::2]
     return means[0] - means[1] if len(means) > 1 else means[0]
 

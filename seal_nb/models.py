@@ -48,9 +48,7 @@ def resolve_model(model: str) -> str:
     if (folder := runs_folder(model)).is_dir():
         return str(folder)
     if (os.sep in model or model.startswith(".")) and model.count("/") != 1:
-        raise SettingsError(
-            f"model is {model!r}, but there is no such folder; give a model folder, a hub name or 'embedded'"
-        )
+        raise SettingsError(f"model is {model!r}, but there is no such folder; give a folder, a hub name or 'embedded'")
     return model
 
 
@@ -102,8 +100,7 @@ def _convert(scratch: Path, folder: Path) -> None:
 
 def model_identity(folder: str) -> str:
     """Identity of a model: 16 hexadecimal digits from its configuration, weights and tokenizer; a hub name is its own.
-    Two folders with the same files have the same identity. Of a safetensors file above 2 GiB, only a slice of each
-    tensor is hashed."""
+    Two folders with the same files have the same identity. Of a safetensors file above 2 GiB, slices are hashed."""
     path = Path(folder)
     if not path.is_dir():
         return folder
@@ -120,8 +117,7 @@ def model_identity(folder: str) -> str:
 
 def _file_digest(path: Path) -> str:
     """Hash of a file. Of a very large one: of the header and the middle 64 KiB of every tensor, since any training
-    changes all of a tensor. Format (https://huggingface.co/docs/safetensors): eight bytes of header length, JSON
-    header, data."""
+    changes all of a tensor. Format (https://huggingface.co/docs/safetensors): header length, JSON header, data."""
     if path.suffix != ".safetensors" or path.stat().st_size <= WHOLE_FILE_BYTES:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

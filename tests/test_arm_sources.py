@@ -69,10 +69,8 @@ def test_the_ceiling_puts_the_passage_before_the_very_prompt_that_adapters_answe
     request = in_context_request(ORLE, loop, model_id="m")
     assert request.prompts == ["Orle\nOrle lies on a hill.\n\n" + answer_prompt("Orle", "Where?")]
     assert (request.temperature, request.max_tokens) == (0.0, 64)
-    chat = replace(IN_CONTEXT, training=Training(chat=True))
-    (loop,) = requests_for_run([ORLE], chat, model_id="m")
     with pytest.raises(SettingsError, match="in_context has no chat form"):
-        in_context_request(ORLE, loop, model_id="m")
+        replace(IN_CONTEXT, training=Training(chat=True))
 
 
 def test_answers_with_the_passage_are_graded_by_the_bare_question_kept_and_missing_where_they_failed(

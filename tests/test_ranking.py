@@ -82,7 +82,7 @@ def test_pure_noise_agrees_as_often_as_chance_and_has_no_number_of_repeats() -> 
     assert agreement.observed.low <= agreement.chance <= agreement.observed.high
     no_difference = RankingSummary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
     assert no_difference.repeats_needed() is None
-    assert "coin toss" in no_difference.sentence()
+    assert "the choice is random" in no_difference.sentence()
 
 
 def test_the_repeats_that_are_said_to_be_needed_give_the_reliability_asked_for() -> None:

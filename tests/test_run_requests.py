@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
+from seal_nb.errors import ProtocolError, RemoteError, RoundTimeout, SettingsError
+from seal_nb.experiments.continual import continual
 from seal_nb.experiments.session import TTT, ask, connect, identified, ttt_server
 from seal_nb.grading.choose import check_grader
+from seal_nb.passages import load_passages
 from seal_nb.protocol import EvalQuestion, TTTRequest
 from seal_nb.server.client import TTTClient
 from seal_nb.storage import Journal
@@ -106,7 +108,33 @@ def test_an_own_server_has_the_default_grader_and_starts_at_its_first_use(tmp_pa
     with ttt_server("stub-own", folder=tmp_path, inner_loop=STUB, **HASTE) as ttt:
         assert not ttt.server.is_up() and not list(tmp_path.iterdir())
         assert ttt.model_id == "stub-own" and ttt.server.is_up()
+    with pytest.raises(SettingsError, match="this TTT server is closed; call ttt_server or connect again"):
+        ttt.generate("text")
     assert not ttt.server.is_up()
+
+
+@pytest.mark.parametrize(
+    ("grader", "said"),
+    [("guess", "known are local, "), ("judge:m", "OPENAI_API_KEY"), ("judge:m?colour=1", "'colour' is unknown")],
+)
+def test_a_grader_that_cannot_work_is_refused_before_a_server_starts(
+    grader: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(SettingsError, match=said):
+        ttt_server("stub-own", folder=tmp_path, grader=grader, inner_loop=STUB)
+
+
+def test_a_text_to_generate_is_checked_before_a_server_starts(tmp_path: Path) -> None:
+    with ttt_server("stub-own", folder=tmp_path, inner_loop=STUB) as ttt:
+        with pytest.raises(ProtocolError, match="field 'temperature' is -1"):
+            ttt.generate("text", temperature=-1)
+        assert ttt.server.process is None
+
+
+def test_a_server_whose_settings_are_not_known_is_no_base_for_merged_edits(tmp_path: Path) -> None:
+    with connect("tcp://127.0.0.1:1") as ttt, pytest.raises(SettingsError, match="are not known; open it with"):
+        continual(ttt, load_passages("shipped:val"), strategies="merged", n_datapoints=2, folder=tmp_path)
 
 
 def test_another_server_has_the_settings_of_this_one(server, tmp_path: Path) -> None:  # noqa: F811

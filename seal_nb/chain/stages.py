@@ -144,8 +144,8 @@ def _to(notebooks: str, default: Any = None, name: str = "") -> Any:
 @dataclass(frozen=True, kw_only=True)
 class ExperimentSettings:
     """Settings of an experiment on one model. The defaults are those of SEAL (arXiv 2506.10943) where it has one.
-    Settings made by ``_to`` are parameters of the notebooks that are named there, which declare their type and meaning.
-    A default of None is the notebook's default."""
+    ``_to`` names the notebooks that have a setting as a parameter; they declare its type and meaning, and its default
+    where it is None here."""
 
     model: str = setting("", "model folder or hub name")
     train_dataset: str = setting("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train")

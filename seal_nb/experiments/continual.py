@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
-from seal_nb.experiments.settings import Arm, Settings, Training, names_in, passages_of_arm, texts_of_arm
+from seal_nb.experiments.settings import Arm, Settings, Training, check_limits, names_in, passages_of_arm, texts_of_arm
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
@@ -58,6 +58,12 @@ class ContinualSettings(Settings):
 
     positive = ("n_sequences", "n_datapoints")
     not_negative = ("replay_passages",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arm == "self_edits":
+            how = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+            check_limits(GenerateRequest, {"prompts": [self_edit_prompt(self.prompt_key, title="", context="")], **how})
 
 
 @dataclass(kw_only=True)
@@ -176,6 +182,8 @@ def continual(
     names = names_in("strategies", strategies)
     settings = {name: ContinualSettings.from_parameters(given, strategy=name) for name in names}
     first = next(iter(settings.values()))
+    if "merged" in settings:
+        ttt.another("", folder=folder)  # refuses a server whose settings are not known
     sequences = draw_sequences(passages, first)
     for sequence in sequences if arm != "self_edits" else []:
         passages_of_arm(arm, sequence)  # refuses what the arm lacks, before a server starts
@@ -220,7 +228,7 @@ def sequence_record(edits: Edits) -> dict[str, Any]:
     """What a summary keeps of one sequence: self-edits, answers and verdicts of every step, row 0 first."""
     return {
         "titles": [passage.title for passage in edits.passages],
-        # Titles repeat: without its questions no answer could be graded again.
+        # Titles repeat, so grading again needs the questions.
         "questions": [
             [{"question": one.question, "answer": one.answer} for one in passage.questions]
             for passage in edits.passages

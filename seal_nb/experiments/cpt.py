@@ -132,14 +132,15 @@ def cpt(
             f"endpoint is {ttt.where!r}, and method 'full' trains and asks a model on this machine; "
             "leave endpoint empty, or choose method 'lora'"
         )
-    for one in settings.values():
-        cpt_train_sequences(passages, one)  # refuses what an arm lacks, before a server starts
-    requests = {
-        arm: cpt_request(passages, one, model_id=ttt.model_id, keep=check_unrelated) for arm, one in settings.items()
-    }
+    for one in settings.values():  # refuses what does not fit, before a server starts
+        cpt_train_sequences(passages, one)
+        if method == "full":
+            sft_settings(one, seed=seed, n_processes=n_processes)
     with Journal(folder / "journal.jsonl") as journal:
+        how: dict[str, Any] = {"model_id": ttt.model_id, "keep": check_unrelated}
+        requests = {arm: cpt_request(passages, one, **how) for arm, one in settings.items()}
         if ttt.server is not None and method == "full":
-            how: dict[str, Any] = {"folder": folder, "n_processes": n_processes, "n_threads": n_threads}
+            how = {"folder": folder, "n_processes": n_processes, "n_threads": n_threads}
             base = ttt.server.settings.model
             jobs = {arm: full_job(requests[arm], one, model=base, **how) for arm, one in settings.items()}
             replies, control = full_replies(ttt, requests, jobs, training, journal, check_unrelated, n_processes)

@@ -1,8 +1,8 @@
 """A ReST-EM round: keep the best self-edits of an evaluated run, and fine-tune the model on them (`rest_em_round`).
 
 As published (SEAL, arXiv 2506.10943, `build_SFT_dataset.py`): the best self-edits of each passage by mean adapter
-accuracy, the first in the file among equal means. `RankingSummary` and `WinnerAgreement` say how much the ranking
-knows: where repeats of one self-edit differ as much as two self-edits do, the choice is a coin toss.
+accuracy, the first in the file among equal means. `RankingSummary` and `WinnerAgreement` say how reliable the ranking
+is: where repeats of one self-edit differ as much as two self-edits do, the choice is random.
 """
 
 import json
@@ -300,7 +300,7 @@ class RankingSummary:
         n, needed = counted(self.n_ranked, "passages"), self.repeats_needed(reliability=reliability)
         has = f"{self.n_repeats:g} repeats on {n} give a reliability of {self.reliability:.2f}"
         if needed is None:
-            return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is a coin toss"
+            return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is random"
         if needed > self.n_repeats:
             more = f"{reliability:.2f} would take {needed} repeats"
             return f"{has}; {more} (eval_times {needed} in 03: earlier ones are kept)"
@@ -318,9 +318,9 @@ def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
 
 
 class WinnerAgreement:
-    """Whether a second ranking would pick the same self-edit. ``observed``: how often two repeats, each taken alone,
-    pick the same winner, ties broken by lot; its interval is over passages; None where no passage has two self-edits
-    with two repeats each. ``chance``: the same for repeats that know nothing, one in k."""
+    """Whether a second ranking would pick the same self-edit. ``observed``: how often two single repeats pick the same
+    winner, ties at random, with an interval over passages; None where no passage has two self-edits with two repeats
+    each. ``chance``: the same for random choices, 1/k."""
 
     def __init__(self, run: SinglePassageRun) -> None:
         agreements_P, chances = [], []

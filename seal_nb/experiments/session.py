@@ -8,7 +8,7 @@ twenty general questions that no passage is about; they show a collapse, not a c
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.experiments.settings import Training
-from seal_nb.grading.choose import check_grader
+from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.metrics import accuracy, paired_difference
 from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, validated
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
@@ -37,14 +37,15 @@ SomeRequest = TypeVar("SomeRequest", TTTRequest, GenerateRequest)
 @dataclass(eq=False)
 class TTT(AbstractContextManager["TTT"]):
     """A TTT server to work with, and the server itself if it is this notebook's own. Use it as a context manager, or
-    call `close`. An own server ends with it, and with the notebook's kernel. It starts when its client is first used:
-    settings of an experiment that do not fit are refused before any model is loaded."""
+    call `close`. An own server ends with it, and with the notebook's kernel. It starts when `client` is first used, so
+    settings that do not fit are refused before any model is loaded; `ready` starts it at once."""
 
     _client: TTTClient
     _: KW_ONLY
     server: TTTServer | None = None
     settings: ServeSettings | None = None  # None: not known
     grader: str = ""
+    _is_closed: bool = field(init=False, default=False)
 
     @property
     def where(self) -> str:
@@ -53,7 +54,10 @@ class TTT(AbstractContextManager["TTT"]):
 
     @cached_property
     def client(self) -> TTTClient:
-        """The client. Raises: ServerFailed where the server does not start; the message has the end of its log."""
+        """The client. Raises: ServerFailed where the server does not start; the message has the end of its log.
+        SettingsError after `close`."""
+        if self._is_closed:
+            raise SettingsError("this TTT server is closed; call ttt_server or connect again")
         if self.server is not None:
             self.server.start()
         return self._client
@@ -74,12 +78,12 @@ class TTT(AbstractContextManager["TTT"]):
         return model_id
 
     def ready(self) -> TTTClient:
-        """The client, once a worker is ready. Raises: RoundTimeout, SettingsError (see `model_id`)."""
+        """The client, once a worker is ready. Raises: ServerFailed, RoundTimeout, SettingsError (see `model_id`)."""
         _ = self.model_id
         return self.client
 
     def another(self, model: str, *, folder: str | Path, n_workers: int = 1) -> "TTT":
-        """Start a server of another model with the settings of this one (dtype, threads, grader, …).
+        """A server of another model with the settings of this one (dtype, threads, grader, …).
         Raises: SettingsError where they are not known, which is so after `connect`."""
         if self.settings is None:
             raise SettingsError(
@@ -94,10 +98,13 @@ class TTT(AbstractContextManager["TTT"]):
     ) -> str:
         """Text that the served model writes after `prompt`, stripped; temperature 0 is greedy."""
         how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        return self.client.generate(GenerateRequest(prompts=[prompt], **how)).texts[0].strip()
+        request = validated(GenerateRequest, {"prompts": [prompt], **how})
+        return self.client.generate(request).texts[0].strip()
 
     def close(self) -> None:
         """Disconnect; end the server if it was started here. Repeated calls do nothing."""
+        self._is_closed = True
+        self.__dict__.pop("client", None)
         self._client.close()
         if self.server is not None:
             self.server.stop()
@@ -132,9 +139,11 @@ def ttt_server(
         The server; close it, or use it in a `with` block. One of this machine starts at its first use.
 
     Raises:
-        SettingsError: for a setting that is unknown or out of range.
+        SettingsError: for a setting or grader that is unknown or out of range, and for a judge without its key.
     """
     given = settings | ({"grader": grader} if grader else {})
+    if grader and not endpoint:
+        make_grader(grader)  # refuses an unknown grader, and a judge without its key
     server = TTTServer(run_dir=runs_folder(folder), model=model, endpoint=listen, **given)
     if endpoint:
         return TTT(TTTClient(endpoint, wait_s=wait_s), settings=server.settings, grader=grader)

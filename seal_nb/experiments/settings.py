@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import DataError, ProtocolError, SettingsError
 from seal_nb.passages import Passage, load_passages
+from seal_nb.protocol import GenerateRequest, TTTRequest, validated
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
@@ -106,6 +107,7 @@ class Training(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        check_limits(TTTRequest, self.request_fields())
 
     def request_fields(self) -> dict[str, Any]:
         """As fields of a `protocol.TTTRequest`."""
@@ -133,6 +135,14 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
     is_right = isinstance(value, wanted) and not (isinstance(value, bool) and kind in (int, float))
     if not is_right or (kind == Sequence[str] and not all(isinstance(one, str) for one in value)):
         raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {example}")
+
+
+def check_limits(kind: type[TTTRequest] | type[GenerateRequest], values: dict[str, Any]) -> None:
+    """Raises: SettingsError for a value that the server would refuse."""
+    try:
+        validated(kind, values)
+    except ProtocolError as error:
+        raise SettingsError(str(error)) from None
 
 
 def names_in(parameter: str, value: str | Sequence[str]) -> list[str]:

@@ -54,6 +54,11 @@ class SinglePassageSettings(Settings):
 
     positive = ("k_completions", "eval_times")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arm == "in_context" and self.training.chat:
+            raise SettingsError("chat=True: the arm in_context has no chat form; leave it out, or set chat to False")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLoop:
@@ -145,9 +150,9 @@ def evaluate(
         split_newlines: each line of a self-edit is a train sequence (published: yes).
         reliability: in (0, 1): add repeats of the arm self_edits until the ranking is this reliable; 0: off.
         most_eval_times: most repeats with `reliability`.
-        seed: every inner loop derives its own from it.
+        seed: the seed of each inner loop is derived from it.
         folder: for run files, their records and the journal; a second call asks only for what is missing.
-        exp_name: in the names of the run files.
+        exp_name: part of the names of the run files.
         dataset: name of the data, for the run files.
         price_per_hour: of the server; adds the cost to the line that says how much work it is.
 
@@ -173,9 +178,9 @@ def evaluate(
         if settings[arm].arm == "self_edits" and most > k_completions:
             tell(f"{arm}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
     grader = make_grader(ttt.grader or "local") if "in_context" in settings else None
-    if grader is not None:  # verdicts of two graders cannot be compared
-        check_grader(grader.name, ttt.model_id, where=ttt.where)
     with Journal(folder / "journal.jsonl") as journal:
+        if grader is not None:  # verdicts of two graders cannot be compared
+            check_grader(grader.name, ttt.model_id, where=ttt.where)
         while True:
             loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
             requests = [loop.request for arm_loops in loops.values() for loop in arm_loops]
@@ -440,9 +445,7 @@ def check_answers(reply: TTTReply, n_questions: int) -> None:
 
 
 def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) -> GenerateRequest:
-    """All questions of one passage, each with title and passage before it. Raises: SettingsError with `chat`."""
-    if loop.request.chat:
-        raise SettingsError("chat=True: the arm in_context has no chat form; leave it out, or set chat to False")
+    """All questions of one passage, each with title and passage before it."""
     request = GenerateRequest(
         prompts=[
             f"{passage.title}\n{passage.context.strip()}\n\n{answer_prompt(passage.title, question.question)}"

@@ -101,10 +101,9 @@ def sweep(
     fixed = SinglePassageSettings.from_parameters(locals(), k_completions=1)
     folder, values = runs_folder(folder), grid_of(grid) if isinstance(grid, str) else grid
     points, passages = sweep_points(fixed, values), passages_of_arm(arm, passages)
-    loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
-    requests = [loop.request for of_point in loops for loop in of_point]
     with Journal(folder / "journal.jsonl") as journal:
-        replies = ask(ttt, requests, journal, work="to do").replies
+        loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
+        replies = ask(ttt, [loop.request for of_point in loops for loop in of_point], journal, work="to do").replies
     runs = [
         SinglePassageRun(value=build_run(passages, of_point, replies, settings))
         for (_, settings), of_point in zip(points, loops, strict=True)

@@ -25,18 +25,13 @@ _GRADER_IN_MODEL = re.compile(rf"-({'|'.join(GRADERS)}|judge:.+?)-\d+(?:-[a-z]+)
 def make_grader(name: str) -> Grader:
     """One of GRADERS, or a judge such as "judge:gpt-4.1" (see ``grading.judge.judge_settings``). Raises: SettingsError
     for an unknown name, and for a judge whose key is missing."""
-    check_grader_name(name)
-    if name not in _RULES:
+    if name == "judge" or name.startswith(("judge:", "judge?")):
         from seal_nb.grading.judge import JudgeGrader, judge_settings  # imports the client of services: a second
 
         return JudgeGrader(judge_settings(name))
-    return Rule(name, _RULES[name])
-
-
-def check_grader_name(name: str) -> None:
-    """Raises: SettingsError for an unknown name; a judge's options are not read."""
-    if name not in GRADERS and not re.match("judge([:?]|$)", name):
+    if name not in GRADERS:
         raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}, judge:MODEL")
+    return Rule(name, _RULES[name])
 
 
 def grader_of(run: Mapping[str, Any]) -> str:

@@ -28,8 +28,7 @@ from seal_nb.ttt.lora import Adapter, KeptAdapters
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 
 ANSWER_STEPS_A_PASS = 64
-# Slots that fill a pass (4096 tokens on a GPU, 376 on a CPU; larger ones are hardly faster) with published train
-# sequences (47 tokens), and texts of a batch.
+# Slots, texts of a batch. So many published train sequences (47 tokens) fill a pass (4096 tokens, on a CPU 376).
 USUAL_SIZES = {"cuda": (88, 320), "cpu": (8, 64)}
 MOST_STORED = 20_000  # answers of the base: some 50 MB; a server runs for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import SettingsError
-from seal_nb.grading.choose import check_grader_name
 from seal_nb.models import DTYPES
 
 
@@ -47,7 +46,6 @@ class ModelSettings(Settings):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
-        check_grader_name(self.grader)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,7 +226,7 @@ class Run(ABC):
         }
 
     def counts(self) -> dict[str, Any]:
-        """Answers (one question in one repeat of one self-edit), and those without a verdict."""
+        """Number of answers (question × repeat × self-edit), and of those without a verdict."""
         before, after = (self.flat_verdicts(kind) for kind in KINDS)
         return {
             "n_passages": len(self.scores("adapter")),

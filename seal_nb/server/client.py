@@ -39,9 +39,7 @@ TRY_LATER = ("QueueFull", "ServerStopping")  # errors that do not concern the re
 TRY_LATER_S = 1.0
 TURN_S = 0.2
 PING_MARK = b"ping"
-HANDSHAKE_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 DENIED = "it denied our key; put its public half into keys/allowed_clients/ of the server's run folder"
 
 
@@ -234,7 +232,7 @@ class TTTClient:
             return
         self._trouble = self._trouble if self._trouble == DENIED else ""
         self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self.key_file)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
         self._looked_at = -math.inf
 
     def _greet(self, server_id: str) -> None:
@@ -251,7 +249,7 @@ class TTTClient:
     def _is_cut_off(self, now: float) -> bool:
         """Whether the connection broke, or the server is silent. What is open is then sent again."""
         while self._monitor is not None and self._monitor.poll(0):
-            if recv_monitor_message(self._monitor)["event"] & HANDSHAKE_FAILED:
+            if recv_monitor_message(self._monitor)["event"] & REFUSED:
                 self._trouble = DENIED
             elif self._lost_at is None:
                 return True

@@ -19,9 +19,7 @@ from seal_nb.storage import runs_folder
 class SharedSettings(ModelSettings):
     """Settings that the server passes on to its workers."""
 
-    inner_loop: str = setting(
-        "seal_nb.inner_loop.loop:load_inner_loop", "module:function that loads the inner loop; tests replace it"
-    )
+    inner_loop: str = setting("seal_nb.inner_loop.loop:load_inner_loop", "module:function that loads it (for tests)")
     lease_s: float = setting(30.0, "a worker that is silent for so many seconds loses its requests", least=0)
     parent_pid: int = setting(0, "end when this process ends; 0: do not watch any process")
 
@@ -39,12 +37,8 @@ class ServeSettings(SharedSettings):
     seed: int = setting(0, "requests without a seed get one that is derived from this", least=0)
     idle_timeout_s: float = setting(0.0, "end after so many seconds without a client; 0: never", least=0)
     drain_s: float = setting(20.0, "seconds for running requests after SIGTERM; SLURM kills after 30", least=0)
-    stall_s: float = setting(
-        3600.0, "a worker that has requests and makes no step for so many seconds is killed; 0: never", least=0
-    )
-    job_timeout_s: float = setting(
-        86_400.0, "a worker that needs more seconds for one request is killed; 0: never", least=0
-    )
+    stall_s: float = setting(3600.0, "kill a busy worker that makes no step for so many seconds; 0: never", least=0)
+    job_timeout_s: float = setting(86_400.0, "kill a worker that needs more seconds for a request; 0: never", least=0)
     max_tries: int = setting(3, "a request is given up after it has lost its worker so many times", least=1)
     max_message_bytes: int = setting(64 * 2**20, "bytes of one request")
     max_queued: int = setting(20_000, "waiting requests of all clients together")

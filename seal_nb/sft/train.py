@@ -82,9 +82,7 @@ def command(job: SftJob, n_processes: int, config: Path) -> list[str]:
         start = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]  # 0: a free port
     else:
         if n_processes % n_nodes:
-            raise SettingsError(
-                f"n_processes is {n_processes}, which this job's {n_nodes} nodes cannot share; give a multiple"
-            )
+            raise SettingsError(f"n_processes is {n_processes}, which {n_nodes} nodes cannot share; give a multiple")
         # One `accelerate launch` on each node; slurm/accelerate.sh gives it the node's number.
         start = ["srun", f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it
@@ -99,9 +97,7 @@ def launch_config(sharding: str) -> Path:
     if sharding not in SHARDINGS:
         raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
     if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise SettingsError(
-            "sharding is 'deepspeed', which is not installed; run pip install -e '.[deepspeed]', or use fsdp"
-        )
+        raise SettingsError("sharding 'deepspeed' is not installed; run pip install -e '.[deepspeed]', or use fsdp")
     return shipped(f"accelerate_{sharding if torch.cuda.is_available() else 'cpu'}.yaml")
 
 

@@ -44,9 +44,7 @@ class FrozenBase:
             kind = f"model type {self.model_type!r} has {sorted(kinds)} layers"
             raise SettingsError(f"{kind}; only full attention is supported")
         if model.get_output_embeddings() is None:
-            raise SettingsError(
-                f"model type {self.model_type!r} has no language-model head; give a causal language model"
-            )
+            raise SettingsError(f"model type {self.model_type!r} has no language-model head; give a causal model")
         rows = [[i % model.config.vocab_size for i in range(first, first + n)] for first, n in CHECK_ROWS]
         with torch.no_grad():
             ids = [torch.tensor([row], device=self.device) for row in rows]

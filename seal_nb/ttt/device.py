@@ -77,7 +77,7 @@ class Limit:
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether torch.nn.attention.varlen works: half precision, compute capability 8.0, heads of 8, 16 … 256."""
+    """Whether torch.nn.attention.varlen works: half precision, capability 8.0 or above, heads of 8, 16 … 256."""
     half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     fits = head_size % 8 == 0 and head_size <= 256
     return half and fits and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -164,7 +164,7 @@ def region(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        # At the first call: importing the compiler takes seconds, and a CPU never needs it.
+        # Late: importing the compiler takes seconds, and a CPU never needs it.
         return torch.compile(plain, dynamic=True)
 
     @functools.wraps(plain)

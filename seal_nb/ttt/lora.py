@@ -74,9 +74,7 @@ def make_layout(linears: Mapping[str, nn.Linear], settings: LoraSettings, model_
     if settings.target_modules != (ALL_LINEAR,):
         wanted = settings.target_modules or _peft_targets(model_type)
         if not wanted:
-            raise SettingsError(
-                f"target_modules is empty and PEFT has no default for {model_type!r}; name them, or 'all-linear'"
-            )
+            raise SettingsError(f"target_modules: PEFT has no default for {model_type!r}; name them, or 'all-linear'")
         for target in wanted:
             if not any(f".{n}".endswith(f".{target}") for n in linears):
                 known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))

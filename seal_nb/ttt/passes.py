@@ -104,7 +104,7 @@ class Pass:
 
 
 class DevicePass:
-    """A pass on the device: all that it reads, and the CUDA graph that reads it, if it has been captured."""
+    """A pass on the device: its inputs, and its CUDA graph if it was captured."""
 
     def __init__(self, base: FrozenBase, pass_: Pass):
         self.base, self.n_slots = base, pass_.n_slots

@@ -226,9 +226,7 @@ class SlotTrainer:
         slot.rows = [make_row(self.base.tokenizer, text, job.train) for text in job.texts]
         n_labels_R = [len(row.sources) for row in slot.rows]
         if not sum(n_labels_R):
-            raise SettingsError(
-                f"job {job.name!r}: no token carries loss; check end_mask_substring and the train sequences"
-            )
+            raise SettingsError(f"job {job.name!r}: no token carries loss; check end_mask_substring and the sequences")
         assert slot.initial is not None
         slot.windows = job.windows(n_labels_R)
         slot.window = next(slot.windows)
@@ -280,8 +278,8 @@ class SlotTrainer:
         return sorted(chosen, key=lambda s: (self.banks.index(s.row.bank), s.row.index))
 
     def _guarded_pass(self, chosen: list[Slot]) -> None:
-        """A pass. If memory runs out, the token budget is halved and the open accumulation windows are repeated; a
-        window that fails twice alone fails its job. After any other error each slot runs alone."""
+        """A pass. If memory runs out, the token budget is halved and the open accumulation windows are repeated; if
+        a window alone fails twice, its job fails. After any other error each slot runs alone."""
         n_tokens = sum(s.next_tokens for s in chosen)
         failure: Exception | None = None
         try:
