@@ -341,7 +341,7 @@ def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
     line = command(job, 4, shipped("accelerate_fsdp.yaml"))
     assert line[line.index("srun") :][:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
     assert "--num_processes=4" in line and not any("main_process_port" in word for word in line)
-    with pytest.raises(SettingsError, match="n_processes is 3, which this job's 2 nodes cannot share"):
+    with pytest.raises(SettingsError, match="n_processes is 3, which 2 nodes cannot share"):
         command(job, 3, shipped("accelerate_fsdp.yaml"))
 
 

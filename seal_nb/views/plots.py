@@ -214,8 +214,8 @@ def plot_graders(graders: "pd.DataFrame") -> Chart:
     for row, (before, after) in enumerate(ends):
         _number(axes, f"{100 * (after - before):+.1f}", max(before, after), row)
     axes.margins(x=0.12)
-    words = [f"{name}: {low:.1%} to {high:.1%}" for name, (low, high) in zip(shown["grader"], ends, strict=True)]
-    return chart.finished("; ".join(words) or "No grader has judged both arms.")
+    words = [f"{name} {low:.1%} → {high:.1%}" for name, (low, high) in zip(shown["grader"], ends, strict=True)]
+    return chart.finished(f"Called correct, baseline → adapter: {', '.join(words) or 'no grader judged both arms'}.")
 
 
 @styled
