@@ -10,8 +10,10 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-# Set before torch is imported: many processes with many threads each are far slower.
+# Set before torch is imported: many processes with many threads each are far slower. A thread that waits must not spin,
+# since another process needs its core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Results of tests go to their own folders.
 os.environ.pop("SEAL_RUNS", None)
 

@@ -48,11 +48,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("04_cpt", {"dataset": "missing.json"}, "check the path"),
     ("04_cpt", {"arms": "magic"}, "magic"),
     ("04_cpt", {"arms": "self_edits"}, "run 01_create_self_edits"),
-    (
-        "04_cpt",
-        {"method": "full", "n_processes": 2},
-        "is 1, which 2 processes cannot share",
-    ),
+    ("04_cpt", {"method": "full", "n_processes": 2}, "is 1, which 2 processes cannot share"),
     ("04_cpt", NOWHERE, "start it (seal-nb serve)"),
     ("04_cpt", {"grader": "local", "endpoint": GRADES_BY_RECALL}, OTHER_GRADER),
     ("05_rest_em_round", {"run_json": "missing.json"}, "check the path"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_nb.errors import DataError, ProtocolError, SettingsError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import select_best
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import PlannedLoop, SinglePassageSettings, build_run, requests_for_run
@@ -116,8 +116,8 @@ def test_settings_that_make_no_run_are_refused() -> None:
         SinglePassageSettings(arm="handwritten")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="eval_times=0"):
         SinglePassageSettings(eval_times=0)
-    with pytest.raises(ProtocolError, match="'lora_rank' is 1000: .* less than or equal to 512"):
-        loops_of(replace(SETTINGS, training=Training(lora_rank=1000)))
+    with pytest.raises(SettingsError, match="'lora_rank' is 1000: .* less than or equal to 512"):
+        Training(lora_rank=1000)
     with pytest.raises(SettingsError, match="lora_rank=0"):
         Training(lora_rank=0)
     with pytest.raises(SettingsError, match="give a list"):
