@@ -21,11 +21,10 @@ TAGS = (
     "a b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
     "img kbd li mark ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul"
 )
-ATTRIBUTES = {
-    "*": ["class", "id", "style", "title", "colspan", "rowspan", "scope"],
-    "a": ["href"],
-    "img": ["src", "alt", "width", "height"],
-}
+TABLE_STYLE = re.compile(
+    r'<style type="text/css">\s*(#T_[0-9a-f]{8} +(th|td|caption)(\.col\d+)? \{\s*([a-z-]+: [a-z-]+;\s*)+\}\s*)+</style>'
+)
+ATTRIBUTES = {"*": ["class", "id", "style", "colspan", "rowspan"], "a": ["href"], "img": ["src", "alt", "width"]}
 
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
@@ -58,14 +57,15 @@ def _template(name: str) -> str:
 
 
 def _clean(html: str) -> str:
-    """HTML from a notebook without anything that acts; nbconvert's own rule would also escape headings."""
+    """HTML from a notebook without anything that acts and without styles, except those that align our tables."""
     from bleach import clean
     from bleach.css_sanitizer import CSSSanitizer
 
+    own = "".join(style[0] for style in TABLE_STYLE.finditer(html))
     html = re.sub(r"<(script|style)\b.*?</\1\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)
     protocols = ["http", "https", "mailto", "data"]
     css = CSSSanitizer()
-    return str(clean(html, TAGS.split(), ATTRIBUTES, protocols=protocols, strip=True, css_sanitizer=css))
+    return own + str(clean(html, TAGS.split(), ATTRIBUTES, protocols=protocols, strip=True, css_sanitizer=css))
 
 
 def _page(path: Path, folder: Path) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The pages of a run: its main figures, and each executed notebook as HTML in which nothing acts."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from seal_nb.chain.index import write_index
 from seal_nb.errors import DataError
+from seal_nb.views.tables import as_html
 
 # One white pixel.
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mP8/x8AAwMCAO+ip1sAAAAASUVORK5CYII="
@@ -87,6 +90,17 @@ def test_index_says_which_notebook_failed_and_shows_no_half_result(tmp_path: Pat
     text = (path := write_index(tmp_path)).read_text()
     assert '1 notebook ran; <span class="bad">failed: <a href="08_results.html">&lt;Results&gt;</a></span>' in text
     assert "ZeroDivisionError: <no>" in Page(path).texts and not Page(path).all("img")
+
+
+def test_a_page_keeps_the_styles_that_align_our_tables_and_no_others(tmp_path: Path) -> None:
+    ours = as_html(pd.DataFrame({"arm": ["a"], "accuracy": [0.5]}), "<arms>")
+    others = "<style>body { display: none }</style>" + ours.replace("left;", "url(//x);").replace("#T_", "#T_f")
+    path = executed(tmp_path, "08_results.ipynb", shown({"text/html": ours}), shown({"text/html": others}))
+    write_index(tmp_path)
+    text = path.with_suffix(".html").read_text()
+    (aligned,) = re.findall(r'<style type="text/css">\s*#T_.*?</style>', text, re.DOTALL)
+    assert aligned in ours and "td.col1 {\n  text-align: right" in aligned
+    assert "url(//x)" not in text and "display: none }" not in text.partition("</head>")[2]
 
 
 def test_an_empty_folder_and_a_broken_notebook_are_refused(tmp_path: Path) -> None:
