@@ -57,6 +57,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("06_continual_self_edits", {"dataset": "missing.json"}, "check the path"),
     ("06_continual_self_edits", {"strategies": "magic"}, "magic"),
     ("06_continual_self_edits", {"n_datapoints": 500}, "500"),
+    ("06_continual_self_edits", {"seed": -1}, "seed=-1: must be at least 0"),
     ("06_continual_self_edits", {"arm": "self_edits", "prompt_key": "poem"}, "known are"),
     ("06_continual_self_edits", {"arm": "self_edits", "temperature": -1.0}, "field 'temperature' is -1"),
     ("06_continual_self_edits", NOWHERE, "start it (seal-nb serve)"),

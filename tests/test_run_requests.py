@@ -115,12 +115,13 @@ def test_an_own_server_has_the_default_grader_and_starts_at_its_first_use(tmp_pa
 
 @pytest.mark.parametrize(
     ("grader", "said"),
-    [("guess", "known are local, "), ("judge:m", "OPENAI_API_KEY"), ("judge:m?colour=1", "'colour' is unknown")],
+    [
+        ("guess", "known are local, "),
+        ("judge:m?api_key_env=NOT_THERE", "NOT_THERE"),
+        ("judge:m?colour=1", "'colour' is unknown"),
+    ],
 )
-def test_a_grader_that_cannot_work_is_refused_before_a_server_starts(
-    grader: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+def test_a_grader_that_cannot_work_is_refused_before_a_server_starts(grader: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=said):
         ttt_server("stub-own", folder=tmp_path, grader=grader, inner_loop=STUB)
 

@@ -57,7 +57,7 @@ def _template(name: str) -> str:
 
 
 def _clean(html: str) -> str:
-    """HTML from a notebook without anything that acts and without styles, except those that align our tables."""
+    """HTML from a notebook without anything that acts and without style sheets, except those of our tables."""
     from bleach import clean
     from bleach.css_sanitizer import CSSSanitizer
 

@@ -57,7 +57,7 @@ class ContinualSettings(Settings):
     training: Training = field(default_factory=Training)
 
     positive = ("n_sequences", "n_datapoints")
-    not_negative = ("replay_passages",)
+    not_negative = ("replay_passages", "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
