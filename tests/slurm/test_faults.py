@@ -88,6 +88,11 @@ class Round:
     def workers(self) -> list[psutil.Process]:
         return [p for p in self.slurm.processes() if "seal_nb.server.worker" in p.cmdline()]
 
+    def nodes_of_workers(self) -> set[str]:
+        """Where the workers run that the server has welcomed."""
+        log = self.project.path(f"{self.folder}/server/server.log")
+        return set(re.findall(r"worker (node\d)-\S+ is ready", log.read_text())) if log.exists() else set()
+
     def results(self) -> list[Any]:
         """All answers and verdicts of the client's run file."""
         return answers(self.project, self.folder)
@@ -130,6 +135,7 @@ def test_lost_node_of_client_and_worker_costs_nothing_that_was_answered(
     front = slurm.wait(f"{server}_0", "RUNNING")["BatchHost"]
     node = slurm.wait(f"{server}_1", "RUNNING")["BatchHost"]
     assert node != front
+    eventually(lambda: one.nodes_of_workers() == {front, node}, "the workers of both nodes are not at the server")
     client = one.start_client(f"--exclude={front}")
     one.wait_until_in_the_middle()
     before = one.keys_in("client/journal.jsonl")
