@@ -155,8 +155,8 @@ def _run(arguments: argparse.Namespace) -> None:
     output_dir = str(values.get("output_dir", ""))
     with marked_when_done(arguments.chain, output_dir) if arguments.chain else contextlib.nullcontext():
         runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
-    if glance := runner.glance_of(executed):
-        print(glance)
+    if summary := runner.summary_of(executed):
+        print(summary)
     print(f"executed notebook: {executed}")
 
 

@@ -239,7 +239,7 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def glance_of(executed: Path) -> str:
+def summary_of(executed: Path) -> str:
     """The summary at the top of an executed notebook as text; empty if it has none."""
     cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     outputs = (output for cell in cells for output in cell.get("outputs", []))

@@ -33,11 +33,11 @@ TEXTS = ["The lamp is on the hill.", "A hill.", "There is a goat in the old mill
 def trained_alone(base: Path, sft: SftSettings) -> dict[str, torch.Tensor]:
     """The weights after the same schedule, by a plain loop: AdamW, linear decay to 0, norms cut at 1."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    n_steps = sft.epochs * -(-len(TEXTS) // sft.examples_a_step)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=sft.learning_rate, weight_decay=0.0)
+    n_steps = sft.finetune_epochs * -(-len(TEXTS) // sft.examples_a_step)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=sft.finetune_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / n_steps)
     draws = random.Random(sft.seed)
-    for _ in range(sft.epochs):
+    for _ in range(sft.finetune_epochs):
         order = draws.sample(TEXTS, len(TEXTS))
         for start in range(0, len(order), sft.examples_a_step):
             rows = [tokenizer(text)["input_ids"] for text in order[start : start + sft.examples_a_step]]

@@ -215,7 +215,7 @@ def test_a_text_contains_a_gold_answer_by_whole_words_only() -> None:
     ],
 )  # fmt: skip
 def test_flip_compares_two_verdicts_and_nothing_else(before: bool | None, after: bool | None, flip: str) -> None:
-    assert flip_of(question(baseline_correct=before, adapter_correct=after)) == flip
+    assert flip_of(before, after) == flip
 
 
 def test_train_sequences_are_those_of_the_run_s_settings_and_the_passage_is_last() -> None:
@@ -227,6 +227,14 @@ def test_train_sequences_are_those_of_the_run_s_settings_and_the_passage_is_last
     assert lines["from"].tolist() == ["the self-edit", "the self-edit", "the passage"]
     alone = inspect(article("T", questions, texts=("",))).sequences(0, 0)
     assert alone["train sequence"].tolist() == ["T\nT is a brass clock."]
+
+
+def test_flip_of_an_edit_is_what_the_edit_changed_and_not_what_the_adapter_did() -> None:
+    before = [answered(question="kept"), answered(question="broken"), SAME | {"question": "mended"}]
+    after = [answered(question="kept"), SAME | {"question": "broken"}, answered(question="mended")]
+    table = inspect(article("t", before, after)).compare_edit(0, 0, 1)
+    flips = [("mended", GAINED), ("broken", LOST), ("kept", "stayed right")]
+    assert list(zip(table["question"], table["flip"], strict=True)) == flips
 
 
 def test_text_up_to_the_first_end_mask_is_marked() -> None:

@@ -15,7 +15,7 @@ from tqdm.std import tqdm
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.views import live, tables
-from seal_nb.views.live import NOT_YET, Summary, Teller
+from seal_nb.views.live import NOT_YET, Progress, Summary
 from seal_nb.views.tables import as_html, mime_bundle, show
 
 FRAME = pd.DataFrame({"arm": ["b", "a"], "gain": [0.1, None]})
@@ -46,7 +46,7 @@ def test_a_frame_is_shown_as_html_and_text(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_progress_of_a_headless_run_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    tell = Teller()
+    tell = Progress()
     tell("passages: 1 of 2")
     said = capsys.readouterr()
     assert said.out == "passages: 1 of 2\n" and said.err == ""
@@ -61,7 +61,7 @@ def test_progress_in_jupyterlab_is_one_bar_per_count(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(live, "has_live_frontend", lambda: True)
     monkeypatch.setattr(live, "tqdm", bar)
-    tell = Teller()
+    tell = Progress()
     for text in ("inner loops: 1 of 2", "inner loops: 2 of 2", "passages: 1 of 3"):
         tell(text)
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("inner loops", 2, 2), ("passages", 1, 3)]

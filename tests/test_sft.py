@@ -37,7 +37,7 @@ ROWS = [
     {"prompt": "List implications of: the lamp.\n", "completion": "1. There is a lamp."},
     {"prompt": "List implications of: the hill.\n", "completion": "1. There is a hill."},
 ]
-SETTINGS = SftSettings(lora_rank=8, lora_alpha=16, epochs=30, learning_rate=2e-2, gradient_accumulation_steps=1)
+SETTINGS = SftSettings(lora_rank=8, lora_alpha=16, finetune_epochs=30, finetune_lr=2e-2, gradient_accumulation_steps=1)
 
 
 def sft_file(folder: Path, rows: list[dict] = ROWS) -> Path:
@@ -104,7 +104,7 @@ def test_a_row_may_hold_characters_that_look_like_the_end_of_a_line(tmp_path: Pa
     assert read_sft_rows(path) == rows
 
 
-FEW = SftSettings(lora_rank=4, lora_alpha=8, epochs=3, gradient_accumulation_steps=1)
+FEW = SftSettings(lora_rank=4, lora_alpha=8, finetune_epochs=3, gradient_accumulation_steps=1)
 
 
 def trained(base: Path, folder: Path, name: str, rows: list[dict] = ROWS, settings: SftSettings = FEW) -> Path:
@@ -161,7 +161,7 @@ def test_an_interrupted_full_training_resumes_as_well(
 
 
 @pytest.mark.parametrize(
-    "other", [{"rows": ROWS[::-1]}, {"settings": replace(FEW, learning_rate=1e-2)}], ids=["rows", "settings"]
+    "other", [{"rows": ROWS[::-1]}, {"settings": replace(FEW, finetune_lr=1e-2)}], ids=["rows", "settings"]
 )
 def test_a_training_on_something_else_starts_from_the_beginning(
     base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
@@ -188,9 +188,9 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_ignored(
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(SettingsError, match="finetune_lr is 0"):
-        SftSettings(learning_rate=0)
-    with pytest.raises(SettingsError, match="method is 'qlora'; known are lora, full"):
+    with pytest.raises(SettingsError, match="finetune_lr=0: must be above 0"):
+        SftSettings(finetune_lr=0)
+    with pytest.raises(SettingsError, match="method='qlora': known are lora, full"):
         SftSettings(method="qlora")
 
 
@@ -218,7 +218,7 @@ def test_fillers_and_padding_carry_no_loss(base: Path) -> None:
 
 
 MANY = [{"prompt": f"About {n}:\n", "completion": f"It is {'so ' * (n + 1)}number {n}."} for n in range(5)]
-SHARED = SftSettings(lora_rank=4, lora_alpha=8, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=4)
+SHARED = SftSettings(lora_rank=4, lora_alpha=8, finetune_epochs=2, finetune_lr=1e-2, gradient_accumulation_steps=4)
 
 
 def distance(first: Path, second: Path, base: Path) -> float:
@@ -297,7 +297,7 @@ def test_processes_that_cannot_share_a_step_are_refused_before_the_start(tmp_pat
 
 
 def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
-    settings = SftSettings(target_modules=("q_proj", "v_proj"), learning_rate=2e-5, seed=7)
+    settings = SftSettings(target_modules=("q_proj", "v_proj"), finetune_lr=2e-5, seed=7)
     job = SftJob(
         sft_file=tmp_path / "a b.jsonl", model="m", model_dir=tmp_path / "next", settings=settings, n_threads=2
     )
@@ -307,7 +307,7 @@ def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
 
 
 def test_a_killed_notebook_leaves_no_training_behind(base: Path, tmp_path: Path) -> None:
-    endless = replace(SHARED, epochs=100_000)
+    endless = replace(SHARED, finetune_epochs=100_000)
     job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=endless)
     code = (  # it ends with the test in any case
         "import os; from seal_nb.processes import end_with_parent; end_with_parent(os.getppid())\n"

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 # From the bottom up; a module may import its own layer (without a circle) and those below.
 FLOORS = (
     {"errors", "processes"},
+    {"settings"},
     {"prompts", "passages", "protocol", "metrics", "storage", "models"},
     {"ttt"},
     {"engines"},

@@ -16,7 +16,7 @@ from pathlib import Path
 from seal_nb.chain.record import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
 from seal_nb.chain.stages import Chain, Stage, as_options
 from seal_nb.errors import RunMismatch, SealError, SettingsError
-from seal_nb.inner_loop.settings import Settings, setting
+from seal_nb.settings import Settings, setting
 
 SITE_FILE = "slurm/site.sh"  # in the project
 TIMEOUT_S = 60.0  # of one command

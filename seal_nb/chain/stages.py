@@ -13,11 +13,11 @@ from typing import Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import ARMS
-from seal_nb.inner_loop.settings import setting
 from seal_nb.models import DTYPES
 from seal_nb.notebook_runner import Parameter, Value, declared_parameters, find_notebook, format_value
 from seal_nb.prompts import result_key
 from seal_nb.results.single_passage import run_file_name
+from seal_nb.settings import setting
 from seal_nb.storage import content_id, read_json, write_json
 
 RUN = "{run}"  # the run's folder, in a parameter

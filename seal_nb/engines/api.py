@@ -23,6 +23,7 @@ from dotenv import dotenv_values, find_dotenv
 from seal_nb.engines.base import Ask, Completion, Engine, NotAsked, OnText
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.processes import DaemonThreads
+from seal_nb.settings import Settings, setting
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 FINISHED = ("stop", "length")
@@ -52,26 +53,24 @@ class UnusableReply(EngineError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApiSettings:
+class ApiSettings(Settings):
     """The address of a service and how to use it. The key itself is never a setting."""
 
     base_url: str = "https://api.openai.com/v1"
     api_key_env: str = "OPENAI_API_KEY"  # a variable of the environment or of .env; "" if no key is needed
-    max_parallel: int = 16  # requests at a time
+    max_parallel: int = setting(16, least=1)  # requests at a time
     timeout_s: float = 600.0  # of one attempt; 8192 tokens take minutes
-    max_attempts: int = 6  # of one request; rate limits (429) have patience_s instead
+    max_attempts: int = setting(6, least=1)  # of one request; rate limits (429) have patience_s instead
     patience_s: float = 900.0  # a request that is rate-limited for longer is given up
     token_limit: str = "max_tokens"  # the service's name for it; OpenAI's newer models: max_completion_tokens
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         url = urlsplit(self.base_url)
         if url.username or url.password:
             raise SettingsError("base_url holds a user or a password; put the key into the environment instead")
         if url.scheme not in ("http", "https") or not url.hostname:
             raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
-        for name in ("max_parallel", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.timeout_s <= 0:
             raise SettingsError(f"timeout_s={self.timeout_s}: must be above 0")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.errors import EngineError, SettingsError
+from seal_nb.settings import Settings, setting
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 Prompt = str | tuple[Message, ...]  # a text to continue, or a chat to answer
@@ -17,19 +18,16 @@ OnText = Callable[[int, "Completion"], None]  # called with (index of the prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Settings):
     """How to sample. The defaults are the published ones for self-edits (SEAL, arXiv 2506.10943)."""
 
-    max_tokens: int = 8192  # of one completion, at most
-    temperature: float = 1.0  # 0 is greedy
+    max_tokens: int = setting(8192, least=1)  # of one completion, at most
+    temperature: float = setting(1.0, least=0)  # 0 is greedy
     top_p: float = 0.95  # probability mass that nucleus sampling keeps
     stop: tuple[str, ...] = ()  # texts that end a completion
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise SettingsError(f"max_tokens={self.max_tokens}: must be at least 1")
-        if self.temperature < 0:
-            raise SettingsError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise SettingsError(f"top_p={self.top_p}: must be above 0 and at most 1")
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
-from seal_nb.experiments.settings import Arm, Settings, Training, check_limits, names_in, passages_of_arm, texts_of_arm
+from seal_nb.experiments.settings import Arm, Training, check_limits, names_in, passages_of_arm, texts_of_arm
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
@@ -29,9 +29,10 @@ from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.continual import ContinualRun, continual_estimates, strategy_rows
 from seal_nb.self_edits import train_sequences
+from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, content_id, derived_seed, runs_folder, write_record
 from seal_nb.views import plots
-from seal_nb.views.live import Teller
+from seal_nb.views.live import Progress
 
 Strategy = Literal["stacked", "merged", "replay", "retrieval"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -43,21 +44,18 @@ K1, B = 1.5, 0.75  # the customary values of BM25
 class ContinualSettings(Settings):
     """One strategy; defaults as published (one of its eight runs; run r has seed 42 + r)."""
 
-    n_sequences: int = 8
-    n_datapoints: int = 8  # passages of a sequence
+    n_sequences: int = setting(8, least=1)
+    n_datapoints: int = setting(8, least=1)  # passages of a sequence
     strategy: Strategy = "stacked"  # how an edit is kept
-    replay_passages: int = 0  # with "replay": earlier passages trained on again with each edit; 0: all
+    replay_passages: int = setting(0, least=0)  # earlier passages in each edit of "replay"; 0: all
     arm: Arm = "self_edits"  # written by the model with all edits so far; the other arms have given texts
     prompt_key: str = "implications"
     max_tokens: int = 8192  # of one self-edit
     temperature: float = 1.0
     top_p: float = 0.95
     split_newlines: bool = True
-    seed: int = 42
+    seed: int = setting(42, least=0)
     training: Training = field(default_factory=Training)
-
-    positive = ("n_sequences", "n_datapoints")
-    not_negative = ("replay_passages", "seed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -348,7 +346,7 @@ def edit_and_merge(ttt: TTT, edits: Edits, settings: ContinualSettings, journal:
         if Path(now).parent == place:
             shutil.rmtree(now, ignore_errors=True)  # the merged model before this one
         now = str(merged)
-        Teller()(f"merged, sequence {edits.number + 1}: edit {step} of {len(edits.passages)}")
+        Progress()(f"merged, sequence {edits.number + 1}: edit {step} of {len(edits.passages)}")
 
 
 def content_of(number: int, sequence: Sequence[Passage], settings: ContinualSettings, model_id: str) -> str:

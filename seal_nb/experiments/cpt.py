@@ -16,15 +16,16 @@ import pandas as pd
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import TTT, ask_control, ask_named, control_frame, general_questions, loop_request
-from seal_nb.experiments.settings import Arm, Settings, Training, names_in, texts_of_arm
+from seal_nb.experiments.settings import Arm, Training, names_in, texts_of_arm
 from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import CPT
+from seal_nb.settings import Settings, setting
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
-from seal_nb.views.live import Teller
+from seal_nb.views.live import Progress
 
 _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
@@ -42,14 +43,12 @@ def published_cpt_training() -> Training:
 class CPTSettings(Settings):
     """What is run; ``k_completions`` 0 is the published passage-only baseline, empty sequences and all."""
 
-    k_completions: int = 5
+    k_completions: int = setting(5, least=0)
     split_newlines: bool = False
     seed: int = 42
     arm: Arm = "self_edits"
     method: Literal["lora", "full"] = "lora"  # published; "full": all weights, with the schedule of `training` alone
     training: Training = field(default_factory=published_cpt_training)
-
-    not_negative = ("k_completions",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,8 +230,8 @@ def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> S
     training = settings.training
     sft = SftSettings(
         method="full",
-        epochs=training.finetune_epochs,
-        learning_rate=training.finetune_lr,
+        finetune_epochs=training.finetune_epochs,
+        finetune_lr=training.finetune_lr,
         batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         max_seq_length=training.max_seq_length,
@@ -277,7 +276,7 @@ def full_replies(
     replies, control = {}, {"never edited": before["control"]} if check_unrelated else {}
     for arm, request in requests.items():
         trained = run_job(jobs[arm], n_processes=n_processes)
-        Teller()(f"{arm}: {trained.n_steps} steps of all weights")
+        Progress()(f"{arm}: {trained.n_steps} steps of all weights")
         asked, place = asked_of(str(request.request_id), request), trained.model_dir.with_name(f"server_{arm}_full")
         if all(str(one.request_id) in journal for one in asked.values()):
             after = ask_named(ttt, asked, journal)  # sends nothing

@@ -18,7 +18,7 @@ from seal_nb.self_edits import create_self_edits as written_by
 from seal_nb.self_edits import train_sequences
 from seal_nb.storage import Journal, read_journal, runs_folder, write_json, write_record
 from seal_nb.views import plots
-from seal_nb.views.live import Teller
+from seal_nb.views.live import Progress
 
 
 @dataclass(kw_only=True)
@@ -118,7 +118,7 @@ def create_self_edits(
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a bar in a saved notebook is out of date at once
-    tell = Teller()
+    tell = Progress()
     asked = [contents(prompts[0].asked(title=one.title, context=one.context, chat=chat)) for one in passages]
     prices = {"price_in": price_in, "price_out": price_out}
     tell(f"to do: {work_of_texts(asked, k_completions=k_completions, max_tokens=max_tokens, **prices)}")

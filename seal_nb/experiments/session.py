@@ -25,7 +25,7 @@ from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
 from seal_nb.storage import Journal, content_id, read_json, runs_folder
-from seal_nb.views.live import Teller
+from seal_nb.views.live import Progress
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
 SHORT_HOURS = 5 / 60  # a shorter run needs no estimate of its time
@@ -217,10 +217,10 @@ def ask(
     missing = [request for key, request in wanted.items() if key not in journal]
     if trainings := [request for request in missing if work and isinstance(request, TTTRequest)]:
         speed = ttt.client.status().tokens_per_s
-        Teller()(f"{work}: {work_of(trainings, tokens_per_s=speed, price_per_hour=price_per_hour)}")
+        Progress()(f"{work}: {work_of(trainings, tokens_per_s=speed, price_per_hour=price_per_hour)}")
     kinds = {key: TTTReply if isinstance(request, TTTRequest) else GenerateReply for key, request in wanted.items()}
     replies = {key: kind.model_validate(journal.get(key)) for key, kind in kinds.items() if key in journal}
-    failures, tell = dict[str, str](), Teller()
+    failures, tell = dict[str, str](), Progress()
     coming = ttt.client.run_indexed(missing) if missing else ()
     for done, (index, reply) in enumerate(coming, start=len(replies) + 1):
         key = _key(missing[index])

@@ -6,14 +6,14 @@ published run files). They are declared here once: notebooks, requests and run f
 
 import re
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from seal_nb.errors import DataError, ProtocolError, SettingsError
 from seal_nb.passages import Passage, load_passages
 from seal_nb.protocol import GenerateRequest, TTTRequest, validated
+from seal_nb.settings import Settings, setting
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
@@ -27,37 +27,6 @@ LORA_PARAMS = {
     "padding_in_loss": "padding_in_loss",
 }  # fmt: skip
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes part of a file name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings whose types and values are checked when they are made."""
-
-    positive: ClassVar[tuple[str, ...]] = ()  # fields that are at least 1
-    not_negative: ClassVar[tuple[str, ...]] = ()  # at least 0
-
-    def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(type(self))
-        for one in fields(self):
-            _check_kind(one.name, getattr(self, one.name), kinds[one.name])
-        for name in (*self.positive, *self.not_negative):
-            least = 1 if name in self.positive else 0
-            if getattr(self, name) < least:
-                raise SettingsError(f"{name}={getattr(self, name)}: must be at least {least}")
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Any], **settings: Any) -> Self:
-        """The settings that parameters name; the others keep their defaults.
-
-        Args:
-            parameters: a notebook's `globals()`, or the arguments of an experiment.
-            **settings: fields that are no parameters.
-
-        Raises:
-            SettingsError: for a parameter of the wrong type; the message names it.
-        """
-        named = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
-        return cls(**named | settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +55,21 @@ class Training(Settings):
     Source: SEAL, arXiv 2506.10943, `lora_params` of the published run files.
     """
 
-    lora_rank: int = 32
+    lora_rank: int = setting(32, least=1)
     lora_alpha: float = 64
     lora_dropout: float = 0.0
     target_modules: Sequence[str] = ()
-    finetune_epochs: int = 10
+    finetune_epochs: int = setting(10, least=1)
     finetune_lr: float = 1e-3
-    batch_size: int = 1
-    gradient_accumulation_steps: int = 1
+    batch_size: int = setting(1, least=1)
+    gradient_accumulation_steps: int = setting(1, least=1)
     end_mask_substring: str = ""
     max_seq_length: int = 2048
     padding_in_loss: bool = False
     pad_to: int = 2048
-    max_new_tokens: int = 64
+    max_new_tokens: int = setting(64, least=1)
     soft_scores: bool = False
     chat: bool = False
-
-    positive = ("lora_rank", "finetune_epochs", "batch_size", "gradient_accumulation_steps", "max_new_tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,24 +84,6 @@ class Training(Settings):
         """As run files state them: the published keys first, then ours."""
         values = self.request_fields()
         return {name: values[ours] for name, ours in LORA_PARAMS.items()}
-
-
-_KINDS: dict[Any, tuple[Any, str]] = {
-    int: (Integral, "a whole number such as 32"),
-    float: (Real, "a number such as 1e-3"),
-    bool: (bool, "True or False"),
-    str: (str, "a text"),
-    Sequence[str]: ((list, tuple), 'a list of texts such as ["q_proj", "v_proj"]'),
-}
-
-
-def _check_kind(name: str, value: Any, kind: Any) -> None:
-    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-        raise SettingsError(f"{name}={value!r}: known are {', '.join(typing.get_args(kind))}")
-    wanted, example = _KINDS.get(kind, (object, ""))
-    is_right = isinstance(value, wanted) and not (isinstance(value, bool) and kind in (int, float))
-    if not is_right or (kind == Sequence[str] and not all(isinstance(one, str) for one in value)):
-        raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {example}")
 
 
 def check_limits(kind: type[TTTRequest] | type[GenerateRequest], values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import RankingSummary, check_reliability
 from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request
-from seal_nb.experiments.settings import Settings, SingleArm, Training, parse_arms, passages_of_arm, texts_of_arm
+from seal_nb.experiments.settings import SingleArm, Training, parse_arms, passages_of_arm, texts_of_arm
 from seal_nb.grading.base import Answered, Grader
 from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.metrics import mean
@@ -31,9 +31,10 @@ from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import KINDS, verdict_change
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.self_edits import train_sequences as sequences_of_text
+from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record
 from seal_nb.views import plots
-from seal_nb.views.live import Teller
+from seal_nb.views.live import Progress
 
 SomeRun = TypeVar("SomeRun", bound=SinglePassageRun | CptRun)
 
@@ -43,16 +44,14 @@ class SinglePassageSettings(Settings):
     """One arm of an evaluation; defaults as published for evaluation (ranking: `eval_times` 3). `label` names an arm
     whose self-edits come from a file of its own, `texts_from`."""
 
-    k_completions: int = 5
-    eval_times: int = 1
+    k_completions: int = setting(5, least=1)
+    eval_times: int = setting(1, least=1)
     split_newlines: bool = True
     seed: int = 42
     arm: SingleArm = "self_edits"
     label: str = ""
     texts_from: str = ""
     training: Training = field(default_factory=Training)
-
-    positive = ("k_completions", "eval_times")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +88,10 @@ class Arms(dict[str, SomeRun]):
         """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p, and
         `recited` (single passages): share of adapter answers that contain the gold answer of another question."""
         return stacked(self.values()).drop(columns=["prompt", "file"], errors="ignore")
+
+    def best(self) -> "pd.Series[Any]":
+        """The row of `accuracy` with the highest accuracy, the first of equals."""
+        return self.accuracy().sort_values("accuracy", ascending=False, kind="stable").iloc[0]
 
     def plot_accuracy(self) -> Figure:
         """Accuracy of each arm with its interval, the baseline, and published values for the published passages."""
@@ -165,7 +168,7 @@ def evaluate(
 
     Source: SEAL, arXiv 2506.10943, section 3.1, single passage.
     """
-    training, tell = training or Training(), Teller()
+    training, tell = training or Training(), Progress()
     given, folder = locals(), runs_folder(folder)
     if reliability:
         check_reliability(reliability)

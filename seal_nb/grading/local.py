@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class AnalysedAnswer:
     """An answer, analysed once."""
 
     text: str  # folded
@@ -61,10 +61,10 @@ class Said:
     stems: set[str]
 
 
-def read_answer(answer: str) -> Said:
+def read_answer(answer: str) -> AnalysedAnswer:
     text = folded(answer)
     words = words_of(text)
-    return Said(text, words, {word.key for word in words}, {word.stem for word in words})
+    return AnalysedAnswer(text, words, {word.key for word in words}, {word.stem for word in words})
 
 
 @lru_cache(maxsize=2_000)
@@ -101,7 +101,7 @@ def read_question(question: str, gold: str, title: str = "") -> Asked | None:
     )
 
 
-def features(asked: Asked, answer: Said) -> dict[str, float]:
+def features(asked: Asked, answer: AnalysedAnswer) -> dict[str, float]:
     """All features of one answer. ``recall`` is the plain share of novel gold words that it contains."""
     values = asked.constants.copy()
     for part in (_recall, _letters, _sentences, _neighbours, _contradiction):
@@ -109,7 +109,7 @@ def features(asked: Asked, answer: Said) -> dict[str, float]:
     return values
 
 
-def _recall(asked: Asked, answer: Said) -> dict[str, float]:
+def _recall(asked: Asked, answer: AnalysedAnswer) -> dict[str, float]:
     """How many gold words are in the answer; words with the same key are the same word."""
     keys = answer.keys
     return {
@@ -122,7 +122,7 @@ def _recall(asked: Asked, answer: Said) -> dict[str, float]:
     }
 
 
-def _letters(asked: Asked, answer: Said) -> dict[str, float]:
+def _letters(asked: Asked, answer: AnalysedAnswer) -> dict[str, float]:
     """Likeness below the word (compounds, other spellings), and the gold answer as one phrase."""
     words, found = answer.words, trigrams(" ".join(word.text for word in answer.words))
     phrase = _phrase(words)
@@ -140,7 +140,7 @@ def _letters(asked: Asked, answer: Said) -> dict[str, float]:
     }
 
 
-def _sentences(asked: Asked, answer: Said) -> dict[str, float]:
+def _sentences(asked: Asked, answer: AnalysedAnswer) -> dict[str, float]:
     """How much of the question is repeated, and what the first sentence adds to it."""
     words = answer.words
     cut = sentences(words, answer.text) or [()]
@@ -157,7 +157,7 @@ def _sentences(asked: Asked, answer: Said) -> dict[str, float]:
     }
 
 
-def _neighbours(asked: Asked, answer: Said) -> dict[str, float]:
+def _neighbours(asked: Asked, answer: AnalysedAnswer) -> dict[str, float]:
     """The words right before and after the gold words: another name, "or", "and", a negation."""
     words, known = answer.words, asked.known_keys
     novel_keys = {word.key for word in asked.novel}
@@ -182,7 +182,7 @@ def _neighbours(asked: Asked, answer: Said) -> dict[str, float]:
     }
 
 
-def _contradiction(asked: Asked, answer: Said) -> dict[str, float]:
+def _contradiction(asked: Asked, answer: AnalysedAnswer) -> dict[str, float]:
     gold_numbers = {word.stem for word in asked.gold if word.is_number}
     numbers = {word.stem for word in answer.words if word.is_number} - gold_numbers
     others = sum(number[:5] not in asked.question_keys for number in numbers)
@@ -244,7 +244,7 @@ def is_likely_correct(one: Answered) -> bool:
     return probability > model["threshold"] and not _is_denied(asked, said)
 
 
-def _is_denied(asked: Asked, said: Said) -> bool:
+def _is_denied(asked: Asked, said: AnalysedAnswer) -> bool:
     """The answer is only a question, or has a negation right before the gold words ("not Ilse"). This is too rare for a
     weight: of the 23,659 fitted answers it changes the verdicts of 4, all of them wrong answers."""
     words = said.words

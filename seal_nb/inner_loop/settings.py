@@ -3,30 +3,12 @@
 Each setting is declared once, with its help text. `seal_nb.server.settings` adds those of a server and of a worker.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import DTYPES
-
-
-def setting(default: Any, text: str, *, least: float | None = None) -> Any:
-    """A dataclass field with its help text and its lower bound."""
-    return field(default=default, metadata={"text": text, "least": least})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Raises SettingsError if a value is below its bound."""
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value, least = getattr(self, one.name), one.metadata.get("least")
-            if one.type in (Path, Path | None) and value is not None:
-                object.__setattr__(self, one.name, Path(value))
-            elif least is not None and value < least:
-                raise SettingsError(f"{one.name} is {value}; it must be at least {least}")
+from seal_nb.settings import Settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +22,7 @@ class ModelSettings(Settings):
     n_slots: int = setting(0, "adapters trained at the same time in one worker; 0: 8 on a CPU, 88 on a GPU", least=0)
     n_threads: int = setting(1, "CPU threads of one worker", least=1)
     max_seq_length: int = setting(2048, "tokens; longer train sequences are cut", least=1)
-    grader: str = setting("local", "local, exact or a judge such as judge:gpt-4.1 (docs/graders.md)")
+    grader: str = setting("local", "local, exact, f1, recall, or a judge such as judge:gpt-4.1 (docs/graders.md)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

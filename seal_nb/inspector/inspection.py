@@ -42,9 +42,9 @@ def open_run(source: str | Path) -> SinglePassageRun:
     return SinglePassageRun(value=read_json(path), path=path)
 
 
-def flip_of(one: AnsweredQuestion) -> str:
-    """What the adapter changed about the verdict: one of FLIPS."""
-    return _FLIPS.get((one.baseline_correct, one.adapter_correct), UNGRADED)  # type: ignore[arg-type]
+def flip_of(before: float | None, after: float | None) -> str:
+    """How a verdict changed, as one of FLIPS. A verdict is True or False, 1.0 or 0.0; None and nan are ungraded."""
+    return _FLIPS.get((before, after), UNGRADED)  # type: ignore[arg-type]
 
 
 def contains(text: str, gold: str) -> bool:
@@ -172,7 +172,8 @@ class Inspection:
         rows = []
         for passage in self.run.passages:
             for edit in passage.self_edits:
-                stats, flips = edit.stats(), Counter(map(flip_of, edit.questions))
+                stats = edit.stats()
+                flips = Counter(flip_of(one.baseline_correct, one.adapter_correct) for one in edit.questions)
                 row = [passage.index, edit.index, str(edit.made.get("origin") or "the run").replace("_", " ")]
                 row += [stats[name] for name in ("baseline_mean", "adapter_mean", "gain_mean")]
                 rows.append([*row, edit.soft_gain(), *(flips[one] for one in FLIPS[:3]), edit.text or ""])
@@ -224,11 +225,14 @@ class Inspection:
         return table.sort_values(DIFFERENCE, key=lambda values: -values.abs(), kind="stable")
 
     def compare_edit(self, passage: int, old: int, new: int) -> pd.DataFrame:
-        """The answers of an edit next to those of the self-edit that it was made from."""
-        before, after = self.answers(passage, old), self.answers(passage, new)
-        answers = before.drop_duplicates("question").set_index("question")["answer"]
-        table = after.assign(**{"before the edit": after["question"].map(answers), "after the edit": after["answer"]})
-        return table[["flip", "question", "gold", "without adapter", "before the edit", "after the edit", "soft_gain"]]
+        """The answers of an edit next to those of the self-edit that it was made from (its first repeat). ``flip`` is
+        what the edit changed."""
+        after, before = self.answers(passage, new), self.answers(passage, old).drop_duplicates("question")
+        before = before.set_index("question").reindex(after["question"]).reset_index()
+        flips = [flip_of(*verdicts) for verdicts in zip(before["right"], after["right"], strict=True)]
+        table = after.assign(**{"flip": flips, "before the edit": before["answer"], "after the edit": after["answer"]})
+        columns = ["flip", "question", "gold", "without adapter", "before the edit", "after the edit", "soft_gain"]
+        return _flips_first(table)[columns]
 
     def with_self_edit(self, passage: int, edit: EvaluatedSelfEdit) -> "Inspection":
         """The same run with one more self-edit of a passage. No file is written."""
@@ -246,7 +250,7 @@ class Inspection:
         by_grader |= {name: verdict_pairs(grader, passage, asked) for name, grader in self.graders.items()}
         pairs = [dict(zip(by_grader, of_one, strict=True)) for of_one in zip(*by_grader.values(), strict=True)]
         columns = {
-            "flip": [flip_of(one) for one in asked],
+            "flip": [flip_of(one.baseline_correct, one.adapter_correct) for one in asked],
             "rep": [one.repeat for one in asked],
             "question": [one.question for one in asked],
             "gold": [one.gold for one in asked],
@@ -260,7 +264,7 @@ class Inspection:
             "right": [one.adapter_correct for one in asked],
         }
         table = pd.DataFrame(columns).astype({"soft_gain": float, "disagree": bool, "right": float})
-        return table.sort_values("flip", key=lambda flips: flips.map(FLIPS.index), kind="stable", ignore_index=True)
+        return _flips_first(table)
 
     def _sequences(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> list[str]:
         splits = edit.made.get("split_newlines", self.run.settings.get("split_newlines"))
@@ -270,6 +274,10 @@ class Inspection:
         one = self.run.passages[passage]
         questions = (asked.question for edit in one.self_edits[:1] for asked in edit.questions)
         return "\n".join([one.title, one.context, *questions]).casefold()
+
+
+def _flips_first(answers: pd.DataFrame) -> pd.DataFrame:
+    return answers.sort_values("flip", key=lambda flips: flips.map(FLIPS.index), kind="stable", ignore_index=True)
 
 
 def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[AnsweredQuestion]) -> list[Pair]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
 MOST_BYTES = 200_000_000  # no result file is larger
-AT_A_GLANCE = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
+SUMMARY_LINES = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
                "after the last continual edit")  # fmt: skip
 
 
@@ -37,8 +37,8 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
     """Read one run file of this package or of the release, plain or gzip-compressed.
 
     Args:
-        path: ``run_*.json``, ``cpt_run_*.json`` or ``summary_*.json``. "shipped:ranking" is a run of three repeats that
-            comes with the project.
+        path: ``run_*.json``, ``cpt_run_*.json`` or ``summary_*.json``. "shipped:ranking" is a run that comes with
+            the project: three passages, two self-edits each, two repeats.
         passages: the passages that a CPT run was asked about, in order. Without them it has no questions to grade, and
             a published file no intervals.
 
@@ -194,6 +194,12 @@ class Collection:
         arms = {run.arm: run for run in sorted(measured, key=lambda run: run.has_verdicts)}  # the last one stays
         return dict(sorted(arms.items(), key=lambda item: _order(item[1])))
 
+    def best_answered(self) -> SinglePassageRun | None:
+        """Of the arms with answers, those on the most passages; of these, the most accurate one."""
+        measured = [(run, run.estimate()) for run in self.arms().values() if run.stored_verdicts()]
+        found = [(estimate.n, estimate.mean, run) for run, estimate in measured if estimate]
+        return max(found, key=lambda one: one[:2])[2] if found else None
+
     def accuracy(self, prompt_key: str = "", *, form: str = "single_passage") -> "pd.DataFrame":
         """The ``accuracy()`` of every arm as one DataFrame, or of all runs of the form "cpt" or "continual"."""
         if form == "single_passage":
@@ -257,7 +263,7 @@ class Collection:
 
     def summary(self, prompt_key: str = "") -> dict[str, str | None]:
         """The few numbers to look at first; None where there are no runs for one."""
-        said: dict[str, str | None] = dict.fromkeys(AT_A_GLANCE)
+        said: dict[str, str | None] = dict.fromkeys(SUMMARY_LINES)
         arms = [(estimate, run) for run in self.arms(prompt_key).values() if (estimate := run.estimate())]
         most = max((estimate.n for estimate, _ in arms), default=0)  # one passage tried by hand is no evaluation
         if whole := [(estimate, run) for estimate, run in arms if estimate.n == most]:

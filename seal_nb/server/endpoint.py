@@ -172,7 +172,7 @@ def allowed_keys(folder: Path) -> set[bytes]:
     return found
 
 
-class KeyGate(ThreadAuthenticator):
+class KeyCheck(ThreadAuthenticator):
     """Lets peers with an allowed key connect, and logs who is denied. Make it before any socket binds."""
 
     def __init__(self, context: "zmq.Context[Socket]", folder: Path) -> None:

@@ -17,7 +17,7 @@ import zmq
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
 from seal_nb.protocol import PROTOCOL_VERSION, Command, ServerStatus, WorkerStatus, parse_request, read_json
-from seal_nb.server.endpoint import LOUD, KeyGate, Socket
+from seal_nb.server.endpoint import LOUD, KeyCheck, Socket
 from seal_nb.server.queue import Envelope, Worker
 from seal_nb.server.requests import Cancelled, RequestTable, ServerStopping, WorkerLost
 from seal_nb.server.worker import pack, rss_bytes, unpack
@@ -158,8 +158,8 @@ class Workers:
 class FrontEnd:
     """Clients, and the one loop in which everything happens."""
 
-    def __init__(self, table: RequestTable, clients: Socket, workers: Socket, gate: KeyGate | None) -> None:
-        self.table, self.clients, self.gate = table, clients, gate
+    def __init__(self, table: RequestTable, clients: Socket, workers: Socket, keys: KeyCheck | None) -> None:
+        self.table, self.clients, self.keys = table, clients, keys
         self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
         table.send = self._send
         self.workers = Workers(workers, table, self.ask_to_stop)
@@ -209,7 +209,7 @@ class FrontEnd:
             n_unsaved=len(table.results.unsaved),
             queued_bytes=queue.waiting_bytes,
             rss_bytes=rss_bytes(),
-            counts=dict(self.meter.counts) | ({"denied": self.gate.n_denied} if self.gate else {}),
+            counts=dict(self.meter.counts) | ({"denied": self.keys.n_denied} if self.keys else {}),
             workers=self.workers.status(now),
             trouble="; ".join(filter(None, troubles)),
             **self.meter.rates(now),
@@ -281,8 +281,8 @@ class FrontEnd:
     def _tick(self, now: float) -> None:
         self.workers.check_leases(now)
         self.table.save()
-        if self.gate:
-            self.gate.look()
+        if self.keys:
+            self.keys.look()
         if self.queue.requests or (self.settings.n_workers > 0 and not self.table.model_id):
             self._client_seen_at = now  # clients wait for work in progress, and for the model to load
         idle_s = now - self._client_seen_at

@@ -22,7 +22,7 @@ import zmq
 
 from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
-from seal_nb.server.endpoint import Endpoint, KeyGate, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
+from seal_nb.server.endpoint import Endpoint, KeyCheck, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
 from seal_nb.server.frontend import FrontEnd
 from seal_nb.server.launch import look
 from seal_nb.server.requests import RequestTable
@@ -101,9 +101,9 @@ class Server:
         stack.callback(self.context.destroy, linger=2000)  # so that the last replies are sent
         worker_address = settings.worker_endpoint or f"tcp://{split_tcp(settings.endpoint)[0]}:0"
         local = all(is_loopback(split_tcp(address)[0]) for address in (settings.endpoint, worker_address))
-        self.gate = None if local else KeyGate(self.context, settings.run_dir / "keys")
-        if self.gate:
-            stack.callback(self.gate.stop)
+        self.keys = None if local else KeyCheck(self.context, settings.run_dir / "keys")
+        if self.keys:
+            stack.callback(self.keys.stop)
         clients, address = self._bound(settings.endpoint, "client")
         workers, worker_address = self._bound(worker_address, "worker")
         self.endpoint = self._endpoint(address, worker_address)
@@ -113,7 +113,7 @@ class Server:
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
         table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
         stack.callback(table.close)
-        self.front = FrontEnd(table, clients, workers, self.gate)
+        self.front = FrontEnd(table, clients, workers, self.keys)
         self.local_workers = [LocalWorker(settings, index, self._exited) for index in range(settings.n_workers)]
         stack.callback(self._end_workers)
 
@@ -150,8 +150,8 @@ class Server:
         else:
             socket.sndhwm = socket.rcvhwm = 0
         socket.ipv6 = "[" in address
-        if self.gate:
-            self.gate.guard(socket, role)
+        if self.keys:
+            self.keys.guard(socket, role)
         try:
             socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
         except zmq.ZMQError as error:
@@ -171,7 +171,7 @@ class Server:
             job_id=os.environ.get("SLURM_JOB_ID", ""),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             server_id=self.server_id,
-            public_key=self.gate.pair[0].decode() if self.gate else "",
+            public_key=self.keys.pair[0].decode() if self.keys else "",
             run_dir=str(self.settings.run_dir.resolve()),
             node=this_node(),
         )

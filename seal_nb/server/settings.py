@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from seal_nb.inner_loop.settings import InnerLoopSettings, ModelSettings, Settings, setting
+from seal_nb.inner_loop.settings import InnerLoopSettings, ModelSettings
+from seal_nb.settings import Settings, setting
 from seal_nb.storage import runs_folder
 
 

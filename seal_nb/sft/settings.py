@@ -3,47 +3,49 @@
 The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours, for CPT.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import TypeAdapter
 
 from seal_nb.errors import SettingsError
+from seal_nb.settings import Settings, setting
 
-METHODS = ("lora", "full")
 SHARDINGS = ("fsdp", "deepspeed")  # how several GPUs share a model
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings:
+class SftSettings(Settings):
     """How to train. A step is the same on any number of processes."""
 
-    method: str = "lora"  # published; "full": all weights, without lora_rank, lora_alpha and target_modules
-    lora_rank: int = 64
-    lora_alpha: int = 128
-    target_modules: tuple[str, ...] = ("all-linear",)
-    epochs: int = 2
-    learning_rate: float = 3e-4
-    batch_size: int = 1  # examples of a micro-batch
-    gradient_accumulation_steps: int = 10  # micro-batches of a step, all processes; published: 5 on each of 2
-    max_seq_length: int = 2048  # tokens
+    method: Literal["lora", "full"] = "lora"  # published; "full": all weights, without an adapter's settings
+    lora_rank: int = setting(64, least=1)
+    lora_alpha: int = setting(128, least=1)
+    target_modules: Sequence[str] = ("all-linear",)
+    finetune_epochs: int = setting(2, least=1)
+    finetune_lr: float = 3e-4
+    batch_size: int = setting(1, least=1)  # examples of a micro-batch
+    gradient_accumulation_steps: int = setting(10, least=1)  # micro-batches of a step, all processes
+    max_seq_length: int = setting(2048, least=1)  # tokens
     seed: int = 42
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if self.method not in METHODS:
-            raise SettingsError(f"method is {self.method!r}; known are {', '.join(METHODS)}")
-        for name in ("lora_rank", "lora_alpha", "epochs", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.learning_rate > 0:
-            raise SettingsError(f"finetune_lr is {self.learning_rate}; it must be above 0")
+        if not self.finetune_lr > 0:
+            raise SettingsError(f"finetune_lr={self.finetune_lr}: must be above 0")
 
     @property
     def examples_a_step(self) -> int:
         """The global batch size."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    def n_steps(self, n_examples: int) -> int:
+        """Optimiser steps of a training on so many examples."""
+        return self.finetune_epochs * math.ceil(n_examples / self.examples_a_step)
 
     def accumulation_of(self, n_processes: int) -> int:
         """Micro-batches of a step in one of ``n_processes``. Raises: SettingsError if they cannot share it equally."""

@@ -210,7 +210,7 @@ def _trainer(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     examples = [example(tokenizer, row, settings.max_seq_length) for row in rows]
     ordered = in_training_order(
-        examples, epochs=settings.epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
+        examples, epochs=settings.finetune_epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
     )
     torch.manual_seed(settings.seed)
     has_gpu, is_lora = torch.cuda.is_available(), settings.method == "lora"
@@ -231,7 +231,7 @@ def _trainer(
         output_dir=str(checkpoints),
         num_train_epochs=1,  # the examples are those of all epochs, in their order
         train_sampling_strategy="sequential",
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.finetune_lr,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation_of(n_processes),
         lr_scheduler_type="linear",
@@ -240,7 +240,7 @@ def _trainer(
         gradient_checkpointing=not is_lora,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=not has_gpu,
-        save_steps=len(ordered) // settings.epochs // settings.examples_a_step,  # once an epoch
+        save_steps=len(ordered) // settings.finetune_epochs // settings.examples_a_step,  # once an epoch
         save_total_limit=1,
         logging_steps=1,
         disable_tqdm=True,

@@ -43,7 +43,7 @@ LABELS = {
 }
 
 
-class Teller:
+class Progress:
     """Progress from sentences: "inner loops: 3 of 10" moves a bar in JupyterLab, every other text is a line."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class ServerView:
                 self._image = f'<img alt="the server over time" src="data:image/png;base64,{image}">'
             self._display({"text/html": as_html(server_frame(samples)) + self._image})
         elif is_due:
-            Teller()(status_line(samples[-1]))
+            Progress()(status_line(samples[-1]))
             self._pause_s = min(2 * self._pause_s, LONGEST_LINE_S)
 
     def close(self, samples: Sequence["Sample"]) -> None:

@@ -96,7 +96,7 @@ def test_training_that_nodes_or_processes_cannot_share_is_refused_before_the_que
         training(3, sft_nodes=2)
     with pytest.raises(SettingsError, match="sft_processes is 6, for 2 nodes with 2 GPUs each"):
         training(6, sft_nodes=2)
-    with pytest.raises(SettingsError, match="sft_nodes is 0; it must be at least 1"):
+    with pytest.raises(SettingsError, match="sft_nodes=0: must be at least 1"):
         cluster(sft_nodes=0)
 
 

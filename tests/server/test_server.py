@@ -370,8 +370,8 @@ def test_the_help_of_serve_has_a_text_for_each_setting_and_the_defaults_that_it_
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"n_workers": -1}, "n_workers is -1; it must be at least 0"),
-        ({"max_tries": 0}, "max_tries is 0; it must be at least 1"),
+        ({"n_workers": -1}, "n_workers=-1: must be at least 0"),
+        ({"max_tries": 0}, "max_tries=0: must be at least 1"),
         ({"workers": 2}, r"TTTServer does not know \['workers'\]"),
     ],
 )
