@@ -25,7 +25,7 @@ from seal_nb.engines.vllm import VllmEngine, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 from seal_nb.passages import load_passages
 from seal_nb.prompts import find_prompts
-from seal_nb.self_edits import create_self_edits
+from seal_nb.self_edits import write_self_edits
 from seal_nb.storage import Journal, write_json
 
 OUT = Path(__file__).with_name("engines.json")
@@ -43,7 +43,7 @@ def stage_1(engine: Engine, *, n_texts: int, max_tokens: int) -> dict[str, float
     passages = load_passages("shipped:train")[:8]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl") as journal:
         started_s = time.perf_counter()
-        create_self_edits(
+        write_self_edits(
             engine,
             passages,
             prompts=find_prompts("implications"),

@@ -19,7 +19,7 @@ import torch
 
 from seal_nb.models import resolve_model
 from seal_nb.passages import load_passages
-from seal_nb.self_edits import train_sequences
+from seal_nb.self_edits import sequences_of_text
 from seal_nb.storage import write_json
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.jobs import TrainJob, TrainSettings, make_row
@@ -59,7 +59,7 @@ def measure(model: str, pad_to: int, n_epochs: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     base = FrozenBase.load(resolve_model(model), device="cpu", dtype="float32")
     passage = load_passages("shipped:train")[0]
-    texts = train_sequences(passage.hand_written, title=passage.title, context=passage.context, split_newlines=True)[
+    texts = sequences_of_text(passage.hand_written, title=passage.title, context=passage.context, split_newlines=True)[
         -4:
     ]
     jobs = {name: a_job(tuple(texts), pad_to, n_epochs, s) for name, s in SETTINGS.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from seal_nb.passages import Passage, load_passages
 from seal_nb.protocol import EvalQuestion, TTTRequest
-from seal_nb.self_edits import train_sequences
+from seal_nb.self_edits import sequences_of_text
 from seal_nb.storage import content_id
 
 PUBLISHED_ITEMS = Path(__file__).resolve().parents[2] / "shared/golden/eval/iter2_val.json.gz"
@@ -54,7 +54,7 @@ def _self_edits(passage: Passage) -> Sequence[str]:
 
 
 def _sequences(passage: Passage, self_edit: str) -> list[str]:
-    return train_sequences(self_edit, title=passage.title, context=passage.context, split_newlines=True)
+    return sequences_of_text(self_edit, title=passage.title, context=passage.context, split_newlines=True)
 
 
 def _round_requests(passage: Passage) -> Iterator[TTTRequest]:

@@ -214,9 +214,9 @@ def _rerun(arguments: argparse.Namespace) -> int:
 
     item = Item.parse(arguments.item)
     own = {"model": arguments.model, "deterministic": arguments.deterministic}
-    said = rerun_in(arguments.run, item, endpoint=arguments.endpoint, **own)
-    print("\n".join(said))
-    return 0 if len(said) == 1 else 1  # one line: every answer is the same
+    is_same, lines = rerun_in(arguments.run, item, endpoint=arguments.endpoint, **own)
+    print("\n".join(lines))
+    return 0 if is_same else 1
 
 
 def _runs_list(arguments: argparse.Namespace) -> None:

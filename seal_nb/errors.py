@@ -58,7 +58,7 @@ def checked(validate: Callable[[Any], T], value: object, *, path: str | Path, it
         return validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-    place = [at for at in first["loc"] if at != "bool"]  # which is the first kind that a verdict may have
+    place = [at for at in first["loc"] if at != "bool"]  # pydantic names a type of a verdict here, which is no field
     if item is None and place[:1] == ["articles"] and len(place) > 1:
         item, place = place[1], place[2:]
     problem = f"is {repr(first['input'])[:40]}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"

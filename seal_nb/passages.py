@@ -132,6 +132,9 @@ class Passage:
     """A text to train on, and closed-book questions about it.
 
     Args:
+        title: not empty.
+        context: the text.
+        questions: with a gold answer each.
         completions: self-edits of the passage.
         prompt: the prompt that they complete, as in the published item files.
         prompts: the prompt of each self-edit, if they differ (a prompt family); ``prompt_keys`` names each.

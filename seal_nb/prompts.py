@@ -82,6 +82,9 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
         title: of the passage.
         context: the passage.
 
+    Returns:
+        The prompt.
+
     Raises:
         SettingsError: for an unknown key, a family of prompts, and a prompt that is a chat.
     """

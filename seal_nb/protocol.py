@@ -62,7 +62,14 @@ class _Received(BaseModel):
 
 
 class EvalQuestion(_Received):
-    """One closed-book question. The model never sees `context`."""
+    """One closed-book question.
+
+    Args:
+        title: of the passage, for the grader.
+        context: the passage; the model never sees it.
+        question: as the model is asked, with its topic line.
+        answer: the gold answer.
+    """
 
     title: str = ""
     context: str = ""
@@ -270,7 +277,14 @@ class Answers:
 
 
 def accuracy(correct: Sequence[float | None]) -> float | None:
-    """Share of graded answers that are correct: 0.0 without questions, None where none was graded."""
+    """The share of graded answers that are correct.
+
+    Args:
+        correct: a verdict of each answer: True or False, 1.0 or 0.0; None for an ungraded one.
+
+    Returns:
+        A fraction; 0.0 without answers, None where none was graded.
+    """
     graded = [verdict for verdict in correct if verdict is not None]
     if not correct:
         return 0.0

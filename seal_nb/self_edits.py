@@ -15,12 +15,11 @@ from seal_nb.passages import Passage
 from seal_nb.prompts import SELF_EDIT_PROMPTS, SelfEditPrompt
 from seal_nb.storage import Journal, content_id, derived_seed
 
-PROGRESS_LINES = 10  # at most, to keep an executed notebook short
 _NEXT_PAIR = re.compile(r"\n(?=Question \d+:)")
 _NUMBERED_QUESTION = re.compile(r"^Question \d+:", re.MULTILINE)
 
 
-def train_sequences(completion: str, *, title: str, context: str, split_newlines: bool) -> list[str]:
+def sequences_of_text(completion: str, *, title: str, context: str, split_newlines: bool) -> list[str]:
     """The training sequences of one self-edit. Each is title, newline, text; the last one is the passage.
 
     Args:
@@ -44,7 +43,7 @@ def train_sequences(completion: str, *, title: str, context: str, split_newlines
     return [f"{title}\n{text}" for text in [*texts, context.strip()]]
 
 
-def create_self_edits(
+def write_self_edits(
     engine: Engine,
     passages: Sequence[Passage],
     *,
@@ -54,13 +53,15 @@ def create_self_edits(
     seed: int,
     chat: bool = False,
     journal: Journal | None = None,
-    tell: Callable[[str], None] | None = None,
-) -> list[Passage]:
-    """The passages with `k_completions` new self-edits each, for which `prompts` take turns.
+    on_start: Callable[[Sequence[Prompt]], None] = lambda _: None,
+    on_text: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[list[Passage], list[Completion]]:
+    """The passages with `k_completions` new self-edits each, for which `prompts` take turns, and the texts of the call.
 
     Each text has a seed of its own, from `seed`, its prompt and its number, so that a resumed run, a run with one
     passage, and a run with more self-edits write the same texts. `journal` keeps each text as it comes; a text that it
-    has is not requested again. Raises: EngineError where texts are missing in the end.
+    has is not requested again. `on_start` gets the prompts of the other texts, `on_text` how many of how many texts
+    there are. Raises: EngineError where texts are missing in the end.
     """
     if k_completions < 1 or not prompts:
         raise SettingsError(f"{k_completions=}, {len(prompts)} prompts: both must be at least 1")
@@ -77,16 +78,15 @@ def create_self_edits(
     for passage, asked_K, keys_K in zip(passages, asked_P_K, keys_P_K, strict=True):
         for nth, (key, asked) in enumerate(zip(keys_K, asked_K, strict=True)):
             titles[key], prompts_of[key], seeds[key] = passage.title, asked, derived_seed(seed, asked, nth)
-    texts = {key: journal.get(key)["text"] for key in titles if key in journal} if journal is not None else {}
+    texts = {key: Completion(**journal.get(key)) for key in titles if key in journal} if journal is not None else {}
     missing = [key for key in titles if key not in texts]
+    on_start([prompts_of[key] for key in missing])
 
     def keep(index: int, completion: Completion) -> None:
-        texts[missing[index]] = completion.text
+        texts[missing[index]] = completion
         if journal is not None:
             journal.append(missing[index], asdict(completion))
-        done, total = len(texts), len(titles)
-        if tell is not None and done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
-            tell(f"self-edits: {done} of {total}")
+        on_text(len(texts), len(titles))
 
     try:
         if missing:
@@ -107,10 +107,10 @@ def create_self_edits(
         shown = tuple(map(engine.text_of, asked_K))
         one = replace(
             passage,
-            completions=tuple(texts[key].strip() for key in keys_K),
+            completions=tuple(texts[key].text.strip() for key in keys_K),
             prompt=shown[0],
             prompts=shown if is_family else (),
             prompt_keys=() if has_known_text else names,
         )
         written.append(one)
-    return written
+    return written, list(texts.values())

@@ -63,7 +63,7 @@ def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:
     assert recorded_key("", title="T", context="C") == ""
 
 
-def test_the_ceiling_puts_the_passage_before_the_very_prompt_that_adapters_answer() -> None:
+def test_in_context_puts_the_passage_before_the_very_prompt_that_adapters_answer() -> None:
     (loop,) = requests_for_run([ORLE], IN_CONTEXT, model_id="m")  # greedy: repeats would be copies
     assert not loop.request.training_wanted
     request = in_context_request(ORLE, loop, model_id="m")
@@ -82,14 +82,15 @@ def test_answers_with_the_passage_are_graded_by_the_bare_question_kept_and_missi
     with TTT(TTTClient(server.endpoint)) as ttt, Journal(tmp_path / "j.jsonl") as journal:
         collected = ask(ttt, [loop.request for loop in loops], journal)
         assert len(collected.replies) == 2
-        replies = with_in_context(ttt, passages, loops, collected.replies, journal, make_grader("exact"))
+        replies, errors = with_in_context(ttt, passages, loops, collected.replies, journal, make_grader("exact"))
         answered = ttt.client.status().counts["answered"]
         assert with_in_context(ttt, passages, loops[:1], collected.replies, journal, make_grader("exact"))
         assert ttt.client.status().counts["answered"] == answered, "what the journal holds is not asked again"
-    run = build_run(passages, loops, replies, IN_CONTEXT, model="stub", dataset="d", timestamp="t")
+    run = build_run(passages, loops, replies, IN_CONTEXT, failures=errors, model="stub", dataset="d", timestamp="t")
     (row,) = run["articles"][0]["completions"][0]["questions"]
     assert (row["baseline_correct"], row["adapter_answer"], row["adapter_correct"]) == (False, "text", True)
-    assert [entry["article"] for entry in run["missing"]] == [1]
+    (missing,) = run["missing"]
+    assert missing["article"] == 1 and missing["error"].startswith("EngineError")
 
 
 def test_in_context_answers_are_not_graded_by_another_grader_than_the_server_s(tmp_path: Path) -> None:

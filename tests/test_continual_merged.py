@@ -45,7 +45,9 @@ def logits(folder: Path) -> torch.Tensor:
         return model(input_ids=torch.arange(40)[None]).logits
 
 
-def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -> None:
+def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merges: list[Path] = []
+    monkeypatch.setattr("seal_nb.ttt.lora.merge_stack", lambda *how: merges.append(merge_stack(*how)))
     base = save_tiny_model(tmp_path / "base")
     merged, stacked = (ContinualSettings(strategy=name, **SETTINGS) for name in ("merged", "stacked"))  # type: ignore[arg-type]
     (sequence,) = draw_sequences(PASSAGES, stacked)
@@ -68,6 +70,7 @@ def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path) -
             losses, their_losses = torch.tensor(reply.epoch_losses), torch.tensor(theirs.epoch_losses)
             assert torch.allclose(losses, their_losses, rtol=1e-4)
     assert again.stack == done.stack and again.replies == done.replies
+    assert [path.name for path in merges] == ["model_1", "model_2", "model_3"], "a finished run merges nothing again"
     adapters = [tmp_path / "server" / "adapters" / name for name in ours.stack]
     at_once = merge_stack(str(base), adapters, tmp_path / "at_once")
     (step_by_step,) = (tmp_path / "merged").glob("sequence_1_*/model_3")

@@ -22,7 +22,7 @@ from seal_nb.engines.choose import chosen_engine
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.passages import Passage, load_passages
 from seal_nb.prompts import find_prompts
-from seal_nb.self_edits import create_self_edits
+from seal_nb.self_edits import write_self_edits
 from seal_nb.storage import Journal
 
 SAMPLING = Sampling(max_tokens=5, temperature=0.5, top_p=0.9)
@@ -484,7 +484,7 @@ def test_an_adapter_cannot_be_asked_for(tmp_path: Path) -> None:
 
 
 def self_edits(service: StandIn, journal: Journal) -> list[Passage]:
-    return create_self_edits(
+    return write_self_edits(
         engine_of(service),
         load_passages("shipped:val")[:3],
         prompts=find_prompts("rewrite"),
@@ -492,7 +492,7 @@ def self_edits(service: StandIn, journal: Journal) -> list[Passage]:
         sampling=SAMPLING,
         seed=1,
         journal=journal,
-    )
+    )[0]
 
 
 def test_stage_1_pays_for_each_text_once_however_often_it_breaks(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def test_time_and_cost_are_named_only_where_the_server_has_a_measured_speed() ->
 
 
 def test_texts_are_counted_at_most_and_cost_nothing_without_prices() -> None:
-    said = work_of_texts([TEXT, TEXT], k_completions=5, max_tokens=64)
+    said = work_of_texts([TEXT] * 10, max_tokens=64)
     assert said == "10 texts, about 1,000 prompt tokens, at most 640 new tokens"
-    assert work_of_texts([TEXT], k_completions=1, max_tokens=1000, price_in=1e4, price_out=1e3).endswith("most 2.00")
+    assert work_of_texts([TEXT], max_tokens=1000, price_in=1e4, price_out=1e3).endswith("most 2.00")
 
 
 def test_tokens_of_english_are_about_a_quarter_of_the_characters() -> None:

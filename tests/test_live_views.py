@@ -46,10 +46,11 @@ def test_a_frame_is_shown_as_html_and_text(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_progress_of_a_headless_run_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    tell = Progress()
-    tell("passages: 1 of 2")
+    progress = Progress("passages")
+    for done in range(1, 31):
+        progress.at(done, 30)
     said = capsys.readouterr()
-    assert said.out == "passages: 1 of 2\n" and said.err == ""
+    assert said.out.splitlines() == [f"passages: {done} of 30" for done in range(3, 31, 3)] and said.err == ""
 
 
 def test_progress_in_jupyterlab_is_one_bar_per_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,9 +62,10 @@ def test_progress_in_jupyterlab_is_one_bar_per_count(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(live, "has_live_frontend", lambda: True)
     monkeypatch.setattr(live, "tqdm", bar)
-    tell = Progress()
-    for text in ("inner loops: 1 of 2", "inner loops: 2 of 2", "passages: 1 of 3"):
-        tell(text)
+    progress = Progress("inner loops")
+    for done in (1, 2):
+        progress.at(done, 2)
+    Progress("passages").at(1, 3)
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("inner loops", 2, 2), ("passages", 1, 3)]
 
 

@@ -53,17 +53,17 @@ def test_the_request_of_an_item_is_rebuilt_from_the_file_alone(run_file: Path) -
 
 def test_a_number_made_again_trains_again_and_is_the_same(ttt: TTT, run_file: Path) -> None:
     trained = ttt.client.status().counts["answered"]
-    said = rerun(ttt, stored_loop(run_file, Item.parse("1.0.1")))
+    is_same, said = rerun(ttt, stored_loop(run_file, Item.parse("1.0.1")))
     assert ttt.client.status().counts["answered"] == trained + 1
-    assert said == ["item 1.0.1: 2 of 2 right with the adapter then, 2 now; every answer is the same"]
+    assert is_same and said == ["item 1.0.1: 2 of 2 right with the adapter then, 2 now; every answer is the same"]
 
 
 def test_an_answer_that_differs_is_shown_then_and_now(ttt: TTT, run_file: Path) -> None:
     stored = stored_loop(run_file, Item.parse("0.1.0"))
     reply = ttt.client.evaluate(stored.request)
     other = reply.model_copy(update={"adapter_texts": ["a", "else"], "adapter_correct": [True, False]})
-    said = compared(stored, other)
-    assert "2 of 2 right with the adapter then, 1 now; 1 of 4 answers differ" in said[0]
+    is_same, said = compared(stored, other)
+    assert not is_same and "2 of 2 right with the adapter then, 1 now; 1 of 4 answers differ" in said[0]
     assert said[1:4] == ["  adapter: r?", "    then: 'b'", "    now:  'else'"]
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from seal_nb.experiments.rest_em import select_best, sft_rows
 from seal_nb.passages import Passage, Question, load_passages, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.self_edits import create_self_edits, train_sequences
+from seal_nb.self_edits import sequences_of_text, write_self_edits
 from seal_nb.storage import Journal, write_json
 
 IMPLICATIONS = find_prompts("implications")
@@ -27,7 +28,7 @@ PASSAGES = [
 
 def assert_published(case: dict) -> None:
     for split, field in ((True, "expected_split"), (False, "expected_nosplit")):
-        made = train_sequences(case["completion"], title=case["title"], context=case["context"], split_newlines=split)
+        made = sequences_of_text(case["completion"], title=case["title"], context=case["context"], split_newlines=split)
         assert made == case[field], (case.get("origin", case["completion"]), split)
 
 
@@ -57,7 +58,7 @@ def test_3000_digests_of_published_self_edits_agree(golden: Path) -> None:
             items[name] = load_passages(golden / f"{name}.gz")
         passage = items[name][row["item"]]
         for split, suffix in ((True, "split"), (False, "nosplit")):
-            made = train_sequences(
+            made = sequences_of_text(
                 passage.completions[row["completion"]],
                 title=passage.title,
                 context=passage.context,
@@ -71,19 +72,19 @@ def test_3000_digests_of_published_self_edits_agree(golden: Path) -> None:
 def test_the_passage_is_always_the_last_sequence_and_every_one_opens_with_the_title(
     completion: str, title: str, context: str, split: bool
 ) -> None:
-    made = train_sequences(completion, title=title, context=context, split_newlines=split)
+    made = sequences_of_text(completion, title=title, context=context, split_newlines=split)
     assert made[-1] == f"{title}\n{context.strip()}"
     assert all(sequence.startswith(f"{title}\n") for sequence in made)
 
 
 @given(st.lists(st.text(alphabet="abc .,", min_size=1).filter(str.strip), min_size=1, max_size=8))
 def test_without_pairs_and_dashes_every_line_is_one_sequence(lines: list[str]) -> None:
-    made = train_sequences("\n".join(lines), title="T", context="C", split_newlines=True)
+    made = sequences_of_text("\n".join(lines), title="T", context="C", split_newlines=True)
     assert made == [f"T\n{line.strip()}" for line in lines] + ["T\nC"]
 
 
 def test_the_passage_only_arm_is_the_passage_once() -> None:
-    assert train_sequences("", title="T", context=" C ", split_newlines=True) == ["T\nC"]
+    assert sequences_of_text("", title="T", context=" C ", split_newlines=True) == ["T\nC"]
 
 
 class RecordingEngine(Engine):
@@ -115,7 +116,7 @@ class RecordingEngine(Engine):
 
 def written(engine: RecordingEngine, passages: Sequence[Passage] = PASSAGES, **changed: object) -> list[Passage]:
     settings = {"prompts": IMPLICATIONS, "k_completions": 3, "sampling": Sampling(), "seed": 7}
-    return create_self_edits(engine, passages, **(settings | changed))  # type: ignore[arg-type]
+    return write_self_edits(engine, passages, **(settings | changed))[0]  # type: ignore[arg-type]
 
 
 def test_every_passage_gets_k_stripped_self_edits_and_its_prompt() -> None:
@@ -179,10 +180,14 @@ def test_the_prompt_of_a_chat_is_what_the_model_sees() -> None:
     assert made.prompt.startswith("<chat>Let's read the following passage")
 
 
-def test_progress_is_told_in_few_lines() -> None:
-    said: list[str] = []
-    written(RecordingEngine(), tell=said.append, k_completions=20)
-    assert len(said) == 10 and said[-1] == "self-edits: 100 of 100"
+def test_work_is_said_for_the_missing_texts_only_and_progress_counts_all(tmp_path: Path) -> None:
+    said: list[Any] = []
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        for k_completions in (2, 3, 3):
+            told = {"on_start": lambda prompts: said.append(len(prompts)), "on_text": lambda *at: said.append(at)}
+            written(RecordingEngine(), journal=journal, k_completions=k_completions, **told)
+    first, second = [(at, 10) for at in range(1, 11)], [(at, 15) for at in range(11, 16)]
+    assert said == [10, *first, 5, *second, 0]
 
 
 def test_an_engine_that_loses_a_text_is_an_error_and_not_a_short_list() -> None:

@@ -104,7 +104,7 @@ def test_a_point_without_any_reply_is_blank_and_not_zero() -> None:
     loops = planned(points)
     rows = rows_of(points, loops, {})
     assert [row["accuracy"] for row in rows] == [None, None]
-    assert [(row["passages"], row["missing"]) for row in rows] == [(0, 16), (0, 16)]
+    assert [(row["passages"], row["missing"], row["first error"]) for row in rows] == [(0, 16, "no reply")] * 2
     assert plot_sweep(rows, ["finetune_epochs"]).alt == "QA accuracy by setting: "
 
 

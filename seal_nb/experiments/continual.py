@@ -23,16 +23,15 @@ from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
 from seal_nb.experiments.settings import Arm, Training, check_limits, names_in, passages_of_arm, texts_of_arm
 from seal_nb.experiments.single_passage import eval_questions
-from seal_nb.grading.base import Answered, asked_about
 from seal_nb.passages import Passage
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.continual import ContinualRun, continual_estimates, strategy_rows
-from seal_nb.self_edits import train_sequences
+from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, content_id, derived_seed, runs_folder, write_record
 from seal_nb.views import plots
-from seal_nb.views.live import Progress
+from seal_nb.views.live import say
 
 Strategy = Literal["stacked", "merged", "replay", "retrieval"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -173,6 +172,7 @@ def continual(
     Raises:
         SettingsError: for settings that do not fit, such as fewer passages than a sequence needs.
         RemoteError: when a request failed on the server.
+        RoundTimeout: when the server went away and did not come back.
 
     Source: SEAL, arXiv 2506.10943, "catastrophic forgetting".
     """
@@ -181,7 +181,7 @@ def continual(
     settings = {name: ContinualSettings.from_parameters(given, strategy=name) for name in names}
     first = next(iter(settings.values()))
     if "merged" in settings:
-        ttt.another("", folder=folder)  # refuses a server whose settings are not known
+        ttt.known_settings()  # edits of "merged" are trained by servers like this one
     sequences = draw_sequences(passages, first)
     for sequence in sequences if arm != "self_edits" else []:
         passages_of_arm(arm, sequence)  # refuses what the arm lacks, before a server starts
@@ -276,7 +276,7 @@ def edit_request(edits: Edits, text: str, settings: ContinualSettings, *, model_
     lines = []
     for at in (*replayed, last):
         about = {"title": edits.passages[at].title, "context": edits.passages[at].context}
-        lines += train_sequences(texts[at], **about, split_newlines=settings.split_newlines)
+        lines += sequences_of_text(texts[at], **about, split_newlines=settings.split_newlines)
     seen = [] if settings.strategy == "retrieval" else edits.passages[: last + 1]
     return loop_request(
         model_id,
@@ -299,7 +299,6 @@ def self_edit_request(edits: Edits, settings: ContinualSettings, *, model_id: st
         temperature=settings.temperature,
         top_p=settings.top_p,
         adapter_stack=edits.stack if settings.strategy in STACKED else [],
-        priority=0,
         seed=derived_seed(settings.seed, "write", edits.number, passage.title, len(edits.stack)),
     )
     return identified(request, model_id)
@@ -319,15 +318,13 @@ def edit_and_merge(ttt: TTT, edits: Edits, settings: ContinualSettings, journal:
     """All edits of a sequence, each on the model that the edit before it was merged into, by servers like `ttt`. The
     subfolder is named after the content, so that a merged model is never used for other passages or settings. The last
     model stays. Raises: RunMismatch where the first of these servers holds another model than `ttt`, RemoteError."""
-    from seal_nb.ttt.lora import merge_stack
-
     content = content_of(edits.number, edits.passages, settings, ttt.model_id)
     place = folder / f"sequence_{edits.number + 1}_{content}"
-    now = ttt.settings.model if ttt.settings else ""  # without settings, `another` raises
+    base = ttt.known_settings().model
     for step in range(1, len(edits.passages) + 1):
         key, run_dir = content_id(["merged", content, step]), place / f"server_{step}"
         if key not in journal:
-            with ttt.another(now, folder=run_dir) as served:
+            with ttt.another(merged_model(base, edits.stack, place), folder=run_dir) as served:
                 if step == 1 and served.model_id != ttt.model_id:
                     raise RunMismatch(
                         f"row 0 was asked of model {ttt.model_id}, the server for the merged edits has "
@@ -341,12 +338,23 @@ def edit_and_merge(ttt: TTT, edits: Edits, settings: ContinualSettings, journal:
             journal.append(key, {"text": text, **done})
         done = journal.get(key)
         edits.add(done["text"], TTTRequest.model_validate(done["request"]), TTTReply.model_validate(done["reply"]))
-        if not (merged := place / f"model_{step}").is_dir():
-            merge_stack(now, [run_dir / "adapters" / edits.stack[-1]], merged)
-        if Path(now).parent == place:
-            shutil.rmtree(now, ignore_errors=True)  # the merged model before this one
-        now = str(merged)
-        Progress()(f"merged, sequence {edits.number + 1}: edit {step} of {len(edits.passages)}")
+        say(f"merged, sequence {edits.number + 1}: edit {step} of {len(edits.passages)}")
+
+    merged_model(base, edits.stack, place)
+
+
+def merged_model(base: str, stack: Sequence[str], place: Path) -> str:
+    """The model with the adapters of `stack` merged into it one after the other, as published. It goes on from the last
+    such model in `place` and removes it: a run that is started again merges only what is missing."""
+    from seal_nb.ttt.lora import merge_stack
+
+    models = [base, *(str(place / f"model_{step}") for step in range(1, len(stack) + 1))]
+    newest = max((step for step, model in enumerate(models) if step and Path(model).is_dir()), default=0)
+    for step in range(newest + 1, len(models)):
+        merge_stack(models[step - 1], [place / f"server_{step}" / "adapters" / stack[step - 1]], Path(models[step]))
+        if step > 1:
+            shutil.rmtree(models[step - 1], ignore_errors=True)
+    return models[-1]
 
 
 def content_of(number: int, sequence: Sequence[Passage], settings: ContinualSettings, model_id: str) -> str:
@@ -408,10 +416,9 @@ def route(
     seen = sequence[: len(adapters)]
     index, questions = Bm25(seen), eval_questions(*seen)
     places_of: dict[int | None, list[int]] = {}
-    for place, question in enumerate(questions):
-        # Without the topic line: with the title in the question, choosing would be no task.
-        _, bare = asked_about(Answered(question=question.question, gold=question.answer, answer=""))
-        places_of.setdefault(index.best(bare), []).append(place)
+    # Without the topic line: with the title in the question, choosing would be no task.
+    for place, question in enumerate(question for passage in seen for question in passage.questions):
+        places_of.setdefault(index.best(question.question), []).append(place)
     how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
     routed = []
     for which, places in places_of.items():

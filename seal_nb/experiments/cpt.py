@@ -25,7 +25,7 @@ from seal_nb.results.published import CPT
 from seal_nb.settings import Settings, setting
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
-from seal_nb.views.live import Progress
+from seal_nb.views.live import say
 
 _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
@@ -70,7 +70,12 @@ class Cpt(Arms[CptRun]):
     """What `cpt` returns: the runs by arm, with tables and figures. Every question counts once."""
 
     published = CPT
-    control: Mapping[str, TTTReply]  # the replies to general questions
+
+    def __init__(
+        self, runs: Mapping[str, CptRun], losses: Mapping[str, Sequence[float | None]], control: Mapping[str, TTTReply]
+    ) -> None:
+        super().__init__(runs, losses)
+        self.control = control  # the replies to general questions
 
     def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions of the base and of each arm; empty unless they were asked."""
@@ -120,6 +125,7 @@ def cpt(
         DataError: for a passage without what an arm needs.
         SettingsError: for settings that do not fit.
         RemoteError: when a training failed on the server.
+        RoundTimeout: when the server went away and did not come back.
 
     Source: SEAL, arXiv 2506.10943, continued pretraining.
     """
@@ -155,9 +161,7 @@ def cpt(
         path = write_json(folder / cpt_file_name(one), value)
         write_record(path, stage="04_cpt", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = CptRun(value=value, path=path, passages=passages)
-    done = Cpt(runs, {arm: reply.epoch_losses for arm, reply in replies.items()})
-    done.control = control
-    return done
+    return Cpt(runs, {arm: reply.epoch_losses for arm, reply in replies.items()}, control)
 
 
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:
@@ -276,7 +280,7 @@ def full_replies(
     replies, control = {}, {"never edited": before["control"]} if check_unrelated else {}
     for arm, request in requests.items():
         trained = run_job(jobs[arm], n_processes=n_processes)
-        Progress()(f"{arm}: {trained.n_steps} steps of all weights")
+        say(f"{arm}: {trained.n_steps} steps of all weights")
         asked, place = asked_of(str(request.request_id), request), trained.model_dir.with_name(f"server_{arm}_full")
         if all(str(one.request_id) in journal for one in asked.values()):
             after = ask_named(ttt, asked, journal)  # sends nothing

@@ -9,16 +9,15 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seal_nb.engines.base import Sampling, contents
+from seal_nb.engines.base import Prompt, Sampling, contents
 from seal_nb.engines.choose import chosen_engine
 from seal_nb.experiments.session import work_of_texts
 from seal_nb.passages import Passage, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
-from seal_nb.self_edits import create_self_edits as written_by
-from seal_nb.self_edits import train_sequences
-from seal_nb.storage import Journal, read_journal, runs_folder, write_json, write_record
+from seal_nb.self_edits import sequences_of_text, write_self_edits
+from seal_nb.storage import Journal, runs_folder, write_json, write_record
 from seal_nb.views import plots
-from seal_nb.views.live import Progress
+from seal_nb.views.live import Progress, say
 
 
 @dataclass(kw_only=True)
@@ -38,7 +37,7 @@ class SelfEdits:
                 "passage": passage.title,
                 "self_edit": number,
                 "words": len(text.split()),
-                "train_sequences": len(train_sequences(text, title=passage.title, context="", split_newlines=True)),
+                "train_sequences": len(sequences_of_text(text, title=passage.title, context="", split_newlines=True)),
                 "new_words": _share_of_new_words(text, passage.context),
             }
             for passage in self.passages
@@ -86,7 +85,7 @@ def create_self_edits(
         passages: to write about.
         model: folder or hub name, or the model's name at a service.
         engine: "local" (transformers, in this process), "vllm" (a server), "openai" (any compatible service).
-        prompt_key: key of a published prompt, path of a text file, or prompts; a family takes turns.
+        prompt_key: key of a published prompt, path of a text file, or prompts; those of a family are used in turn.
         k_completions: self-edits of each passage.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
@@ -118,10 +117,12 @@ def create_self_edits(
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a bar in a saved notebook is out of date at once
-    tell = Progress()
-    asked = [contents(prompts[0].asked(title=one.title, context=one.context, chat=chat)) for one in passages]
-    prices = {"price_in": price_in, "price_out": price_out}
-    tell(f"to do: {work_of_texts(asked, k_completions=k_completions, max_tokens=max_tokens, **prices)}")
+
+    def say_work(asked: Sequence[Prompt]) -> None:
+        if prompts := [contents(one) for one in asked]:
+            work = work_of_texts(prompts, max_tokens=max_tokens, price_in=price_in, price_out=price_out)
+            say(f"to do: {work}")
+
     with (
         Journal(folder / "journal.jsonl") as journal,
         chosen_engine(
@@ -135,7 +136,16 @@ def create_self_edits(
         ) as writer,
     ):
         how: dict[str, Any] = {"k_completions": k_completions, "sampling": sampling, "chat": chat}
-        written = written_by(writer, passages, prompts=prompts, seed=seed, journal=journal, tell=tell, **how)
+        written, texts = write_self_edits(
+            writer,
+            passages,
+            prompts=prompts,
+            seed=seed,
+            journal=journal,
+            on_start=say_work,
+            on_text=Progress("self-edits").at,
+            **how,
+        )
         model_id = writer.model_id
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
     made = {
@@ -148,7 +158,6 @@ def create_self_edits(
         "sampling": asdict(sampling),
     }
     write_record(path, stage="01_create_self_edits", settings=made, seeds={"seed": seed})
-    texts = list(read_journal(folder / "journal.jsonl").values())
-    cut = sum(text["finish_reason"] == "length" for text in texts)
-    n_tokens = sum(text["n_tokens"] for text in texts)
-    return SelfEdits(passages=written, path=path, n_texts=len(texts), n_tokens=n_tokens, n_cut=cut)
+    n_cut = sum(text.finish_reason == "length" for text in texts)
+    n_tokens = sum(text.n_tokens for text in texts)
+    return SelfEdits(passages=written, path=path, n_texts=len(texts), n_tokens=n_tokens, n_cut=n_cut)

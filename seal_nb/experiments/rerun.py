@@ -77,8 +77,8 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
     return StoredLoop(item=item, model_id=run["model"], request=unnamed, questions=rows)
 
 
-def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
-    """Train and ask again; what came out, in words. Raises: RunMismatch for a server of another model, RemoteError."""
+def rerun(ttt: TTT, stored: StoredLoop) -> tuple[bool, list[str]]:
+    """Train and ask again. Returns: see `compared`. Raises: RunMismatch for a server of another model, RemoteError."""
     if ttt.model_id != stored.model_id:
         raise RunMismatch(
             f"the run was made by model {stored.model_id}, the server has {ttt.model_id}; start it with that "
@@ -87,7 +87,7 @@ def rerun(ttt: TTT, stored: StoredLoop) -> list[str]:
     return compared(stored, ttt.client.evaluate(stored.request))
 
 
-def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> list[str]:
+def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> tuple[bool, list[str]]:
     """``rerun`` on the server at ``endpoint``, or on one started with these settings, and the run's grader."""
     stored = stored_loop(path, item)
     server = {"grader": grader_of({"model": stored.model_id}), **server}
@@ -98,8 +98,8 @@ def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> l
         return rerun(ttt, stored)
 
 
-def compared(stored: StoredLoop, reply: TTTReply) -> list[str]:
-    """The accuracy then and now, and each answer that differs, without and with the adapter."""
+def compared(stored: StoredLoop, reply: TTTReply) -> tuple[bool, list[str]]:
+    """Whether every answer is the same, and lines with the accuracy then and now and each answer that differs."""
     differing = []
     for at, row in enumerate(stored.questions):
         for which in ("baseline", "adapter"):
@@ -109,10 +109,10 @@ def compared(stored: StoredLoop, reply: TTTReply) -> list[str]:
     n, n_then = len(stored.questions), sum(row["adapter_correct"] is True for row in stored.questions)
     head = f"item {stored.item}: {n_then} of {n} right with the adapter then, {reply.adapter_correct.count(True)} now; "
     if not differing:
-        return [f"{head}every answer is the same"]
-    return [
+        return True, [f"{head}every answer is the same"]
+    return False, [
         f"{head}{len(differing) // 3} of {2 * n} answers differ:",
         *differing,
-        "(without deterministic=True, an answer whose best two tokens are all but equal may differ; how near "
-        "they were is not measured: with it the same bits come back)",
+        "(without deterministic=True an answer may differ if its two best tokens have almost the same probability; "
+        "with it the same bits come back)",
     ]

@@ -25,7 +25,7 @@ from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
 from seal_nb.storage import Journal, content_id, read_json, runs_folder
-from seal_nb.views.live import Progress
+from seal_nb.views.live import Progress, say
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
 SHORT_HOURS = 5 / 60  # a shorter run needs no estimate of its time
@@ -83,15 +83,20 @@ class TTT(AbstractContextManager["TTT"]):
         return self.client
 
     def another(self, model: str, *, folder: str | Path, n_workers: int = 1) -> "TTT":
-        """A server of another model with the settings of this one (dtype, threads, grader, …).
-        Raises: SettingsError where they are not known, which is so after `connect`."""
+        """A server of another model with the settings of this one (dtype, threads, grader, …). Raises: SettingsError,
+        see `known_settings`."""
+        known = self.known_settings()
+        shared = {one.name: getattr(known, one.name) for one in fields(SharedSettings) if one.name != "model"}
+        return ttt_server(model, folder=folder, n_workers=n_workers, **shared)
+
+    def known_settings(self) -> ServeSettings:
+        """How the server was started. Raises: SettingsError where that is not known, which is so after `connect`."""
         if self.settings is None:
             raise SettingsError(
                 f"the settings of the server at {self.where} are not known; open it with "
                 "ttt_server(model, endpoint=…, …) and the settings that it was started with"
             )
-        shared = {one.name: getattr(self.settings, one.name) for one in fields(SharedSettings) if one.name != "model"}
-        return ttt_server(model, folder=folder, n_workers=n_workers, **shared)
+        return self.settings
 
     def generate(
         self, prompt: str, *, max_tokens: int = 64, temperature: float = 1.0, top_p: float = 0.95, seed: int = 0
@@ -127,7 +132,8 @@ def ttt_server(
 
     Args:
         model: model folder, hub name, or "embedded" (SmolLM2-135M-Instruct).
-        endpoint: address ("tcp://gpu07:5555") or endpoint file of a running server; empty: start one.
+        endpoint: endpoint file or address of a running server; empty: start one. A server of this package on another
+            machine needs its keys, which are found through its endpoint file only.
         listen: address of a server started here; port 0: a free one; other hosts need keys.
         folder: run folder of a server started here (log, kept adapters, results).
         grader: "local", "exact", "f1", "recall" or a judge (docs/graders.md); empty: the server's.
@@ -154,9 +160,13 @@ def connect(endpoint: str, *, grader: str = "", wait_s: float = DEFAULT_WAIT_S) 
     """Connect to a running TTT server.
 
     Args:
-        endpoint: address ("tcp://gpu07:5555") or endpoint file.
+        endpoint: endpoint file (`endpoint.json` in the run folder of the server), or address. A server of this package
+            on another machine needs its keys, which are found through the file only.
         grader: the grader that the run states; empty: any.
         wait_s: seconds that requests wait for the server before they raise RoundTimeout.
+
+    Returns:
+        The server. It goes on when this `TTT` is closed.
     """
     return TTT(TTTClient(endpoint, wait_s=wait_s), grader=grader)
 
@@ -217,10 +227,10 @@ def ask(
     missing = [request for key, request in wanted.items() if key not in journal]
     if trainings := [request for request in missing if work and isinstance(request, TTTRequest)]:
         speed = ttt.client.status().tokens_per_s
-        Progress()(f"{work}: {work_of(trainings, tokens_per_s=speed, price_per_hour=price_per_hour)}")
+        say(f"{work}: {work_of(trainings, tokens_per_s=speed, price_per_hour=price_per_hour)}")
     kinds = {key: TTTReply if isinstance(request, TTTRequest) else GenerateReply for key, request in wanted.items()}
     replies = {key: kind.model_validate(journal.get(key)) for key, kind in kinds.items() if key in journal}
-    failures, tell = dict[str, str](), Progress()
+    failures, progress = dict[str, str](), Progress(what)
     coming = ttt.client.run_indexed(missing) if missing else ()
     for done, (index, reply) in enumerate(coming, start=len(replies) + 1):
         key = _key(missing[index])
@@ -229,8 +239,7 @@ def ask(
         else:
             journal.append(key, reply.model_dump(mode="json"))
             replies[key] = reply
-        if done * 10 // len(wanted) > (done - 1) * 10 // len(wanted):
-            tell(f"{what}: {done} of {len(wanted)}")
+        progress.at(done, len(wanted))
     return Collected(replies={key: replies[key] for key in wanted if key in replies}, failures=failures)
 
 
@@ -310,12 +319,9 @@ def work_of(requests: Iterable[TTTRequest], *, tokens_per_s: float = 0.0, price_
     return f"{text}, {price_per_hour * hours:.2f} at {price_per_hour:g} an hour" if price_per_hour else text
 
 
-def work_of_texts(
-    prompts: Sequence[str], *, k_completions: int, max_tokens: int, price_in: float = 0.0, price_out: float = 0.0
-) -> str:
-    """What writing `k_completions` texts for each prompt takes at most; prices are of a million tokens."""
-    n_texts = k_completions * len(prompts)
-    n_in, n_out = k_completions * sum(map(n_tokens, prompts)), n_texts * max_tokens
-    text = f"{n_texts:,} texts, about {n_in:,} prompt tokens, at most {n_out:,} new tokens"
+def work_of_texts(prompts: Sequence[str], *, max_tokens: int, price_in: float = 0.0, price_out: float = 0.0) -> str:
+    """What writing a text for each prompt takes at most; prices are of a million tokens."""
+    n_in, n_out = sum(map(n_tokens, prompts)), len(prompts) * max_tokens
+    text = f"{len(prompts):,} texts, about {n_in:,} prompt tokens, at most {n_out:,} new tokens"
     cost = (price_in * n_in + price_out * n_out) / 1e6
     return f"{text}, cost at most {cost:.2f}" if cost else text

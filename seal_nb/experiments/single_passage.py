@@ -30,11 +30,11 @@ from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import KINDS, verdict_change
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
-from seal_nb.self_edits import train_sequences as sequences_of_text
+from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record
 from seal_nb.views import plots
-from seal_nb.views.live import Progress
+from seal_nb.views.live import say
 
 SomeRun = TypeVar("SomeRun", bound=SinglePassageRun | CptRun)
 
@@ -165,10 +165,11 @@ def evaluate(
     Raises:
         DataError: for a passage without what an arm needs.
         SettingsError: for settings that do not fit, and for a server with another grader.
+        RoundTimeout: when the server went away and did not come back.
 
     Source: SEAL, arXiv 2506.10943, section 3.1, single passage.
     """
-    training, tell = training or Training(), Progress()
+    training = training or Training()
     given, folder = locals(), runs_folder(folder)
     if reliability:
         check_reliability(reliability)
@@ -179,7 +180,7 @@ def evaluate(
         texts[arm] = passages_of_arm(arm, passages, file)
         most = max((len(one.completions) for one in texts[arm]), default=0)
         if settings[arm].arm == "self_edits" and most > k_completions:
-            tell(f"{arm}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
+            say(f"{arm}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
     grader = make_grader(ttt.grader or "local") if "in_context" in settings else None
     with Journal(folder / "journal.jsonl") as journal:
         if grader is not None:  # verdicts of two graders cannot be compared
@@ -198,7 +199,8 @@ def evaluate(
             settings["self_edits"] = replace(one, eval_times=wanted)
         replies = collected.replies
         if grader is not None:
-            replies = with_in_context(ttt, passages, loops["in_context"], replies, journal, grader)
+            replies, failed = with_in_context(ttt, passages, loops["in_context"], replies, journal, grader)
+            collected.failures.update(failed)
     about = {"model": ttt.model_id, "dataset": Path(dataset).name, "timestamp": f"{datetime.now(UTC):%m%d_%H%M%S}"}
     runs, losses = {}, {}
     for arm, one in settings.items():
@@ -241,6 +243,7 @@ def train_and_ask(
 
     Raises:
         RemoteError: when a request failed on the server.
+        RoundTimeout: when the server went away and did not come back.
     """
     requests = {
         name: loop_request(
@@ -317,6 +320,9 @@ def train_sequences(
         self_edit: index of the self-edit, for arms that have several.
         split_newlines: one sequence for each line of the self-edit (published: yes).
 
+    Returns:
+        The texts in the order of the self-edit.
+
     Raises:
         DataError: for a passage without such a text.
 
@@ -334,6 +340,9 @@ def eval_questions(*passages: Passage) -> list[EvalQuestion]:
 
     Args:
         *passages: in order.
+
+    Returns:
+        All questions in one list.
     """
     return [
         EvalQuestion(
@@ -457,7 +466,6 @@ def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) ->
         max_tokens=loop.request.max_new_tokens,
         temperature=0.0,
         top_p=1.0,
-        priority=0,
         seed=loop.request.seed,
     )
     return identified(request, model_id)
@@ -470,16 +478,18 @@ def with_in_context(
     replies: Mapping[str, TTTReply],
     journal: Journal,
     grader: Grader,
-) -> dict[str, TTTReply]:
-    """`replies` with the in-context answers as the adapter's answers of `loops`, without those that failed. The server
-    grades only what it asks without the passage, so these are graded here, by the server's grader."""
+) -> tuple[dict[str, TTTReply], dict[str, str]]:
+    """`replies` with the in-context answers as the adapter's answers of `loops`, without those that failed, and the
+    errors of these. The server grades only what it asks without the passage, so its grader grades these here."""
     answered = [loop for loop in loops if loop.request_id in replies]
     requests = [in_context_request(passages[loop.passage], loop, model_id=ttt.model_id) for loop in answered]
-    generated = ask(ttt, requests, journal, what="passages in the prompt").replies
+    generated, failures = ask(ttt, requests, journal, what="passages in the prompt"), dict[str, str]()
     completed = {key: reply for key, reply in replies.items() if key not in {loop.request_id for loop in loops}}
     for loop, request in zip(answered, requests, strict=True):
-        if (reply := generated.get(str(request.request_id))) is None:
+        if (error := generated.failures.get(str(request.request_id))) is not None:
+            failures[loop.request_id] = error
             continue
+        reply = generated.of(request)
         passage, baseline, texts = passages[loop.passage], replies[loop.request_id], [t.strip() for t in reply.texts]
         answers = [
             Answered(question=question.question, gold=question.answer, answer=text, title=passage.title)
@@ -490,4 +500,4 @@ def with_in_context(
             adapter=Answers(texts=texts, verdicts=grader.grade(answers)),
             **baseline.model_dump(include={"request_id", "seed", "model_id", "server_id"}),
         )
-    return completed
+    return completed, failures

@@ -39,6 +39,7 @@ class Sweep:
             estimate, scores = run.estimate("adapter"), run.scores("adapter")
             are_graded = self.rows and estimate and self.rows[0]["estimate"]
             against = paired_difference(scores, runs[0].scores("adapter")).sentence() if are_graded else None
+            errors = [one["error"] for one in run.value["missing"]]
             row = {
                 **values,
                 "label": ", ".join(f"{name} {written_value(value)}" for name, value in values.items()),
@@ -49,15 +50,18 @@ class Sweep:
                 "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
                 "passages": estimate.n if estimate else 0,
                 "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
-                "missing": len(run.value["missing"]),
+                "missing": len(errors),
+                "first error": errors[0] if errors else None,
                 "against the first": against,
             }
             self.rows.append(row)
 
     def frame(self) -> pd.DataFrame:
         """One row for each point: its values, accuracy with 95 % interval, soft gain (nats), difference from the first.
-        `passages` have a graded answer; `ungraded` counts answers; `missing` counts inner loops without a reply."""
-        return pd.DataFrame(self.rows).drop(columns=["label", "estimate"])
+        `passages` have a graded answer; `ungraded` counts answers; `missing` counts inner loops without a reply, and
+        `first error` says why one failed, if any did."""
+        unused = [] if any(row["missing"] for row in self.rows) else ["first error"]
+        return pd.DataFrame(self.rows).drop(columns=["label", "estimate", *unused])
 
     def best(self) -> dict[str, Any]:
         """The row of the point with the highest accuracy, the first of equals."""
@@ -94,8 +98,12 @@ def sweep(
         folder: for `sweep.csv`, `sweep.png`, their record and the journal.
         dataset: name of the data, for the record.
 
+    Returns:
+        The points with their accuracies.
+
     Raises:
         SettingsError: for a name that is no setting, and for more than 200 points.
+        RoundTimeout: when the server went away and did not come back.
     """
     training = training or Training()
     fixed = SinglePassageSettings.from_parameters(locals(), k_completions=1)
@@ -103,9 +111,9 @@ def sweep(
     points, passages = sweep_points(fixed, values), passages_of_arm(arm, passages)
     with Journal(folder / "journal.jsonl") as journal:
         loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
-        replies = ask(ttt, [loop.request for of_point in loops for loop in of_point], journal, work="to do").replies
+        collected = ask(ttt, [loop.request for of_point in loops for loop in of_point], journal, work="to do")
     runs = [
-        SinglePassageRun(value=build_run(passages, of_point, replies, settings))
+        SinglePassageRun(value=build_run(passages, of_point, collected.replies, settings, failures=collected.failures))
         for (_, settings), of_point in zip(points, loops, strict=True)
     ]
     result = Sweep([values for values, _ in points], runs)

@@ -20,7 +20,7 @@ from seal_nb.grading.rules import normalised
 from seal_nb.passages import Passage, Question
 from seal_nb.results.run import VERDICT_WORDS, verdict_change
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
-from seal_nb.self_edits import train_sequences
+from seal_nb.self_edits import sequences_of_text
 from seal_nb.storage import read_json, runs_folder
 
 EXAMPLE = "shipped:example"  # the run that comes with the project
@@ -88,7 +88,7 @@ def as_passage(evaluated: EvaluatedPassage) -> Passage:
 def sequences_of(evaluated: EvaluatedPassage, text: str, *, split_newlines: bool) -> list[str]:
     """The train sequences of a text about a passage. An empty text gives those of the passage-only arm."""
     split = split_newlines or not text.strip()
-    return train_sequences(text, title=evaluated.title, context=evaluated.context, split_newlines=split)
+    return sequences_of_text(text, title=evaluated.title, context=evaluated.context, split_newlines=split)
 
 
 def graders_disagree(verdicts: Iterable[Pair]) -> bool:

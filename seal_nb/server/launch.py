@@ -184,14 +184,14 @@ class Watch:
         return list(self._kept)  # the thread may add
 
     def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
-        """The newest sample, then each new one, until the server ends or `for_s` seconds are over. The first sample is
-        waited for in any case. Raises what ended the watch, if that was not the server's end."""
-        deadline, seen = time.monotonic() + for_s, None
+        """Each new sample, until the server ends or `for_s` seconds are over. The first one is waited for in any case,
+        so what was answered before the call is in it. Raises what ended the watch, if that was not the server's end."""
+        deadline, seen, n_seen = time.monotonic() + for_s, self.last, 0
         while not self._end.done() or self.last is not seen:
             if self.last is not None and self.last is not seen:
-                seen = self.last
+                seen, n_seen = self.last, n_seen + 1
                 yield seen
-            elif seen is not None and time.monotonic() >= deadline:
+            elif n_seen and time.monotonic() >= deadline:
                 return
             else:
                 wait([self._end], min(0.1, self.every_s))

@@ -19,17 +19,33 @@ SHARDINGS = ("fsdp", "deepspeed")  # how several GPUs share a model
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(Settings):
-    """How to train. A step is the same on any number of processes."""
+    """How a model is fine-tuned on its best self-edits. A step is the same on any number of processes.
 
-    method: Literal["lora", "full"] = "lora"  # published; "full": all weights, without an adapter's settings
+    Args:
+        method: "lora" (published), or "full": all weights, without the settings of an adapter.
+        lora_rank: rank of the adapter.
+        lora_alpha: LoRA scale is `lora_alpha / lora_rank`.
+        target_modules: names of layers; `["all-linear"]`: all.
+        finetune_epochs: passes over the examples.
+        finetune_lr: peak learning rate of AdamW, which falls linearly to zero.
+        batch_size: examples of a micro-batch.
+        gradient_accumulation_steps: micro-batches of a step, of all processes together (published: 5 on each of 2).
+        max_seq_length: tokens; longer examples are cut.
+        seed: of the adapter's initial weights and the order of examples.
+
+    Raises:
+        SettingsError: for a value that cannot be trained with.
+    """
+
+    method: Literal["lora", "full"] = "lora"
     lora_rank: int = setting(64, least=1)
     lora_alpha: int = setting(128, least=1)
     target_modules: Sequence[str] = ("all-linear",)
     finetune_epochs: int = setting(2, least=1)
     finetune_lr: float = 3e-4
-    batch_size: int = setting(1, least=1)  # examples of a micro-batch
-    gradient_accumulation_steps: int = setting(10, least=1)  # micro-batches of a step, all processes
-    max_seq_length: int = setting(2048, least=1)  # tokens
+    batch_size: int = setting(1, least=1)
+    gradient_accumulation_steps: int = setting(10, least=1)
+    max_seq_length: int = setting(2048, least=1)
     seed: int = 42
 
     def __post_init__(self) -> None:

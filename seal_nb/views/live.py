@@ -4,7 +4,6 @@ JupyterLab gets bars and updated displays. Under papermill, nbval or nbconvert t
 what is committed is small and the same every time. A server may run for days: its lines come less and less often.
 """
 
-import re
 import sys
 import time
 from base64 import b64encode
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from seal_nb.server.launch import Sample
 
-COUNTED = re.compile(r"^(.*?):? *(\d+) of (\d+)$")
+PROGRESS_LINES = 10  # at most, to keep an executed notebook short
 NOT_YET = "not run yet"
 LONGEST_SENTENCE = 200  # characters of a summary's line
 REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
@@ -43,26 +42,29 @@ LABELS = {
 }
 
 
-class Progress:
-    """Progress from sentences: "inner loops: 3 of 10" moves a bar in JupyterLab, every other text is a line."""
+def say(text: str) -> None:
+    """A line of a notebook's output, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
-    def __init__(self) -> None:
-        self.live = has_live_frontend()
+
+class Progress:
+    """How much of a work is done: a bar in JupyterLab, elsewhere at most ten lines such as "adapters: 3 of 10"."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
         self._bar: Any = None
 
-    def __call__(self, text: str) -> None:
-        found = COUNTED.match(text) if self.live else None
-        if found is None:
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
+    def at(self, done: int, total: int) -> None:
+        """So much is done."""
+        if not has_live_frontend():
+            if done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
+                say(f"{self.what}: {done} of {total}")
             return
-        what, done, total = found[1], int(found[2]), int(found[3])
-        if self._bar is None or (self._bar.desc, self._bar.total) != (what, total):
-            self._bar = tqdm(total=total, desc=what)
+        self._bar = self._bar or tqdm(total=total, desc=self.what)
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()
-            self._bar = None
 
 
 class Summary:
@@ -141,7 +143,7 @@ class ServerView:
                 self._image = f'<img alt="the server over time" src="data:image/png;base64,{image}">'
             self._display({"text/html": as_html(server_frame(samples)) + self._image})
         elif is_due:
-            Progress()(status_line(samples[-1]))
+            say(status_line(samples[-1]))
             self._pause_s = min(2 * self._pause_s, LONGEST_LINE_S)
 
     def close(self, samples: Sequence["Sample"]) -> None:

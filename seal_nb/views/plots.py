@@ -226,6 +226,9 @@ def plot_gold_logprobs(questions: Sequence[str], before: Sequence[float], after:
         questions: one label for each gold answer.
         before: log-probabilities without the adapter, in nats.
         after: with the adapter.
+
+    Returns:
+        A figure with a row for each gold answer.
     """
     names = [fill(short(question, 76), 38) for question in questions]
     label = f"log-probability of gold answer\n(nats, n = {len(questions)} questions)"

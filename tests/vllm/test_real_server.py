@@ -11,7 +11,7 @@ from seal_nb.engines.local import LocalEngine
 from seal_nb.engines.vllm import VllmEngine, VllmServer
 from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt, find_prompts
-from seal_nb.self_edits import create_self_edits
+from seal_nb.self_edits import write_self_edits
 from seal_nb.storage import Journal
 
 GREEDY = Sampling(max_tokens=16, temperature=0.0, top_p=1.0)
@@ -95,14 +95,14 @@ def test_stage_1_writes_resumable_self_edits_of_a_family(engine: VllmEngine, tmp
     asked = {"prompts": find_prompts("spa"), "k_completions": 3, "seed": 5}
     asked |= {"sampling": Sampling(max_tokens=12)}
     with Journal(tmp_path / "journal.jsonl") as journal:
-        written = create_self_edits(engine, passages, journal=journal, **asked)
+        written, texts = write_self_edits(engine, passages, journal=journal, **asked)
         assert len(journal) == 6
         n_replies = engine.client.usage.n_replies
-        assert create_self_edits(engine, passages, journal=journal, **asked) == written
+        assert write_self_edits(engine, passages, journal=journal, **asked) == (written, texts)
     assert engine.client.usage.n_replies == n_replies == 6, "a second run asks for nothing"
     assert all(len(set(passage.completions)) == 3 for passage in written)
     assert written[0].prompt_keys == ("spa/key-concepts", "spa/mind-map", "spa/implications")
-    again = create_self_edits(engine, passages[1:], **asked)
+    again, _ = write_self_edits(engine, passages[1:], **asked)
     assert again[0].completions == written[1].completions, "the seed of a text is its own"
 
 
