@@ -27,6 +27,19 @@ from seal_nb.storage import runs_folder, write_record, write_text
 from seal_nb.views import plots
 
 TieBreak = Literal["order", "soft"]
+# Of `RankingSummary`, in words.
+QUANTITIES = {
+    "n_passages": "passages",
+    "n_ranked": "passages with a self-edit that can be ranked",
+    "n_tied_best": "passages with a tie for the best",
+    "n_best_without_gain": "passages whose best self-edit gains nothing",
+    "n_unrankable_self_edits": "self-edits that cannot be ranked",
+    "n_repeats": "repeats of a self-edit, on average",
+    "variance_between_self_edits": "variance between self-edits",
+    "variance_between_repeats": "variance between repeats",
+    "share_between": "share of the variance between self-edits",
+    "reliability": "reliability of the mean over the repeats",
+}
 RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
 
 
@@ -56,7 +69,9 @@ class RestEmRound:
 
     def ranking(self) -> pd.DataFrame:
         """How much the ranking knows: ties, variances, reliability (see `RankingSummary`)."""
-        return pd.DataFrame(vars(RankingSummary(self.run)).items(), columns=["quantity", "value"])
+        values = vars(RankingSummary(self.run))
+        rows = {"quantity": list(QUANTITIES.values()), "value": [values[name] for name in QUANTITIES]}
+        return pd.DataFrame(rows, dtype=object)  # counts stay whole numbers beside the fractions
 
     def sentences(self, *, reliability: float = RELIABLE) -> list[str]:
         """Whether two repeats pick the same winner, and how many repeats `reliability` would take."""

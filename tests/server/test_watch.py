@@ -10,7 +10,7 @@ from seal_nb.protocol import ServerStatus, TTTRequest, WorkerStatus
 from seal_nb.server import launch
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import Sample, Watch, sample_of
-from tests.server.conftest import eventually, kill, plain_req
+from tests.server.conftest import kill, plain_req
 from tests.server.test_server import ask
 
 QUICK = {"every_s": 0.05}
@@ -45,11 +45,12 @@ def test_watching_sees_the_work_and_ends_when_the_server_does(start_server) -> N
     with Watch(server.endpoint, alive=server.is_up, **QUICK) as watch:
         with TTTClient(server.endpoint) as client:
             client.evaluate(TTTRequest(train_sequences=["sleep 0.5"]))
-            eventually(lambda: watch.last and watch.last["answered"] == 1)
+            assert next(watch.follow(0.0))["answered"] == 1, "a sample is newer than the call"
         with plain_req(server.info.endpoint) as req:
             assert ask(req, {"cmd": "shutdown"}) == {"status": "bye"}
-        assert [seen["failed"] for seen in watch.follow()][-1] == 0
+        list(watch.follow())
     seen = watch.samples()
+    assert seen[-1]["failed"] == 0
     assert server.process.poll() == 0 and not server.settings.endpoint_path.exists()
     assert max(one["running"] for one in seen) == 1 and seen[0]["answered"] == 0
     assert [one["at_s"] for one in seen] == sorted(one["at_s"] for one in seen)
