@@ -225,7 +225,7 @@ def test_published_comparisons_come_out_as_they_are(published: Collection) -> No
     assert settled.sentence.startswith("+7.3 points [2.") and settled.sentence.endswith("200 passages: real")
     noise = found.loc["texts of GPT-4.1", "self-edits, round 2"]
     assert noise.sentence.startswith("-0.7 points [-4.") and "not distinguishable" in noise.sentence
-    assert settled.is_real and not noise.is_real and "would take" in noise.to_settle
+    assert settled.is_real and not noise.is_real and "needs" in noise.to_settle
 
 
 def test_published_rounds_of_every_prompt_are_found(published: Collection) -> None:

@@ -71,6 +71,7 @@ class ContinualRun(Run):
 
     form: ClassVar[str] = "continual"
     unit: ClassVar[str] = "sequences"
+    key_fields: ClassVar[str] = "their titles"
 
     def __post_init__(self) -> None:
         read = checked(_File.model_validate, self.value, path=self.path)
