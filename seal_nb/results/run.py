@@ -250,11 +250,12 @@ class Run(ABC):
         """A copy with the verdicts of ``grader``, one per entry of ``stored_verdicts()``, and the statistics that
         follow from them. The old verdicts are kept in ``earlier`` under the grader name ``keep_as``, if it is given."""
         copy = replace(self, value=deepcopy(self.value))
-        for old, new, verdict in zip(self.stored_verdicts(), copy.stored_verdicts(), verdicts, strict=True):
-            if keep_as:
-                earlier = new.holder.setdefault("earlier", {}).setdefault(keep_as, {})
-                earlier[old.field] = deepcopy(old.holder.get(old.field))
-            new.replace(verdict)
+        places = copy.stored_verdicts()
+        if keep_as:
+            for holder, name in {(id(one.holder), one.field): (one.holder, one.field) for one in places}.values():
+                holder.setdefault("earlier", {}).setdefault(keep_as, {})[name] = deepcopy(holder.get(name))
+        for place, verdict in zip(places, verdicts, strict=True):
+            place.replace(verdict)
         copy.value["grader"] = grader
         copy.fill_statistics()
         return replace(copy)
