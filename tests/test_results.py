@@ -53,6 +53,10 @@ def write(folder: Path, name: str, value: object) -> None:
         ("run_round1_hand_written.json", {"arm": "hand_written"}, "hand-written", None),
         ("naive.json", {"arm": None}, "passage only", None),
         ("run_mine.json", {}, "self-edits", None),
+        ("run_background2.json", {}, "self-edits", None),
+        ("run_around3.json", {}, "self-edits", None),
+        ("eval_iter-2.json", {"arm": None}, "self-edits, round 2", 2),
+        ("round1_evaluate.json", {}, "self-edits, round 1", 1),
     ],
 )
 def test_arm_and_round_follow_from_the_file(file: str, settings: dict, arm: str, number: int | None) -> None:
