@@ -47,7 +47,9 @@ def mean(values: Scores) -> float | None:
 def sample_std(values: Scores) -> float | None:
     """The sample standard deviation of what is known: 0.0 of one value, None of nothing."""
     known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else (0.0 if known else None)
+    if not known:
+        return None
+    return statistics.stdev(known) if len(known) > 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +119,22 @@ def paired_difference(
     """First minus second run over the same passages in the same order: paired bootstrap and sign-flip test. If a
     passage has the same number of answers in both runs, only answers graded in both are compared. With one passage the
     interval is [-1, 1]. Raises: DataError if the numbers of passages differ, or no passage was graded in both."""
+    totals = _paired_totals(correct_P_Q, minus_P_Q, weighting)
+    n, (centre, low, high) = totals.shape[1], _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
+    n_left_out, p_value = len(correct_P_Q) - n, _sign_flip_p(totals, n_resamples)
+    return Difference(mean=centre, low=low, high=high, n=n, n_left_out=n_left_out, unit=unit, p_value=p_value)
+
+
+def paired_means(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting) -> list[float]:
+    """The means of both runs over the answers that ``paired_difference`` compares. Raises: DataError as there."""
+    sums = _paired_totals(correct_P_Q, minus_P_Q, weighting).sum(axis=1)
+    return [float(mean) for mean in sums[::2] / sums[1::2]]
+
+
+def _paired_totals(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting) -> np.ndarray:
+    """(4, P) ``_totals`` of the first and of the second run, over what both have graded."""
     kept = _graded_in_both(correct_P_Q, minus_P_Q)
-    totals = np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
-    centre, low, high = _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
-    n_left_out, p_value = len(correct_P_Q) - len(kept), _sign_flip_p(totals, n_resamples)
-    return Difference(mean=centre, low=low, high=high, n=len(kept), n_left_out=n_left_out, unit=unit, p_value=p_value)
+    return np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
 
 
 def _graded_in_both(
@@ -185,27 +198,31 @@ def _sign_flip_p(totals: np.ndarray, n_draws: int) -> float:
     return n_as_large / len(swapped) if is_exact else (n_as_large + 1) / (n_draws + 1)
 
 
-def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores]) -> str:
-    """What it would take to settle a difference that is not real: a paired comparison, two-sided at 5 % (Cohen 1988).
-    Such as "to settle +0.7 points would take 3541 passages (80 % power); 200 find 2.9 points". Empty for fewer than
-    two passages, which have no spread."""
-    differences = [statistics.fmean(a) - statistics.fmean(b) for a, b in _graded_in_both(correct_P_Q, minus_P_Q)]
-    n = len(differences)
+def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting, unit: str) -> str:
+    """How many passages the difference of ``paired_difference`` needs, two-sided at 5 % (Cohen 1988). Such as "a
+    difference of +0.7 points needs 3541 passages (80 % power); with 200 passages only a difference of 2.9 points would
+    be found". Empty for one passage, which has no spread. Raises: DataError as there."""
+    totals = _paired_totals(correct_P_Q, minus_P_Q, weighting)
+    values, weights, n = totals[::2], totals[1::2], totals.shape[1]
     if n < 2:
         return ""
-    centre, spread = statistics.mean(differences), statistics.stdev(differences)
+    means = values.sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
+    # What each passage adds to the difference of two ratios (linearised: Cochran 1977, section 6.4).
+    first, second = (values - means * weights) / weights.mean(axis=1, keepdims=True)
+    spread, centre = float(np.std(first - second, ddof=1)), round(float(means[0, 0] - means[1, 0]), 12)
     # How many standard errors a difference must be for the test to find it this often.
     reach = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) + NormalDist().inv_cdf(POWER)
-    needed = max(MIN_PASSAGES, math.ceil(round((spread * reach / centre) ** 2, 9))) if centre else None
-    if not round(spread, 12) or (needed and needed <= n):
+    needed = max(MIN_PASSAGES, math.ceil(round((spread * reach / centre) ** 2, 9))) if centre else 0
+    if not round(spread, 12) or 0 < needed <= n:
         return (
-            f"the normal approximation does not hold for {n} passages that differ by "
-            f"{100 * centre:+.1f} ± {100 * spread:.1f} points: it cannot say how many would settle it"
+            f"how many {unit} this difference needs is unknown: the normal approximation does not hold for {n} {unit} "
+            f"that differ by {100 * centre:+.1f} ± {100 * spread:.1f} points"
         )
-    power, found = f"({100 * POWER:.0f} % power)", f"{n} find {100 * reach * spread / math.sqrt(n):.1f} points"
+    power, points = f"({100 * POWER:.0f} % power)", f"{100 * reach * spread / math.sqrt(n):.1f} points"
+    found = f"with {n} {unit} only a difference of {points} would be found"
     if not needed:
-        return f"no difference to settle; {found} {power}"
-    return f"to settle {100 * centre:+.1f} points would take {needed} passages {power}; {found}"
+        return f"the runs do not differ; {found} {power}"
+    return f"a difference of {100 * centre:+.1f} points needs {needed} {unit} {power}; {found}"
 
 
 def written_value(value: Any) -> str:

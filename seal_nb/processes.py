@@ -41,6 +41,14 @@ class LoggedProcess(subprocess.Popen[bytes]):
         return f"the end of {self.log}:\n" + "\n".join(self.lines()[-15:])
 
 
+def last_lines(path: Path, n: int) -> list[str]:
+    """The last ``n`` lines of a log that are not blank. Only the last 64 KiB are read, because logs grow large."""
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - 65_536))
+        lines = log.read().decode(errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-n:]
+
+
 def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
     """Terminate ``pid`` and all its descendants; kill those that still run after ``grace_s`` seconds."""
     try:

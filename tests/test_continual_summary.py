@@ -96,6 +96,23 @@ def test_the_published_overall_results_aggregate_to_themselves_and_give_the_publ
     assert round(found["final"].mean, 3) == 0.247
 
 
+def test_a_pooled_summary_is_confirmed_and_a_changed_cell_is_named() -> None:
+    ungraded: Matrix = [[None, 0.0, 0.0], *FORGETTING[1:]]
+    made = pooled(summary([FORGETTING, ungraded]), summary([[[0.5, 0.0, 0.0], *FORGETTING[1:]]] * 3))
+    assert ContinualRun(value=made).disagreements() == ContinualRun(value=made).notes() == []
+    made["mean_over_sequences"][3][0] = 0.9
+    (found,) = ContinualRun(value=made).disagreements()
+    assert found.startswith("summary: mean_over_sequences is stored as")
+
+
+def test_a_pooled_summary_that_does_not_say_which_sequences_each_run_has_is_not_checked() -> None:
+    whole = pooled(summary([FORGETTING]), summary([FORGETTING]))
+    without = {name: entry for name, entry in whole.items() if name != "n_sequences_of_runs"}
+    for made in (without, pooled(whole, summary([FORGETTING]))):
+        run = ContinualRun(value=made)
+        assert run.disagreements() == [] and "its means are not checked" in run.notes()[0]
+
+
 def test_runs_of_other_sizes_are_not_put_together() -> None:
     two: Matrix = [[0.0, 0.0], [1.0, None], [1.0, 1.0]]
     with pytest.raises(DataError, match="do not make one set"):

@@ -79,6 +79,16 @@ def test_a_judge_is_the_reference_where_one_has_graded_and_else_the_first_gradin
         compare_graders(again, reference="oracle")
 
 
+def test_of_several_gradings_without_a_judge_the_first_is_the_reference_and_the_file_has_the_newest() -> None:
+    once = regrade(RUN, Says(lambda one: one.answer == RIGHT, name="exact")).run
+    twice = regrade(once, Says(lambda _: False, name="f1")).run
+    assert reference_of(twice) == ["earlier (in the file)"]
+    again = regrade(twice, Says(lambda _: True, name="exact")).run
+    graders = compare_graders(again)
+    newest = graders[graders.grader == "exact (in the file)"].iloc[0]
+    assert (newest["baseline"], newest["adapter"]) == (1.0, 1.0), "not its verdicts before f1"
+
+
 @pytest.mark.parametrize("name", ["rank_iter0", "cpt_base"])
 def test_on_whole_published_runs_the_local_grader_bends_the_gain_least(golden: Path, name: str) -> None:
     path = next((golden / "results").glob(f"{name}.json*"))

@@ -13,7 +13,7 @@ from seal_nb.errors import DataError, RemoteError, SettingsError
 from seal_nb.experiments.rerun import Item, stored_loop
 from seal_nb.experiments.session import ttt_server
 from seal_nb.experiments.settings import Training
-from seal_nb.inspector.inspection import EXAMPLE, GAINED, UNGRADED, Inspection, open_run
+from seal_nb.inspector.inspection import GAINED, UNGRADED, Inspection, open_run
 from seal_nb.inspector.live import ARM, Edit, EditTrainer, TrainedEdit, edit_request, settings_of_run
 from seal_nb.protocol import TTTReply
 from seal_nb.results.collect import read_run
@@ -206,7 +206,7 @@ def test_settings_come_from_the_file_under_the_published_names(golden: Path) -> 
     found = settings_of_run(published.settings)
     assert (found.lora_rank, found.lora_alpha, found.finetune_epochs, found.finetune_lr) == (32, 64, 10, 1e-3)
     assert (found.max_new_tokens, found.soft_scores, tuple(found.target_modules)) == (64, True, ())
-    ours = settings_of_run(open_run(EXAMPLE).settings)
+    ours = settings_of_run(open_run("shipped:example").settings)
     assert tuple(ours.target_modules) == ("all-linear",) and ours.finetune_epochs == 5
 
 

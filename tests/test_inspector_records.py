@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.inspector.inspection import (
     DIFFERENCE,
-    EXAMPLE,
     GAINED,
     LOST,
     SHOWN,
@@ -255,7 +254,7 @@ def test_published_ranking_opens_with_its_22_ties_and_its_gains(golden: Path) ->
 
 
 def test_the_run_that_ships_is_whole_and_says_what_its_verdicts_say() -> None:
-    run = open_run(EXAMPLE)
+    run = open_run("shipped:example")
     said = read_run(run.path).summary()
     assert (said["disagreements"], said["notes"]) == ([], [])
     assert run.settings["training"]["max_new_tokens"] == 32, "an edit is asked as the run was"
@@ -266,8 +265,13 @@ def test_the_run_that_ships_is_whole_and_says_what_its_verdicts_say() -> None:
             assert kinds == {"train", "gold", "passage"} and len(edit.repeats()) == 2
 
 
+def test_only_a_single_passage_run_can_be_opened(golden: Path) -> None:
+    with pytest.raises(DataError, match=r"cpt_base\.json: is a cpt run, which has no self-edits; give a run_\*\.json"):
+        open_run(golden / "results/cpt_base.json")
+
+
 def test_token_texts_of_the_run_that_ships_are_its_train_sequences() -> None:
-    inspection = Inspection(open_run(EXAMPLE), graders=())
+    inspection = Inspection(open_run("shipped:example"), graders=())
     for passage in inspection.run.passages:
         for edit in passage.self_edits:
             texts = ["".join(one["tokens"]) for one in edit.made["token_logprobs"] if one["kind"] == "train"]

@@ -3,8 +3,10 @@
 import gzip
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -201,6 +203,20 @@ def test_own_cpt_run_graded_again_is_what_it_would_have_been(tmp_path: Path) -> 
     assert again.pop("grader") == "stub"
     assert again == expected
     assert kept == {"earlier": {"baseline_correct": first, "adapter_correct": first[::-1]}}
+
+
+@pytest.mark.parametrize("n_passages", [3, 30])
+def test_earlier_verdicts_are_copied_once_however_many_there_are(
+    n_passages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = Mock(wraps=deepcopy)
+    monkeypatch.setattr("seal_nb.results.run.deepcopy", copies)
+    texts, verdicts = ["t"] * n_passages, [True] * n_passages
+    reply = {
+        "baseline_texts": texts, "adapter_texts": texts, "baseline_correct": verdicts, "adapter_correct": verdicts,
+    }  # fmt: skip
+    Again({"server_reply": reply}, Says(lambda _: False), passages=PASSAGES[2:] * n_passages)
+    assert copies.call_count == 3, "the run, and the verdicts of each kind"
 
 
 def test_cpt_run_with_other_passages_is_refused_with_the_remedy() -> None:

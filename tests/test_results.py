@@ -53,6 +53,10 @@ def write(folder: Path, name: str, value: object) -> None:
         ("run_round1_hand_written.json", {"arm": "hand_written"}, "hand-written", None),
         ("naive.json", {"arm": None}, "passage only", None),
         ("run_mine.json", {}, "self-edits", None),
+        ("run_background2.json", {}, "self-edits", None),
+        ("run_around3.json", {}, "self-edits", None),
+        ("eval_iter-2.json", {"arm": None}, "self-edits, round 2", 2),
+        ("round1_evaluate.json", {}, "self-edits, round 1", 1),
     ],
 )
 def test_arm_and_round_follow_from_the_file(file: str, settings: dict, arm: str, number: int | None) -> None:
@@ -225,7 +229,7 @@ def test_published_comparisons_come_out_as_they_are(published: Collection) -> No
     assert settled.sentence.startswith("+7.3 points [2.") and settled.sentence.endswith("200 passages: real")
     noise = found.loc["texts of GPT-4.1", "self-edits, round 2"]
     assert noise.sentence.startswith("-0.7 points [-4.") and "not distinguishable" in noise.sentence
-    assert settled.is_real and not noise.is_real and "would take" in noise.to_settle
+    assert settled.is_real and not noise.is_real and "needs" in noise.to_settle
 
 
 def test_published_rounds_of_every_prompt_are_found(published: Collection) -> None:

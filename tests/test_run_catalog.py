@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -10,7 +11,7 @@ from seal_nb.cli import main
 from seal_nb.errors import DataError
 from seal_nb.results.collect import collect, read_run
 from seal_nb.results.continual import summarize_sequences
-from seal_nb.results.run import compare, difference_sentence, settings_difference
+from seal_nb.results.run import compare, difference_sentence, paired_scores, settings_difference
 from seal_nb.storage import write_json, write_record
 
 
@@ -69,7 +70,43 @@ def test_two_runs_are_compared_over_the_passages_that_both_have(tmp_path: Path) 
 def test_what_is_not_settled_says_what_would_settle_it(tmp_path: Path) -> None:
     first = run_file(tmp_path / "a.json", [True, False] * 5)
     second = run_file(tmp_path / "b.json", [True, False, False, True] * 2 + [True, True])
-    assert "not distinguishable from noise; to settle" in said(first, second)
+    assert "not distinguishable from noise; a difference of +10.0 points needs 428 passages" in said(first, second)
+
+
+def test_two_runs_are_paired_once_and_both_means_are_of_the_answers_graded_in_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_file(tmp_path / "a.json", [True, False])
+    value = json.loads(first.read_text())
+    value["articles"][0]["completions"][0]["questions"][1]["adapter_correct"] = None
+    value["articles"][1]["completions"][0]["questions"][1]["adapter_correct"] = True
+    pairings = Mock(wraps=paired_scores)
+    monkeypatch.setattr("seal_nb.results.run.paired_scores", pairings)
+    second = write_json(tmp_path / "b.json", value)
+    assert said(first, second).startswith("50.0 % → 75.0 %: +25.0 points")
+    assert pairings.call_count == 1
+    value["articles"][1]["completions"][0]["questions"][0]["adapter_correct"] = None
+    write_json(first, value)
+    assert said(second, first).startswith("100.0 % → 100.0 %: +0.0 points")
+
+
+def cpt_run(path: Path, correct: list[bool]) -> Path:
+    """One passage of one question for each verdict, all under one title."""
+    reply = {"baseline_correct": [False] * len(correct), "adapter_correct": correct}
+    passages = [{"title": "T", "n_questions": 1}] * len(correct)
+    return write_json(path, {"server_reply": reply, "per_passage": passages})
+
+
+def test_passages_that_share_their_title_are_paired_by_their_order_or_not_at_all(tmp_path: Path) -> None:
+    eight = read_run(cpt_run(tmp_path / "eight.json", [False] * 7 + [True]))
+    two = read_run(cpt_run(tmp_path / "two.json", [True, False]))
+    other = read_run(cpt_run(tmp_path / "other.json", [True] + [False] * 7))
+    assert paired_scores(eight, other)[1] == other.scores("adapter")
+    refused = r"json: several passages share title and number of questions, such as \('T', 1\), .* in the same order"
+    one = read_run(cpt_run(tmp_path / "one.json", [True]))
+    for runs in ((eight, two), (two, eight), (one, eight)):
+        with pytest.raises(DataError, match=refused):
+            compare(*runs, shared_only=True)
 
 
 def test_runs_that_share_nothing_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from seal_nb.chain.record import first_error
 from seal_nb.errors import DataError
 from seal_nb.storage import write_text
 
@@ -78,15 +79,14 @@ def _page(path: Path, folder: Path) -> dict[str, Any]:
         raise DataError(f"not a notebook: {error}", path=path, remedy="run its stage again") from error
     place = path.relative_to(folder)
     headings = [heading for cell in notebook.cells for heading in _headings(cell)]
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    errors = [f"{one.ename}: {one.evalue}" for one in outputs if one.output_type == "error"]
+    failed = first_error(notebook.cells)
     return {
         "path": path,
         "stage": "" if place.parent == Path() else place.parent.as_posix(),
         "link": quote(place.with_suffix(".html").as_posix()),
         "title": headings[0] if headings else path.stem,
         "started": str(notebook.metadata.get("papermill", {}).get("start_time") or ""),
-        "failure": errors[0] if errors else "",
+        "failure": f"{failed[1]['ename']}: {failed[1]['evalue']}" if failed else "",
         "has_results": path.stem.startswith("08_results"),
         "notebook": notebook,
     }

@@ -10,14 +10,16 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from seal_nb.chain.stages import Chain, Stage
 from seal_nb.errors import DataError, SettingsError
+from seal_nb.processes import last_lines
 from seal_nb.storage import lock, read_json, write_json
 
 RECORD_FILE = "chain.json"
@@ -125,10 +127,15 @@ def status_lines(chain: Chain, statuses: Mapping[str, Status], run_dir: Path) ->
         executed, log = stage.executed(run_dir), stage.log(run_dir)
         yield from ("", f"{stage.name}: {note}", *failing_cell(executed))
         if log.exists():
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            yield from (f"  the end of {log}:", *(f"      {line}" for line in lines[-LOG_LINES:]))
+            yield from (f"  the end of {log}:", *(f"      {line}" for line in last_lines(log, LOG_LINES)))
         if executed.exists():
             yield f"  executed notebook: {executed}"
+
+
+def first_error(cells: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The first cell of an executed notebook that raised, and the output with its error."""
+    errors = ((cell, one) for cell in cells for one in cell.get("outputs", []) if one["output_type"] == "error")
+    return next(errors, None)
 
 
 def failing_cell(executed: Path) -> list[str]:
@@ -137,10 +144,9 @@ def failing_cell(executed: Path) -> list[str]:
         cells = json.loads(executed.read_text())["cells"]
     except (FileNotFoundError, ValueError, KeyError):
         return []
-    errors = [(cell, one) for cell in cells for one in cell.get("outputs", []) if one["output_type"] == "error"]
-    if not errors:
+    if not (failed := first_error(cells)):
         return []
-    cell, error = errors[0]
+    cell, error = failed
     first, *rest = f"raised {error['ename']}: {error['evalue']}".splitlines()
     # IPython's traceback marks the line of the cell; of several exceptions the last one counts.
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error["traceback"])).rpartition("Cell In[")[2]

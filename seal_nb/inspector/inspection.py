@@ -8,22 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 
 import pandas as pd
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.grading.base import AS_BOOLEAN, Answered, Grader
 from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import normalised
 from seal_nb.passages import Passage, Question
+from seal_nb.results.collect import read_run
 from seal_nb.results.run import VERDICT_WORDS, verdict_change
 from seal_nb.results.single_passage import AnsweredQuestion, EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.self_edits import sequences_of_text
-from seal_nb.storage import read_json, runs_folder
 
-EXAMPLE = "shipped:example"  # the run that comes with the project
 OTHER_GRADERS = ("local", "recall")  # judge in addition to the file's verdicts; both work offline
 GAINED, LOST, UNGRADED = "▲\u00a0gained", "▼\u00a0lost", "?\u00a0ungraded"
 _FLIPS = {(False, True): GAINED, (True, False): LOST, (False, False): "stayed wrong", (True, True): "stayed right"}
@@ -36,10 +34,11 @@ Pair = tuple[bool | None, bool | None]  # verdict without and with the adapter; 
 
 
 def open_run(source: str | Path) -> SinglePassageRun:
-    """Reads a single-passage run file, published or ours, or "shipped:example". Raises: DataError."""
-    shipped = resources.files("seal_nb") / "data" / "inspector_run.json.gz"
-    path = Path(str(shipped)) if str(source) == EXAMPLE else runs_folder(source)
-    return SinglePassageRun(value=read_json(path), path=path)
+    """``read_run`` for a single-passage run. Raises: DataError, also for a run of another form."""
+    run = read_run(source)
+    if not isinstance(run, SinglePassageRun):
+        raise DataError(f"is a {run.form} run, which has no self-edits", path=run.path, remedy="give a run_*.json file")
+    return run
 
 
 def flip_of(before: float | None, after: float | None) -> str:

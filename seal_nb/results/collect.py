@@ -4,6 +4,7 @@ Result files are recognised by their content. Two collections from the release c
 published evaluations, and the overall numbers of published runs.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
+SHIPPED_RUNS = {"shipped:ranking": "run_example.json", "shipped:example": "inspector_run.json.gz"}
 MOST_BYTES = 200_000_000  # no result file is larger
 SUMMARY_LINES = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
                "after the last continual edit")  # fmt: skip
@@ -37,8 +39,9 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
     """Read one run file of this package or of the release, plain or gzip-compressed.
 
     Args:
-        path: ``run_*.json``, ``cpt_run_*.json`` or ``summary_*.json``. "shipped:ranking" is a run that comes with
-            the project: three passages, two self-edits each, two repeats.
+        path: ``run_*.json``, ``cpt_run_*.json`` or ``summary_*.json``. Two runs come with the project:
+            "shipped:ranking" has three passages, two self-edits each, two repeats; "shipped:example" is that of the
+            passage inspector, with scores of tokens.
         passages: the passages that a CPT run was asked about, in order. Without them it has no questions to grade, and
             a published file no intervals.
 
@@ -48,8 +51,8 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
     Raises:
         DataError: the file is missing, broken (with item and field), or not one run.
     """
-    shipped = resources.files("seal_nb") / "data" / "run_example.json"
-    path = Path(str(shipped)) if str(path) == "shipped:ranking" else runs_folder(path)
+    shipped = SHIPPED_RUNS.get(str(path))
+    path = Path(str(resources.files("seal_nb") / "data" / shipped)) if shipped else runs_folder(path)
     return run_of(read_json(path), path=path, passages=passages)
 
 
@@ -296,10 +299,11 @@ def _why_left_out(run: SinglePassageRun, prompt_key: str) -> str:
     return "another file is shown for this arm" if run.estimate() else "no answer graded"
 
 
-def _order(run: SinglePassageRun) -> tuple[int, str]:
+def _order(run: SinglePassageRun) -> tuple[float, str]:
     """Passage only first, self-edits by round, then texts that no round wrote."""
-    number = run.rest_em_round
-    return 0 if run.arm == "passage only" else 100 if number is None else 1 + number, run.arm
+    if run.arm == "passage only":
+        return -1, run.arm
+    return math.inf if run.rest_em_round is None else run.rest_em_round, run.arm
 
 
 def _percent(estimate: Estimate | None) -> str:

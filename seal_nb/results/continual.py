@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -60,6 +61,7 @@ class _File(RunFields):
     std_over_sequences: list[list[float | None]] | None = None
     matrices: list[list[list[float | None]]] | None = None
     sequences: list[_Sequence] | None = None
+    n_sequences_of_runs: list[int] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,6 +73,7 @@ class ContinualRun(Run):
 
     form: ClassVar[str] = "continual"
     unit: ClassVar[str] = "sequences"
+    key_fields: ClassVar[str] = "their titles"
 
     def __post_init__(self) -> None:
         read = checked(_File.model_validate, self.value, path=self.path)
@@ -78,6 +81,7 @@ class ContinualRun(Run):
         self.std: Matrix = read.std_over_sequences or []
         self.matrices: Sequence[Matrix] = read.matrices or []
         self.n_sequences = read.n_sequences or 0
+        self.run_sizes = read.n_sequences_of_runs or []
         check_sizes([self.mean, *self.matrices], path=self.path, field="mean_over_sequences")
         if self.std:  # absent or empty: only pooling needs it
             check_sizes([self.mean, self.std], path=self.path, field="std_over_sequences")
@@ -158,10 +162,22 @@ class ContinualRun(Run):
         return super().counts() | about
 
     def notes(self) -> list[str]:
-        return [] if self.matrices else ["the file has no matrix of each sequence: no intervals"]
+        if not self.matrices:
+            return ["the file has no matrix of each sequence: no intervals"]
+        return [] if self._runs() else ["the file does not say which sequences each run has: its means are not checked"]
+
+    def _runs(self) -> list[Self]:
+        """The runs that were pooled, from their matrices; this run if it is not pooled; empty if not known."""
+        sizes = self.run_sizes if "n_runs" in self.value else [len(self.matrices)]
+        if not self.matrices or sum(sizes) != len(self.matrices):
+            return []
+        parts = (self.matrices[end - n : end] for end, n in zip(accumulate(sizes), sizes, strict=True))
+        return [type(self)(value=self._summary(part)) for part in parts]
 
     def disagreements(self) -> list[str]:
-        return unequal("summary", self.value, self._summary(self.matrices)) if self.matrices else []
+        if not (runs := self._runs()):
+            return []
+        return unequal("summary", self.value, aggregate_summaries(runs) if "n_runs" in self.value else runs[0].value)
 
     def stored_verdicts(self) -> list[StoredVerdict]:
         return [stored for _, _, stored in self._placed_verdicts()]
@@ -275,6 +291,7 @@ def _cellwise(
 def aggregate_summaries(runs: Sequence[ContinualRun]) -> dict[str, Any]:
     """Pool several runs as published: the mean of their means and the mean of their stds. ``pooled_std_over_sequences``
     (ours) is the standard deviation over all sequences; the mean of stds leaves out the differences between runs.
+    ``n_sequences_of_runs`` (ours) is empty if one of the runs is pooled itself.
     Raises: DataError for different sizes, datasets, base models or strategies, and for a missing number."""
     for run in runs:
         for name in ("n_sequences", "std_over_sequences"):
@@ -292,6 +309,7 @@ def aggregate_summaries(runs: Sequence[ContinualRun]) -> dict[str, Any]:
         "n_datapoints": n_passages,
         **about,
         "n_runs": len(runs),
+        "n_sequences_of_runs": [] if any("n_runs" in run.value for run in runs) else counts,
         "pooled_std_over_sequences": _cellwise(partial(_pooled_std, counts), [*means, *stds]),
         "matrices": [matrix for run in runs for matrix in run.matrices],
     }

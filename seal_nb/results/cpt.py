@@ -53,6 +53,7 @@ class CptRun(Run):
     passages: Sequence[Passage] = ()
 
     form: ClassVar[str] = "cpt"
+    key_fields: ClassVar[str] = "title and number of questions"
     weighting: ClassVar[Weighting] = "question"
 
     def __post_init__(self) -> None:

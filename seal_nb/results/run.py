@@ -4,6 +4,7 @@ A run keeps the JSON value of its file with all fields, known and unknown, and k
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,16 @@ from pydantic import BaseModel, ConfigDict
 
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
-from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference, to_settle
+from seal_nb.metrics import (
+    Difference,
+    Estimate,
+    Scores,
+    Weighting,
+    mean_interval,
+    paired_difference,
+    paired_means,
+    to_settle,
+)
 from seal_nb.storage import read_json, record_path, write_json
 
 if TYPE_CHECKING:
@@ -52,7 +62,7 @@ class RunFields(BaseModel):
 
 
 def frame(rows: Sequence[Any], columns: Sequence[str] | None = None) -> "pd.DataFrame":
-    """A DataFrame of rows. pandas is imported here only, so that commands without tables start fast."""
+    """A DataFrame of rows. pandas is imported where a table is made, so that commands without tables start fast."""
     import pandas as pd
 
     return pd.DataFrame(list(rows), columns=columns)
@@ -96,6 +106,7 @@ class Run(ABC):
 
     form: ClassVar[str]
     unit: ClassVar[str] = "passages"  # what intervals are over
+    key_fields: ClassVar[str] = "title and context"  # of ``unit_keys``
     weighting: ClassVar[Weighting] = "passage"
 
     @property
@@ -239,11 +250,12 @@ class Run(ABC):
         """A copy with the verdicts of ``grader``, one per entry of ``stored_verdicts()``, and the statistics that
         follow from them. The old verdicts are kept in ``earlier`` under the grader name ``keep_as``, if it is given."""
         copy = replace(self, value=deepcopy(self.value))
-        for old, new, verdict in zip(self.stored_verdicts(), copy.stored_verdicts(), verdicts, strict=True):
-            if keep_as:
-                earlier = new.holder.setdefault("earlier", {}).setdefault(keep_as, {})
-                earlier[old.field] = deepcopy(old.holder.get(old.field))
-            new.replace(verdict)
+        places = copy.stored_verdicts()
+        if keep_as:
+            for holder, name in {(id(one.holder), one.field): (one.holder, one.field) for one in places}.values():
+                holder.setdefault("earlier", {}).setdefault(keep_as, {})[name] = deepcopy(holder.get(name))
+        for place, verdict in zip(places, verdicts, strict=True):
+            place.replace(verdict)
         copy.value["grader"] = grader
         copy.fill_statistics()
         return replace(copy)
@@ -273,28 +285,27 @@ def compare(a: Run, b: Run, *, shared_only: bool = False) -> "pd.DataFrame":
     Returns:
         One row: ``arm``, ``against``, ``n`` (pairs), ``difference`` with its 95 % bootstrap interval ``low``, ``high``,
         the sign-flip ``p`` (exact up to 12 pairs), ``is_real`` (interval and test both exclude zero, at least 6 pairs),
-        ``sentence``, and ``to_settle``: what would settle a difference that is not settled.
+        ``sentence``, and ``to_settle``: how many passages a difference that is not real needs.
 
     Raises:
-        DataError: the runs have different forms or passages, or a run has no verdicts.
+        DataError: the runs have different forms or passages, or a run has no verdicts, or passages that repeat.
     """
-    return frame([comparison(a, b, shared_only=shared_only)])
+    return frame([comparison(a, b, shared_only=shared_only)], COMPARED)
 
 
 def comparison(a: Run, b: Run, *, shared_only: bool = False) -> dict[str, Any]:
-    """The row of ``compare``."""
-    first, second = paired_scores(a, b, shared_only=shared_only)
-    d = paired_difference(first, second, weighting=a.weighting, unit=a.unit)
-    unsettled = None if d.is_real else to_settle(first, second) or None
-    row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), unsettled)
-    return dict(zip(COMPARED, row, strict=True))
+    """The row of ``compare``, and ``means``: those of both runs over the answers that are compared."""
+    scores = paired_scores(a, b, shared_only=shared_only)
+    d = paired_difference(*scores, weighting=a.weighting, unit=a.unit)
+    needed = None if d.is_real else to_settle(*scores, a.weighting, a.unit) or None
+    row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), needed)
+    return dict(zip(COMPARED, row, strict=True)) | {"means": paired_means(*scores, a.weighting)}
 
 
 def difference_sentence(first: Run, second: Run) -> str:
     """Second minus first run over the passages that both have, and both means, in one line. Raises: DataError."""
     row = comparison(second, first, shared_only=True)
-    scores = paired_scores(first, second, shared_only=True)
-    before, after = (mean_interval(of, weighting=first.weighting, n_resamples=1).mean for of in scores)
+    after, before = row["means"]
     said = "; ".join(filter(None, (row["sentence"], row["to_settle"])))
     return f"{100 * before:.1f} % → {100 * after:.1f} %: {said}"
 
@@ -308,12 +319,17 @@ def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Sc
             raise DataError("has no verdicts of single passages", path=run.path, remedy="give a run file with answers")
     scores_a, scores_b = a.scores("adapter"), b.scores("adapter")
     keys_a, keys_b = a.unit_keys(), b.unit_keys()
+    # Without titles, only the runs of one published file have the same passages.
+    if keys_a == keys_b and (keys_a or (a.path == b.path and len(scores_a) == len(scores_b))):
+        return scores_a, scores_b
+    for run, keys in ((a, keys_a), (b, keys_b)):
+        if repeated := [key for key, n in Counter(keys).items() if n > 1]:
+            raise DataError(
+                f"several {a.unit} share {a.key_fields}, such as {str(repeated[0])[:60]}, so they cannot be paired",
+                path=run.path,
+                remedy=f"compare runs on the same {a.unit} in the same order",
+            )
     at = {key: place for place, key in enumerate(keys_a)}
-    if len(at) < len(keys_a) and keys_a == keys_b:  # titles repeat: the order identifies a passage
-        return scores_a, scores_b
-    # One published file may hold several runs, without titles.
-    if not keys_a and not keys_b and a.path == b.path and len(scores_a) == len(scores_b):
-        return scores_a, scores_b
     shared = [(at[key], place) for place, key in enumerate(keys_b) if key in at]
     if not shared:
         raise DataError(

@@ -22,7 +22,7 @@ from seal_nb.results.run import ARM_NAMES, KINDS, Kind, Run, RunFields, StoredVe
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUND = re.compile(r"(?:iter|round)[_-]?(\d+)")
+ROUND = re.compile(r"(?<![a-zA-Z])(?:iter|round)[_-]?(\d+)")
 RANKING = re.compile(r"(^|_)rank(_|$|\.)")
 PROMPT = re.compile(r"prompt-([a-z-]+)")
 PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names
@@ -180,8 +180,9 @@ class SinglePassageRun(Run):
         arms and for names without a round."""
         if self.settings.get("arm") not in (None, "", "self_edits"):
             return None
-        found = ROUND.search(self.name)
-        return int(found[1]) if found else (0 if re.search(r"(^|_)base(_|$)", self.name) else None)
+        if found := ROUND.search(self.name):
+            return int(found[1])
+        return 0 if re.search(r"(^|_)base(_|$)", self.name) else None
 
     @property
     def prompt_key(self) -> str:

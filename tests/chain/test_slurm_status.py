@@ -13,6 +13,7 @@ from seal_nb.chain.record import chain_status, marked_when_done, read_record, so
 from seal_nb.chain.slurm import SlurmError, job_status
 from seal_nb.chain.stages import Stage, make_chain
 from seal_nb.errors import DataError, SettingsError
+from seal_nb.processes import last_lines
 from tests.chain.planning import SMALL, finish
 
 DONE = {"JobState": "COMPLETED", "Reason": "None", "ExitCode": "0:0", "NodeList": "node1", "Restarts": "0"}
@@ -125,6 +126,14 @@ def test_status_shows_why_a_stage_failed(tmp_path: Path, monkeypatch: pytest.Mon
     assert "  at: load(dataset)" in about
     assert [line.strip() for line in about if line.startswith("      line")] == [f"line {n}" for n in range(4, 9)]
     assert about[-1] == f"  executed notebook: {folder / '04_cpt-7base_cpt.ipynb'}"
+
+
+def test_only_the_end_of_a_log_is_read(tmp_path: Path) -> None:
+    (log := tmp_path / "stage.log").write_text("".join(f"é {n}\n\n" for n in range(100_000)))
+    assert last_lines(log, 2) == ["é 99998", "é 99999"]
+    assert 5_000 < len(last_lines(log, 100_000)) < 10_000
+    log.write_bytes(b"\n one \xff\n\n")
+    assert last_lines(log, 5) == [" one \ufffd"]
 
 
 def test_status_of_a_chain_that_ran_here_needs_no_slurm(tmp_path: Path) -> None:
