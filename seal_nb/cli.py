@@ -80,9 +80,7 @@ def _add_file_commands(commands: Any) -> None:
     summarize.add_argument("--json", action="store_true", help="print one JSON object")
 
     grade = _command(commands, "grade", _grade, "grade answers, or grade a run file again without training")
-    grade.add_argument(
-        "answers", type=Path, metavar="IN", help="JSONL of question, gold, answer; or a run file (.json)"
-    )
+    grade.add_argument("answers", type=Path, metavar="IN", help="JSONL of question, gold, answer; or a run file")
     grade.add_argument("--out", type=Path, required=True, metavar="OUT", help="file to write")
     grade.add_argument(
         "--grader", default="local",

@@ -67,9 +67,10 @@ class Estimate:
 @dataclass(frozen=True, kw_only=True)
 class Difference(Estimate):
     """An Estimate of how much higher the first of two runs over the same passages is. ``p_value``: how often randomly
-    swapping the runs in each passage gives a difference at least as large."""
+    swapping the runs in each passage gives a difference at least as large. ``means``: of both runs."""
 
     p_value: float
+    means: tuple[float, ...] = ()
 
     @property
     def is_real(self) -> bool:
@@ -121,14 +122,9 @@ def paired_difference(
     interval is [-1, 1]. Raises: DataError if the numbers of passages differ, or no passage was graded in both."""
     totals = _paired_totals(correct_P_Q, minus_P_Q, weighting)
     n, (centre, low, high) = totals.shape[1], _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
-    n_left_out, p_value = len(correct_P_Q) - n, _sign_flip_p(totals, n_resamples)
-    return Difference(mean=centre, low=low, high=high, n=n, n_left_out=n_left_out, unit=unit, p_value=p_value)
-
-
-def paired_means(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting) -> list[float]:
-    """The means of both runs over the answers that ``paired_difference`` compares. Raises: DataError as there."""
-    sums = _paired_totals(correct_P_Q, minus_P_Q, weighting).sum(axis=1)
-    return [float(mean) for mean in sums[::2] / sums[1::2]]
+    about = {"n_left_out": len(correct_P_Q) - n, "unit": unit, "p_value": _sign_flip_p(totals, n_resamples)}
+    sums = totals.sum(axis=1)
+    return Difference(mean=centre, low=low, high=high, n=n, means=tuple((sums[::2] / sums[1::2]).tolist()), **about)
 
 
 def _paired_totals(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting) -> np.ndarray:

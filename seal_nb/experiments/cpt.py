@@ -31,6 +31,7 @@ _PUBLISHED_REPLY = {
     "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
     "baseline_correct", "adapter_correct", "gains",
 }  # fmt: skip
+Replies = Mapping[str, TTTReply]
 _OUR_REPLY = {"baseline_gold_logprobs", "adapter_gold_logprobs", "epoch_losses", "train_steps", "train_tokens"}
 
 
@@ -54,10 +55,7 @@ class CPTSettings(Settings):
         super().__post_init__()
         for name, off in (("padding_in_loss", False), ("end_mask_substring", "")):
             if self.method == "full" and (value := getattr(self.training, name)) != off:
-                raise SettingsError(
-                    f"{name}={value!r} is a setting of adapters, and method is 'full'; leave it {off!r}, or "
-                    "choose method 'lora'"
-                )
+                raise SettingsError(f"{name}={value!r} is a setting of adapters and method is 'full'; leave it {off!r}")
 
 
 def cpt_file_name(settings: CPTSettings) -> str:
@@ -71,10 +69,8 @@ class Cpt(Arms[CptRun]):
 
     published = CPT
 
-    def __init__(
-        self, runs: Mapping[str, CptRun], losses: Mapping[str, Sequence[float | None]], control: Mapping[str, TTTReply]
-    ) -> None:
-        super().__init__(runs, losses)
+    def __init__(self, runs: Mapping[str, CptRun], replies: Replies, control: Replies) -> None:
+        super().__init__(runs, {arm: reply.epoch_losses for arm, reply in replies.items()})
         self.control = control  # the replies to general questions
 
     def unrelated(self) -> pd.DataFrame:
@@ -161,7 +157,7 @@ def cpt(
         path = write_json(folder / cpt_file_name(one), value)
         write_record(path, stage="04_cpt", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = CptRun(value=value, path=path, passages=passages)
-    return Cpt(runs, {arm: reply.epoch_losses for arm, reply in replies.items()}, control)
+    return Cpt(runs, replies, control)
 
 
 def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> list[str]:

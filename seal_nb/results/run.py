@@ -15,16 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from seal_nb.errors import DataError
 from seal_nb.grading.base import Answered
-from seal_nb.metrics import (
-    Difference,
-    Estimate,
-    Scores,
-    Weighting,
-    mean_interval,
-    paired_difference,
-    paired_means,
-    to_settle,
-)
+from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference, to_settle
 from seal_nb.storage import read_json, record_path, write_json
 
 if TYPE_CHECKING:
@@ -299,7 +290,7 @@ def comparison(a: Run, b: Run, *, shared_only: bool = False) -> dict[str, Any]:
     d = paired_difference(*scores, weighting=a.weighting, unit=a.unit)
     needed = None if d.is_real else to_settle(*scores, a.weighting, a.unit) or None
     row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), needed)
-    return dict(zip(COMPARED, row, strict=True)) | {"means": paired_means(*scores, a.weighting)}
+    return dict(zip(COMPARED, row, strict=True)) | {"means": d.means}
 
 
 def difference_sentence(first: Run, second: Run) -> str:
@@ -332,11 +323,8 @@ def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Sc
     at = {key: place for place, key in enumerate(keys_a)}
     shared = [(at[key], place) for place, key in enumerate(keys_b) if key in at]
     if not shared:
-        raise DataError(
-            f"shares no {a.unit.removesuffix('s')} with the other run",
-            path=b.path,
-            remedy=f"compare runs on the same {a.unit}",
-        )
+        remedy = f"compare runs on the same {a.unit}"
+        raise DataError(f"shares no {a.unit.removesuffix('s')} with the other run", path=b.path, remedy=remedy)
     if not shared_only and not len(shared) == len(keys_a) == len(keys_b):
         raise DataError(
             f"shares {len(shared)} of {len(keys_b)} {a.unit} with the other run, which has {len(keys_a)}",
