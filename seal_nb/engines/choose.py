@@ -22,7 +22,8 @@ def chosen_engine(
     n_threads: int = 1,
 ) -> Iterator[Engine]:
     """The engine that the parameters of `01_create_self_edits` name; ``run_dir`` is for ``vllm.log``. Without ``url``
-    "vllm" starts a server of its own, which stops at the end of the block, and "openai" asks OpenAI.
+    "vllm" starts a server of its own, which stops at the end of the block, and "openai" asks OpenAI, whose key is in
+    OPENAI_API_KEY unless ``api_key_env`` names another variable. A service at ``url`` gets only a key that is named.
     Raises: SettingsError for settings that do not fit the engine; EngineError where the server does not answer."""
     if name == "local":
         if url:
@@ -34,6 +35,7 @@ def chosen_engine(
         with VllmServer(model, run_dir=run_dir) as server:
             yield VllmEngine.of(server, max_parallel=max_parallel)
     elif name in ("vllm", "openai"):
+        api_key_env = api_key_env or ("" if url else ApiSettings.api_key_env)
         settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)
         yield VllmEngine.at(settings, model=model) if name == "vllm" else OpenAIEngine(settings, model=model)
     else:
