@@ -5,12 +5,10 @@ A broken file is refused with its path, the item and the field. Nothing is repai
 
 import csv
 import io
-import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from seal_nb.errors import DataError, SettingsError, checked
-from seal_nb.storage import read_json, read_text, runs_folder, write_json
+from seal_nb.storage import data_file, read_json, read_json_lines, read_text, runs_folder, write_json
 
 CSV_COLUMNS = ("title", "context", "question", "answer")
 _HEADING = re.compile(r"#\s+(?P<title>\S.*)")
@@ -37,9 +35,9 @@ def _by_passage(rows: Iterable[tuple[int | str, Mapping[str, str]]]) -> list[Pla
     return list(items.values())
 
 
-def _csv_items(path: Path, text: str) -> list[Placed]:
+def _csv_items(path: Path) -> list[Placed]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
     columns = table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
     if missing := [name for name in CSV_COLUMNS if name not in columns]:
         problem = f"has no column {missing[0]!r} but {', '.join(columns) or 'no header'}"
@@ -58,21 +56,10 @@ def _csv_items(path: Path, text: str) -> list[Placed]:
     return _by_passage(rows)
 
 
-def _jsonl_items(path: Path, text: str) -> Iterator[Placed]:
-    # Only line feeds end a JSON line: a string may hold other characters that Python calls line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"line {number}"
-        try:
-            if line.strip():
-                yield place, json.loads(line)
-        except ValueError as error:
-            raise DataError(f"is not JSON: {error}", path=path, item=place, remedy="write one object a line") from error
-
-
-def _markdown_items(path: Path, text: str) -> list[Placed]:
+def _markdown_items(path: Path) -> list[Placed]:
     """Lines of a paragraph are joined by spaces, paragraphs by a line break."""
     items: list[Placed] = []
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+    for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         place = f"line {number}"
         if heading := _HEADING.fullmatch(line):
             items.append((place, {"title": heading["title"], "context": "", "questions": [], "hand_written": ""}))
@@ -104,8 +91,9 @@ def _add_line(item: dict[str, Any], line: str, path: Path, place: str) -> None:
         raise DataError("is missing before this line", path=path, item=place, field=field, remedy=remedy)
 
 
-READERS = {
-    ".csv": _csv_items, ".tsv": _csv_items, ".jsonl": _jsonl_items, ".md": _markdown_items, ".markdown": _markdown_items
+READERS: dict[str, Callable[[Path], Iterable[Placed]]] = {
+    ".csv": _csv_items, ".tsv": _csv_items, ".jsonl": read_json_lines, ".md": _markdown_items,
+    ".markdown": _markdown_items,
 }  # fmt: skip
 SHIPPED_SPLITS = ("train", "val")
 
@@ -172,9 +160,9 @@ def load_passages(source: str | Path) -> list[Passage]:
         split = str(source).removeprefix("shipped:")
         if split not in SHIPPED_SPLITS:
             raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
-        path = Path(str(resources.files("seal_nb") / "data" / f"passages_{split}.json"))
+        path = data_file(f"passages_{split}.json")
     if reader := READERS.get(path.suffix.lower()):
-        items = list(reader(path, read_text(path)))
+        items = list(reader(path))
         if not items:
             raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
         return _passages(items, path)

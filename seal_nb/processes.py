@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import psutil
 
 POLL_S = 0.5
+END_BYTES = 64 * 2**10  # of a log that are read for its last lines: a log may have gigabytes
 T = TypeVar("T")
 
 
@@ -28,23 +29,23 @@ class LoggedProcess(subprocess.Popen[bytes]):
     def __init__(self, command: list[str], log: Path, *, mode: str = "ab", **options: Any) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open(mode) as out:
-            self.log, self._began_at = log, out.tell()
+            self.log, self._offset = log, out.tell()
             options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
             super().__init__(command, **options)
 
-    def lines(self) -> list[str]:
-        """What it has written."""
-        return self.log.read_bytes()[self._began_at :].decode(errors="replace").splitlines()
+    def lines(self, n: int = 1000) -> list[str]:
+        """The last lines that it has written."""
+        return last_lines(self.log, n, start=self._offset)
 
     def ending(self) -> str:
         """The end of its log, for the message of an error."""
-        return f"the end of {self.log}:\n" + "\n".join(self.lines()[-15:])
+        return f"the end of {self.log}:\n" + "\n".join(self.lines(15))
 
 
-def last_lines(path: Path, n: int) -> list[str]:
-    """The last ``n`` lines of a log that are not blank. Only the last 64 KiB are read, because logs grow large."""
+def last_lines(path: Path, n: int, *, start: int = 0) -> list[str]:
+    """The last ``n`` lines after byte ``start`` of a log that are not blank, or fewer if they have over 64 KiB."""
     with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - 65_536))
+        log.seek(max(start, path.stat().st_size - END_BYTES))
         lines = log.read().decode(errors="replace").splitlines()
     return [line for line in lines if line.strip()][-n:]
 

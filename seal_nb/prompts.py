@@ -7,11 +7,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
-from seal_nb.storage import read_json
+from seal_nb.storage import data_file, read_json
 
 DEFAULT_PROMPT_KEY = "implications"
 OTHER_PROMPT = "other"  # the recorded key of an unknown prompt
@@ -46,8 +45,7 @@ class SelfEditPrompt:
 
 
 SELF_EDIT_PROMPTS: dict[str, SelfEditPrompt] = {
-    entry["key"]: SelfEditPrompt(**entry)
-    for entry in read_json(Path(str(resources.files("seal_nb") / "data" / "prompts.json")))
+    entry["key"]: SelfEditPrompt(**entry) for entry in read_json(data_file("prompts.json"))
 }
 
 

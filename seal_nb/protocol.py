@@ -366,9 +366,9 @@ def validated(kind: type[M], fields: dict[str, Any]) -> M:
         raise ProtocolError(f"field {where!r} {value}: {problem}{others}; {remedy}", field=where) from None
 
 
-def _shown(value: object, width: int = 80) -> str:
-    text = ascii(value) if not isinstance(value, str) or len(value) <= width else ascii(value[:width])
-    return text if len(text) <= width else f"{text[:width]}…"
+def _shown(value: object) -> str:
+    text = ascii(value[:80] if isinstance(value, str) else value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def read_reply(message: bytes) -> Reply | dict[str, Any]:

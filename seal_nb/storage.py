@@ -55,6 +55,11 @@ def runs_folder(path: str | Path = "") -> Path:
     return shown if place.is_relative_to(project) and not moves_again else place
 
 
+def data_file(name: str) -> Path:
+    """A file that the package brings along."""
+    return Path(__file__).parent / "data" / name
+
+
 def _is_project(folder: Path) -> bool:
     settings = folder / "pyproject.toml"
     return (folder / "notebooks").is_dir() and settings.is_file() and 'name = "seal-nb"' in settings.read_text()
@@ -120,6 +125,21 @@ def read_json(path: str | Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"not valid JSON: {error}", path=path, remedy="write the file again") from error
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The place (such as "line 3") and the JSON value of each line that is not blank, in a file as in ``read_text``.
+    Raises: DataError with the path and the line."""
+    # Not splitlines: a text may hold characters such as U+2028, which splitlines takes for the end of a line.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        place = f"line {number}"
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                remedy = "write one JSON value a line"
+                raise DataError(f"not valid JSON: {error}", path=path, item=place, remedy=remedy) from error
+            yield place, value
 
 
 class Journal(contextlib.AbstractContextManager["Journal"]):

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
 from seal_nb.engines.api import ApiClient, ApiSettings, OpenAIEngine, Refused, Unavailable, UnusableReply, api_key
 from seal_nb.engines.base import Ask, Completion, Incomplete, NotAsked, Sampling
-from seal_nb.engines.choose import chosen_engine
 from seal_nb.errors import EngineError, SettingsError
+from seal_nb.experiments.create import chosen_engine
 from seal_nb.passages import Passage, load_passages
 from seal_nb.prompts import find_prompts
 from seal_nb.self_edits import write_self_edits
@@ -187,6 +187,27 @@ def test_a_pause_beyond_all_patience_is_given_up_at_once() -> None:
         outcomes = outcomes_of(client_of(service, max_parallel=1), ["a", "b"])
     assert [type(outcome) for outcome in outcomes] == [Unavailable] * 2 and len(service.asked) == 2
     assert "patience_s=900" in str(outcomes[0])
+
+
+class Waits(threading.Event):
+    """An event whose waits end at once and are recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits_s: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits_s.append(timeout or 0.0)
+        return False
+
+
+@pytest.mark.parametrize("status", [408, 409, 503])
+def test_a_service_with_a_fault_cannot_ask_for_a_pause_of_hours(status: int) -> None:
+    told = [error(status, retry_after="86400"), error(status, retry_after="20"), text("x")]
+    with stand_in(in_turn(*told)) as service:
+        waits = Waits()
+        client_of(service).one(ask(), waits)
+    assert waits.waits_s == [60, 20]
 
 
 JUNK: dict[str, bytes] = {
@@ -530,5 +551,24 @@ def test_a_notebook_names_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with (
         pytest.raises(SettingsError, match="this one is local"),
         chosen_engine("local", model="m", url="http://x/v1", run_dir=tmp_path),
+    ):
+        pass
+
+
+def test_without_address_and_variable_the_service_is_openai_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with stand_in() as service:
+        monkeypatch.setattr(ApiSettings, "base_url", service.url)  # in place of OpenAI's
+        for url in ("", service.url):
+            with chosen_engine("openai", model="m", url=url, run_dir=tmp_path) as engine:
+                engine.generate(["a"], SAMPLING, seeds=[0])
+    assert [asked.headers["authorization"] for asked in service.asked] == [f"Bearer {KEY}", "Bearer none"]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with (
+        pytest.raises(SettingsError, match="no key in OPENAI_API_KEY"),
+        chosen_engine("openai", model="m", run_dir=tmp_path),
     ):
         pass

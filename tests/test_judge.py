@@ -120,6 +120,33 @@ def test_wrong_key_is_found_out_once_and_not_for_every_answer(
     assert "bad key" in caplog.text and "401" in caplog.text
 
 
+def test_a_service_that_is_down_is_not_asked_about_every_answer_and_none_of_them_is_saved(
+    service: StandIn, tmp_path: Path
+) -> None:
+    name = service.judge(tmp_path, max_attempts=1, max_parallel=2)
+    assert make_grader(name).grade(answers(1)) == [Verdict.CORRECT]
+    service.behave = lambda asked: error(503)
+    asked = [*answers(100, start=1), *answers(1)]
+    assert make_grader(name).grade(asked) == [*[Verdict.UNGRADED] * 100, Verdict.CORRECT], (
+        "the saved reply still counts"
+    )
+    assert len(service.asked) <= 1 + 16 + 2
+    service.behave = lambda asked: "no"
+    assert make_grader(name).grade(asked) == [*[Verdict.INCORRECT] * 100, Verdict.CORRECT]
+
+
+def test_each_kind_of_failure_is_logged_once_however_many_messages_it_has(
+    service: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.behave = lambda asked: error(400, f"message {asked.number}")
+    grader = make_grader(service.judge(tmp_path, max_parallel=1))
+    grader.grade(answers(30))
+    service.behave = lambda asked: error(422, "another kind")
+    grader.grade(answers(30))
+    logged = [record.getMessage() for record in caplog.records if "UNGRADED" in record.getMessage()]
+    assert len(logged) == 2 and "message 0" in logged[0] and "another kind" in logged[1]
+
+
 def test_empty_answers_and_golds_cost_nothing_and_equal_answers_cost_once(service: StandIn, tmp_path: Path) -> None:
     (one,) = answers(1)
     empty = [Answered(question=WHO, gold=gold, answer=answer) for gold, answer in (("x", ""), ("x", " \n"), ("", "x"))]
@@ -247,7 +274,7 @@ def test_the_key_comes_from_the_named_variable_and_stands_nowhere_else(
     assert {asked.headers["authorization"] for asked in service.asked} == {"Bearer secret-0123456789"}
     written = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     assert "Ilse number 0" in written
-    for shown in (written, caplog.text, repr(grader.__dict__.get("settings")), str(grader.failures), grader.name):  # type: ignore[attr-defined]
+    for shown in (written, caplog.text, repr(grader.__dict__.get("settings")), grader.name):
         assert "secret-0123456789" not in shown
 
 
@@ -303,3 +330,18 @@ def test_interrupted_grading_asks_nothing_more(service: StandIn, tmp_path: Path)
     n_calls = len(service.asked)
     time.sleep(0.3)
     assert len(service.asked) == n_calls < 10
+
+
+def test_grading_works_at_once_after_an_interrupted_one(service: StandIn, tmp_path: Path) -> None:
+    def limited(asked: Asked) -> Answer:
+        os.kill(os.getpid(), signal.SIGINT)
+        return error(429, retry_after="30")
+
+    service.behave = limited
+    grader = make_grader(service.judge(tmp_path, max_parallel=1, timeout_s=30))
+    with pytest.raises(KeyboardInterrupt):
+        grader.grade(answers(3))
+    service.behave = lambda asked: "yes"
+    began = time.monotonic()
+    assert grader.grade(answers(3)) == [Verdict.CORRECT] * 3
+    assert time.monotonic() - began < 10

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seal_nb import models
-from seal_nb.models import model_identity
+from seal_nb.errors import SettingsError
+from seal_nb.models import model_identity, resolve_model
 from tests.ttt.tiny import save_tiny_model
 
 MIB = 2**20
@@ -53,6 +54,25 @@ def test_a_copy_has_the_identity_of_its_original_and_a_hub_name_is_its_own(tmp_p
     (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": "elsewhere"}))
     assert model_identity(str(copy)) == model_identity(str(folder))
     assert model_identity("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
+
+
+@pytest.mark.parametrize(
+    "path", ["./typo", "../typo", "/typo", "~/typo", "runs/typo", "here/typo", "a/b/c", "~/a/b", "~x/y"]
+)
+def test_a_path_to_no_folder_is_refused_and_named(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=f"no folder .*{path[-4:]}"):
+        resolve_model(path)
+
+
+def test_a_name_of_the_hub_is_no_path_and_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B" and resolve_model("gpt2") == "gpt2"
+    assert resolve_model("~/mine") == str(tmp_path / "mine") and resolve_model("mine") == "mine"
 
 
 def test_of_a_very_large_file_every_tensor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ HEAD = "title,context,question,answer\n"
         ("a.csv", HEAD + 'a,"b\nc",d,e\nT,C,,A\n', "line 4, field 'question': is empty; fill it in"),
         ("a.csv", HEAD + "T,C,Q\n", "line 2, field 'answer': is empty"),
         ("a.csv", HEAD + 'T,"C,Q,A\n', "is not CSV"),
-        ("a.jsonl", '{"title": "T"}\n{oops\n', "line 2: is not JSON"),
+        ("a.jsonl", '{"title": "T"}\n{oops\n', "line 2: not valid JSON"),
         ("a.jsonl", '\n{"title": "T", "questions": []}\n', "line 2, field 'context': is missing"),
         ("a.jsonl", "[1]\n", r"line 1: is \[1\], not an object"),
         ("a.md", "text\n# T\n", "line 1, field 'title': is before the first title"),

@@ -1,5 +1,6 @@
 """SFT of a round on a tiny model: completion-only loss, a merged folder, resumption, one or two processes."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from seal_nb.sft.train import (
     launch_config,
     read_sft_rows,
     run_job,
-    shipped,
+    slurm_file,
     train_sft,
 )
 from tests.server.conftest import eventually, is_running
@@ -102,6 +103,27 @@ def test_a_row_may_hold_characters_that_look_like_the_end_of_a_line(tmp_path: Pa
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert read_sft_rows(path) == rows
+
+
+def test_rows_may_be_compressed_with_blank_lines_between_them(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n\n" for row in ROWS)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert read_sft_rows(tmp_path / "rows.jsonl.gz") == ROWS
+
+
+def test_a_missing_file_of_rows_is_named_as_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        read_sft_rows(tmp_path / "none.jsonl")
+
+
+def test_a_row_whose_prompt_leaves_no_room_for_the_completion_is_refused(base: Path, tmp_path: Path) -> None:
+    n_prompt = len(AutoTokenizer.from_pretrained(base)("longer " * 9)["input_ids"])
+    rows, few = [ROWS[0], {"prompt": "longer " * 9, "completion": "c"}], replace(FEW, max_seq_length=n_prompt)
+    said = rf"x\.jsonl, item row 2, field 'prompt': has {n_prompt} tokens, and max_seq_length={n_prompt} leaves .*raise"
+    with pytest.raises(DataError, match=said):
+        trained(base, tmp_path, "next", rows, few)
+    one = example(AutoTokenizer.from_pretrained(base), rows[1], n_prompt + 1)
+    assert [label for label in one["labels"] if label != IGNORED] == one["input_ids"][-1:]
 
 
 FEW = SftSettings(lora_rank=4, lora_alpha=8, finetune_epochs=3, gradient_accumulation_steps=1)
@@ -253,7 +275,7 @@ raise SystemExit(max(main(SftJob.from_json(text)) for text in sys.argv[1:]))
 def test_a_model_sharded_over_processes_trains_the_same(base: Path, tmp_path: Path) -> None:
     """The configuration for GPUs, FSDP 2, on two CPU processes; one launch trains by both methods."""
     file, script, on_cpu = sft_file(tmp_path, MANY), tmp_path / "both.py", tmp_path / "fsdp.yaml"
-    for_gpus = shipped("accelerate_fsdp.yaml").read_text()
+    for_gpus = slurm_file("accelerate_fsdp.yaml").read_text()
     on_cpu.write_text(for_gpus.replace("mixed_precision: bf16", 'mixed_precision: "no"\nuse_cpu: true'))
     jobs = [
         SftJob(sft_file=file, model=str(base), model_dir=tmp_path / m, settings=replace(SHARED, method=m))
@@ -302,7 +324,7 @@ def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
         sft_file=tmp_path / "a b.jsonl", model="m", model_dir=tmp_path / "next", settings=settings, n_threads=2
     )
     assert SftJob.from_json(job.to_json()) == job
-    line = command(job, 4, shipped("accelerate_fsdp.yaml"))
+    line = command(job, 4, slurm_file("accelerate_fsdp.yaml"))
     assert line[line.index("seal_nb.sft.train") - 1] == "-m" and "--num_processes=4" in line
 
 
@@ -338,18 +360,18 @@ def test_in_a_job_over_several_nodes_each_of_them_starts_its_share(
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     job = SftJob(sft_file=tmp_path / "a.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
-    line = command(job, 4, shipped("accelerate_fsdp.yaml"))
+    line = command(job, 4, slurm_file("accelerate_fsdp.yaml"))
     assert line[line.index("srun") :][:3] == ["srun", "--nodes=2", "--ntasks=2"] and "--cpus-per-task=8" in line
     assert "--num_processes=4" in line and not any("main_process_port" in word for word in line)
     with pytest.raises(SettingsError, match="n_processes is 3, which 2 nodes cannot share"):
-        command(job, 3, shipped("accelerate_fsdp.yaml"))
+        command(job, 3, slurm_file("accelerate_fsdp.yaml"))
 
 
 @pytest.mark.parametrize("name", ["cpu", "fsdp"])
 def test_a_shipped_configuration_is_one_that_accelerate_reads(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    said = load_config_from_file(str(shipped(f"accelerate_{name}.yaml")))
+    said = load_config_from_file(str(slurm_file(f"accelerate_{name}.yaml")))
     assert said.use_cpu == (name == "cpu")
     assert (said.fsdp_config or {}).get("fsdp_version") == (2 if name == "fsdp" else None)
 
@@ -361,7 +383,7 @@ def test_the_deepspeed_configuration_is_zero_3_as_accelerate_reads_and_launches_
     from accelerate.commands import launch as accelerates
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-    asked = [f"--config_file={shipped('accelerate_deepspeed.yaml')}", "--num_processes=2", "--main_process_port=0"]
+    asked = [f"--config_file={slurm_file('accelerate_deepspeed.yaml')}", "--num_processes=2", "--main_process_port=0"]
     launched: list[Any] = []
     monkeypatch.setattr(accelerates, "deepspeed_launcher", launched.append)
     accelerates.launch_command(accelerates.launch_command_parser().parse_args([*asked, "train.py"]))
@@ -390,7 +412,7 @@ def test_how_gpus_share_a_model_is_chosen_by_name(tmp_path: Path, monkeypatch: p
     assert names == ["accelerate_fsdp.yaml", "accelerate_deepspeed.yaml"]
     job = SftJob(sft_file=tmp_path / "f.jsonl", model="m", model_dir=tmp_path / "next", settings=SHARED)
     line = command(job, 2, launch_config("deepspeed"))
-    assert f"--config_file={shipped('accelerate_deepspeed.yaml')}" in line
+    assert f"--config_file={slurm_file('accelerate_deepspeed.yaml')}" in line
 
 
 def test_a_model_that_this_training_made_is_used_again_and_another_is_not(base: Path, tmp_path: Path) -> None:

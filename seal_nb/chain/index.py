@@ -6,14 +6,13 @@ page enforces it. Text from notebooks is escaped, and HTML in their outputs is s
 
 import re
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from seal_nb.chain.record import first_error
 from seal_nb.errors import DataError
-from seal_nb.storage import write_text
+from seal_nb.storage import data_file, write_text
 
 N_FIGURES = 4
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".venv", ".git"}
@@ -54,7 +53,7 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
 
 
 def _template(name: str) -> str:
-    return resources.files("seal_nb").joinpath(f"data/{name}.html.j2").read_text().replace("POLICY", POLICY)
+    return data_file(f"{name}.html.j2").read_text().replace("POLICY", POLICY)
 
 
 def _clean(html: str) -> str:

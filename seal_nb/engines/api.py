@@ -33,6 +33,7 @@ MOST_FAILURES_IN_A_ROW = 16  # or max_parallel, if that is more
 CONNECT_TIMEOUT_S = 10.0
 MAY_PASS = {408, 409, 429}  # and 5xx
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0  # after a failure, if the service does not say how long to wait
+LONGEST_ASKED_S = 60.0  # pause that a service with a fault may ask for; for rate limits patience_s counts
 LONGEST_MESSAGE = 400  # characters of a service's message in an error
 
 
@@ -120,36 +121,29 @@ class ApiClient:
 
     def each(self, asks: Mapping[int, Ask], on_text: OnText | None = None) -> dict[int, Completion | EngineError]:
         """The outcome of each request, ``max_parallel`` at a time. ``on_text`` is called one at a time and in another
-        thread, so that Ctrl-C cannot interrupt it. After a failure that concerns all requests, after many failures in a
-        row, and after Ctrl-C no further request is sent, and the replies under way are waited for. A second Ctrl-C ends
-        at once."""
-        stopped, one_at_a_time, n_failed_in_a_row = threading.Event(), threading.Lock(), 0
+        thread, so that Ctrl-C cannot interrupt it. After the failures that a ``Round`` names and after Ctrl-C no
+        further request is sent, and the replies under way are waited for. A second Ctrl-C ends at once."""
+        sent, one_at_a_time = Round(self), threading.Lock()
 
         def outcome(index: int, ask: Ask) -> Completion | EngineError:
-            nonlocal n_failed_in_a_row
             try:
-                found: Completion | EngineError = self.one(ask, stopped)
+                found = sent.one(ask)
             except EngineError as error:
-                found = error
-            with one_at_a_time:
-                # A service that refuses one prompt still works for the next one.
-                n_failed_in_a_row = 0 if isinstance(found, Completion | Refused) else n_failed_in_a_row + 1
-                concerns_all = isinstance(found, Refused) and found.status in CONCERNS_ALL
-                if concerns_all or n_failed_in_a_row > max(MOST_FAILURES_IN_A_ROW, self.settings.max_parallel):
-                    stopped.set()
-                if isinstance(found, Completion) and on_text is not None:
-                    try:
+                return error
+            if on_text is not None:
+                try:
+                    with one_at_a_time:
                         on_text(index, found)
-                    except BaseException:
-                        stopped.set()
-                        raise
+                except BaseException:
+                    sent.stopped.set()
+                    raise
             return found
 
         calls = {index: self.threads.submit(partial(outcome, index, ask)) for index, ask in asks.items()}
         try:
             return {index: call.result() for index, call in calls.items()}
         except BaseException:
-            stopped.set()
+            sent.stopped.set()
             wait([call for call in calls.values() if not call.cancel()])
             raise
 
@@ -198,7 +192,9 @@ class ApiClient:
                 raise Refused(shown, status=status)
             is_seconds = re.fullmatch(r"\d+(\.\d+)?", retry_after)  # it may be a date
             wait_s = float(retry_after) if is_seconds else pause_s * random.uniform(0.75, 1)
-            if status == 429 and time.monotonic() + wait_s > given_up_s:
+            if status != 429:
+                wait_s = min(wait_s, LONGEST_ASKED_S)
+            elif time.monotonic() + wait_s > given_up_s:
                 limit = f"rate-limited for longer than patience_s={self.settings.patience_s:g}"
                 raise Unavailable(f"{shown}; {limit}; run again later")
             n_failed += status != 429
@@ -232,6 +228,34 @@ class ApiClient:
         shown = message.replace(self._key, "***") if self._key else message
         shown = re.sub(r"\bsk-[\w*-]+", "***", shown)  # some repeat the two ends of a key
         return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
+
+
+class Round:
+    """Requests of a client that stop together, from many threads: after a failure that concerns all of them, and after
+    many failures in a row. Setting ``stopped`` stops them too."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self.client, self.stopped, self._counting = client, threading.Event(), threading.Lock()
+        self._n_failed_in_a_row, self._most = 0, max(MOST_FAILURES_IN_A_ROW, client.settings.max_parallel)
+
+    def one(self, ask: Ask) -> Completion:
+        """See ApiClient. Raises: NotAsked once the requests have stopped."""
+        try:
+            found = self.client.one(ask, self.stopped)
+        except EngineError as error:
+            # A service that refuses one prompt still works for the next one.
+            self._count(has_failed=not isinstance(error, Refused))
+            if isinstance(error, Refused) and error.status in CONCERNS_ALL:
+                self.stopped.set()
+            raise
+        self._count(has_failed=False)
+        return found
+
+    def _count(self, *, has_failed: bool) -> None:
+        with self._counting:
+            self._n_failed_in_a_row = self._n_failed_in_a_row + 1 if has_failed else 0
+            if self._n_failed_in_a_row > self._most:
+                self.stopped.set()
 
 
 class OpenAIEngine(Engine):

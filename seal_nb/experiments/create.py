@@ -1,7 +1,8 @@
 """Creating self-edits: a model or service writes texts about passages (`create_self_edits`)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seal_nb.engines.base import Prompt, Sampling, contents
-from seal_nb.engines.choose import chosen_engine
+from seal_nb.engines.api import ApiSettings, OpenAIEngine
+from seal_nb.engines.base import Engine, Prompt, Sampling, contents
+from seal_nb.engines.vllm import VllmEngine, VllmServer
+from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import work_of_texts
 from seal_nb.passages import Passage, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
@@ -92,7 +95,7 @@ def create_self_edits(
         max_tokens: tokens of one self-edit at most; a longer text is cut and used, as published.
         chat: through the model's chat template.
         engine_url: of a running server; empty: a vLLM server started here, or OpenAI.
-        api_key_env: name of the environment variable that holds the key.
+        api_key_env: name of the environment variable that holds the key; empty: OPENAI_API_KEY for OpenAI, else none.
         max_parallel: requests at a time (vllm, openai).
         n_threads: CPU threads (local).
         price_in: of a million prompt tokens, for the line that says how much work it is.
@@ -161,3 +164,35 @@ def create_self_edits(
     n_cut = sum(text.finish_reason == "length" for text in texts)
     n_tokens = sum(text.n_tokens for text in texts)
     return SelfEdits(passages=written, path=path, n_texts=len(texts), n_tokens=n_tokens, n_cut=n_cut)
+
+
+@contextmanager
+def chosen_engine(
+    name: str,
+    *,
+    model: str,
+    run_dir: Path,
+    url: str = "",
+    api_key_env: str = "",
+    max_parallel: int = 32,
+    n_threads: int = 1,
+) -> Iterator[Engine]:
+    """The engine that the parameters of `01_create_self_edits` name; ``run_dir`` is for ``vllm.log``. Without ``url``
+    "vllm" starts a server of its own, which stops at the end of the block, and "openai" asks OpenAI, whose key is in
+    OPENAI_API_KEY unless ``api_key_env`` names another variable. A service at ``url`` gets only a key that is named.
+    Raises: SettingsError for settings that do not fit the engine; EngineError where the server does not answer."""
+    if name == "local":
+        if url:
+            raise SettingsError(f"engine_url={url!r} is for the engines vllm and openai; this one is local")
+        from seal_nb.engines.local import load_local_engine
+
+        yield load_local_engine(model, n_threads=n_threads)
+    elif name == "vllm" and not url:
+        with VllmServer(model, run_dir=run_dir) as server:
+            yield VllmEngine.of(server, max_parallel=max_parallel)
+    elif name in ("vllm", "openai"):
+        api_key_env = api_key_env or ("" if url else ApiSettings.api_key_env)
+        settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)
+        yield VllmEngine.at(settings, model=model) if name == "vllm" else OpenAIEngine(settings, model=model)
+    else:
+        raise SettingsError(f"engine={name!r}: known are local, vllm, openai")

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTRe
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
 from seal_nb.server.settings import ServeSettings, SharedSettings
-from seal_nb.storage import Journal, content_id, read_json, runs_folder
+from seal_nb.storage import Journal, content_id, data_file, read_json, runs_folder
 from seal_nb.views.live import Progress, say
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
@@ -258,8 +257,7 @@ def _key(request: TTTRequest | GenerateRequest) -> str:
 
 def general_questions() -> list[EvalQuestion]:
     """The shipped questions, without a title."""
-    path = Path(str(resources.files("seal_nb") / "data" / "general_questions.json"))
-    return [EvalQuestion(**entry) for entry in read_json(path)]
+    return [EvalQuestion(**entry) for entry in read_json(data_file("general_questions.json"))]
 
 
 def ask_control(

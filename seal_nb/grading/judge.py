@@ -9,16 +9,15 @@ import json
 import logging
 import os
 import re
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from seal_nb.engines.api import CONCERNS_ALL, ApiClient, ApiSettings, Refused
+from seal_nb.engines.api import ApiClient, ApiSettings, Round
 from seal_nb.engines.base import Ask, Sampling
 from seal_nb.errors import EngineError, GradingError, SettingsError
 from seal_nb.grading.base import Answered, Verdict, without_asking
@@ -28,7 +27,6 @@ from seal_nb.storage import content_id
 
 log = logging.getLogger(__name__)
 
-LOGGED_FAILURES = 10  # different messages; an outage repeats the same one
 _YES_OR_NO = re.compile(r"\b(yes|no)\b")
 
 
@@ -79,47 +77,44 @@ def read_verdict(reply: str) -> Verdict:
 
 
 class JudgeGrader:
-    """Grades ``max_parallel`` answers at a time, for many threads. ``failures`` counts messages of failed calls."""
+    """Grades ``max_parallel`` answers at a time, for many threads."""
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.name = f"judge:{settings.model}"
         self.client = ApiClient(settings)
-        self.failures: Counter[str] = Counter()
+        self._logged: set[tuple[type[EngineError], int]] = set()  # kinds of failures: an outage repeats the same one
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        """One verdict for each answer. An interrupt ends the calls that have not begun.
-        Raises: GradingError if the folder of saved replies cannot be used."""
-        no_use = threading.Event()  # set after a failure that every call would have
+        """One verdict for each answer. After the failures that a ``Round`` names and after an interrupt nothing more is
+        asked; replies under way are saved. Raises: GradingError if the folder of saved replies cannot be used."""
+        sent = Round(self.client)
         calls: dict[str, Future[Verdict]] = {}
         settled = [without_asking(one) for one in answered]
         prompts = [grading_prompt(one.title, one.question, one.gold, one.answer) for one in answered]
         asked = [prompt for prompt, verdict in zip(prompts, settled, strict=True) if verdict is None]
-        for prompt in dict.fromkeys(asked):
-            calls[prompt] = self.client.threads.submit(lambda prompt=prompt: self._verdict(prompt, no_use))  # type: ignore[misc]
         try:
+            for prompt in dict.fromkeys(asked):
+                calls[prompt] = self.client.threads.submit(partial(self._verdict, prompt, sent))
             verdicts = {prompt: call.result() for prompt, call in calls.items()}
         finally:
+            sent.stopped.set()
             for call in calls.values():
                 call.cancel()
         return [verdict or verdicts[prompt] for verdict, prompt in zip(settled, prompts, strict=True)]
 
-    def _verdict(self, prompt: str, no_use: threading.Event) -> Verdict:
-        if no_use.is_set():
-            return Verdict.UNGRADED
+    def _verdict(self, prompt: str, sent: Round) -> Verdict:
         key = content_id([self.settings.base_url, self.settings.model, self.settings.max_tokens, prompt])
         try:
-            return read_verdict(self._saved_reply(key, prompt))
+            return read_verdict(self._saved_reply(key, prompt, sent))
         except EngineError as error:
-            if isinstance(error, Refused) and error.status in CONCERNS_ALL:
-                no_use.set()
-            message = str(error)
-            if message not in self.failures and len(self.failures) < LOGGED_FAILURES:
-                log.warning("an answer stays UNGRADED: %s", message)
-            self.failures[message] += 1
+            kind = type(error), getattr(error, "status", 0)
+            if kind not in self._logged:
+                self._logged.add(kind)
+                log.warning("an answer stays UNGRADED: %s", error)
             return Verdict.UNGRADED
 
-    def _saved_reply(self, key: str, prompt: str) -> str:
+    def _saved_reply(self, key: str, prompt: str, sent: Round) -> str:
         """The reply on disk, or the model's, which is then saved. Each key has a file that is also its lock: of all
         threads, processes and nodes that need the same reply, one asks and the others wait. The system drops the lock
         of a dead process. An empty or torn file holds no reply."""
@@ -139,7 +134,7 @@ class JudgeGrader:
             except (ValueError, KeyError, TypeError):
                 sampling = Sampling(max_tokens=self.settings.max_tokens, temperature=0.0, top_p=1.0)
                 message = {"role": "user", "content": prompt}
-                reply = self.client.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
+                reply = sent.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
             about = {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
             try:
                 file.seek(0)

@@ -5,18 +5,17 @@ and words: how much of the gold answer is in the answer, and how. Most look at t
 not in the question, because the others prove nothing. docs/graders.md lists the mistakes it makes.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib import resources
 from statistics import fmean
 from typing import Any
 
 from seal_nb.grading.base import Answered, asked_about
 from seal_nb.grading.rules import EMPTY_WORDS, FUNCTION_WORDS, Word, folded, sentences, trigrams, words_of
+from seal_nb.storage import data_file, read_json
 
 _KINDS_OF_QUESTION = {
     "asks_who": re.compile(r"\bwho(m|se)?\b"),
@@ -199,7 +198,11 @@ def _negated(words: Iterable[Word]) -> bool:
 
 
 def _weight(word: Word) -> float:
-    kind = 2.0 if word.is_number else 1.5 if word.capital else 0.5 if word.text in EMPTY_WORDS else 1.0
+    kind = 0.5 if word.text in EMPTY_WORDS else 1.0
+    if word.is_number:
+        kind = 2.0
+    elif word.capital:
+        kind = 1.5
     return float(kind * min(len(word.text), 8) ** 0.5)
 
 
@@ -221,7 +224,7 @@ def _overlap(keys: frozenset[str], found: set[str]) -> float:
 
 @cache
 def _model() -> dict[str, Any]:
-    model: dict[str, Any] = json.loads(resources.files("seal_nb").joinpath("data/local_grader.json").read_text())
+    model: dict[str, Any] = read_json(data_file("local_grader.json"))
     return model
 
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import resources
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from seal_nb.results.cpt import CptRun, check_length
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import COMPARED, Run, comparison, frame
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.storage import read_json, runs_folder
+from seal_nb.storage import data_file, read_json, runs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +51,7 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
         DataError: the file is missing, broken (with item and field), or not one run.
     """
     shipped = SHIPPED_RUNS.get(str(path))
-    path = Path(str(resources.files("seal_nb") / "data" / shipped)) if shipped else runs_folder(path)
+    path = data_file(shipped) if shipped else runs_folder(path)
     return run_of(read_json(path), path=path, passages=passages)
 
 

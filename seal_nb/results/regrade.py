@@ -21,7 +21,7 @@ from seal_nb.metrics import Verdicts, accuracy
 from seal_nb.passages import load_passages
 from seal_nb.results.collect import is_run, run_of
 from seal_nb.results.run import KINDS, Run, StoredVerdict
-from seal_nb.storage import read_json, read_text, write_text
+from seal_nb.storage import read_json, read_json_lines, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,8 +141,10 @@ def grade_file(
     judge = make_grader(grader) if isinstance(grader, str) else grader
     if Path(out).suffix == ".gz":
         raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
-    lines = enumerate(read_text(source).split("\n"), start=1)
-    rows = [_row(line, path=source, item=f"line {number}") for number, line in lines if line.strip()]
+    rows: list[dict[str, Any]] = []
+    for place, row in read_json_lines(source):
+        checked(_Row.model_validate, row, path=source, item=place)
+        rows.append(row)
     answered = [
         Answered(question=row["question"], gold=row["gold"], answer=row["answer"], title=row.get("title", ""))
         for row in rows
@@ -161,15 +163,6 @@ def grade_file(
         verdicts=verdicts,
         reference=[row.get("reference_verdict") for row in rows],
     )
-
-
-def _row(line: str, *, path: str | Path, item: str) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON: {error}", path=path, item=item) from error
-    checked(_Row.model_validate, row, path=path, item=item)
-    return row
 
 
 def is_run_file(path: str | Path) -> bool:

@@ -41,6 +41,10 @@ TURN_S = 0.2
 PING_MARK = b"ping"
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 DENIED = "it denied our key; put its public half into keys/allowed_clients/ of the server's run folder"
+NO_KEYS = (
+    "a server of ours on another machine needs its keys: give its endpoint file (endpoint.json in its run folder) "
+    "instead of its address"
+)
 
 
 @dataclass(kw_only=True)
@@ -58,12 +62,13 @@ class OpenMessage:
 class TTTClient:
     """A client of one server. While the server is away, nothing is sent to another one. Raises SettingsError."""
 
-    endpoint: str | Path  # endpoint file (it survives a restart of the server), or tcp://host:port
+    endpoint: (
+        str | Path
+    )  # endpoint file (it survives a restart of the server), or tcp://host:port if no keys are needed
     _: KW_ONLY
     timeout_s: float = 3600.0  # for one reply, or for the next reply of a round, while the server is there
     wait_s: float = DEFAULT_WAIT_S  # that the server may be away, at the start or later: a batch job may be requeued
     key_file: str | Path | None = None  # a .key_secret file; None: the one in the run folder of the endpoint file
-    server_key: str = ""  # public key of the server, if `endpoint` is an address outside this machine
     window: int = DEFAULT_WINDOW  # requests in flight at most, 1 to 256
 
     def __post_init__(self) -> None:
@@ -87,9 +92,9 @@ class TTTClient:
         """Train an adapter and answer the questions. Raises RemoteError, RoundTimeout."""
         return next(self.run_round([request], timeout_s=timeout_s))
 
-    def generate(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateReply:
+    def generate(self, request: GenerateRequest) -> GenerateReply:
         """Generate text. Raises RemoteError, RoundTimeout."""
-        return next(self.run_round([request], timeout_s=timeout_s))
+        return next(self.run_round([request]))
 
     def run_round(self, requests: Sequence[Work], *, timeout_s: float | None = None) -> Iterator[Any]:
         """Send any number of requests and yield replies as they come; `request_id` tells which is which. Raises
@@ -114,13 +119,13 @@ class TTTClient:
         """What the server is doing."""
         return ServerStatus.model_validate(self._command("status", timeout_s))
 
-    def cancel(self, request_id: str, *, timeout_s: float = 10.0) -> bool:
+    def cancel(self, request_id: str) -> bool:
         """Cancel a request; clients that wait for it get an error. False if it is not in work."""
-        return self._command("cancel", timeout_s, request_id=request_id)["status"] == "cancelled"
+        return self._command("cancel", request_id=request_id)["status"] == "cancelled"
 
-    def forget(self, adapter_names: Sequence[str], *, timeout_s: float = 10.0) -> list[str]:
+    def forget(self, adapter_names: Sequence[str]) -> list[str]:
         """Delete kept adapters. Returns the names of those that existed. Requests that name one then fail."""
-        forgotten: list[str] = self._command("forget", timeout_s, adapter_names=list(adapter_names))["forgotten"]
+        forgotten: list[str] = self._command("forget", adapter_names=list(adapter_names))["forgotten"]
         return forgotten
 
     def shutdown(self, *, timeout_s: float = 10.0) -> None:
@@ -138,7 +143,7 @@ class TTTClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _command(self, cmd: str, timeout_s: float, **fields: Any) -> dict[str, Any]:
+    def _command(self, cmd: str, timeout_s: float = 10.0, **fields: Any) -> dict[str, Any]:
         """The reply to a command. Only `status` is sent to a server that takes over, too."""
         message = json.dumps({"cmd": cmd, **fields}).encode(), dict
         ((_, reply),) = self._exchange([message], timeout_s=timeout_s, repeat=cmd == "status")
@@ -206,6 +211,8 @@ class TTTClient:
             if known is not None and is_loopback(known.host) and known.node != this_node():
                 only = f"machine {known.node}" if known.node else "its own machine"
                 why.append(f"it listens on loopback, which only {only} reaches; others need --endpoint tcp://0.0.0.0:0")
+            elif known is not None and not known.public_key and not is_loopback(known.host) and NO_KEYS not in why:
+                why.append(NO_KEYS)
             raise RoundTimeout(
                 f"no TTT server answers at {self.where} within {self.wait_s:g} s ({'; '.join(why)}); "
                 "start it (seal-nb serve), or raise wait_s if its job still waits in the queue"
@@ -225,12 +232,12 @@ class TTTClient:
     def _connect(self) -> None:
         """Connect to where the server is now. Open messages are sent when it has answered a ping."""
         try:
-            self._endpoint = find_endpoint(self.where, server_key=self.server_key)
+            self._endpoint = find_endpoint(self.where)
         except DataError as error:
             self._trouble = str(error)
             time.sleep(0.1)
             return
-        self._trouble = self._trouble if self._trouble == DENIED else ""
+        self._trouble = self._trouble if self._trouble in (DENIED, NO_KEYS) else ""
         self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self.key_file)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
         self._looked_at = -math.inf
@@ -250,7 +257,7 @@ class TTTClient:
         """Whether the connection broke, or the server is silent. What is open is then sent again."""
         while self._monitor is not None and self._monitor.poll(0):
             if recv_monitor_message(self._monitor)["event"] & REFUSED:
-                self._trouble = DENIED
+                self._trouble = DENIED if self._endpoint and self._endpoint.public_key else NO_KEYS
             elif self._lost_at is None:
                 return True
         return self._pinged_at is not None and now - self._pinged_at > SILENT_S

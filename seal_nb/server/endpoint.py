@@ -46,7 +46,7 @@ class Endpoint:
     job_id: str = ""  # of SLURM
     started_at: str = ""  # ISO 8601, UTC; for people only, no decision depends on it
     server_id: str = ""
-    public_key: str = ""  # empty on loopback, where no keys are used
+    public_key: str = ""  # empty if no keys are used: on loopback, and for an address
     run_dir: str = ""
     node: str = ""  # the machine
     protocol_version: str = PROTOCOL_VERSION
@@ -63,12 +63,12 @@ def read_endpoint(path: str | Path) -> Endpoint:
         ) from error
 
 
-def find_endpoint(where: str, *, server_key: str = "") -> Endpoint:
+def find_endpoint(where: str) -> Endpoint:
     """The server at `where`, an endpoint file or an address. Raises DataError if there is no file."""
     if "://" not in where:
         return read_endpoint(runs_folder(where))
     host, port = split_tcp(where)
-    return Endpoint(endpoint=where, host=host, port=int(port), public_key=server_key)
+    return Endpoint(endpoint=where, host=host, port=int(port))
 
 
 def wait_for_endpoint(path: Path, *, timeout_s: float) -> Endpoint:

@@ -23,6 +23,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import zmq
 
 from seal_nb.errors import SealError
@@ -240,7 +241,7 @@ class Worker:
 
 def rss_bytes() -> int:
     """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(psutil.Process().memory_info().rss)
 
 
 def gpu_memory() -> dict[str, int]:

@@ -7,7 +7,6 @@ the whole model. The result is that of one process, to rounding.
 
 import contextlib
 import importlib.util
-import json
 import os
 import random
 import shutil
@@ -34,8 +33,8 @@ from transformers import (
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
-from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult, SftSettings
-from seal_nb.storage import content_id, read_json, write_json
+from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
+from seal_nb.storage import content_id, read_json, read_json_lines, write_json
 from seal_nb.ttt.lora import merge_stack, stored_dtype, whole_folder, write_model_folder
 
 MODULE = "seal_nb.sft.train"
@@ -87,7 +86,7 @@ def command(job: SftJob, n_processes: int, config: Path) -> list[str]:
         start = ["srun", f"--nodes={n_nodes}", f"--ntasks={n_nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit"]
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it
             start.append(f"--cpus-per-task={cpus}")
-        start.append(str(shipped("accelerate.sh")))
+        start.append(str(slurm_file("accelerate.sh")))
     return ending_with_me([*start, *options, *program])
 
 
@@ -98,10 +97,10 @@ def launch_config(sharding: str) -> Path:
         raise SettingsError(f"sharding is {sharding!r}; known are {', '.join(SHARDINGS)}")
     if sharding == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise SettingsError("sharding 'deepspeed' is not installed; run pip install -e '.[deepspeed]', or use fsdp")
-    return shipped(f"accelerate_{sharding if torch.cuda.is_available() else 'cpu'}.yaml")
+    return slurm_file(f"accelerate_{sharding if torch.cuda.is_available() else 'cpu'}.yaml")
 
 
-def shipped(name: str) -> Path:
+def slurm_file(name: str) -> Path:
     """A file of the checkout's `slurm` folder. Raises: SettingsError if it is missing."""
     path = Path(__file__).resolve().parents[2] / "slurm" / name
     if not path.is_file():
@@ -112,32 +111,30 @@ def shipped(name: str) -> Path:
 def read_sft_rows(path: Path) -> list[dict[str, str]]:
     """Rows {prompt, completion} or {text} of a file. Raises: DataError with path, line and field."""
     rows = []
-    text = path.read_text(encoding="utf-8")
-    # Not splitlines: a row may hold characters such as U+2028, which splitlines takes for the end of a line.
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"is not JSON ({error})", path=path, item=f"line {number}") from error
+    for place, row in read_json_lines(path):
         is_text = isinstance(row, dict) and "text" in row
         for field in ("text",) if is_text else ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise DataError("must be a text", path=path, item=f"line {number}", field=field)
+                raise DataError("must be a text", path=path, item=place, field=field)
         rows.append(row)
     if not rows:
         raise DataError("has no row", path=path, remedy="lower the selection's bar, or make more self-edits")
     return rows
 
 
-def example(tokenizer: Any, row: dict[str, str], max_seq_length: int) -> Example:
+def example(tokenizer: Any, row: dict[str, str], max_seq_length: int, **where: Any) -> Example:
     """Token ids and labels of one row. The loss is on the completion only. EOS ends it, so that the model learns where
-    a self-edit stops. {text} is a train sequence as in the inner loop: no EOS, loss on all of it. Raises: DataError."""
+    a self-edit stops. {text} is a train sequence as in the inner loop: no EOS, loss on all of it.
+    Raises: DataError for a row without a loss; ``where`` are its path and item."""
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"][:max_seq_length]
         if len(ids) < 2:
-            raise DataError(f"{row['text']!r} has no token to predict", field="text", remedy="leave it out")
+            raise DataError(f"{row['text']!r} has no token to predict", **where, field="text", remedy="leave it out")
         return {"input_ids": ids, "labels": list(ids)}
     prompt = tokenizer(row["prompt"])["input_ids"]
+    if len(prompt) >= max_seq_length:
+        problem = f"has {len(prompt)} tokens, and max_seq_length={max_seq_length} leaves no room for the completion"
+        raise DataError(problem, **where, field="prompt", remedy="raise max_seq_length, or leave the row out")
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
     return {"input_ids": ids[:max_seq_length], "labels": labels[:max_seq_length]}
@@ -170,7 +167,7 @@ def train_sft(job: SftJob) -> SftResult:
         return done
     rows = read_sft_rows(job.sft_file)
     checkpoints = _own_checkpoints(model_dir, made_from, processes)
-    trainer = _trainer(folder, rows, job.settings, checkpoints, processes.num_processes)
+    trainer = _trainer(folder, rows, job, checkpoints, processes.num_processes)
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     trainer.save_model(str(checkpoints / "trained"))  # every process calls it, because each may hold a part
     result = SftResult(
@@ -204,11 +201,12 @@ def finished(model_dir: Path, made_from: str) -> SftResult | None:
     return SftResult(**stored | {"model_dir": model_dir, "losses": tuple(stored["losses"])})
 
 
-def _trainer(
-    folder: str, rows: Sequence[dict[str, str]], settings: SftSettings, checkpoints: Path, n_processes: int
-) -> Trainer:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    examples = [example(tokenizer, row, settings.max_seq_length) for row in rows]
+def _trainer(folder: str, rows: Sequence[dict[str, str]], job: SftJob, checkpoints: Path, n_processes: int) -> Trainer:
+    tokenizer, settings = AutoTokenizer.from_pretrained(folder), job.settings
+    examples = [
+        example(tokenizer, row, settings.max_seq_length, path=job.sft_file, item=f"row {number}")
+        for number, row in enumerate(rows, start=1)
+    ]
     ordered = in_training_order(
         examples, epochs=settings.finetune_epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
     )

@@ -8,8 +8,9 @@ import html
 import sys
 from collections.abc import Mapping
 from hashlib import sha256
-from importlib import resources
 from typing import TYPE_CHECKING, Any
+
+from seal_nb.storage import data_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,7 @@ _STYLES = [
 ]
 
 # Sorting of tables, for the whole page. It is put into a page that JupyterLab shows, never into a saved output.
-SCRIPT = f"<script>{resources.files('seal_nb').joinpath('data/tables.js').read_text()}</script>"
+SCRIPT = f"<script>{data_file('tables.js').read_text()}</script>"
 
 
 def show(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None) -> None:

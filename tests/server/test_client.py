@@ -174,3 +174,18 @@ def test_a_round_that_is_left_early_leaves_nothing_behind(in_haste):
         assert client.evaluate(REQUEST).baseline_accuracy == 0.0
         assert not client._open
     assert len(server.seen) <= 4
+
+
+def test_a_server_without_keys_on_another_machine_needs_its_address_only():
+    with serving(lambda *_: [REPLY], endpoint="tcp://0.0.0.0:*") as server, TTTClient(server.endpoint) as client:
+        assert client.evaluate(REQUEST).baseline_accuracy == 0.0
+
+
+def test_an_address_of_another_machine_without_an_answer_is_told_of_the_endpoint_file():
+    with (
+        TTTClient("tcp://0.0.0.0:9", wait_s=0.5) as client,
+        pytest.raises(
+            RoundTimeout, match=r"it is silent; a server of ours on another machine needs its keys: give its"
+        ),
+    ):
+        client.status()

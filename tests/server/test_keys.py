@@ -81,6 +81,14 @@ def test_no_keys_at_all_get_nothing_and_the_log_says_so(server):
     eventually(lambda: denied(server) > before)
 
 
+def test_a_client_with_an_address_and_no_keys_is_told_to_give_the_endpoint_file(server):
+    for host in ("0.0.0.0", "127.0.0.1"):
+        with TTTClient(f"tcp://{host}:{server.info.port}", wait_s=1.0) as client, pytest.raises(RoundTimeout) as told:
+            client.status()
+        assert str(told.value).count("needs its keys: give its endpoint file") == 1
+        assert "denied our key" not in str(told.value)
+
+
 def test_a_wrong_server_key_gets_nothing(server, stranger):
     pair = load_pair(server.settings.run_dir / "keys" / "client.key_secret")
     wrong = load_pair(stranger / "stranger.key_secret")[0].decode()

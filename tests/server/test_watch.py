@@ -10,6 +10,7 @@ from seal_nb.protocol import ServerStatus, TTTRequest, WorkerStatus
 from seal_nb.server import launch
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import Sample, Watch, sample_of
+from seal_nb.server.worker import rss_bytes
 from tests.server.conftest import kill, plain_req
 from tests.server.test_server import ask
 
@@ -38,6 +39,11 @@ def test_sample_has_slots_of_the_inner_loops_and_memory_of_all_processes() -> No
         "tokens_per_s": 7.0,
         "memory_bytes": 121, "gpu_bytes": 7, "answered": 4, "failed": 2, "requeued": 1, "workers": 3,
     }  # fmt: skip
+
+
+def test_memory_of_a_process_is_what_the_system_says() -> None:
+    (resident,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    assert abs(rss_bytes() - 1024 * int(resident.split()[1])) < 16 * 2**20
 
 
 def test_watching_sees_the_work_and_ends_when_the_server_does(start_server) -> None:
