@@ -138,10 +138,8 @@ def _graded_in_both(
 ) -> list[tuple[list[float], list[float]]]:
     """For each passage that both have graded the scores known in both; in each if the numbers of answers differ."""
     if len(correct_P_Q) != len(minus_P_Q):
-        raise DataError(
-            f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired",
-            remedy="keep the passages that both have, in one order",
-        )
+        remedy = "keep the passages that both have, in one order"
+        raise DataError(f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired", remedy=remedy)
     kept = []
     for first, second in zip(correct_P_Q, minus_P_Q, strict=True):
         if len(first) == len(second):

@@ -277,11 +277,8 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
             except (ValueError, KeyError, TypeError) as error:
                 if not file.read(1):
                     return  # a crash of the machine can lose the bytes before a newline
-                raise DataError(
-                    f"line {number} is broken: {line[:60]!r}",
-                    path=path,
-                    remedy="delete that line; its work is then done again",
-                ) from error
+                remedy = "delete that line; its work is then done again"
+                raise DataError(f"line {number} is broken: {line[:60]!r}", path=path, remedy=remedy) from error
             yield key, record, (offset, len(line))
             offset += len(line)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_nb.errors import DataError, RunMismatch
+from seal_nb.errors import DataError, RunMismatch, SettingsError
 from seal_nb.inspector.inspection import open_run
 from seal_nb.models import resolve_model
 from seal_nb.results.collect import read_run
@@ -88,7 +88,8 @@ def test_a_trained_model_and_an_endpoint_file_are_found_from_the_notebooks_folde
     (project / "runs" / "05_rest_em_round" / "model").mkdir(parents=True)
     found = resolve_model("runs/05_rest_em_round/model")
     assert Path(found).resolve() == project / "runs" / "05_rest_em_round" / "model"
-    assert resolve_model("runs/a_model_of_the_hub") == "runs/a_model_of_the_hub"
+    with pytest.raises(SettingsError, match="there is no folder .*runs/missing"):
+        resolve_model("runs/missing")
     written = ServeSettings(endpoint_file=Path("runs/mine/endpoint.json")).endpoint_path
     write_json(written, {"endpoint": "tcp://127.0.0.1:1", "host": "127.0.0.1", "port": 1})
     assert (project / "runs" / "mine" / "endpoint.json").is_file()

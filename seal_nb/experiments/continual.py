@@ -299,6 +299,7 @@ def self_edit_request(edits: Edits, settings: ContinualSettings, *, model_id: st
         temperature=settings.temperature,
         top_p=settings.top_p,
         adapter_stack=edits.stack if settings.strategy in STACKED else [],
+        priority=0,
         seed=derived_seed(settings.seed, "write", edits.number, passage.title, len(edits.stack)),
     )
     return identified(request, model_id)

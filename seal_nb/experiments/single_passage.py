@@ -466,6 +466,7 @@ def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) ->
         max_tokens=loop.request.max_new_tokens,
         temperature=0.0,
         top_p=1.0,
+        priority=0,
         seed=loop.request.seed,
     )
     return identified(request, model_id)

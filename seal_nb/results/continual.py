@@ -250,12 +250,8 @@ def check_sizes(matrices: Sequence[Matrix], *, path: str | Path = "", field: str
     """K, the number of passages, which all matrices must share. Raises: DataError."""
     sizes = {(len(matrix), *{len(row) for row in matrix}) for matrix in matrices}
     if len(sizes) != 1 or any(len(size) != 2 or size[0] != size[1] + 1 for size in sizes):
-        raise DataError(
-            f"matrices of sizes {sorted(sizes)} do not make one set",
-            path=path,
-            field=field,
-            remedy="give (K+1)×K matrices of one K, at least one",
-        )
+        remedy = "give (K+1)×K matrices of one K, at least one"
+        raise DataError(f"matrices of sizes {sorted(sizes)} do not make one set", path=path, field=field, remedy=remedy)
     return len(matrices[0]) - 1
 
 
@@ -319,11 +315,8 @@ def _shared(runs: Sequence[ContinualRun], field: str) -> str:
     """What all summaries say of a field, "" where they say nothing."""
     said = list(dict.fromkeys(str(run.value.get(field) or "") for run in runs))
     if len(said) > 1:
-        raise DataError(
-            f"differs between the summaries: {', '.join(map(repr, said))}",
-            field=field,
-            remedy="pool runs of one dataset, model and strategy",
-        )
+        remedy = "pool runs of one dataset, model and strategy"
+        raise DataError(f"differs between the summaries: {', '.join(map(repr, said))}", field=field, remedy=remedy)
     return said[0]
 
 

@@ -177,8 +177,6 @@ def check_length(
 def split_by_passage(verdicts: Verdicts, counts: Sequence[int]) -> list[Verdicts]:
     """A flat list of verdicts cut into passages of ``counts`` questions each. Raises: DataError."""
     if len(verdicts) != sum(counts):
-        raise DataError(
-            f"{len(verdicts)} verdicts for {sum(counts)} questions",
-            remedy="give the passages of this run, in its order",
-        )
+        remedy = "give the passages of this run, in its order"
+        raise DataError(f"{len(verdicts)} verdicts for {sum(counts)} questions", remedy=remedy)
     return [verdicts[end - n : end] for end, n in zip(accumulate(counts), counts, strict=True)]

@@ -1,0 +1,29 @@
+"""The public names, and where they are. `__init__.py` reads this list, and so do editors and mypy."""
+
+from .experiments.continual import continual as continual
+from .experiments.cpt import cpt as cpt
+from .experiments.create import create_self_edits as create_self_edits
+from .experiments.rest_em import rest_em_round as rest_em_round
+from .experiments.session import connect as connect
+from .experiments.session import ttt_server as ttt_server
+from .experiments.settings import Training as Training
+from .experiments.single_passage import eval_questions as eval_questions
+from .experiments.single_passage import evaluate as evaluate
+from .experiments.single_passage import reply_frame as reply_frame
+from .experiments.single_passage import train_and_ask as train_and_ask
+from .experiments.single_passage import train_sequences as train_sequences
+from .experiments.sweep import sweep as sweep
+from .metrics import accuracy as accuracy
+from .passages import Passage as Passage
+from .passages import load_passages as load_passages
+from .prompts import self_edit_prompt as self_edit_prompt
+from .protocol import EvalQuestion as EvalQuestion
+from .results.collect import collect as collect
+from .results.collect import read_run as read_run
+from .results.run import compare as compare
+from .sft.settings import SftSettings as SftSettings
+from .storage import runs_folder as runs_folder
+from .views.live import Summary as Summary
+from .views.plots import plot_gold_logprobs as plot_gold_logprobs
+from .views.plots import plot_losses as plot_losses
+from .views.tables import show as show
