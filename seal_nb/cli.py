@@ -44,10 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", _run, "run a notebook without JupyterLab (papermill)")
     run.add_argument("stage", metavar="NOTEBOOK", help="its name, or how the name begins: 03_query_server, 03, 3")
-    run.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
-        help="set a parameter; may be repeated",
-    )  # fmt: skip
+    pairs: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    run.add_argument("-p", dest="pairs", **pairs, help="set a parameter; may be repeated")
     run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="executed copy (default: in output_dir)")
     run.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: notebooks/ of the checkout")
     run.add_argument("--parameters", action="store_true", help="list the notebook's parameters and run nothing")
@@ -82,10 +80,8 @@ def _add_file_commands(commands: Any) -> None:
     grade = _command(commands, "grade", _grade, "grade answers, or grade a run file again without training")
     grade.add_argument("answers", type=Path, metavar="IN", help="JSONL of question, gold, answer; or a run file")
     grade.add_argument("--out", type=Path, required=True, metavar="OUT", help="file to write")
-    grade.add_argument(
-        "--grader", default="local",
-        help="local, exact, f1, recall, or judge:MODEL?base_url=URL (default: %(default)s)",
-    )  # fmt: skip
+    text = "local, exact, f1, recall, or judge:MODEL?base_url=URL (default: %(default)s)"
+    grade.add_argument("--grader", default="local", help=text)
     grade.add_argument("--only-ungraded", action="store_true", help="keep the verdicts that the file has")
     grade.add_argument("--dataset", default="", help="item file with a CPT run's questions")
 
@@ -116,10 +112,8 @@ def _add_file_commands(commands: Any) -> None:
 
     data = _command(commands, "data", _data, "fetch SQuAD and write it as an item file")
     data.add_argument("name", choices=["squad"])
-    data.add_argument(
-        "--split", choices=["train", "validation"], default="train",
-        help="train writes squad_train.json, validation writes squad_val.json (default: %(default)s)",
-    )  # fmt: skip
+    text = "train writes squad_train.json, validation writes squad_val.json (default: %(default)s)"
+    data.add_argument("--split", choices=["train", "validation"], default="train", help=text)
     data.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
 
 

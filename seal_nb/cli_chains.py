@@ -96,10 +96,8 @@ def _submit_parser() -> argparse.ArgumentParser:
     from seal_nb.chain.stages import CHAINS, ExperimentSettings, declaration
     from seal_nb.notebook_runner import default_notebooks_dir, format_value
 
-    parser = argparse.ArgumentParser(
-        prog="seal-nb submit",
-        description="Submit a chain of stages. The same command continues it: done stages are kept.",
-    )
+    text = "Submit a chain of stages. The same command continues it: done stages are kept."
+    parser = argparse.ArgumentParser(prog="seal-nb submit", description=text)
     parser.add_argument("chain", choices=CHAINS, metavar="CHAIN", help=", ".join(CHAINS))
     parser.add_argument("--run-dir", required=True, metavar="RUN", help="folder for results, such as runs/qwen")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="default: %(default)s")
@@ -112,10 +110,8 @@ def _submit_parser() -> argparse.ArgumentParser:
         text = f"{one.metadata['text']} (default: %(default)s)"
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=one.type, default=one.default, help=text)
     parser.add_argument("--small", action="store_true", help="settings of `seal-nb demo`: small model, small counts")
-    group = parser.add_argument_group(
-        "settings of the experiment",
-        "lists are written with commas; numbers in brackets: the notebooks that take the setting",
-    )
+    text = "lists are written with commas; numbers in brackets: the notebooks that take the setting"
+    group = parser.add_argument_group("settings of the experiment", text)
     for field in fields(ExperimentSettings):
         about = declaration(field)
         default = f"; default: {format_value(about.default)}" if about.default != "" else ""

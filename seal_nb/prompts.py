@@ -61,10 +61,8 @@ def find_prompts(key: str) -> tuple[SelfEditPrompt, ...]:
         names = [path.stem] if len(parts) == 1 else [f"{path.stem}/{number}" for number in range(1, len(parts) + 1)]
         named = zip(names, parts, strict=True)
         return tuple(SelfEditPrompt(key=name, template=part, source=f"file {path.name}") for name, part in named)
-    raise SettingsError(
-        f"unknown prompt_key {key!r}; known are {', '.join(prompt_names())}, or give the path of a text file "
-        "with {title} and {context}"
-    )
+    own = "the path of a text file with {title} and {context}"
+    raise SettingsError(f"unknown prompt_key {key!r}; known are {', '.join(prompt_names())}, or give {own}")
 
 
 def prompt_names() -> list[str]:

@@ -129,10 +129,8 @@ def cpt(
     given, folder = locals(), runs_folder(folder)
     settings = {name: CPTSettings.from_parameters(given, arm=name) for name in names_in("arms", arms)}
     if method == "full" and ttt.server is None:
-        raise SettingsError(
-            f"endpoint is {ttt.where!r}, and method 'full' trains and asks a model on this machine; "
-            "leave endpoint empty, or choose method 'lora'"
-        )
+        why = "method 'full' trains and asks a model on this machine"
+        raise SettingsError(f"endpoint is {ttt.where!r}, and {why}; leave endpoint empty, or choose method 'lora'")
     for one in settings.values():  # refuses what does not fit, before a server starts
         cpt_train_sequences(passages, one)
         if method == "full":

@@ -68,10 +68,8 @@ class TTT(AbstractContextManager["TTT"]):
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not (model_id := self.client.status().model_id):
             if time.monotonic() > deadline:
-                raise RoundTimeout(
-                    f"no worker of the server at {self.where} was ready within {READY_TIMEOUT_S:g} s; "
-                    "look at its log (server.log in its run folder)"
-                )
+                what = f"no worker of the server at {self.where} was ready within {READY_TIMEOUT_S:g} s"
+                raise RoundTimeout(f"{what}; look at its log (server.log in its run folder)")
             time.sleep(0.5)
         check_grader(self.grader, model_id, where=self.where)
         return model_id

@@ -112,10 +112,8 @@ def parse_arms(arms: str | Sequence[str]) -> dict[str, str]:
         name, has_file, file = (part.strip() for part in entry.partition(":"))
         is_own = name not in SINGLE_ARMS and file and _ARM_NAME.fullmatch(name)
         if not (is_own if has_file else name in SINGLE_ARMS):
-            raise SettingsError(
-                f"arms has {entry!r}: known are {', '.join(SINGLE_ARMS)}, or a name of your own with an item file: "
-                "gpt4_1:gpt4_1_val.json"
-            )
+            own = "a name of your own with an item file: gpt4_1:gpt4_1_val.json"
+            raise SettingsError(f"arms has {entry!r}: known are {', '.join(SINGLE_ARMS)}, or {own}")
         found.append((name, file))
     names_in("arms", [name for name, _ in found])  # two files under one name
     return dict(found)

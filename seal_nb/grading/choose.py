@@ -49,7 +49,5 @@ def check_grader(grader: str, model_id: str, *, where: str) -> None:
 
         stated = f"judge:{JudgeSettings.model}"
     if stated and served and stated != served:
-        raise SettingsError(
-            f"grader is {grader!r}, and the server at {where} grades by {served!r}; give grader {served!r}, "
-            f"or start a server with {grader!r}"
-        )
+        remedy = f"give grader {served!r}, or start a server with {grader!r}"
+        raise SettingsError(f"grader is {grader!r}, and the server at {where} grades by {served!r}; {remedy}")

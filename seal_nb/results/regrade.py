@@ -145,10 +145,8 @@ def grade_file(
     for place, row in read_json_lines(source):
         checked(_Row.model_validate, row, path=source, item=place)
         rows.append(row)
-    answered = [
-        Answered(question=row["question"], gold=row["gold"], answer=row["answer"], title=row.get("title", ""))
-        for row in rows
-    ]
+    asked = ("question", "gold", "answer", "title")
+    answered = [Answered(**{name: row[name] for name in asked if name in row}) for row in rows]
     # A verdict in words comes from an earlier grading: it is replaced and is never a reference.
     earlier = [AS_BOOLEAN.get(row.get("verdict") or Verdict.UNGRADED) for row in rows]
     verdicts = _grade(judge, answered, earlier, only_ungraded)

@@ -349,11 +349,8 @@ def _settings_of(path: str | Path) -> Mapping[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise DataError("is not a result file", path=path, remedy="give a run file")
-    return {
-        name: entry
-        for name, entry in value.items()
-        if isinstance(entry, str | int | float | bool | dict) and name not in _NO_SETTINGS
-    }
+    kinds = str | int | float | bool | dict
+    return {name: one for name, one in value.items() if isinstance(one, kinds) and name not in _NO_SETTINGS}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

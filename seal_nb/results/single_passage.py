@@ -261,11 +261,8 @@ class SinglePassageRun(Run):
         for passage in self.passages:
             asked = {(one.question, one.gold) for one in passage.questions()}
             for one in passage.questions():
-                others = [
-                    Answered(question=question, gold=gold, answer=one.adapter_answer)
-                    for question, gold in asked
-                    if gold.casefold() != one.gold.casefold()
-                ]
+                other = [pair for pair in asked if pair[1].casefold() != one.gold.casefold()]
+                others = [Answered(question=text, gold=gold, answer=one.adapter_answer) for text, gold in other]
                 recited.append(Verdict.CORRECT in grader.grade(others))
         has_answers = any(one.adapter_answer for passage in self.passages for one in passage.questions())
         return sum(recited) / len(recited) if has_answers else None
@@ -275,9 +272,8 @@ class SinglePassageRun(Run):
 
     def _statistics(self) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
         """Published ``stats`` of each passage and ``overall``, from self-edits that have verdicts."""
-        return published_statistics(
-            [[edit.stats() for edit in passage.self_edits if edit.is_graded] for passage in self.passages]
-        )
+        graded = [[edit.stats() for edit in one.self_edits if edit.is_graded] for one in self.passages]
+        return published_statistics(graded)
 
     def counts(self) -> dict[str, Any]:
         return {**super().counts(), "n_self_edits": sum(len(passage.self_edits) for passage in self.passages)}

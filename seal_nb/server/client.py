@@ -41,10 +41,7 @@ TURN_S = 0.2
 PING_MARK = b"ping"
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 DENIED = "it denied our key; put its public half into keys/allowed_clients/ of the server's run folder"
-NO_KEYS = (
-    "a server of ours on another machine needs its keys: give its endpoint file (endpoint.json in its run folder) "
-    "instead of its address"
-)
+NO_KEYS = "a server of ours on another machine needs keys: give its endpoint file (endpoint.json), not its address"
 
 
 @dataclass(kw_only=True)
@@ -62,9 +59,7 @@ class OpenMessage:
 class TTTClient:
     """A client of one server. While the server is away, nothing is sent to another one. Raises SettingsError."""
 
-    endpoint: (
-        str | Path
-    )  # endpoint file (it survives a restart of the server), or tcp://host:port if no keys are needed
+    endpoint: str | Path  # endpoint file (it survives a restart of the server), or address if no keys are needed
     _: KW_ONLY
     timeout_s: float = 3600.0  # for one reply, or for the next reply of a round, while the server is there
     wait_s: float = DEFAULT_WAIT_S  # that the server may be away, at the start or later: a batch job may be requeued

@@ -147,17 +147,13 @@ def load_pair(path: Path) -> tuple[bytes, bytes]:
         mode = path.stat().st_mode
         public, secret = zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"no key in {path} ({error}); ask the owner of the server for a key pair, "
-            "or take the one in keys/ of its run folder"
-        ) from error
+        remedy = "ask the owner of the server for a key pair, or take the one in keys/ of its run folder"
+        raise SettingsError(f"no key in {path} ({error}); {remedy}") from error
     if secret is None:
         raise SettingsError(f"{path} holds no secret key; give the .key_secret file")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise SettingsError(
-            f"{path} may be read by others (mode {stat.S_IMODE(mode):o}); chmod 600 {path}, "
-            "or make new keys if others may have read them"
-        )
+        remedy = f"chmod 600 {path}, or make new keys if others may have read them"
+        raise SettingsError(f"{path} may be read by others (mode {stat.S_IMODE(mode):o}); {remedy}")
     return public, secret
 
 

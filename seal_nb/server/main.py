@@ -241,11 +241,8 @@ def refuse_second_server(path: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m seal_nb.server.main", **defaults: Any) -> int:
     """The server process: settings from the command line, log to standard error. `defaults` replace declared ones."""
-    logging.basicConfig(
-        level=os.environ.get("SEAL_NB_LOG_LEVEL", "INFO"),
-        stream=sys.stderr,
-        format="%(asctime)s server %(levelname)s %(message)s",
-    )
+    level, form = os.environ.get("SEAL_NB_LOG_LEVEL", "INFO"), "%(asctime)s server %(levelname)s %(message)s"
+    logging.basicConfig(level=level, stream=sys.stderr, format=form)
     try:
         settings = parse(ServeSettings, argv, prog=prog, description="Start a TTT server.", **defaults)
         with ExitStack() as stack:

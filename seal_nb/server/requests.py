@@ -212,10 +212,8 @@ class RequestTable:
         path = self.settings.run_dir / "model.json"
         kept = read_json(path)["model_id"] if path.exists() else model_id
         if kept != model_id and len(self.results):
-            raise RunMismatch(
-                f"{path.parent} holds results of model {kept!r}, the workers have {model_id!r}; "
-                "give this server another run_dir"
-            )
+            found = f"{path.parent} holds results of model {kept!r}, the workers have {model_id!r}"
+            raise RunMismatch(f"{found}; give this server another run_dir")
         try:
             write_json(path, {"model_id": model_id})
         except OSError as error:

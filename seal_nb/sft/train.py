@@ -207,9 +207,8 @@ def _trainer(folder: str, rows: Sequence[dict[str, str]], job: SftJob, checkpoin
         example(tokenizer, row, settings.max_seq_length, path=job.sft_file, item=f"row {number}")
         for number, row in enumerate(rows, start=1)
     ]
-    ordered = in_training_order(
-        examples, epochs=settings.finetune_epochs, examples_a_step=settings.examples_a_step, seed=settings.seed
-    )
+    order = {"epochs": settings.finetune_epochs, "examples_a_step": settings.examples_a_step, "seed": settings.seed}
+    ordered = in_training_order(examples, **order)
     torch.manual_seed(settings.seed)
     has_gpu, is_lora = torch.cuda.is_available(), settings.method == "lora"
     # bfloat16 for frozen weights on one GPU. Sharded weights must have one dtype, and the adapter's is float32. Method

@@ -86,9 +86,8 @@ def make_row(tokenizer: Any, text: str, settings: TrainSettings) -> TrainRow:
         ids += [eos] * (settings.pad_to - n_text)
     token_ids, sources = torch.tensor(ids), torch.arange(first_label - 1, len(ids) - 1)
     n = max(len(ids) - 1, 1)  # no other token attends to the last one, and it has no label: it is not passed
-    return TrainRow(
-        token_ids=token_ids[:n], n_real=min(n_text, n), n_text=n_text, sources=sources, targets=token_ids[sources + 1]
-    )
+    real, targets = min(n_text, n), token_ids[sources + 1]
+    return TrainRow(token_ids=token_ids[:n], n_real=real, n_text=n_text, sources=sources, targets=targets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -366,10 +366,8 @@ def plot_continual_curve(seen: Sequence[Estimate], never_edited: Scores, *, just
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _scale(axes.yaxis, _accuracy_label(seen), percent=True)
     axes.set_ylim(bottom=0)
-    words = [
-        f"after {counted(t, 'edits')} {one.mean:.1%}, never edited {unedited:.1%}"
-        for t, (one, unedited) in enumerate(zip(seen, before, strict=True), 1)
-    ]
+    rows = enumerate(zip(seen, before, strict=True), 1)
+    words = [f"after {counted(t, 'edits')} {one.mean:.1%}, never edited {other:.1%}" for t, (one, other) in rows]
     return chart.finished(f"Accuracy on the passages edited in so far: {'; '.join(words)}", columns=2)
 
 
