@@ -57,16 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="address or endpoint file (default: %(default)s)")
     status.add_argument("--json", action="store_true", help="print one JSON object; without a terminal always")
     status.add_argument("--wait-s", type=float, default=5.0, help="seconds to wait (default: %(default)s)")
-    text = "run a chain of stages on a SLURM cluster, or here"
-    _command(commands, "submit", cli_chains.submit, text, add_help=False)
-    text = "show each stage of a chain, and why a stage failed"
-    chain = _command(commands, "chain-status", cli_chains.chain_status, text)
+    _command(commands, "submit", cli_chains.submit, "run a chain of stages on a SLURM cluster, or here", add_help=False)
+    chain = _command(commands, "chain-status", cli_chains.chain_status, "show a chain's stages, and why one failed")
     chain.add_argument("run_dir", metavar="RUN", help="the run folder of `seal-nb submit` or `seal-nb demo`")
     text = "restart a chain's server that ended because it was idle"
     again = _command(commands, "restart-server", cli_chains.restart_server, text)
     again.add_argument("folder", metavar="RUN/SERVER", help="the server's folder in the run folder")
-    text = "run notebooks 01 to 06 and 08 on the small model and shipped passages"
-    demo = _command(commands, "demo", cli_chains.demo, text)
+    demo = _command(commands, "demo", cli_chains.demo, "run notebooks 01 to 06 and 08 on the small model")
     demo.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="folder for results (default: %(default)s)")
     _add_file_commands(commands)
     return parser

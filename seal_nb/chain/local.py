@@ -34,8 +34,7 @@ def shut_down(endpoint_file: Path) -> None:
 
 
 def run_chain(chain: Chain, run_dir: Path, *, notebooks: Path, tell: Tell) -> None:
-    """Run the stages that are not done yet. Raises: StageFailed where a stage failed, and later ones were not started;
-    RunMismatch."""
+    """Run the stages that are not done yet. Raises: StageFailed (later stages are not started), RunMismatch."""
     with sole_use(run_dir, tell) as lock, contextlib.ExitStack() as at_the_end:
         for number in (signal.SIGTERM, signal.SIGHUP):  # child processes are then ended on the way out
             before = signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -127,8 +127,7 @@ class Chain:
 
 
 def _identity(stage: Stage, earlier: Mapping[str, Stage]) -> str:
-    """The place of the run's folder does not change it. A file counts by its content: an edited file is another
-    experiment."""
+    """The place of the run's folder does not change it. A file counts by its content."""
     own = {name: value for name, value in stage.parameters.items() if name not in MACHINE}
     for name in INPUT_FILES & set(own):
         if (path := Path(str(own[name]))).is_file():

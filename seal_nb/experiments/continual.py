@@ -431,10 +431,6 @@ def route(
 
 def retrieval_accuracy(sequences: Sequence[Sequence[Passage]]) -> float | None:
     """Share of all questions for which BM25 finds their own passage among all of the sequence."""
-    right = [
-        Bm25(sequence).best(question.question) == at
-        for sequence in sequences
-        for at, passage in enumerate(sequence)
-        for question in passage.questions
-    ]
+    asked = [(one, at, question) for one in sequences for at, own in enumerate(one) for question in own.questions]
+    right = [Bm25(sequence).best(question.question) == at for sequence, at, question in asked]
     return sum(right) / len(right) if right else None

@@ -225,16 +225,8 @@ def build_cpt_run(
 
 def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> SftSettings:
     """The schedule of a CPT run as one of all weights. Raises: SettingsError, before anything is trained."""
-    training = settings.training
-    sft = SftSettings(
-        method="full",
-        finetune_epochs=training.finetune_epochs,
-        finetune_lr=training.finetune_lr,
-        batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        max_seq_length=training.max_seq_length,
-        seed=seed,
-    )
+    names = ("finetune_epochs", "finetune_lr", "batch_size", "gradient_accumulation_steps", "max_seq_length")
+    sft = SftSettings(method="full", seed=seed, **{name: getattr(settings.training, name) for name in names})
     sft.accumulation_of(n_processes)
     return sft
 

@@ -126,29 +126,14 @@ def create_self_edits(
             work = work_of_texts(prompts, max_tokens=max_tokens, price_in=price_in, price_out=price_out)
             say(f"to do: {work}")
 
+    own: dict[str, Any] = {"api_key_env": api_key_env, "max_parallel": max_parallel, "n_threads": n_threads}
     with (
         Journal(folder / "journal.jsonl") as journal,
-        chosen_engine(
-            engine,
-            model=model,
-            run_dir=folder,
-            url=engine_url,
-            api_key_env=api_key_env,
-            max_parallel=max_parallel,
-            n_threads=n_threads,
-        ) as writer,
+        chosen_engine(engine, model=model, run_dir=folder, url=engine_url, **own) as writer,
     ):
         how: dict[str, Any] = {"k_completions": k_completions, "sampling": sampling, "chat": chat}
-        written, texts = write_self_edits(
-            writer,
-            passages,
-            prompts=prompts,
-            seed=seed,
-            journal=journal,
-            on_start=say_work,
-            on_text=Progress("self-edits").at,
-            **how,
-        )
+        told: dict[str, Any] = {"on_start": say_work, "on_text": Progress("self-edits").at}
+        written, texts = write_self_edits(writer, passages, prompts=prompts, seed=seed, journal=journal, **how, **told)
         model_id = writer.model_id
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
     made = {

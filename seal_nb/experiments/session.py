@@ -53,8 +53,7 @@ class TTT(AbstractContextManager["TTT"]):
 
     @cached_property
     def client(self) -> TTTClient:
-        """The client. Raises: ServerFailed where the server does not start; the message has the end of its log.
-        SettingsError after `close`."""
+        """The client. Raises: ServerFailed with the end of the log, if no server starts; SettingsError once closed."""
         if self._is_closed:
             raise SettingsError("this TTT server is closed; call ttt_server or connect again")
         if self.server is not None:
@@ -80,8 +79,7 @@ class TTT(AbstractContextManager["TTT"]):
         return self.client
 
     def another(self, model: str, *, folder: str | Path, n_workers: int = 1) -> "TTT":
-        """A server of another model with the settings of this one (dtype, threads, grader, …). Raises: SettingsError,
-        see `known_settings`."""
+        """A server of another model with the settings of this one. Raises: SettingsError (see `known_settings`)."""
         known = self.known_settings()
         shared = {one.name: getattr(known, one.name) for one in fields(SharedSettings) if one.name != "model"}
         return ttt_server(model, folder=folder, n_workers=n_workers, **shared)

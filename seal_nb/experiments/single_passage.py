@@ -344,15 +344,10 @@ def eval_questions(*passages: Passage) -> list[EvalQuestion]:
     Returns:
         All questions in one list.
     """
+    asked = [(one.title, one.context, question) for one in passages for question in one.questions]
     return [
-        EvalQuestion(
-            title=passage.title,
-            context=passage.context,
-            question=topic_question(passage.title, question.question),
-            answer=question.answer,
-        )
-        for passage in passages
-        for question in passage.questions
+        EvalQuestion(title=title, context=context, question=topic_question(title, one.question), answer=one.answer)
+        for title, context, one in asked
     ]
 
 

@@ -133,8 +133,7 @@ def exact_match(gold: str, answer: str) -> bool:
 
 
 def token_f1(gold: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over words of the first line, counted with repetition; 1.0 for two empty
-    texts."""
+    """Harmonic mean of precision and recall over words of the first line, with repetition; 1.0 for two empty texts."""
     wanted, given = normalised(gold).split(), normalised(_first_line(answer)).split()
     if not wanted or not given:
         return float(wanted == given)

@@ -145,12 +145,8 @@ class Evaluation:
 
 def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
     """The training of a request. Raises SettingsError if a setting is out of its range."""
-    lora = LoraSettings(
-        rank=request.lora_rank,
-        alpha=request.lora_alpha,
-        dropout=request.lora_dropout,
-        target_modules=tuple(request.target_modules),
-    )
+    rank, alpha, targets = request.lora_rank, request.lora_alpha, tuple(request.target_modules)
+    lora = LoraSettings(rank=rank, alpha=alpha, dropout=request.lora_dropout, target_modules=targets)
     train = TrainSettings(
         epochs=request.finetune_epochs,
         learning_rate=request.finetune_lr,

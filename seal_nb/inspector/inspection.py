@@ -224,8 +224,7 @@ class Inspection:
         return table.sort_values(DIFFERENCE, key=lambda values: -values.abs(), kind="stable")
 
     def compare_edit(self, passage: int, old: int, new: int) -> pd.DataFrame:
-        """The answers of an edit next to those of the self-edit that it was made from (its first repeat). ``flip`` is
-        what the edit changed."""
+        """The answers of an edit next to those of the self-edit that it was made from. ``flip``: what it changed."""
         after, before = self.answers(passage, new), self.answers(passage, old).drop_duplicates("question")
         before = before.set_index("question").reindex(after["question"]).reset_index()
         flips = [flip_of(*verdicts) for verdicts in zip(before["right"], after["right"], strict=True)]

@@ -155,12 +155,8 @@ def grade_file(
             row["reference_verdict"] = row["verdict"]
         row["verdict"] = IN_WORDS[verdict]
     write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
-    return Graded(
-        grader=judge.name,
-        kinds=[row.get("kind", "") for row in rows],
-        verdicts=verdicts,
-        reference=[row.get("reference_verdict") for row in rows],
-    )
+    kinds, reference = [row.get("kind", "") for row in rows], [row.get("reference_verdict") for row in rows]
+    return Graded(grader=judge.name, kinds=kinds, verdicts=verdicts, reference=reference)
 
 
 def is_run_file(path: str | Path) -> bool:

@@ -229,13 +229,9 @@ class Run(ABC):
 
     def counts(self) -> dict[str, Any]:
         """Number of answers (question × repeat × self-edit), and of those without a verdict."""
-        before, after = (self.flat_verdicts(kind) for kind in KINDS)
-        return {
-            "n_passages": len(self.scores("adapter")),
-            "n_answers": len(after),
-            "n_ungraded_baseline": before.count(None),
-            "n_ungraded_adapter": after.count(None),
-        }
+        n_ungraded = {f"n_ungraded_{kind}": self.flat_verdicts(kind).count(None) for kind in KINDS}
+        n_answers = len(self.flat_verdicts("adapter"))
+        return {"n_passages": len(self.scores("adapter")), "n_answers": n_answers, **n_ungraded}
 
     def graded(self, verdicts: Sequence[bool | None], *, grader: str, keep_as: str = "") -> Self:
         """A copy with the verdicts of ``grader``, one per entry of ``stored_verdicts()``, and the statistics that

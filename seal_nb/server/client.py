@@ -41,7 +41,7 @@ TURN_S = 0.2
 PING_MARK = b"ping"
 REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 DENIED = "it denied our key; put its public half into keys/allowed_clients/ of the server's run folder"
-NO_KEYS = "a server of ours on another machine needs keys: give its endpoint file (endpoint.json), not its address"
+NO_KEYS = "a server of seal-nb on another machine needs keys: give its endpoint file, not its address"
 
 
 @dataclass(kw_only=True)

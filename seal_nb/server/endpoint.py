@@ -58,9 +58,8 @@ def read_endpoint(path: str | Path) -> Endpoint:
     try:
         return Endpoint(**{name: value for name, value in fields.items() if name in Endpoint.__dataclass_fields__})
     except (TypeError, AttributeError) as error:
-        raise DataError(
-            f"not an endpoint file ({error})", path=path, remedy="give the endpoint.json of a server's run folder"
-        ) from error
+        remedy = "give the endpoint.json of a server's run folder"
+        raise DataError(f"not an endpoint file ({error})", path=path, remedy=remedy) from error
 
 
 def find_endpoint(where: str) -> Endpoint:

@@ -217,12 +217,8 @@ def _trainer(folder: str, rows: Sequence[dict[str, str]], job: SftJob, checkpoin
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if is_lora:
         targets = list(settings.target_modules)
-        config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            target_modules="all-linear" if targets == ["all-linear"] else targets or None,
-            task_type="CAUSAL_LM",
-        )
+        how = {"target_modules": "all-linear" if targets == ["all-linear"] else targets or None}
+        config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM", **how)
         model = get_peft_model(model, config)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),

@@ -126,9 +126,8 @@ class FrozenBase:
         """As `hidden`, from token ids and positions (T,) on the device."""
         before = PLAN.set(plan)
         try:
-            return self.decoder(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, attend=attend
-            ).last_hidden_state[0]
+            how = {"position_ids": positions[None], "use_cache": False, "attend": attend}
+            return self.decoder(input_ids=ids[None], **how).last_hidden_state[0]
         finally:
             PLAN.reset(before)
 

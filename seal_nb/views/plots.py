@@ -159,10 +159,8 @@ def plot_rounds(
     axes.set_xlabel("ReST-EM round")
     _scale(axes.yaxis, _accuracy_label(one for estimates in series.values() for one in estimates if one), percent=True)
     axes.set_ylim(bottom=0)
-    words = [
-        f"{name}: " + ", ".join("not run" if one is None else f"{one.mean:.1%}" for one in estimates) + "."
-        for name, estimates in series.items()
-    ]
+    shown = [", ".join("not run" if one is None else f"{one.mean:.1%}" for one in row) for row in series.values()]
+    words = [f"{name}: {text}." for name, text in zip(series, shown, strict=True)]
     return chart.finished(f"QA accuracy by ReST-EM round. {' '.join(words)}", "outside right center", 1)
 
 

@@ -184,8 +184,6 @@ def test_a_server_without_keys_on_another_machine_needs_its_address_only():
 def test_an_address_of_another_machine_without_an_answer_is_told_of_the_endpoint_file():
     with (
         TTTClient("tcp://0.0.0.0:9", wait_s=0.5) as client,
-        pytest.raises(
-            RoundTimeout, match=r"it is silent; a server of ours on another machine needs its keys: give its"
-        ),
+        pytest.raises(RoundTimeout, match=r"it is silent; a server of seal-nb on another machine needs keys: give its"),
     ):
         client.status()
