@@ -60,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "submit", cli_chains.submit, "run a chain of stages on a SLURM cluster, or here", add_help=False)
     chain = _command(commands, "chain-status", cli_chains.chain_status, "show a chain's stages, and why one failed")
     chain.add_argument("run_dir", metavar="RUN", help="the run folder of `seal-nb submit` or `seal-nb demo`")
-    text = "restart a chain's server that ended because it was idle"
-    again = _command(commands, "restart-server", cli_chains.restart_server, text)
+    again = _command(commands, "restart-server", cli_chains.restart_server, "restart a chain's server that was idle")
     again.add_argument("folder", metavar="RUN/SERVER", help="the server's folder in the run folder")
     demo = _command(commands, "demo", cli_chains.demo, "run notebooks 01 to 06 and 08 on the small model")
     demo.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="folder for results (default: %(default)s)")

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -139,8 +139,10 @@ class ApiClient:
                     raise
             return found
 
-        calls = {index: self.threads.submit(partial(outcome, index, ask)) for index, ask in asks.items()}
+        calls: dict[int, Future[Completion | EngineError]] = {}
         try:
+            for index, ask in asks.items():
+                calls[index] = self.threads.submit(partial(outcome, index, ask))
             return {index: call.result() for index, call in calls.items()}
         except BaseException:
             sent.stopped.set()
