@@ -95,11 +95,12 @@ class Continual(dict[str, ContinualRun]):
 
     def estimates(self) -> pd.DataFrame:
         """Strategy, quantity, mean and 95 % interval; differences are paired over sequences."""
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {"strategy": name, "quantity": quantity, **asdict(estimate)}
             for name, run in self.items()
             for quantity, estimate in continual_estimates(run.matrices).items()
         )
+        return frame.drop(columns="means")  # those of the two sides are rows of their own
 
     def strategies(self) -> pd.DataFrame:
         """Accuracy on all passages after the last edit, each strategy against the first."""

@@ -27,8 +27,7 @@ from seal_nb.storage import runs_folder, write_record, write_text
 from seal_nb.views import plots
 
 TieBreak = Literal["order", "soft"]
-# Of `RankingSummary`, in words.
-QUANTITIES = {
+QUANTITIES = {  # of `RankingSummary`, in words
     "n_passages": "passages",
     "n_ranked": "passages with a self-edit that can be ranked",
     "n_tied_best": "passages with a tie for the best",
