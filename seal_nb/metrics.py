@@ -207,15 +207,14 @@ def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weight
     # How many standard errors a difference must be for the test to find it this often.
     reach = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) + NormalDist().inv_cdf(POWER)
     needed = max(MIN_PASSAGES, math.ceil(round((spread * reach / centre) ** 2, 9))) if centre else 0
-    if not round(spread, 12) or 0 < needed <= n:
-        return (
-            f"how many {unit} this difference needs is unknown: the normal approximation does not hold for {n} {unit} "
-            f"that differ by {100 * centre:+.1f} ± {100 * spread:.1f} points"
-        )
     power, points = f"({100 * POWER:.0f} % power)", f"{100 * reach * spread / math.sqrt(n):.1f} points"
     found = f"with {n} {unit} only a difference of {points} would be found"
-    if not needed:
-        return f"the runs do not differ; {found} {power}"
+    if not centre:
+        return f"the runs do not differ; {found} {power}" if round(spread, 12) else "the runs do not differ"
+    if not round(spread, 12) or needed <= n:
+        why = f"the normal approximation does not hold for {n} {unit}"
+        differ = f"that differ by {100 * centre:+.1f} ± {100 * spread:.1f} points"
+        return f"how many {unit} this difference needs is unknown: {why} {differ}"
     return f"a difference of {100 * centre:+.1f} points needs {needed} {unit} {power}; {found}"
 
 

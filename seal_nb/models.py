@@ -42,17 +42,15 @@ def cache_dir() -> Path:
 
 def resolve_model(model: str) -> str:
     """The model folder or hub name that transformers can load. "embedded" is fetched and converted once; ``runs/`` is
-    that of the project, ``~`` the home folder. What starts with ``.``, ``/``, ``~`` or the name of an existing folder,
-    or has several parts, is a path and no hub name. Raises: SettingsError if the path does not exist, or the small
+    that of the project, ``~`` the home folder. What starts with ``.``, ``/``, ``~`` or ``runs/``, or has more than two
+    parts, is a path and no hub name. Raises: SettingsError if the path does not exist, or the small
     model cannot be fetched."""
     if model == EMBEDDED:
         return str(embedded_model())
     folder = runs_folder(os.path.expanduser(model))  # noqa: PTH111 - leaves an unknown user as it is
     if folder.is_dir():
         return str(folder)
-    first, _, rest = model.partition("/")
-    in_a_folder = rest and (first == "runs" or Path(first).is_dir())
-    if in_a_folder or model.startswith((".", "/", "~")) or "/" in rest:
+    if model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1:
         raise SettingsError(f"model={model!r}: there is no folder {folder}; give a folder, a hub name or 'embedded'")
     return model
 

@@ -123,9 +123,8 @@ def parse_value(text: str, parameter: Parameter) -> Value:
         items = [part.strip() for part in text.split(",") if part.strip()]
         return TypeAdapter(_TYPES[kind]).validate_python(items if kind.startswith("list") else text)
     except ValueError as error:
-        example = {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(
-            kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b'
-        )
+        examples = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+        example = examples.get(kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b')
         raise SettingsError(f"parameter {parameter.name!r}: {text!r} is not {kind}; give {example}") from error
 
 

@@ -345,11 +345,8 @@ def parse_request(message: bytes | dict[str, Any]) -> Request:
     if (cmd := fields.get("cmd")) is not None:
         return validated(GenerateRequest, fields) if cmd == "generate" else validated(Command, fields)
     if fields.get("train_sequences") is None and fields.get("eval_questions") is None:
-        raise ProtocolError(
-            "the request has neither train_sequences nor eval_questions nor cmd, but "
-            f"{_shown(sorted(fields))}; send one of them",
-            field="train_sequences",
-        )
+        found = f"neither train_sequences nor eval_questions nor cmd, but {_shown(sorted(fields))}"
+        raise ProtocolError(f"the request has {found}; send one of them", field="train_sequences")
     return validated(TTTRequest, fields)
 
 

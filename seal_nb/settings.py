@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, Self
 
 from seal_nb.errors import SettingsError
@@ -23,11 +24,13 @@ class Settings:
         kinds = typing.get_type_hints(type(self))
         for one in fields(self):
             value, kind, least = getattr(self, one.name), kinds[one.name], one.metadata.get("least")
-            if kind in (Path, Path | None):
-                object.__setattr__(self, one.name, None if value is None else Path(value))
-                continue
+            if callable(item := getattr(value, "item", None)):  # a number of numpy, which no record can hold
+                value = item()
+            if kind in (Path, Path | None) and isinstance(value, str):
+                value = Path(value)
             _check_kind(one.name, value, kind)
-            if least is not None and value < least:
+            object.__setattr__(self, one.name, value)
+            if least is not None and not value >= least:
                 raise SettingsError(f"{one.name}={value}: must be at least {least}")
 
     @classmethod
@@ -50,6 +53,8 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number such as 1e-3"),
     bool: (bool, "True or False"),
     str: (str, "a text"),
+    Path: (Path, "a path"),
+    Path | None: (Path | None, "a path, or None"),
     Sequence[str]: ((list, tuple), 'a list of texts such as ["q_proj", "v_proj"]'),
 }
 
@@ -57,7 +62,9 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 def _check_kind(name: str, value: Any, kind: Any) -> None:
     if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
         raise SettingsError(f"{name}={value!r}: known are {', '.join(typing.get_args(kind))}")
-    wanted, example = _KINDS.get(kind, (object, ""))
+    origin = typing.get_origin(kind) or kind
+    is_plain = isinstance(origin, type) and origin is not UnionType
+    wanted, example = _KINDS.get(kind, (origin, f"a {origin.__name__}") if is_plain else (object, ""))
     is_right = isinstance(value, wanted) and not (isinstance(value, bool) and kind in (int, float))
     if not is_right or (kind == Sequence[str] and not all(isinstance(one, str) for one in value)):
         raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {example}")

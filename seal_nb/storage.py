@@ -297,10 +297,8 @@ def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], obj
                 break
             except BlockingIOError as error:
                 holder = os.pread(handle, 100, 0).decode(errors="replace").strip() or "unknown"
-                busy = (
-                    f"{of} is in use by another run (process {holder}, or a child of it); wait for it, end it, "
-                    "or close its journal if it is in this notebook"
-                )
+                busy = f"{of} is in use by another run (process {holder}, or a child of it)"
+                busy += "; wait for it, end it, or close its journal if it is in this notebook"
                 if time.monotonic() >= deadline:
                     raise RunMismatch(busy) from error
                 if told != busy:

@@ -84,7 +84,8 @@ def test_answers_with_the_passage_are_graded_by_the_bare_question_kept_and_missi
         assert len(collected.replies) == 2
         replies, errors = with_in_context(ttt, passages, loops, collected.replies, journal, make_grader("exact"))
         answered = ttt.client.status().counts["answered"]
-        assert with_in_context(ttt, passages, loops[:1], collected.replies, journal, make_grader("exact"))
+        again, none = with_in_context(ttt, passages, loops[:1], collected.replies, journal, make_grader("exact"))
+        assert again[loops[0].request_id] == replies[loops[0].request_id] and none == {}
         assert ttt.client.status().counts["answered"] == answered, "what the journal holds is not asked again"
     run = build_run(passages, loops, replies, IN_CONTEXT, failures=errors, model="stub", dataset="d", timestamp="t")
     (row,) = run["articles"][0]["completions"][0]["questions"]

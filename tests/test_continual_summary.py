@@ -110,7 +110,7 @@ def test_a_pooled_summary_that_does_not_say_which_sequences_each_run_has_is_not_
     without = {name: entry for name, entry in whole.items() if name != "n_sequences_of_runs"}
     for made in (without, pooled(whole, summary([FORGETTING]))):
         run = ContinualRun(value=made)
-        assert run.disagreements() == [] and "its means are not checked" in run.notes()[0]
+        assert run.disagreements() == [] and "the means are not checked" in run.notes()[0]
 
 
 def test_runs_of_other_sizes_are_not_put_together() -> None:

@@ -236,6 +236,11 @@ def test_flip_of_an_edit_is_what_the_edit_changed_and_not_what_the_adapter_did()
     assert list(zip(table["question"], table["flip"], strict=True)) == flips
 
 
+def test_a_self_edit_with_a_lucky_second_repeat_does_not_differ_from_itself() -> None:
+    table = inspect(article("t", [SAME, answered(rep=1)])).compare_edit(0, 0, 0)
+    assert table["flip"].tolist() == ["stayed wrong"]
+
+
 def test_text_up_to_the_first_end_mask_is_marked() -> None:
     one = article("Q", [answered()], texts=("a Answer: b Answer: c",))
     masked = inspect(one, lora_params={"end_mask_substring": "Answer:"}).sequences(0, 0)["train sequence"].tolist()

@@ -49,6 +49,7 @@ def test_so_many_passages_find_the_difference_as_often_as_said() -> None:
 
 def test_no_difference_needs_no_number_of_passages() -> None:
     assert settle([0.1, -0.1]).startswith("the runs do not differ; with 2 passages only a difference of ")
+    assert settle([0.0] * 8) == "the runs do not differ"
 
 
 def test_one_passage_has_no_spread_to_say_anything_by() -> None:
@@ -67,8 +68,14 @@ def test_a_passage_without_a_verdict_in_both_runs_is_left_out(correct: list[list
     n_graded = sum(any(v is not None for v in verdicts) for verdicts in correct)
     if not n_graded:
         return
-    said = to_settle(correct, correct, "passage", "passages")
-    assert f"for {n_graded} passages that differ by +0.0 ± 0.0 points" in said if n_graded > 1 else said == ""
+    wrong = [[None if verdict is None else False for verdict in verdicts] for verdicts in correct]
+    said = to_settle(correct, wrong, "passage", "passages")
+    if n_graded == 1:
+        assert said == ""
+    elif any(True in verdicts for verdicts in correct):
+        assert f" {n_graded} passages" in said
+    else:
+        assert said == "the runs do not differ"
 
 
 def test_no_fewer_passages_are_asked_for_than_can_be_real() -> None:
@@ -77,8 +84,8 @@ def test_no_fewer_passages_are_asked_for_than_can_be_real() -> None:
 
 @pytest.mark.parametrize(
     "differences",
-    [[0.2] * 3, [0.0] * 8, [0.5, 0.51, 0.49, 0.5, 0.5, 0.5, 0.5]],
-    ids=["few and alike", "none differs", "as many as needed and yet unsettled"],
+    [[0.2] * 3, [0.5, 0.51, 0.49, 0.5, 0.5, 0.5, 0.5]],
+    ids=["few and alike", "as many as needed and yet unsettled"],
 )
 def test_where_the_approximation_contradicts_the_test_no_number_is_given(differences: list[float]) -> None:
     assert settle(differences).startswith("how many passages this difference needs is unknown")
@@ -87,7 +94,7 @@ def test_where_the_approximation_contradicts_the_test_no_number_is_given(differe
 def test_power_is_over_the_questions_graded_in_both_runs() -> None:
     """The first run's right answer that the second has no verdict for is no difference."""
     first, second = [[True, False], [True, False]], [[None, False], [True, False]]
-    assert "differ by +0.0 ± 0.0 points" in to_settle(first, second, "passage", "passages")
+    assert to_settle(first, second, "passage", "passages") == "the runs do not differ"
 
 
 def test_the_difference_and_the_unit_are_those_of_the_comparison() -> None:

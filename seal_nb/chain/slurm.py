@@ -313,10 +313,8 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
             _call(["scancel", *(number.partition("_")[0] for number in numbers.values())])
         if not isinstance(error, SlurmError):
             raise
-        raise SlurmError(
-            f"job {job.name!r} was refused, so none was submitted; {error}. "
-            f"Look at {cluster.project / SITE_FILE} and at the options of {job.script}"
-        ) from error
+        remedy = f"Look at {cluster.project / SITE_FILE} and at the options of {job.script}"
+        raise SlurmError(f"job {job.name!r} was refused, so none was submitted; {error}. {remedy}") from error
     return numbers
 
 

@@ -338,10 +338,8 @@ def _round(s: ExperimentSettings, number: int) -> Iterator[Stage]:
         )  # fmt: skip
         title = f"ReST-EM {following}: keep each passage's best self-edit, train on writing it"
         title += f" in {s.sft_processes} processes" if s.sft_processes > 1 else ""
-        yield stage(
-            f"{following}_train", "05_rest_em_round", title, (rank, *made_by), ("model",),
-            run_json=in_run(rank, run_file), train=True,
-        )  # fmt: skip
+        how: dict[str, Any] = {"run_json": in_run(rank, run_file), "train": True}
+        yield stage(f"{following}_train", "05_rest_em_round", title, (rank, *made_by), ("model",), **how)
         return
     array = "continual" if len(s.continual_seeds) > 1 else ""
     for seed in s.continual_seeds:

@@ -72,7 +72,7 @@ class ApiSettings(Settings):
             raise SettingsError("base_url holds a user or a password; put the key into the environment instead")
         if url.scheme not in ("http", "https") or not url.hostname:
             raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
-        if self.timeout_s <= 0:
+        if not self.timeout_s > 0:
             raise SettingsError(f"timeout_s={self.timeout_s}: must be above 0")
 
 

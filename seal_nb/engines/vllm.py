@@ -203,10 +203,8 @@ class VllmEngine(Engine):
             asked = {i: ask for i, ask in enumerate(asks) if (ask.adapter in turn if ask.adapter else start == 0)}
             try:
                 with self._loaded(turn) as names:
-                    sent = {
-                        i: replace(ask, model=names.get(ask.adapter, self.model), extra=PLAIN_SAMPLING)
-                        for i, ask in asked.items()
-                    }
+                    models = {i: names.get(ask.adapter, self.model) for i, ask in asked.items()}
+                    sent = {i: replace(ask, model=models[i], extra=PLAIN_SAMPLING) for i, ask in asked.items()}
                     outcomes |= self.client.each(sent, on_text)
             except EngineError as error:
                 outcomes |= dict.fromkeys(asked, error)

@@ -100,7 +100,7 @@ class Continual(dict[str, ContinualRun]):
             for name, run in self.items()
             for quantity, estimate in continual_estimates(run.matrices).items()
         )
-        return frame.drop(columns="means")  # those of the two sides are rows of their own
+        return frame.drop(columns="means")  # a pair of numbers, which fits no column
 
     def strategies(self) -> pd.DataFrame:
         """Accuracy on all passages after the last edit, each strategy against the first."""
@@ -347,15 +347,15 @@ def edit_and_merge(ttt: TTT, edits: Edits, settings: ContinualSettings, journal:
 
 def merged_model(base: str, stack: Sequence[str], place: Path) -> str:
     """The model with the adapters of `stack` merged into it one after the other, as published. It goes on from the last
-    such model in `place` and removes it: a run that is started again merges only what is missing."""
+    such model in `place` and removes the earlier ones: a run that is started again merges only what is missing."""
     from seal_nb.ttt.lora import merge_stack
 
     models = [base, *(str(place / f"model_{step}") for step in range(1, len(stack) + 1))]
     newest = max((step for step, model in enumerate(models) if step and Path(model).is_dir()), default=0)
     for step in range(newest + 1, len(models)):
         merge_stack(models[step - 1], [place / f"server_{step}" / "adapters" / stack[step - 1]], Path(models[step]))
-        if step > 1:
-            shutil.rmtree(models[step - 1], ignore_errors=True)
+    for model in models[1:-1]:
+        shutil.rmtree(model, ignore_errors=True)
     return models[-1]
 
 

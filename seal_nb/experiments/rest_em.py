@@ -112,6 +112,7 @@ class RestEmRound:
 
         Raises:
             SettingsError: for settings that do not fit.
+            DataError: for a prompt that leaves no room for its self-edit.
             EngineError: when a training process failed; the message has the end of its log.
         """
         from seal_nb.sft.train import run_job

@@ -114,7 +114,7 @@ class TTT(AbstractContextManager["TTT"]):
 
 
 def ttt_server(
-    model: str = "embedded",
+    model: str | Path = "embedded",
     *,
     endpoint: str = "",
     listen: str = "tcp://127.0.0.1:0",
@@ -145,7 +145,7 @@ def ttt_server(
     given = settings | ({"grader": grader} if grader else {})
     if grader and not endpoint:
         make_grader(grader)  # refuses an unknown grader, and a judge without its key
-    server = TTTServer(run_dir=runs_folder(folder), model=model, endpoint=listen, **given)
+    server = TTTServer(run_dir=runs_folder(folder), model=str(model), endpoint=listen, **given)
     if endpoint:
         return TTT(TTTClient(endpoint, wait_s=wait_s), settings=server.settings, grader=grader)
     return TTT(TTTClient(server.endpoint), server=server, settings=server.settings, grader=grader)

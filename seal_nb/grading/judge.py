@@ -23,6 +23,7 @@ from seal_nb.errors import EngineError, GradingError, SettingsError
 from seal_nb.grading.base import Answered, Verdict, without_asking
 from seal_nb.models import cache_dir
 from seal_nb.prompts import grading_prompt
+from seal_nb.settings import setting
 from seal_nb.storage import content_id
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class JudgeSettings(ApiSettings):
 
     timeout_s: float = 60.0
     model: str = "gpt-4.1"  # published
-    max_tokens: int = 16  # of a reply; "yes" needs one, a model that argues first needs more
+    max_tokens: int = setting(16, least=1)  # of a reply; "yes" needs one, a model that argues first needs more
     cache_dir: Path = field(default_factory=lambda: cache_dir() / "judge")
 
     def __post_init__(self) -> None:

@@ -224,8 +224,9 @@ class Inspection:
         return table.sort_values(DIFFERENCE, key=lambda values: -values.abs(), kind="stable")
 
     def compare_edit(self, passage: int, old: int, new: int) -> pd.DataFrame:
-        """The answers of an edit next to those of the self-edit that it was made from. ``flip``: what it changed."""
-        after, before = self.answers(passage, new), self.answers(passage, old).drop_duplicates("question")
+        """The first answers of an edit next to those of the self-edit it was made from. ``flip``: what it changed."""
+        first = (self.answers(passage, edit).sort_values("rep", kind="stable") for edit in (old, new))
+        before, after = (answers.drop_duplicates("question") for answers in first)
         before = before.set_index("question").reindex(after["question"]).reset_index()
         flips = [flip_of(*verdicts) for verdicts in zip(before["right"], after["right"], strict=True)]
         table = after.assign(**{"flip": flips, "before the edit": before["answer"], "after the edit": after["answer"]})

@@ -164,7 +164,7 @@ class ContinualRun(Run):
     def notes(self) -> list[str]:
         if not self.matrices:
             return ["the file has no matrix of each sequence: no intervals"]
-        return [] if self._runs() else ["the file does not say which sequences each run has: its means are not checked"]
+        return [] if self._runs() else ["the matrices of each pooled run are not known: the means are not checked"]
 
     def _runs(self) -> list[Self]:
         """The runs that were pooled, from their matrices; this run if it is not pooled; empty if not known."""

@@ -22,7 +22,7 @@ from seal_nb.results.run import ARM_NAMES, KINDS, Kind, Run, RunFields, StoredVe
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUND = re.compile(r"(?<![a-zA-Z])(?:iter|round)[_-]?(\d+)")
+ROUND = re.compile(r"(?<![a-z])(?:iter|round)[_-]?(\d+)")
 RANKING = re.compile(r"(^|_)rank(_|$|\.)")
 PROMPT = re.compile(r"prompt-([a-z-]+)")
 PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names

@@ -176,7 +176,7 @@ class Watch:
     def __post_init__(self) -> None:
         self.last: Sample | None = None
         self._kept: list[Sample] = []
-        self._every, self._n = 1, 0
+        self._every, self._n, self._asked_at = 1, 0, 0.0
         self._stopped = threading.Event()
 
     def samples(self) -> list[Sample]:
@@ -184,18 +184,19 @@ class Watch:
         return list(self._kept)  # the thread may add
 
     def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
-        """Each new sample, until the server ends or `for_s` seconds are over. The first one is waited for in any case,
-        so what was answered before the call is in it. Raises what ended the watch, if that was not the server's end."""
-        deadline, seen, n_seen = time.monotonic() + for_s, self.last, 0
-        while not self._end.done() or self.last is not seen:
-            if self.last is not None and self.last is not seen:
-                seen, n_seen = self.last, n_seen + 1
+        """Each sample that is asked for after the call, until the server ends or `for_s` seconds are over; the first is
+        waited for while the server lives. Raises what ended the watch, if that was not the server's end."""
+        called_at, seen = time.monotonic(), None
+        while True:
+            if self.last is not seen and self.last is not None and self._asked_at >= called_at:
+                seen = self.last
                 yield seen
-            elif n_seen and time.monotonic() >= deadline:
+            elif self._end.done():
+                return self._end.result()
+            elif seen is not None and time.monotonic() >= called_at + for_s:
                 return
             else:
                 wait([self._end], min(0.1, self.every_s))
-        self._end.result()
 
     @cached_property
     def _end(self) -> Future[None]:
@@ -225,10 +226,11 @@ class Watch:
     def _run(self) -> None:
         began_at = heard_at = time.monotonic()
         while not self._stopped.is_set() and (self.alive is None or self.alive()):
-            status, now = look(self.where), time.monotonic()
+            asked_at, status, now = time.monotonic(), look(self.where), time.monotonic()
             if status is not None:
                 heard_at = now
                 self.add(sample_of(status, now - began_at))
+                self._asked_at = asked_at  # after `last`: until then it is that of an earlier sample
             elif self.alive is None and now - heard_at > self.patience_s:
                 return
             self._stopped.wait(self.every_s)

@@ -232,10 +232,8 @@ def refuse_second_server(path: Path) -> bool:
     if other.job_id and other.job_id == os.environ.get("SLURM_JOB_ID"):
         return True
     if look(str(path)) is not None:
-        raise SettingsError(
-            f"{path} belongs to server {other.server_id}, which is alive "
-            f"(process {other.pid} on {other.host}); end it, or give this one another run_dir"
-        )
+        whose = f"server {other.server_id}, which is alive (process {other.pid} on {other.host})"
+        raise SettingsError(f"{path} belongs to {whose}; end it, or give this one another run_dir")
     return False
 
 

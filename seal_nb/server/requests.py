@@ -161,11 +161,8 @@ class Results:
 def check_same(request_id: str, kept_content: str, content: str) -> None:
     """Raises ProtocolError if an id is used for a second, different request."""
     if kept_content != content:
-        raise ProtocolError(
-            f"field 'request_id' is {request_id!r}, which belongs to a different request; "
-            "use a new id, or send exactly the earlier request",
-            field="request_id",
-        )
+        problem = f"field 'request_id' is {request_id!r}, which belongs to a different request"
+        raise ProtocolError(f"{problem}; use a new id, or send exactly the earlier request", field="request_id")
 
 
 class RequestTable:

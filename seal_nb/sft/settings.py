@@ -30,7 +30,7 @@ class SftSettings(Settings):
         finetune_lr: peak learning rate of AdamW, which falls linearly to zero.
         batch_size: examples of a micro-batch.
         gradient_accumulation_steps: micro-batches of a step, of all processes together (published: 5 on each of 2).
-        max_seq_length: tokens; longer examples are cut.
+        max_seq_length: tokens of prompt and self-edit; the rest of a self-edit is cut.
         seed: of the adapter's initial weights and the order of examples.
 
     Raises:
@@ -39,7 +39,7 @@ class SftSettings(Settings):
 
     method: Literal["lora", "full"] = "lora"
     lora_rank: int = setting(64, least=1)
-    lora_alpha: int = setting(128, least=1)
+    lora_alpha: float = 128
     target_modules: Sequence[str] = ("all-linear",)
     finetune_epochs: int = setting(2, least=1)
     finetune_lr: float = 3e-4
@@ -51,8 +51,10 @@ class SftSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not self.finetune_lr > 0:
-            raise SettingsError(f"finetune_lr={self.finetune_lr}: must be above 0")
+        object.__setattr__(self, "lora_alpha", float(self.lora_alpha))  # as JSON gives it back to the processes
+        for name in ("lora_alpha", "finetune_lr"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name}={getattr(self, name)}: must be above 0")
 
     @property
     def examples_a_step(self) -> int:

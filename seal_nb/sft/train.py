@@ -52,6 +52,7 @@ def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> Sft
     made_from = training_id(job)
     if (done := finished(job.model_dir, made_from)) is not None:
         return done
+    examples_of(job, AutoTokenizer.from_pretrained(resolve_model(job.model)))  # a wrong row is said before any start
     process = LoggedProcess(line, job.model_dir.with_name(f"{job.model_dir.name}.log"), mode="wb")
     try:
         code = process.wait()
@@ -165,16 +166,16 @@ def train_sft(job: SftJob) -> SftResult:
     made_from = training_id(job)
     if (done := finished(model_dir, made_from)) is not None:
         return done
-    rows = read_sft_rows(job.sft_file)
+    examples = examples_of(job, AutoTokenizer.from_pretrained(folder))
     checkpoints = _own_checkpoints(model_dir, made_from, processes)
-    trainer = _trainer(folder, rows, job, checkpoints, processes.num_processes)
+    trainer = _trainer(folder, examples, job, checkpoints, processes.num_processes)
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     trainer.save_model(str(checkpoints / "trained"))  # every process calls it, because each may hold a part
     result = SftResult(
         model_dir=model_dir,
         losses=tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry),
         n_steps=trainer.state.global_step,
-        n_examples=len(rows),
+        n_examples=len(examples),
         n_tokens=sum(len(one["input_ids"]) for one in trainer.train_dataset if set(one["labels"]) != {IGNORED}),
         n_processes=processes.num_processes,
     )
@@ -201,12 +202,14 @@ def finished(model_dir: Path, made_from: str) -> SftResult | None:
     return SftResult(**stored | {"model_dir": model_dir, "losses": tuple(stored["losses"])})
 
 
-def _trainer(folder: str, rows: Sequence[dict[str, str]], job: SftJob, checkpoints: Path, n_processes: int) -> Trainer:
+def examples_of(job: SftJob, tokenizer: Any) -> list[Example]:
+    """The rows of the file as tokens. Raises: DataError for a row without a loss."""
+    rows, most = enumerate(read_sft_rows(job.sft_file), start=1), job.settings.max_seq_length
+    return [example(tokenizer, row, most, path=job.sft_file, item=f"row {number}") for number, row in rows]
+
+
+def _trainer(folder: str, examples: Sequence[Example], job: SftJob, checkpoints: Path, n_processes: int) -> Trainer:
     tokenizer, settings = AutoTokenizer.from_pretrained(folder), job.settings
-    examples = [
-        example(tokenizer, row, settings.max_seq_length, path=job.sft_file, item=f"row {number}")
-        for number, row in enumerate(rows, start=1)
-    ]
     order = {"epochs": settings.finetune_epochs, "examples_a_step": settings.examples_a_step, "seed": settings.seed}
     ordered = in_training_order(examples, **order)
     torch.manual_seed(settings.seed)
