@@ -113,4 +113,4 @@ def write_self_edits(
             prompt_keys=() if has_known_text else names,
         )
         written.append(one)
-    return written, list(texts.values())
+    return written, [texts[key] for key in titles]

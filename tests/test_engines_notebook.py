@@ -46,6 +46,6 @@ def test_notebook_01_writes_with_a_service_and_goes_on_after_a_break(
     assert record["engine"] == "openai" and record["model"] == "openai-some-model"
     assert [prompt["key"] for prompt in record["prompts"]][:2] == ["spa/key-concepts", "spa/mind-map"]
     said = shown(tmp_path / "01_create_self_edits.ipynb", "tokens")
-    assert "6 texts in the journal, 18 tokens, 0 cut off" in said
+    assert "6 texts, 18 tokens, 0 cut off" in said
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY not in path.read_text(errors="replace"), path
