@@ -24,8 +24,8 @@ class Settings:
         kinds = typing.get_type_hints(type(self))
         for one in fields(self):
             value, kind, least = getattr(self, one.name), kinds[one.name], one.metadata.get("least")
-            if callable(item := getattr(value, "item", None)):  # a number of numpy, which no record can hold
-                value = item()
+            if getattr(value, "shape", None) == ():  # a number of numpy, which no record can hold
+                value = value.item()
             if kind in (Path, Path | None) and isinstance(value, str):
                 value = Path(value)
             _check_kind(one.name, value, kind)

@@ -23,6 +23,8 @@ from seal_nb.sft.settings import SftSettings
     ("kind", "values", "said"),
     [
         (Training, {"lora_rank": "8"}, "lora_rank='8' is of type str; give a whole number such as 32"),
+        (Training, {"lora_rank": np.array([8, 16])}, "lora_rank=array.* is of type ndarray; give a whole number"),
+        (Training, {"target_modules": np.array(["q_proj", "v_proj"])}, "target_modules=.* ndarray; give a list"),
         (Training, {"chat": 1}, "chat=1 is of type int; give True or False"),
         (Training, {"finetune_epochs": True}, "finetune_epochs=True is of type bool; give a whole number"),
         (Training, {"target_modules": "q_proj"}, "target_modules='q_proj' is of type str; give a list of texts"),

@@ -122,6 +122,9 @@ def test_a_row_whose_prompt_leaves_no_room_for_the_completion_is_refused(base: P
     said = rf"x\.jsonl, item row 2, field 'prompt': has {n_prompt} tokens, and max_seq_length={n_prompt} leaves .*raise"
     with pytest.raises(DataError, match=said):
         trained(base, tmp_path, "next", rows, few)
+    with pytest.raises(DataError, match=said):
+        run_job(SftJob(sft_file=sft_file(tmp_path, rows), model=str(base), model_dir=tmp_path / "next", settings=few))
+    assert not (tmp_path / "next.log").exists(), "no process was started"
     one = example(AutoTokenizer.from_pretrained(base), rows[1], n_prompt + 1)
     assert [label for label in one["labels"] if label != IGNORED] == one["input_ids"][-1:]
 
