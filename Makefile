@@ -4,6 +4,7 @@ VENV  ?= .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
+CUDA_VENV ?= .venv-cuda
 # `make demo RUNS=/scratch/runs`: results go there instead of runs/.
 ifdef RUNS
 export SEAL_RUNS := $(abspath $(RUNS))
@@ -14,7 +15,7 @@ FRESH_NOTEBOOKS := rm -rf build/notebooks build/runs && mkdir -p build/notebooks
 LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lab kernel docs bench vllm-env lint notebooks clean
+.PHONY: help demo check test lab kernel docs bench vllm-env cuda-env cuda-check lint notebooks clean
 
 help:
 	@echo "make demo       notebooks 01 to 06 and 08 on the small model and shipped passages (about 15 minutes on 2 cores)"
@@ -23,8 +24,9 @@ help:
 	@echo "make lab        JupyterLab at the tour (LAB_FLAGS=... for jupyter lab)"
 	@echo "make kernel     register this environment as a kernel for another JupyterLab"
 	@echo "make docs       the documentation site, in build/docs"
-	@echo "make bench      speed on this machine: inner loop (25 minutes), server, graders, engines, continual edits, inspector"
+	@echo "make bench      speed on this machine: inner loop (17 minutes), server, graders, engines, continual edits, inspector"
 	@echo "make vllm-env   vLLM for a machine without a GPU, in $(VLLM_VENV) (for tests/vllm and engine=vllm)"
+	@echo "make cuda-check the CUDA path without a GPU, in $(CUDA_VENV) (about 2 minutes on 2 cores; the first time 5 GB)"
 	@echo "make lint       ruff and mypy"
 	@echo "make notebooks  run the committed notebooks again and show what changed"
 	@echo "make clean      remove $(VENV) and caches (never runs/)"
@@ -68,6 +70,14 @@ bench: $(STAMP)
 # A vLLM for machines without a GPU, in an environment of its own; tests/vllm starts its server from it.
 vllm-env:
 	@.ci/vllm.sh $(VLLM_VENV)
+
+# torch for CUDA, in an environment of its own, which needs no GPU.
+cuda-env:
+	@.ci/cuda.sh $(CUDA_VENV)
+
+# Operations, types, waits and memory of the CUDA path on tensors without values, and the Triton kernels.
+cuda-check: cuda-env
+	@CUDA_VISIBLE_DEVICES= $(CUDA_VENV)/bin/python -m pytest -q -n 2 tests/cuda_check
 
 lint: $(STAMP)
 	@$(LINT)

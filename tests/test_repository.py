@@ -93,7 +93,8 @@ def test_notebook_has_the_kernel_python3_and_is_small(notebook: Path) -> None:
 
 
 MAKE_TARGETS = (
-    "demo", "check", "test", "lab", "kernel", "docs", "bench", "vllm-env", "lint", "notebooks", "clean",
+    "demo", "check", "test", "lab", "kernel", "docs", "bench", "vllm-env", "cuda-check", "lint", "notebooks",
+    "clean",
 )  # fmt: skip
 
 
@@ -116,12 +117,15 @@ def test_make_without_a_fitting_python_says_what_is_missing(tmp_path: Path) -> N
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize("code", [0, 2])
-def test_ci_passes_the_result_of_make_test_on_and_ends_with_pytest_s_line(tmp_path: Path, code: int) -> None:
+@pytest.mark.parametrize(("code", "cuda_code"), [(0, 0), (2, 0), (0, 3), (2, 3)])
+def test_ci_passes_on_what_failed_and_ends_with_pytest_s_line(tmp_path: Path, code: int, cuda_code: int) -> None:
     fake = tmp_path / "bin" / "make"
     fake.parent.mkdir()
     closing = "=== 2 failed, 3 passed in 1.20s ==="
-    fake.write_text(f"#!/bin/sh\necho \"make $* CI=$CI\"; echo '{closing}'; echo mypy: fine >&2; exit {code}\n")
+    fake.write_text(
+        f"#!/bin/sh\necho \"make $* CI=$CI\"; echo '{closing}'; echo mypy: fine >&2\n"
+        f"[ $1 = cuda-check ] && exit {cuda_code}\nexit {code}\n"
+    )
     fake.chmod(0o755)
     for name in ("apt-get", "sudo", "chromium", "faketime", "ip", "sbatch", "slurmctld", "slurmd", "munged"):
         stand_in = fake.with_name(name)  # nothing is installed by a test
@@ -130,7 +134,7 @@ def test_ci_passes_the_result_of_make_test_on_and_ends_with_pytest_s_line(tmp_pa
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     environment["PATH"] = f"{fake.parent}:{environment['PATH']}"
     done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True)
-    assert done.returncode == code
+    assert done.returncode == (code or cuda_code)
     assert done.stdout.splitlines()[0] == "make test CI=true"
     assert done.stdout.splitlines()[-1] == closing
 
