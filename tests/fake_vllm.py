@@ -37,6 +37,8 @@ class Handler(BaseHTTPRequestHandler):
                 os._exit(137)
             choice = {"text": f"{body['model']}: {body['prompt']}", "finish_reason": "stop"}
             said = {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+        if self.path == "/tokenize":
+            said = {"token_strs": [*["<s>"] * body["add_special_tokens"], body["prompt"]]}
         raw = json.dumps(said).encode()
         is_refused = MODE == "too-long" and body.get("prompt") == "long"
         self.send_response(400 if is_refused else 200)

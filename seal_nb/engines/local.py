@@ -7,6 +7,7 @@ import torch
 from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
+from seal_nb.peft_files import adapter_for
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
 
@@ -22,22 +23,28 @@ class LocalEngine(Engine):
     def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """See Engine. Prompts with different adapters share a batch."""
         folders = dict.fromkeys(ask.adapter for ask in asks if ask.adapter)
-        loaded = {folder: self.base.load_adapter(folder) for folder in folders}
+        loaded = {folder: adapter_for(self.base, folder) for folder in folders}
         decoder = GroupedDecoder(self.base, max_rows=ROWS)
+        outcomes: dict[int, Completion | EngineError] = {}
         for index, ask in enumerate(asks):
+            # The template has added the special tokens of a chat.
+            ids = self.base.encode(self.text_of(ask.prompt), special_tokens=isinstance(ask.prompt, str))
+            try:
+                room = self.base.room_after(ids, "the prompt", n_new=1)
+            except SettingsError as error:
+                outcomes[index] = EngineError(str(error))
+                continue
             row = DecodeRow(
                 key=index,
-                # The template has added the special tokens of a chat.
-                token_ids=self.base.encode(self.text_of(ask.prompt), special_tokens=isinstance(ask.prompt, str)),
+                token_ids=ids,
                 adapters=(loaded[ask.adapter],) if ask.adapter else (),
-                max_new_tokens=ask.sampling.max_tokens,
+                max_new_tokens=min(ask.sampling.max_tokens, room),
                 temperature=ask.sampling.temperature,
                 top_p=ask.sampling.top_p,
                 seed=ask.seed or 0,
                 stop=ask.sampling.stop,
             )
             decoder.submit(row)
-        outcomes: dict[int, Completion | EngineError] = {}
         while decoder.busy:
             for done in decoder.step():
                 index = int(str(done.key))

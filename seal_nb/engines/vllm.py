@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.processes import LoggedProcess, end_tree
 from seal_nb.storage import content_id
+from seal_nb.tokens import wants_special_tokens
 
 PYTHON_VARIABLE = "SEAL_NB_VLLM_PYTHON"
 PARENT_VARIABLE = "SEAL_NB_VLLM_PARENT"  # read by the plugin: the process that the server ends with
@@ -204,11 +206,30 @@ class VllmEngine(Engine):
             try:
                 with self._loaded(turn) as names:
                     models = {i: names.get(ask.adapter, self.model) for i, ask in asked.items()}
-                    sent = {i: replace(ask, model=models[i], extra=PLAIN_SAMPLING) for i, ask in asked.items()}
+                    extras = {i: PLAIN_SAMPLING | self._special_tokens(ask.prompt) for i, ask in asked.items()}
+                    sent = {i: replace(ask, model=models[i], extra=extras[i]) for i, ask in asked.items()}
                     outcomes |= self.client.each(sent, on_text)
             except EngineError as error:
                 outcomes |= dict.fromkeys(asked, error)
         return outcomes
+
+    def _special_tokens(self, prompt: Prompt) -> dict[str, bool]:
+        """Of a text that begins with BOS: the field that keeps the server from adding another one."""
+        is_marked = isinstance(prompt, str) and prompt.startswith(("<", "["))  # as all special tokens begin
+        return {} if not is_marked or wants_special_tokens(str(prompt), self._bos) else {"add_special_tokens": False}
+
+    @cached_property
+    def _bos(self) -> str | None:
+        """The token that the server puts before a text; None if there is none, or if the server does not tell."""
+        asked = {"model": self.model, "prompt": "a", "return_token_strs": True}
+        try:
+            replies = [self.client.control("/tokenize", asked | {"add_special_tokens": adds}) for adds in (True, False)]
+        except Refused as error:
+            if error.status != 404:
+                raise
+            return None
+        first, first_of_text = [(json.loads(reply).get("token_strs") or [None])[0] for reply in replies]
+        return first if first != first_of_text else None
 
     @contextlib.contextmanager
     def _loaded(self, folders: Sequence[Path]) -> Iterator[dict[Path | None, str]]:

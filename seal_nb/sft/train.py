@@ -33,9 +33,10 @@ from transformers import (
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
+from seal_nb.sft.model_folders import merge_stack, stored_dtype, write_model_folder
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
-from seal_nb.storage import content_id, read_json, read_json_lines, write_json
-from seal_nb.ttt.lora import merge_stack, stored_dtype, whole_folder, write_model_folder
+from seal_nb.storage import content_id, read_json, read_json_lines, whole_folder, write_json
+from seal_nb.tokens import tokenize
 
 MODULE = "seal_nb.sft.train"
 IGNORED = -100  # a label outside the loss
@@ -126,17 +127,19 @@ def read_sft_rows(path: Path) -> list[dict[str, str]]:
 def example(tokenizer: Any, row: dict[str, str], max_seq_length: int, **where: Any) -> Example:
     """Token ids and labels of one row. The loss is on the completion only. EOS ends it, so that the model learns where
     a self-edit stops. {text} is a train sequence as in the inner loop: no EOS, loss on all of it.
-    Raises: DataError for a row without a loss; ``where`` are its path and item."""
+    Raises: DataError for a row without a loss; ``where`` are its path and item. SettingsError if there is no EOS."""
     if "text" in row:
-        ids = tokenizer(row["text"])["input_ids"][:max_seq_length]
+        ids = tokenize(tokenizer, row["text"])[0][:max_seq_length]
         if len(ids) < 2:
             raise DataError(f"{row['text']!r} has no token to predict", **where, field="text", remedy="leave it out")
         return {"input_ids": ids, "labels": list(ids)}
-    prompt = tokenizer(row["prompt"])["input_ids"]
+    if tokenizer.eos_token_id is None:
+        raise SettingsError("the model's tokenizer has no EOS token to end a completion; set eos_token in its files")
+    prompt, _ = tokenize(tokenizer, row["prompt"])
     if len(prompt) >= max_seq_length:
         problem = f"has {len(prompt)} tokens, and max_seq_length={max_seq_length} leaves no room for the completion"
         raise DataError(problem, **where, field="prompt", remedy="raise max_seq_length, or leave the row out")
-    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    completion = [*tokenize(tokenizer, row["completion"], special_tokens=False)[0], tokenizer.eos_token_id]
     ids, labels = prompt + completion, [IGNORED] * len(prompt) + completion
     return {"input_ids": ids[:max_seq_length], "labels": labels[:max_seq_length]}
 
@@ -152,7 +155,9 @@ def in_training_order(examples: Sequence[Example], *, epochs: int, examples_a_st
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Makes batches: ids, attention mask and labels, padded on the right outside the loss."""
-    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
+    # A pad token of its own may have no embedding, and any token will do.
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
