@@ -237,7 +237,7 @@ def _runs_diff(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     from seal_nb.errors import SettingsError
-    from seal_nb.ttt.lora import merge_stack
+    from seal_nb.sft.model_folders import merge_stack
 
     out: Path = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -5,6 +5,7 @@ with their defaults. Our own fields are optional, so clients written by others w
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,6 +20,16 @@ MAX_SEED = 2**32 - 1  # the most that NumPy and torch both accept
 NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a safe file name: no separator, no leading dot
 MAX_ITEMS = 20_000  # sequences, questions or prompts of one request
 MAX_LENGTH = 2**20  # tokens of one sequence
+# Settings of peft.LoraConfig that change an adapter or its training, and that requests do not have.
+PEFT_FIELDS = re.findall(
+    r"\w+",
+    """alora_invocation_tokens alpha_pattern arrow_config bias corda_config ensure_weight_tying eva_config
+    exclude_modules init_lora_weights kasa_config layer_replication layers_pattern layers_to_transform loftq_config
+    lora_bias lora_ga_config megatron_config modules_to_save monteclora_config peft_type r rank_pattern
+    target_parameters trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config""",
+)
+REPEATED = re.compile(r"[*+}][^()]*\)+[*+{]")  # in a regular expression, as (a+)*
+HARMLESS: tuple[Any, ...] = (None, False, [], {}, "none", "LORA")  # their values that change nothing
 VerdictWord = Literal["CORRECT", "INCORRECT", "UNGRADED"]
 
 
@@ -38,11 +49,21 @@ def _not_sampled(value: int) -> int:
     return value
 
 
+def _targets(value: object) -> object:
+    texts = value if isinstance(value, list | tuple) else [value]
+    if len(texts) > MAX_ITEMS or not all(isinstance(text, str) for text in texts):
+        raise ValueError("give a list of names, or one string: 'all-linear' or a regular expression, as in PEFT")
+    if isinstance(value, str) and REPEATED.search(value):
+        raise ValueError("repeats a part that is itself repeated, which can take for ever; write it another way")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_number)]  # 32.0 too: some JSON writers have only floats
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Measured = Annotated[float | None, BeforeValidator(_finite)]  # None: not finite, as after a divergence
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-\x7e]+$")]
+Targets = Annotated[list[str] | str, BeforeValidator(_targets)]
 NotSampled = Annotated[Whole, AfterValidator(_not_sampled)]
 T = TypeVar("T")
 Items = Annotated[list[T], Field(max_length=MAX_ITEMS)]
@@ -94,7 +115,7 @@ class TTTRequest(_Received):
 
     request_id: RequestId | None = Field(None, description="the same id gets the same result again")
     seed: Seed | None = Field(None, description="none: derived from the server's seed and the content")
-    target_modules: Items[str] = Field(default=[], description='empty: PEFT\'s default; ["all-linear"]: all')
+    target_modules: Targets = Field(default=[], description="names, or one regular expression; empty: PEFT's default")
     max_seq_length: Whole = Field(2048, ge=1, le=MAX_LENGTH, description="tokens; longer sequences are cut")
     padding_in_loss: bool = Field(False, description="true: the published training, with padding")
     pad_to: Whole = Field(2048, ge=1, le=MAX_LENGTH, description="tokens; with padding_in_loss")
@@ -347,6 +368,11 @@ def parse_request(message: bytes | dict[str, Any]) -> Request:
     if fields.get("train_sequences") is None and fields.get("eval_questions") is None:
         found = f"neither train_sequences nor eval_questions nor cmd, but {_shown(sorted(fields))}"
         raise ProtocolError(f"the request has {found}; send one of them", field="train_sequences")
+    for name in [name for name in PEFT_FIELDS if name in fields]:
+        if fields[name] not in HARMLESS and (name, fields[name]) != ("init_lora_weights", True):
+            remedy = "leave it out and send lora_rank" if name == "r" else "leave it out"
+            problem = f"field {name!r} is {_shown(fields[name])}: requests do not have this setting of PEFT"
+            raise ProtocolError(f"{problem}; {remedy}", field=name)
     return validated(TTTRequest, fields)
 
 

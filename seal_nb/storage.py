@@ -345,3 +345,23 @@ def forget_adapters(folder: Path, names: Sequence[str]) -> list[str]:
             shutil.rmtree(doomed, ignore_errors=True)
             found.append(name)
     return found
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write to. At the end it replaces `folder`; if the block fails, `folder` stays as it was. If
+    several processes write the same folder at once, the last one wins."""
+    partial, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for _ in range(10):
+            with contextlib.suppress(OSError):  # one is there
+                partial.rename(folder)
+                return
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        raise OSError(f"{folder.name!r} could not be written: other processes keep writing it")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
