@@ -40,7 +40,8 @@ SLOW_FILES = {
     "test_grading_beside.py", "test_inspector_live.py", "test_inspector_notebook.py", "test_live_views.py",
     "test_notebook_errors.py", "test_notebook_runner.py", "test_notebooks.py", "test_readme.py", "test_rerun.py",
     "test_resumption.py", "test_server_notebook.py", "test_sft.py", "ttt/test_decode.py", "ttt/test_equality.py",
-    "ttt/test_padding.py", "ttt/test_passes.py", "ttt/test_quantized.py", "ttt/test_small_model.py",
+    "ttt/test_adapters.py", "ttt/test_families.py", "ttt/test_float16.py", "ttt/test_padding.py", "ttt/test_passes.py",
+    "ttt/test_quantized.py", "ttt/test_small_model.py", "ttt/test_tokens.py",
 }  # fmt: skip
 TESTS = Path(__file__).resolve().parent
 

@@ -4,6 +4,7 @@ asked twice."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -145,6 +146,79 @@ def test_a_job_that_diverges_fails_alone_with_a_remedy(loop: InnerLoop) -> None:
         assert isinstance(reply, TTTReply) and all(x is not None for x in reply.epoch_losses)
 
 
+@pytest.mark.parametrize(
+    ("where", "error", "fields"),
+    [
+        ("seal_nb.ttt.trainer.make_row", KeyError, {"train_sequences": ["~ a"]}),
+        ("seal_nb.inner_loop.evaluation.make_row", StopIteration, {"train_sequences": ["~ a"]}),
+        ("seal_nb.inner_loop.evaluation.Answered", TypeError, {"eval_questions": [{**QUESTIONS[0], "answer": "~"}]}),
+        ("seal_nb.inner_loop.evaluation.build_reply", AssertionError, {}),
+    ],
+)
+def test_whatever_error_a_request_causes_is_its_own_reply(
+    loop: InnerLoop, where: str, error: type[Exception], fields: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = resolve_name(where)
+
+    def strict(*given, **named):  # type: ignore[no-untyped-def]
+        if any(isinstance(one, str) and "~" in one for one in (*given, *named.values())):
+            raise error("x")
+        return function(*given, **named)
+
+    alone = run(again(loop), request("good", soft_scores=True))["good"]
+    monkeypatch.setattr(where, strict)
+    bad = request("~", soft_scores=True, return_token_logprobs=True, **fields)
+    replies = run(loop, request("good", soft_scores=True), bad, request("next", seed=8))
+    assert isinstance(replies["~"], ErrorReply) and error.__name__ in replies["~"].error
+    good = replies["good"]
+    assert isinstance(good, TTTReply) and isinstance(alone, TTTReply) and isinstance(replies["next"], TTTReply)
+    assert good.adapter_texts == alone.adapter_texts
+    assert good.adapter_gold_logprobs == pytest.approx(alone.adapter_gold_logprobs, rel=1e-4)
+    assert good.epoch_losses == pytest.approx(alone.epoch_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("passes", ["train", "answer", "score"])
+def test_a_pass_that_fails_for_one_request_is_done_again_for_the_others(
+    loop: InnerLoop, passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {
+        "train": request("bad", train_sequences=["~ a"]),
+        "answer": request("bad", eval_questions=[{**QUESTIONS[0], "question": "~"}]),
+        "score": request("bad", eval_questions=[{**QUESTIONS[0], "answer": "~"}], soft_scores=True),
+    }[passes]
+    run_base, tilde = loop.base.run, loop.base.encode("~")[0]
+
+    def strict(ids, *rest):  # type: ignore[no-untyped-def]
+        if tilde in ids:
+            raise IndexError("index out of range in self")
+        return run_base(ids, *rest)
+
+    monkeypatch.setattr(loop.base, "run", strict)
+    replies = run(loop, request("good", soft_scores=True), bad, request("next", seed=8))
+    assert isinstance(replies["bad"], ErrorReply) and "index out of range" in replies["bad"].error
+    assert all(isinstance(replies[name], TTTReply) for name in ("good", "next"))
+
+
+def test_a_device_on_which_nothing_runs_any_more_ends_the_worker(
+    loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    loop.submit(request("a"))
+    monkeypatch.setattr(loop.base, "run", lost)
+    with pytest.raises(torch.AcceleratorError):
+        loop.advance()
+
+
+def test_an_empty_stop_text_fails_its_own_request_only(loop: InnerLoop) -> None:
+    ask = {"prompts": ["the "], "max_tokens": 3, "seed": 3}
+    replies = run(
+        loop, GenerateRequest(request_id="bad", stop=[""], **ask), GenerateRequest(request_id="good", stop=["~"], **ask)
+    )
+    assert isinstance(replies["bad"], ErrorReply) and isinstance(replies["good"], GenerateReply)
+
+
 def test_unknown_targets_are_refused_with_the_names_the_model_has(loop: InnerLoop) -> None:
     with pytest.raises(SettingsError, match=r"'qkv'.*q_proj"):
         loop.submit(request("a", target_modules=["qkv"]))
@@ -160,7 +234,7 @@ def test_a_full_disk_fails_the_request_and_not_the_process(loop: InnerLoop, monk
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seal_nb.ttt.lora.save_adapter", no_space)
+    monkeypatch.setattr("seal_nb.inner_loop.kept_adapters.save_adapter", no_space)
     replies = run(loop, request("a", adapter_name="kept"), request("b"))
     assert isinstance(replies["a"], ErrorReply) and "No space left" in replies["a"].error
     assert isinstance(replies["b"], TTTReply)

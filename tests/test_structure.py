@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 FLOORS = (
     {"errors", "processes"},
     {"settings"},
-    {"prompts", "passages", "protocol", "metrics", "storage", "models"},
+    {"prompts", "passages", "protocol", "metrics", "storage", "models", "tokens"},
     {"ttt"},
+    {"peft_files"},
     {"engines"},
     {"grading", "self_edits", "sft"},
     {"inner_loop"},
@@ -25,7 +26,7 @@ FLOORS = (
     {"inspector", "chain"},
     {"cli", "cli_chains"},
 )
-TORCH = {"ttt", "engines", "inner_loop", "sft"}
+TORCH = {"ttt", "peft_files", "engines", "inner_loop", "sft"}
 TORCH_ENGINES = {"seal_nb.engines.local"}
 HEAVY = ("torch", "transformers", "peft")
 

@@ -16,8 +16,10 @@ from seal_nb.errors import GradingError
 from seal_nb.grading.base import Answered, Grader, Verdict
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import Answers, GenerateReply, GenerateRequest, ScoredText, TTTReply, TTTRequest, build_reply
+from seal_nb.tokens import tokenize
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, ScoreRow, score
+from seal_nb.ttt.device import Limit
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.trainer import Trained
@@ -145,7 +147,8 @@ class Evaluation:
 
 def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
     """The training of a request. Raises SettingsError if a setting is out of its range."""
-    rank, alpha, targets = request.lora_rank, request.lora_alpha, tuple(request.target_modules)
+    rank, alpha, wanted = request.lora_rank, request.lora_alpha, request.target_modules
+    targets = wanted if isinstance(wanted, str) else tuple(wanted)
     lora = LoraSettings(rank=rank, alpha=alpha, dropout=request.lora_dropout, target_modules=targets)
     train = TrainSettings(
         epochs=request.finetune_epochs,
@@ -162,13 +165,16 @@ def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
 
 
 def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) -> list[Question]:
-    """The closed-book questions of a request. stack: identities of the frozen adapters."""
+    """The closed-book questions of a request. stack: identities of the frozen adapters. Raises SettingsError if the
+    model cannot run one."""
     prompts = [answer_prompt(q.title, q.question) for q in request.eval_questions]
     if request.chat:  # the template adds the special tokens
         template: Any = base.tokenizer.apply_chat_template
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         prompts = [template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     ids = [base.encode(prompt, special_tokens=not request.chat) for prompt in prompts]
+    for i, one in enumerate(ids):
+        base.room_after(one, f"the prompt of eval_questions[{i}]", n_new=1)
     return [Question(stack, tuple(one), request.max_new_tokens) for one in ids]
 
 
@@ -181,9 +187,9 @@ class Text(ScoreRow):
     tokens: list[str]
 
 
-def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int) -> list[ScoredText]:
+def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: Limit) -> list[ScoredText]:
     """What the request wants scored, token by token, without and (if there is one) with the adapter."""
-    texts, trained = list(_texts(base, evaluation)), evaluation.trained
+    texts, trained = texts_to_score(base, evaluation), evaluation.trained
     adapted = []
     if trained and trained.adapter:
         adapted = [replace(text, adapters=(*text.adapters, trained.adapter)) for text in texts]
@@ -196,6 +202,17 @@ def scored_texts(base: FrozenBase, evaluation: Evaluation, *, token_budget: int)
         values = {"baseline_logprobs": before, "adapter_logprobs": after}
         scored.append(ScoredText(kind=text.kind, index=text.index, tokens=text.tokens, **values))
     return scored
+
+
+def texts_to_score(base: FrozenBase, evaluation: Evaluation) -> list[Text]:
+    """What the request wants scored; before its training, without the train sequences. Raises SettingsError if the
+    model cannot run a text."""
+    wanted = evaluation.request.soft_scores or evaluation.request.return_token_logprobs
+    texts = list(_texts(base, evaluation)) if wanted else []
+    for text in texts:
+        what = f"the {text.kind} text {text.index}{' with its prompt' * (text.kind == 'gold')}"
+        base.room_after([*text.prompt_ids, *text.target_ids], what)
+    return texts
 
 
 def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:
@@ -223,6 +240,6 @@ def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:
 def pieces(tokenizer: Any, text: str, *, special_tokens: bool = True) -> tuple[list[int], list[str]]:
     """Token ids, and the stretch of the text that each token ends. Joined, the stretches are the text. If a character
     takes several tokens, its first token has it and the others are empty."""
-    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
-    stops = accumulate((stop for _, stop in encoded["offset_mapping"]), max, initial=0)
-    return list(encoded["input_ids"]), [text[start:stop] for start, stop in pairwise(stops)]
+    ids, spans = tokenize(tokenizer, text, special_tokens=special_tokens, with_spans=True)
+    stops = accumulate((stop for _, stop in spans), max, initial=0)
+    return ids, [text[start:stop] for start, stop in pairwise(stops)]

@@ -4,6 +4,8 @@ For each request the base answers the questions (these answers are stored), an a
 a grader gives verdicts. Many requests share the slots and one batch; grading runs in threads, as a judge takes seconds.
 """
 
+import logging
+import math
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -14,17 +16,31 @@ from typing import Any, cast
 
 import torch
 
-from seal_nb.errors import SealError, SettingsError
+from seal_nb.errors import SettingsError
 from seal_nb.grading.base import Grader, Verdict
 from seal_nb.grading.choose import make_grader
-from seal_nb.inner_loop.evaluation import Evaluation, Generation, Key, Question, questions_of, scored_texts, train_job
+from seal_nb.inner_loop.evaluation import (
+    Evaluation,
+    Generation,
+    Key,
+    Question,
+    questions_of,
+    scored_texts,
+    texts_to_score,
+    train_job,
+)
+from seal_nb.inner_loop.kept_adapters import KeptAdapters
+from seal_nb.inner_loop.memory import memory_needed
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
+from seal_nb.peft_files import adapter_for
 from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_reply
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
-from seal_nb.ttt.lora import Adapter, KeptAdapters
+from seal_nb.ttt.device import Limit
+from seal_nb.ttt.jobs import LoraSettings
+from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 
 ANSWER_STEPS_A_PASS = 64
@@ -32,8 +48,9 @@ ANSWER_STEPS_A_PASS = 64
 USUAL_SIZES = {"cuda": (88, 320), "cpu": (8, 64)}
 MOST_STORED = 20_000  # answers of the base: some 50 MB; a server runs for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
+TEXT_TOKENS = 256  # of a prompt and its answer, for the estimate of memory
 GRADING_WAIT_S = 0.05  # if there is nothing else to do
-REQUEST_FAULTS = (SealError, OSError, RuntimeError, ValueError)  # end a request, not the process
+log = logging.getLogger(__name__)
 
 
 class InnerLoop:
@@ -47,10 +64,16 @@ class InnerLoop:
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
         if settings.deterministic:  # which passes are captured depends on earlier ones
             self.trainer.captured.works, self.decoder.replay.record = False, None
+        sizes = {
+            "n_slots": settings.n_slots,
+            "token_budget": settings.token_budget,
+            "decode_rows": settings.decode_rows,
+        }
+        self.memory = memory_needed(base, rank=LoraSettings.rank, text_tokens=TEXT_TOKENS, **sizes)
         self.requests: dict[str, Evaluation | Generation] = {}  # by request id
         self.asked: set[Question] = set()  # the base is answering them
         self.baselines: dict[Question, Decoded] = {}  # the base's answers
-        self.kept = KeptAdapters(settings.adapters_dir, base.load_adapter, base.name)
+        self.kept = KeptAdapters(settings.adapters_dir, partial(adapter_for, base), base.name)
         self.grading_threads = DaemonThreads(MOST_GRADED_AT_ONCE)
         self.done: list[Reply] = []
         self.answering = False
@@ -85,6 +108,7 @@ class InnerLoop:
             "decode_tokens": self.decoder.n_tokens,
             "baselines_kept": len(self.baselines),
             "token_budget": self.trainer.token_budget.now,
+            "memory_needed_bytes": sum(self.memory.values()),
             "device": str(self.base.device),
             "dtype": str(self.base.dtype).removeprefix("torch."),
         }
@@ -146,13 +170,16 @@ class InnerLoop:
         sampling = {"temperature": request.temperature, "top_p": request.top_p, "stop": tuple(request.stop)}
         for i, (key, prompt) in enumerate(zip(generation.keys, request.prompts, strict=True)):
             seed = (int(request.seed or 0) + i) % 2**63
-            self._ask(key, self.base.encode(prompt), request.max_tokens, stack, seed=seed, **sampling)
+            ids = self.base.encode(prompt)
+            self.base.room_after(ids, f"prompts[{i}]", n_new=1)
+            self._ask(key, ids, request.max_tokens, stack, seed=seed, **sampling)
 
     def _evaluate(self, request_id: str, request: TTTRequest, stack: dict[str, Adapter]) -> None:
         job = train_job(request, self.settings.max_seq_length) if request.training_wanted else None
         if job is not None:
             self.base.layout(job.lora)  # refuses unknown targets now
         evaluation = Evaluation(request, questions_of(self.base, request, tuple(stack)), tuple(stack.values()))
+        texts_to_score(self.base, evaluation)  # refuses some now
         self.requests[request_id] = evaluation
         for question in evaluation.baseline:
             if question in self.baselines:
@@ -165,16 +192,13 @@ class InnerLoop:
         self._grade_if_complete(evaluation)
 
     def _ask(self, key: Key, ids: Sequence[int], max_tokens: int, stack: tuple[Adapter, ...], **sampling: Any) -> None:
-        """Generate a text. Raises SettingsError if the prompt leaves no room in the model's context."""
-        context = self.base.model.config.max_position_embeddings
-        if len(ids) >= context:
-            raise SettingsError(f"a prompt has {len(ids)} tokens and the model's context {context}; shorten it")
-        n = min(max_tokens, context - len(ids))
+        """Generate a text, as far as there is room in the model's context."""
+        n = min(max_tokens, self.base.room_after(ids, "a prompt", n_new=1))
         self.decoder.submit(DecodeRow(key=key, token_ids=ids, adapters=stack, max_new_tokens=n, **sampling))
 
     def _trained(self, request_id: str, trained: Trained) -> None:
         """Keep the adapter if it has a name, and ask it the questions."""
-        with self._failing_alone(request_id):  # a full disk, a prompt that is too long
+        with self._failing_alone(request_id):  # a full disk
             evaluation = cast(Evaluation, self.requests[request_id])
             if trained.adapter is None:
                 raise SettingsError(trained.error)
@@ -214,9 +238,8 @@ class InnerLoop:
         if not evaluation.complete:
             return
         # Tokens of a pass of scoring; if deterministic, one text a pass.
-        budget = 1 if self.settings.deterministic else self.trainer.token_budget.now
-        if evaluation.request.soft_scores or evaluation.request.return_token_logprobs:
-            evaluation.scores = scored_texts(self.base, evaluation, token_budget=budget)
+        budget = Limit(1, math.inf) if self.settings.deterministic else self.trainer.token_budget
+        evaluation.scores = scored_texts(self.base, evaluation, token_budget=budget)
         evaluation.stack = ()  # a slow judge must not keep the adapters' memory
         if evaluation.trained:
             evaluation.trained.adapter = None
@@ -225,10 +248,12 @@ class InnerLoop:
 
     @contextmanager
     def _failing_alone(self, request_id: str) -> Iterator[None]:
-        """An error ends this request and not the process."""
+        """An error ends this request and not the process, unless nothing runs on the device any more."""
         try:
             yield
-        except REQUEST_FAULTS as error:
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is this request's
             wants_traceback = self.requests[request_id].request.traceback
             self.cancel(request_id)
             trace = "".join(traceback.format_exception(error)) if wants_traceback else None
@@ -247,4 +272,7 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     dtype = str(base.dtype).removeprefix("torch.") + f"-{FOUR_BIT}" * (settings.dtype == FOUR_BIT)
     deterministic = "-deterministic" if settings.deterministic else ""
     model_id = f"{model_identity(folder)}-{dtype}-{grader.name}-{settings.max_seq_length}{deterministic}"
-    return InnerLoop(base, grader, settings, model_id=model_id)
+    loop = InnerLoop(base, grader, settings, model_id=model_id)
+    parts = ", ".join(f"{use} {n / 2**20:.0f}" for use, n in loop.memory.items())
+    log.info("memory, in MiB, with adapters of rank %d on all Linear layers: %s", LoraSettings.rank, parts)
+    return loop

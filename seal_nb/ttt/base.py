@@ -1,86 +1,103 @@
 """The frozen base: a transformers decoder that runs packed rows, with the adapters of each row.
 
-Works for decoders whose logits are `head(hidden)` and whose layers all attend fully (Llama, Qwen2, Qwen3, Mistral, …),
-which is checked numerically when a model is loaded. Its weights never change.
+Works for decoders whose attention comes from transformers' attention interface and whose other layers treat each token
+by itself. This is checked numerically when a model is loaded; docs/models.md lists families. The weights never change.
 """
 
-import contextlib
 import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import FOUR_BIT
-from seal_nb.ttt.attention import ATTENTION, Attend, Rows
+from seal_nb.tokens import context_of, tokenize
+from seal_nb.ttt.attention import ATTEND, ATTENTION, Attend, Rows
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
-from seal_nb.ttt.device import free_cached_memory, region, sent
+from seal_nb.ttt.check import Check, unsupported
+from seal_nb.ttt.device import default_dtype, free_cached_memory, region, sent
 from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, Layout, linears_of, load_adapter, make_layout
+from seal_nb.ttt.lora import Adapter, Layout, linears_of, make_layout, target_names
 
-CHECK_ROWS = ((0, 8), (5, 21))  # first token and length of the rows that check a model when it is loaded
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 # All names in the code of a forward that is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROTARY = "apply_rotary_pos_emb"
-T = TypeVar("T")
 
 
 class FrozenBase:
     """A model, loaded once and run in passes over many rows, each row with its own adapters. The model's Linear layers
-    and its attention are replaced. Raises SettingsError if its architecture is not supported."""
+    and its attention are replaced. Of a multimodal model, the text part is used. Raises SettingsError, which names the
+    cause, if its architecture is not supported."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str = ""):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.device, self.dtype, self.model_type = model.device, model.dtype, model.config.model_type
-        kinds = set(getattr(model.config, "layer_types", None) or [])
-        if kinds - {"full_attention"}:
-            kind = f"model type {self.model_type!r} has {sorted(kinds)} layers"
-            raise SettingsError(f"{kind}; only full attention is supported")
+        self.config = config = model.config.get_text_config(decoder=True)
+        self.device, self.dtype, self.model_type = model.device, model.dtype, config.model_type
+        # Weights of adapters in passes. Float16 has too few exponents for them and for their gradients.
+        self.adapter_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        self.gradient_scale = 2.0**10 if self.dtype == torch.float16 else 1.0
+        kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
+        self.window: int | None = window if not kinds or "sliding_attention" in kinds else None
+        if unknown := sorted(kinds - ATTENTION_KINDS):
+            raise unsupported(self, f"it has layers of type {unknown[0]!r}")
         if model.get_output_embeddings() is None:
-            raise SettingsError(f"model type {self.model_type!r} has no language-model head; give a causal model")
-        rows = [[i % model.config.vocab_size for i in range(first, first + n)] for first, n in CHECK_ROWS]
-        with torch.no_grad():
-            ids = [torch.tensor([row], device=self.device) for row in rows]
-            expected = torch.cat([model(input_ids=one, use_cache=False).logits[0] for one in ids])
-        self.trainers: WeakSet[Any] = WeakSet()  # SlotTrainers, which hold memory that they can free
+            raise unsupported(self, "it has no language-model head; give a causal model")
+        # What follows the head: logits are scaled, then bent to stay between -softcap and softcap.
+        scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+        self.logit_scale = float(scale or 1) / float(divisor or 1)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.linears = linears_of(model)
+        try:
+            check = Check(self)
+        except SettingsError:
+            raise
+        except Exception as reason:  # whatever it is, the model does not work here
+            raise unsupported(self, reason) from reason
+        self.target_names = functools.lru_cache(functools.partial(target_names, model, self.linears))
         for linear_name, linear in self.linears.items():
             model.set_submodule(linear_name, BranchedLinear(linear, linear_name))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # events and streams are made on the current device
             _make_regions(model)
-        model.config._attn_implementation = ATTENTION
-        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        self._check(rows, expected)
+        self.decoder.config._attn_implementation = ATTENTION
+        self.trainers: WeakSet[Any] = WeakSet()  # SlotTrainers, which hold memory that they can free
+        check.run()
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
-        """Load a model (folder or hub name); no code of its repository is ever run. The dtype "auto" is bfloat16 if the
-        device multiplies it natively (CUDA, CPUs with AMX or AVX512-BF16), else float32; "4bit" is "auto" with the
-        weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314). Raises SettingsError if that lacks bitsandbytes."""
+        """Load a model (folder or hub name); no code of its repository is ever run. The dtype "auto" is that of
+        `device.default_dtype`; "4bit" is "auto" with the weights of Linear layers in NF4 (QLoRA, arXiv 2305.14314).
+        Raises SettingsError if that lacks bitsandbytes, or the model cannot be read."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        in_four_bits = dtype == FOUR_BIT
-        if dtype in ("auto", FOUR_BIT):
-            dtype = "bfloat16" if device.startswith("cuda") or cpu_multiplies_bfloat16() else "float32"
-        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-        if in_four_bits:
-            options |= _four_bit_options(options["dtype"], device)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        try:
+            config = AutoConfig.from_pretrained(str(folder))
+            stored = getattr(config, "quantization_config", None) or {}
+            if stored and not stored.get("load_in_4bit"):
+                how = f"is quantised ({stored.get('quant_method', 'in a way that it does not name')})"
+                raise SettingsError(f"model {str(folder)!r} {how}; give the unquantised model, with dtype=4bit")
+            kind = default_dtype(torch.device(device)) if dtype in ("auto", FOUR_BIT) else getattr(torch, dtype)
+            four_bit = _four_bit_options(kind, device) if dtype == FOUR_BIT or stored else {}
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            options = {"attn_implementation": "sdpa", "dtype": kind, **four_bit}
+            model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise SettingsError(f"model {str(folder)!r} cannot be loaded: {error}") from error
         for module in model.modules():
             # bitsandbytes 0.50 (nn.modules.Linear4bit.forward) repacks a weight at its first product on CPUs with
             # AVX512-BF16, and `dense_weight` could not read it.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        return cls(model if in_four_bits else model.to(device), tokenizer, name=str(folder))
+        return cls(model if four_bit else model.to(device), tokenizer, name=str(folder))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -90,7 +107,8 @@ class FrozenBase:
         return frozenset(eos if isinstance(eos, list) else [eos] if eos is not None else [])
 
     def layout(self, settings: LoraSettings) -> Layout:
-        return make_layout(self.linears, settings, self.model_type)
+        """Layout of an adapter with these targets. Raises SettingsError as `lora.target_names`."""
+        return make_layout(self.linears, self.target_names(settings.target_modules), settings.rank)
 
     def make_room(self) -> None:
         """Free what is cached on the device, by trainers of this base and by torch."""
@@ -98,19 +116,22 @@ class FrozenBase:
             trainer.drop_idle()
         free_cached_memory(self.device)
 
-    def with_room(self, call: Callable[[], T]) -> T:
-        """Result of `call`. If memory runs out, room is made and it is called once more."""
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return call()
-        self.make_room()
-        return call()
-
-    def load_adapter(self, folder: Path) -> Adapter:
-        """An adapter in PEFT's format for this base. Raises SettingsError as `lora.load_adapter`."""
-        return load_adapter(folder, self.linears, self.model_type, compute_dtype=self.dtype, device=self.device)
-
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+        return tokenize(self.tokenizer, text, special_tokens=special_tokens)[0]
+
+    def room_after(self, ids: Sequence[int], what: str, *, n_new: int = 0) -> int:
+        """Number of tokens that fit into the context after these. Raises SettingsError if the model cannot run them, or
+        if fewer than `n_new` fit: on a GPU, an id or a position without an embedding would end the process."""
+        n_rows, context = len(self.model.get_input_embeddings().weight), context_of(self.model.config)
+        if not ids:
+            raise SettingsError(f"{what} has no token; give a text")
+        if max(ids) >= n_rows:
+            problem = f"{what} has {len(ids)} tokens, one with the id {max(ids)}, and the model has {n_rows} embeddings"
+            raise SettingsError(f"{problem}; use the tokenizer that belongs to the model")
+        if len(ids) + n_new > context:
+            problem = f"{what} has {len(ids)} tokens and the model's context {context}"
+            raise SettingsError(f"{problem}; shorten it (train sequences: lower max_seq_length, or pad_to of padding)")
+        return context - len(ids)
 
     def hidden(
         self, rows: Sequence[Sequence[int]], adapters: Sequence[Sequence[Adapter]] = (), *, attend: Attend | None = None
@@ -124,33 +145,18 @@ class FrozenBase:
 
     def run(self, ids: Tensor, positions: Tensor, plan: Plan, attend: Attend) -> Tensor:
         """As `hidden`, from token ids and positions (T,) on the device."""
-        before = PLAN.set(plan)
+        plan_before, attend_before = PLAN.set(plan), ATTEND.set(attend)
         try:
-            how = {"position_ids": positions[None], "use_cache": False, "attend": attend}
-            return self.decoder(input_ids=ids[None], **how).last_hidden_state[0]
+            return self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
         finally:
-            PLAN.reset(before)
+            PLAN.reset(plan_before)
+            ATTEND.reset(attend_before)
 
-    def _check(self, rows: Sequence[Sequence[int]], expected: Tensor) -> None:
-        """Compare the logits of two packed rows with those that the unchanged model gave to each alone."""
-        name = self.name or self.model_type
-        try:
-            with torch.no_grad():
-                found = self.head(self.hidden(rows))
-        except RuntimeError as reason:
-            raise SettingsError(f"model {name!r} cannot run packed rows: {reason}") from reason
-        error = float((found.double() - expected.double()).norm() / expected.double().norm())
-        if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.2):
-            raise SettingsError(
-                f"model {name!r} is not supported: its logits for packed rows differ by {error:.2g} of their size from"
-                " its logits for single rows, so its architecture does something between rows, or between hidden"
-                " states and logits, that is not known here"
-            )
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    def shape_logits(self, logits: Tensor) -> Tensor:
+        """What the model does to the logits (…, vocabulary) of its head."""
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def _four_bit_options(compute_dtype: torch.dtype, device: str) -> dict[str, Any]:

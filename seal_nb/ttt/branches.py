@@ -1,7 +1,8 @@
 """Low-rank branches on the Linear layers of the frozen base: y = x Wᵀ + scale (x Aᵀ) Bᵀ (LoRA, arXiv 2106.09685).
 
-The frozen product runs once over all tokens of a pass. Neighbouring adapters of one layout are a `Group`, whose members
-multiply their own tokens, without padding: on CUDA in one kernel (`kernels.py`), elsewhere in a loop.
+A pass is one run of the model over the tokens of many jobs, end to end. The frozen product runs once over all of them.
+Neighbouring tokens whose adapters have one layout are a `Group`, in which each adapter multiplies its own tokens,
+without padding: on CUDA in one kernel (`kernels.py`), elsewhere in a loop.
 """
 
 import importlib
@@ -14,37 +15,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from seal_nb.ttt.device import tensor_on, wide
+from seal_nb.ttt.device import has_bfloat16, tensor_on, wide
 from seal_nb.ttt.jobs import LoraSettings
 from seal_nb.ttt.lora import Adapter, Layout, Target
 
 # Triton is a part of torch's CUDA packages on Linux; a CPU machine may lack it.
 kernels: Any = importlib.import_module("seal_nb.ttt.kernels") if find_spec("triton") else None
-Weights = Tensor | list[Tensor]  # (n, layout.size), or n vectors of layout.size
+Part = tuple[int, Sequence[Adapter]]  # a number of tokens, and the adapters whose branches are all added to them
+Span = tuple[int, int, Any]  # first token, number of tokens and one adapter (or None) of a part
+View = Callable[..., Tensor]  # Layout.a or Layout.b_transposed: (..., layout.size) → (..., rank, wide)
+# For the backward pass of each group: scaled h (tokens, rank), and the dropout mask, if any.
+Saved = list[tuple[Tensor, Tensor | None]]
+
+
+def has_kernels(layout: Layout, weights: Tensor) -> bool:
+    """Whether the kernels take these weights. Cards without bfloat16 have float16 bases, which the kernels do not."""
+    if kernels is None or not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    fits = kernels.fits(layout.rank, weights.itemsize)
+    return fits and has_bfloat16(weights.device) and kernels.works(weights.dtype)
 
 
 class Bank:
-    """Memory of n adapters of one layout in training, (n, layout.size) each, and the rows that are taken."""
+    """Memory for n adapters of one layout in training: weights, gradients and AdamW's two means, (n, layout.size)."""
 
     def __init__(self, layout: Layout, n: int, *, device: torch.device, compute_dtype: torch.dtype):
-        self.layout, self.n, dtype = layout, n, wide(compute_dtype)
-        # Not filled: a row is set when a job enters, and a CPU allocates memory when it is written to.
-        self.weights, self.gradient, self.mean, self.square = (
-            torch.empty(n, layout.size, device=device, dtype=dtype) for _ in range(4)
-        )
-        same = dtype == compute_dtype
-        # The copy of the weights for passes.
+        self.layout, self.n = layout, n
+        # Not filled: a row is filled when a job enters, and until then it costs no memory on a CPU.
+        tensors = [torch.empty(n, layout.size, device=device, dtype=wide(compute_dtype)) for _ in range(4)]
+        self.weights, self.gradient, self.mean, self.square = tensors
+        # Passes read the weights in the compute dtype: a copy, unless that is their own.
+        same = self.weights.dtype == compute_dtype
         self.compute = self.weights if same else torch.empty_like(self.weights, dtype=compute_dtype)
-        self.rows: dict[int, BankRow] = {}
+        self.rows: dict[int, BankRow] = {}  # the rows that are taken
 
     @property
     def adds_to_gradient(self) -> list[bool]:
-        """Of each row whether the next gradient is added to the old one, in an open accumulation window."""
+        """For each row, whether the next gradient is added to the stored one, not written over it."""
         return [i in self.rows and self.rows[i].n_passed > 0 for i in range(self.n)]
 
 
 def bank_row_bytes(layout: Layout, compute_dtype: torch.dtype) -> int:
+    """Bytes of one row: four wide vectors, and the copy in the compute dtype if that is another."""
     dtype = wide(compute_dtype)
     return layout.size * (4 * dtype.itemsize + compute_dtype.itemsize * (dtype != compute_dtype))
 
@@ -60,14 +74,14 @@ class BankRow(Adapter):
         self.flat.copy_(initial, non_blocking=True)
         for left_over in (self.gradient, self.mean, self.square):
             left_over.zero_()
-        self.steps = torch.zeros((), device=bank.weights.device)
-        self.n_passed = 0  # passes of the open accumulation window; the gradient of the first replaces the old one
+        self.steps = torch.zeros((), device=bank.weights.device)  # of AdamW
+        self.n_passed = 0  # passes since the last optimiser step, as the trainer counts; the first overwrites gradients
         self.draws = torch.Generator(bank.weights.device).manual_seed(dropout_seed)
         self.refresh()
         bank.rows[index] = self  # last: where something above fails, the row stays free
 
     def refresh(self) -> None:
-        """Update the passes' copy after the weights have changed."""
+        """Copy the weights to `compute`, after they have changed."""
         if self.bank.compute is not self.bank.weights:
             self.compute.copy_(self.flat)
 
@@ -75,48 +89,46 @@ class BankRow(Adapter):
         return Adapter(self.layout, self.settings, self.flat.clone(), self.compute.dtype)
 
 
-Part = tuple[int, Sequence[Adapter]]  # a number of tokens and the adapters that act on them
-
-
 class Group:
-    """Adapters of one layout (members) on neighbouring parts, and their tokens, end to end from `start`.
-    All rows of a bank are members, in their order; those that are not in this pass have no tokens."""
+    """Neighbouring spans whose adapters are rows of one bank, or frozen adapters of one layout. A member is an adapter
+    with its tokens, which follow those of the member before. Every row of a bank is a member, in the bank's order, so
+    that nothing is gathered; rows that are not in this pass have no tokens. A frozen adapter and all its neighbouring
+    spans are one member. lasting: whether many passes will follow"""
 
-    def __init__(self, run: Sequence[tuple[int, int, Any]]):
-        """run: first token, number of tokens and adapter of each part"""
-        self.start, _, first = run[0]
+    def __init__(self, run: Sequence[Span], *, lasting: bool):
+        start, _, first = run[0]
         self.layout, with_kernels = first.layout, has_kernels(first.layout, first.compute)
-        self.weights: Weights  # compute dtype; one matrix if kernels are used
+        device, dtype = first.compute.device, wide(first.compute.dtype)
         bank = first.bank if isinstance(first, BankRow) else None
-        if bank is not None:
-            lengths, self.weights = [0] * bank.n, bank.compute
-            for _, n, row in run:
-                lengths[row.index] = n
-        else:  # neighbours with the same adapter are one member
+        self.weights: Tensor | list[Tensor]  # of the members, in the compute dtype: (n, layout.size), or n vectors
+        self.gradient: Tensor | None = None  # (n, layout.size), in training
+        self.keep: Tensor | None = None  # (n,), 1 to add to the stored gradient and 0 to overwrite it; None: all 0
+        self.dropouts: list[tuple[slice, BankRow]] = []  # members with dropout, and their tokens in the group
+        if bank is None:
             members = [list(same) for _, same in groupby(run, key=lambda part: id(part[2]))]
             lengths = [sum(n for _, n, _ in same) for same in members]
-            weights = [same[0][2].compute for same in members]
-            self.weights = torch.stack(weights) if with_kernels else weights
-        device, dtype = first.compute.device, wide(first.compute.dtype)
+            self.weights = [same[0][2].compute for same in members]
+            if with_kernels and lasting:
+                self.weights = torch.stack(self.weights)
+        else:
+            lengths, self.weights, self.gradient = [0] * bank.n, bank.compute, bank.gradient
+            for at, n_tokens, row in run:
+                lengths[row.index] = n_tokens
+                if row.settings.dropout:
+                    self.dropouts.append((slice(at - start, at - start + n_tokens), row))
+            if any(bank.adds_to_gradient):
+                self.keep = tensor_on(device, bank.adds_to_gradient, dtype)
         scales = [adapter.settings.scaling for _, n, adapter in run for _ in range(n)]
+        self.tokens = slice(start, start + len(scales))  # of all members, in the pass
         self.scales = tensor_on(device, scales, dtype)[:, None]  # (tokens, 1)
-        self.ends = tensor_on(device, list(accumulate(lengths)), torch.int32)  # (n,) of each member, from `start`
+        self.ends = tensor_on(device, list(accumulate(lengths)), torch.int32)  # (n,) end of each member in the group
+        # (tiles, 3) member, first and last token of what a kernel takes at a time; None: a loop.
         self.tiles = tensor_on(device, kernels.tiles_of(lengths), torch.int32) if with_kernels else None
-        adds = bank.adds_to_gradient if bank else []
-        self.gradient = bank.gradient if bank else None
-        # (n,), 1 where the new gradient is added to the old one; None if it replaces every old one.
-        self.keep = tensor_on(device, adds, dtype) if any(adds) else None
-        self.dropouts = [
-            (slice(at - self.start, at - self.start + n), row) for at, n, row in run if bank and row.settings.dropout
-        ]
-
-    @cached_property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + len(self.scales))
 
     @cached_property
     def members(self) -> list[tuple[int, slice]]:
-        """Members with tokens, and the tokens' places in the group. Waits for the device."""
+        """Members with tokens, and the tokens' places in the group. Read from the device, since a captured pass is
+        filled with other lengths; that waits for it."""
         ends = [0, *self.ends.tolist()]
         return [(i, slice(a, b)) for i, (a, b) in enumerate(pairwise(ends)) if a < b]
 
@@ -124,57 +136,62 @@ class Group:
     def kept(self) -> list[bool]:
         return [False] * len(self.ends) if self.keep is None else self.keep.bool().tolist()
 
-    def narrow(self, x: Tensor, view: "View", target: Target) -> Tensor:
-        """scale · x Wᵀ of each member: x (tokens, wide), view(weights) (n, rank, wide) → (tokens, rank)."""
-        if self.tiles is not None:
-            return kernels.narrow(x, view(self.weights, target), self.scales, self.tiles)
-        parts = [x[own] @ view(self.weights[i], target).t() for i, own in self.members]
-        return torch.cat(parts).mul_(self.scales)
+    def _matrices(self, view: View, target: Target) -> Tensor:
+        """view(weights) of all members, (n, rank, d). If not lasting, frozen weights are stacked for one target at a
+        time: whole copies of a stack of 13 under each of 8 slots would take 17 GB at 7B."""
+        if isinstance(self.weights, Tensor):
+            return view(self.weights, target)
+        matrices = [view(one, target) for one in self.weights]
+        return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
-    def widen(self, h: Tensor, view: "View", target: Target, y: Tensor) -> None:
-        """y (tokens, wide) += h W of each member, in place: h (tokens, rank), view(weights) (n, rank, wide)."""
+    def narrow(self, x: Tensor, view: View, target: Target) -> Tensor:
+        """scale · x Mᵀ of each member, where M (rank, d) is its A or Bᵀ: x (tokens, d) → (tokens, rank)."""
         if self.tiles is not None:
-            kernels.widen(h, view(self.weights, target), y, self.tiles)
+            return kernels.narrow(x, self._matrices(view, target), self.scales, self.tiles)
+        weights = [(own, view(self.weights[i], target)) for i, own in self.members]
+        return torch.cat([x[own].to(w.dtype) @ w.t() for own, w in weights]).mul_(self.scales)
+
+    def widen(self, h: Tensor, view: View, target: Target, y: Tensor) -> None:
+        """y (tokens, d) += h M of each member, in place, where M (rank, d) is its A or Bᵀ: h (tokens, rank)."""
+        if self.tiles is not None:
+            kernels.widen(h, self._matrices(view, target), y, self.tiles)
             return
         for i, own in self.members:
-            y[own].addmm_(h[own], view(self.weights[i], target))
+            if y.dtype == h.dtype:
+                y[own].addmm_(h[own], view(self.weights[i], target))
+            else:  # the base is in float16, the adapters and h in float32
+                y[own] += h[own] @ view(self.weights[i], target)
 
     def outer(self, h: Tensor, x: Tensor, gradient: Tensor) -> None:
-        """Write hᵀ x of each member with tokens to its place in gradient (n, rank, wide), or add it (see `keep`)."""
+        """gradient (n, rank, d) = hᵀ x of each member with tokens, or += where `keep` says so: h (tokens, rank), and x
+        (tokens, d) the input of the branch or the gradient of its output."""
         if self.tiles is not None:
             kernels.outer(h, x, gradient, self.ends, self.keep)
             return
         for i, own in self.members:
-            new = h[own].t() @ x[own]
+            new = h[own].t() @ x[own].to(h.dtype)
             if self.kept[i]:
                 gradient[i].add_(new)
             else:
                 gradient[i].copy_(new)
 
 
-View = Callable[..., Tensor]  # Layout.a or Layout.b_transposed: (..., layout.size) → (..., rank, wide)
-
-
-def has_kernels(layout: Layout, weights: Tensor) -> bool:
-    """Whether the kernels take these weights."""
-    if kernels is None or not weights.is_cuda or weights.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    return kernels.fits(layout.rank, weights.itemsize) and kernels.works(weights.dtype)
-
-
 class Plan:
-    """The groups of a pass over these parts, end to end. Rows of one bank must be in their order."""
+    """The groups of a pass over these parts, end to end. Rows of one bank come by rising index, each once. lasting:
+    whether many passes follow, as in decoding; a plan that trains serves one pass, or replays of it"""
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], *, lasting: bool = False):
         stops = accumulate(n for n, _ in parts)
         spans = [(stop - n, n, adapters) for (n, adapters), stop in zip(parts, stops, strict=True)]
         self.groups: list[Group] = []
         for depth in range(max((len(adapters) for _, adapters in parts), default=0)):
             layer = [(start, n, adapters[depth] if depth < len(adapters) else None) for start, n, adapters in spans]
-            self.groups += [Group(list(run)) for kind, run in groupby(layer, key=_kind) if kind is not None]
+            runs = groupby(layer, key=_kind)
+            self.groups += [Group(list(run), lasting=lasting) for kind, run in runs if kind is not None]
+        self.n_tokens = spans[-1][0] + spans[-1][1] if spans else 0
         self.names = {target.name for group in self.groups for target in group.layout.targets}
         self.trains = any(group.gradient is not None for group in self.groups)
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True)  # so that backward runs where x needs no gradient
 
     def active(self, name: str) -> Iterator[tuple[Group, Target]]:
         """Groups with an adapter on the Linear of this name."""
@@ -184,7 +201,7 @@ class Plan:
 def _kind(part: tuple[int, int, Adapter | None]) -> object:
     """Neighbours of one kind are a group: adapters in training by their bank, others by their layout."""
     adapter = part[2]
-    return adapter.bank if isinstance(adapter, BankRow) else adapter and adapter.layout
+    return adapter.bank if isinstance(adapter, BankRow) else None if adapter is None else adapter.layout
 
 
 NO_PLAN = Plan(())
@@ -192,30 +209,35 @@ PLAN: ContextVar[Plan] = ContextVar("PLAN", default=NO_PLAN)  # of the pass that
 
 
 class BranchedLinear(nn.Module):
-    """A frozen Linear and the branches that the current plan adds to it: (1, T, in) → (1, T, out)."""
+    """A frozen Linear and the branches that the current plan adds to it: (…, in) → (…, out), T tokens in all."""
 
-    def __init__(self, base: nn.Linear, name: str):
+    def __init__(self, base: nn.Module, name: str):
         super().__init__()
         self.base, self.name = base, name
+
+    @property
+    def weight(self) -> Any:
+        return self.base.weight  # some models read it
 
     def forward(self, x: Tensor) -> Tensor:
         plan = PLAN.get()
         if self.name not in plan.names:
             return self.base(x)
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()  # the kernels need contiguous rows
+        if len(tokens) != plan.n_tokens:
+            found = f"{self.name} gets {len(tokens)} tokens where the pass has {plan.n_tokens}"
+            raise RuntimeError(f"{found}; a Linear with adapters must get every token once")
         if plan.trains and torch.is_grad_enabled():
-            return _Branches.apply(x, plan.anchor, self, plan)
-        y = self.base(x)
-        _add_branches(y[0], x[0].contiguous(), self.name, plan)
-        return y
+            y = _Branches.apply(tokens, plan.anchor, self, plan)
+        else:
+            y = self.base(tokens)
+            _add_branches(y, tokens, self.name, plan)
+        return y.view(*x.shape[:-1], -1)
 
 
-# For the backward pass of each group: scaled h (tokens, rank), and the dropout mask, if any.
-Kept = list[tuple[Tensor, Tensor | None]]
-
-
-def _add_branches(y: Tensor, x: Tensor, name: str, plan: Plan, *, training: bool = False) -> Kept:
-    """y (T, out) += branches of x (T, in), in place."""
-    kept: Kept = []
+def _add_branches(y: Tensor, x: Tensor, name: str, plan: Plan, *, training: bool = False) -> Saved:
+    """y (T, out) += branches of x (T, in), in place. Returns what the backward pass needs."""
+    saved: Saved = []
     for group, target in plan.active(name):
         own = x[group.tokens]
         mask = _dropout_mask(group, own) if training and group.dropouts else None
@@ -223,38 +245,37 @@ def _add_branches(y: Tensor, x: Tensor, name: str, plan: Plan, *, training: bool
             own = own * mask
         h = group.narrow(own, group.layout.a, target)
         group.widen(h, group.layout.b_transposed, target, y[group.tokens])
-        kept.append((h, mask))
-    return kept
+        saved.append((h, mask))
+    return saved
 
 
 def _dropout_mask(group: Group, x: Tensor) -> Tensor:
     """Ones, or 0 and 1 / (1 - p) for a member with dropout p, drawn from the member's own random stream."""
     mask = torch.ones_like(x)
     for tokens, row in group.dropouts:
-        share = 1 - row.settings.dropout
-        mask[tokens].bernoulli_(share, generator=row.draws).div_(share)
+        keeps = 1 - row.settings.dropout
+        mask[tokens].bernoulli_(keeps, generator=row.draws).div_(keeps)
     return mask
 
 
 class _Branches(torch.autograd.Function):
-    """Linear and branches; the backward pass writes the gradients of A and B to the bank."""
+    """Linear and branches; the backward pass writes or adds the gradients of A and B to the bank (see `Group.keep`)."""
 
     @staticmethod
     def forward(ctx, x, anchor, layer, plan):  # type: ignore[no-untyped-def]  # torch's signature
-        x = x.contiguous()  # the kernels read rows
         y = layer.base(x)
         ctx.layer, ctx.plan = layer, plan
-        ctx.kept = _add_branches(y[0], x[0], layer.name, plan, training=True)
+        ctx.saved = _add_branches(y, x, layer.name, plan, training=True)
         ctx.save_for_backward(x)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        g = grad_y[0].contiguous()
+        g = grad_y.contiguous()
         grad_x = g @ dense_weight(ctx.layer.base) if ctx.needs_input_grad[0] else None  # (T, in)
-        for (group, target), (h, mask) in zip(ctx.plan.active(ctx.layer.name), ctx.kept, strict=True):
-            layout, gg, xg = group.layout, g[group.tokens], x[0][group.tokens]
+        for (group, target), (h, mask) in zip(ctx.plan.active(ctx.layer.name), ctx.saved, strict=True):
+            layout, gg, xg = group.layout, g[group.tokens], x[group.tokens]
             grad_h = group.narrow(gg, layout.b_transposed, target)  # (tokens, rank)
             if group.gradient is not None:
                 group.outer(grad_h, xg if mask is None else xg * mask, layout.a(group.gradient, target))
@@ -262,17 +283,18 @@ class _Branches(torch.autograd.Function):
             if grad_x is not None and mask is None:
                 group.widen(grad_h, layout.a, target, grad_x[group.tokens])
             elif grad_x is not None:
-                share = torch.zeros_like(xg)
-                group.widen(grad_h, layout.a, target, share)
-                grad_x[group.tokens] += share.mul_(mask)
-        return (grad_x[None] if grad_x is not None else None), None, None, None
+                of_branch = torch.zeros_like(xg)
+                group.widen(grad_h, layout.a, target, of_branch)
+                grad_x[group.tokens] += of_branch.mul_(mask)
+        return grad_x, None, None, None
 
 
-def dense_weight(linear: nn.Linear) -> Tensor:
-    """(out, in) weight as the forward pass multiplies with it, also of a layer in 4 bits."""
-    state = getattr(linear.weight, "quant_state", None)
+def dense_weight(linear: nn.Module) -> Tensor:
+    """(out, in) weight as the forward pass multiplies with it, also of a Conv1D and of a layer in 4 bits."""
+    weight: Any = linear.weight
+    state = getattr(weight, "quant_state", None)
     if state is None:
-        return linear.weight
+        return weight.t() if isinstance(linear, Conv1D) else weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(linear.weight.data, state)
+    return dequantize_4bit(weight.data, state)

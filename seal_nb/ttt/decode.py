@@ -4,7 +4,7 @@ Rows of the same adapters are neighbours, so that their branch is one product. B
 only launches work. Greedy answers equal `transformers.generate` with the PEFT adapter.
 """
 
-import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +18,14 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from seal_nb.errors import SettingsError
+from seal_nb.tokens import decode
 from seal_nb.ttt.attention import KERNELS, Cache
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import NO_PLAN, Plan
-from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, sent, tensor_on, wide
+from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, error_text, is_out_of_memory, sent, tensor_on, wide
 from seal_nb.ttt.lora import Adapter
 
-SCORED_AT_A_TIME = 1024  # tokens whose logits are made for scores
+VOCABULARY_AT_A_TIME = 4096  # tokens whose logits are made at a time for scores
 BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried
 
 
@@ -58,9 +59,9 @@ class LiveRow:
     """A row in the batch, with its new tokens."""
 
     row: DecodeRow
-    rank: tuple[bool, list[int], int]  # sorts the batch
     new_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    error: str = ""
     place: int | None = None  # its row of the cache, None before its first pass
 
     @property
@@ -119,30 +120,29 @@ class GroupedDecoder:
 
     @torch.no_grad()
     def step(self) -> list[Decoded]:
-        """Generate one token for every live row; first let waiting rows enter if a new layout is due. If memory runs
-        out, all rows wait again, at most half as many at a time; each gives the text it would have given. A row that
-        does not fit alone comes back with `error`."""
+        """Generate one token for every live row; first let waiting rows enter if a new layout is due. After an error
+        all rows wait again, at most half as many at a time; each gives the text it would have given. A row that fails
+        alone comes back with `error`."""
         finished: list[Decoded] = []
-        # Suppressed, not handled in place: the error holds the tensors of the pass.
-        with contextlib.suppress(torch.OutOfMemoryError):
-            if self._layout_is_due():
-                self._read()
-                finished = self._leave()
-                if entering := self._next_rows():
-                    self._enter(entering)
-                else:
-                    self._lay_out()
-            if self.steps_left:
-                self._advance()
-            return finished
-        return finished + self._start_again()
+        failure = self.max_rows.attempt(partial(self._step, finished), work=0)
+        return finished if failure is None else finished + self._start_again(failure)
+
+    def _step(self, finished: list[Decoded]) -> None:
+        if self._layout_is_due():
+            self._read()
+            finished += self._leave()
+            if entering := self._next_rows():
+                self._enter(entering)
+            else:
+                self._lay_out()
+        if self.steps_left:
+            self._advance()
 
     def _layout_is_due(self) -> bool:
         """No step is left, an eighth of the rows has finished, or a quarter of the places is free for waiting rows. (A
         new layout costs a copy of the cache.)"""
-        n_going = sum(not live.finish_reason for live in self.live)
-        n_ended = len(self.live) - n_going
-        can_enter = bool(self.waiting) and n_going <= self.max_rows.now * 3 // 4
+        n_ended = sum(bool(live.finish_reason) for live in self.live)
+        can_enter = bool(self.waiting) and len(self.live) - n_ended <= self.max_rows.now * 3 // 4
         return not self.steps_left or can_enter or n_ended >= max(1, len(self.live) / 8)
 
     def _leave(self) -> list[Decoded]:
@@ -154,19 +154,21 @@ class GroupedDecoder:
         self.prefill_tokens.worked(batches)
         return [self._decoded(live) for live in ended if live.finish_reason != "cancelled"]
 
-    def _start_again(self) -> list[Decoded]:
-        """After running out of memory: free the batch and queue its rows first, in smaller batches."""
+    def _start_again(self, failure: Exception) -> list[Decoded]:
+        """After an error: free the batch and queue its rows first, in smaller batches."""
         done = self._leave()
         rows = [live.row for live in self.live]
         self.live = []
         self._clear()
-        self.base.make_room()
+        if short := is_out_of_memory(failure):
+            self.base.make_room()
+            self.prefill_tokens.lower(self.prefill_tokens.now // 2)
         if len(rows) == 1 and self.max_rows.now == 1:
-            error = f"out of memory with one text of {len(rows[0].token_ids)} prompt tokens"
+            self.max_rows.now = 1 if short else self.max_rows.most  # the cause of another error is found
+            error = error_text(failure, f"with one text of {len(rows[0].token_ids)} prompt tokens")
             return [*done, Decoded(key=rows[0].key, finish_reason="failed", error=error)]
         self.waiting.extendleft(reversed(rows))
         self.max_rows.lower(min(self.max_rows.now, len(rows)) // 2)
-        self.prefill_tokens.lower(self.prefill_tokens.now // 2)
         return done
 
     def _next_rows(self) -> list[LiveRow]:
@@ -174,31 +176,30 @@ class GroupedDecoder:
         n_places = max(0, self.max_rows.now - len(self.live))
         stops = accumulate(len(row.token_ids) for row in islice(self.waiting, n_places))
         n = sum(i == 0 or stop <= self.prefill_tokens.now for i, stop in enumerate(stops))
-        rows = [self.waiting.popleft() for _ in range(n)]
-        return [LiveRow(row, self._rank(row)) for row in rows]
+        return [LiveRow(self.waiting.popleft()) for _ in range(n)]
 
     def _enter(self, new: list[LiveRow]) -> None:
         """Prefill: pass the prompts of new rows, and give each its place in the batch and its first token."""
         self.steps_left, self.plan = 0, NO_PLAN  # no memory for two plans
-        self.live = sorted([*self.live, *new], key=lambda live: live.rank)
+        self.live += new
+        self.live.sort(key=self._rank)
         new = [live for live in self.live if live.place is None]
         self._move_cache()
         lengths = [live.n_cached for live in new]
-        hidden = self.base.hidden(
-            [live.row.token_ids for live in new],
-            [live.row.adapters for live in new],
-            attend=self.cache.prefill(lengths, [live.place for live in new if live.place is not None]),
-        )
+        rows, stacks = [live.row.token_ids for live in new], [live.row.adapters for live in new]
+        attend = self.cache.prefill(lengths, [live.place for live in new if live.place is not None])
+        hidden = self.base.hidden(rows, stacks, attend=attend)
         last = torch.tensor(lengths).cumsum(0) - 1
         logits = self._logits(hidden.index_select(0, sent(last, self.base.device)))
         self.n_tokens += sum(lengths)
         self._append(new, _Chooser(new, self.base.device)(logits).tolist())
 
-    def _rank(self, row: DecodeRow) -> tuple[bool, list[int], int]:
+    def _rank(self, live: LiveRow) -> tuple[bool, list[int], int]:
         """Order: rows with adapters, layout by layout, group by group as they came; then rows of the base alone. So a
         batch has the same layout in every process."""
-        layouts = [self.seen.setdefault(a.layout, len(self.seen)) for a in row.adapters]
-        return not row.adapters, layouts, self.seen.setdefault(tuple(map(id, row.adapters)), len(self.seen))
+        adapters = live.row.adapters
+        layouts = [self.seen.setdefault(a.layout, len(self.seen)) for a in adapters]
+        return not adapters, layouts, self.seen.setdefault(tuple(map(id, adapters)), len(self.seen))
 
     def _move_cache(self) -> int:
         """Arrange the cache as the live rows. Returns the number of steps for which it has room."""
@@ -213,11 +214,11 @@ class GroupedDecoder:
             return self._clear()
         self.plan = NO_PLAN
         room = self._move_cache()
-        self.plan = Plan([(1, live.row.adapters) for live in self.live])
+        self.plan = Plan([(1, live.row.adapters) for live in self.live], lasting=True)
         self.ids = tensor_on(self.base.device, [live.new_ids[-1] for live in self.live], torch.long)
         self.chooser = _Chooser(self.live, self.base.device)
-        self.replay.renew()
         self.steps_left = min(room, max(live.row.max_new_tokens - len(live.new_ids) for live in self.live))
+        self.replay.renew()
 
     def _advance(self) -> None:
         """One token for every live row. Finished rows take part until they leave; their tokens are dropped."""
@@ -236,7 +237,7 @@ class GroupedDecoder:
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.base.head.weight, self.base.head.bias)
+        return self.base.shape_logits(F.linear(hidden, self.base.head.weight, self.base.head.bias))
 
     def _read(self, newest: Readback | None = None) -> None:
         """Append the unread tokens of the last pass. newest: those of the pass just launched, for the next call."""
@@ -257,21 +258,28 @@ class GroupedDecoder:
             live.new_ids.append(token)
             if len(live.new_ids) >= live.row.max_new_tokens:
                 live.finish_reason = "length"
-            if live.row.stop and any(s in self._text(live) for s in live.row.stop):
-                live.finish_reason = "stop"
+            if live.row.stop:
+                self._text(live)
 
     def _text(self, live: LiveRow) -> str:
-        return self.base.tokenizer.decode(live.new_ids, skip_special_tokens=True)
+        """The new text up to a stop text, which ends the row. A row whose tokens cannot be decoded fails."""
+        try:
+            text = decode(self.base.tokenizer, live.new_ids, skip_special_tokens=True)
+            for stop in live.row.stop:
+                text, found, _ = text.partition(stop)
+                live.finish_reason = "stop" if found else live.finish_reason
+            return text
+        except Exception as error:  # noqa: BLE001  # must not end the other rows
+            live.finish_reason, live.error = "failed", error_text(error, "for the text")
+            return ""
 
     def _decoded(self, live: LiveRow) -> Decoded:
-        text = self._text(live)
-        for stop in live.row.stop:
-            text = text.split(stop, 1)[0]
-        return Decoded(key=live.row.key, text=text, token_ids=tuple(live.new_ids), finish_reason=live.finish_reason)
+        text, ids = self._text(live), tuple(live.new_ids)  # first: it may fail
+        return Decoded(key=live.row.key, text=text, token_ids=ids, finish_reason=live.finish_reason, error=live.error)
 
 
 class _Chooser:
-    """Next tokens of the same rows, step by step: the likeliest, or by each row's random number within its nucleus."""
+    """Chooses the next tokens of rows, step by step: the likeliest, or at random from the row's nucleus."""
 
     def __init__(self, live: Sequence[LiveRow], device: torch.device):
         sampled = [i for i, one in enumerate(live) if one.row.temperature > 0]
@@ -300,16 +308,20 @@ class _Chooser:
         return tokens.index_copy_(0, self.where, order.gather(1, place[:, None])[:, 0])
 
 
-def _logprobs(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
-    """Log-probability (M,) of each target under hidden (M, d)."""
-    parts = [hidden.new_zeros(0)]
-    for i in range(0, len(targets), SCORED_AT_A_TIME):
-        # The product itself in float32: in bfloat16 it moves in steps of an eighth of a nat.
-        part, bias = hidden[i : i + SCORED_AT_A_TIME], head.bias
-        dtype = wide(part.dtype)
-        logits = F.linear(part.to(dtype), head.weight.to(dtype), bias if bias is None else bias.to(dtype))
-        parts.append(logits.gather(1, targets[i : i + SCORED_AT_A_TIME, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(parts)
+def _logprobs(base: FrozenBase, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability (M,) of each target under hidden (M, d). The head is passed in parts of the vocabulary, each in
+    float32: a product in bfloat16 moves in steps of an eighth of a nat."""
+    weight, bias, dtype = base.head.weight, base.head.bias, wide(hidden.dtype)
+    hidden = hidden.to(dtype)
+    norm, own = hidden.new_full(targets.shape, -torch.inf), hidden.new_zeros(targets.shape)
+    for i in range(0, len(weight), VOCABULARY_AT_A_TIME):
+        part = slice(i, i + VOCABULARY_AT_A_TIME)
+        logits = F.linear(hidden, weight[part].to(dtype), None if bias is None else bias[part].to(dtype))
+        logits = base.shape_logits(logits)
+        norm = torch.logaddexp(norm, logits.logsumexp(-1))
+        place = (targets - i).clamp(0, logits.shape[1] - 1)
+        own = torch.where(place == targets - i, logits.gather(1, place[:, None])[:, 0], own)
+    return own - norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,27 +337,26 @@ class ScoreRow:
 
 
 @torch.no_grad()
-def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: int = 4096) -> list[list[float]]:
-    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of a pass, until memory runs out"""
+def score(base: FrozenBase, rows: Sequence[ScoreRow], *, token_budget: Limit | None = None) -> list[list[float]]:
+    """Log-probabilities, in nats, of each row's target tokens. token_budget: tokens of a pass, by default 4,096.
+    Raises if memory runs out twice for one row alone."""
     results: list[list[float]] = []
+    token_budget, again = token_budget or Limit(4096, math.inf, base.make_room), False
     while left := rows[len(results) :]:
         stops = accumulate(map(len, left))
-        chunk = left[: max(1, sum(stop <= token_budget for stop in stops))]
-        try:
-            results += base.with_room(partial(_score_chunk, base, chunk))
-        except torch.OutOfMemoryError:
-            if len(chunk) == 1:
-                raise
-            token_budget = sum(map(len, chunk)) // 2
+        chunk = left[: max(1, sum(stop <= token_budget.now for stop in stops))]
+        failure = token_budget.attempt(partial(_score_chunk, base, chunk, results), sum(map(len, chunk)) // 2)
+        if failure is not None and (again or not is_out_of_memory(failure)):
+            raise failure
+        again = failure is not None and len(chunk) == 1
     return results
 
 
-def _score_chunk(base: FrozenBase, rows: Sequence[ScoreRow]) -> list[list[float]]:
+def _score_chunk(base: FrozenBase, rows: Sequence[ScoreRow], results: list[list[float]]) -> None:
     hidden = base.hidden([[*row.prompt_ids, *row.target_ids] for row in rows], [row.adapters for row in rows])
-    starts = accumulate(map(len, rows), initial=-1)
-    sources = [
-        torch.arange(len(row.target_ids)) + len(row.prompt_ids) + at for row, at in zip(rows, starts, strict=False)
-    ]
-    targets = torch.tensor([t for row in rows for t in row.target_ids], device=base.device)
-    found = _logprobs(hidden[torch.cat(sources).to(base.device)], base.head, targets)
-    return [part.tolist() for part in found.split([len(row.target_ids) for row in rows])]
+    ends = accumulate(map(len, rows))
+    sources = [i - 1 for row, end in zip(rows, ends, strict=True) for i in range(end - len(row.target_ids), end)]
+    targets = tensor_on(base.device, [t for row in rows for t in row.target_ids], torch.long)
+    hidden = hidden.index_select(0, tensor_on(base.device, sources, torch.long))
+    found = iter(_logprobs(base, hidden, targets).tolist())
+    results += [list(islice(found, len(row.target_ids))) for row in rows]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seal_nb.errors import SettingsError
+from seal_nb.tokens import n_masked_tokens, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class LoraSettings:
     rank: int = 32  # published run files, lora_params.rank
     alpha: float = 64  # lora_params.alpha
     dropout: float = 0.0  # lora_params.dropout
-    target_modules: tuple[str, ...] = ()  # empty: PEFT's default; ("all-linear",): every Linear but the head
+    # Empty: PEFT's default; ("all-linear",): every Linear but the head; a string: a regular expression, as in PEFT.
+    target_modules: tuple[str, ...] | str = ()
 
     @property
     def scaling(self) -> float:
@@ -54,6 +56,7 @@ class TrainRow:
     token_ids: Tensor  # (n,) int64
     n_real: int  # tokens before the padding, which attends to these only
     n_text: int  # tokens of the sequence
+    n_masked: int  # of these, tokens up to and including the end mask; 0 if the sequence does not have it
     sources: Tensor  # (m,) int64, places in the row whose next token carries loss
     targets: Tensor  # (m,) int64, that token's id
 
@@ -61,33 +64,25 @@ class TrainRow:
         return len(self.token_ids)
 
 
-def masked_prefix(token_ids: Sequence[int], mark: Sequence[int]) -> int:
-    """Number of leading tokens without loss: up to and including the first occurrence of `mark`, else 0."""
-    n = len(mark)
-    starts = range(len(token_ids) - n + 1) if n else range(0)
-    return next((i + n for i in starts if list(token_ids[i : i + n]) == list(mark)), 0)
-
-
 def make_row(tokenizer: Any, text: str, settings: TrainSettings) -> TrainRow:
-    """Tokenise, cut, mask and pad one train sequence. Raises SettingsError if the text has no token, or
-    if padding is wanted and the tokenizer has no EOS token."""
-    padded, eos = settings.padding_in_loss, tokenizer.eos_token_id
-    longest = min(settings.max_seq_length, settings.pad_to) if padded else settings.max_seq_length
-    ids = list(tokenizer(text)["input_ids"])[:longest]
-    if not ids:
+    """Tokenise, cut, mask and pad one train sequence. Raises SettingsError if the text has no token, if padding is
+    wanted and the tokenizer has no EOS token, or if a mask is wanted and it does not know the spans of tokens."""
+    eos, mask = tokenizer.eos_token_id, settings.end_mask_substring
+    whole, spans = tokenize(tokenizer, text, with_spans=bool(mask))
+    longest = min(settings.max_seq_length, settings.pad_to) if settings.padding_in_loss else settings.max_seq_length
+    if not (ids := whole[:longest]):
         raise SettingsError(f"train sequence {text!r} has no token; leave it out")
-    mask = settings.end_mask_substring
-    mark = tokenizer(mask, add_special_tokens=False)["input_ids"] if mask else []
-    first_label = max(masked_prefix(ids, mark), 1)  # nothing predicts the first token
-    n_text = len(ids)
-    if padded:
+    n_text, n_masked = len(ids), n_masked_tokens(tokenizer, text, mask, whole, spans)
+    n_masked = n_masked if n_masked <= n_text else 0  # published: a mask that was cut off does not count
+    if settings.padding_in_loss:
         if eos is None:
             raise SettingsError("padding in the loss needs a tokenizer with an EOS token; use padding_in_loss=False")
         ids += [eos] * (settings.pad_to - n_text)
-    token_ids, sources = torch.tensor(ids), torch.arange(first_label - 1, len(ids) - 1)
+    token_ids = torch.tensor(ids)
+    sources = torch.arange(max(n_masked - 1, 0), len(ids) - 1)  # nothing predicts the first token
     n = max(len(ids) - 1, 1)  # no other token attends to the last one, and it has no label: it is not passed
-    real, targets = min(n_text, n), token_ids[sources + 1]
-    return TrainRow(token_ids=token_ids[:n], n_real=real, n_text=n_text, sources=sources, targets=targets)
+    counts = {"n_real": min(n_text, n), "n_text": n_text, "n_masked": n_masked}
+    return TrainRow(token_ids=token_ids[:n], sources=sources, targets=token_ids[sources + 1], **counts)
 
 
 @dataclass(frozen=True, kw_only=True)

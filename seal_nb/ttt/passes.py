@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from seal_nb.ttt.attention import Rows
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Part, Plan, has_kernels
-from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, region, sent, wide
+from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, is_out_of_memory, region, sent, wide
 from seal_nb.ttt.jobs import TrainRow
 
 MOST_GRAPHS = 32
@@ -28,27 +28,44 @@ log = logging.getLogger(__name__)
 
 
 @region
-def _nll_and_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """nll (labels,), and the gradient of weights · nll by the logits (labels, vocabulary), in the logits' dtype."""
-    exact = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    norm = exact.logsumexp(-1, keepdim=True)
-    nll = norm[:, 0] - exact.gather(1, targets[:, None])[:, 0]
-    hit = torch.arange(exact.shape[1], device=exact.device)[None] == targets[:, None]
-    grad = exact.sub_(norm).exp_().sub_(hit.to(exact.dtype)).mul_(weights[:, None].to(exact.dtype))
-    return nll, grad.to(logits.dtype)
+def _nll_and_grad(
+    logits: Tensor, targets: Tensor, weights: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """nll (labels,), and the gradient of weights · nll by the logits (labels, vocabulary) of the head, in their dtype.
+    scale, softcap: as in `FrozenBase.shape_logits`. In float32, the logits are overwritten."""
+    exact, targets, weights = logits.to(wide(logits.dtype)), targets[:, None], weights[:, None]
+    slope: Any = scale
+    if softcap is not None:
+        exact = softcap * torch.tanh(exact * (scale / softcap))
+        slope = scale * (1 - (exact / softcap).square())
+    elif scale != 1:
+        exact = exact * scale
+    own, largest = exact.gather(1, targets), exact.amax(-1, keepdim=True)
+    total = exact.sub_(largest).exp_().sum(-1, keepdim=True)
+    nll = total.log() + largest - own
+    factor = weights / total * slope
+    grad = exact.mul_(factor).to(logits.dtype)
+    # Of the target itself, p - 1 is rounded once.
+    own_slope = slope if softcap is None else slope.gather(1, targets)
+    return nll[:, 0], grad.scatter_(1, targets, ((-nll).expm1() * weights * own_slope).to(grad.dtype))
 
 
 class _WeightedNll(torch.autograd.Function):
-    """(Σ weights · nll, nll) of hidden (M, d), head, targets (M,), weights (M,). Only hidden gets a gradient."""
+    """(Σ weights · nll, nll) of hidden (M, d), base, targets (M,), weights (M,). Only hidden gets a gradient, times the
+    base's gradient scale."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
-        parts, grad = [], torch.empty_like(hidden)
+    def forward(ctx, hidden, base, targets, weights):  # type: ignore[no-untyped-def]  # torch's signature
+        parts, grad, head = [], torch.empty_like(hidden), base.head
+        buffer = hidden.new_empty(min(CHUNK, len(targets)), len(head.weight))  # of the logits, for all chunks
         for i in range(0, len(targets), CHUNK):
             part = slice(i, i + CHUNK)
-            logits = F.linear(hidden[part], head.weight, head.bias)
-            nll, grad_logits = _nll_and_grad(logits, targets[part], weights[part])
-            grad[part] = grad_logits @ head.weight
+            logits = torch.mm(hidden[part], head.weight.t(), out=buffer[: len(targets[part])])
+            if head.bias is not None:
+                logits += head.bias
+            factors = weights[part] * base.gradient_scale
+            nll, grad_logits = _nll_and_grad(logits, targets[part], factors, base.logit_scale, base.softcap)
+            torch.mm(grad_logits, head.weight, out=grad[part])
             parts.append(nll)
         ctx.save_for_backward(grad)
         nll = torch.cat(parts) if parts else weights.new_zeros(0)
@@ -119,7 +136,7 @@ class DevicePass:
         """Loss of each slot, (slots,) float64. Gradients go to the slots' rows of their banks."""
         hidden = self.base.run(self.tokens[0], self.tokens[1], self.plan, self.rows.attend)
         sources, targets, slots = self.labels
-        total, nll = _WeightedNll.apply(hidden.index_select(0, sources), self.base.head, targets, self.weights)
+        total, nll = _WeightedNll.apply(hidden.index_select(0, sources), self.base, targets, self.weights)
         total.backward()
         losses = torch.zeros(self.n_slots, dtype=torch.float64, device=self.weights.device)
         return losses.index_add_(0, slots, (nll * self.weights).double())
@@ -136,7 +153,7 @@ class DevicePass:
 
     def run_fused(self) -> Tensor:
         """As `run`, with compiled regions. The first call compiles them."""
-        with fused():
+        with fused(self.base.device):
             return self.run()
 
 
@@ -144,10 +161,10 @@ class CapturedPasses:
     """The captured passes of one base, for the shapes used last."""
 
     def __init__(self, base: FrozenBase):
-        config = base.model.config.get_text_config()
+        config, self.base = base.config, base
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.base = base
-        self.works = base.dtype == torch.bfloat16 and has_varlen(base.device, base.dtype, head_size)
+        packed = has_varlen(base.device, base.dtype, head_size) and not getattr(config, "attn_logit_softcapping", None)
+        self.works = packed and base.dtype == torch.bfloat16
         self.statics: dict[tuple[int, Shape], DevicePass] = {}
         self.n_without = 0  # eager passes until the next capture
         self.largest = 0  # tokens of the pass whose memory all captures share
@@ -181,22 +198,23 @@ class CapturedPasses:
         plain = len(adapters) == 1 and not row.settings.dropout and pass_.n_real == pass_.lengths
         return row.bank if self.works and plain and has_kernels(row.layout, row.compute) else None
 
-    def _capture(self, static: "DevicePass") -> None:
+    def _capture(self, static: DevicePass) -> None:
         """Capture a pass that has run. If memory runs out, all captures are freed and the next passes are eager. If the
         model cannot be captured, all later passes are eager."""
         before = self._graph_to_share_memory_with(static)
         try:
             static.graph, static.losses = cuda_graph(static.run_fused, before)
-        except torch.OutOfMemoryError:
-            self.n_without = PASSES_WITHOUT
         except RuntimeError as error:
-            log.warning("this model's passes cannot be captured and are launched kernel by kernel: %s", error)
-            self.works = False
+            if is_out_of_memory(error):
+                self.n_without = PASSES_WITHOUT
+            else:
+                log.warning("this model's passes cannot be captured and are launched kernel by kernel: %s", error)
+                self.works = False
         if static.graph is None:
             self.statics.clear()
             free_cached_memory(self.base.device)
 
-    def _graph_to_share_memory_with(self, static: "DevicePass") -> "torch.cuda.CUDAGraph | None":
+    def _graph_to_share_memory_with(self, static: DevicePass) -> torch.cuda.CUDAGraph | None:
         """Any graph, since all share one pool; None if this pass is the largest so far. It would not fit into the pool
         of smaller passes, so their graphs are freed; they are captured again at their next pass."""
         n_tokens = static.tokens.shape[1]
@@ -215,5 +233,5 @@ def _shape(pass_: Pass, bank: Bank) -> Shape:
     n_tokens, n_rows, longest = sum(pass_.lengths), len(pass_.lengths) + 1, max(pass_.lengths)
     step = TOKEN_STEP if n_tokens <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
     longest = max(SHORTEST, 2 ** (longest - 1).bit_length())
-    adds = any(bank.adds_to_gradient)
-    return Shape(-(-n_tokens // step) * step, -(-n_rows // ROW_STEP) * ROW_STEP, longest, adds)
+    n_tokens, n_rows = -(-n_tokens // step) * step, -(-n_rows // ROW_STEP) * ROW_STEP
+    return Shape(n_tokens, n_rows, longest, any(bank.adds_to_gradient))

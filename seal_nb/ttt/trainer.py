@@ -4,6 +4,7 @@ A step passes the next micro-batch of each slot, as far as the token limit allow
 accumulation windows close. A job's result does not depend on its neighbours, up to rounding.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, BankRow, bank_row_bytes
-from seal_nb.ttt.device import Limit, Readback, pinned
+from seal_nb.ttt.device import Limit, Readback, error_text, is_out_of_memory, pinned
 from seal_nb.ttt.jobs import TrainJob, TrainRow, Window, learning_rate_at, make_row
 from seal_nb.ttt.lora import Adapter, Layout, initial_weights
 from seal_nb.ttt.passes import CapturedPasses, Pass
@@ -34,18 +36,18 @@ PROGRESS_EVERY_S = 1.0
 log = logging.getLogger(__name__)
 
 
-def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float) -> Tensor:
+def adamw_step(row: BankRow, *, learning_rate: float, max_grad_norm: float, scale: float = 1.0) -> Tensor:
     """Clip the gradient and step the weights, as ``clip_grad_norm_`` and torch.optim.AdamW do, without a host sync.
-    Returns the gradient's norm before clipping, a scalar on the device."""
+    The stored gradient is `scale` times the true one. Returns its norm before clipping, a scalar on the device."""
     norm = torch.linalg.vector_norm(row.gradient)
-    divisor = ((norm + 1e-6) / max_grad_norm).clamp(min=1.0)
-    fused_division = row.gradient.dtype == torch.float32  # the kernel divides, in float32 only
-    if not fused_division:
+    # scale · max(1, (true norm + 1e-6) / max_grad_norm)
+    divisor = ((norm + 1e-6 * scale) / max_grad_norm).clamp(min=scale)
+    kernel_divides = row.gradient.dtype == torch.float32
+    if not kernel_divides:
         row.gradient.div_(divisor)
     row.steps += 1
     tensors: Any = [row.flat], [row.gradient], [row.mean], [row.square], [], [row.steps]
-    grad_scale = divisor if fused_division else None
-    torch._fused_adamw_(*tensors, lr=learning_rate, grad_scale=grad_scale, **ADAMW)
+    torch._fused_adamw_(*tensors, lr=learning_rate, grad_scale=divisor if kernel_divides else None, **ADAMW)
     row.refresh()
     return norm
 
@@ -63,7 +65,7 @@ class Trained:
 
 
 class Slot:
-    """One job, from `submit` to its result. Attributes without a value are set when it enters a slot."""
+    """One job, from `submit` to its result. The four below are set later: three by `_open`, `outcome` by `_copy`."""
 
     row: BankRow
     rows: list[TrainRow]
@@ -74,7 +76,7 @@ class Slot:
         self.job, self.stack, self.result = job, stack, Trained(job=job)
         self.initial: Future[Tensor] | None = None  # weights, drawn in a thread
         self.window: Window | None = None  # the open accumulation window, None after the last one
-        self.lone_failures = 0  # how often it has run out of memory alone in a pass
+        self.suspect = False  # a pass with it has failed; until its window closes it is passed alone
         # Of each pass: epoch, labels, labels of its window, and on the device Σ nll / labels of its window.
         self.losses: list[tuple[int, int, int, Tensor]] = []
         self.norms: list[Tensor] = []  # of the gradient at each step, on the device
@@ -106,14 +108,12 @@ class Slot:
         """The result of a job that has failed, or whose outcome is on the host."""
         result = self.result
         if not result.error:
-            values = self.outcome.tolist()
-            losses, norms = values[: len(self.losses)], values[len(self.losses) :]
-            result.epoch_losses = tuple(self.epoch_losses(losses))
+            values, n = self.outcome.tolist(), len(self.losses)
+            result.epoch_losses = tuple(self.epoch_losses(values[:n]))
             result.n_tokens = self.job.train.epochs * sum(row.n_text + len(row) - row.n_real for row in self.rows)
-            bad = next((step for step, norm in enumerate(norms) if not math.isfinite(norm)), None)
-            if bad is not None:
+            if bad := [step for step, norm in enumerate(values[n:]) if not math.isfinite(norm)]:
                 result.adapter = None
-                result.error = f"the gradient was not finite at step {bad} of {result.n_steps}; lower finetune_lr"
+                result.error = f"the gradient was not finite at step {bad[0]} of {result.n_steps}; lower finetune_lr"
         return result
 
 
@@ -124,15 +124,16 @@ class SlotTrainer:
         if n_slots < 1 or token_budget < 1:
             raise SettingsError(f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1")
         self.base = base
-        self.n_slots, self.token_budget = Limit(n_slots, PASSES_TO_RECOVER), Limit(token_budget, PASSES_TO_RECOVER)
+        self.n_slots = Limit(n_slots, PASSES_TO_RECOVER, base.make_room)
+        self.token_budget = Limit(token_budget, PASSES_TO_RECOVER, base.make_room)
         self.waiting: deque[Slot] = deque()
         self.slots: list[Slot] = []
         self.leaving: list[Slot] = []
         self.banks: list[Bank] = []
         self.n_tokens = 0
         self.captured = CapturedPasses(base)
-        on_gpu = base.device.type == "cuda"
-        self.threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1) if on_gpu else 1)
+        self.blamed: Exception | None = None  # of a capture or one of its slots, as long as that is not known
+        self.threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1) if base.device.type == "cuda" else 1)
         self.ahead: deque[torch.cuda.Event] = deque()
         self._progress_at, self._progress = -math.inf, dict[str, dict[str, Any]]()
         base.trainers.add(self)
@@ -158,7 +159,6 @@ class SlotTrainer:
         if chosen := self._choose():
             self._guarded_pass(chosen)
             self.n_slots.worked()
-            self.token_budget.worked()
         for slot in [s for s in self.slots if s.window is None]:
             self._finish(slot)
         here = [slot for slot in self.leaving if slot.result.error or slot.outcome.ready or not self.slots]
@@ -176,13 +176,17 @@ class SlotTrainer:
         """By job name: ``step``, ``n_steps``, ``epoch_losses`` (nats per label; None if not finite, for JSON). Losses
         are on the device, and reading them waits for it, so they are read at most once in PROGRESS_EVERY_S."""
         if time.monotonic() - self._progress_at >= PROGRESS_EVERY_S:
-            self._progress_at, self._progress = time.monotonic(), {}
-            for slot in self.slots:
-                losses = torch.stack([loss for *_, loss in slot.losses]).tolist() if slot.losses else []
-                means = [mean if math.isfinite(mean) else None for mean in slot.epoch_losses(losses)]
-                steps = {"step": slot.result.n_steps, "n_steps": slot.job.n_steps}
-                self._progress[slot.job.name] = {**steps, "epoch_losses": means}
+            self._progress_at = time.monotonic()
+            self.n_slots.attempt(self._read_progress)
         return self._progress
+
+    def _read_progress(self) -> None:
+        self._progress = {}
+        for slot in self.slots:
+            losses = torch.stack([loss for *_, loss in slot.losses]).tolist() if slot.losses else []
+            means = [mean if math.isfinite(mean) else None for mean in slot.epoch_losses(losses)]
+            shown = {"step": slot.result.n_steps, "n_steps": slot.job.n_steps, "epoch_losses": means}
+            self._progress[slot.job.name] = shown
 
     def drop_idle(self) -> None:
         """Free banks without jobs, and the captured passes, which read and write banks."""
@@ -194,56 +198,56 @@ class SlotTrainer:
         self._draw_ahead()
         while self.waiting and len(self.slots) < self.n_slots.now:
             slot = self.waiting[0]
-            try:
-                if not self._open(slot):
-                    return
-                self.slots.append(slot)
-            except torch.OutOfMemoryError:
-                self.n_slots.lower(len(self.slots))
-                if self.slots:  # until another job leaves
-                    return
-                self._fail(slot, "out of memory for a single adapter; lower lora_rank or name fewer target_modules")
-            except Exception as error:  # noqa: BLE001  # the error of one job must not end the others
-                self._fail(slot, _text(error))
+            failure = self.n_slots.attempt(partial(self._open, slot), len(self.slots))
+            if failure is not None and not (is_out_of_memory(failure) and self.slots):
+                self._fail(slot, failure, "for a single adapter; lower lora_rank or name fewer target_modules")
+            elif slot not in self.slots:  # until another job leaves
+                return
             self.waiting.popleft()
             self._draw_ahead()
 
     def _draw_ahead(self) -> None:
-        """Draw initial weights in threads while others train: at 7B they take 0.1 s a job on one core."""
+        """Draw initial weights in threads while others train: at 7B they take 0.1 to 2 s a job on one core."""
         for slot in list(self.waiting)[:DRAWN_AHEAD]:
-            if slot.initial is None:
-                slot.initial = self.threads.submit(self._initial, slot.job)
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                slot.initial = slot.initial or self.threads.submit(self._initial, slot.job)
 
     def _initial(self, job: TrainJob) -> Tensor:
         return pinned(initial_weights(self.base.layout(job.lora), job.train.seed), self.base.device)
 
-    def _open(self, slot: Slot) -> bool:
-        """Give the job a row of a bank; False if there is none."""
-        job = slot.job
-        bank = self._bank(self.base.layout(job.lora))
+    def _open(self, slot: Slot) -> None:
+        """Give the job a row of a bank and a slot, if a row is free."""
+        job, base = slot.job, self.base
+        bank = self._bank(base.layout(job.lora))
         if len(bank.rows) == bank.n:
-            return False
-        slot.rows = [make_row(self.base.tokenizer, text, job.train) for text in job.texts]
+            return
+        slot.rows = [make_row(base.tokenizer, text, job.train) for text in job.texts]
+        for i, row in enumerate(slot.rows):
+            base.room_after([*row.token_ids.tolist(), *row.targets[-1:].tolist()], f"train_sequences[{i}]")
+        if job.train.padding_in_loss and (base.window or math.inf) < job.train.pad_to:
+            problem = f"pad_to is {job.train.pad_to}, but padding sees no text beyond the model's {base.window}-token"
+            raise SettingsError(f"{problem} sliding windows; lower pad_to or set padding_in_loss=false")
         n_labels_R = [len(row.sources) for row in slot.rows]
+        if (mask := job.train.end_mask_substring) and not any(row.n_masked for row in slot.rows):
+            raise SettingsError(f"end_mask_substring {mask!r} is in none of the train sequences, cut to max_seq_length")
         if not sum(n_labels_R):
             raise SettingsError(f"job {job.name!r}: no token carries loss; check end_mask_substring and the sequences")
-        assert slot.initial is not None
         slot.windows = job.windows(n_labels_R)
         slot.window = next(slot.windows)
-        slot.row = BankRow(bank, job.lora, slot.initial.result(), dropout_seed=job.train.seed)
+        initial = slot.initial.result() if slot.initial else self._initial(job)
+        slot.row = BankRow(bank, job.lora, initial, dropout_seed=job.train.seed)
         slot.initial = None
-        return True
+        self.slots.append(slot)
 
     def _bank(self, layout: Layout) -> Bank:
         """The bank of this layout. A new one has a row for each slot, as far as a GPU's memory allows."""
-        for bank in self.banks:
-            if bank.layout == layout:
-                return bank
+        if same := [bank for bank in self.banks if bank.layout == layout]:
+            return same[0]
         self.base.make_room()
-        n, device, dtype = self.n_slots.now, self.base.device, self.base.dtype
+        n, device, dtype = self.n_slots.now, self.base.device, self.base.adapter_dtype
         if device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(device)
-            n = max(1, min(n, int(BANK_SHARE * free_bytes / bank_row_bytes(layout, dtype))))
+            most_bytes = BANK_SHARE * torch.cuda.mem_get_info(device)[0]
+            n = max(1, min(n, int(most_bytes / bank_row_bytes(layout, dtype))))
             self.n_slots.lower(len(self.slots) + n)
         self.banks.append(Bank(layout, n, device=device, compute_dtype=dtype))
         return self.banks[-1]
@@ -252,73 +256,63 @@ class SlotTrainer:
         if slot in self.slots:
             del slot.row.bank.rows[slot.row.index]
             self.slots.remove(slot)
+        if slot.suspect and self.blamed is not None:
+            self.captured.works, self.blamed = True, None
 
     def _finish(self, slot: Slot) -> None:
-        """Free the slot of a job that is done. Its losses and norms are copied to the host without a wait."""
-        try:
-            slot.result.adapter = self.base.with_room(slot.row.adapter)
-        except torch.OutOfMemoryError:
-            return self._fail(slot, "out of memory for the trained adapter; lower lora_rank or n_slots")
-        losses = torch.stack([loss for *_, loss in slot.losses])
-        slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
+        """Free the slot of a job that is done."""
+        attempt = partial(self.n_slots.attempt, partial(self._copy, slot), len(self.slots) - 1)
+        if attempt() and (failure := attempt()):  # the first attempt has made room for the second
+            return self._fail(slot, failure, "for the trained adapter; lower lora_rank or n_slots")
         self._release(slot)
         self.leaving.append(slot)
 
+    def _copy(self, slot: Slot) -> None:
+        """Copy the adapter of a job that is done, and start the copy of its losses and norms to the host."""
+        slot.result.adapter = slot.row.adapter()
+        losses = torch.stack([loss for *_, loss in slot.losses])
+        slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
+
     def _choose(self) -> list[Slot]:
         """Slots of the next pass in the order of banks and rows. Those with the fewest steps have their turn first."""
+        if suspects := [slot for slot in self.slots if slot.suspect]:
+            return suspects[:1]
+        if self.blamed is not None:
+            log.warning("passes are launched kernel by kernel from now on: %s", self.blamed)
+            self.blamed = None
         chosen: list[Slot] = []
         tokens = 0
         for slot in sorted(self.slots, key=lambda s: s.result.n_steps):
-            if chosen and tokens + slot.next_tokens > self.token_budget.now:
-                continue
-            if chosen and self.captured.works and slot.kind != chosen[0].kind:
-                continue  # only passes of one kind can be captured
-            chosen.append(slot)
-            tokens += slot.next_tokens
+            fits = tokens + slot.next_tokens <= self.token_budget.now
+            # Only a pass of one kind can be captured.
+            if not chosen or (fits and (slot.kind == chosen[0].kind or not self.captured.works)):
+                chosen.append(slot)
+                tokens += slot.next_tokens
         return sorted(chosen, key=lambda s: (self.banks.index(s.row.bank), s.row.index))
 
     def _guarded_pass(self, chosen: list[Slot]) -> None:
-        """A pass. If memory runs out, the token budget is halved and the open accumulation windows are repeated; if
-        a window alone fails twice, its job fails. After any other error each slot runs alone."""
+        """A pass. After an error the open accumulation windows are repeated, by each slot alone and without a capture.
+        A job that fails then is the cause; if none does, the capture is, and later passes are eager. If memory runs
+        out, the token budget is halved instead, and a slot that was alone has one more try."""
         n_tokens = sum(s.next_tokens for s in chosen)
-        failure: Exception | None = None
-        try:
-            return self._pass(chosen)
-        except torch.OutOfMemoryError:
-            pass  # handled below, where the error no longer holds the tensors of the pass
-        except torch.AcceleratorError:
-            raise  # nothing runs on this device any more
-        except Exception as error:  # noqa: BLE001  # must not end the jobs that did not cause it
-            failure = error
+        failure = self.token_budget.attempt(partial(self._pass, chosen), min(self.token_budget.now, n_tokens) // 2)
+        if failure is None:
+            return
         for slot in chosen:
             slot.losses = slot.losses[: len(slot.losses) - slot.row.n_passed]
             slot.row.n_passed = 0
-        if failure is not None:
-            return self._find_cause(chosen, failure)
-        self.base.make_room()
-        self.token_budget.lower(min(self.token_budget.now, n_tokens) // 2)
-        if len(chosen) == 1:
-            chosen[0].lone_failures += 1
-            if chosen[0].lone_failures > 1:
-                self._fail(chosen[0], f"out of memory with {n_tokens} tokens in one micro-batch; lower batch_size")
+        if chosen[0].suspect:
+            return self._fail(chosen[0], failure, f"with {n_tokens} tokens in one micro-batch; lower batch_size")
+        for slot in chosen:  # without a window the pass went well for it, and was its last one
+            slot.suspect = slot.window is not None and (len(chosen) == 1 or not is_out_of_memory(failure))
+        if self.captured.works and not is_out_of_memory(failure):
+            self.captured.works, self.blamed = False, failure
+            self.captured.statics.clear()
 
-    def _find_cause(self, chosen: list[Slot], error: Exception) -> None:
-        """Run each slot of a failed pass alone and without a capture; a job that fails then is the cause. If none
-        fails, the capture is the cause, and later passes are eager."""
-        captured, self.captured.works = self.captured.works, False
-        if len(chosen) == 1 and not captured:
-            return self._fail(chosen[0], _text(error))
-        self.captured.statics.clear()
-        for slot in chosen:
-            if slot.window is not None:  # None: the pass itself went well for it, and was its last one
-                self._guarded_pass([slot])
-        self.captured.works = captured and any(slot.result.error for slot in chosen)
-        if captured and not self.captured.works:
-            log.warning("passes are launched kernel by kernel from now on: %s", _text(error))
-
-    def _fail(self, slot: Slot, error: str) -> None:
+    def _fail(self, slot: Slot, error: Exception, place: str) -> None:
+        """place: as in `error_text`"""
         self._release(slot)
-        slot.result.error = error
+        slot.result.adapter, slot.result.error = None, error_text(error, place)
         self.leaving.append(slot)
 
     def _pass(self, chosen: list[Slot]) -> None:
@@ -339,9 +333,10 @@ class SlotTrainer:
         slot.row.n_passed += 1
         if slot.row.n_passed == len(window.batches):
             rate = learning_rate_at(settings, result.n_steps, slot.job.n_steps)
-            slot.norms.append(adamw_step(slot.row, learning_rate=rate, max_grad_norm=settings.max_grad_norm))
+            how = {"max_grad_norm": settings.max_grad_norm, "scale": self.base.gradient_scale}
+            slot.norms.append(adamw_step(slot.row, learning_rate=rate, **how))
             result.n_steps += 1
-            slot.window, slot.row.n_passed, slot.lone_failures = next(slot.windows, None), 0, 0
+            slot.window, slot.row.n_passed, slot.suspect = next(slot.windows, None), 0, False
 
     def _keep_pace(self) -> None:
         """Let the host be a few passes ahead of the device, so that neither waits, and no more."""
@@ -351,7 +346,3 @@ class SlotTrainer:
         self.ahead[-1].record()
         if len(self.ahead) > PASSES_AHEAD:
             self.ahead.popleft().synchronize()
-
-
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"

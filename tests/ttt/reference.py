@@ -51,22 +51,24 @@ def _examples(tokenizer, job: TrainJob) -> list[dict]:  # type: ignore[no-untype
     return examples
 
 
-def lora_config(job: TrainJob) -> LoraConfig:
+def lora_config(job: TrainJob, only: str = "") -> LoraConfig:
+    """only: a regular expression in the place of the job's targets"""
     targets = job.lora.target_modules
+    wanted = None if not targets else targets[0] if targets == ("all-linear",) else list(targets)
     return LoraConfig(
         r=job.lora.rank,
         lora_alpha=job.lora.alpha,
         lora_dropout=job.lora.dropout,
-        target_modules=None if not targets else targets[0] if targets == ("all-linear",) else list(targets),
+        target_modules=only or wanted,
         task_type="CAUSAL_LM",
     )
 
 
-def train_alone(model: PreTrainedModel, tokenizer, job: TrainJob):  # type: ignore[no-untyped-def]
+def train_alone(model: PreTrainedModel, tokenizer, job: TrainJob, *, only: str = ""):  # type: ignore[no-untyped-def]
     """Returns (PEFT model after training, initial adapter weights, final adapter weights), by PEFT's
-    names."""
+    names. only: as in `lora_config`"""
     torch.manual_seed(job.train.seed)
-    peft_model = get_peft_model(model, lora_config(job))
+    peft_model = get_peft_model(model, lora_config(job, only))
     before = {n: p.detach().clone() for n, p in peft_model.named_parameters() if p.requires_grad}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

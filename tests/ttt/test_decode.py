@@ -1,6 +1,8 @@
 """Grouped decoding: each row gives the text it gives alone, whatever ends, enters or does not fit."""
 
+from dataclasses import replace
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seal_nb.errors import SettingsError
+from seal_nb.ttt import decode
 from seal_nb.ttt.attention import BLOCK
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
+from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder, ScoreRow, score
+from seal_nb.ttt.device import Limit
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import Adapter
 from seal_nb.ttt.trainer import SlotTrainer
-from tests.ttt.tiny import AsciiTokenizer, tiny_model
+from tests.ttt.tiny import OUT_OF_MEMORY, AsciiTokenizer, tiny_model
 
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]
 EOS_LIKELY = 3.0  # added to the EOS logit, so that many rows end, some with their first token
@@ -149,14 +153,17 @@ def test_an_adapter_that_has_become_nan_spoils_only_its_own_rows() -> None:
     assert [found[one.key] for one in rows] == [alone(one) for one in rows]
 
 
-def test_out_of_memory_halves_the_batch_and_every_text_still_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_batch_and_every_text_still_comes(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [row(key, 4 + key, 10, key % 5, key % 2 == 0) for key in range(12)]
     texts = {one.key: alone(one) for one in rows}
     run = BASE.run
 
     def small_device(ids, positions, plan, attend):  # type: ignore[no-untyped-def]
         if len(ids) > 40:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return run(ids, positions, plan, attend)
 
     monkeypatch.setattr(BASE, "run", small_device)
@@ -165,6 +172,120 @@ def test_out_of_memory_halves_the_batch_and_every_text_still_comes(monkeypatch: 
     too_long = found.pop(99)
     assert found == texts
     assert too_long.finish_reason == "failed" and "60 prompt tokens" in too_long.error
+
+
+@pytest.mark.parametrize("n_passes", [0, 5])
+@pytest.mark.parametrize("error", [IndexError, RuntimeError])
+def test_a_row_that_breaks_a_pass_fails_alone_and_the_batch_is_whole_again(
+    error: type[Exception], n_passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(key, 4 + key, 12, key % 5, key % 2 == 0) for key in range(20)]
+    texts = {one.key: alone(one) for one in rows}
+    bad = next(key for key, one in texts.items() if key > 8 and len(one.token_ids) > 7)
+    refused = texts.pop(bad).token_ids[n_passes - 1] if n_passes else rows[bad].token_ids[0]
+    decoder = submitted(GroupedDecoder(BASE, max_rows=16), rows)
+    run = BASE.run
+
+    def strict(ids, *rest):  # type: ignore[no-untyped-def]
+        n_new = [len(live.new_ids) for live in decoder.live if live.row.key == bad]
+        if n_new == [n_passes]:
+            assert refused in ids
+            raise error("a kernel does not take this")
+        return run(ids, *rest)
+
+    monkeypatch.setattr(BASE, "run", strict)
+    found = {d.key: d for d in decoder.run()}
+    failed = found.pop(bad)
+    assert (failed.finish_reason, error.__name__ in failed.error) == ("failed", True)
+    assert found == {key: text for key, text in texts.items() if key != bad}
+    assert decoder.max_rows.now == 16
+
+
+def test_a_row_whose_tokens_cannot_be_decoded_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(row(key, 4 + key, 12, 0, True), stop=("~~~",)) for key in range(12)]
+    texts = {one.key: alone(one) for one in rows}
+    bad = next(one.key for one in texts.values() if len(one.token_ids) > 3)
+    plain = AsciiTokenizer.decode
+
+    def strict(self, ids, **options):  # type: ignore[no-untyped-def]
+        if tuple(ids) == texts[bad].token_ids[:3]:
+            raise KeyError("no such token")
+        return plain(self, ids, **options)
+
+    monkeypatch.setattr(AsciiTokenizer, "decode", strict)
+    found = {d.key: d for d in submitted(GroupedDecoder(BASE), rows).run()}
+    assert "KeyError: 'no such token'" in found.pop(bad).error
+    assert found == {key: text for key, text in texts.items() if key != bad}
+
+
+def test_an_error_does_not_hold_the_tensors_of_its_call_while_room_is_made() -> None:
+    class Held:
+        pass
+
+    alive: list[ref[Held]] = []
+
+    def call() -> None:
+        held = Held()
+        alive.append(ref(held))
+        raise MemoryError
+
+    limit = Limit(8, 3, make_room=lambda: alive.append(alive[-1]() and pytest.fail("still held")))
+    assert isinstance(limit.attempt(call, 4), MemoryError)
+    assert (limit.now, len(alive)) == (4, 2)
+
+
+def a_score_row(key: int, n: int) -> ScoreRow:
+    ids = row(key, n, 0, 0, False).token_ids
+    return ScoreRow(prompt_ids=ids[:3], target_ids=ids[3:], adapters=STACKS[key % 5])
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_scores_are_the_same_in_smaller_passes_after_running_out_of_memory(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [a_score_row(key, 5 + 7 * key % 30) for key in range(12)]
+    expected = score(BASE, rows, token_budget=Limit(4096, 3))
+    run = BASE.run
+
+    def small_device(ids, *rest):  # type: ignore[no-untyped-def]
+        if len(ids) > 40:
+            raise error
+        return run(ids, *rest)
+
+    monkeypatch.setattr(BASE, "run", small_device)
+    budget = Limit(120, 99)
+    for found, one in zip(score(BASE, rows, token_budget=budget), expected, strict=True):
+        assert found == pytest.approx(one, rel=1e-12)
+    assert budget.now <= 40
+    monkeypatch.setattr(BASE, "run", run)
+    budget.work_to_recover = 2
+    score(BASE, rows * 3, token_budget=budget)
+    assert budget.now == 120
+
+
+def test_log_probabilities_are_those_of_torch_and_the_head_is_never_whole_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode, "VOCABULARY_AT_A_TIME", 48)
+    base = FrozenBase(tiny_model(dtype=torch.bfloat16), AsciiTokenizer())  # type: ignore[arg-type]
+    hidden, targets = torch.randn(50, 32).bfloat16(), torch.arange(50) * 2
+    with Largest() as largest:
+        found = decode._logprobs(base, hidden, targets)
+    logits = hidden.float() @ base.head.weight.float().t()
+    torch.testing.assert_close(found, logits.log_softmax(-1)[torch.arange(50), targets])
+    assert largest.n == 48 * 50  # logits; the head has 128 x 32, and all logits have 128 x 50
+
+
+class Largest(TorchDispatchMode):
+    """Number of values of the largest float32 tensor that is made."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.n = max(self.n, out.numel())
+        return out
 
 
 def test_a_stop_text_ends_a_row_and_is_not_part_of_it() -> None:

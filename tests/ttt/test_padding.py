@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, masked_prefix
+from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.reference import train_alone
 from tests.ttt.test_equality import distance, peft_weights
@@ -72,12 +70,3 @@ def test_a_long_sequence_is_cut_as_the_trainer_would_get_it() -> None:
     job = TrainJob(name="it", texts=TEXTS, lora=LORA, train=settings)
     _, _, after = train_alone(tiny_model(), AsciiTokenizer(), job)
     assert distance(found, after) < 1e-9
-
-
-@given(st.lists(st.integers(0, 3), max_size=12), st.lists(st.integers(0, 3), min_size=1, max_size=3))
-def test_masked_prefix_ends_after_the_first_occurrence(ids: list[int], mark: list[int]) -> None:
-    end = masked_prefix(ids, mark)
-    if end:
-        assert ids[end - len(mark) : end] == mark
-    window = ids[: end - 1] if end else ids
-    assert not any(window[i : i + len(mark)] == mark for i in range(len(window) - len(mark) + 1))

@@ -89,8 +89,9 @@ class Recording:
     def replay(self) -> None:
         self.replays += 1
         for holder in (self.static.plan.groups[0], self.static.rows):
-            for on_the_host in ("members", "kept", "lengths", "masks"):
+            for on_the_host in ("members", "kept", "lengths"):
                 holder.__dict__.pop(on_the_host, None)
+        self.static.rows.masks.clear()
         self.static.losses.copy_(self.static.run_fused())
 
 

@@ -7,14 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_nb.inner_loop.memory import memory_needed
 from seal_nb.ttt import trainer
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import BankRow
+from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.lora import initial_weights
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, mixed_jobs, peft_weights
-from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
+from tests.ttt.tiny import OUT_OF_MEMORY, AsciiTokenizer, refuse_tildes, tiny_model
 
 BASE = FrozenBase(tiny_model(), AsciiTokenizer())  # type: ignore[arg-type]
 
@@ -72,6 +74,30 @@ def test_dropout_belongs_to_the_job_not_to_its_neighbours() -> None:
     assert distance(without, alone) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_estimate_of_memory_counts_the_bytes_of_what_is_made(dtype: torch.dtype) -> None:
+    base = FrozenBase(tiny_model(dtype=dtype), AsciiTokenizer())  # type: ignore[arg-type]
+    base.model.generation_config.eos_token_id = []
+    lora = LoraSettings(rank=4, target_modules=("all-linear",))
+    needed = memory_needed(base, rank=4, n_slots=3, token_budget=64, decode_rows=5, text_tokens=32)
+    slots = SlotTrainer(base, n_slots=3)
+    slots.submit(TrainJob(name="one", texts=("a text",), lora=lora, train=TrainSettings(epochs=1)))
+    adapter = slots.run()[0].adapter
+    bank = slots.banks[0]
+    buffers = {t.data_ptr(): t.nbytes for t in (bank.weights, bank.compute, bank.gradient, bank.mean, bank.square)}
+    assert needed["training"] == sum(buffers.values())
+    assert adapter is not None
+    assert needed["trained"] == 3 * sum({t.data_ptr(): t.nbytes for t in (adapter.flat, adapter.compute)}.values())
+    decoder = GroupedDecoder(base)
+    for key in range(5):
+        decoder.submit(DecodeRow(key=key, token_ids=[key + 1] * 20, max_new_tokens=8))
+    decoder.step()
+    assert needed["kv_cache"] == sum(
+        t.nbytes for side in (decoder.cache.keys, decoder.cache.values) for t in side.values()
+    )
+    assert needed["base"] == sum(t.nbytes for t in [*tiny_model(dtype=dtype).parameters(), *base.model.buffers()])
+
+
 def test_a_job_enters_at_the_step_after_another_leaves() -> None:
     slots = SlotTrainer(BASE, n_slots=1)
     slots.submit(a_job("first", epochs=1))
@@ -81,7 +107,8 @@ def test_a_job_enters_at_the_step_after_another_leaves() -> None:
     assert not slots.busy and not slots.banks[0].weights.isnan().any()
 
 
-def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_budget_and_loses_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [a_job("a", gradient_accumulation_steps=3, epochs=2), a_job("b", epochs=2)]
     trained = {j.name: run([j], n_slots=1)[j.name] for j in jobs}
     alone = {name: weights(one) for name, one in trained.items()}
@@ -95,7 +122,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch: pytest.M
         calls.append(len(ids))
         out = run_base(ids, *rest)
         if len(calls) in (2, 5):  # mid-window, after the forward pass
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return out
 
     monkeypatch.setattr(BASE, "run", short_of_memory)
@@ -160,13 +187,18 @@ def test_a_micro_batch_too_large_for_the_device_fails_alone(monkeypatch: pytest.
     assert done["small"].adapter is not None
 
 
-def test_a_job_that_breaks_the_pass_fails_alone_and_its_neighbours_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = [a_job("good", epochs=2), a_job("better", epochs=2, seed=7)]
+@pytest.mark.parametrize("accumulation", [1, 2], ids="{} micro-batches a step".format)
+@pytest.mark.parametrize("error", [RuntimeError, IndexError])
+def test_a_job_that_breaks_the_pass_fails_alone_and_its_neighbours_go_on(
+    error: type[Exception], accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"epochs": 2, "gradient_accumulation_steps": accumulation}
+    good = [a_job("good", **how), a_job("better", **how, seed=7)]
     alone = {j.name: weights(run([j], n_slots=1)[j.name]) for j in good}
-    refuse_tildes(BASE, monkeypatch)
-    bad = TrainJob(name="bad", texts=("fine", "not ~ fine"), train=TrainSettings(epochs=2))
+    refuse_tildes(BASE, monkeypatch, error)
+    bad = TrainJob(name="bad", texts=("not ~ fine", "fine"), train=TrainSettings(**how))  # type: ignore[arg-type]
     done = run([good[0], bad, good[1]], n_slots=3)
-    assert done["bad"].error == "RuntimeError: a kernel does not take this"
+    assert done["bad"].error == f"{error.__name__}: a kernel does not take this"
     for name in alone:
         assert distance(weights(done[name]), alone[name]) < 1e-10
 
