@@ -2,9 +2,9 @@
 
 One run on this machine's CPU prints a table and writes `benchmarks/inner_loop.json`. A whole request is the
 training of an adapter and the answers to its questions without and with it. All ways use the same model,
-dtype, requests and cores; each is measured as one process of all cores' threads and as one process a core.
+dtype, requests and cores, in one process a core.
 
-    make bench                                   (25 minutes on two quiet cores)
+    make bench                                   (17 minutes on two quiet cores)
     python -m benchmarks.inner_loop --quick      (a tiny random model: shows that it runs, says nothing)
 """
 
@@ -36,7 +36,7 @@ MOST_PROCESSES = 4  # a padded step alone holds gigabytes
 class Settings:
     """How much is measured. Requests are counted for each process."""
 
-    n_slots: tuple[int, ...] = (1, 4, 16)
+    n_slots: tuple[int, ...] = (1, 16)
     least_requests: int = 2
     alone_requests: int = 2
     pad_to: int = 2048  # tokens; published
@@ -77,10 +77,6 @@ class Bench:
         n = min(self.n_cores, MOST_PROCESSES)
         return n, self.n_cores // n
 
-    @property
-    def layouts(self) -> list[tuple[int, int]]:
-        return list(dict.fromkeys([self.spread, (1, self.n_cores)]))
-
     def requests(self, share: int, n_shares: int, n: int) -> list[TTTRequest]:
         change = {"finetune_epochs": self.settings.epochs, "max_new_tokens": self.settings.max_new_tokens}
         return [r.model_copy(update=change) for r in self.workload.requests(share, n_shares, n)]
@@ -88,7 +84,7 @@ class Bench:
     def alone(self, n_processes: int, n_threads: int) -> list[dict[str, Any]]:
         """Two rows: the published way (extrapolated) and the careful one."""
         s = self.settings
-        n = s.alone_requests if n_processes > 1 else 1
+        n = s.alone_requests
         shares = [
             (self.requests(k, n_processes, n), self.model, self.dtype, s.pad_to, s.padded_steps)
             for k in range(n_processes)
@@ -154,12 +150,9 @@ def _published_row(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """Rows of the table, each printed when it is there."""
     rows: list[dict[str, Any]] = []
-    for layout in bench.layouts:
-        rows += _said(bench.alone(*layout))
+    rows += _said(bench.alone(*bench.spread))
     for n_slots in bench.settings.n_slots:
         rows += _said([bench.slots(*bench.spread, n_slots)])
-    for layout in bench.layouts[1:]:
-        rows += _said([bench.slots(*layout, bench.settings.n_slots[1])])
     return rows
 
 
@@ -209,9 +202,11 @@ def _cpu() -> str:
 
 def _dtype() -> str:
     """The faster of both on this processor, for every way."""
-    from seal_nb.ttt.base import cpu_multiplies_bfloat16
+    import torch
 
-    return "bfloat16" if cpu_multiplies_bfloat16() else "float32"
+    from seal_nb.ttt.device import default_dtype
+
+    return str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
