@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from seal_nb import tokens
 from seal_nb.engines.base import Incomplete, Sampling
 from seal_nb.engines.local import LocalEngine
 from seal_nb.engines.vllm import VllmEngine
@@ -257,3 +258,19 @@ def test_sft_needs_no_pad_token_with_an_embedding_but_an_eos_for_completions() -
     assert int(batch["input_ids"].max()) < 257 and batch["labels"].tolist()[0][2:] == [sft.IGNORED]
     with pytest.raises(SettingsError, match="no EOS token"):
         sft.example(tokenizer, {"prompt": "a", "completion": "b"}, 2048)
+
+
+def test_a_panic_of_the_tokenizer_is_an_ordinary_error() -> None:
+    class Panic(BaseException):
+        """As Rust code raises it."""
+
+    def panics(*_: object, **__: object) -> object:
+        raise Panic("index out of range")
+
+    def interrupted() -> object:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RuntimeError, match="the tokenizer failed: index out of range"):
+        tokens._without_panic(panics, "a text")
+    with pytest.raises(KeyboardInterrupt):
+        tokens._without_panic(interrupted)
