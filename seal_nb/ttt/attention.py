@@ -36,7 +36,7 @@ class How(NamedTuple):
 
     scale: float
     window: int | None = None  # tokens that a token attends to, itself included; None: all before it
-    softcap: float | None = None  # scores are bent to stay between -softcap and softcap (Gemma-2)
+    softcap: float | None = None  # tanh keeps scores between -softcap and softcap (Gemma-2)
 
 
 # Called with a layer, its q (1, heads, T, d), k and v (1, kv_heads, T, d) → (1, T, heads, d)

@@ -50,7 +50,7 @@ class FrozenBase:
             raise unsupported(self, f"it has layers of type {unknown[0]!r}")
         if model.get_output_embeddings() is None:
             raise unsupported(self, "it has no language-model head; give a causal model")
-        # What follows the head: logits are scaled, then bent to stay between -softcap and softcap.
+        # What follows the head: logits are scaled, then tanh keeps them between -softcap and softcap.
         scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
         self.logit_scale = float(scale or 1) / float(divisor or 1)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)

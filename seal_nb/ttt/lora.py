@@ -5,6 +5,7 @@ An adapter is one flat vector with a view A (rank, in) and B (out, rank) for eac
 """
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from seal_nb.ttt.jobs import LoraSettings
 
 ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
+OF_A_MODULE = (".weight", ".bias")  # ends of the names of parameters that a Linear or a norm has
 SPECIAL = re.compile(r"[*+?|()\[\]{}^$\\]")  # characters of regular expressions
 Linears = Mapping[str, nn.Linear]
 
@@ -82,7 +85,7 @@ def make_layout(linears: Linears, names: Iterable[str], rank: int) -> Layout:
 
 def target_names(model: PreTrainedModel, linears: Linears, wanted: Sequence[str]) -> tuple[str, ...]:
     """Names of the decoder's Linear layers that PEFT adapts with these `target_modules`: a list of names, a regular
-    expression as one string, "all-linear", or () for PEFT's default. PEFT chooses them on a copy of the model without
+    expression as one string, "all-linear", or () for PEFT's default. PEFT adapts a copy of the model without
     memory. Raises SettingsError if it finds none, or modules that cannot be adapted here."""
     # Here and below PEFT is imported when it is needed: with bitsandbytes its import takes a fifth of a worker's start.
     from peft import LoraConfig, inject_adapter_in_model
@@ -98,12 +101,24 @@ def target_names(model: PreTrainedModel, linears: Linears, wanted: Sequence[str]
     try:
         with torch.device("meta"):
             skeleton = type(model)(copy.deepcopy(model.config))
-            inject_adapter_in_model(LoraConfig(target_modules=None if given == [] else given), skeleton)
-    except Exception as error:  # PEFT and re have many kinds
+            modules: Any = None if given == [] else given
+            fused: list[str] = []  # parameters of experts, which PEFT also matches
+            if isinstance(given, str) and SPECIAL.search(given):  # PEFT would match it without a time limit
+                match = functools.partial(regex.fullmatch, given, timeout=1)
+                modules = [name for name, _ in skeleton.named_modules() if match(name)]
+                parameters = [name for name, _ in skeleton.named_parameters() if match(name)]
+                fused = [name for name in parameters if not name.endswith(OF_A_MODULE)]
+                if not modules and not fused:
+                    raise ValueError("a module of such a name was not found")
+            inject_adapter_in_model(LoraConfig(target_modules=modules), skeleton)
+    except TimeoutError as error:
+        problem = f"target_modules is {given!r}, which takes more than a second to match a name"
+        raise SettingsError(f"{problem}; write it another way{known}") from error
+    except Exception as error:  # PEFT and regex have many kinds
         raise SettingsError(f"target_modules is {given!r}, which PEFT refuses: {str(error)[:200]}{known}") from error
     inside = {*skeleton.get_decoder().modules(), skeleton.get_output_embeddings()}  # so no image encoder
     names = tuple(name for name, m in skeleton.named_modules() if isinstance(m, LoraLayer) and m in inside)
-    others = dict.fromkeys(name.removesuffix(".base_layer") for name in names if name not in linears)
+    others = dict.fromkeys([*fused, *(name.removesuffix(".base_layer") for name in names if name not in linears)])
     if others or not names:
         what = f"PEFT would train {', '.join(others) or 'nothing'}, and only linear layers are supported"
         raise SettingsError(f"target_modules is {given!r}: {what}; name some of them, such as the attention's{known}")

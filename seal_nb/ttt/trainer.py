@@ -177,7 +177,7 @@ class SlotTrainer:
         are on the device, and reading them waits for it, so they are read at most once in PROGRESS_EVERY_S."""
         if time.monotonic() - self._progress_at >= PROGRESS_EVERY_S:
             self._progress_at = time.monotonic()
-            self.n_slots.attempt(self._read_progress)
+            self.n_slots.attempt(self._read_progress, work=0)
         return self._progress
 
     def _read_progress(self) -> None:
@@ -198,7 +198,7 @@ class SlotTrainer:
         self._draw_ahead()
         while self.waiting and len(self.slots) < self.n_slots.now:
             slot = self.waiting[0]
-            failure = self.n_slots.attempt(partial(self._open, slot), len(self.slots))
+            failure = self.n_slots.attempt(partial(self._open, slot), len(self.slots), work=0)
             if failure is not None and not (is_out_of_memory(failure) and self.slots):
                 self._fail(slot, failure, "for a single adapter; lower lora_rank or name fewer target_modules")
             elif slot not in self.slots:  # until another job leaves
@@ -261,7 +261,7 @@ class SlotTrainer:
 
     def _finish(self, slot: Slot) -> None:
         """Free the slot of a job that is done."""
-        attempt = partial(self.n_slots.attempt, partial(self._copy, slot), len(self.slots) - 1)
+        attempt = partial(self.n_slots.attempt, partial(self._copy, slot), len(self.slots) - 1, work=0)
         if attempt() and (failure := attempt()):  # the first attempt has made room for the second
             return self._fail(slot, failure, "for the trained adapter; lower lora_rank or n_slots")
         self._release(slot)

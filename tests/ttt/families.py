@@ -146,16 +146,23 @@ class Refused:
 
 
 REFUSED = [
-    Refused(name="BLOOM", kind="Bloom", cause="attention interface", config={"n_head": 4, "n_layer": 2}),
+    Refused(
+        name="BLOOM",
+        kind="Bloom",
+        cause="its attention does not come from transformers' attention interface",
+        config={"n_head": 4, "n_layer": 2},
+    ),
     Refused(
         name="gpt-oss",
         kind="GptOss",
-        cause="its attention uses s_aux",
+        cause="its attention uses s_aux, which is not known here",
         config={"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
     ),
-    Refused(name="Llama-4", kind="Llama4Text", cause="layers of type 'chunked_attention'", config={"head_dim": 8}),
-    Refused(name="Qwen3-Next", kind="Qwen3Next", cause="layers of type 'linear_attention'"),
-    Refused(name="Mamba", kind="Mamba", cause="layers of type 'linear_attention'", config={"state_size": 4}),
+    Refused(
+        name="Llama-4", kind="Llama4Text", cause="it has layers of type 'chunked_attention'", config={"head_dim": 8}
+    ),
+    Refused(name="Qwen3-Next", kind="Qwen3Next", cause="it has layers of type 'linear_attention'"),
+    Refused(name="Mamba", kind="Mamba", cause="it has layers of type 'linear_attention'", config={"state_size": 4}),
 ]
 
 

@@ -400,3 +400,12 @@ def test_the_scale_is_not_rounded_to_bfloat16() -> None:
     finally:
         PLAN.reset(before)
     assert y.item() == 253
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"([a-z0-9_]+\.?)+!", r"(model|[a-z]|l|s|\.|.)+!", r"((?:.|.)+)+\1(.+)+\2!", r"(.+)+(.+)+(.+)+\1\2\3!"]
+)
+def test_a_regular_expression_that_could_match_for_ever_is_refused_soon(pattern: str) -> None:
+    model = a_model("llama")
+    with pytest.raises(SettingsError, match=r"not found|takes more than a second"):
+        target_names(model, linears_of(model), pattern)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from seal_nb.errors import SettingsError
 from seal_nb.inner_loop.loop import load_inner_loop
@@ -62,6 +63,14 @@ def test_an_adapter_learns_on_a_base_in_four_bits_and_its_weights_stay(folder: P
     assert all(torch.equal(before[name], value) for name, value in base.model.named_parameters())
     with torch.no_grad():
         assert torch.isfinite(base.hidden([[1, 2, 3]], ())).all()
+
+
+def test_a_folder_stored_in_four_bits_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    base = FrozenBase.load(tmp_path, device="cpu")
+    assert all(linear.weight.dtype == torch.uint8 for linear in base.linears.values())
 
 
 def test_a_model_in_four_bits_is_another_model(folder: Path, tmp_path: Path) -> None:
