@@ -6,20 +6,39 @@ with their defaults. Our own fields are optional, so clients written by others w
 
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import from_json
 
-from seal_nb.errors import ProtocolError
+from seal_nb.errors import ProtocolError, redacted
 
 PROTOCOL_VERSION = "1.0"
 MAX_SEED = 2**32 - 1  # the most that NumPy and torch both accept
 NAME_PATTERN = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$"  # a safe file name: no separator, no leading dot
 MAX_ITEMS = 20_000  # sequences, questions or prompts of one request
 MAX_LENGTH = 2**20  # tokens of one sequence
+MAX_PADDED = 2**22  # tokens of one padded micro-batch
+MAX_VALUES = 400_000  # strings, objects, lists and commas of one message; 20,000 questions and sequences have 300,000
+MAX_ERROR = 10_000  # characters of an error
+QUICK_BYTES = 2**18  # a message of this size is read in less than 0.05 s, whatever is in it
+# A string (the last one may have no end), or a character that comes before a value.
+_VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{,]', re.DOTALL)
 # Settings of peft.LoraConfig that change an adapter or its training, and that requests do not have.
 PEFT_FIELDS = re.findall(
     r"\w+",
@@ -63,8 +82,8 @@ RequestId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x20-
 Targets = Annotated[list[str] | str, BeforeValidator(_targets)]
 NotSampled = Annotated[Whole, AfterValidator(_not_sampled)]
 T = TypeVar("T")
-Items = Annotated[list[T], Field(max_length=MAX_ITEMS)]
-Stack = Annotated[list[Name], Field(max_length=1000)]
+Items = Annotated[list[T], Field(max_length=MAX_ITEMS), FailFast()]
+Names = Annotated[list[Name], Field(max_length=1000), FailFast()]
 Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
 
 
@@ -121,11 +140,20 @@ class TTTRequest(_Received):
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
     return_token_logprobs: bool = Field(False, description="true: token scores of sequences, gold answers, passages")
     adapter_name: Name | None = Field(None, description="keep the trained adapter under this name")
-    adapter_stack: Stack = Field(default=[], description="kept adapters below the new one, frozen, in order")
+    adapter_stack: Names = Field(default=[], description="kept adapters below the new one, frozen, in order")
     skip_baseline: bool = Field(False, description="true: only the adapter answers")
     priority: Whole = Field(0, ge=-100, le=100, description="higher goes first among one client's requests")
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
     chat: bool = Field(False, description="true: prompts go through the model's chat template")
+
+    @field_validator("pad_to")
+    @classmethod
+    def _check_padding(cls, value: int, others: ValidationInfo) -> int:
+        known = others.data  # without the fields that are wrong themselves
+        rows = min(known.get("batch_size", 1), len(known.get("train_sequences", ())))
+        if known.get("padding_in_loss") and value * rows > MAX_PADDED:
+            raise ValueError(f"times {rows} sequences of a batch it must be at most {MAX_PADDED}; lower one of them")
+        return value
 
     @property
     def training_wanted(self) -> bool:
@@ -140,10 +168,12 @@ class GenerateRequest(_Received):
     max_tokens: Whole = Field(64, ge=1, le=8192, description="tokens of one text")
     temperature: Number = Field(1.0, ge=0, description="0: greedy")
     top_p: Number = Field(1.0, gt=0, le=1)
-    stop: list[str] = Field(default=[], description="texts that end a completion, not part of it")
+    stop: Annotated[list[str], Field(max_length=100), FailFast()] = Field(
+        default=[], description="texts that end a completion, not part of it"
+    )
     seed: Seed | None = None
     request_id: RequestId | None = None
-    adapter_stack: Stack = Field(default=[])
+    adapter_stack: Names = Field(default=[])
     priority: Whole = Field(0, ge=-100, le=100)
     traceback: bool = False
 
@@ -153,7 +183,7 @@ class Command(_Received):
 
     cmd: Literal["shutdown", "status", "cancel", "ping", "forget"]
     request_id: RequestId | None = Field(None, description="which request to cancel")
-    adapter_names: list[Name] = Field(default=[], description="kept adapters to delete")
+    adapter_names: Names = Field(default=[], description="kept adapters to delete")
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -254,6 +284,11 @@ class WorkerStatus(_Received):
     model_id: str = ""
     stats: dict[str, Any] = {}
 
+    def number(self, name: str, default: float = 0) -> float:
+        """One of its statistics; the default if it is missing, or not a finite number."""
+        value = self.stats.get(name)
+        return value if isinstance(value, int | float) and math.isfinite(value) else default
+
 
 class ServerStatus(_Received):
     """The reply to `status`: one server at one moment."""
@@ -279,7 +314,11 @@ class ServerStatus(_Received):
 
 def error_reply(error: BaseException, **known: Any) -> ErrorReply:
     """The reply that reports `error`, with its `field` if it has one. `known`: other fields of ErrorReply."""
-    return ErrorReply(error=f"{type(error).__name__}: {error}", field=getattr(error, "field", "") or None, **known)
+    text, field = f"{type(error).__name__}: {error}", getattr(error, "field", None)
+    # Half a surrogate pair, as in a broken file name, is not JSON.
+    text = redacted(text[: 2 * MAX_ERROR])[:MAX_ERROR].encode(errors="backslashreplace").decode()
+    known = {name: redacted(value) if name == "traceback" and value else value for name, value in known.items()}
+    return ErrorReply(error=text, field=field if isinstance(field, str) and field else None, **known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +396,14 @@ def read_json(message: bytes) -> dict[str, Any]:
     return fields
 
 
+def check_values(message: bytes) -> None:
+    """Raises ProtocolError for a message with too many values, which would take seconds and gigabytes to read."""
+    if len(message) > QUICK_BYTES and sum(1 for _ in islice(_VALUE.finditer(message), MAX_VALUES + 1)) > MAX_VALUES:
+        raise ProtocolError(
+            f"the message has more than {MAX_VALUES} strings, objects, lists and commas; send less at once"
+        )
+
+
 def parse_request(message: bytes | dict[str, Any]) -> Request:
     """Validate a request (or its decoded fields). Raises ProtocolError naming the field, its value and the remedy."""
     fields = read_json(message) if isinstance(message, bytes) else message
@@ -387,7 +434,8 @@ def validated(kind: type[M], fields: dict[str, Any]) -> M:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value[:80] if isinstance(value, str) else value)
+    text = ascii(value[:80]) if isinstance(value, str) else reprlib.repr(value)  # which looks at a few items only
+    text = text.encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from seal_nb.errors import redacted
 from seal_nb.experiments import single_passage
 from seal_nb.experiments.session import TTT, identified, loop_request
 from seal_nb.experiments.settings import LORA_PARAMS, Training
@@ -25,7 +26,6 @@ from seal_nb.inspector.widgets import PassageInspector
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
-from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import look
 from seal_nb.storage import read_json, write_json
 
@@ -175,10 +175,7 @@ class EditTrainer:
 
     def cancel(self) -> bool:
         """Cancels the running request; ``train`` then raises RemoteError. False if none is running."""
-        if self._running is None:
-            return False
-        with TTTClient(self.ttt.where) as other:  # the first client is waiting in another thread
-            return other.cancel(self._running)
+        return self._running is not None and self._client.cancel(self._running)
 
     def _reply(self, request: TTTRequest, tell: Tell) -> TTTReply:
         """The reply to a request. Meanwhile a thread tells how far it is."""
@@ -198,7 +195,8 @@ class EditTrainer:
         while not over.is_set():
             status = look(self.ttt.where)
             by_worker = [worker.stats.get("training", {}) for worker in status.workers] if status else []
-            if job := next((jobs[request_id] for jobs in by_worker if request_id in jobs), None):
+            # A guest's requests have a name before their id there.
+            if job := next((job for jobs in by_worker for key, job in jobs.items() if key.endswith(request_id)), None):
                 doing = f"training, step {job['step']} of {job['n_steps']}"
                 losses = [loss for loss in job["epoch_losses"] if loss is not None]
             elif doing.startswith("training"):
@@ -307,7 +305,7 @@ class LiveEdit(WidgetView):
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - a thread has no caller that could handle it
-                message = escape(f"{type(error).__name__}: {error}")  # screen readers read it aloud at once
+                message = escape(redacted(f"{type(error).__name__}: {error}"))  # screen readers read it aloud at once
                 self.status.value = page(f'<p class="sn-failure" role="alert">{message}</p>')
             finally:
                 self._hold(False)

@@ -2,14 +2,14 @@
 
 A server that goes away and comes back (a batch job that is requeued) is found again through its endpoint file, and
 what it had not answered is sent again. A ping shows that the server lives and which one it is: no request is sent to a
-server that the endpoint file does not name. One thread at a time may use a client.
+server that the endpoint file does not name. One thread at a time may use a client, but for `cancel`.
 """
 
 import itertools
 import json
 import math
+import secrets
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from seal_nb.protocol import (
 )
 from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, is_loopback, this_node
 
+SECRET_MARK = b"seal:"  # before the secret of a client in the marks of its messages, see requests.client_of
+SECRET_BYTES = len(SECRET_MARK) + 16
 DEFAULT_WINDOW = 256  # requests in flight
 DEFAULT_WAIT_S = 60.0
 PING_S = 2.0
@@ -71,7 +73,9 @@ class TTTClient:
             raise SettingsError(f"window is {self.window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
         self.where = str(self.endpoint)
         self.server_id = ""  # of the server that answered last
-        self._name = b"c" + uuid.uuid4().bytes
+        self._secret = SECRET_MARK + secrets.token_bytes(
+            16
+        )  # by which the server knows its requests, on any connection
         self._open: dict[bytes, OpenMessage] = {}
         self._numbers = itertools.count(1)
         self._context: zmq.Context[Socket] = zmq.Context()
@@ -115,8 +119,12 @@ class TTTClient:
         return ServerStatus.model_validate(self._command("status", timeout_s))
 
     def cancel(self, request_id: str) -> bool:
-        """Cancel a request; clients that wait for it get an error. False if it is not in work."""
-        return self._command("cancel", request_id=request_id)["status"] == "cancelled"
+        """Cancel a request of this client, which gets an error instead of its reply. False if it is not in work. Other
+        clients that wait for the same request still get its result. Any thread may call this while another waits."""
+        with TTTClient(self.endpoint, wait_s=self.wait_s, key_file=self.key_file) as other:
+            other._secret = self._secret
+            reply = other._command("cancel", request_id=request_id)
+        return reply["status"] == "cancelled"
 
     def forget(self, adapter_names: Sequence[str]) -> list[str]:
         """Delete kept adapters. Returns the names of those that existed. Requests that name one then fail."""
@@ -156,7 +164,7 @@ class TTTClient:
         try:
             while True:
                 for index, (body, expected) in itertools.islice(unsent, window - len(marks)):
-                    marks.add(mark := next(self._numbers).to_bytes(8, "big"))
+                    marks.add(mark := self._secret + next(self._numbers).to_bytes(8, "big"))
                     self._open[mark] = OpenMessage(body=body, index=index, expected=expected, repeat=repeat)
                 if not marks:
                     return
@@ -185,7 +193,7 @@ class TTTClient:
                 mark, reply = frames[0], read_reply(frames[-1])
                 self._pinged_at = None
                 if mark == PING_MARK and isinstance(reply, dict):
-                    self._greet(str(reply.get("server_id", "")))
+                    self._greet(str(reply.get("server_id", "")), missed=reply.get("missed") is True)
                 elif mark in marks and isinstance(reply, ErrorReply) and reply.error.split(":")[0] in TRY_LATER:
                     self._open[mark].due_at = time.monotonic() + TRY_LATER_S
                 elif mark in marks:
@@ -233,17 +241,18 @@ class TTTClient:
             time.sleep(0.1)
             return
         self._trouble = self._trouble if self._trouble in (DENIED, NO_KEYS) else ""
-        self._socket = connected(self._context, self._endpoint, "client", name=self._name, key_file=self.key_file)
+        self._socket = connected(self._context, self._endpoint, "client", key_file=self.key_file)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
         self._looked_at = -math.inf
 
-    def _greet(self, server_id: str) -> None:
-        """A ping was answered: by the server that we look for, or by another one that has its port now."""
+    def _greet(self, server_id: str, *, missed: bool) -> None:
+        """A ping was answered: by the server that we look for, or by another one that has its port now. What is open is
+        sent again to a server that is new, or threw replies away because they were not read in time."""
         expected = self._endpoint.server_id if self._endpoint else ""
         if expected and server_id != expected:
             self._lost_at = self._lost_at or time.monotonic()
             self._trouble = f"the server there is {server_id}, the endpoint file names {expected}"
-        elif self._lost_at is not None or server_id != self.server_id:
+        elif self._lost_at is not None or server_id != self.server_id or missed:
             self._lost_at, self._trouble, self.server_id = None, "", server_id
             for message in self._open.values():
                 message.due_at = 0.0 if message.repeat else message.due_at

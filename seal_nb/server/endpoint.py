@@ -1,9 +1,11 @@
-"""Where a server is, and who may connect: the endpoint file, and CURVE keys if other machines can reach the server.
+"""Where a server is, and who may connect: the endpoint file, and CURVE keys.
 
-Keys are made on first use in `keys/` of the run folder, readable by their owner only: one pair each for the server, its
-clients and its workers. Only the public keys in `allowed_clients/` and `allowed_workers/` may connect.
+Workers always need keys, clients where other machines can reach the server. Keys are made on first use in `keys/` of
+the run folder, readable by their owner only: one pair each for the server, its clients and its workers. Only the public
+keys in `allowed_clients/` and `allowed_workers/` may connect.
 """
 
+import hashlib
 import ipaddress
 import logging
 import os
@@ -22,13 +24,14 @@ import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import DataError, SettingsError, keep_secret
 from seal_nb.protocol import PROTOCOL_VERSION
-from seal_nb.storage import read_json, runs_folder
+from seal_nb.storage import lock, read_json, runs_folder
 
 log = logging.getLogger(__name__)
 
 LOUD = 100  # log lines before they become rare
+KEYS_WAIT_S = 10.0
 Role = Literal["client", "worker"]
 Socket = zmq.Socket[bytes]
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.%a-z]+\]|[^:/\[\]]+):(?P<port>\d{1,5}|\*)$")
@@ -46,7 +49,8 @@ class Endpoint:
     job_id: str = ""  # of SLURM
     started_at: str = ""  # ISO 8601, UTC; for people only, no decision depends on it
     server_id: str = ""
-    public_key: str = ""  # empty if no keys are used: on loopback, and for an address
+    public_key: str = ""  # of the server, for clients; empty if they need no keys: on loopback, and for an address
+    worker_key: str = ""  # of the server, for workers
     run_dir: str = ""
     node: str = ""  # the machine
     protocol_version: str = PROTOCOL_VERSION
@@ -102,57 +106,76 @@ def this_node() -> str:
 
 
 def connected(
-    context: "zmq.Context[Socket]", endpoint: Endpoint, role: Role, *, name: bytes, key_file: str | Path | None = None
+    context: "zmq.Context[Socket]",
+    endpoint: Endpoint,
+    role: Role,
+    *,
+    name: bytes = b"",
+    key_file: str | Path | None = None,
 ) -> Socket:
-    """A DEALER to the server, with keys if the server needs them; without `key_file` those in its run folder. A peer
+    """A DEALER to the server, with keys if the server needs them; without `key_file` those in its run folder. A worker
     that connects again under its `name` gets the messages to its earlier connection."""
-    address = endpoint.endpoint if role == "client" else endpoint.worker_endpoint
+    at_clients, at_workers = (endpoint.endpoint, endpoint.public_key), (endpoint.worker_endpoint, endpoint.worker_key)
+    address, server_key = at_clients if role == "client" else at_workers
     socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.ROUTING_ID, name)
+    if name:
+        socket.setsockopt(zmq.ROUTING_ID, name)
     socket.linger = 0
     socket.sndhwm = 0  # a send never blocks; the client's window limits what is open
     socket.ipv6 = "[" in address
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
-    if endpoint.public_key:
+    if server_key:
         pair = load_pair(Path(key_file or Path(endpoint.run_dir) / "keys" / f"{role}.key_secret"))
         socket.curve_publickey, socket.curve_secretkey = pair
-        socket.curve_serverkey = endpoint.public_key.encode()
+        socket.curve_serverkey = server_key.encode()
     socket.connect(address)
     return socket
 
 
 def make_keys(folder: Path) -> None:
-    """Make the missing key pairs. Those of clients and workers may connect; a lost list of them is made again."""
+    """Make the missing key pairs. Those of clients and workers may connect; a lost list of them is made again.
+    Raises: SettingsError if others may write to the folder, RunMismatch if another server makes keys in it."""
     if not zmq.has("curve"):
-        raise SettingsError("this ZMQ has no CURVE; bind to 127.0.0.1, or install pyzmq from its wheel")
+        raise SettingsError("this ZMQ has no CURVE; install pyzmq from its wheel")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("server", "client", "worker"):
-        with TemporaryDirectory(dir=folder) as private:  # no secret is ever readable by others; nothing is incomplete
-            if not (folder / f"{name}.key_secret").exists():
-                for path in map(Path, zmq.auth.create_certificates(private, name)):
-                    path.chmod(0o600)
-                    path.rename(folder / path.name)
-            allowed = folder / f"allowed_{name}s"
-            if name != "server" and not allowed.exists():
-                listed = Path(private) / allowed.name
-                listed.mkdir(mode=0o700)
-                shutil.copy(folder / f"{name}.key", listed)
-                listed.rename(allowed)
+    _check_private(folder, "700")
+    with lock(folder / ".lock", of=folder, wait_s=KEYS_WAIT_S):
+        for name in ("server", "client", "worker"):
+            with TemporaryDirectory(dir=folder) as private:  # no secret is ever readable by others
+                if not (folder / f"{name}.key_secret").exists():
+                    public, secret = map(Path, zmq.auth.create_certificates(private, name))
+                    secret.chmod(0o600)
+                    public.rename(folder / public.name)  # first: where the secret is, the pair is complete
+                    secret.rename(folder / secret.name)
+                allowed = folder / f"allowed_{name}s"
+                if name != "server" and not allowed.exists():
+                    listed = Path(private) / allowed.name
+                    listed.mkdir(mode=0o700)
+                    shutil.copy(folder / f"{name}.key", listed)
+                    listed.rename(allowed)
+
+
+def _check_private(path: Path, mode: str) -> None:
+    """Raises SettingsError if another user has rights to a file or folder, or owns the folder."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid not in (os.geteuid(), 0):
+        raise SettingsError(f"{path} belongs to another user; give a run_dir of your own")
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        remedy = f"chmod {mode} {path}, and make new keys if others may have seen or changed them"
+        raise SettingsError(f"{path} may be read or changed by others (mode {stat.S_IMODE(found.st_mode):o}); {remedy}")
 
 
 def load_pair(path: Path) -> tuple[bytes, bytes]:
     """Public and secret key (Z85 text). Raises SettingsError for a file that is missing, broken, or open to others."""
     try:
-        mode = path.stat().st_mode
         public, secret = zmq.auth.load_certificate(path)
     except (OSError, ValueError) as error:
         remedy = "ask the owner of the server for a key pair, or take the one in keys/ of its run folder"
         raise SettingsError(f"no key in {path} ({error}); {remedy}") from error
     if secret is None:
         raise SettingsError(f"{path} holds no secret key; give the .key_secret file")
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        remedy = f"chmod 600 {path}, or make new keys if others may have read them"
-        raise SettingsError(f"{path} may be read by others (mode {stat.S_IMODE(mode):o}); {remedy}")
+    _check_private(path, "600")
+    keep_secret(secret.decode(errors="replace"))
     return public, secret
 
 
@@ -175,6 +198,7 @@ class KeyCheck(ThreadAuthenticator):
         make_keys(folder)
         self.folder, self.n_denied = folder, 0
         self.pair = load_pair(folder / "server.key_secret")
+        self._owner = load_pair(folder / "client.key_secret")[0].decode()
         self._monitors: dict[str, Socket] = {}
         self._address = ""
         self.start()
@@ -188,9 +212,16 @@ class KeyCheck(ThreadAuthenticator):
         events = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         self._monitors[role] = socket.get_monitor_socket(events)
 
+    def guest(self, key: str) -> str:
+        """A short name for a client's public key; empty for the owner's, the one of the run folder."""
+        return "" if key == self._owner else hashlib.sha256(key.encode()).hexdigest()[:16]
+
     async def handle_zap_message(self, msg: list[bytes]) -> None:
         self._address = msg[3].decode(errors="replace")
-        await super().handle_zap_message(msg)
+        try:
+            await super().handle_zap_message(msg)
+        except Exception as error:  # noqa: BLE001 - this thread must go on, or nobody can connect any more
+            log.error("a key could not be checked: %s: %s", type(error).__name__, error)
 
     def callback(self, role: str, key: bytes) -> bool:
         """Whether this public key may connect. It is called in the thread of the authenticator."""

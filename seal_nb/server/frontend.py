@@ -5,29 +5,46 @@ time. It logs no content of requests. A client or a worker that leaves, sends ru
 """
 
 import contextlib
-import json
 import logging
 import os
 import socket as sockets
 import time
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import zmq
+from pydantic_core import to_json
 
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
-from seal_nb.protocol import PROTOCOL_VERSION, Command, ServerStatus, WorkerStatus, parse_request, read_json
+from seal_nb.protocol import (
+    MAX_ERROR,
+    PROTOCOL_VERSION,
+    Command,
+    ServerStatus,
+    WorkerStatus,
+    check_values,
+    parse_request,
+    read_json,
+)
 from seal_nb.server.endpoint import LOUD, KeyCheck, Socket
 from seal_nb.server.queue import Envelope, Worker
-from seal_nb.server.requests import Cancelled, RequestTable, ServerStopping, WorkerLost
+from seal_nb.server.requests import QueueFull, RequestTable, ServerStopping, WorkerLost
 from seal_nb.server.worker import pack, rss_bytes, unpack
-from seal_nb.storage import forget_adapters
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
-BURST = 200  # messages of one socket before the other socket's turn
+TURN_S = 0.1  # for the messages of one socket before the other socket's turn
 MAX_FRAMES = 8
+DISCARDED_AT_ONCE = 10_000  # frames
+MAX_ROUTE_BYTES = 1_000  # of the frames before a message; they are kept until it is answered
+LARGE_BYTES = 2**17  # a message of this size waits for smaller ones
+SMALL_REPLY_BYTES = 2**13  # of these, ZMQ keeps at most `sndhwm` for a client
+MAX_UNREAD_CLIENTS = 8  # that may have as many unread bytes as one client may
+MAX_NAMES = 10_000  # of connections, before those where nobody waits are forgotten
+MAX_HEADER_BYTES = 2**22  # of a worker's message
+MAX_SLOTS = 100_000  # of a worker
 HERE = sockets.gethostname()
 
 
@@ -35,22 +52,60 @@ class InternalError(SealError, RuntimeError):
     """A fault of the server. The message names it; the server goes on."""
 
 
+class Inbox:
+    """The messages of a ROUTER, of each at most MAX_FRAMES frames. The rest of one is thrown away in parts, so that the
+    loop goes on."""
+
+    def __init__(self, socket: Socket) -> None:
+        self.socket, self._has_rest = socket, False
+
+    def receive(self) -> tuple[list[bytes], zmq.Frame] | None:
+        """The frames of the next message, and the first one with what ZMQ knows of its sender. Raises zmq.Again."""
+        if self._has_rest:
+            for _ in range(DISCARDED_AT_ONCE):
+                self.socket.recv(zmq.NOBLOCK)
+                if not self.socket.rcvmore:
+                    self._has_rest = False
+                    break
+            return None
+        first = self.socket.recv(zmq.NOBLOCK, copy=False)
+        frames = [first.bytes]
+        while (more := self.socket.rcvmore) and len(frames) <= MAX_FRAMES:
+            frames.append(self.socket.recv(zmq.NOBLOCK))
+        self._has_rest = bool(more)
+        return frames, first
+
+
 class Workers:
     """The workers as the front end sees them: introductions, heartbeats, results, losses."""
 
     def __init__(self, socket: Socket, table: RequestTable, ask_to_stop: Callable[..., None]) -> None:
         self.socket, self.table, self.queue, self.meter = socket, table, table.queue, table.meter
+        self.inbox = Inbox(socket)
         self.ask_to_stop = ask_to_stop
         self.last_loss = ""
+        self.read_up_at = 0.0  # all that workers had sent until then is read
         self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
         self._handlers: dict[str, Callable[..., None]] = {
             "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result, "failed": self._on_failed,
             "leaving": lambda identity, _: self.lose(identity, "it left as planned", planned=True),
         }  # fmt: skip
 
-    def receive(self, frames: list[bytes]) -> None:
-        """Handle one message of a worker; the fields of its header are arguments of the handler."""
+    def receive(self) -> bool:
+        """Handle what has arrived. False if there may be more."""
+        until = time.monotonic() + TURN_S
+        with contextlib.suppress(zmq.Again):
+            while time.monotonic() < until:
+                if (received := self.inbox.receive()) is not None:
+                    self._handle(received[0])
+            return False
+        return True
+
+    def _handle(self, frames: list[bytes]) -> None:
+        """One message of a worker; the fields of its header are arguments of the handler."""
         try:
+            if len(frames[2]) > MAX_HEADER_BYTES:
+                raise ProtocolError(f"its header has more than {MAX_HEADER_BYTES} bytes")
             kind, header, body = unpack(frames[1:])
             self._handlers[kind](frames[0], body, **header)
         except Exception as error:
@@ -63,22 +118,27 @@ class Workers:
         """Send each request that can start now to its worker."""
         for request in self.queue.assignments(time.monotonic()):
             assert request.worker is not None
-            header: dict[str, Any] = {"key": request.key, "seed": request.seed, "token": request.token}
-            header["queue_s"] = round(request.assigned_at - request.submitted_at, 6)
-            self.tell(request.worker, pack("job", request.message, **header, server_id=self.table.server_id))
+            names = {"key": request.key, "request_id": request.request_id, "token": request.token}
+            queue_s = round(request.assigned_at - request.submitted_at, 6)
+            header = {**names, "seed": request.seed, "queue_s": queue_s, "server_id": self.table.server_id}
+            self.tell(request.worker, pack("job", request.message, **header))
 
     def check_leases(self, now: float) -> None:
-        for identity in self.queue.expired(now):
+        # A heartbeat may be among what waits, but a worker that sends without end must not keep the others.
+        judged_at = max(min(now, self.read_up_at), now - self.table.settings.lease_s)
+        for identity in self.queue.expired(judged_at):
             self.lose(identity, f"silent for more than {self.table.settings.lease_s:g} s")
-        for identity, why in self.queue.stuck(now).items():
+        for identity, why in self.queue.stuck(judged_at).items():
             self.tell(identity, pack("abort", why=why))  # it still sends heartbeats, so it can end itself
             self.lose(identity, why)
 
-    def lose(self, identity: bytes, why: str, *, planned: bool = False) -> None:
-        """A worker is gone; its lease need not run out. Its requests go to others."""
+    def lose(self, identity: bytes, why: str, *, planned: bool = False, error: str = "") -> None:
+        """A worker is gone; its lease need not run out. Its requests go to others. Its `error` may have text of them,
+        so it is told only to the client of a request that the worker had alone."""
         if identity not in self.queue.workers:
             return
         name, self.last_loss = self.queue.workers[identity].about["worker_id"], why
+        cause = error if error and len(self.queue.workers[identity].requests) == 1 else why
         n_requeued, given_up = self.queue.lose(identity, planned=planned)
         log.warning("worker %s %s; %d requests wait again", name, "leaves" if planned else "is lost", n_requeued)
         log.debug("because: %s", why)
@@ -86,7 +146,7 @@ class Workers:
         self.meter.counts["requeued"] += n_requeued
         for request in given_up:
             log.warning("a request is given up: it lost its worker %d times", request.tries)
-            what = f"request {request.key!r} lost its worker {request.tries} times (the last: {why})"
+            what = f"request {request.request_id!r} lost its worker {request.tries} times (the last: {cause})"
             remedy = "look at the server's log, make the request smaller, or send it again"
             self.table.fail(request, WorkerLost(f"{what}; {remedy}"))
 
@@ -116,9 +176,13 @@ class Workers:
 
     def _on_ready(self, identity: bytes, _: bytes, *, session: int, capacity: int, **others: Any) -> None:
         about = {name: others[name] for name in ("worker_id", "host", "pid", "model_id")}
+        # Wrong types would spoil each reply to `status`, and hidden characters the log.
+        WorkerStatus(**about, n_running=0, capacity=(capacity := _slots(capacity)), silent_s=0.0)
+        if not all(str(value).isprintable() and len(str(value)) < MAX_ROUTE_BYTES for value in about.values()):
+            raise ProtocolError("its name is not printable, or long")
         now, known = time.monotonic(), self.queue.workers.get(identity)
         if known is None or known.session != session:
-            worker = Worker(capacity=int(capacity), seen_at=now, stepped_at=now, session=session, about=about)
+            worker = Worker(capacity=capacity, seen_at=now, stepped_at=now, session=session, about=about)
             try:
                 self.table.set_model(about["model_id"])
             except RunMismatch as error:
@@ -134,13 +198,16 @@ class Workers:
     def _on_beat(
         self, identity: bytes, _: bytes, *, lease: int, capacity: int, steps: int, stats: dict[str, Any]
     ) -> None:
-        alive = self.queue.beat(identity, lease=lease, capacity=int(capacity), steps=int(steps), now=time.monotonic())
+        now = time.monotonic()
+        alive = self.queue.beat(identity, lease=lease, capacity=_slots(capacity), steps=int(steps), now=now)
         if alive:
+            to_json(stats, inf_nan_mode="null")  # what cannot be written would spoil each reply to `status`
             self.queue.workers[identity].stats = dict(stats)
         self.tell(identity, pack("beat" if alive else "expired", lease=lease))
 
     def _on_result(self, identity: bytes, body: bytes, *, token: str, error: str, tokens: int) -> None:
-        error, tokens = str(error), int(tokens)
+        error = error and (error if error.isidentifier() and error.isascii() and len(error) <= 60 else "Error")
+        tokens = min(max(0, int(tokens)), 2**40)
         if (request := self.queue.finish(identity, token)) is not None:
             self.table.deliver(request, body, error=error, tokens=tokens)
         else:
@@ -148,18 +215,99 @@ class Workers:
             log.info("a result of a try that is not current was dropped")
 
     def _on_failed(self, identity: bytes, _: bytes, *, pid: int, error: str, traceback: str) -> None:
-        self.failures[int(pid)] = error = str(error)
+        error = str(error)[:MAX_ERROR]
+        if len(self.failures) < MAX_NAMES:
+            self.failures[int(pid)] = error
         # While a worker loads, its errors cannot contain text of requests.
-        log.error("a worker failed: %s", error if identity not in self.queue.workers else error.partition(":")[0])
+        why = error if identity not in self.queue.workers else error.partition(":")[0]
+        log.error("a worker failed: %s", why)
         log.debug("its error: %s\n%s", error, traceback)
-        self.lose(identity, error)
+        self.lose(identity, why, error=error)
+
+
+def _slots(capacity: int) -> int:
+    return min(max(0, int(capacity)), MAX_SLOTS)
+
+
+class Clients:
+    """The socket of the clients: whose a message is, and what each of them has not read yet."""
+
+    def __init__(self, socket: Socket, keys: KeyCheck, *, need_keys: bool, max_unread_bytes: int) -> None:
+        self.socket, self.keys, self.need_keys, self.max_unread_bytes = socket, keys, need_keys, max_unread_bytes
+        socket.copy_threshold = SMALL_REPLY_BYTES  # ZMQ tells when it has sent a larger one
+        self._unread: dict[bytes, deque[tuple[zmq.MessageTracker, int]]] = {}
+        self._inbox = Inbox(socket)
+        self._key_of: dict[bytes, str] = {}  # by name of a connection, the key that first used it
+        self._not_theirs: set[bytes] = set()  # names that another key uses now
+        self.n_wrong = 0
+        self.missed: set[bytes] = set()  # names of those who did not get a reply; the next ping tells them
+
+    def receive(self) -> tuple[list[bytes], str | None] | None:
+        """The frames of a message and the guest whose it is (see `RequestTable`). None: it is dropped, because the name
+        of its connection is that of another key. Raises zmq.Again."""
+        if (received := self._inbox.receive()) is None:
+            return None
+        frames, first = received
+        if not self.need_keys:
+            return frames, None
+        name, key = frames[0], str(first.get("User-Id"))
+        if self._key_of.setdefault(name, key) != key:
+            self._not_theirs.add(name)  # nothing is sent there until the first one is back
+            self.n_wrong += 1
+            if self.n_wrong <= LOUD:
+                log.warning("a client used the name of another client's connection")
+            return None
+        self._not_theirs.discard(name)
+        return frames, self.keys.guest(key)
+
+    def send(self, envelope: Envelope, reply: bytes) -> None:
+        """Raises zmq.ZMQError for a client that is gone, or does not read."""
+        name = envelope[0]
+        if name in self._not_theirs:
+            raise zmq.Again
+        if len(reply) > SMALL_REPLY_BYTES and self._is_full(name, len(reply)):
+            self.missed.add(name)
+            raise zmq.Again
+        sent = self.socket.send_multipart([*envelope, reply], zmq.NOBLOCK, copy=False, track=True)
+        if sent is not None and not sent.done:
+            self._unread.setdefault(self._holder(name), deque()).append((sent, len(reply)))
+
+    def _is_full(self, name: bytes, n_bytes: int = 0) -> bool:
+        """Whether so many bytes more are too much for a client."""
+        unread = self._unread.get(self._holder(name), deque())
+        while unread and unread[0][0].done:
+            unread.popleft()
+        if not unread:
+            return False  # one reply of any size
+        in_all = self._sum_of(self._unread.values()) > MAX_UNREAD_CLIENTS * self.max_unread_bytes
+        return in_all or self._sum_of([unread]) + n_bytes > self.max_unread_bytes
+
+    def _holder(self, name: bytes) -> bytes:
+        """Whose bytes those of a connection are: its key's, or without keys its own."""
+        return self._key_of.get(name, "").encode() or name
+
+    @staticmethod
+    def _sum_of(queues: Iterable[deque[tuple[zmq.MessageTracker, int]]]) -> int:
+        return sum(size for unread in queues for sent, size in unread if not sent.done)
+
+    def tidy(self, waiting: Callable[[], set[bytes]]) -> None:
+        """Forget connections that are gone. `waiting`: the names of those at which somebody waits."""
+        self._unread = {name: unread for name, unread in self._unread.items() if self._sum_of([unread])}
+        while len(self.missed) > MAX_NAMES:
+            self.missed.pop()
+        if len(self._key_of) > MAX_NAMES:
+            names = waiting()
+            self._key_of = {name: key for name, key in self._key_of.items() if name in names}
+            self._not_theirs &= names
 
 
 class FrontEnd:
     """Clients, and the one loop in which everything happens."""
 
-    def __init__(self, table: RequestTable, clients: Socket, workers: Socket, keys: KeyCheck | None) -> None:
-        self.table, self.clients, self.keys = table, clients, keys
+    def __init__(self, table: RequestTable, clients: Clients, workers: Socket) -> None:
+        self.table, self.clients = table, clients
+        self._large: OrderedDict[bytes, deque[tuple[list[bytes], str | None]]] = OrderedDict()  # by connection
+        self._large_bytes = 0
         self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
         table.send = self._send
         self.workers = Workers(workers, table, self.ask_to_stop)
@@ -169,19 +317,49 @@ class FrontEnd:
 
     def run(self, watch: Callable[[float], None]) -> None:
         """Serve until told to stop. `watch` is called at every tick (worker processes, endpoint file, parent)."""
-        sources = {self.clients: self._on_client, self.workers.socket: self.workers.receive}
         next_tick = 0.0
         while self.drain_until is None or (self.queue.requests and time.monotonic() <= self.drain_until):
-            for socket in zmq.select([*sources], [], [], TICK_S)[0]:
-                with contextlib.suppress(zmq.Again):
-                    for _ in range(BURST):
-                        sources[socket](socket.recv_multipart(zmq.NOBLOCK))
+            looked_at = time.monotonic()  # before the wait, in which the whole process may be stopped
+            zmq.select([self.clients.socket, self.workers.socket], [], [], 0 if self._large else TICK_S)
+            if self.workers.receive():
+                self.workers.read_up_at = looked_at
+            self.table.save()  # before a client asks for one of these results
+            self._receive()
+            if self._large:
+                self._receive_large()
             self.workers.dispatch()
             if (now := time.monotonic()) >= next_tick:
                 next_tick = now + TICK_S
-                watch(now)
-                self._tick(now)
+                try:
+                    watch(now)
+                    self._tick(now)
+                except OSError as error:  # as without free file descriptors; the next tick tries again
+                    log.error("a fault of the front end: %s", error)
+        while self._large:
+            self._receive_large()
         self._turn_away()
+
+    def _receive(self) -> None:
+        """Handle what clients have sent, but for large messages."""
+        until = time.monotonic() + TURN_S
+        with contextlib.suppress(zmq.Again):
+            while time.monotonic() < until:
+                if (received := self.clients.receive()) is None:
+                    self.meter.counts["dropped"] += 1
+                elif len(received[0][-1]) < LARGE_BYTES or self._large_bytes > self.settings.max_queued_bytes:
+                    self._on_client(*received)
+                else:
+                    self._large.setdefault(received[0][0], deque()).append(received)
+                    self._large_bytes += len(received[0][-1])
+
+    def _receive_large(self) -> None:
+        """Handle one large message, so that nobody waits for more than one of them. Connections take turns."""
+        name, messages = self._large.popitem(last=False)
+        frames, guest = messages.popleft()
+        if messages:
+            self._large[name] = messages
+        self._large_bytes -= len(frames[-1])
+        self._on_client(frames, guest)
 
     def ask_to_stop(self, why: str, *, for_good: bool = True, exit_code: int = 0) -> None:
         """Drain from the next tick on. Safe in a signal handler. Not `for_good`: another server will follow (a requeued
@@ -209,13 +387,13 @@ class FrontEnd:
             n_unsaved=len(table.results.unsaved),
             queued_bytes=queue.waiting_bytes,
             rss_bytes=rss_bytes(),
-            counts=dict(self.meter.counts) | ({"denied": self.keys.n_denied} if self.keys else {}),
+            counts=dict(self.meter.counts) | {"denied": self.clients.keys.n_denied},
             workers=self.workers.status(now),
             trouble="; ".join(filter(None, troubles)),
             **self.meter.rates(now),
         )
 
-    def _on_client(self, frames: list[bytes]) -> None:
+    def _on_client(self, frames: list[bytes], guest: str | None) -> None:
         *route, message = frames
         envelope: Envelope = tuple(route)
         fields: dict[str, Any] = {}
@@ -225,14 +403,20 @@ class FrontEnd:
                 raise ProtocolError(f"a message is one frame of JSON, this one has {len(frames) - 1} frames")
             if len(message) > (most := self.settings.max_message_bytes):
                 raise ProtocolError(f"the message has {len(message)} bytes, {most} are the most; send less at once")
+            if sum(map(len, route)) > MAX_ROUTE_BYTES:
+                envelope = (frames[0], b"")
+                raise ProtocolError(f"the frames before the message have more than {MAX_ROUTE_BYTES} bytes")
+            if len(message) >= LARGE_BYTES and self._large_bytes > self.settings.max_queued_bytes:
+                raise QueueFull(f"{self._large_bytes} bytes of large messages wait; send it again later")
+            check_values(message)
             fields = read_json(message)
             request = parse_request(fields)
             if not isinstance(request, Command) or request.cmd in ("cancel", "forget"):
                 self._client_seen_at = time.monotonic()  # looking at the server does not keep it running
             if isinstance(request, Command):
-                self._send(envelope, self._obey(request))
+                self._send(envelope, self._obey(request, envelope, guest))
             else:
-                self.table.accept(request, message, envelope, time.monotonic())
+                self.table.accept(request, message, envelope, time.monotonic(), guest=guest)
         except SealError as error:
             self._refuse(envelope, error, fields.get("request_id"))
         except Exception as error:
@@ -240,26 +424,32 @@ class FrontEnd:
             log.debug("the fault", exc_info=True)
             self._refuse(envelope, InternalError(f"{type(error).__name__}: {error}"), None)
 
-    def _obey(self, command: Command) -> bytes:
+    def _obey(self, command: Command, envelope: Envelope, guest: str | None) -> bytes:
         reply: dict[str, Any] = {"status": "ok"}
         if command.cmd == "shutdown":
+            if guest:
+                raise ProtocolError("field 'cmd' is 'shutdown': only the owner's key may end the server", field="cmd")
             self.ask_to_stop("a client sent shutdown")
             return b'{"status": "bye"}'  # exactly as published
         if command.cmd == "status":
             reply |= self.status().model_dump()
         elif command.cmd == "ping":
             reply["status"] = "alive"
+            if envelope[0] in self.clients.missed:
+                self.clients.missed.remove(envelope[0])
+                reply["missed"] = True  # replies that it did not read in time; it should ask again
         elif command.cmd == "forget":
-            reply["forgotten"] = forget_adapters(self.settings.run_dir / "adapters", command.adapter_names)
+            reply["forgotten"] = self.table.forget(command.adapter_names, guest)
         elif command.request_id is None:
             raise ProtocolError("field 'request_id' is missing; send the id to cancel", field="request_id")
         else:
-            key = command.request_id
-            request = self.table.cancel(key, Cancelled(f"request {key!r} was cancelled; send it again to run it"))
-            if request is not None and request.worker is not None:
+            key = self.table.key_of(command.request_id, guest) or ""
+            request = self.table.withdraw(key, envelope)
+            if request is not None and request.worker is not None and key not in self.queue.requests:
                 self.workers.tell(request.worker, pack("cancel", key=key))
-            reply = {"status": "unknown" if request is None else "cancelled", "request_id": key}
-        return json.dumps({**reply, "server_id": self.table.server_id, "protocol_version": PROTOCOL_VERSION}).encode()
+            reply = {"status": "unknown" if request is None else "cancelled", "request_id": command.request_id}
+        known = {"server_id": self.table.server_id, "protocol_version": PROTOCOL_VERSION}
+        return to_json(reply | known, inf_nan_mode="null")
 
     def _refuse(self, envelope: Envelope, error: SealError, request_id: object) -> None:
         self.meter.counts["refused"] += 1
@@ -273,7 +463,7 @@ class FrontEnd:
     def _send(self, envelope: Envelope, reply: bytes) -> None:
         """Send to a client. One that is gone, or reads so slowly that its pipe is full, loses this message."""
         try:
-            self.clients.send_multipart([*envelope, reply], zmq.NOBLOCK)
+            self.clients.send(envelope, reply)
         except zmq.ZMQError as error:
             self.meter.counts["undelivered"] += 1
             log.debug("a reply found no client: %s", error)
@@ -281,8 +471,8 @@ class FrontEnd:
     def _tick(self, now: float) -> None:
         self.workers.check_leases(now)
         self.table.save()
-        if self.keys:
-            self.keys.look()
+        self.clients.keys.look()
+        self.clients.tidy(lambda: {one[0] for request in self.queue.requests.values() for one in request.waiters})
         if self.queue.requests or (self.settings.n_workers > 0 and not self.table.model_id):
             self._client_seen_at = now  # clients wait for work in progress, and for the model to load
         idle_s = now - self._client_seen_at

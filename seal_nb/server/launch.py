@@ -135,11 +135,11 @@ def status_rows(status: ServerStatus) -> list[tuple[str, str]]:
 
 
 def _worker_line(worker: WorkerStatus) -> str:
-    gpu_bytes, peak_bytes = (worker.stats.get(name, 0) for name in ("gpu_bytes", "gpu_peak_bytes"))
+    gpu_bytes, peak_bytes = (worker.number(name) for name in ("gpu_bytes", "gpu_peak_bytes"))
     gpu = f", GPU {gpu_bytes / MIB:.0f} MiB (at most {peak_bytes / MIB:.0f} MiB)" if peak_bytes else ""
     return (
         f"ready on {worker.host} (process {worker.pid}): {worker.n_running}/{worker.capacity} requests, "
-        f"{worker.stats.get('rss_bytes', 0) / MIB:.0f} MiB{gpu}, heard {worker.silent_s:.1f} s ago, "
+        f"{worker.number('rss_bytes') / MIB:.0f} MiB{gpu}, heard {worker.silent_s:.1f} s ago, "
         f"{worker.no_step_s:.0f} s into its current step"
     )
 
@@ -152,12 +152,12 @@ def sample_of(status: ServerStatus, at_s: float) -> Sample:
         "at_s": at_s,
         "queued": status.n_queued,
         "running": status.n_running,
-        "slots_in_use": sum(worker.stats.get("slots_in_use", worker.n_running) for worker in reported),
-        "slots": sum(worker.stats.get("slots", worker.capacity) for worker in reported),
+        "slots_in_use": sum(worker.number("slots_in_use", worker.n_running) for worker in reported),
+        "slots": sum(worker.number("slots", worker.capacity) for worker in reported),
         "jobs_per_min": status.jobs_per_min,
         "tokens_per_s": status.tokens_per_s,
-        "memory_bytes": status.rss_bytes + sum(worker.stats.get("rss_bytes", 0) for worker in reported),
-        "gpu_bytes": sum(worker.stats.get("gpu_bytes", 0) for worker in reported),
+        "memory_bytes": status.rss_bytes + sum(worker.number("rss_bytes") for worker in reported),
+        "gpu_bytes": sum(worker.number("gpu_bytes") for worker in reported),
         **{name: counts[name] for name in ("answered", "failed", "requeued")},
         "workers": len(status.workers),
     }

@@ -4,11 +4,12 @@
 shutdown, idle, another server on the same endpoint file), 1 no worker could start, 2 wrong settings.
 """
 
+import ctypes
 import logging
 import os
+import resource
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -23,16 +24,17 @@ import zmq
 from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
 from seal_nb.server.endpoint import Endpoint, KeyCheck, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
-from seal_nb.server.frontend import FrontEnd
+from seal_nb.server.frontend import Clients, FrontEnd
 from seal_nb.server.launch import look
 from seal_nb.server.requests import RequestTable
-from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command, parse
-from seal_nb.server.worker import pack
+from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command, log_to_stderr, parse
+from seal_nb.server.worker import MAX_REPLY_BYTES, pack
 from seal_nb.storage import write_json
 
 log = logging.getLogger(__name__)
 
-HARD_SIZE_FACTOR = 4  # ZMQ drops messages that exceed the limit by this factor, without a reply
+HARD_SIZE_FACTOR = 2  # ZMQ drops messages that exceed the limit by this factor, without a reply
+HEARTBEAT_S, SILENT_S, HANDSHAKE_S = 30, 300, 5
 FILE_CHECK_S = 1.0
 MAX_EARLY_ENDS = 3
 STEADY_S = 60.0  # a worker that lives so long has started well
@@ -97,13 +99,15 @@ class Server:
         self._checked_at = 0.0
         takes_over = refuse_second_server(settings.endpoint_path)
         settings.run_dir.mkdir(parents=True, exist_ok=True)
+        # ZMQ numbers anonymous connections from `rand()` on, and aborts if a peer has the next number as its name.
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4)))
         self.context: zmq.Context[Socket] = zmq.Context()
         stack.callback(self.context.destroy, linger=2000)  # so that the last replies are sent
         worker_address = settings.worker_endpoint or f"tcp://{split_tcp(settings.endpoint)[0]}:0"
         local = all(is_loopback(split_tcp(address)[0]) for address in (settings.endpoint, worker_address))
-        self.keys = None if local else KeyCheck(self.context, settings.run_dir / "keys")
-        if self.keys:
-            stack.callback(self.keys.stop)
+        self.clients_need_keys = settings.client_keys or not local
+        self.keys = KeyCheck(self.context, settings.run_dir / "keys")
+        stack.callback(self.keys.stop)
         clients, address = self._bound(settings.endpoint, "client")
         workers, worker_address = self._bound(worker_address, "worker")
         self.endpoint = self._endpoint(address, worker_address)
@@ -113,7 +117,9 @@ class Server:
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
         table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
         stack.callback(table.close)
-        self.front = FrontEnd(table, clients, workers, self.keys)
+        need_keys, max_unread_bytes = self.clients_need_keys, settings.max_unread_bytes
+        waiting = Clients(clients, self.keys, need_keys=need_keys, max_unread_bytes=max_unread_bytes)
+        self.front = FrontEnd(table, waiting, workers)
         self.local_workers = [LocalWorker(settings, index, self._exited) for index in range(settings.n_workers)]
         stack.callback(self._end_workers)
 
@@ -142,15 +148,20 @@ class Server:
         """A socket, and the address at which others reach it."""
         socket = self.context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a peer that connects again takes over its identity
         if role == "client":
             socket.setsockopt(zmq.MAXMSGSIZE, HARD_SIZE_FACTOR * self.settings.max_message_bytes)
-            socket.rcvhwm = 100
+            socket.rcvhwm = 10  # of any size
             socket.sndhwm = 2 * DEFAULT_WINDOW  # replies that a client has not read yet
+            # The connection of a client that reads nothing at all ends, and with it what waits there.
+            socket.setsockopt(zmq.HEARTBEAT_IVL, 1000 * HEARTBEAT_S)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 1000 * SILENT_S)
         else:
-            socket.sndhwm = socket.rcvhwm = 0
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again takes over its identity
+            socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_REPLY_BYTES)
+            socket.sndhwm, socket.rcvhwm = 0, 1000
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 1000 * HANDSHAKE_S)
         socket.ipv6 = "[" in address
-        if self.keys:
+        if role == "worker" or self.clients_need_keys:
             self.keys.guard(socket, role)
         try:
             socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
@@ -171,7 +182,8 @@ class Server:
             job_id=os.environ.get("SLURM_JOB_ID", ""),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             server_id=self.server_id,
-            public_key=self.keys.pair[0].decode() if self.keys else "",
+            public_key=self.keys.pair[0].decode() if self.clients_need_keys else "",
+            worker_key=self.keys.pair[0].decode(),
             run_dir=str(self.settings.run_dir.resolve()),
             node=this_node(),
         )
@@ -239,10 +251,12 @@ def refuse_second_server(path: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m seal_nb.server.main", **defaults: Any) -> int:
     """The server process: settings from the command line, log to standard error. `defaults` replace declared ones."""
-    level, form = os.environ.get("SEAL_NB_LOG_LEVEL", "INFO"), "%(asctime)s server %(levelname)s %(message)s"
-    logging.basicConfig(level=level, stream=sys.stderr, format=form)
+    log_to_stderr("server")
     try:
         settings = parse(ServeSettings, argv, prog=prog, description="Start a TTT server.", **defaults)
+        with suppress(ValueError, OSError):  # each worker and each client is a file
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         with ExitStack() as stack:
             return Server(settings, stack).run()
     except (SealError, OSError) as error:

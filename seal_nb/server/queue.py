@@ -8,7 +8,7 @@ other workers, `max_tries` times at most. The last try runs alone: a request tha
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,11 @@ Envelope = tuple[bytes, ...]  # the routing frames of a reply
 class Request:
     """One request in work: the only record of it in the front end."""
 
-    key: str  # its id, or a name given by the server
+    key: str  # see requests.RequestTable
+    request_id: str | None = None  # given by the client
     client: bytes
     message: bytes  # as the client sent it
     content: str = ""  # hash, see requests.content_of
-    has_id: bool = False
     number: int | None = None  # see requests.AnswerCounts; None where the seed does not come from there
     seed: int = 0
     priority: int = 0
@@ -54,6 +54,7 @@ class Worker:
     session: int = 0  # its own count of its starts
     requests: dict[str, Request] = field(default_factory=dict)
     alone: bool = False  # it runs a last try and gets nothing else
+    shelf: int = 0  # see RequestQueue._shelve
     about: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -74,10 +75,8 @@ class RequestQueue:
         self._last_tries: deque[Request] = deque()
         self._numbers = itertools.count(1)
         self._reserved: bytes | None = None  # a worker that is kept free for a last try
-
-    @property
-    def n_running(self) -> int:
-        return sum(len(worker.requests) for worker in self.workers.values())
+        self._shelves: defaultdict[int, dict[bytes, None]] = defaultdict(dict)  # workers with room, by `Worker.free`
+        self.n_running = 0
 
     @property
     def n_waiting(self) -> int:
@@ -107,6 +106,7 @@ class RequestQueue:
     def join(self, identity: bytes, worker: Worker) -> None:
         worker.lease = next(self._numbers)
         self.workers[identity] = worker
+        self._shelve(identity)
 
     def beat(self, identity: bytes, *, lease: int, capacity: int, steps: int, now: float) -> bool:
         """A sign of life. False if the lease is not the current one; the worker then starts again."""
@@ -114,6 +114,7 @@ class RequestQueue:
         if worker is None or worker.lease != lease:
             return False
         worker.seen_at, worker.capacity = now, capacity
+        self._shelve(identity)
         if worker.steps != steps:
             worker.steps, worker.stepped_at = steps, now
         return True
@@ -126,7 +127,7 @@ class RequestQueue:
         stall_s, timeout_s = self.settings.stall_s, self.settings.job_timeout_s
         found = {}
         for identity, worker in self.workers.items():
-            oldest = min((request.assigned_at for request in worker.requests.values()), default=now)
+            oldest = next((request.assigned_at for request in worker.requests.values()), now)
             if worker.requests and 0 < stall_s < now - worker.stepped_at:
                 found[identity] = f"no step of its work for more than {stall_s:g} s"
             elif 0 < timeout_s < now - oldest:
@@ -135,7 +136,9 @@ class RequestQueue:
 
     def lose(self, identity: bytes, *, planned: bool = False) -> tuple[int, list[Request]]:
         """A worker is lost, or leaves as `planned`, which costs no try: how many requests wait again, which never."""
+        self._shelve(identity, gone=True)
         taken, given_up = self.workers.pop(identity).requests, []
+        self.n_running -= len(taken)
         for request in sorted(taken.values(), key=lambda request: request.order):
             request.tries -= planned
             if request.tries < self.settings.max_tries:
@@ -160,14 +163,15 @@ class RequestQueue:
 
     def _assign_last_tries(self, now: float) -> Iterator[Request]:
         self._reserved = None
-        while self._last_tries:
-            idle = [i for i, worker in self.workers.items() if not worker.requests and worker.capacity > 0]
-            if not idle:  # the least busy worker gets nothing new until it is idle
-                busy = [i for i, worker in self.workers.items() if not worker.alone]
-                self._reserved = min(busy, key=lambda i: len(self.workers[i].requests), default=None)
-                return
-            self.workers[idle[0]].alone = True
-            yield self._assign(self._last_tries.popleft(), idle[0], now)
+        if not self._last_tries:
+            return
+        idle = [i for i, worker in self.workers.items() if not worker.requests and worker.capacity > 0]
+        for identity in idle[: len(self._last_tries)]:
+            self.workers[identity].alone = True
+            yield self._assign(self._last_tries.popleft(), identity, now)
+        if self._last_tries:  # the least busy worker gets nothing new until it is idle
+            busy = [i for i, worker in self.workers.items() if not worker.alone]
+            self._reserved = min(busy, key=lambda i: len(self.workers[i].requests), default=None)
 
     def _assign(self, request: Request, identity: bytes, now: float) -> Request:
         worker = self.workers[identity]
@@ -178,14 +182,30 @@ class RequestQueue:
         request.worker, request.assigned_at = identity, now
         request.token = f"{worker.lease}.{next(self._numbers)}"
         worker.requests[request.token] = request
+        self.n_running += 1
+        self._shelve(identity)
         return request
 
     def _freest(self) -> bytes | None:
         share: float = math.inf
         if len(self.workers) < self.settings.n_workers:  # other workers still load: leave them their share
             share = math.ceil(len(self.requests) / self.settings.n_workers)
-        free = [i for i, w in self.workers.items() if w.free > 0 and len(w.requests) < share and i != self._reserved]
-        return max(free, key=lambda i: self.workers[i].free, default=None)
+        by_room = (identity for free in sorted(self._shelves, reverse=True) for identity in self._shelves[free])
+        return next((i for i in by_room if len(self.workers[i].requests) < share and i != self._reserved), None)
+
+    def _shelve(self, identity: bytes, *, gone: bool = False) -> None:
+        """To be called after each change of a worker, so that nobody looks through all workers for the freest one."""
+        worker = self.workers[identity]
+        free = 0 if gone else max(0, worker.free)
+        if free == worker.shelf:
+            return
+        if worker.shelf:
+            del self._shelves[worker.shelf][identity]
+            if not self._shelves[worker.shelf]:
+                del self._shelves[worker.shelf]
+        if free:
+            self._shelves[free][identity] = None
+        worker.shelf = free
 
     def _wait(self, request: Request) -> None:
         self.waiting_bytes += len(request.message)
@@ -203,4 +223,7 @@ class RequestQueue:
 
     def _release(self, identity: bytes, token: str) -> Request:
         self.workers[identity].alone = False
-        return self.workers[identity].requests.pop(token)
+        request = self.workers[identity].requests.pop(token)
+        self.n_running -= 1
+        self._shelve(identity)
+        return request

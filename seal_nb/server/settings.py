@@ -5,14 +5,17 @@ and the server that starts its workers all use them.
 """
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from seal_nb.errors import redacted, visible
 from seal_nb.inner_loop.settings import InnerLoopSettings, ModelSettings
-from seal_nb.settings import Settings, setting
+from seal_nb.settings import Parser, Settings, setting
 from seal_nb.storage import runs_folder
 
 
@@ -33,6 +36,7 @@ class ServeSettings(SharedSettings):
     worker_endpoint: str = setting("", "address for workers; empty: a free port at the host of endpoint")
     advertise_host: str = setting("", "name by which other nodes reach this one; empty: the host name")
     n_workers: int = setting(1, "worker processes on this machine; 0: workers join from elsewhere", least=0)
+    client_keys: bool = setting(False, "true: clients need keys on loopback too, as on machines with other users")
     run_dir: Path = setting(Path("runs/server"), "folder for results, adapters and keys of one server")  # noqa: RUF009
     endpoint_file: Path | None = setting(None, "tells clients where the server is; empty: in run_dir")  # noqa: RUF009
     seed: int = setting(0, "requests without a seed get one that is derived from this", least=0)
@@ -41,10 +45,13 @@ class ServeSettings(SharedSettings):
     stall_s: float = setting(3600.0, "kill a busy worker that makes no step for so many seconds; 0: never", least=0)
     job_timeout_s: float = setting(86_400.0, "kill a worker that needs more seconds for a request; 0: never", least=0)
     max_tries: int = setting(3, "a request is given up after it has lost its worker so many times", least=1)
-    max_message_bytes: int = setting(64 * 2**20, "bytes of one request")
+    max_message_bytes: int = setting(32 * 2**20, "bytes of one request, about 3,000 passages with questions")
     max_queued: int = setting(20_000, "waiting requests of all clients together")
     max_queued_per_client: int = setting(10_000, "waiting requests of one client")
     max_queued_bytes: int = setting(2**30, "bytes of all waiting requests")
+    max_unread_bytes: int = setting(
+        2**26, "bytes of replies that one client has not read; more are thrown away", least=1
+    )
     max_unsaved_bytes: int = setting(2**28, "bytes of results kept in memory while the disk is full")
 
     @property
@@ -64,9 +71,21 @@ class WorkerSettings(SharedSettings, InnerLoopSettings):
 S = TypeVar("S", bound=Settings)
 
 
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(redacted(super().format(record)))
+
+
+def log_to_stderr(who: str) -> None:
+    """The log of a server or worker process, without secrets and hidden characters. Its level: SEAL_NB_LOG_LEVEL."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_SafeFormatter(f"%(asctime)s {who} %(levelname)s %(message)s"))
+    logging.basicConfig(level=os.environ.get("SEAL_NB_LOG_LEVEL", "INFO"), handlers=[handler])
+
+
 def parse(kind: type[S], argv: Sequence[str] | None, *, prog: str, description: str, **defaults: Any) -> S:
     """Settings from a command line with one option for each field; `defaults` replace declared ones."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     readers: dict[Any, Any] = {bool: _truth, Path | None: Path}
     for one in fields(kind):
         default = defaults.get(one.name, one.default)

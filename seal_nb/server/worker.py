@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import zmq
 
-from seal_nb.errors import SealError
+from seal_nb.errors import ProtocolError, SealError, redacted
 from seal_nb.protocol import ErrorReply, Reply, TTTReply, error_reply, parse_request
 from seal_nb.server.endpoint import Socket, connected, read_endpoint, wait_for_endpoint
-from seal_nb.server.settings import WorkerSettings, parse
+from seal_nb.server.settings import WorkerSettings, log_to_stderr, parse
 
 if TYPE_CHECKING:
     from seal_nb.inner_loop.loop import InnerLoop
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.5  # one wait for messages of a worker without work
+MAX_REPLY_BYTES = 2**25  # the front end reads all of it, which must not take a second
 Message = tuple[str, dict[str, Any], bytes]
 
 
@@ -163,7 +164,7 @@ class Link(threading.Thread):
 
 
 class Worker:
-    """The main thread: one inner loop, and the requests it has: the header of each job by request id."""
+    """The main thread: one inner loop, and the requests it has: the header of each job by its key."""
 
     def __init__(self, loop: "InnerLoop", link: Link) -> None:
         self.loop, self.link = loop, link
@@ -226,12 +227,17 @@ class Worker:
         if job is None:
             log.warning("the inner loop answered a request that it does not have; dropped")
             return
-        known: dict[str, Any] = {"server_id": job["server_id"]}
+        ids: dict[str, Any] = {"server_id": job["server_id"], "request_id": job["request_id"]}
+        known = dict(ids)
         if not isinstance(reply, ErrorReply):
             known["timings"] = {**reply.timings, "queue_s": job["queue_s"]}
-        error = reply.error.partition(":")[0] if isinstance(reply, ErrorReply) else ""
         tokens = reply.train_tokens if isinstance(reply, TTTReply) else 0
         body = reply.model_copy(update=known).to_json()
+        if len(body) > MAX_REPLY_BYTES:
+            problem = f"the reply has {len(body)} bytes, {MAX_REPLY_BYTES} are the most"
+            reply = error_reply(ProtocolError(f"{problem}; ask fewer questions, or no token scores"), **ids)
+            body = reply.to_json()
+        error = reply.error.partition(":")[0] if isinstance(reply, ErrorReply) else ""
         self.link.send(pack("result", body, token=job["token"], error=error, tokens=tokens))
 
     def _drop(self, key: str) -> None:
@@ -259,8 +265,7 @@ def gpu_memory() -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; returns its exit code."""
     settings = parse(WorkerSettings, argv, prog="python -m seal_nb.server.worker", description="Run one worker.")
-    level = os.environ.get("SEAL_NB_LOG_LEVEL", "INFO")
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s worker %(levelname)s %(message)s")
+    log_to_stderr("worker")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported
         os.environ[name] = str(settings.n_threads)
     link = Link(settings)
@@ -280,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the front end gives the requests to other workers
         log.error("ending: %s", type(error).__name__)
         log.debug("the error", exc_info=True)
-        text = f"{type(error).__name__}: {error}"
-        link.send(pack("failed", error=text, traceback=traceback.format_exc(), pid=os.getpid()))
+        text, trace = (redacted(one) for one in (f"{type(error).__name__}: {error}", traceback.format_exc()))
+        link.send(pack("failed", error=text, traceback=trace, pid=os.getpid()))
         return 1
     finally:
         link.close()

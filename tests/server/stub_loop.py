@@ -26,6 +26,7 @@ from seal_nb.protocol import (
     build_reply,
     error_reply,
 )
+from seal_nb.storage import write_mark
 
 
 class StubLoop:
@@ -62,6 +63,7 @@ class StubLoop:
         reply = _reply(request)
         if isinstance(request, TTTRequest) and request.adapter_name and isinstance(reply, TTTReply):
             (self.adapters / request.adapter_name).mkdir(parents=True, exist_ok=True)
+            write_mark(self.adapters / request.adapter_name, [])
         return reply
 
     @property

@@ -2,17 +2,22 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
+import time
 from collections import Counter
 
+import psutil
 import pytest
 import zmq
 
 from seal_nb.errors import RemoteError
 from seal_nb.protocol import TTTRequest
 from seal_nb.server.client import TTTClient
+from seal_nb.server.endpoint import connected
 from seal_nb.server.requests import content_of
+from seal_nb.server.worker import pack, unpack
 from seal_nb.storage import derived_seed, read_journal
 from tests.server.conftest import (
     eventually,
@@ -206,3 +211,35 @@ def test_a_client_that_leaves_finds_its_reply_later_and_one_that_does_not_read_c
             eventually(lambda: client.status().counts["from_journal"] == 1_001)
             assert client.status().counts["undelivered"] > 100
             assert client.status().rss_bytes < 200 * 2**20
+
+
+def test_a_front_end_that_was_late_itself_loses_no_worker_whose_heartbeat_waits_to_be_read(start_server):
+    server = start_server(n_workers=0, lease_s=3.0)
+    with zmq.Context() as context, TTTClient(server.endpoint) as client:
+        client.status()
+        workers = [connected(context, server.info, "worker", name=b"w%d" % number) for number in range(450)]
+        about = {"host": "node", "pid": 0, "model_id": "stub", "capacity": 1, "steps": 0, "stats": {}}
+        for number, worker in enumerate(workers):  # more than one burst
+            worker.send_multipart(pack("ready", session=0, worker_id=f"w{number}", **about))
+        leases = [unpack(worker.recv_multipart())[1]["lease"] for worker in workers]
+        os.kill(server.process.pid, signal.SIGSTOP)
+        time.sleep(3.2)
+        for worker, lease in zip(workers, leases, strict=True):
+            worker.send_multipart(pack("beat", lease=lease, capacity=1, steps=1, stats={}))
+        time.sleep(0.3)
+        os.kill(server.process.pid, signal.SIGCONT)
+        status = client.status()
+        assert len(status.workers) == 450 and not status.counts.get("workers_lost")
+        for worker in workers:
+            worker.close(0)
+
+
+def test_a_server_may_open_as_many_files_as_the_system_allows(start_server):
+    """Each worker and each client is one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] - 1, limits[1]))
+    try:
+        server = start_server(n_workers=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE) == (limits[1], limits[1])

@@ -1,10 +1,11 @@
 """The scheduling state machine: turns, priorities, leases, tries; that nothing is ever lost or doubled."""
 
+import math
 import time
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from seal_nb.server.queue import Request, RequestQueue, Worker
 from seal_nb.server.settings import ServeSettings
@@ -131,6 +132,20 @@ def test_a_last_try_runs_alone_and_is_not_starved_by_new_requests():
     assert len(list(queue.assignments(now=0))) == 1  # the other suspect, alone too
 
 
+def test_while_a_last_try_waits_the_least_busy_worker_gets_nothing_until_it_is_idle():
+    queue = queue_of(*[job(f"j{i}") for i in range(5)], workers=3, capacity=4, max_tries=2)
+    started = list(queue.assignments(now=0))
+    lost, busier, least_busy = sorted(queue.workers, key=lambda i: -len(queue.workers[i].requests))
+    queue.lose(lost)
+    for i in range(3):
+        queue.add(job(f"new{i}"))
+    assert [one.worker for one in queue.assignments(now=0)] == [busier] * 2
+    (last,) = [one for one in started if one.worker == least_busy]
+    queue.finish(least_busy, last.token)
+    (alone,) = queue.assignments(now=0)
+    assert alone in started and alone.worker == least_busy and queue.workers[least_busy].alone
+
+
 def test_leaving_in_good_order_costs_no_try():
     queue = queue_of(job("j"), max_tries=1)
     list(queue.assignments(now=0))
@@ -194,13 +209,15 @@ def test_cancelled_requests_leave_nothing_behind_and_a_full_queue_is_emptied_at_
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Whatever happens in whatever order: each request ends once, and nobody has more than their capacity."""
+    """Whatever happens in whatever order: each request ends once, nobody has more than their capacity, and each
+    assignment is the one that looking at all workers and all requests gives."""
 
-    def __init__(self):
-        super().__init__()
-        self.queue = queue_of(workers=0, lease_s=10, max_tries=3)
+    @initialize(n_workers=st.sampled_from([0, 3]))
+    def start(self, n_workers):
+        self.queue = queue_of(workers=0, lease_s=10, max_tries=2, n_workers=n_workers)
         self.now, self.n_jobs, self.n_workers = 0.0, 0, 0
         self.open, self.ended, self.void = set(), [], []
+        self.turns = []  # clients with requests that wait, the one whose turn it is first
 
     @rule(client=st.sampled_from([b"a", b"b", b"c"]), priority=st.integers(-1, 1))
     def add(self, client, priority):
@@ -214,9 +231,60 @@ class AnyHistory(RuleBasedStateMachine):
         join(self.queue, b"w%d" % self.n_workers, capacity=capacity, now=self.now)
         self.n_workers += 1
 
+    @precondition(lambda self: self.queue.workers)
+    @rule(pick=st.randoms(), capacity=st.integers(0, 3))
+    def beat(self, pick, capacity):
+        identity = pick.choice(sorted(self.queue.workers))
+        lease = self.queue.workers[identity].lease
+        assert self.queue.beat(identity, lease=lease, capacity=capacity, steps=0, now=self.now)
+
     @rule()
     def dispatch(self):
-        list(self.queue.assignments(self.now))
+        started, workers = self.queue.assignments(self.now), self.queue.workers
+        busy = {identity: len(worker.requests) for identity, worker in workers.items() if not worker.alone}
+        for one in iter(lambda: self.checked(started), None):
+            assert len(workers[one.worker].requests) <= workers[one.worker].capacity
+        if self.last_tries():  # those that began to wait for the least busy worker, while none was idle
+            assert all(busy.get(self.queue._reserved, 9) <= n for n in busy.values() if n)
+
+    def last_tries(self):
+        return [one for one in self.queue.requests.values() if one.worker is None and one.tries == 1]
+
+    def waiting(self, client):
+        ranked = sorted((-one.priority, one.order, one.key) for one in self.queue.requests.values()
+                        if one.client == client and one.worker is None and one.tries < 1)  # fmt: skip
+        return [key for *_, key in ranked]
+
+    def checked(self, started):
+        """The next assignment, after a comparison with what is plainly right."""
+        queue, lasts, reserved = self.queue, self.last_tries(), None
+        before = {i: (worker.free, len(worker.requests), worker.capacity) for i, worker in queue.workers.items()}
+        turn = self.turns[0] if self.turns else None
+        first = self.waiting(turn)[0] if turn else None
+        one, reserved = next(started, None), queue._reserved
+        share = math.inf
+        if len(before) < queue.settings.n_workers:
+            share = math.ceil(len(queue.requests) / queue.settings.n_workers)
+        idle = [i for i, (_, n, capacity) in before.items() if n == 0 and capacity > 0]
+        rooms = {i: free for i, (free, n, _) in before.items() if free > 0 and n < share and i != reserved}
+        if one is None:
+            assert not (lasts and idle) and not (first and rooms)
+        elif one in lasts:
+            assert one.worker in idle and queue.workers[one.worker].alone
+        else:
+            assert not (lasts and idle)
+            assert one.key == first and rooms[one.worker] == max(rooms.values())
+            self.turns = [*self.turns[1:], turn]
+            self.settle_turns()
+        return one
+
+    @invariant()
+    def settle_turns(self):
+        """A client without waiting requests has no turn; one that begins to wait is the last."""
+        clients = {one.client for one in self.queue.requests.values()}
+        orders = {c: [self.queue.requests[key].order for key in self.waiting(c)] for c in clients}
+        new = sorted((min(orders[c]), c) for c in clients if orders[c] and c not in self.turns)
+        self.turns = [c for c in self.turns if orders.get(c)] + [c for _, c in new]
 
     def running(self):
         return [one for worker in self.queue.workers.values() for one in worker.requests.values()]
@@ -255,13 +323,14 @@ class AnyHistory(RuleBasedStateMachine):
     def nothing_lost_nothing_doubled(self):
         assert set(self.queue.requests) == self.open
         assert len(self.ended) == len(set(self.ended))
-        assert self.queue.n_waiting + self.queue.n_running == len(self.open)
+        assert self.queue.n_running == len(self.running())
+        assert self.queue.n_waiting == len(self.open) - len(self.running())
 
     @invariant()
     def bounds_hold(self):
         for worker in self.queue.workers.values():
             assert not worker.alone or len(worker.requests) == 1
-        assert all(one.tries <= 3 for one in self.queue.requests.values())
+        assert all(one.tries <= 2 for one in self.queue.requests.values())
         waiting = [one for one in self.queue.requests.values() if one.worker is None]
         assert self.queue.waiting_bytes == sum(len(one.message) for one in waiting)
 

@@ -111,12 +111,12 @@ def replies(server: TTTServer, adapter_path: Path) -> Replies:
     requests = [*CANCELLED, *GOOD, *(request for request, _ in WRONG.values())]
     assert len(requests) == 40
     told: Replies = {}
-    with TTTClient(server.endpoint, timeout_s=60) as client, TTTClient(server.endpoint) as canceller:
+    with TTTClient(server.endpoint, timeout_s=60) as client:
         for index, reply in client.run_indexed(requests):
             told[str(requests[index].request_id)] = reply
             if len(told) == 1:  # all were sent; the first ones are in training
                 for request in CANCELLED:
-                    assert canceller.cancel(str(request.request_id))
+                    assert client.cancel(str(request.request_id))
     return told
 
 

@@ -47,6 +47,7 @@ class Table(RequestTable):
         """What is sent, and to whom."""
         self.sent.clear()
         self.deliver(self.queue.finish(one.worker, one.token), reply, error=error, tokens=12)
+        self.save()
         return self.sent
 
 
@@ -132,6 +133,19 @@ def test_an_id_is_answered_once_and_then_from_the_journal_also_after_a_restart(o
     assert restarted.take(named) == reply
     assert restarted.started() == []
     assert request.seed is not None
+
+
+def test_results_that_come_together_wait_for_the_disk_once_and_no_reply_is_sent_before(open_table, monkeypatch):
+    table, waits = open_table(), []
+    for name in ("r1", "r2", "r3"):
+        assert table.take(REQUEST.model_copy(update={"request_id": name})) is None
+    path = table.settings.run_dir / "results.journal.jsonl"
+    found = lambda _: waits.append((path.read_bytes().count(b"\n"), len(table.sent)))  # noqa: E731
+    monkeypatch.setattr("seal_nb.storage.os.fsync", found)
+    for one, _ in table.started():
+        table.deliver(table.queue.finish(one.worker, one.token), REPLY)
+    table.save()
+    assert waits == [(3, 0)] and len(table.sent) == 3
 
 
 def test_kept_results_wait_until_it_is_known_whose_model_is_there(open_table):
@@ -291,6 +305,7 @@ def test_results_on_the_disk_take_no_memory_for_what_they_say(open_table):
         before = tracemalloc.get_traced_memory()[0]
         for number in range(100):
             table.results.put(f"r{number}", json.dumps(body).encode())
+            table.results.save()
         assert tracemalloc.get_traced_memory()[0] - before < 200_000  # of ten million
     finally:
         tracemalloc.stop()

@@ -20,7 +20,7 @@ from seal_nb.server.endpoint import read_endpoint
 from seal_nb.server.launch import ServerFailed, TTTServer, status_rows
 from seal_nb.server.settings import ServeSettings, WorkerSettings, command, parse
 from seal_nb.server.worker import gpu_memory
-from tests.server.conftest import HASTE, STUB, eventually, is_running, plain_req
+from tests.server.conftest import HASTE, STUB, eventually, in_background, is_running, plain_req
 
 QUESTION = {"title": "Zor", "context": "Zor is a moon.", "question": "What is Zor?", "answer": "a moon"}
 BASELINE_ONLY = {"train_sequences": [], "eval_questions": [QUESTION], "skip_training": True}
@@ -137,12 +137,23 @@ def test_a_deadline_ends_the_waiting_but_not_the_work(client):
 
 
 def test_cancel_ends_a_request_and_tells_who_waits(server, client):
-    with plain_req(server.info.endpoint) as req:
-        req.send_json({**PUBLISHED, "train_sequences": ["sleep 60"], "request_id": "long"})
-        eventually(lambda: client.cancel("long"))
-        assert req.recv_json()["error"].startswith("Cancelled")
-    assert not client.cancel("long")
+    with TTTClient(server.endpoint, timeout_s=30) as waiting:
+        outcome = in_background(lambda: dict(waiting.run_indexed([sequence("sleep 60", request_id="long")])))
+        eventually(lambda: waiting.cancel("long"))  # from another thread
+        assert outcome()[0].ename == "Cancelled"
+        assert not waiting.cancel("long")
     eventually(lambda: client.status().n_running == 0)
+
+
+def test_a_plain_client_cancels_its_own_request_on_its_own_connection(server):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.connect(server.info.endpoint)
+        dealer.send_multipart(
+            [b"", json.dumps({**PUBLISHED, "train_sequences": ["sleep 60"], "request_id": "p"}).encode()]
+        )
+        dealer.send_multipart([b"", b'{"cmd": "cancel", "request_id": "p"}'])
+        assert {json.loads(dealer.recv_multipart()[-1]).get("status") for _ in range(2)} == {None, "cancelled"}
 
 
 def test_one_clients_flood_does_not_keep_another_waiting(server, client):
@@ -162,8 +173,6 @@ def test_one_clients_flood_does_not_keep_another_waiting(server, client):
     stop.set()
     thread.join()
     assert reply.timings["queue_s"] < 1.0
-    for i in range(200):
-        client.cancel(f"flood-{i}")
 
 
 def test_status_shows_queue_slots_rates_memory_failures_and_workers(client):
@@ -203,7 +212,7 @@ def workerless(tmp_path_factory):
 
 def test_a_message_above_the_limit_is_refused_with_its_size(workerless):
     with plain_req(workerless.info.endpoint) as req:
-        reply = ask(req, {**PUBLISHED, "train_sequences": ["x" * 2000]})
+        reply = ask(req, {**PUBLISHED, "train_sequences": ["x" * 1200]})
     assert "1000 are the most" in reply["error"]
 
 
