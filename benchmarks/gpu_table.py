@@ -86,10 +86,10 @@ def _round(result: dict[str, Any]) -> str:
     return grid(head, rows) + "\n\n\\* extrapolated from timed steps and answers"
 
 
-def in_docs(text: str, tables: str) -> str:
+def in_docs(text: str, tables: str, marks: tuple[str, str] = MARKS) -> str:
     """The docs' text with these tables between the marks."""
-    before, rest = text.split(MARKS[0])
-    return before + MARKS[0] + tables + MARKS[1] + rest.split(MARKS[1])[1]
+    before, rest = text.split(marks[0])
+    return before + marks[0] + tables + marks[1] + rest.split(marks[1])[1]
 
 
 if __name__ == "__main__":

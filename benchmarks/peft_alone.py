@@ -30,6 +30,7 @@ from transformers.utils import logging
 from benchmarks.processes import wait_for_all
 from seal_nb.grading.base import Answered, Grader, Verdict
 from seal_nb.grading.choose import make_grader
+from seal_nb.models import pretrained
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import TTTRequest
 
@@ -60,9 +61,9 @@ def measure_alone(
 
 
 def _load(folder: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = pretrained(AutoTokenizer, folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model = pretrained(AutoModelForCausalLM, folder, dtype=getattr(torch, dtype))
     return model, tokenizer
 
 

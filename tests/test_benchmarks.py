@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, grading, inner_loop, inspector, speed_table
+from benchmarks import gpu, grading, inner_loop, inspector, scale, speed_table
 from benchmarks.gpu_table import DOCS, MARKS, in_docs
 from benchmarks.padding import markdown
 from benchmarks.workload import ASKED_PER_PASSAGE, load_workload
@@ -215,6 +216,23 @@ def test_inspector_bench_has_runs_of_the_published_sizes() -> None:
 def test_inspector_table_in_the_docs_is_the_measured_one() -> None:
     measured = json.loads((ROOT / "benchmarks/inspector.json").read_text())
     assert inspector.markdown(measured) in (ROOT / "docs/lab.md").read_text()
+
+
+def test_no_request_is_lost_or_doubled_while_workers_leave_vanish_and_freeze(tmp_path: Path) -> None:
+    out, size = tmp_path / "scale.json", {"workers": 30, "requests": 600, "clients": 10, "capacity": 4}
+    times = {"service-s": 0.3, "life-s": 1.0, "lease-s": 0.6, "latency-s": 0.5}
+    scale.main([f"--{name}={value}" for name, value in (size | times | {"out": out}).items()])
+    result = json.loads(out.read_text())
+    assert (result["queued"], result["lost"], result["doubled"]) == (600, 0, 0)
+    assert result["front_end"]["answered"] == result["requests"] > 600
+    assert result["front_end"]["requeued"] > 0 < result["front_end"]["workers_lost"]
+    assert 0 < result["latency"]["p50_ms"] <= result["latency"]["p99_ms"]
+
+
+def test_scale_in_the_docs_is_the_measured_one() -> None:
+    measured, docs = json.loads(scale.OUT.read_text()), scale.DOCS.read_text()
+    assert measured["plan"] == asdict(scale.Plan()) and (measured["lost"], measured["doubled"]) == (0, 0)
+    assert in_docs(docs, scale.markdown(measured, json.loads(gpu.OUT.read_text())), scale.MARKS) == docs
 
 
 def test_continual_bench_edits_sequences_side_by_side_and_writes_what_it_cost(tmp_path: Path) -> None:
