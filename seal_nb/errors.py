@@ -1,35 +1,158 @@
-"""The errors of this package: one base class, and one class for each kind of failure.
+"""The errors of this package: one base class, and one class for each kind of failure; and texts without secrets.
 
 Every class also inherits the standard-library error that it specialises, for callers that do not know this package. A
-message says what happened, with the value, and what to do about it.
+message says what happened, with the value, and what to do about it. It never holds a secret (``redacted``).
 """
 
+import json
+import logging
+import os
+import re
+import reprlib
 import traceback
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 T = TypeVar("T")
 _WANTED = {"string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number"}
-_WANTED |= {"list": "a list", "tuple": "a list"}
+_WANTED |= {"list": "a list", "tuple": "a list", "value": "allowed here"}
+_WANTED |= {"greater": "a count", "less": "a count", "large": "a plausible number"}
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 4_000  # far beyond what is shown: keys are hidden before the cut
 _PACKAGE = Path(__file__).resolve().parent
+# Characters that command a terminal, reorder text or have no UTF-8 form; tabs and ends of lines are none.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
+)
+
+
+def visible(text: str) -> str:
+    """The text with HIDDEN characters as ``\\u001b``, which is the same JSON: for terminals, logs and tables."""
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+PUT_AWAY = "put the key into an environment variable, and give the variable's name (api_key_env)"
+_LEAST = 8  # characters: half a key is a secret too, from this length on
+_MOST, _MARGIN = 30_000, 4_000  # characters that are looked at, from either end of a text; and at a cut, of a key
+_kept: set[str] = set()  # secrets that are in use and not in the environment
+SECRET_VARIABLE = re.compile(  # by its last word
+    r"(?i)^(?!.*(?:disable|implicit)|(?:.*_)?(?:max|min|num|n)_).*?(?:key|token|secret|credential|password|passwd"
+    r"|passphrase|pass|header|cookie|jwt|_pwd|_auth|(?:^|_)pat)s?(?:_?\d+)?$"
+)
+_ADDRESS = re.compile(r"(?:[\w+.-]*://|(?=[^\s:@/]*:))([^\s:@/]*)(:?)(\S*)@[^\s@]+")
+_PLACE = re.compile(r"[~.]{0,2}/.*\.[a-z]{2,5}")  # of a file that need not exist
+# Each repetition that something must follow has a bound: the time grows with the length of a text, and not faster.
+_USER_INFO = (
+    r"(://)(?:[^\s'\"<>@/:\[]{0,99}+:(?!\d{1,5}/)[^\s'\"<>@]{1,200}+|[^\s'\"<>@/:?#\[]{1,200}+)"
+    r"(?:@[^\s'\"<>@]{1,200}+){0,2}(?=@)|(?<![\w/.:@-])()[\w.-]{1,64}+:[^\s'\"<>@/]{1,200}+(?=@[\w.-]{1,99}:\d{2,5}\b)"
+)
+_C = r"[^\s'\"&,;)}\]\\]"
+_LONG = rf"(?={_C}{{16}})(?=[^\s'\"&,;)}}\]\\\d=]{{0,200}}[\d=])"  # a word that no sentence has
+_NAMED = (  # known by what stands before it, which sentences hold too
+    rf"((?i:(?<![a-z\d])(?:authorization['\":= ]{{1,4}}(?:(?:bearer|basic|token) {{1,4}})?|(?:bearer|basic) {{1,4}}))"
+    rf"{_LONG}|(?i:(?:api|access|secret|private)[-_]?key|(?:access|auth|refresh|session|api|hf)[-_]?token|passw(?:or)?d"
+    rf"|client[-_]?secret)['\"\\]{{0,3}}\s?(?:(?:=\s?|(?<=['\"]):\s?)(?:['\"\\]{{1,3}}|(?={_C}{{8}}))|:\s?['\"]?{_LONG})"
+    rf"|(?<=[?&])(?i:key|token|auth|sig|signature|code)=)(?:(?<=['\"])[^'\"\n]+|{_C}+)"
+    r"|((?:(?:KEY|TOKEN|SECRET|PASSW(?:OR)?D|PASS|(?<![A-Z])PAT|CREDENTIAL)S?=['\"]?"
+    r"|(?i:key|token|secret|(?<![a-z])pa(?:ss|t)|credential)s?=(?=[\w.+/~-]{8})(?=[a-zA-Z_.+/~-]{0,200}\d))(?!\d+\b))"
+    r"[^\s'\"$</~&][^\s'\"&]{7,}|(--(?:[a-z]{1,9}-){0,3}?(?:(?:api|access|secret)-key|token|secret|password)[ =])\S+"
+)
+_DRAWN = r"[-_](?=[A-Za-z]{0,60}\d|[A-Za-z]{30})[A-Za-z0-9]{16,}"  # at random: names of models have hyphens
+_BARE = (
+    rf"()(?<![A-Za-z0-9])(?:sk(?:{_DRAWN}[\w*-]*|[-_][\w-]{{0,60}}\*{{3}}[\w*-]*)"
+    r"|(?:sk-(?:proj|ant|svcacct|admin|None|or-v1|lf)-|github_pat_|glpat-)(?=[A-Za-z_-]{0,200}\d)[\w*-]{16,}"
+    rf"|(?:[srp]k_(?:live|test)|hf|gh[opsur]|gsk|npm|pplx|r8|rk|pk|whsec|xai|shpat|dop_v1|tgp_v1|fw){_DRAWN}"
+    r"|pypi-Ag[\w-]{16,}|nvapi-[\w-]{24,}|xox[a-z]-[\w-]{8,}"
+    r"|AKIA[A-Z0-9]{12,}|ASIA(?=[A-Z]{0,15}\d)[A-Z0-9]{12,}|AIza[\w-]{20,}|ya29\.[\w-]{16,}|eyJ[\w-]{8,600}+\.[\w.-]{8,}"
+    r")|(-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----)[^-]+"
+)
+_FORMS = {False: re.compile(f"{_USER_INFO}|{_NAMED}|{_BARE}"), True: re.compile(f"{_USER_INFO}|{_BARE}")}  # True: prose
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_CHANGE = re.compile(r"[a-z](?=[A-Z0-9])|[0-9](?=[A-Za-z])|[A-Z](?=[0-9])")
+
+
+def keep_secret(value: str) -> str:
+    """``redacted`` finds this value from now on. Returns: the value."""
+    _kept.add(value)
+    return value
+
+
+def redacted(text: str, *, is_prose: bool = False) -> str:
+    """The text with ``***`` for each secret. Known are those of ``keep_secret``, of environment variables with names
+    like ``HF_TOKEN``, and of addresses there, in parts of 8 characters and more; and what has the form of a secret
+    (``sk-…``, ``Bearer …``, ``api_key=…``, ``user:password@``). ``is_prose``: a text that may say "password: …". Call
+    it before a text is cut to what is shown. The middle of a very long text is left out."""
+    if len(text) > 2 * _MOST and not is_prose:
+        head, tail = redacted(text[:_MOST])[:-_MARGIN], redacted(text[-_MOST:])[_MARGIN:]
+        return f"{head} … ({len(text):,} characters in all) … {tail}"
+    # Forms come first, as they may begin with a part of a known secret ("sk-proj-").
+    text = _FORMS[is_prose].sub(lambda form: f"{''.join(filter(None, form.groups()))}***", text)
+    hidden = bytearray(len(text))
+    for n, parts in _parts(tuple((one, os.environb.get(one, b"")) for one in os.environb), frozenset(_kept)).items():
+        for at in range(len(text) - n + 1):
+            if text[at : at + n] in parts:
+                hidden[at : at + n] = b"*" * n
+    return "".join("***" if run[0][0] else text[slice(*run.span())] for run in re.finditer(rb"\0+|\*+", hidden))
+
+
+@lru_cache(maxsize=4)
+def _parts(environment: tuple[tuple[bytes, bytes], ...], kept: frozenset[str]) -> dict[int, set[str]]:
+    """What is looked for, by its length: of each secret, also as in a URL or in JSON, the parts of 8 characters. One
+    without a digit, whose parts are words, is looked for as a whole. A short one (`local`) is no secret."""
+    found, parts = set(kept), dict[int, set[str]]()
+    for name, value in ((os.fsdecode(name), os.fsdecode(value)) for name, value in environment):
+        is_secret = SECRET_VARIABLE.search(name) and not os.access(value, os.F_OK) and not _PLACE.fullmatch(value)
+        for word in re.split(r"[\s,;=]+" if "HEADER" in name.upper() else r"\s+", value):
+            address = _ADDRESS.fullmatch(word)
+            found |= {address[3 if address[2] else 1] if address else "", word if is_secret else ""}
+    for secret in found:
+        has_digit = any(map(str.isdigit, secret))
+        for form in {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}:
+            n = _LEAST if has_digit else max(len(form), 2 * _LEAST)
+            parts.setdefault(n, set()).update(form[at : at + n] for at in range(len(form) - n + 1))
+    return {n: {part for part in those if "://" not in part or n > _LEAST} for n, those in parts.items() if those}
+
+
+def holds_key(name: str) -> bool:
+    """Whether a name (of a model, a variable) has the form of a secret, or a word that looks drawn at random."""
+    words = re.findall(r"(?=[A-Za-z]*\d)[A-Za-z0-9]{12,}", name)
+    return redacted(name) != name or bool(_UUID.search(name)) or any(len(_CHANGE.findall(one)) > 2 for one in words)
+
+
+def shown(value: str) -> str:
+    """A value that somebody gave, for a message."""
+    return "(not shown: it looks like a key)" if holds_key(value) else repr(value)
+
+
+def hide_secrets(record: logging.LogRecord) -> bool:
+    """A filter of a logger: its messages and tracebacks are redacted."""
+    record.msg, record.args = redacted(record.getMessage()), ()
+    if record.exc_info:
+        record.exc_text, record.exc_info = redacted("".join(traceback.format_exception(*record.exc_info))), None
+    return True
 
 
 class SealError(Exception):
-    """Base of all errors that seal_nb raises on purpose."""
+    """Base of all errors that seal_nb raises on purpose. Its texts are redacted."""
 
     exit_code = 2  # of a command that it ends
+
+    def __init__(self, *texts: object) -> None:
+        super().__init__(*(redacted(one) if isinstance(one, str) else one for one in texts))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the message with its remedy, then one line for each call that led to it.
         The traceback of the cause is left out; the message names the cause."""
-        lines = [f"{type(self).__name__}: {self}", ""]
+        lines = [visible(f"{type(self).__name__}: {self}"), ""]
         for frame in traceback.extract_tb(self.__traceback__):
             path = Path(frame.filename)
             if _PACKAGE in path.parents:
                 lines.append(f"  {path.relative_to(_PACKAGE.parent).as_posix()}:{frame.lineno} in {frame.name}")
             elif "ipykernel_" in frame.filename or frame.filename.startswith("<ipython-input"):
-                lines.append(f"  cell, line {frame.lineno}: {frame.line}")
+                lines.append(f"  cell, line {frame.lineno}: {redacted(frame.line or '')}")
         return lines
 
 
@@ -39,7 +162,7 @@ class DataError(SealError, ValueError):
     def __init__(
         self, problem: str, *, path: str | Path = "", item: int | str | None = None, field: str = "", remedy: str = ""
     ) -> None:
-        self.problem, self.item, self.field, self.remedy = problem, item, field, remedy
+        self.problem, self.item, self.field, self.remedy = redacted(problem), item, field, remedy
         self.path = "" if path == Path() else str(path)
         where = [self.path] if self.path else []
         where += [f"item {item}"] if item is not None else []
@@ -59,7 +182,8 @@ def checked(validate: Callable[[Any], T], value: object, *, path: str | Path, it
     place = [at for at in first["loc"] if at != "bool"]  # pydantic names a type of a verdict here, which is no field
     if item is None and place[:1] == ["articles"] and len(place) > 1:
         item, place = place[1], place[2:]
-    problem = f"is {repr(first['input'])[:40]}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"
+    given = redacted(_BRIEF.repr(first["input"]))[:40]
+    problem = f"is {given}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"
     raise DataError(
         {"missing": "is missing", "empty": "is empty"}.get(first["type"], problem),
         path=path,
@@ -89,6 +213,7 @@ class RemoteError(SealError, RuntimeError):
     def __init__(
         self, message: str, field: str | None = None, traceback: str | None = None, request_id: str | None = None
     ) -> None:
+        message = redacted(message)
         self.ename, _, self.evalue = message.partition(": ")
         self.field, self.request_id = field or "", request_id or ""
         super().__init__(f"{message}\n{traceback}" if traceback else message)

@@ -1,14 +1,22 @@
 """Dataclasses of settings. Types and bounds are checked when they are made; help texts become options of a command."""
 
+import argparse
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import SettingsError, redacted
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a command line whose errors show no secret."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redacted(message))
 
 
 def setting(default: Any, text: str = "", *, least: float | None = None) -> Any:

@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
-from seal_nb.engines.api import ApiClient, ApiSettings, OpenAIEngine, Refused, Unavailable, UnusableReply, api_key
+from seal_nb.engines.api import (
+    DOTENV,
+    ApiClient,
+    ApiSettings,
+    OpenAIEngine,
+    Refused,
+    Unavailable,
+    UnusableReply,
+    api_key,
+)
 from seal_nb.engines.base import Ask, Completion, Incomplete, NotAsked, Sampling
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.experiments.create import chosen_engine
@@ -430,13 +439,19 @@ def test_junk_with_the_key_in_it_is_shown_without(monkeypatch: pytest.MonkeyPatc
     assert "your key is ***" in str(caught.value) and KEY not in str(caught.value)
 
 
-def test_a_key_comes_from_the_environment_else_from_a_dot_env_above(
+def test_a_key_comes_from_the_environment_else_from_the_dot_env_of_the_project_and_of_no_other_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / ".env").write_text(f"MY_KEY={KEY}\nOTHER=2\n")
-    monkeypatch.chdir(tmp_path / "notebooks")
+    (tmp_path / "elsewhere" / "below").mkdir(parents=True)
+    for folder in ("elsewhere", "elsewhere/below"):
+        (tmp_path / folder / ".env").write_text("MY_KEY=of-somebody-else\nTHIRD=3\n")
+    (tmp_path / ".env").write_text(f"MY_KEY={KEY}\nOTHER=2\nBROKEN=two words\n")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "below")
     monkeypatch.delenv("MY_KEY", raising=False)
+    assert Path(__file__).parent.parent / ".env" == DOTENV
+    monkeypatch.setattr("seal_nb.engines.api.DOTENV", tmp_path / ".env")
+    with pytest.raises(SettingsError, match="the key in BROKEN has a space"):
+        api_key("BROKEN")
     assert api_key("MY_KEY") == KEY and "MY_KEY" not in os.environ
     monkeypatch.setenv("MY_KEY", "from-the-environment")
     assert api_key("MY_KEY") == "from-the-environment"
@@ -460,7 +475,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: p
     ("wrong", "told"),
     [
         ({"base_url": "api.openai.com/v1"}, "base_url='api.openai.com/v1'"),
-        ({"base_url": "http://me:secret@host/v1"}, "put the key into the environment"),
+        ({"base_url": "http://me:secret@host/v1"}, "put the key into an environment variable"),
         ({"max_parallel": 0}, "max_parallel=0"),
         ({"max_attempts": 0}, "max_attempts=0"),
         ({"timeout_s": 0}, "timeout_s=0"),

@@ -282,7 +282,7 @@ def test_a_key_that_is_not_there_is_told_before_anything_is_asked(
     service: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("seal_nb.engines.api.DOTENV", tmp_path / ".env")
     with pytest.raises(SettingsError, match="NO_SUCH_KEY"):
         make_grader(service.judge(tmp_path, api_key_env="NO_SUCH_KEY"))
     (tmp_path / ".env").write_text("NO_SUCH_KEY=from-the-file\n")
@@ -306,7 +306,7 @@ def test_settings_in_a_name() -> None:
         ("judge:m?max_parallel=many", "max_parallel='many'"),
         ("judge:m?max_parallel=0", "max_parallel=0"),
         ("judge:m?base_url=nowhere", "base_url='nowhere'"),
-        ("judge:m?novalue", "'novalue'"),
+        ("judge:m?novalue", "an option has no value"),
         ("judgement", "known are local, exact, f1, recall, judge:MODEL"),
     ],
 )

@@ -5,6 +5,7 @@ limits, the end of a round, Ctrl-C. Only a finished text counts as a reply. Engi
 """
 
 import json
+import logging
 import os
 import random
 import re
@@ -14,14 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import openai
-from dotenv import dotenv_values, find_dotenv
+from dotenv import dotenv_values
 
 from seal_nb.engines.base import Ask, Completion, Engine, NotAsked, OnText
-from seal_nb.errors import EngineError, SettingsError
+from seal_nb.errors import PUT_AWAY, EngineError, SettingsError, hide_secrets, holds_key, keep_secret, redacted, shown
 from seal_nb.processes import DaemonThreads
 from seal_nb.settings import Settings, setting
 
@@ -35,6 +37,13 @@ MAY_PASS = {408, 409, 429}  # and 5xx
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0  # after a failure, if the service does not say how long to wait
 LONGEST_ASKED_S = 60.0  # pause that a service with a fault may ask for; for rate limits patience_s counts
 LONGEST_MESSAGE = 400  # characters of a service's message in an error
+LONGEST_BODY = 2**16  # characters of it that are looked through for the key
+DOTENV = Path(__file__).resolve().parents[2] / ".env"  # of the project; that of another folder may be anybody's
+_CONVENTIONAL = re.compile(r"[A-Z][A-Z0-9]{0,15}|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)+")
+for _name in ("connection", "http11", "http2", "proxy", "socks"):  # a reply's headers may repeat the key
+    logging.getLogger(f"httpcore2.{_name}").addFilter(hide_secrets)
+for _name in ("httpx2", "openai._base_client", "openai._response", "openai._legacy_response"):
+    logging.getLogger(_name).addFilter(hide_secrets)
 
 
 class Refused(EngineError):
@@ -67,13 +76,36 @@ class ApiSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        url = urlsplit(self.base_url)
-        if url.username or url.password:
-            raise SettingsError("base_url holds a user or a password; put the key into the environment instead")
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise SettingsError(f"base_url={self.base_url!r}: give http://host:port/v1 or https://host/v1")
+        if set("@?#") & set(self.base_url) or redacted(self.base_url) != self.base_url:
+            raise SettingsError(f"base_url holds a user, a password, a key or a query; {PUT_AWAY}")
+        try:
+            url = urlsplit(self.base_url)
+            is_address = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+        except ValueError:  # its text would show the address
+            is_address = False
+        if not is_address or not self.base_url.isprintable():
+            raise SettingsError(f"base_url={shown(self.base_url)}: give http://host:port/v1 or https://host/v1")
+        if self.api_key_env and not _names_variable(self.api_key_env):
+            raise SettingsError(
+                "api_key_env is not the name of an environment variable (it is not shown, as it may be the key "
+                f"itself); {PUT_AWAY}"
+            )
+        if not re.fullmatch("[a-z_]{1,40}", self.token_limit):
+            raise SettingsError("token_limit is no name of a field; give max_tokens or max_completion_tokens")
         if not self.timeout_s > 0:
             raise SettingsError(f"timeout_s={self.timeout_s}: must be above 0")
+
+    @property
+    def where(self) -> str:
+        """The address, for messages; without its path if that looks like a key."""
+        return "://".join(urlsplit(self.base_url)[:2]) if holds_key(self.base_url) else self.base_url
+
+
+def _names_variable(name: str) -> bool:
+    """One that is set, or a name as variables have it. No key is the name of a variable that is set."""
+    if name in os.environ or name in dotenv_values(DOTENV):
+        return True
+    return bool(_CONVENTIONAL.fullmatch(name)) and not holds_key(name)
 
 
 @dataclass(kw_only=True)
@@ -86,14 +118,16 @@ class Usage:
 
 
 def api_key(variable: str) -> str:
-    """The key in a variable of the environment, else of a ``.env`` here or above. Raises: SettingsError."""
-    key = os.environ.get(variable) or dotenv_values(find_dotenv(usecwd=True)).get(variable) or ""
-    if not key.strip():
+    """The key in a variable of the environment, else of ``.env`` in the project folder. Raises: SettingsError."""
+    key = (os.environ.get(variable) or dotenv_values(DOTENV).get(variable) or "").strip()
+    if not key:
         raise SettingsError(
-            f"no key in {variable}: set it in the environment or in a .env file (git ignores that), name "
-            'another variable, or "" if no key is needed'
+            f"no key in {variable}: set it in the environment or in the file .env of the project folder (git ignores "
+            'that), name another variable in api_key_env, or "" if no key is needed'
         )
-    return key.strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise SettingsError(f"the key in {variable} has a space or another character that no key has; set it again")
+    return keep_secret(key)
 
 
 class ApiClient:
@@ -107,7 +141,7 @@ class ApiClient:
         self.threads, self._counting = DaemonThreads(settings.max_parallel), threading.Lock()
         if key is None:
             key = api_key(settings.api_key_env) if settings.api_key_env else ""
-        self._key = key
+        self._key = keep_secret(key)
         timeout = openai.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
         # A proxy of the environment is not for servers on this machine.
         trust_env = urlsplit(settings.base_url).hostname not in LOOPBACK
@@ -116,7 +150,8 @@ class ApiClient:
             api_key=key or "none",
             max_retries=0,  # `one` repeats: it can be stopped, and waits longer for a rate limit
             timeout=timeout,
-            http_client=openai.DefaultHttpxClient(timeout=timeout, trust_env=trust_env),
+            # A redirect would take the prompts, and perhaps the key, to another service.
+            http_client=openai.DefaultHttpxClient(timeout=timeout, trust_env=trust_env, follow_redirects=False),
         )
 
     def each(self, asks: Mapping[int, Ask], on_text: OnText | None = None) -> dict[int, Completion | EngineError]:
@@ -158,9 +193,10 @@ class ApiClient:
                 return self._client.get(url, cast_to=str)
             return self._client.post(url, cast_to=str, body=dict(body))
         except openai.APIStatusError as error:
-            raise Refused(self._shown(str(error)), status=error.status_code) from None
+            failed: EngineError = Refused(self._shown(str(error)), status=error.status_code)
         except openai.APIConnectionError as error:
-            raise Unavailable(self._shown(f"{path}: {error}")) from None
+            failed = Unavailable(self._shown(f"{path}: {error}"))
+        raise failed  # not chained: the cause holds the request with the key
 
     def one(self, ask: Ask, stopped: threading.Event | None = None) -> Completion:
         """The text of one request; ``stopped`` ends its attempts. Errors are not chained, because a service's message
@@ -184,24 +220,25 @@ class ApiClient:
             try:
                 return self._completion(self._client.post(path, cast_to=str, body=body))
             except openai.APIConnectionError as error:
-                shown, status, retry_after = self._shown(str(error)), 0, ""
+                told, status, retry_after = self._shown(str(error)), 0, ""
             except openai.APIStatusError as error:
-                shown, status = self._shown(str(error)), error.status_code
+                told, status = self._shown(str(error)), error.status_code
                 retry_after = error.response.headers.get("retry-after", "")
                 if status == 429 and OUT_OF_MONEY in error.response.text:
                     status = 402
             if status and status not in MAY_PASS and status < 500:
-                raise Refused(shown, status=status)
+                hint = "; redirects are not followed: give the new address as base_url" if status < 400 else ""
+                raise Refused(f"{told}{hint}", status=status)
             is_seconds = re.fullmatch(r"\d+(\.\d+)?", retry_after)  # it may be a date
             wait_s = float(retry_after) if is_seconds else pause_s * random.uniform(0.75, 1)
             if status != 429:
                 wait_s = min(wait_s, LONGEST_ASKED_S)
             elif time.monotonic() + wait_s > given_up_s:
                 limit = f"rate-limited for longer than patience_s={self.settings.patience_s:g}"
-                raise Unavailable(f"{shown}; {limit}; run again later")
+                raise Unavailable(f"{told}; {limit}; run again later")
             n_failed += status != 429
             if n_failed == self.settings.max_attempts:
-                raise Unavailable(f"{shown} ({n_failed} attempts)")
+                raise Unavailable(f"{told} ({n_failed} attempts)")
             stopped.wait(wait_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         raise NotAsked("not sent: earlier requests failed, or the user interrupted")
@@ -223,13 +260,14 @@ class ApiClient:
             text = finish_reason = None
         if not isinstance(text, str) or finish_reason not in FINISHED:
             raise UnusableReply(self._shown(f"the reply holds no finished text: {raw!r}"))
+        # Answers are never changed, and no text of a usual answer has 16 characters in common with a key.
+        if any(self._key[at : at + 16] in text for at in range(len(self._key) - 15)):
+            raise UnusableReply(self._shown("the reply repeats the key"))
         return Completion(text=text, n_tokens=n_tokens, finish_reason=finish_reason)
 
     def _shown(self, message: str) -> str:
         """A service's message with its address, shortened, and without the key, which some services repeat."""
-        shown = message.replace(self._key, "***") if self._key else message
-        shown = re.sub(r"\bsk-[\w*-]+", "***", shown)  # some repeat the two ends of a key
-        return f"{self.settings.base_url}: {shown[:LONGEST_MESSAGE]}"
+        return f"{self.settings.where}: {redacted(message[:LONGEST_BODY])[:LONGEST_MESSAGE]}"
 
 
 class Round:

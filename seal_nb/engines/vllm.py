@@ -22,7 +22,7 @@ from typing import Self
 
 from seal_nb.engines.api import ApiClient, ApiSettings, Refused, Unavailable
 from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, contents
-from seal_nb.errors import EngineError, SettingsError
+from seal_nb.errors import EngineError, SettingsError, redacted
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.processes import LoggedProcess, end_tree
 from seal_nb.storage import content_id
@@ -92,6 +92,10 @@ class VllmServer:
         """Start the server and wait until it is ready, unless it runs already. Raises: VllmFailed."""
         if self.process is not None and self.process.poll() is None:
             return self
+        if redacted(given := " ".join(self.arguments)) != given:
+            raise SettingsError(
+                "arguments holds a key, and a command line is public; leave it out: the server has its own"
+            )
         self.stop(grace_s=0.0)  # the rest of a server that died
         with socket.create_server((HOST, 0)) as probe:
             self.port = self.port or int(probe.getsockname()[1])  # a restart keeps its port
@@ -188,12 +192,12 @@ class VllmEngine(Engine):
             listed = json.loads(client.control("/v1/models"))["data"]
             roots = {str(one["id"]): str(one.get("root") or one["id"]) for one in listed if one["id"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise EngineError(f"{settings.base_url} does not list its models: {error!r}") from error
+            raise EngineError(f"{settings.where} does not list its models: {error!r}") from None
         if not roots:
-            raise EngineError(f"{settings.base_url} serves no model")
+            raise EngineError(f"{settings.where} serves no model")
         model = model or next(iter(roots))
         if model not in roots:
-            raise SettingsError(f"{settings.base_url} serves {', '.join(roots)}, not {model!r}")
+            raise SettingsError(f"{settings.where} serves {', '.join(roots)}, not {model!r}")
         return cls(client, model=model, model_id=f"vllm-{Path(roots[model]).name}-{content_id(roots[model])[:8]}")
 
     def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import SettingsError, redacted
 from seal_nb.grading.base import Answered, Grader, Rule
 from seal_nb.grading.local import is_likely_correct
 from seal_nb.grading.rules import exact_match, is_recalled, token_f1
@@ -25,29 +25,36 @@ _GRADER_IN_MODEL = re.compile(rf"-({'|'.join(GRADERS)}|judge:.+?)-\d+(?:-[a-z]+)
 def make_grader(name: str) -> Grader:
     """One of GRADERS, or a judge such as "judge:gpt-4.1" (see ``grading.judge.judge_settings``). Raises: SettingsError
     for an unknown name, and for a judge whose key is missing."""
-    if name == "judge" or name.startswith(("judge:", "judge?")):
-        from seal_nb.grading.judge import JudgeGrader, judge_settings  # imports the client of services: a second
+    if (stated := stated_grader(name)) in _RULES:
+        return Rule(stated, _RULES[stated])
+    from seal_nb.grading.judge import JudgeGrader, judge_settings  # imports the client of services: a second
 
-        return JudgeGrader(judge_settings(name))
+    return JudgeGrader(judge_settings(name))
+
+
+def stated_grader(name: str) -> str:
+    """The name without options, under which verdicts are kept. Raises: SettingsError for an unknown name, and for one
+    that holds a key."""
+    if name == "judge" or name.startswith(("judge:", "judge?")):
+        from seal_nb.grading.judge import judge_settings
+
+        return f"judge:{judge_settings(name).model}"
     if name not in GRADERS:
-        raise SettingsError(f"grader is {name!r}; known are {', '.join(GRADERS)}, judge:MODEL")
-    return Rule(name, _RULES[name])
+        said = repr(name) if len(name) < 8 else "unknown (it is not shown, as it may hold a key)"
+        raise SettingsError(f"grader is {said}; known are {', '.join(GRADERS)}, judge:MODEL")
+    return name
 
 
 def grader_of(run: Mapping[str, Any]) -> str:
     """The grader of a file's verdicts, from its ``grader`` or its model's identity; empty if it has neither."""
     found = _GRADER_IN_MODEL.search(str(run.get("model") or run.get("base_model") or ""))
-    return str(run.get("grader") or (found[1] if found else ""))
+    return redacted(str(run.get("grader") or (found[1] if found else "")))
 
 
 def check_grader(grader: str, model_id: str, *, where: str) -> None:
     """Refuse a server with another grader, because verdicts of two graders cannot be compared. ``grader``: the wanted
     one with its options; empty: any. ``model_id``: of the server at ``where``. Raises: SettingsError."""
-    stated, served = grader.partition("?")[0], grader_of({"model": model_id})
-    if stated == "judge":
-        from seal_nb.grading.judge import JudgeSettings
-
-        stated = f"judge:{JudgeSettings.model}"
+    stated, served = grader and stated_grader(grader), grader_of({"model": model_id})
     if stated and served and stated != served:
         remedy = f"give grader {served!r}, or start a server with {grader!r}"
         raise SettingsError(f"grader is {grader!r}, and the server at {where} grades by {served!r}; {remedy}")

@@ -11,15 +11,17 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from seal_nb.engines.api import ApiClient, ApiSettings, Round
 from seal_nb.engines.base import Ask, Sampling
-from seal_nb.errors import EngineError, GradingError, SettingsError
+from seal_nb.errors import PUT_AWAY, EngineError, GradingError, SettingsError, holds_key, redacted
 from seal_nb.grading.base import Answered, Verdict, without_asking
 from seal_nb.models import cache_dir
 from seal_nb.prompts import grading_prompt
@@ -50,21 +52,29 @@ def judge_settings(name: str) -> JudgeSettings:
     """Settings from ``judge:MODEL?field=value&…``, such as "judge:qwen2.5-7b?base_url=http://127.0.0.1:8000/v1", a
     single text for command lines and notebook parameters. Raises: SettingsError."""
     model, _, options = name.removeprefix("judge").removeprefix(":").partition("?")
-    try:
-        given = dict(parse_qsl(options, keep_blank_values=True, strict_parsing=bool(options)))
-    except ValueError as error:
-        raise SettingsError(f"grader is {name!r}: {error}; write judge:MODEL?field=value&field=value") from error
+    given: dict[str, str] = {}
+    with suppress(ValueError):  # its text, even as the cause of ours, would show what may be a key; below too
+        given = dict(parse_qsl(options, keep_blank_values=True, strict_parsing=True))
+    if options and not given:
+        raise SettingsError("grader: an option has no value; write judge:MODEL?field=value&field=value")
+    texts = (name, unquote(name), *given, *given.values())
+    if holds_key(model) or any(redacted(text) != text for text in texts):
+        raise SettingsError(f"grader holds a key (it is not shown); {PUT_AWAY}")
     values: dict[str, Any] = {"model": model} if name.startswith("judge:") else {}
     known: dict[str, Any] = {"max_tokens": int, "cache_dir": Path}
     known |= {one.name: type(one.default) for one in fields(ApiSettings)}
     for field_name, text in given.items():
         if field_name not in known:
-            raise SettingsError(f"grader is {name!r}: {field_name!r} is unknown; known are {', '.join(known)}")
-        try:
+            is_name = len(field_name) < 8 or get_close_matches(field_name, known)  # and no key, or too short a part
+            what = repr(field_name) if is_name else "an option"
+            raise SettingsError(f"grader: {what} is unknown; known are {', '.join(known)}")
+        with suppress(ValueError):
             values[field_name] = known[field_name](text)
-        except ValueError as error:
-            kind = known[field_name].__name__
-            raise SettingsError(f"grader is {name!r}: {field_name}={text!r} is no {kind}") from error
+        if field_name not in values:
+            said = repr(text) if len(text) < 8 else "(not shown)"
+            raise SettingsError(f"grader: {field_name}={said} is no {known[field_name].__name__}")
+    if "base_url" in values:
+        values.setdefault("api_key_env", "")  # OpenAI's key is not for others
     return JudgeSettings(**values)
 
 
@@ -122,7 +132,7 @@ class JudgeGrader:
         path = self.settings.cache_dir / key[:2] / f"{key}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise GradingError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seal_nb.errors import SettingsError
+from seal_nb.grading.choose import stated_grader
 from seal_nb.models import DTYPES
 from seal_nb.settings import Settings, setting
 
@@ -28,6 +29,7 @@ class ModelSettings(Settings):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        stated_grader(self.grader)  # before it stands in the command line of a worker
 
 
 @dataclass(frozen=True, kw_only=True)
