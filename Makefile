@@ -7,10 +7,11 @@ VLLM_VENV ?= .venv-vllm
 CUDA_VENV ?= .venv-cuda
 # `make demo RUNS=/scratch/runs`: results go there instead of runs/.
 ifdef RUNS
-export SEAL_RUNS := $(abspath $(RUNS))
+export SEAL_RUNS := $(if $(filter /% ~%,$(RUNS)),$(RUNS),$(CURDIR)/$(RUNS))
 endif
 # Notebooks run in a copy of the project, which has a runs/ folder of its own, apart from the user's runs.
-FRESH_NOTEBOOKS := rm -rf build/notebooks build/runs && mkdir -p build/notebooks && cp pyproject.toml build/ && \
+FRESH_NOTEBOOKS := if [ -L build ]; then echo "make: build is a link, and nothing behind it is removed; remove the link" >&2; \
+	exit 1; fi; rm -rf build/notebooks build/runs && mkdir -p build/notebooks && cp pyproject.toml build/ && \
 	cp notebooks/*.ipynb build/notebooks/
 LINT  := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -24,12 +25,12 @@ help:
 	@echo "make lab        JupyterLab at the tour (LAB_FLAGS=... for jupyter lab)"
 	@echo "make kernel     register this environment as a kernel for another JupyterLab"
 	@echo "make docs       the documentation site, in build/docs"
-	@echo "make bench      speed on this machine: inner loop (17 minutes), server, graders, engines, continual edits, inspector"
+	@echo "make bench      speed on this machine: inner loop (17 minutes), server, its scale, graders, engines, continual edits, inspector"
 	@echo "make vllm-env   vLLM for a machine without a GPU, in $(VLLM_VENV) (for tests/vllm and engine=vllm)"
 	@echo "make cuda-check the CUDA path without a GPU, in $(CUDA_VENV) (about 2 minutes on 2 cores; the first time 5 GB)"
 	@echo "make lint       ruff and mypy"
 	@echo "make notebooks  run the committed notebooks again and show what changed"
-	@echo "make clean      remove $(VENV) and caches (never runs/)"
+	@echo "make clean      remove $(VENV), if make made it, and caches (never runs/)"
 
 demo: $(STAMP)
 	@$(BIN)/seal-nb demo
@@ -62,6 +63,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.inner_loop
 	@$(BIN)/python -m benchmarks.service_load
+	@$(BIN)/python -m benchmarks.scale
 	@$(BIN)/python -m benchmarks.grading
 	@$(BIN)/python -m benchmarks.engines
 	@$(BIN)/python -m benchmarks.continual
@@ -69,15 +71,15 @@ bench: $(STAMP)
 
 # A vLLM for machines without a GPU, in an environment of its own; tests/vllm starts its server from it.
 vllm-env:
-	@.ci/vllm.sh $(VLLM_VENV)
+	@.ci/vllm.sh "$(VLLM_VENV)"
 
 # torch for CUDA, in an environment of its own, which needs no GPU.
 cuda-env:
-	@.ci/cuda.sh $(CUDA_VENV)
+	@.ci/cuda.sh "$(CUDA_VENV)"
 
 # Operations, types, waits and memory of the CUDA path on tensors without values, and the Triton kernels.
 cuda-check: cuda-env
-	@CUDA_VISIBLE_DEVICES= $(CUDA_VENV)/bin/python -m pytest -q -n 2 tests/cuda_check
+	@CUDA_VISIBLE_DEVICES= "$(CUDA_VENV)/bin/python" -m pytest -q -n 2 tests/cuda_check
 
 lint: $(STAMP)
 	@$(LINT)
@@ -94,7 +96,9 @@ notebooks: $(STAMP)
 	@git --no-pager diff --stat -- notebooks
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@if [ -e "$(VENV)/.made-for-seal-nb" ] || [ -e "$(STAMP)" ]; then rm -rf -- "$(VENV)"; \
+	else echo "make: $(VENV) is kept, because .ci/venv.sh did not make it"; fi
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find seal_nb tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so that the next make continues an interrupted installation.
@@ -111,8 +115,8 @@ $(STAMP): pyproject.toml
 	fi; \
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		echo "Making $(VENV) with $$($$python --version) (once)"; \
-		$$python -m venv --clear $(VENV) || { \
-			echo "make: $$python cannot make a virtual environment; on Debian: apt install python3-venv" >&2; \
+		.ci/venv.sh $$python $(VENV) || { \
+			echo "make: $$python made no virtual environment; on Debian: apt install python3-venv" >&2; \
 			exit 1; }; \
 	fi
 	@echo "Installing into $(VENV) (some minutes the first time; again only when pyproject.toml changes)"

@@ -15,7 +15,7 @@ stamp=$folder/.installed-$(cksum <<<"$wanted" | cut -d ' ' -f 1)
 python=$(.ci/python.sh 11 13)
 
 echo "Making $folder with $("$python" --version) and the CUDA build of torch (once; 5 GB, a minute with a good connection)"
-"$python" -m venv --clear "$folder"
+.ci/venv.sh "$python" "$folder"
 mapfile -t packages <<<"$wanted"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 is_cuda() { "$folder/bin/python" -c 'import sys, torch, triton; sys.exit(torch.version.cuda is None)' 2>/dev/null; }

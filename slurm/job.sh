@@ -7,7 +7,20 @@
 early='' # a signal that came before there was a command to end
 trap 'early=USR1' USR1
 
-cd "$SLURM_SUBMIT_DIR" || exit 2
+# whole NAME...: refuse variables that are no whole number. Bash arithmetic would run a command that stands in one.
+whole() {
+    local name
+    for name in "$@"; do
+        case ${!name:-0} in
+        *[!0-9]*)
+            printf '%s is %q, not a whole number\n' "$name" "${!name}" >&2
+            exit 2
+            ;;
+        esac
+    done
+}
+
+cd -- "$SLURM_SUBMIT_DIR" || exit 2
 if [ ! -f slurm/site.sh ]; then
     echo "no slurm/site.sh in $PWD; submit from the project's folder, after: cp slurm/site.example.sh slurm/site.sh" >&2
     exit 2
@@ -17,26 +30,34 @@ if ! seal_environment || ! command -v seal-nb >/dev/null; then
     echo "seal_environment of slurm/site.sh does not put seal-nb on the PATH; edit it" >&2
     exit 2
 fi
+whole SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SEAL_MAX_RESTARTS
+server_job=${SEAL_SERVER_JOB%_0} # of an array its first task
+whole server_job
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# These leave their result in REPLY: `echo` and $(...) change some texts.
 
 # in_runs PATH: its real place. A path in runs/ is in SEAL_RUNS, if that is set.
 in_runs() {
     case $1 in
-    runs | runs/*) echo "${SEAL_RUNS:-runs}${1#runs}" ;;
-    *) echo "$1" ;;
+    runs | runs/*) REPLY=${SEAL_RUNS:-runs}${1#runs} ;;
+    *) REPLY=$1 ;;
     esac
 }
 
 # parameter NAME DEFAULT [-p NAME VALUE]...: its value; the last one given counts.
 parameter() {
-    local name=$1 value=$2
+    local name=$1
+    REPLY=$2
     shift 2
     while [ $# -gt 0 ]; do
-        if [ "$1" = -p ] && [ "${2:-}" = "$name" ]; then value=${3:-}; fi
+        if [ "$1" = -p ] && [ $# -gt 2 ]; then
+            [ "$2" != "$name" ] || REPLY=$3
+            shift 2
+        fi
         shift
     done
-    echo "$value"
 }
 
 # gpus: the numbers of this job's GPUs on this node, one a line.
@@ -46,13 +67,15 @@ gpus() { tr , '\n' <<<"${CUDA_VISIBLE_DEVICES:-}" | sed '/^$/d'; }
 run_stage() {
     local notebook=$1 folder
     shift
-    folder=$(in_runs "$(parameter output_dir "runs/$notebook" "$@")")
+    parameter output_dir "runs/$notebook" "$@"
+    in_runs "$REPLY"
+    folder=$REPLY
     log_to "$folder/$notebook-$job.log"
-    until_signalled seal-nb run "$notebook" "$@" --output "$folder/$notebook-$job.ipynb"
+    until_signalled seal-nb run "$notebook" "$@" --output="$folder/$notebook-$job.ipynb"
 }
 
 log_to() {
-    mkdir -p "$(dirname "$1")" || exit 2
+    mkdir -p -- "${1%/*}" || exit 2
     echo "job $job: log in $1"
     exec >>"$1" 2>&1
     echo "job $job on $(uname -n), run $((${SLURM_RESTART_COUNT:-0} + 1))"
@@ -68,7 +91,9 @@ until_signalled() {
     trap 'signalled=yes; kill -TERM "$child"' TERM
     [ -z "$early" ] || kill -s "$early" $$
     if [ -n "${SEAL_SERVER_JOB:-}" ]; then
-        watch_server "$(dirname "$(in_runs "$(parameter endpoint '' "$@")")")" &
+        parameter endpoint '' "$@"
+        in_runs "$REPLY"
+        watch_server "${REPLY%/*}" &
         watch=$!
     fi
     wait "$child"

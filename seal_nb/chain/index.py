@@ -12,11 +12,12 @@ from urllib.parse import quote
 
 from seal_nb.chain.record import first_error
 from seal_nb.errors import DataError
-from seal_nb.storage import data_file, write_text
+from seal_nb.storage import data_file, open_regular, read_text, write_text
 
 N_FIGURES = 4
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".venv", ".git"}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+GENERATOR = '<meta content="seal-nb" name="generator"/>'  # in each page's head; nbconvert orders attributes like this
 TAGS = (
     "a b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
     "img kbd li mark ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul"
@@ -29,7 +30,8 @@ ATTRIBUTES = {"*": ["class", "id", "style", "colspan", "rowspan"], "a": ["href"]
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
     """Write an HTML page next to each executed notebook below a folder, and ``index.html`` that links them.
-    Returns: the path of ``index.html``. Raises: DataError where there is no notebook, or one cannot be read."""
+    Returns: the path of ``index.html``. Raises: DataError where there is no notebook, or one cannot be read, or a file
+    that was not written here has the name of a page; then nothing is written."""
     from jinja2 import Environment
     from nbconvert import HTMLExporter
 
@@ -38,6 +40,9 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
     if not found:
         raise DataError("no executed notebook", path=folder, remedy="run a stage with its output in this folder")
     pages = [_page(path, folder) for path in found]
+    for target in [folder / "index.html", *(page["path"].with_suffix(".html") for page in pages)]:
+        if target.is_symlink() or (target.exists() and not _is_page(target)):
+            raise DataError("is not a page of seal-nb, and is kept", path=target, remedy="give it another name")
     pages.sort(key=lambda page: (not page["has_results"], page["started"], page["link"]))
     exporter = HTMLExporter(raw_template=_template("notebook_page"), sanitize_html=True)
     exporter.register_filter("clean_html", _clean)
@@ -53,7 +58,12 @@ def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:
 
 
 def _template(name: str) -> str:
-    return data_file(f"{name}.html.j2").read_text().replace("POLICY", POLICY)
+    return data_file(f"{name}.html.j2").read_text().replace("POLICY", POLICY).replace("GENERATOR", GENERATOR)
+
+
+def _is_page(path: Path) -> bool:
+    with open_regular(path) as file:
+        return GENERATOR.encode() in file.read(2**16)
 
 
 def _clean(html: str) -> str:
@@ -73,7 +83,7 @@ def _page(path: Path, folder: Path) -> dict[str, Any]:
     import nbformat
 
     try:
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.reads(read_text(path), as_version=4)
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         raise DataError(f"not a notebook: {error}", path=path, remedy="run its stage again") from error
     place = path.relative_to(folder)

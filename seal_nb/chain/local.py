@@ -15,7 +15,7 @@ from pathlib import Path
 
 from seal_nb.chain.record import Tell, sole_use, write_record
 from seal_nb.chain.stages import ENDPOINT_FILE, Chain, Stage, as_options
-from seal_nb.errors import SealError
+from seal_nb.errors import SealError, visible
 from seal_nb.notebook_runner import StageFailed
 from seal_nb.processes import LoggedProcess, end_tree
 
@@ -53,7 +53,7 @@ class _Child(LoggedProcess):
 
     def __init__(self, command: list[str], log: Path, lock: int) -> None:
         # Ctrl-C reaches only the chain, which ends its children in order.
-        super().__init__(command, log, mode="wb", env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,))
+        super().__init__(command, log, is_new=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,))
         self.started = time.monotonic()
         self._log, self._rest = log.open(encoding="utf-8", errors="replace"), ""
 
@@ -63,7 +63,7 @@ class _Child(LoggedProcess):
     def new_lines(self) -> list[str]:
         """The whole lines written since the last call."""
         *lines, self._rest = (self._rest + self._log.read()).split("\n")
-        return [line.rpartition("\r")[2].rstrip() for line in lines if line.strip()]
+        return [visible(line.rstrip().rpartition("\r")[2]) for line in lines if line.strip()]
 
 
 @dataclass(kw_only=True)

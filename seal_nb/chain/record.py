@@ -6,7 +6,6 @@ folder can be moved.
 
 import contextlib
 import fcntl
-import json
 import re
 import time
 from collections import Counter
@@ -15,14 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from seal_nb.chain.stages import Chain, Stage
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import DataError, SettingsError, checked
 from seal_nb.processes import last_lines
-from seal_nb.storage import lock, read_json, write_json
+from seal_nb.storage import lock, open_regular, read_json, write_json
 
 RECORD_FILE = "chain.json"
+RECORD_BYTES = 2**24  # more than any chain's
 LOCK_FILE = ".chain.lock"
 TAKEOVER_TIMEOUT_S = 20.0  # the processes of a killed chain need some seconds to end
 BAD = ("failed", "lost")  # states of a stage
@@ -37,14 +37,25 @@ def write_record(chain: Chain, run_dir: Path) -> None:
 
 
 def read_record(run_dir: Path) -> Chain:
-    """Raises: DataError where no chain was started in the folder, or its record is broken."""
+    """The folder may come from elsewhere: names lead to no other folder, numbers are numbers, and nothing is a command.
+    Raises: DataError with the field where no chain was started in the folder, or its record is broken."""
     path = run_dir / RECORD_FILE
-    if not path.exists():
+    if not path.is_file():
         raise DataError("no chain was submitted here", path=run_dir, remedy="give the run folder of a `seal-nb submit`")
-    try:
-        return TypeAdapter(Chain).validate_python(read_json(path))
-    except ValidationError as error:
-        raise DataError(f"not a chain's record ({error})", path=path, remedy="submit the chain again") from error
+    if not is_inside(path, run_dir) or path.stat().st_size > RECORD_BYTES:
+        raise DataError("not a chain's record", path=path, remedy="submit the chain again")
+    chain: Chain = checked(TypeAdapter(Chain).validate_python, read_json(path), path=path)
+    names = [stage.name for stage in chain]
+    for number, stage in enumerate(chain):
+        if unknown := set(stage.needs) - set(names[:number]):
+            problem, where = f"names {min(unknown)!r}, which is no stage before it", f"stages[{number}].needs"
+            raise DataError(problem, path=path, field=where, remedy="submit the chain again")
+    return chain
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether it is a file whose real place is in ``folder``: a link may lead out of it."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def stage_in(run_dir: Path, output_dir: str | Path) -> Stage:
@@ -76,12 +87,12 @@ def sole_use(run_dir: Path, tell: Tell) -> contextlib.AbstractContextManager[int
 def in_use_since(run_dir: Path) -> float | None:
     """When the chain that runs in this folder began (a file's time stamp, in seconds); None where none runs."""
     try:
-        with (run_dir / LOCK_FILE).open() as file:
+        with open_regular(run_dir / LOCK_FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None
     except BlockingIOError:
         return (run_dir / LOCK_FILE).stat().st_mtime
-    except OSError:  # no such file, or no locks on this file system
+    except (OSError, DataError):  # no such file, or no locks on this file system
         return None
 
 
@@ -92,7 +103,8 @@ def chain_status(chain: Chain, run_dir: Path, *, job_status: Callable[[Stage], S
 
     def one(stage: Stage) -> Status:
         if stage.is_done(run_dir):
-            return "done", f"in {stage.mark(run_dir)['seconds']:.0f} s"
+            mark = stage.mark(run_dir)
+            return "done", f"in {mark.seconds:.0f} s" if mark else ""
         return job_status(stage) if stage.job else _without_job(stage, run_dir, since)
 
     return {stage.name: one(stage) for stage in chain}
@@ -100,8 +112,8 @@ def chain_status(chain: Chain, run_dir: Path, *, job_status: Callable[[Stage], S
 
 def _without_job(stage: Stage, run_dir: Path, since: float | None) -> Status:
     """``since``: when the local chain that runs now began. It has not reached a stage whose log is older."""
-    log = stage.log(run_dir)
-    if failing_cell(stage.executed(run_dir)):
+    log, executed = stage.log(run_dir), stage.executed(run_dir)
+    if is_inside(executed, run_dir) and failing_cell(executed):
         return "failed", "a cell raised"
     if not log.exists():
         return "not started", ""
@@ -113,7 +125,7 @@ def _without_job(stage: Stage, run_dir: Path, since: float | None) -> Status:
 
 
 def status_lines(chain: Chain, statuses: Mapping[str, Status], run_dir: Path) -> Iterator[str]:
-    """A line for each stage, then what is known of each stage that failed."""
+    """A line for each stage, then what is known of each stage that failed; nothing from outside the folder."""
     rows = [(stage, *statuses[stage.name]) for stage in chain]
     counts = Counter(state for stage, state, _ in rows if not stage.background)
     others = "".join(f", {number} {state}" for state, number in counts.most_common() if state != "done")
@@ -125,10 +137,11 @@ def status_lines(chain: Chain, statuses: Mapping[str, Status], run_dir: Path) ->
         if state not in BAD:
             continue
         executed, log = stage.executed(run_dir), stage.log(run_dir)
-        yield from ("", f"{stage.name}: {note}", *failing_cell(executed))
-        if log.exists():
+        is_there = is_inside(executed, run_dir)
+        yield from ("", f"{stage.name}: {note}", *(failing_cell(executed) if is_there else []))
+        if is_inside(log, run_dir):
             yield from (f"  the end of {log}:", *(f"      {line}" for line in last_lines(log, LOG_LINES)))
-        if executed.exists():
+        if is_there:
             yield f"  executed notebook: {executed}"
 
 
@@ -141,16 +154,15 @@ def first_error(cells: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], 
 def failing_cell(executed: Path) -> list[str]:
     """Lines about the cell of an executed notebook that raised; none if there is no such notebook or cell."""
     try:
-        cells = json.loads(executed.read_text())["cells"]
-    except (FileNotFoundError, ValueError, KeyError):
+        if not (failed := first_error(read_json(executed)["cells"])):
+            return []
+        cell, error = failed
+        first, *rest = f"raised {error['ename']}: {error['evalue']}".splitlines()
+        # IPython's traceback marks the line of the cell; of several exceptions the last one counts.
+        text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error["traceback"])).rpartition("Cell In[")[2]
+        marked = re.search(r"^-+> *\d+ (.*)$", text, flags=re.MULTILINE)
+        line = marked[1].strip() if marked else "".join(cell["source"]).split("\n")[0]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
-    if not (failed := first_error(cells)):
-        return []
-    cell, error = failed
-    first, *rest = f"raised {error['ename']}: {error['evalue']}".splitlines()
-    # IPython's traceback marks the line of the cell; of several exceptions the last one counts.
-    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error["traceback"])).rpartition("Cell In[")[2]
-    marked = re.search(r"^-+> *\d+ (.*)$", text, flags=re.MULTILINE)
-    line = marked[1].strip() if marked else "".join(cell["source"]).split("\n")[0]
     about = [f"      {line}" for line in rest[: MESSAGE_LINES - 1]]
     return [f"  cell [{cell.get('execution_count')}] {first}", *about, f"  at: {line}"]

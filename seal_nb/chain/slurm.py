@@ -8,19 +8,18 @@ import os
 import re
 import shlex
 import subprocess
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_nb.chain.record import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
-from seal_nb.chain.stages import Chain, Stage, as_options
-from seal_nb.errors import RunMismatch, SealError, SettingsError
+from seal_nb.chain.stages import ENDPOINT_FILE, SERVER, SERVER_PARAMETERS, Chain, Stage, as_options, in_run
+from seal_nb.errors import SECRET_VARIABLE, RunMismatch, SealError, SettingsError, keep_secret, redacted
 from seal_nb.settings import Settings, setting
 
 SITE_FILE = "slurm/site.sh"  # in the project
 TIMEOUT_S = 60.0  # of one command
-WRAP = textwrap.TextWrapper(width=110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+WIDTH = 110  # of a printed script
 # Variables that SLURM sets in a job. A job that is submitted from there must not inherit them.
 OF_A_JOB = re.compile("SLURM(?!_CONF$|_CLUSTERS$)|SRUN_|SEAL_SERVER_JOB$|(CUDA|ROCR|ZE)_|GPU_DEVICE_ORDINAL$")
 # States of a job that has not ended (man squeue, JOB STATE CODES).
@@ -72,7 +71,10 @@ def job_status(stage: Stage) -> Status:
 
 
 def _submit(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
-    return _call(command, folder, env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
+    number = _call(command, folder, env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
+    if not re.fullmatch("[0-9]+", number):
+        raise SlurmError(f"sbatch gave {number!r} for the number of a job")
+    return number
 
 
 def _call(command: Sequence[str], folder: Path | None = None, env: Mapping[str, str] | None = None) -> str:
@@ -93,11 +95,16 @@ def read_site(path: Path) -> dict[str, str]:
         raise SettingsError(f"no {path}; cp {path.with_name('site.example.sh')} {path}, and edit it for your cluster")
     # The user may have sourced the same file already; its variables would then not count as set by it.
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SBATCH_", "SEAL_"))}
-    source = ["bash", "-c", 'source "$1" >&2 && env -0', "bash", str(path)]
-    done = subprocess.run(source, capture_output=True, text=True, env=clean)
+    # The variables are wanted after a failure too, because its messages may show the values of keys.
+    script = 'exec 19>&1 >&2; trap "env -0 >&19" EXIT; source "$1" && env -0 >&19'
+    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, env=clean)
+    pairs = [entry.partition("=") for entry in done.stdout.split("\0") if entry]
+    told = re.findall(r"(\w+)(=)['\"]?([^\s'\";$()]+)", path.read_text(errors="replace") + done.stderr)  # by `set -x`
+    for name, _, value in [*pairs, *told]:
+        if SECRET_VARIABLE.search(name) and not os.access(value, os.F_OK):
+            keep_secret(value)
     if done.returncode:
         raise SettingsError(f"{path} ends with code {done.returncode}: {done.stderr.strip()}")
-    pairs = (entry.partition("=") for entry in done.stdout.split("\0") if entry)
     ours = ("SBATCH_", "SLURM_", "SEAL_")
     return {name: value for name, _, value in pairs if name.startswith(ours) and clean.get(name) != value}
 
@@ -189,17 +196,24 @@ class Job:
     after: tuple[str, ...]  # jobs that must have started
     part: str = ""  # added to its number for others that wait; ``_0``: the front end of a server on several nodes
 
-    def command(self, numbers: Mapping[str, str] | None = None) -> list[str]:
-        """The words of the command. ``numbers``: of the jobs that were submitted before, by name. Without them the job
-        waits for nothing: it is submitted again when everything it waited for is there."""
-        waits: list[str] = []
-        if numbers is not None:
-            kinds = (("afterok", self.afterok), ("after", self.after))
-            before = [":".join([kind, *(numbers.get(job, job) for job in jobs)]) for kind, jobs in kinds if jobs]
-            waits += [f"--dependency={','.join(before)}"] if before else []
-            # A server that fails satisfies `after` too. Its clients therefore watch its job (slurm/job.sh).
-            waits += [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
-        return ["sbatch", "--parsable", *self.options, *waits, self.script, *self.arguments]
+    def waits(self, numbers: Mapping[str, str]) -> list[str]:
+        """The options for the jobs before it. ``numbers``: of those submitted before, by name."""
+        kinds = (("afterok", self.afterok), ("after", self.after))
+        before = [":".join([kind, *(numbers.get(job, job) for job in jobs)]) for kind, jobs in kinds if jobs]
+        # A server that fails satisfies `after` too. Its clients therefore watch its job (slurm/job.sh).
+        watched = [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
+        return [*([f"--dependency={','.join(before)}"] if before else []), *watched]
+
+    def command(self, waits: Sequence[str] = (), quoted: Callable[[str], str] = str) -> list[str]:
+        """The words of the command. ``quoted`` is applied to all but ``waits``."""
+        before, behind = ["sbatch", "--parsable", *self.options], [self.script, *self.arguments]
+        return [*map(quoted, before), *waits, *map(quoted, behind)]
+
+    def shown(self, numbers: Mapping[str, str]) -> str:
+        """The command for a shell, in which ``numbers`` are variables."""
+        words = iter(self.command(self.waits(numbers), shlex.quote))
+        pairs = [f"-p {next(words)} {next(words)}" if word == "-p" else word for word in words]
+        return _lines([f"{self.name}=$({pairs[0]}", *pairs[1:-1], f"{pairs[-1]})"], " \\\n")
 
 
 def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping[str, str]) -> list[Job]:
@@ -224,18 +238,24 @@ def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping
         clients = chain.users_of(first) if first.background else []
         needs = [chain[need] for stage in [first, *clients, *servers] for need in stage.needs if need != first.name]
         afterok = [job_of(stage) for stage in needs if not stage.background and stage.name not in done]
-        job = Job(
-            name=name,
-            stages=tuple(stages),
-            options=tuple(_options(run_dir, cluster, stages)),
-            script=cluster.script(first),
-            arguments=tuple(_arguments(run_dir, cluster, first)),
-            afterok=tuple(dict.fromkeys(afterok)),
-            after=tuple(job_of(server) for server in servers),
-            part="_0" if first.background and cluster.server_nodes > 1 else "",
-        )
-        jobs.append(job)
+        jobs.append(_job(name, stages, run_dir, cluster, afterok=afterok, after=[job_of(server) for server in servers]))
     return jobs
+
+
+def _job(
+    name: str, stages: list[Stage], run_dir: Path, cluster: Cluster, *, afterok: list[str], after: list[str]
+) -> Job:  # fmt: skip
+    first = stages[0]
+    return Job(
+        name=name,
+        stages=tuple(stages),
+        options=tuple(_options(run_dir, cluster, stages)),
+        script=cluster.script(first),
+        arguments=tuple(_arguments(run_dir, cluster, first)),
+        afterok=tuple(dict.fromkeys(afterok)),
+        after=tuple(after),
+        part="_0" if first.background and cluster.server_nodes > 1 else "",
+    )
 
 
 def _options(run_dir: Path, cluster: Cluster, stages: list[Stage]) -> list[str]:
@@ -245,7 +265,8 @@ def _options(run_dir: Path, cluster: Cluster, stages: list[Stage]) -> list[str]:
         array = ",".join(str(stage.parameters["seed"]) for stage in stages)
     elif first.background and cluster.server_nodes > 1:
         array = f"0-{cluster.server_nodes - 1}"
-    log = f"{cluster.place(run_dir / name)}{part}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
+    folder = cluster.place(run_dir / name).replace("%", "%%")  # sbatch reads %j and its like as patterns
+    log = f"{folder}{part}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
     options = ["--kill-on-invalid-dep=yes", f"--job-name={name}", f"--output={log}"]
     return [*options, *([f"--array={array}"] if array else []), *cluster.resources(first)]
 
@@ -270,9 +291,11 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         for stage in chain:
             (run_dir / stage.name).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for a log
         before = list(read_record(run_dir)) if (run_dir / RECORD_FILE).exists() else []
-        chain = chain.with_fields({stage.name: {"job": stage.job, "command": stage.command} for stage in before})
+        kept = ("job", "nodes", "idle_timeout_s")
+        chain = chain.with_fields({stage.name: {name: getattr(stage, name) for name in kept} for stage in before})
         new = [(job, stage) for job in jobs for stage in job.stages]
-        chain = chain.with_fields({stage.name: {"command": job.command()} for job, stage in new if stage.background})
+        again = {"nodes": cluster.server_nodes, "idle_timeout_s": cluster.idle_timeout_s}
+        chain = chain.with_fields({stage.name: again for _, stage in new if stage.background})
         # Written before there are numbers: a job that starts at once finds its stage in the record.
         write_record(chain, run_dir)
         numbers = _submit_all(jobs, cluster, tell)
@@ -303,7 +326,7 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
     env = {**os.environ, **cluster.site}
     try:
         for job in jobs:
-            numbers[job.name] = _submit(job.command(numbers), cluster.project, env) + job.part
+            numbers[job.name] = _submit(job.command(job.waits(numbers)), cluster.project, env) + job.part
             number = numbers[job.name] + (f" × {len(job.stages)}" if len(job.stages) > 1 else "")
             waits = [f"after {', '.join(job.afterok)}"] if job.afterok else []
             waits += [f"with {', '.join(job.after)}"] if job.after else []
@@ -320,21 +343,22 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
 
 def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
     """Start a server's job again that ended because it had no clients; gives the number of the job that waits or runs
-    now. SLURM queues the job again under its number as long as it knows it; later the job is submitted again. Of
-    several callers only one starts it. Raises: SettingsError, SlurmError, DataError, RunMismatch."""
+    now. SLURM queues the job again under its number as long as it knows it; later it is submitted again and waits for
+    nothing. Of several callers only one starts it. Raises: SettingsError, SlurmError, DataError, RunMismatch."""
     run_dir = folder.parent
     read_record(run_dir)  # before the lock, which would make the folder
     with sole_use(run_dir, tell):
         server = stage_in(run_dir, folder)
-        if not server.job or not server.background:
+        if not server.job or not server.background or server.notebook != SERVER:
             raise SettingsError(f"{folder} is not the folder of a submitted server; give RUN/…_server")
-        state = look_up(server.job).get("JobState")
+        known = look_up(server.job)
+        state = known.get("JobState")
+        if known.get("JobName", server.name) != server.name:
+            raise SlurmError(f"job {server.job} is {known['JobName']}, not {server.name}; submit the chain again")
         if state is None:
-            env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
-            part = "_0" if "_" in server.job else ""  # the front end among the tasks of an array
-            job = _submit(server.command, project, env | read_site(project / SITE_FILE)) + part
-            write_record(read_record(run_dir).with_fields({server.name: {"job": job}}), run_dir)
-            return job
+            number = _submit_again(server, run_dir, project)
+            write_record(read_record(run_dir).with_fields({server.name: {"job": number}}), run_dir)
+            return number
         if state == "COMPLETED":
             _call(["scontrol", "requeue", server.job.partition("_")[0]])  # the whole array
         elif state not in LIVE:
@@ -342,23 +366,44 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
         return server.job
 
 
+def _submit_again(server: Stage, run_dir: Path, project: Path) -> str:
+    """The command is made anew: the record of a folder that comes from elsewhere must not choose what runs."""
+    site = read_site(project / SITE_FILE)
+    env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
+    cluster = Cluster(
+        project=project, site=site, server_nodes=server.nodes, idle_timeout_s=server.idle_timeout_s,
+    )  # fmt: skip
+    given = {name: value for name, value in server.parameters.items() if name in SERVER_PARAMETERS}
+    server = replace(server, parameters=given | {"endpoint_file": in_run(server.name, ENDPOINT_FILE)})
+    job = _job(server.name, [server], run_dir, cluster, afterok=[], after=[])
+    return _submit(job.command(), project, env | site) + job.part
+
+
 def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:
     """What ``submit_chain`` would do with an empty queue, as the text of a shell script."""
     jobs = plan(chain, run_dir, cluster, on_their_way={})
     kept = [stage.name for stage in chain if stage.is_done(run_dir)]
-    site = " ".join(f"{name}={value}" for name, value in sorted(cluster.site.items()))
+    hidden = {name: "***" for name in cluster.site if SECRET_VARIABLE.search(name)}
+    site = redacted(" ".join(f"{name}={value}" for name, value in sorted({**cluster.site, **hidden}.items())))
     lines = [
         f"# chain {chain.name}: {sum(len(job.stages) for job in jobs)} stages in {len(jobs)} jobs",
-        f"# site: {SITE_FILE} {site}",
+        f"# site: {SITE_FILE} {' '.join(site.splitlines())}",
         *([f"# finished before, kept: {', '.join(kept)}"] if kept else []),
     ]
     for script in dict.fromkeys(job.script for job in jobs):
-        lines += ["\n#".join(WRAP.wrap(" ".join([f"# {script}", *cluster.script_options(script)])))]
+        lines.append(_lines([f"# {script}", *cluster.script_options(script)], "\n#"))
     variables = {job.name: f"${{{job.name}}}{job.part}" if job.part else f"${job.name}" for job in jobs}
     for job in jobs:
-        words = [word if "$" in word else shlex.quote(word).replace(" ", "\0") for word in job.command(variables)]
-        text = re.sub(r"-p (\w+) ", "-p\0\\1\0", " ".join(words))
-        shown = " \\\n".join(WRAP.wrap(f"{job.name}=$({text})"))
-        titles = [f"# {stage.title} ({stage.notebook})" for stage in job.stages]
-        lines += ["", *titles, shown.replace("\0", " ")]
+        lines += ["", *(f"# {stage.title} ({stage.notebook})" for stage in job.stages), job.shown(variables)]
     return "\n".join(lines)
+
+
+def _lines(words: Sequence[str], end: str) -> str:
+    """Words in lines of at most WIDTH characters, if none is longer."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + 1 + len(word) <= WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return end.join(lines)

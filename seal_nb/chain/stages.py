@@ -5,13 +5,16 @@ A stage is one run of a notebook, after the stages that it needs. The whole expe
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from seal_nb.errors import SettingsError
+from pydantic import AfterValidator, TypeAdapter
+
+from seal_nb.errors import SettingsError, checked
 from seal_nb.experiments.settings import ARMS
 from seal_nb.models import DTYPES
 from seal_nb.notebook_runner import Parameter, Value, declared_parameters, find_notebook, format_value
@@ -25,7 +28,9 @@ ENGINES = ("local", "vllm")
 MARK = ".done/{}.json"  # of a finished stage
 ENDPOINT_FILE = "endpoint.json"
 SELF_EDITS_FILE = "self_edits.json"
+SERVER = "02_ttt_server"
 CONTINUAL = "06_continual_self_edits"
+NOTEBOOKS = "01_create_self_edits", SERVER, "03_query_server", "04_cpt", "05_rest_em_round", CONTINUAL, "08_results"
 # Parameters that change how a stage computes but not its result. Changing one repeats nothing that is finished.
 MACHINE = frozenset({"n_workers", "n_threads", "n_slots", "n_processes", "endpoint_file", "idle_timeout_s"})
 INPUT_FILES = frozenset({"dataset", "prompt_key"})  # parameters that may name a file of the user's
@@ -36,22 +41,51 @@ def in_run(stage: str, file: str) -> str:
     return f"{RUN}/{stage}/{file}"
 
 
+def _form(pattern: str) -> AfterValidator:
+    """Of a text in a record: where one is read, another form is refused."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    return AfterValidator(check)
+
+
+NAME = "[A-Za-z][A-Za-z0-9_]{0,99}"
+Name = Annotated[str, _form(NAME)]
+File = Annotated[str, _form("[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")]  # in the folder of its stage
+Plain = int | float | bool | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What is kept of a stage's last run that finished."""
+
+    identity: str
+    notebook: str
+    seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One notebook run. Its results are in the folder of its name."""
 
-    name: str
-    notebook: str
+    name: Name
+    notebook: Annotated[str, _form("|".join(NOTEBOOKS))]
     title: str
     # Of the notebook; paths in the run's folder are made by ``in_run``. ``output_dir`` is added.
-    parameters: Mapping[str, Value] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()  # names of the stages before it
-    produces: tuple[str, ...] = ()  # result files; of a server ENDPOINT_FILE, whose appearance means that it is ready
+    parameters: Mapping[Name, Plain | list[Plain]] = field(default_factory=dict)
+    needs: tuple[Name, ...] = ()  # names of the stages before it
+    produces: tuple[File, ...] = ()  # result files; of a server ENDPOINT_FILE, whose appearance means that it is ready
     background: bool = False  # a server: starts before the first stage that needs it, stops after the last one
-    array: str = ""  # shared by stages that differ in their seed only; on a cluster they are one job array
-    identity: str = ""  # an id of what the stage computes and from what; its chain sets it
-    job: str = ""  # SLURM's number, ``12`` or ``12_43`` in an array; empty without SLURM
-    command: tuple[str, ...] = ()  # submits a server's job again; empty for other stages
+    # Shared by stages that differ in their seed only; on a cluster they are one job array.
+    array: Annotated[str, _form(f"({NAME})?")] = ""
+    # An id of what the stage computes and from what; its chain sets it.
+    identity: Annotated[str, _form("[0-9a-f]{24}")] = ""
+    job: Annotated[str, _form("([0-9]{1,20}(_[0-9]{1,20})?)?")] = ""  # SLURM's number, in an array ``12_43``
+    nodes: int = 1  # of a server on a cluster, to submit its job again
+    idle_timeout_s: float = 0.0  # likewise
 
     def values(self, run_dir: Path) -> dict[str, Value]:
         """The notebook's parameters with real paths."""
@@ -64,19 +98,20 @@ class Stage:
         """Result files that the stage has not written."""
         return [file for file in self.produces if not (run_dir / self.name / file).exists()]
 
-    def mark(self, run_dir: Path) -> dict[str, Any]:
-        """``identity``, ``notebook`` and ``seconds`` of the last run that finished; empty if none did."""
+    def mark(self, run_dir: Path) -> Mark | None:
+        """Of the last run that finished; None if none did. Raises: DataError."""
         path = run_dir / MARK.format(self.name)
-        return dict(read_json(path)) if path.exists() else {}
+        return checked(TypeAdapter(Mark).validate_python, read_json(path), path=path) if path.is_file() else None
 
     def is_done(self, run_dir: Path) -> bool:
         """Whether the stage finished here with this identity and its results are still there; never for a server."""
-        same = self.mark(run_dir).get("identity") == self.identity
+        mark = self.mark(run_dir)
+        same = mark is not None and mark.identity == self.identity
         return same and not self.background and not self.missing(run_dir)
 
     def mark_done(self, run_dir: Path, *, seconds: float) -> None:
-        value = {"identity": self.identity, "notebook": self.notebook, "seconds": round(seconds, 1)}
-        write_json(run_dir / MARK.format(self.name), value)
+        mark = Mark(identity=self.identity, notebook=self.notebook, seconds=round(seconds, 1))
+        write_json(run_dir / MARK.format(self.name), asdict(mark))
 
     def log(self, run_dir: Path) -> Path:
         return run_dir / (f"{self.name}/{self.notebook}-{self.job}.log" if self.job else f"logs/{self.name}.log")
@@ -86,7 +121,10 @@ class Stage:
 
 
 def as_options(values: Mapping[str, Value]) -> list[str]:
-    """The parameters as options of ``seal-nb run``."""
+    """The parameters as options of ``seal-nb run``. Raises: SettingsError for a text that it would take for one."""
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith("-"):
+            raise SettingsError(f"{name} is {value!r}, which begins as an option does; write ./{value} for a path")
     return [word for name, value in values.items() for word in ("-p", name, format_value(value))]
 
 
@@ -217,7 +255,7 @@ class ExperimentSettings:
                 "share; it counts the micro-batches of all processes: give a multiple"
             )
 
-    def parameters(self, notebook: str) -> dict[str, Value]:
+    def parameters(self, notebook: str) -> dict[str, Plain | list[Plain]]:
         """The parameters that these settings give to the notebook with this number."""
         given = {entry: getattr(self, entry.name) for entry in fields(self)}
         return {
@@ -225,6 +263,10 @@ class ExperimentSettings:
             for entry, value in given.items()
             if notebook in entry.metadata.get("notebooks", ()) and value is not None
         }
+
+
+# That an experiment gives to a server.
+SERVER_PARAMETERS = {"model"} | {e.name for e in fields(ExperimentSettings) if "02" in e.metadata.get("notebooks", ())}
 
 
 @cache
@@ -315,7 +357,7 @@ def _round(s: ExperimentSettings, number: int) -> Iterator[Stage]:
             start=number * s.n_train, dataset=s.train_dataset, n_articles=s.n_train, k_completions=s.k_completions,
         )  # fmt: skip
     title = f"TTT server on {whose}: {s.n_workers} worker processes"
-    yield stage(server, "02_ttt_server", title, made_by, (ENDPOINT_FILE,), endpoint_file=endpoint)
+    yield stage(server, SERVER, title, made_by, (ENDPOINT_FILE,), endpoint_file=endpoint)
     arms = ("self_edits",) if number else s.arms  # texts that no model wrote are the same in every round
     yield stage(
         f"{label}_evaluate", "03_query_server",

@@ -1,5 +1,6 @@
 """The pages of a run: its main figures, and each executed notebook as HTML in which nothing acts."""
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -101,6 +102,31 @@ def test_a_page_keeps_the_styles_that_align_our_tables_and_no_others(tmp_path: P
     (aligned,) = re.findall(r'<style type="text/css">\s*#T_.*?</style>', text, re.DOTALL)
     assert aligned in ours and "td.col1 {\n  text-align: right" in aligned
     assert "url(//x)" not in text and "display: none }" not in text.partition("</head>")[2]
+
+
+@pytest.mark.parametrize("name", ["notes.html", "index.html"])
+@pytest.mark.parametrize("kind", ["page", "link", "dangling link"])
+def test_pages_replace_only_pages_that_were_written_here(tmp_path: Path, name: str, kind: str) -> None:
+    executed(tmp_path / "run", "a.ipynb")
+    executed(tmp_path / "run", "notes.ipynb", new_markdown_cell("# Ours"))
+    planted = write_index(tmp_path / "run").with_name(name)
+    assert write_index(tmp_path / "run", title="again").is_file()
+    planted.rename(tmp_path / "ours.html")
+    (tmp_path / "user.html").write_text("the user's")
+    if kind == "page":
+        (tmp_path / "user.html").rename(planted)
+    else:
+        planted.symlink_to(tmp_path / ("ours.html" if kind == "link" else "nowhere"))
+    before = {path.name: path.read_text() for path in [*tmp_path.rglob("*.html")] if path.exists()}
+    with pytest.raises(DataError, match=f"{name}: is not a page of seal-nb"):
+        write_index(tmp_path / "run", title="other")
+    assert {path.name: path.read_text() for path in [*tmp_path.rglob("*.html")] if path.exists()} == before
+
+
+def test_a_notebook_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    with pytest.raises(DataError, match="not a regular file"):
+        write_index(tmp_path)
 
 
 def test_an_empty_folder_and_a_broken_notebook_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,6 @@ from seal_nb.errors import DataError, SettingsError
 from tests.chain.planning import SMALL, cluster, with_a_server
 
 
-def commands(fakes: Path) -> dict[str, tuple[str, ...]]:
-    return {stage.name: stage.command for stage in read_record(fakes / "run") if stage.command}
-
-
 def again(folder: Path) -> str:
     return restart_server(folder, project=Path.cwd(), tell=print)
 
@@ -25,7 +21,7 @@ def test_forgotten_server_is_submitted_once_more_without_waiting_and_then_it_is_
     second = again(folder)
     assert int(second) > int(first)
     said = (fakes / "submitted").read_text().removeprefix(earlier)
-    assert "slurm/ttt_server.sbatch -p output_dir run/base_server" in said
+    assert "--gpus-per-node=2 slurm/ttt_server.sbatch -p output_dir run/base_server -p " in said
     assert "--dependency" not in said
     assert read_record(fakes / "run").jobs()["base_server"] == second
     (fakes / f"job{second}").write_text(f"JobId={second} JobState=PENDING Reason=Resources\n")
@@ -73,10 +69,12 @@ def test_folder_of_no_server_is_not_started_again(fakes: Path) -> None:
     assert not (fakes / "elsewhere").exists()
 
 
-def test_command_of_a_server_is_kept_when_the_rest_is_submitted_again(fakes: Path) -> None:
-    _, job = with_a_server(fakes)
-    before = commands(fakes)
+def test_server_is_what_it_was_after_the_rest_was_submitted_again(fakes: Path) -> None:
+    folder, job = with_a_server(fakes, nodes=2)
     (fakes / f"job{job}").write_text(f"JobId={job} JobState=RUNNING Reason=None\n")
-    submit_chain(make_chain("continual", SMALL), fakes / "run", cluster(project=fakes), tell=print)
-    assert commands(fakes) == before
-    assert set(before) == {"base_server"}
+    submit_chain(make_chain("continual", SMALL), fakes / "run", cluster(project=fakes, idle_timeout_s=5), tell=print)
+    (fakes / f"job{job}").unlink()
+    again(folder)
+    first, *_, last = (fakes / "submitted").read_text().splitlines()
+    assert last.partition(" array=")[0] == first.partition(" array=")[0].replace("a100:", "")
+    assert "--array=0-1 " in last and "-p idle_timeout_s 1800.0" in last

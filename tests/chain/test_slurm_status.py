@@ -167,5 +167,5 @@ def test_status_of_a_folder_without_a_chain_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no chain was submitted here"):
         read_record(tmp_path)
     (tmp_path / "chain.json").write_text(json.dumps({"stages": [{}]}))
-    with pytest.raises(DataError, match="not a chain's record"):
+    with pytest.raises(DataError, match=r"chain\.json, field 'name': is missing"):
         read_record(tmp_path)
