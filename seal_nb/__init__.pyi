@@ -27,3 +27,4 @@ from .views.live import Summary as Summary
 from .views.plots import plot_gold_logprobs as plot_gold_logprobs
 from .views.plots import plot_losses as plot_losses
 from .views.tables import show as show
+from .views.tables import write_csv as write_csv

@@ -8,12 +8,15 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from seal_nb import cli_chains
-from seal_nb.errors import SealError
+from seal_nb.cli_chains import tell
+from seal_nb.errors import SealError, redacted, visible
+from seal_nb.settings import Parser
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 
@@ -23,24 +26,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in (_serve, cli_chains.submit):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(visible(f"unrecognized arguments: {' '.join(rest)}"))
     arguments.rest = rest
     try:
         return int(arguments.command(arguments) or 0)
     except KeyboardInterrupt:
-        print("seal-nb: interrupted", file=sys.stderr)
+        tell("seal-nb: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of the output has gone (`| head`). Python's own flush at the exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SealError as error:
-        print(f"seal-nb: {error}", file=sys.stderr)
+        tell(f"seal-nb: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception:  # noqa: BLE001 - a fault of ours, or of a library: Python's own report, without secrets
+        sys.stderr.write(visible(redacted(traceback.format_exc())))
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)")
+    parser = Parser(prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", _run, "run a notebook without JupyterLab (papermill)")
     run.add_argument("stage", metavar="NOTEBOOK", help="its name, or how the name begins: 03_query_server, 03, 3")
@@ -111,6 +117,7 @@ def _add_file_commands(commands: Any) -> None:
     text = "train writes squad_train.json, validation writes squad_val.json (default: %(default)s)"
     data.add_argument("--split", choices=["train", "validation"], default="train", help=text)
     data.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
+    data.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag (default: that of 2024)")
 
 
 def _command(
@@ -135,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> None:
     declared = runner.declared_parameters(notebook)
     if arguments.parameters:
         for one in declared.values():
-            print(f"{one.name}: {one.type_name} = {one.default!r}" + (f"\n    {one.help}" if one.help else ""))
+            tell(f"{one.name}: {one.type_name} = {one.default!r}" + (f"\n    {one.help}" if one.help else ""))
         return
     values = runner.parse_parameters(arguments.pairs, declared)
     executed = arguments.output or runner.executed_path(notebook, values, declared)
@@ -144,8 +151,8 @@ def _run(arguments: argparse.Namespace) -> None:
     with marked_when_done(arguments.chain, output_dir) if arguments.chain else contextlib.nullcontext():
         runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
     if summary := runner.summary_of(executed):
-        print(summary)
-    print(f"executed notebook: {executed}")
+        tell(summary)
+    tell(f"executed notebook: {executed}")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -162,10 +169,10 @@ def _status(arguments: argparse.Namespace) -> None:
     with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
         status = client.status()
     if arguments.json or not sys.stdout.isatty():
-        print(status.model_dump_json(indent=2))
+        tell(status.model_dump_json(indent=2))
         return
     for name, text in status_rows(status):
-        print(f"{name}: {text}")
+        tell(f"{name}: {text}")
 
 
 def _summarize(arguments: argparse.Namespace) -> None:
@@ -173,15 +180,15 @@ def _summarize(arguments: argparse.Namespace) -> None:
 
     summary = read_run(arguments.run).summary()
     if arguments.json:
-        print(json.dumps(summary, indent=2))
+        tell(json.dumps(summary, indent=2))
         return
-    print(f"{summary['file']}: {summary['kind']}, {summary['n_passages']} passages")
+    tell(f"{summary['file']}: {summary['kind']}, {summary['n_passages']} passages")
     for name, value in summary["overall"].items():
-        print(f"  {name}: {'not in this file' if value is None else value}")
+        tell(f"  {name}: {'not in this file' if value is None else value}")
     if summary["intervals"]:
-        print(f"  {summary['intervals']['gain']['sentence']}")
+        tell(f"  {summary['intervals']['gain']['sentence']}")
     for line in [*summary["disagreements"], *summary["notes"]]:
-        print(f"note: {line}", file=sys.stderr)
+        tell(f"note: {line}", file=sys.stderr)
 
 
 def _grade(arguments: argparse.Namespace) -> None:
@@ -194,7 +201,7 @@ def _grade(arguments: argparse.Namespace) -> None:
         lines = regrade_file(*files, grader=grader, **chosen, dataset=arguments.dataset).lines()
     else:
         lines = grade_file(*files, grader=grader, **chosen).lines()
-    print("\n".join(lines))
+    tell("\n".join(lines))
 
 
 def _rerun(arguments: argparse.Namespace) -> int:
@@ -203,7 +210,7 @@ def _rerun(arguments: argparse.Namespace) -> int:
     item = Item.parse(arguments.item)
     own = {"model": arguments.model, "deterministic": arguments.deterministic}
     is_same, lines = rerun_in(arguments.run, item, endpoint=arguments.endpoint, **own)
-    print("\n".join(lines))
+    tell("\n".join(lines))
     return 0 if is_same else 1
 
 
@@ -211,20 +218,20 @@ def _runs_list(arguments: argparse.Namespace) -> None:
     from seal_nb.results.collect import collect
     from seal_nb.views.tables import as_text
 
-    print(as_text(collect(arguments.folder).overview()))
+    tell(as_text(collect(arguments.folder).overview()))
 
 
 def _runs_pool(arguments: argparse.Namespace) -> None:
     from seal_nb.results.continual import pool_summaries
 
-    print(pool_summaries(arguments.summaries, arguments.out))
+    tell(pool_summaries(arguments.summaries, arguments.out))
 
 
 def _runs_compare(arguments: argparse.Namespace) -> None:
     from seal_nb.results.collect import read_run
     from seal_nb.results.run import difference_sentence
 
-    print(difference_sentence(read_run(arguments.first), read_run(arguments.second)))
+    tell(difference_sentence(read_run(arguments.first), read_run(arguments.second)))
 
 
 def _runs_diff(arguments: argparse.Namespace) -> None:
@@ -232,23 +239,20 @@ def _runs_diff(arguments: argparse.Namespace) -> None:
     from seal_nb.views.tables import as_text
 
     found = settings_difference(arguments.first, arguments.second)
-    print(as_text(found) if len(found) else "no setting, seed or version differs")
+    tell(as_text(found) if len(found) else "no setting, seed or version differs")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from seal_nb.errors import SettingsError
     from seal_nb.sft.model_folders import merge_stack
 
-    out: Path = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError(f"--out {out} exists and is not empty; give a new folder")
-    print(f"model folder: {merge_stack(arguments.model, arguments.adapters, out)}")
+    tell(f"model folder: {merge_stack(arguments.model, arguments.adapters, arguments.out)}")
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from seal_nb.passages import fetch_squad
+    from seal_nb.passages import REVISION, fetch_squad
 
-    print(f"item file: {fetch_squad(arguments.split, arguments.out)}")
+    revision = arguments.revision or REVISION
+    tell(f"item file: {fetch_squad(arguments.split, arguments.out, revision=revision)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A verdict is True, False or None; None is an ungraded answer, which is left out 
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from statistics import NormalDist
@@ -30,6 +30,9 @@ Scores = Sequence[float | None]  # verdicts too: True is 1.0
 Weighting = Literal["passage", "question"]
 
 N_RESAMPLES = 10_000
+LEAST_RESAMPLES = 1_000  # of so many passages that the chance of the draw no longer shows
+MOST_DRAWS = 40_000_000  # of one interval: up to 4,000 passages have all resamples
+DRAWS_AT_ONCE = 4_000_000  # in memory
 MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
 SIGNIFICANCE = 0.05
 MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond that they are drawn
@@ -169,27 +172,33 @@ def _bootstrap(totals: np.ndarray, n_resamples: int, *, widest: tuple[float, flo
     """The mean (`_mean`) and its 95 % percentile interval over passages drawn with replacement."""
     n, (low, high) = totals.shape[1], widest
     if n > 1:
-        drawn = np.random.default_rng(0).integers(0, n, size=(n_resamples, n))
-        resampled = _mean(np.stack([values[drawn].sum(axis=1) for values in totals]))
+        parts = [[values[drawn].sum(axis=1) for values in totals] for drawn in _draws(n, n_resamples, n)]
+        resampled = _mean(np.concatenate(parts, axis=1))
         # Rounded, so that summation error does not make a zero "real".
         low, high = (round(float(bound), 12) for bound in np.quantile(resampled, [0.025, 0.975]))
     return float(_mean(totals.sum(axis=1))), low, high
+
+
+def _draws(below: int, n_rows: int, n: int) -> Iterator[np.ndarray]:
+    """Rows of ``n`` random whole numbers, a part at a time. The parts together are what one draw of all would be."""
+    generator, at_once = np.random.default_rng(0), max(1, DRAWS_AT_ONCE // n)
+    n_rows = min(n_rows, max(LEAST_RESAMPLES, MOST_DRAWS // n))
+    for start in range(0, n_rows, at_once):
+        yield generator.integers(0, below, size=(min(at_once, n_rows - start), n))
 
 
 def _sign_flip_p(totals: np.ndarray, n_draws: int) -> float:
     """Two-sided p of a difference of two means under random swaps of the runs in each passage. All 2**P swaps up to
     MOST_ENUMERATED passages, else ``n_draws`` at random and the one observed."""
     n = totals.shape[1]
-    if is_exact := n <= MOST_ENUMERATED:
-        swapped = np.arange(2**n)[:, None] >> np.arange(n) & 1  # (swaps, P)
-    else:
-        swapped = np.random.default_rng(0).integers(0, 2, size=(n_draws, n))
-    more = swapped @ (totals[2:] - totals[:2]).T  # (swaps, 2): what the swaps add to the first run
+    every = [np.arange(2**n)[:, None] >> np.arange(n) & 1] if n <= MOST_ENUMERATED else []  # (swaps, P)
+    # (swaps, 2): what the swaps add to the first run
+    more = np.concatenate([swapped @ (totals[2:] - totals[:2]).T for swapped in every or _draws(2, n_draws, n)])
     sums = totals.sum(axis=1)
     differences = _mean(np.concatenate([sums[:2] + more, sums[2:] - more], axis=1).T)
     # Rounded sums of the same numbers in another order must not count as smaller.
     n_as_large = int(np.sum(np.abs(differences) >= abs(_mean(sums)) - 1e-9))
-    return n_as_large / len(swapped) if is_exact else (n_as_large + 1) / (n_draws + 1)
+    return n_as_large / len(more) if every else (n_as_large + 1) / (len(more) + 1)
 
 
 def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting, unit: str) -> str:

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -21,7 +20,8 @@ from typing import Any, TextIO
 import psutil
 from pydantic import TypeAdapter
 
-from seal_nb.errors import SealError, SettingsError
+from seal_nb.errors import PUT_AWAY, SealError, SettingsError, redacted, visible
+from seal_nb.grading.choose import stated_grader
 from seal_nb.storage import runs_folder
 
 START_TIMEOUT_S = 180  # of a kernel on a busy cluster node with a cold file system
@@ -115,19 +115,29 @@ def parse_parameters(pairs: Iterable[tuple[str, str]], declared: Mapping[str, Pa
 
 
 def parse_value(text: str, parameter: Parameter) -> Value:
-    """``text`` in the parameter's declared type. Raises: SettingsError."""
+    """``text`` in the parameter's declared type. Raises: SettingsError, also for a key: the executed notebook and
+    command lines would show it."""
+    if redacted(text, is_prose=parameter.name in PROSE) != text:
+        raise SettingsError(f"parameter {parameter.name!r} holds a key (it is not shown); {PUT_AWAY}")
+    if text and parameter.name in ("engine_url", "api_key_env"):
+        from seal_nb.engines.api import ApiSettings
+
+        ApiSettings(base_url=text) if parameter.name == "engine_url" else ApiSettings(api_key_env=text)
+    if text and parameter.name == "grader":
+        stated_grader(text)
     kind = parameter.type_name
     try:
         if text.lstrip().startswith("[") and kind.startswith("list"):
             return TypeAdapter(_TYPES[kind]).validate_json(text)
         items = [part.strip() for part in text.split(",") if part.strip()]
         return TypeAdapter(_TYPES[kind]).validate_python(items if kind.startswith("list") else text)
-    except ValueError as error:
+    except ValueError:
         examples = {"bool": "true or false", "int": "a whole number", "float": "a number"}
         example = examples.get(kind, 'a JSON list or items with commas, such as ["a", "b"] or a,b')
-        raise SettingsError(f"parameter {parameter.name!r}: {text!r} is not {kind}; give {example}") from error
+        raise SettingsError(f"parameter {parameter.name!r}: {text!r} is not {kind}; give {example}") from None
 
 
+PROSE = ("question", "gold", "edited", "end_mask_substring")  # parameters that hold any sentence
 _TYPES: dict[str, Any] = {
     "int": int, "float": float, "bool": bool, "str": str,
     "list": list[str], "list[int]": list[int], "list[float]": list[float], "list[str]": list[str],
@@ -149,11 +159,14 @@ def for_stream(stream: TextIO) -> tuple[Callable[[str], object], dict[str, Any]]
     """``write`` and ``progress_bar`` of ``run_notebook`` for a stream: a bar on a terminal, else lines."""
     from tqdm.auto import tqdm
 
+    def write(text: str) -> None:
+        tqdm.write(visible(text), file=stream, end="")
+
     if stream.isatty():
-        return partial(tqdm.write, file=stream, end=""), {"file": sys.stderr, "leave": False}
+        return write, {"file": sys.stderr, "leave": False}
     lines = {"bar_format": "cell {n_fmt} of {total_fmt} after {elapsed}\n", "mininterval": LINE_EVERY_S}
     lines |= {"file": stream, "delay": LINE_EVERY_S, "leave": False}
-    return partial(print, file=stream, end="", flush=True), lines
+    return lambda text: (stream.write(visible(text)), stream.flush()), lines
 
 
 def run_notebook(
@@ -180,8 +193,8 @@ def run_notebook(
         for starts_left in reversed(range(STARTS)):
             try:
                 papermill.execute_notebook(
-                    str(notebook),
-                    str(executed),
+                    # Papermill takes paths for format strings.
+                    *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)),
                     parameters=dict(values),
                     kernel_name="python3",
                     progress_bar=progress_bar,

@@ -16,7 +16,16 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from seal_nb.errors import DataError, SettingsError, checked
-from seal_nb.storage import data_file, read_json, read_json_lines, read_text, runs_folder, write_json
+from seal_nb.storage import (
+    MOST_BYTES,
+    data_file,
+    read_json,
+    read_json_lines,
+    read_text,
+    runs_folder,
+    write_json,
+    write_record,
+)
 
 CSV_COLUMNS = ("title", "context", "question", "answer")
 _HEADING = re.compile(r"#\s+(?P<title>\S.*)")
@@ -36,15 +45,18 @@ def _by_passage(rows: Iterable[tuple[int | str, Mapping[str, str]]]) -> list[Pla
 
 
 def _csv_items(path: Path) -> list[Placed]:
+    csv.field_size_limit(MOST_BYTES)  # csv's own limit is 128 KB, less than a long passage
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
-    columns = table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
-    if missing := [name for name in CSV_COLUMNS if name not in columns]:
-        problem = f"has no column {missing[0]!r} but {', '.join(columns) or 'no header'}"
-        remedy = f"give a header with {', '.join(CSV_COLUMNS)}"
-        raise DataError(problem, path=path, item="line 1", field=missing[0], remedy=remedy)
     rows = []
     try:
+        columns = table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
+        if missing := [name for name in CSV_COLUMNS if name not in columns]:
+            problem = f"has no column {missing[0]!r} but {', '.join(columns) or 'no header'}"
+            remedy = f"give a header with {', '.join(CSV_COLUMNS)}"
+            raise DataError(problem, path=path, item="line 1", field=missing[0], remedy=remedy)
+        # DictReader fills up short rows: only as far as a column that is read, so that a long header costs once.
+        table.fieldnames = columns[: max(at for at, name in enumerate(columns) if name in CSV_COLUMNS) + 1]
         for cells in table:
             row, place = {name: (cells[name] or "").strip() for name in CSV_COLUMNS}, f"line {table.line_num}"
             if empty := [name for name, value in row.items() if not value]:
@@ -62,16 +74,16 @@ def _markdown_items(path: Path) -> list[Placed]:
     for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         place = f"line {number}"
         if heading := _HEADING.fullmatch(line):
-            items.append((place, {"title": heading["title"], "context": "", "questions": [], "hand_written": ""}))
+            items.append((place, {"title": heading["title"], "context": [], "questions": [], "hand_written": []}))
         elif items:
             _add_line(items[-1][1], line, path, place)
         elif line:
             remedy = "begin with '# title'"
             raise DataError("is before the first title", path=path, item=place, field="title", remedy=remedy)
     for _, item in items:
-        paragraphs = re.split(r"\n{2,}", item["context"].strip())
+        paragraphs = re.split(r"\n{2,}", "\n".join(item["context"]).strip())
         item["context"] = "\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-        item["hand_written"] = item["hand_written"].rstrip("\n")
+        item["hand_written"] = "\n".join(item["hand_written"]).rstrip("\n")
     return items
 
 
@@ -79,9 +91,9 @@ def _add_line(item: dict[str, Any], line: str, path: Path, place: str) -> None:
     entry, questions = _ENTRY.fullmatch(line), item["questions"]
     is_answered = not questions or "answer" in questions[-1]
     if entry is None:
-        item["context"] += f"{line}\n"
+        item["context"].append(line)
     elif entry["kind"] == "I":
-        item["hand_written"] += f"{entry['text']}\n"
+        item["hand_written"].append(entry["text"])
     elif entry["kind"] == "Q" and is_answered:
         questions.append({"question": entry["text"]})
     elif entry["kind"] == "A" and not is_answered:
@@ -244,6 +256,7 @@ def _squad_items(path: Path, articles: list[Any]) -> Iterator[Placed]:
 
 
 REPOSITORY = "rajpurkar/squad"  # SQuAD v1.1 (Rajpurkar et al. 2016, CC BY-SA 4.0)
+REVISION = "7b6d24c440a36b6815f21b70d25016731768db1f"  # of 2024-03, its last commit
 OUT_NAMES = {"train": "squad_train.json", "validation": "squad_val.json"}  # SEAL's
 FILES = {split: f"plain_text/{split}-00000-of-00001.parquet" for split in OUT_NAMES}
 
@@ -254,8 +267,9 @@ def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
     return _passages(_by_passage(enumerate(named)), REPOSITORY)
 
 
-def fetch_squad(split: str, folder: Path) -> Path:
-    """Write a split as an item file into ``folder``. Raises: DataError if it cannot be downloaded."""
+def fetch_squad(split: str, folder: Path, *, revision: str = REVISION) -> Path:
+    """Write a split as an item file into ``folder``, with a record of its commit. ``revision``: a commit, branch or tag
+    of the repository. Raises: DataError if it cannot be downloaded."""
     from huggingface_hub import hf_hub_download
 
     if split not in FILES:
@@ -266,7 +280,7 @@ def fetch_squad(split: str, folder: Path) -> Path:
         problem = "SQuAD's files on the hub are parquet, and pyarrow is not installed"
         raise DataError(problem, remedy="pip install -e '.[data]'") from error
     try:
-        file = hf_hub_download(REPOSITORY, FILES[split], repo_type="dataset")
+        file = Path(hf_hub_download(REPOSITORY, FILES[split], repo_type="dataset", revision=revision))
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{REPOSITORY} could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]})",
@@ -274,4 +288,8 @@ def fetch_squad(split: str, folder: Path) -> Path:
             "dataset, which is read as it is",
         ) from error
     passages = passages_from_rows(parquet.read_table(file).to_pylist())
-    return write_json(folder / OUT_NAMES[split], [to_item(passage) for passage in passages])
+    written = write_json(folder / OUT_NAMES[split], [to_item(passage) for passage in passages])
+    commit = file.parents[FILES[split].count("/")].name  # the hub's cache has a folder for each
+    source = {"repository": REPOSITORY, "split": split, "revision": revision, "commit": commit}
+    write_record(written, stage="data squad", settings=source)
+    return written

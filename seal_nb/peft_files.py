@@ -3,7 +3,6 @@
 Format: https://huggingface.co/docs/peft, adapter_config.json and adapter_model.safetensors.
 """
 
-import json
 import math
 import operator
 import re
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from seal_nb.errors import SettingsError
 from seal_nb.protocol import PEFT_FIELDS
-from seal_nb.storage import whole_folder
+from seal_nb.storage import open_regular, read_json, whole_folder
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.device import wide
 from seal_nb.ttt.jobs import LoraSettings
@@ -36,7 +35,8 @@ Factors = dict[str, tuple[str, dict[str, Tensor]]]  # of Linear layers: the name
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
-    """Write an adapter in PEFT's format, as `whole_folder`."""
+    """Write an adapter in PEFT's format, as `whole_folder`. Raises: SettingsError if there is a folder which
+    `save_adapter` did not write."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -50,7 +50,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, base_model: str) -> None:
         inference_mode=True,
     )
     weights = peft_weights(adapter.layout, adapter.flat.cpu())
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, replace_own=True) as partial:
         save_file(weights, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(partial))
 
@@ -99,10 +99,11 @@ def _read_peft(folder: Path, linears: Linears) -> tuple[dict[str, Any], Factors]
 
     file, how, defaults = folder / "adapter_config.json", "check the name, or save it again", LoraConfig().to_dict()
     try:
-        config = {"peft_type": ""} | json.loads(file.read_bytes())
+        config = {"peft_type": ""} | read_json(file)
         file = folder / "adapter_model.safetensors"
+        open_regular(file).close()
         weights = load_file(file)
-    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         if (folder / "adapter_model.bin").is_file():
             how = "adapter_model.bin is a pickle, which may run code; if you trust it, read and save it with PEFT"
         raise SettingsError(f"no adapter at {folder}: {file.name} cannot be read ({error}); {how}") from error

@@ -4,30 +4,57 @@ Keys and seeds are derived from content, never from a clock. POSIX only: the jou
 """
 
 import contextlib
+import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import json
+import math
 import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from seal_nb.errors import DataError, RunMismatch
+from seal_nb.errors import HIDDEN, DataError, RunMismatch, SettingsError, redacted
 
 RECORDED_PACKAGES = (
     "seal-nb", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "gguf",
     "numpy", "pyzmq", "pydantic", "papermill",
 )  # fmt: skip
 _PROJECT_ROOT = Path(__file__).resolve().parent.parent
+MOST_BYTES = 200_000_000  # of a file that is read whole, and of what it holds decompressed
+MOST_TIMES, FREE_BYTES = 200, 2**24  # what a compressed file may hold: so many times its size, or so little
+MOST_VALUES = 5_000_000  # of JSON: each takes 70 bytes and more
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_ESCAPE = re.compile(  # each escape of a text, so that the second of two backslashes begins none
+    r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+MOST_LINE = 2**29  # bytes of a journal's line: a reply has at most half of that
+MOST_DIGITS, MOST_LEVELS = 40, 100  # of a whole number, and of lists in lists, in a JSON file
+MARK = ".seal_nb.json"  # in a folder that this package may remove again: the files that it put there
+CHECKPOINTS = "checkpoint-*"  # in a mark
+_OF_SYSTEM = re.compile(r"(.*/)?(\.nfs[0-9a-f]+|\.DS_Store|\.ipynb_checkpoints/.*)", re.DOTALL)
+_OF_TRAINER = re.compile(
+    r"(checkpoint-\d+|trained)/(((adapter_|pytorch_)?model[\w-]*|optimizer|scheduler|scaler|rng_state(_\d+)?"
+    r"|training_args)\.(safetensors|pt|pth|bin)|[\w.]+\.index\.json|((adapter|generation|tokenizer)_)?config\.json"
+    r"|(trainer_state|tokenizer|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|tokenizer\.model"
+    r"|chat_template\.jinja|README\.md|latest|zero_to_fp32\.py"
+    r"|(pytorch_model_fsdp|optimizer|global_step)_?\d+/[\w.-]+\.(distcp|metadata|pt))"
+)
+_NO_NAME = re.compile(rf"[/\\\t\r\n]|{HIDDEN.pattern}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)?(\..*)?|.*\.record", re.IGNORECASE | re.DOTALL)
+_LONGEST_NAME = 229  # bytes of a stem; file systems take 255, with what is added here and for records
 
 
 def runs_folder(path: str | Path = "") -> Path:
@@ -60,6 +87,16 @@ def data_file(name: str) -> Path:
     return Path(__file__).parent / "data" / name
 
 
+def file_name(stem: str, ending: str) -> str:
+    """A file name from text that may come from elsewhere, such as a title or a field of a run file. An ordinary name
+    stays as it is. Any other (with a slash, control characters, a leading dot or dash, too long) becomes one that lies
+    in its folder, and ends with a hash, so that different texts stay different."""
+    safe = _NO_NAME.sub("_", stem).lstrip(".-~ ").encode()[:_LONGEST_NAME].decode(errors="ignore")
+    if safe != stem or _RESERVED.fullmatch(stem):
+        safe = f"{safe or 'unnamed'}-{content_id(stem)[:8]}"
+    return safe + ending
+
+
 def _is_project(folder: Path) -> bool:
     settings = folder / "pyproject.toml"
     return (folder / "notebooks").is_dir() and settings.is_file() and 'name = "seal-nb"' in settings.read_text()
@@ -81,10 +118,13 @@ def derived_seed(*parts: object) -> int:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all: if anything fails (a full disk), an existing file stays as it was."""
-    target = Path(path).resolve()
+    """Write a file whole or not at all: if anything fails (a full disk), an existing file stays as it was. A link to a
+    file is replaced, because a folder from elsewhere may link to a file of the user; links to folders are followed."""
+    target = Path(path).parent.resolve() / Path(path).name
+    if target.exists() and not target.is_file():  # it would be replaced, a device such as /dev/null as well
+        raise DataError("is not a regular file", path=path, remedy="give a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         # Half a surrogate pair has no UTF-8 form; its escape is the same JSON.
         with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
@@ -106,25 +146,108 @@ def write_json(path: str | Path, obj: object) -> Path:
     return write_text(path, json.dumps(finite, indent=2, ensure_ascii=False))
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file, plain or gzip-compressed. Raises: DataError with the path for a missing or unreadable file."""
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """A file opened for reading. Raises: DataError for a missing one, and for what is no regular file: a FIFO would
+    wait for a writer, and a device may never end."""
     try:
-        raw = Path(path).read_bytes()
-        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise DataError("no such file", path=path, remedy="check the path") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", path=path, remedy="check the path") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DataError("is not a regular file", path=path, remedy="give a file")
+    return os.fdopen(handle, "rb")
+
+
+def open_own(path: str | Path) -> io.FileIO:
+    """A file opened to read it and to append to it, made where there is none. Raises: DataError for what is no regular
+    file, and for a link and a file with a second name: the user may have the same file elsewhere."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise DataError("is a link, a folder or a socket, not a file", path=path, remedy="remove it") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise DataError("is not a file of one name", path=path, remedy="put a copy of the file in its place")
+    return io.FileIO(handle, "a+b")
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, plain or gzip-compressed. Raises: DataError with the path for a missing or unreadable file, for
+    more than MOST_BYTES, and for a small file that holds much (MOST_TIMES), before it is in memory."""
+    try:
+        with open_regular(path) as file, contextlib.ExitStack() as opened:
+            is_compressed = file.peek(2)[:2] == b"\x1f\x8b"
+            content = opened.enter_context(gzip.GzipFile(fileobj=file)) if is_compressed else file
+            allowed = max(FREE_BYTES, MOST_TIMES * os.fstat(file.fileno()).st_size) if is_compressed else MOST_BYTES
+            raw = content.read(min(allowed, MOST_BYTES) + 1)
+        text = raw.decode("utf-8-sig") if len(raw) <= min(allowed, MOST_BYTES) else None
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error}", path=path, remedy="save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", path=path, remedy="copy the file again") from error
+    if text is None:
+        problem = f"holds more than {min(allowed, MOST_BYTES) // 10**6} MB"
+        raise DataError(problem, path=path, remedy="unpack it" if allowed < MOST_BYTES else "split it")
+    return text
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in a file, plain or gzip-compressed. Raises: DataError with the path."""
+    """The JSON value in a file, plain or gzip-compressed, as `parse_json`. Raises: DataError with the path."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"not valid JSON: {error}", path=path, remedy="write the file again") from error
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value. NaN and infinity are null, as `write_json` writes them. Half a surrogate pair, which no table can
+    hold, is U+FFFD. Raises: ValueError, also for a key that occurs twice, for a whole number of over MOST_DIGITS
+    digits, and for over MOST_LEVELS levels: Python could not compute with that number, nor copy such a value; and for
+    over MOST_VALUES objects, lists and commas."""
+    if sum(map(text.count, "{[,")) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} objects, lists and commas")
+    if _HALF.search(text):
+        text = _ESCAPE.sub(lambda found: "\\ufffd" if found["half"] else found[0], text)
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, **_FINITE)
+    except RecursionError as error:
+        raise ValueError(f"it has more than {MOST_LEVELS} levels") from error
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, list | dict))
+        level = [child for children in inside for child in children if isinstance(child, list | dict)]
+        if not level:
+            return value
+    raise ValueError(f"it has more than {MOST_LEVELS} levels")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {Counter(names).most_common(1)[0][0][:40]!r} occurs twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a whole number has {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float | None:
+    return value if math.isfinite(value := float(digits)) else None
+
+
+_FINITE: dict[str, Any] = {"parse_int": _whole, "parse_float": _finite, "parse_constant": lambda _: None}
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -135,8 +258,8 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
         place = f"line {number}"
         if line.strip():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                value = parse_json(line)
+            except ValueError as error:
                 remedy = "write one JSON value a line"
                 raise DataError(f"not valid JSON: {error}", path=path, item=place, remedy=remedy) from error
             yield place, value
@@ -148,7 +271,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     A torn last line (the writer died in it) is dropped; a broken line before it is refused. A key that is appended
     again gets the new record. Memory holds only where each record is. Use it as a context manager.
 
-    Raises: DataError for a broken line, RunMismatch if another writer still has the journal after ``wait_s``.
+    Raises: DataError for a broken line and for what is no journal, RunMismatch if another writer still has the journal
+    after ``wait_s``.
     """
 
     def __init__(self, path: str | Path, *, wait_s: float = 0.0) -> None:
@@ -159,36 +283,47 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             opened.enter_context(lock(lock_file, of=self.path, wait_s=wait_s))
             self._places = {key: place for key, _, place in _journal_lines(self.path)}
             self._size = max(map(sum, self._places.values()), default=0)
-            self._file = opened.enter_context(self.path.open("a+b", buffering=0))
+            self._file = opened.enter_context(open_own(self.path))
+            if not self._size and not b'{"key"'.startswith(start := os.pread(self._file.fileno(), 6, 0)):
+                raise DataError(f"begins with {start!r}, as no journal does", path=self.path, remedy="move it away")
             self._file.truncate(self._size)
             _sync_folder(self.path.parent)
             self._opened = opened.pop_all()
 
     def append(self, key: str, record: object) -> None:
         """Add one record; on return it is on the disk. A failed write leaves no half line behind."""
-        self.append_json(key, json.dumps(record).encode())
+        self.append_json({key: json.dumps(record).encode()})
 
-    def append_json(self, key: str, record: bytes) -> None:
-        """``append`` of a record that is JSON already, in one line."""
-        line = b"%b%b}\n" % (_line_start(key), record)
+    def append_json(self, records: Mapping[str, bytes]) -> None:
+        """``append`` of records that are JSON already, in one line each, at the price of one: all or none."""
+        places, size = {}, self._size
         try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:])
+            for key, record in records.items():
+                line = b"%b%b}\n" % (_line_start(key), record)
+                places[key] = size, len(line)
+                size += len(line)
+                while line:
+                    line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(self._size)
             raise
-        self._places[key] = self._size, len(line)
-        self._size += len(line)
+        self._places |= places
+        self._size = size
 
     def get(self, key: str) -> Any:
         """The latest record of a key. Raises: KeyError."""
         return json.loads(self._line(key))["record"]
 
-    def get_json(self, key: str) -> bytes:
-        """The latest record of a key as the JSON in the file. Raises: KeyError."""
-        line, start = self._line(key), _line_start(key)
+    def get_json(self, key: str, *, most: int | None = None) -> bytes:
+        """The latest record of a key as the JSON in the file; of a long one only the first ``most`` bytes.
+        Raises: KeyError."""
+        start = _line_start(key)
+        if most is not None and len(start) + most < self._places[key][1]:
+            line = os.pread(self._file.fileno(), len(start) + most, self._places[key][0])
+            if line.startswith(start):
+                return line[len(start) :]
+        line = self._line(key)
         # Another program may have written the line with other spaces.
         return line[len(start) : -2] if line.startswith(start) else json.dumps(json.loads(line)["record"]).encode()
 
@@ -227,7 +362,7 @@ def record_path(result: str | Path) -> Path:
 def write_record(
     result: str | Path, *, stage: str, settings: Mapping[str, Any], seeds: Mapping[str, int] | None = None
 ) -> Path:
-    """Write the settings, seeds and versions of a result next to it, without folders and host names."""
+    """Write the settings, seeds and versions of a result next to it, without folders, addresses and secrets."""
     record = {
         "stage": stage,
         "settings": _without_places(settings),
@@ -267,14 +402,16 @@ def _journal_lines(path: Path) -> Iterator[tuple[str, Any, tuple[int, int]]]:
     if not path.exists():
         return
     offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), start=1):
+            if len(line) == MOST_LINE:
+                raise DataError(f"line {number} has over {MOST_LINE:,} bytes", path=path, remedy="move the file away")
             if not line.endswith(b"\n"):
                 return  # torn
             try:
                 entry = json.loads(line)
                 key, record = str(entry["key"]), entry["record"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if not file.read(1):
                     return  # a crash of the machine can lose the bytes before a newline
                 remedy = "delete that line; its work is then done again"
@@ -289,8 +426,8 @@ def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], obj
     the lock until they end. ``tell`` receives a line that names the holder.
     Raises: RunMismatch if another process still has the lock after ``wait_s``; DataError."""
     deadline, told = time.monotonic() + wait_s, ""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with open_own(path) as file:
+        handle = file.fileno()
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,8 +447,6 @@ def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], obj
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
         yield handle
-    finally:
-        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -324,43 +459,99 @@ def _sync_folder(folder: Path) -> None:
 
 def _without_places(value: object) -> object:
     if isinstance(value, Mapping):
-        return {str(key): _without_places(one) for key, one in value.items()}
+        return {redacted(str(key)): _without_places(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_places(one) for one in value]
     if not isinstance(value, str | Path):
         return value
     if str(value).startswith(("/", "~")):
-        return Path(value).name
-    return re.sub(r"^(tcp|ipc|http)://.*", r"\1://...", str(value))
+        return redacted(Path(value).name)
+    text = re.sub(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s'\"<>&]*", r"\1://...", redacted(str(value)))
+    return re.sub(r"=[/~][^\s'\"<>&]*/", "=", text)  # a folder among a grader's options
 
 
 def forget_adapters(folder: Path, names: Sequence[str]) -> list[str]:
-    """Delete kept adapters. ``names`` are ``protocol.Name``s, which cannot lead out of ``folder``.
-    Returns: the names of those that existed."""
+    """Delete kept adapters. ``names`` are ``protocol.Name``s, which cannot lead out of ``folder``. A folder that
+    `whole_folder` did not write, such as a copied adapter, stays.
+    Returns: the names of those that were deleted."""
     found = []
     for name in names:
         doomed = folder / f".{name}.{uuid.uuid4().hex}.old"
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).rename(doomed)  # first: no worker may find half of an adapter
-            shutil.rmtree(doomed, ignore_errors=True)
-            found.append(name)
+        if is_own(folder / name):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).rename(doomed)  # first: no worker may find half of an adapter
+                shutil.rmtree(doomed, ignore_errors=True)
+                found.append(name)
     return found
 
 
+def is_own(folder: Path) -> bool:
+    """Whether this package made the folder and nobody added to it: its mark names all its files, at any depth, but for
+    what systems and Jupyter add."""
+    try:
+        known = set(read_json(folder / MARK))
+        of_trainer = _OF_TRAINER if CHECKPOINTS in known else _OF_SYSTEM
+        names = _files(folder)
+        return not folder.is_symlink() and all(
+            name in known or _OF_SYSTEM.fullmatch(name) or of_trainer.fullmatch(name) for name in names
+        )
+    except (DataError, OSError, TypeError):
+        return False
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The path below the folder of everything in it, at any depth, that is no folder itself. Links are not followed."""
+    below = (one for one in folder.rglob("*") if one.is_symlink() or not one.is_dir())
+    return (one.relative_to(folder).as_posix() for one in below)
+
+
+def write_mark(folder: Path, names: Iterable[str]) -> None:
+    """Make `is_own` true of a folder with files of these names, which are paths below it. CHECKPOINTS stands for what
+    the Trainer writes there."""
+    write_json(folder / MARK, sorted({*names, MARK}))
+
+
+def new_place(folder: str | Path, *, replace_own: bool = False, apart_from: Iterable[str | Path] = ()) -> Path:
+    """The real path of a folder that is to be written: a new or an empty one. Raises: SettingsError for any other,
+    and for one that is, contains or lies in a folder of ``apart_from``. ``replace_own``: it may hold what this package
+    wrote (`is_own`)."""
+    try:
+        place = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111 - leaves an unknown user as it is
+        is_free = not place.exists() or (
+            place.is_dir() and (not any(place.iterdir()) or (replace_own and is_own(place)))
+        )
+        others = [Path(one).resolve() for one in apart_from]
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is none
+        raise SettingsError(f"{str(folder)!r} cannot be a folder: {error}; give a new folder") from error
+    if not is_free:
+        why = "and is not empty" if place.is_dir() else "and is a file"
+        raise SettingsError(f"{folder} exists {why}, so nothing is written there; give a new folder")
+    for other in others:
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            raise SettingsError(f"{folder} and {other}, which is read, are not apart; give a folder elsewhere")
+    return place
+
+
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write to. At the end it replaces `folder`; if the block fails, `folder` stays as it was. If
-    several processes write the same folder at once, the last one wins."""
-    partial, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
-    partial.mkdir(parents=True)
+def whole_folder(folder: Path, *, replace_own: bool = False, apart_from: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """A new folder to write to. At the end it becomes `folder`; if the block fails, `folder` stays as it was. If
+    several processes replace the same folder at once, the last one wins. Raises: SettingsError as `new_place`."""
+    place = new_place(folder, replace_own=replace_own, apart_from=apart_from)
+    partial, old = (place.with_name(f".{place.name[:50]}.{uuid.uuid4().hex}.{kind}") for kind in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise SettingsError(f"{folder} cannot be made: {error}; give another folder") from error
     try:
         yield partial
+        write_mark(partial, _files(partial))
         for _ in range(10):
             with contextlib.suppress(OSError):  # one is there
-                partial.rename(folder)
+                partial.rename(place)
                 return
+            new_place(place, replace_own=replace_own)
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(old)
+                place.rename(old)
             shutil.rmtree(old, ignore_errors=True)
         raise OSError(f"{folder.name!r} could not be written: other processes keep writing it")
     finally:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seal_nb import metrics
 from seal_nb.errors import DataError
 from seal_nb.metrics import Difference, accuracy, gain, mean_interval, paired_difference
 
@@ -115,6 +117,30 @@ def test_a_difference_that_touches_zero_is_not_real() -> None:
     assert chance.sentence().endswith(
         "100 passages: interval excludes 0, but too few to settle it (sign-flip p = 0.062)"
     )
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 40_000])
+def test_draws_in_parts_give_the_same_interval_and_p_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    generator = np.random.default_rng(3)
+    one, other = (list(generator.random((41, 3)) < rate) for rate in (0.4, 0.5))
+    drawn = np.random.default_rng(0).integers(0, 41, size=(999, 41))  # all at once, as it was
+    means = np.mean(one, axis=1)[drawn].sum(axis=1) / 41
+    whole = paired_difference(one, other, n_resamples=999)
+    monkeypatch.setattr(metrics, "DRAWS_AT_ONCE", at_once)
+    assert paired_difference(one, other, n_resamples=999) == whole
+    found = mean_interval(one, n_resamples=999)
+    assert (found.low, found.high) == tuple(round(float(bound), 12) for bound in np.quantile(means, [0.025, 0.975]))
+
+
+def test_passages_without_end_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "DRAWS_AT_ONCE", 100_000)
+    monkeypatch.setattr(metrics, "MOST_DRAWS", 1_000_000)
+    tracemalloc.start()
+    paired_difference([[True], [False]] * 1_000, [[False], [True]] * 1_000)
+    assert tracemalloc.get_traced_memory()[1] < 10e6, "10,000 rows of 2,000 draws are 160 MB"
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("n", "p_value"), [(2, 0.5), (6, 2 / 64), (12, 2 / 4096), (40, 1 / 1001)])

@@ -135,7 +135,7 @@ def test_executed_copy_goes_to_the_run_folder(tiny: Path) -> None:
 
 
 def test_notebook_runs_with_its_parameters_and_prints_as_it_goes(tiny: Path, tmp_path: Path) -> None:
-    executed = tmp_path / "out" / "01_tiny.ipynb"
+    executed = tmp_path / "out {x} {output_dir.__class__}" / "01_tiny.ipynb"  # no format string
     assert run(tiny, executed, n_articles=21, arms=["x"]) == "42 ['x'] True\n"
     assert nbformat.read(executed, as_version=4).cells[-1].outputs[0].text == "42 ['x'] True\n"
 

@@ -94,6 +94,14 @@ def test_any_text_survives_csv_and_jsonl(tmp_path_factory: pytest.TempPathFactor
     assert load_passages(written(folder, "a.jsonl", lines)) == passages
 
 
+def test_a_long_passage_and_a_long_header_are_read(tmp_path: Path) -> None:
+    long = Passage(title="T", context="word " * 50_000 + "end", questions=(Question(question="q", answer="a"),))
+    assert load_passages(written(tmp_path, "a.csv", as_csv([long]))) == [long], "csv's own limit is 128 KB"
+    rows = "".join(f"T,C,q{n},a\n" for n in range(20_000))  # each row filled up to the header: 4 * 10**8 cells
+    text = "title,context,question,answer" + ",x" * 20_000 + "\n" + rows
+    assert len(load_passages(written(tmp_path, "b.csv", text))[0].questions) == 20_000
+
+
 HEAD = "title,context,question,answer\n"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_no_tracked_file_names_a_path_of_a_machine() -> None:
         for match in MACHINE.finditer(path.read_text(errors="replace"))
     ]
     assert found == []
+
+
+def test_every_test_that_the_page_on_security_names_is_there() -> None:
+    page, tests = (ROOT / "docs" / "security.md").read_text(), ROOT / "tests"
+    names = re.findall(r"def test_(\w+)", "\n".join(path.read_text() for path in tests.rglob("test_*.py")))
+    begun = re.findall(r"`(\w+)…`", page)
+    assert len(begun) > 20
+    assert not [text for text in begun if not any(text in name for name in names)]
+    files = {text.rpartition("/")[2] for text in re.findall(r"`((?:tests/[\w/]*)?test_\w+\.py)`", page)}
+    assert files <= {path.name for path in tests.rglob("test_*.py")}
 
 
 def test_each_stage_has_its_notebook() -> None:
@@ -115,6 +126,20 @@ def test_make_without_a_fitting_python_says_what_is_missing(tmp_path: Path) -> N
     assert done.returncode != 0
     assert "no Python 3.11 or newer found; python3 is: Python 3.9.2" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("target", ["notebooks", "test"])
+def test_make_removes_nothing_behind_a_link(tmp_path: Path, target: str) -> None:
+    for folder in ("project/venv", "disk/notebooks", "disk/runs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / file, tmp_path / "project")
+    (tmp_path / "project/venv/.installed").touch()
+    (tmp_path / "project/build").symlink_to("../disk")
+    command = ["make", target, "VENV=venv"]
+    done = subprocess.run(command, cwd=tmp_path / "project", capture_output=True, text=True)
+    assert done.returncode and "build is a link" in done.stderr
+    assert len(list((tmp_path / "disk").iterdir())) == 2
 
 
 @pytest.mark.parametrize(("code", "cuda_code"), [(0, 0), (2, 0), (0, 3), (2, 3)])

@@ -11,7 +11,7 @@ import pytest
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import RankingSummary, select_best, sft_file_name, sft_rows, write_sft_file
 from seal_nb.results.collect import read_run
-from seal_nb.results.single_passage import SinglePassageRun
+from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.storage import read_json
 
 
@@ -68,6 +68,8 @@ def test_22_of_50_published_passages_tie_and_10_gain_nothing(published: dict[str
 
 def test_a_stamp_names_the_file_where_no_experiment_does(published: dict[str, Any]) -> None:
     assert sft_file_name(SinglePassageRun(value=published), k_best=2) == "sft_best2of5_0508_015401.jsonl"
+    elsewhere = SinglePassageRun(value=published | {"timestamp": "/../../../x"})
+    assert "/" not in sft_file_name(elsewhere, k_best=2) + run_file_name("../x", "self_edits")
 
 
 def test_the_first_of_equals_wins_and_says_so() -> None:

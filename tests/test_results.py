@@ -1,17 +1,31 @@
 """A folder of results, ours and published: what is found, which arm it is, and which differences are real."""
 
+import gzip
 import json
+import math
+import os
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from seal_nb import storage
 from seal_nb.errors import DataError
+from seal_nb.grading.base import Rule, Verdict
 from seal_nb.prompts import self_edit_prompt
+from seal_nb.results import single_passage
 from seal_nb.results.collect import Collection, collect, read_run, runs_in
 from seal_nb.results.continual import ContinualRun, summarize_sequences
 from seal_nb.results.cpt import CptRun
+from seal_nb.results.regrade import compare_graders
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import write_json
+from seal_nb.views.tables import as_html, as_text
 
 QUESTION = {"rep": 0, "question": "q", "answer": "a", "baseline_answer": "b", "adapter_answer": "a"}
 
@@ -182,6 +196,184 @@ def test_a_field_of_another_kind_is_named_and_ends_no_collection(
     assert [run.file for run in found.runs] == ["run_good.json"] and [file for file, _ in found.unread] == [
         "broken.json"
     ]
+
+
+DEEP = b'{"a":' * 90 + b"1" + b"}" * 90
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "bomb.json.gz": (gzip.compress(b"[" + b" " * 3_000_000 + bytes(range(128)) * 200 + b"]"), "holds more than"),
+    "large.json": (b" " * 1_000_001, "holds more than 1 MB"),
+    "torn.json.gz": (gzip.compress(b"[1, 2]")[:-9], "cannot be read"),
+    "deep.json": (b"[" * 200_000, "more than 100 levels"),
+    "deeper.json": (DEEP.replace(b"1", DEEP), "more than 100 levels"),
+    "digits.json": (b'{"articles": [], "n_articles": 1' + b"0" * 400 + b"}", "a whole number has 401 digits"),
+    "many_digits.json": (b"1" * 5000, "a whole number has 5000 digits"),
+    "twice.json": (b'{"articles": [], "arm": "a", "arm": "b"}', "key 'arm' occurs twice"),
+    "latin.json": ('{"articles": "é"}'.encode("latin-1"), "not UTF-8"),
+    "huge.json": (
+        b'{"articles": [], "overall": {"adapter_mean_accuracy": 1e300}}',
+        "is 1e+300, not a plausible number",
+    ),
+    "count.json": (b'{"articles": [], "n_articles": -1}', "is -1, not a count"),
+    "small.json.gz": (gzip.compress(b'{"articles": [' + b" " * 500_000 + b"]}"), "holds more than 0 MB"),
+    "values.json": (b'{"articles": [' + b"{}," * 160_000 + b"{}]}", "more than 300000 objects, lists and commas"),
+    "objects.json": (b'{"articles": [' + b"[{}]," * 30 + b"{}]}", "has more than 30 objects and texts"),
+    "names.json": (
+        json.dumps({"articles": [], "x": [{"model": f"m{n}"} for n in range(12)]}).encode(),
+        "names more than 10 models and graders",
+    ),
+    "runs.json": (json.dumps({"runs": {f"r{n}": {"passages": []} for n in range(6)}}).encode(), "more than 5 runs"),
+    "marks.json": (
+        b'{"runs": {"r": {"passages": [{"baseline": "' + b"1" * 30 + b'", "adapter": ""}]}}}',
+        "30 passages and verdicts",
+    ),
+    "release.json": (
+        b'{"query_server": [' + b'{"file": "a"},' * 5 + b'{"file": "b"}], "continual_overall_results": {}}',
+        "has 6 runs",
+    ),
+    "no_statistics.json": (
+        json.dumps(
+            {
+                "server_reply": {"baseline_correct": [True], "adapter_correct": [False]},
+                "per_passage": [{"title": "t", "n_questions": 0}],
+            }
+        ).encode(),
+        "has 0 questions for 1 verdicts",
+    ),
+}
+
+
+def test_a_file_that_cannot_be_read_is_listed_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(storage, "FREE_BYTES", 400_000)
+    monkeypatch.setattr(storage, "MOST_VALUES", 300_000)
+    for limit, value in {"MOST_PARTS": 30, "MOST_NAMES": 10, "MOST_RUNS": 5}.items():
+        monkeypatch.setattr(f"seal_nb.results.collect.{limit}", value)
+    for name, (content, _) in UNREADABLE.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.json")  # it would wait for a writer
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "dangling.json").symlink_to("nowhere")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    write(tmp_path, "run_good.json", run_file(("0", "1"), lora_params={"lr": math.nan}, grader="half \ud800 \\\\ud800"))
+    found = collect(tmp_path)
+    assert [(run.file, run.value["grader"]) for run in found.runs] == [("run_good.json", "half \ufffd \\\\ud800")]
+    reasons, wanted = dict(found.unread), {name: said for name, (_, said) in UNREADABLE.items()}
+    wanted |= dict.fromkeys(["pipe.json", "folder.json", "zero.json"], "not a regular file") | {
+        "dangling.json": "no such file"
+    }
+    assert reasons.keys() == wanted.keys() and [name for name in wanted if wanted[name] not in reasons[name]] == []
+
+
+@pytest.mark.parametrize("wrong", [DataError("is wrong"), ValueError("1 verdicts"), KeyError("a"), OverflowError()])
+def test_a_run_whose_statistics_fail_is_listed_and_ends_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Exception
+) -> None:
+    def broken(run: CptRun, kind: str) -> list:
+        raise wrong
+
+    monkeypatch.setattr(CptRun, "scores", broken)
+    write(tmp_path, "cpt_run_bad.json", CPT)
+    write(tmp_path, "run_good.json", run_file(("0", "1")))
+    found = collect(tmp_path)
+    assert [file for file, _ in found.unread] == ["cpt_run_bad.json"] and list(found.overview().file) == [
+        "run_good.json"
+    ]
+
+
+def test_a_key_that_occurs_twice_among_many_is_found_in_one_pass(tmp_path: Path) -> None:
+    """One by one, this takes minutes."""
+    with pytest.raises(ValueError, match="key 'last' occurs twice"):
+        storage.parse_json("{" + "".join(f'"{n}":1,' for n in range(200_000)) + '"last":1,"last":2}')
+
+
+def test_folders_that_are_linked_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    write(tmp_path, "disk/demo/run_base.json", run_file(("0", "1")))
+    (tmp_path / "runs/real").mkdir(parents=True)
+    for link, to in {"demo": "disk/demo", "again": "disk/demo", "real/loop": "runs", "around": ".", "all": "/"}.items():
+        (tmp_path / "runs" / link).symlink_to(tmp_path / to)
+    assert [run.name for run in collect(tmp_path / "runs").runs] == ["run_base"]
+
+
+@pytest.mark.parametrize("number", ["99999999999", "1" * 200, "1000"])
+def test_a_round_is_no_number_without_end(tmp_path: Path, number: str) -> None:
+    write(tmp_path, "run_iter1.json", run_file(("0", "0")))
+    write(tmp_path, "run_base.json", run_file(("0", "0")))
+    write(tmp_path, f"run_iter{number}.json", run_file(("0", "1")))
+    assert len(collect(tmp_path).rounds("implications")) == 2
+    assert runs_in(run_file(("0", "1")), file=f"iter{number * 40}")[0].rest_em_round is None
+
+
+def test_of_many_arms_the_first_are_compared_and_the_table_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        write(tmp_path, f"run_iter{number}.json", run_file(("0", "1")))
+    table = collect(tmp_path).differences()
+    assert len(table) == 20 * 19 / 2 + 1 and table.arm.iloc[-1] == "10 more arms"
+    assert as_text(table) and collect(tmp_path).summary()["differences between arms"] == "0 of 190 are real"
+    monkeypatch.setattr("seal_nb.results.collect.MOST_PAIRED", 8)
+    assert len(collect(tmp_path).differences()) == 4 * 3 / 2 + 1
+
+
+def test_a_passage_with_questions_without_end_is_searched_for_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    graded = []
+    monkeypatch.setattr(Rule, "grade", lambda self, answered: graded.append(1) or [Verdict.INCORRECT])
+    monkeypatch.setattr(single_passage, "MOST_CHARACTERS", 100_000)
+    rows = [{"question": f"q{n}", "answer": f"g{n}", "adapter_answer": f"a{n % 500}" * 2_000} for n in range(2_000)]
+    assert SinglePassageRun(value={"articles": [{"completions": [{"questions": rows}]}]}).recited() == 0.0
+    assert 0 < len(graded) < 100
+
+
+JUNK = [None, True, -1, 10**30, 1e308, math.nan, "", "\ud800", "\x1b[2J", "$x^{$", "0.5", [], {}, [[]], [None], [1],
+        ["x"], {"a": 1}, {"a": {"b": 1}}]  # fmt: skip
+ASKED = [{"question": "q", "answer": "a"}]
+SEQUENCE = {"titles": ["T"], "questions": [ASKED], "steps": [{"texts": ["x"], "correct": [True]}] * 2}
+GOOD: dict[str, Any] = {
+    "single": run_file(("01", "1?"), lora_params={"lr": 1e-3}, eval_times=1, n_articles=1, prompt_key="rewrite"),
+    "cpt": CPT | {"per_passage": [{"title": "T", "n_questions": 1}], "n_articles": 1, "lora_params": {"lr": 1e-3}},
+    "continual": SUMMARY | {"sequences": [SEQUENCE]},
+    "marks": {"runs": {"base": {"passages": [{"baseline": "01", "adapter": "11"}], "overall": {"gain": 0.5}}}},
+    "release": {
+        "query_server": [{"file": "a/base.json", "overall": {"adapter_mean_accuracy": 0.4}}],
+        "cpt": [{"file": "b.json", "overall": {"adapter_accuracy": 0.4}}],
+        "continual_overall_results": SUMMARY,
+    },
+}
+GOOD["single"]["articles"][0]["completions"][0] |= {"stats": {"adapter_mean": 0.5}, "prompt_key": "rewrite"}
+for holder in (GOOD["single"]["articles"][0]["completions"][0]["questions"][0], GOOD["cpt"]["server_reply"]):
+    holder["earlier"] = {"judge": {name: holder[name] for name in ("baseline_correct", "adapter_correct")}}
+
+
+def holders(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a JSON value: the object or list, and the key in it."""
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+        yield value, key
+        yield from holders(one) if isinstance(one, dict | list) else ()
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(form=st.sampled_from(sorted(GOOD)), at=st.floats(0, 1, exclude_max=True), junk=st.sampled_from(JUNK))
+def test_a_wrong_value_anywhere_in_a_file_of_any_form_ends_no_table(
+    tmp_path: Path, form: str, at: float, junk: object
+) -> None:
+    value = deepcopy(GOOD[form])
+    places = list(holders(value))
+    holder, key = places[int(at * len(places))]
+    holder[key] = deepcopy(junk)
+    write(tmp_path, "bad.json", value)
+    write(tmp_path, "run_iter1.json", run_file(("0", "1")))
+    found = collect(tmp_path)
+    assert "run_iter1.json" in [run.file for run in found.runs]
+    tables = [found.overview(), found.left_out(), *(found.accuracy(form=name) for name in ("cpt", "continual"))]
+    tables += [table for run in found.continual for table in (run.curve(), run.answers())]
+    tables += [pd.DataFrame(found.unread, columns=["file", "reason"]), compare_graders(found.best_answered())]
+    assert found.summary() and [as_text(table).encode() for table in tables] and as_html(tables[0]).encode()
+
+
+def test_a_continual_run_without_a_verdict_has_a_curve_without_numbers() -> None:
+    summary = summarize_sequences([[[None], [None]]], dataset="", base_model="")
+    (row,) = ContinualRun(value=summary).curve().to_dict("records")
+    assert math.isnan(row["accuracy"])
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:

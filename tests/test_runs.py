@@ -6,28 +6,37 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seal_nb import storage
 from seal_nb.errors import DataError, RunMismatch, SettingsError
 from seal_nb.inspector.inspection import open_run
 from seal_nb.models import resolve_model
+from seal_nb.processes import LoggedProcess
 from seal_nb.results.collect import read_run
 from seal_nb.server.endpoint import find_endpoint
 from seal_nb.server.settings import ServeSettings
 from seal_nb.storage import (
+    MARK,
     Journal,
     content_id,
     derived_seed,
+    file_name,
+    forget_adapters,
     git_revision,
+    is_own,
     package_versions,
     read_journal,
     read_json,
     record_path,
     runs_folder,
+    whole_folder,
     write_json,
     write_record,
 )
@@ -311,3 +320,185 @@ def test_the_revision_of_somebody_elses_checkout_is_not_ours(tmp_path: Path) -> 
 def test_results_stay_json_for_other_readers(tmp_path: Path) -> None:
     path = write_json(tmp_path / "run.json", {"text": "\u2028 \ud800 half", 1: (2, 3)})
     assert json.loads(path.read_text(encoding="utf-8")) == {"text": "\u2028 \ud800 half", "1": [2, 3]}
+
+
+@pytest.mark.parametrize("stem", ["run_base", "run_iter1 (2)", "sft_best1of5_0508_015401", "run_Größe", "r" * 229])
+def test_an_ordinary_name_of_a_file_stays_as_it_is(stem: str) -> None:
+    assert file_name(stem, ".json") == f"{stem}.json"
+
+
+FOREIGN = ["../../x", "/etc/x", "a/b", "a_b/", "..", "", ".hidden", "-rf", "a\0b", "a\nb", "\x1b[2J", "\u202eb",
+           "\ud800", "con", "a.record", "x" * 300, "ü" * 200]  # fmt: skip
+
+
+def test_text_from_elsewhere_is_a_file_in_its_folder_and_two_texts_are_two_files(tmp_path: Path) -> None:
+    names = [file_name(stem, ".json") for stem in FOREIGN]
+    for name in names:
+        write_record(write_json(tmp_path / name, 1), stage="", settings={})
+        assert (tmp_path / name).is_file() and name[0] not in ".-" and name.isprintable()
+    assert len(list(tmp_path.iterdir())) == 2 * len(set(names)) == 2 * len(FOREIGN)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with things of the user."""
+    for name in ("home/thesis.txt", "model/config.json", "adapter/adapter_config.json", "file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("the user's")
+    (tmp_path / "link").symlink_to("home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("replace_own", [False, True])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "new/..",
+        ".",
+        "./",
+        "/",
+        "~",
+        "home",
+        "home/",
+        "link",
+        "link/",
+        "file",
+        "file/x",
+        "model",
+        "model/merged",
+        "a\0b",
+    ],
+)
+def test_a_folder_that_is_not_new_is_refused_and_stays(place: Path, target: str, replace_own: bool) -> None:
+    before = sorted(place.rglob("*"))
+    with (
+        pytest.raises(SettingsError, match="give a"),
+        whole_folder(
+            Path(target) if "\0" not in target else target, replace_own=replace_own, apart_from=["model"]
+        ) as new,  # type: ignore[arg-type]
+    ):
+        (new / "x").write_text("ours")
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["new", "new/deeper", "empty", "empty/", "to_empty", "dangling"])
+def test_a_new_or_empty_folder_is_written_and_then_refused_or_replaced(place: Path, target: str) -> None:
+    (place / "empty").mkdir()
+    (place / "to_empty").symlink_to("empty")
+    (place / "dangling").symlink_to("nowhere")
+    for text in "ab":
+        with whole_folder(Path(target), replace_own=True) as new:
+            (new / "x").write_text(text)
+        assert (place / target / "x").read_text() == text
+    with pytest.raises(SettingsError, match="not empty"), whole_folder(Path(target)):
+        pass
+    (place / target / "notes").write_text("the user's")
+    with pytest.raises(SettingsError, match="not empty"), whole_folder(Path(target), replace_own=True):
+        pass
+    assert not list(place.glob(".*")) and (place / target / "notes").is_file()
+
+
+def test_what_appears_meanwhile_is_not_replaced(place: Path) -> None:
+    with pytest.raises(SettingsError, match="not empty"), whole_folder(Path("new"), replace_own=True):
+        (place / "new").mkdir()
+        (place / "new/thesis.txt").write_text("the user's")
+    assert [one.name for one in (place / "new").iterdir()] == ["thesis.txt"] and not list(place.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("mark", "added", "is_ours"),
+    [
+        (None, [".nfs00a1", ".DS_Store", ".ipynb_checkpoints/x", "deep/.ipynb_checkpoints/x"], True),
+        (None, ["deep/thesis.txt"], False),
+        (None, [".ipynb_checkpoints_of_mine"], False),
+        (["*", "deep/*", "x", "deep/y"], ["thesis.txt"], False),
+        (["[a-z]*"], [], False),
+        (["checkpoint-*"], ["checkpoint-5/model.safetensors", "checkpoint-5/rng_state_1.pth"], False),
+        (["checkpoint-*", "x", "deep/y"], ["checkpoint-5/model.safetensors", "trained/adapter_config.json"], True),
+        (["checkpoint-*", "x", "deep/y"], ["checkpoint-5/notes.txt"], False),
+        (["checkpoint-*", "x", "deep/y"], ["checkpoint-5/mine/model.safetensors"], False),
+        (["checkpoint-*", "x", "deep/y"], ["checkpoint-mine/model.safetensors"], False),
+    ],
+)
+def test_a_folder_is_ours_while_its_mark_names_all_that_is_in_it(
+    tmp_path: Path, mark: list[str] | None, added: list[str], is_ours: bool
+) -> None:
+    with whole_folder(tmp_path / "own") as new:
+        (new / "deep").mkdir()
+        for name in ("x", "deep/y"):
+            (new / name).touch()
+    if mark:
+        write_json(tmp_path / "own" / MARK, [*mark, MARK])
+    for name in added:
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).touch()
+    assert is_own(tmp_path / "own") == is_ours
+
+
+def test_only_adapters_that_were_written_here_are_forgotten(place: Path) -> None:
+    with whole_folder(place / "own") as new:
+        (new / "adapter_config.json").write_text("{}")
+    (place / "other").symlink_to("own")
+    assert forget_adapters(place, ["adapter", "home", "link", "file", "other", "own", "never"]) == ["own"]
+    assert (place / "adapter/adapter_config.json").is_file() and (place / "link/thesis.txt").is_file()
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "journal.jsonl.lock", "log"])
+@pytest.mark.parametrize("kind", [Path.symlink_to, Path.hardlink_to, "dangling", "pipe"])
+def test_a_planted_link_or_pipe_is_not_written_through(tmp_path: Path, name: str, kind: Any) -> None:
+    (outside := tmp_path / "outside").write_text("the user's")
+    planted = tmp_path / "run" / name
+    planted.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(planted)
+    elif kind == "dangling":
+        planted.symlink_to("../new")
+    else:
+        kind(planted, outside)
+    with pytest.raises(DataError, match=name):
+        LoggedProcess(["true"], planted, is_new=True) if name == "log" else Journal(planted.with_name("journal.jsonl"))
+    assert outside.read_text() == "the user's" and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", ["the user's", '{"text": "a row"}', "# notes\n", "\0" * 20])
+def test_a_file_that_is_no_journal_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+    (path := tmp_path / "journal.jsonl").write_text(content)
+    with pytest.raises(DataError, match="as no journal does"):
+        Journal(path)
+    assert path.read_text() == content
+
+
+def test_a_journal_with_an_endless_line_is_refused_before_it_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "MOST_LINE", 2**16)
+    (path := tmp_path / "journal.jsonl").write_text('{"key": "a", "record": 1}\n')
+    os.truncate(path, 2**28)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"line 2 has over 65,536 bytes"):
+        Journal(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20 and path.stat().st_size == 2**28
+
+
+def test_a_link_to_a_file_is_replaced_by_the_file_and_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (outside := tmp_path / "outside").write_text("the user's")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    (tmp_path / "disk/x.json").symlink_to(outside)
+    (tmp_path / "disk/y.json").symlink_to("../new")
+    for name in ("x.json", "y.json", "z.json"):
+        assert read_json(write_json(tmp_path / "run" / name, name)) == name
+        assert not (tmp_path / "disk" / name).is_symlink()
+    assert outside.read_text() == "the user's" and not (tmp_path / "new").exists()
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(DataError, match="not a regular file"):
+            write_json(target, 1)
+    assert (tmp_path / "pipe").is_fifo()

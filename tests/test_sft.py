@@ -124,7 +124,7 @@ def test_a_row_whose_prompt_leaves_no_room_for_the_completion_is_refused(base: P
         trained(base, tmp_path, "next", rows, few)
     with pytest.raises(DataError, match=said):
         run_job(SftJob(sft_file=sft_file(tmp_path, rows), model=str(base), model_dir=tmp_path / "next", settings=few))
-    assert not (tmp_path / "next.log").exists(), "no process was started"
+    assert not (tmp_path / "next.seal_nb.log").exists(), "no process was started"
     one = example(AutoTokenizer.from_pretrained(base), rows[1], n_prompt + 1)
     assert [label for label in one["labels"] if label != IGNORED] == one["input_ids"][-1:]
 
@@ -192,8 +192,12 @@ def test_a_training_on_something_else_starts_from_the_beginning(
     base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
 ) -> None:
     cut_short(base, tmp_path, "cut", monkeypatch, **other)
+    users = [tmp_path / f"cut.checkpoints{name}" for name in (".zip", "-mine", f"-{'0' * 24}")]
+    for folder in users[1:]:
+        (folder / "checkpoint-1").mkdir(parents=True)
+    users[0].write_text("the user's")
     assert are_equal(whole, trained(base, tmp_path, "cut"))
-    assert not list(tmp_path.glob("cut.checkpoints*"))
+    assert sorted(tmp_path.glob("cut.checkpoints*")) == sorted(users)
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_ignored(
@@ -201,6 +205,7 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_ignored(
 ) -> None:
     checkpoints = cut_short(base, tmp_path, "cut", monkeypatch)
     (checkpoints / "checkpoint-old").mkdir()  # somebody's copy
+    (checkpoints / "notes.txt").write_text("somebody's")
     shutil.copytree(checkpoints, tmp_path / "kept")
     for state in (None, '{"global_step": 6, "log_hi', "null"):
         (state_file,) = checkpoints.glob("checkpoint-*/trainer_state.json")
@@ -209,7 +214,8 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_ignored(
             state_file.write_text(state)
         assert are_equal(whole, trained(base, tmp_path, "cut"))
         shutil.rmtree(tmp_path / "cut")
-        shutil.copytree(tmp_path / "kept", checkpoints)
+        assert (checkpoints / "notes.txt").is_file(), "it stays, and so does its folder"
+        shutil.copytree(tmp_path / "kept", checkpoints, dirs_exist_ok=True)
 
 
 def test_impossible_settings_are_refused() -> None:
@@ -301,7 +307,9 @@ def test_a_process_that_fails_is_reported_with_the_end_of_its_log(
 ) -> None:
     monkeypatch.setattr(sft, "MODULE", "no_such_module")  # fails without importing torch first
     job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=SHARED)
-    said = r"training in a process ended with code 1; the end of .*next\.log:\n(.*\n)*.*No module named no_such_module"
+    said = (
+        r"training in a process ended with code 1; the end of .*next\.seal_nb\.log:\n(.*\n)*.*No module named no_such"
+    )
     with pytest.raises(EngineError, match=said):
         run_job(job)
     assert not job.model_dir.exists()
@@ -313,6 +321,20 @@ def test_a_file_that_is_not_one_ends_its_process_with_an_error_code(
     job = SftJob(sft_file=sft_file(tmp_path, []), model=str(base), model_dir=tmp_path / "next", settings=SHARED)
     assert sft.main(job) == 2
     assert "DataError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [".", "new/..", "base", "base/next", "user"])
+def test_a_model_is_not_trained_into_a_folder_of_the_user_s(
+    base: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/thesis.txt").write_text("the user's")
+    job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=Path(place), settings=FEW)
+    with pytest.raises(SettingsError, match="give a"):
+        run_job(job)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["base", "sft_best1of2_x.jsonl", "user"]
 
 
 def test_processes_that_cannot_share_a_step_are_refused_before_the_start(tmp_path: Path) -> None:

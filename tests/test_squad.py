@@ -1,10 +1,8 @@
 """SQuAD from a hub: the real client against a small hub on a real socket, and no network at all."""
 
-import http.server
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from seal_nb.passages import FILES, REPOSITORY, Passage, Question, load_passages, passages_from_rows
+from seal_nb.passages import FILES, REPOSITORY, REVISION, Passage, Question, load_passages, passages_from_rows
+from seal_nb.storage import read_json
+from tests.fake_hub import COMMIT, fake_hub
 
 
 def row(context: str, question: str, *answers: str) -> dict:
@@ -38,36 +38,16 @@ def test_rows_of_one_paragraph_are_one_passage_with_the_first_answers_as_gold() 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
-    """Answers as the Hugging Face hub does for the one file it has."""
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "file.parquet")
-    content = (tmp_path / "file.parquet").read_bytes()
-    commit = "0" * 40
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            found = self.path == f"/datasets/{REPOSITORY}/resolve/main/{FILES['validation']}"
-            found = found or self.path == f"/datasets/{REPOSITORY}/resolve/{commit}/{FILES['validation']}"
-            self.send_response(200 if found else 404)
-            self.send_header("ETag", '"abc"')
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("Content-Length", str(len(content) if found else 0))
-            self.end_headers()
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    """Has the one file."""
+    file = tmp_path / "hub" / FILES["validation"]
+    file.parent.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    with fake_hub({f"datasets/{REPOSITORY}": tmp_path / "hub"}) as (address, _):
+        yield address
 
 
-def data_squad(out: Path, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "seal_nb.cli", "data", "squad", "--split", "validation", "--out", str(out)]
+def data_squad(out: Path, home: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "seal_nb.cli", "data", "squad", "--split", "validation", "--out", str(out), *words]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=clean | {"HF_HOME": str(home)} | env)
 
@@ -76,6 +56,13 @@ def test_the_command_writes_the_item_file_that_every_stage_reads(hub: str, tmp_p
     done = data_squad(tmp_path / "out", tmp_path / "home", HF_ENDPOINT=hub)
     assert done.returncode == 0, done.stderr
     assert load_passages(tmp_path / "out" / "squad_val.json") == EXPECTED
+
+
+@pytest.mark.parametrize(("words", "commit"), [([], REVISION), (["--revision", "main"], COMMIT)])
+def test_the_record_has_the_commit_that_was_read(hub: str, tmp_path: Path, words: list[str], commit: str) -> None:
+    assert data_squad(tmp_path, tmp_path / "home", *words, HF_ENDPOINT=hub).returncode == 0
+    settings = read_json(tmp_path / "squad_val.record.json")["settings"]
+    assert (settings["repository"], settings["commit"]) == (REPOSITORY, commit)
 
 
 def test_without_a_network_it_says_so_and_what_to_do(tmp_path: Path) -> None:

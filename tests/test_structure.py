@@ -1,6 +1,8 @@
 """The layers of the package: imports point down, and modules that run without torch do not import it."""
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -10,9 +12,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 # From the bottom up; a module may import its own layer (without a circle) and those below.
 FLOORS = (
-    {"errors", "processes"},
+    {"errors"},
     {"settings"},
-    {"prompts", "passages", "protocol", "metrics", "storage", "models", "tokens"},
+    {"prompts", "passages", "protocol", "metrics", "storage", "processes", "models", "tokens"},
     {"ttt"},
     {"peft_files"},
     {"engines"},
@@ -88,15 +90,33 @@ def test_no_circles() -> None:
     tuple(TopologicalSorter({module: imports_of(module) for module in modules()}).static_order())
 
 
-def test_only_the_command_line_prints() -> None:
+def test_only_one_function_of_the_command_line_prints() -> None:
     printing = [
         module
         for module in modules()
-        if floor_name(module) not in ("cli", "cli_chains")
         for node in ast.walk(ast.parse(path_of(module).read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert printing == []
+    assert printing == ["seal_nb.cli_chains"], "`tell` makes hidden characters visible"
+
+
+def test_models_are_read_in_one_place_which_trusts_no_code_of_theirs() -> None:
+    """Everything else, also benchmarks and notebooks, calls `models.pretrained`."""
+    root = PACKAGE.parent
+    code = {path: path.read_text() for folder in ("seal_nb", "benchmarks") for path in (root / folder).rglob("*.py")}
+    for path in (root / "notebooks").glob("*.ipynb"):
+        cells = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        code[path] = "\n".join("".join(cell) for cell in cells)
+    trusting = [
+        f"{path.name}: {ast.unparse(node)}"
+        for path, text in code.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".from_pretrained", ".from_config"))
+        if "trust_remote_code=False" not in map(ast.unparse, node.keywords)
+    ]
+    assert trusting == []
+    assert {path.name for path, text in code.items() if "from_pretrained" in text} == {"models.py"}
+    assert not [path.name for path, text in code.items() if re.search("trust-remote-code|trust_remote_code=True", text)]
 
 
 def test_modules_that_a_laptop_uses_do_not_import_torch() -> None:

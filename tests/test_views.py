@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from seal_nb.errors import SettingsError
+from seal_nb.cli_chains import tell
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.metrics import Estimate
+from seal_nb.notebook_runner import for_stream
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
+from seal_nb.views.live import Progress, say
 from seal_nb.views.plots import (
     STYLE,
     Chart,
@@ -28,7 +31,7 @@ from seal_nb.views.plots import (
     plot_rewards,
     plot_rounds,
 )
-from seal_nb.views.tables import as_html, as_text, mime_bundle
+from seal_nb.views.tables import as_html, as_text, mime_bundle, write_csv
 
 
 def estimate(mean: float, low: float, high: float, n: int = 6, unit: str = "passages") -> Estimate:
@@ -100,6 +103,14 @@ def test_continual_matrix_names_its_rows_and_sequences() -> None:
     labels = [text.get_text() for text in chart.axes[0].get_yticklabels()]
     assert labels == ["never edited", "after edit 1", "after edit 2"]
     assert "n = 2 sequences" in chart.axes[1].get_ylabel()
+
+
+def test_charts_of_values_without_end_stay_small() -> None:
+    matrix = plot_continual_matrix([[0.5] * 60] * 61, n_sequences=1)
+    rewards = plot_rewards(["t"] * 400, [[0.5]] * 400, [[0]] * 400, [0.5] * 400)
+    for chart, most in ((matrix, 41), (rewards, 200)):
+        assert len(chart.axes[0].texts) == 0 and len(chart.axes[0].get_yticks()) <= most
+        assert max(chart.get_size_inches()) < 100
 
 
 def test_a_matrix_of_zeros_is_drawn() -> None:
@@ -196,6 +207,37 @@ def test_a_table_is_the_same_in_text_and_html_and_everything_is_escaped() -> Non
 )  # fmt: skip
 def test_the_column_name_chooses_the_format(column: str, value: object, text: str) -> None:
     assert as_text(pd.DataFrame({column: [value]})).split("\n")[1].strip() == text
+
+
+def test_a_text_in_a_csv_file_is_no_formula_and_a_number_stays_one(tmp_path: Path) -> None:
+    texts = ["=1+1", "+1", "-3.5", "@x", "\tx", "\rx", "＝1", "plain", "a=b", None]
+    frame = pd.DataFrame({"text": texts, "=n": [-3.5] * 10, "mixed": [-3.5, "-3.5", 2, True, [1], *"abcde"]})
+    read = pd.read_csv(write_csv(frame, tmp_path / "new" / "a.csv"), dtype=str, keep_default_na=False)
+    assert list(read["text"]) == ["'=1+1", "'+1", "'-3.5", "'@x", "'\tx", r"'\u000dx", "'＝1", "plain", "a=b", ""]
+    assert list(read["'=n"]) == ["-3.5"] * 10 and list(read["mixed"][:5]) == ["-3.5", "'-3.5", "2", "True", "[1]"]
+
+
+ATTACK = "a\x1b]0;x\x07b\x9b2J\u202ec\rd\ud800"
+SHOWN = r"a\u001b]0;x\u0007b\u009b2J\u202ec\u000dd\ud800"
+
+
+def test_hidden_characters_are_visible_in_tables_lines_bars_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.DataFrame({ATTACK[:-1]: [ATTACK[:-1]]})  # no table of pandas has half a surrogate pair
+    for shown in (as_text(frame, ATTACK), as_html(frame, ATTACK)):
+        assert shown.count(SHOWN[:-6]) == 3 and shown.encode().decode().replace("\n", "").isprintable()
+    say(ATTACK)
+    Progress(ATTACK).at(1, 1)
+    tell(ATTACK)
+    write, _ = for_stream(sys.stdout)
+    write(f"{ATTACK}\tz\r\n")
+    said = [SHOWN, f"{SHOWN}: 1 of 1", SHOWN, f"{SHOWN}\tz\r"]
+    assert capsys.readouterr().out.split("\n") == [*said, ""]
+    assert DataError(ATTACK)._render_traceback_()[0] == f"DataError: {SHOWN}"
+
+
+def test_a_name_with_dollar_signs_or_without_end_is_drawn(tmp_path: Path) -> None:
+    names = [r"$\frac{$", "x" * 10**6, "\x1b\0"]
+    plot_accuracy(dict.fromkeys(names, next(iter(ARMS.values())))).save(tmp_path / "a", "png")
 
 
 def test_an_empty_table_says_so() -> None:

@@ -29,7 +29,7 @@ from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, bui
 from seal_nb.results.continual import ContinualRun, continual_estimates, strategy_rows
 from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
-from seal_nb.storage import Journal, content_id, derived_seed, runs_folder, write_record
+from seal_nb.storage import Journal, content_id, derived_seed, is_own, runs_folder, write_record
 from seal_nb.views import plots
 from seal_nb.views.live import say
 
@@ -354,8 +354,9 @@ def merged_model(base: str, stack: Sequence[str], place: Path) -> str:
     newest = max((step for step, model in enumerate(models) if step and Path(model).is_dir()), default=0)
     for step in range(newest + 1, len(models)):
         merge_stack(models[step - 1], [place / f"server_{step}" / "adapters" / stack[step - 1]], Path(models[step]))
-    for model in models[1:-1]:
-        shutil.rmtree(model, ignore_errors=True)
+    for model in map(Path, models[1:-1]):
+        if is_own(model):
+            shutil.rmtree(model, ignore_errors=True)
     return models[-1]
 
 

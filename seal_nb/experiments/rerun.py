@@ -32,7 +32,7 @@ class Item(NamedTuple):
     def parse(cls, text: str) -> "Item":
         """Raises: DataError for anything but three whole numbers."""
         parts = text.split(".")
-        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        if len(parts) != 3 or not all(part.isdecimal() and len(part) < 10 for part in parts):
             raise DataError(f"item {text!r} is not passage.self_edit.repeat", remedy="write it as 0.0.0")
         return cls(*map(int, parts))
 
@@ -65,7 +65,7 @@ def stored_loop(path: str | Path, item: Item) -> StoredLoop:
         stated = {name: value for name, value in run["training"].items() if name != "pad_samples"}  # of earlier files
         questions, seed = eval_questions(passage), made["seed"]
         request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=seed)
-    except (KeyError, IndexError, TypeError, StopIteration) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
         raise DataError("has no such item, or not what made it", **about, remedy=OURS) from error
     if not rows:
         raise DataError("has no answer in this file", **about, remedy="run 03 again")

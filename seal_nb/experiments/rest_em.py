@@ -7,6 +7,7 @@ is: where repeats of one self-edit differ as much as two self-edits do, the choi
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +24,7 @@ from seal_nb.metrics import MIN_PASSAGES, accuracy, counted, mean_interval
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
-from seal_nb.storage import runs_folder, write_record, write_text
+from seal_nb.storage import file_name, runs_folder, write_record, write_text
 from seal_nb.views import plots
 
 TieBreak = Literal["order", "soft"]
@@ -117,12 +118,12 @@ class RestEmRound:
         """
         from seal_nb.sft.train import run_job
 
-        place = runs_folder(model_dir) if model_dir else self.sft_file.parent / "model"
+        place = runs_folder(os.path.expanduser(model_dir or self.sft_file.parent / "model"))  # noqa: PTH111
         job = SftJob(sft_file=self.sft_file, model=model, model_dir=place, settings=settings, n_threads=n_threads)
         result = run_job(job, n_processes=n_processes, sharding=sharding)
         made = {"model": model, "n_processes": n_processes, "sharding": sharding, **asdict(settings)}
         seeds = {"seed": settings.seed}
-        write_record(place.with_suffix(".json"), stage="05_rest_em_round", settings=made, seeds=seeds)
+        write_record(place.resolve().with_suffix(".json"), stage="05_rest_em_round", settings=made, seeds=seeds)
         return result
 
 
@@ -253,7 +254,7 @@ def sft_rows(
 def sft_file_name(run: SinglePassageRun, *, k_best: int, exp_name: str = "") -> str:
     """``sft_best1of5_iter0.jsonl``: named after the experiment, else after the run's time stamp."""
     stamp = exp_name or run.settings.get("timestamp") or run.path.name.split(".")[0] or "run"
-    return f"sft_best{k_best}of{run.n_completions}_{stamp}.jsonl"
+    return file_name(f"sft_best{k_best}of{run.n_completions}_{stamp}", ".jsonl")
 
 
 def write_sft_file(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:

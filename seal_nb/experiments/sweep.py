@@ -4,7 +4,6 @@ Each point is a single-passage arm with its own settings and the same seeds, so 
 The best of many points is partly luck: evaluate it on other passages.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import product
@@ -21,8 +20,9 @@ from seal_nb.experiments.single_passage import SinglePassageSettings, build_run,
 from seal_nb.metrics import mean, paired_difference, written_value
 from seal_nb.passages import Passage
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.storage import Journal, runs_folder, write_record
+from seal_nb.storage import Journal, parse_json, runs_folder, write_record
 from seal_nb.views import plots
+from seal_nb.views.tables import write_csv
 
 MOST_POINTS = 200
 GRID_REMEDY = 'write settings with their values, such as {"lora_rank": [8, 32]}'
@@ -117,7 +117,7 @@ def sweep(
         for (_, settings), of_point in zip(points, loops, strict=True)
     ]
     result = Sweep([values for values, _ in points], runs)
-    result.frame().to_csv(folder / "sweep.csv", index=False)
+    write_csv(result.frame(), folder / "sweep.csv")
     result.plot().savefig(folder / "sweep.png")
     made = {"dataset": Path(dataset).name, "n_articles": len(passages), "model": ttt.model_id, **asdict(fixed)}
     write_record(folder / "sweep.csv", stage="09_sweep", settings={"grid": values, **made}, seeds={"seed": seed})
@@ -127,7 +127,7 @@ def sweep(
 def grid_of(text: str) -> dict[str, list[Any]]:
     """The grid in a JSON text. Raises: SettingsError."""
     try:
-        grid = json.loads(text)
+        grid = parse_json(text)
     except ValueError as error:
         raise SettingsError(f"grid is no JSON ({error}): {text!r}; {GRID_REMEDY}") from None
     if not isinstance(grid, dict) or not all(isinstance(values, list) for values in grid.values()):

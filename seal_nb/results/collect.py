@@ -5,22 +5,21 @@ published evaluations, and the overall numbers of published runs.
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from seal_nb.errors import DataError, SealError, checked
-from seal_nb.metrics import Estimate, accuracy
+from seal_nb.errors import DataError, SealError, checked, redacted
+from seal_nb.metrics import Estimate, accuracy, counted
 from seal_nb.passages import Passage
 from seal_nb.results.continual import ContinualRun
 from seal_nb.results.cpt import CptRun, check_length
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import COMPARED, Run, comparison, frame
+from seal_nb.results.run import COMPARED, Many, Part, Run, comparison, frame
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import data_file, read_json, runs_folder
 
@@ -28,8 +27,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
+MOST_PARTS = 100_000  # objects of one file, and texts in lists; a run over all of SQuAD's validation has 60,000
+MOST_RUNS = 200  # of one file
+MOST_NAMES = 1_000  # of models and graders in one file
+MOST_ARMS, MOST_PAIRED = 20, 50_000  # that are compared with each other, and their passages over all pairs
 SHIPPED_RUNS = {"shipped:ranking": "run_example.json", "shipped:example": "inspector_run.json.gz"}
-MOST_BYTES = 200_000_000  # no result file is larger
 SUMMARY_LINES = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
                "after the last continual edit")  # fmt: skip
 
@@ -64,10 +66,40 @@ def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Seque
             path=path,
             remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
         )
+    parts = list(islice(_parts(value), MOST_PARTS + 1))
+    if len(parts) > MOST_PARTS:
+        raise DataError(f"has more than {MOST_PARTS} objects and texts", path=path, remedy="split it")
+    _hide_keys([part for part in parts if isinstance(part, dict)], path)
     about: dict[str, Any] = {"value": value, "path": Path(path), "file": file}
     if "articles" in value:
         return SinglePassageRun(**about)
     return CptRun(**about, passages=passages) if "server_reply" in value else ContinualRun(**about)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Each object in a JSON value, and each text of a list."""
+    inside = [value]
+    while inside:
+        one = inside.pop()
+        inside += one if isinstance(one, list) else []
+        if isinstance(one, dict | str):
+            yield one
+            inside += [part for part in one.values() if isinstance(part, dict | list)] if isinstance(one, dict) else []
+
+
+def _hide_keys(parts: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """In place: settings of the file, and names of graders, in which an older version let a key stand."""
+    hidden: dict[str, str] = {}
+    for part, name in ((part, name) for part in parts for name in ("grader", "model", "base_model", "earlier")):
+        one = part.get(name)
+        texts = one if isinstance(one, dict) and name == "earlier" else [one] if isinstance(one, str) else ()
+        hidden |= {text: redacted(text) for text in texts if text not in hidden}
+        if len(hidden) > MOST_NAMES:
+            raise DataError(f"names more than {MOST_NAMES} models and graders", path=path, remedy="split it")
+        if isinstance(one, str):
+            part[name] = hidden[one]
+        elif isinstance(one, dict) and texts:
+            part[name] = {hidden[grader]: verdicts for grader, verdicts in one.items()}
 
 
 def is_run(value: Any) -> bool:
@@ -82,7 +114,8 @@ def collect(folder: str | Path) -> "Collection":
         folder: such as "runs", or a checkout of the published repository.
 
     Returns:
-        A Collection: the runs by form, tables over them, and ``unread``: files that could not be read, with the reason.
+        A Collection: the runs by form, tables over them, and ``unread``: files that could not be read, with the reason
+            (broken, too large, no regular file).
 
     Raises:
         DataError: there is no such folder.
@@ -94,18 +127,30 @@ def collect(folder: str | Path) -> "Collection":
     for path in sorted(_json_files(root)):
         file = path.relative_to(root).as_posix()
         try:
-            runs += runs_in(read_json(path), path=path, file=file)
+            found = runs_in(read_json(path), path=path, file=file)
+            for run in found:
+                run.accuracy()  # the tables need it: what cannot be computed is found here, where the file is known
+            runs += found
         except SealError as error:
             unread.append((file, getattr(error, "problem", str(error))))
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, MemoryError) as error:
+            unread.append((file, f"has no statistics: {type(error).__name__}: {redacted(str(error))[:200]}"))
     return Collection(runs=tuple(runs), unread=tuple(unread))
 
 
 def _json_files(root: Path) -> Iterator[Path]:
-    for path in root.rglob("*.json*"):
-        is_json = path.name.endswith((".json", ".json.gz")) and not path.name.endswith(".record.json")
-        is_skipped = bool(SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]))
-        if is_json and not is_skipped and path.is_file() and path.stat().st_size <= MOST_BYTES:
-            yield path
+    """Links to folders are followed, each folder once; but not those that lead to a folder around this one."""
+    seen: set[tuple[int, int]] = set()
+    for at, folders, files in os.walk(root, followlinks=True):
+        about = Path(at).stat()
+        is_new, here = (about.st_dev, about.st_ino) not in seen, Path(at)
+        seen.add((about.st_dev, about.st_ino))
+        is_around = here.is_symlink() and here != root and root.resolve().is_relative_to(here.resolve())
+        names = [*folders, *files] if is_new and not is_around else []
+        folders[:] = sorted({*folders} - SKIPPED_FOLDERS) if names else []
+        for name in names:
+            if name.endswith((".json", ".json.gz")) and not name.endswith(".record.json"):
+                yield here / name
 
 
 def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
@@ -117,39 +162,45 @@ def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
     forms: list[tuple[str, dict[str, Any]]] = []
     runs = value.get("runs")
     if isinstance(runs, dict) and all(isinstance(run, dict) and "passages" in run for run in runs.values()):
+        of_runs = {name: checked(_Passages.model_validate, run, path=path, item=name) for name, run in runs.items()}
+        n_marks = sum(len(passage.baseline) + 1 for run in of_runs.values() for passage in run.passages)
+        if len(runs) > MOST_RUNS or n_marks > MOST_PARTS:
+            problem = f"has more than {MOST_RUNS} runs, or {MOST_PARTS} passages and verdicts"
+            raise DataError(problem, path=path, field="runs", remedy="split it")
         forms = [(name, _from_verdict_strings(run, path=path, item=name)) for name, run in runs.items()]
     elif "query_server" in value and "continual_overall_results" in value:
         checked(_Overalls.model_validate, value, path=path)
         no_verdicts: dict[str, list[bool]] = {"baseline_correct": [], "adapter_correct": []}
+        if (n := len(value["query_server"]) + len(value.get("cpt") or [])) > MOST_RUNS:
+            raise DataError(f"has {n} runs", path=path, field="query_server", remedy=f"give at most {MOST_RUNS}")
         forms = [(run["file"], {**run, "articles": []}) for run in value["query_server"]]
-        forms += [(run["file"], {**run, "server_reply": no_verdicts}) for run in value.get("cpt", [])]
+        forms += [(run["file"], {**run, "server_reply": no_verdicts}) for run in value.get("cpt") or []]
         forms += [("continual_overall_results", value["continual_overall_results"])]
     return [run_of(run, path=path, file=f"{file}: {name}") for name, run in forms]
 
 
-class _Marks(BaseModel):
+class _Marks(Part):
     baseline: str
     adapter: str
 
 
-class _Passages(BaseModel):
-    passages: list[_Marks]
+class _Passages(Part):
+    passages: Many[_Marks]
 
 
-class _Named(BaseModel):
+class _Named(Part):
     file: str
 
 
-class _Overalls(BaseModel):
-    query_server: list[_Named]
-    cpt: list[_Named] = []
+class _Overalls(Part):
+    query_server: Many[_Named]
+    cpt: Many[_Named] | None = None
     continual_overall_results: dict[str, Any]
 
 
 def _from_verdict_strings(run: Mapping[str, Any], *, path: str | Path, item: str) -> dict[str, Any]:
     """A single-passage run from the verdicts of each passage as a string of 0 and 1."""
     articles = []
-    checked(_Passages.model_validate, run, path=path, item=item)
     for at, passage in enumerate(run["passages"]):
         field = f"runs.{item}.passages[{at}].adapter"
         check_length(passage["adapter"], len(passage["baseline"]), path=path, field=field)
@@ -210,8 +261,8 @@ class Collection:
 
     def left_out(self, prompt_key: str = "") -> "pd.DataFrame":
         """``file`` and ``reason`` of every single-passage run that ``arms`` does not hold."""
-        shown = self.arms(prompt_key).values()
-        rows = [(run.file, _why_left_out(run, prompt_key)) for run in self.single_passage if run not in shown]
+        shown = {id(run) for run in self.arms(prompt_key).values()}
+        rows = [(run.file, _why_left_out(run, prompt_key)) for run in self.single_passage if id(run) not in shown]
         return frame(rows, ("file", "reason"))
 
     def prompt_keys(self) -> list[str]:
@@ -256,11 +307,17 @@ class Collection:
         return next((found for run in self.arms(prompt_key).values() if (found := run.estimate("baseline"))), None)
 
     def differences(self, prompt_key: str = "") -> "pd.DataFrame":
-        """Every two arms over the same passages, as ``compare`` gives them."""
-        rows = []
-        for second, first in combinations(self.arms(prompt_key).values(), 2):
+        """Every two arms over the same passages, as ``compare`` gives them. Of more than MOST_ARMS arms, and of
+        fewer with many passages, only the first are compared, and a last row without numbers says so."""
+        rows, arms = [], list(self.arms(prompt_key).values())
+        n_passages = max((len(run.passages) for run in arms), default=0) or 1
+        most = max(2, min(MOST_ARMS, math.isqrt(2 * MOST_PAIRED // n_passages)))
+        for second, first in combinations(arms[:most], 2):
             with suppress(DataError):  # other passages
                 rows.append(comparison(first, second))
+        if (n_more := len(arms) - most) > 0:
+            said = f"not compared: only the first {most} arms are"
+            rows.append({"arm": counted(n_more, "more arms"), "is_real": False, "sentence": said})
         return frame(rows, COMPARED)
 
     def summary(self, prompt_key: str = "") -> dict[str, str | None]:
@@ -272,7 +329,7 @@ class Collection:
             best, of_best = max(whole, key=lambda pair: pair[0].mean)
             baseline = next((one for _, run in whole if (one := run.estimate("baseline"))), None)
             said["best arm"] = f"{of_best.arm} {_percent(best)}, baseline {_percent(baseline)}"
-        if len(differences := self.differences(prompt_key)):
+        if len(differences := self.differences(prompt_key).dropna(subset="n")):
             said["differences between arms"] = f"{sum(differences['is_real'])} of {len(differences)} are real"
         if known := [run for run in self.rounds(prompt_key) if run]:
             said["ReST-EM rounds"] = " → ".join(_percent(run.estimate()) for run in (known[0], known[-1]))

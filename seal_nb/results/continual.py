@@ -12,8 +12,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel
-
 from seal_nb.errors import DataError, checked
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import (
@@ -29,7 +27,19 @@ from seal_nb.metrics import (
 )
 from seal_nb.protocol import rounded
 from seal_nb.results.cpt import check_length, split_by_passage
-from seal_nb.results.run import VERDICT_WORDS, Kind, Run, RunFields, StoredVerdict, frame, unequal
+from seal_nb.results.run import (
+    VERDICT_WORDS,
+    Count,
+    Kind,
+    Many,
+    Number,
+    Part,
+    Run,
+    RunFields,
+    StoredVerdict,
+    frame,
+    unequal,
+)
 from seal_nb.storage import read_json, write_json
 
 if TYPE_CHECKING:
@@ -40,28 +50,29 @@ _interval = partial(mean_interval, unit="sequences")
 _difference = partial(paired_difference, unit="sequences")
 
 
-class _Asked(BaseModel):
+class _Asked(Part):
     question: str
     answer: str
 
 
-class _Step(BaseModel):
-    texts: list[str]
-    correct: list[bool | None]
+class _Step(Part):
+    texts: Many[str]
+    correct: Many[bool | None]
+    earlier: dict[str, dict[str, Many[bool | None]]] | None = None
 
 
-class _Sequence(BaseModel):
-    titles: list[str]
-    questions: list[list[_Asked]]
-    steps: list[_Step]
+class _Sequence(Part):
+    titles: Many[str]
+    questions: Many[Many[_Asked]]
+    steps: Many[_Step]
 
 
 class _File(RunFields):
-    mean_over_sequences: list[list[float | None]]
-    std_over_sequences: list[list[float | None]] | None = None
-    matrices: list[list[list[float | None]]] | None = None
-    sequences: list[_Sequence] | None = None
-    n_sequences_of_runs: list[int] | None = None
+    mean_over_sequences: Many[Many[Number]]
+    std_over_sequences: Many[Many[Number]] | None = None
+    matrices: Many[Many[Many[Number]]] | None = None
+    sequences: Many[_Sequence] | None = None
+    n_sequences_of_runs: Many[Count] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -90,9 +101,11 @@ class ContinualRun(Run):
             check_length(counts, len(sequence.titles), path=self.path, field=f"{place}.questions", of="titles")
             for step, record in enumerate(sequence.steps):
                 n_questions = sum(n for at, n in enumerate(counts) if was_asked(step, at))
-                for name in ("texts", "correct"):
-                    where = f"{place}.steps[{step}].{name}"
-                    check_length(getattr(record, name), n_questions, path=self.path, field=where)
+                kept = record.earlier or {}
+                lists: dict[str, list[Any]] = {"texts": record.texts, "correct": record.correct}
+                lists |= {f"earlier.{by}.{name}": own for by in kept for name, own in kept[by].items()}
+                for name, values in lists.items():
+                    check_length(values, n_questions, path=self.path, field=f"{place}.steps[{step}].{name}")
 
     @property
     def arm(self) -> str:
@@ -114,13 +127,18 @@ class ContinualRun(Run):
         return {"passages": len(self.mean) - 1}
 
     def seen(self) -> list[Estimate]:
-        """After each edit the accuracy on the passages edited so far; without matrices, means without intervals."""
-        steps = range(1, len(self.mean))
-        if self.matrices:
-            return [_interval([matrix[step][:step] for matrix in self.matrices]) for step in steps]
-        means = [mean(self.mean[step][:step]) for step in steps]
-        known = [math.nan if value is None else value for value in means]
-        return [Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit) for value in known]
+        """After each edit the accuracy on the passages edited so far; without matrices, or where nothing was graded,
+        means without intervals."""
+        found = []
+        for step in range(1, len(self.mean)):
+            cells = [matrix[step][:step] for matrix in self.matrices]
+            if any(cell is not None for row in cells for cell in row):
+                found.append(_interval(cells))
+            else:
+                known = mean(self.mean[step][:step])
+                value = math.nan if known is None else known
+                found.append(Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit))
+        return found
 
     def curve(self) -> "pd.DataFrame":
         """Accuracy after each edit.

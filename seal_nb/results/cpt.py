@@ -10,14 +10,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from seal_nb.errors import DataError, checked
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
 from seal_nb.passages import Passage
 from seal_nb.protocol import rounded
-from seal_nb.results.run import KINDS, Kind, Run, RunFields, StoredVerdict, verdict_change
+from seal_nb.results.run import KINDS, Count, Kind, Many, Part, Run, RunFields, StoredVerdict, verdict_change
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,23 +24,22 @@ if TYPE_CHECKING:
 OTHER_PASSAGES = "give the item file that this run was asked about (--dataset)"
 
 
-class _Reply(BaseModel):
-    model_config = ConfigDict(strict=True)
+class _Reply(Part):
+    baseline_correct: Many[bool | None]
+    adapter_correct: Many[bool | None]
+    baseline_texts: Many[str] | None = None
+    adapter_texts: Many[str] | None = None
+    earlier: dict[str, dict[str, Many[bool | None]]] | None = None
 
-    baseline_correct: list[bool | None]
-    adapter_correct: list[bool | None]
-    baseline_texts: list[str] | None = None
-    adapter_texts: list[str] | None = None
 
-
-class _OfPassage(BaseModel):
+class _OfPassage(Part):
     title: str | None = None
-    n_questions: int
+    n_questions: Count
 
 
 class _File(RunFields):
     server_reply: _Reply
-    per_passage: list[_OfPassage] | None = None
+    per_passage: Many[_OfPassage] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -57,11 +54,19 @@ class CptRun(Run):
     weighting: ClassVar[Weighting] = "question"
 
     def __post_init__(self) -> None:
-        reply = checked(_File.model_validate, self.value, path=self.path).server_reply
+        read = checked(_File.model_validate, self.value, path=self.path)
+        reply = read.server_reply
         for name in ("adapter_correct", "baseline_texts", "adapter_texts"):
             values, where = getattr(reply, name), f"server_reply.{name}"
             if values or name == "adapter_correct":  # texts may be absent or empty
                 check_length(values, len(reply.baseline_correct), path=self.path, field=where, of="verdicts")
+        if read.per_passage and (n := sum(one.n_questions for one in read.per_passage)) != len(reply.baseline_correct):
+            problem = f"has {n} questions for {len(reply.baseline_correct)} verdicts"
+            raise DataError(problem, path=self.path, field="per_passage", remedy="write the file again")
+        for grader, kept in (reply.earlier or {}).items():
+            for name, verdicts in kept.items():
+                where = f"server_reply.earlier.{grader}.{name}"
+                check_length(verdicts, len(reply.baseline_correct), path=self.path, field=where, of="verdicts")
         self.passages = tuple(self.passages)[: self.value.get("n_articles") or None]
 
     @property

@@ -49,4 +49,4 @@ PASSAGES_SHA256 = "1ffca76e1795d022a6fb0e76aebd3f16334ee57627a7a1dcd838e7a99171f
 def are_published_passages(titles_and_contexts: Iterable[tuple[str, str]]) -> bool:
     """Whether these are exactly the 200 passages of the published evaluation, in any order."""
     lines = sorted(f"{title}\0{context}" for title, context in titles_and_contexts)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest() == PASSAGES_SHA256
+    return hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest() == PASSAGES_SHA256

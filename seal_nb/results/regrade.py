@@ -214,7 +214,7 @@ def compare_graders(run: Run, *, reference: str = "") -> "pd.DataFrame":
 
     places, own = _answers_of(run), grader_of(run.value)
     stored: dict[str, Verdicts] = {f"{own} (in the file)" if own else "in the file": [one.verdict() for one in places]}
-    earlier = dict.fromkeys(name for one in places for name in one.holder.get("earlier", {}) if name != own)
+    earlier = dict.fromkeys(name for one in places for name in one.holder.get("earlier") or {} if name != own)
     stored |= {f"{name} (in the file)": [one.verdict(name) for one in places] for name in earlier}
     first = f"{next(iter(earlier))} (in the file)" if earlier else next(iter(stored))
     reference = reference or next((name for name in stored if name.startswith("judge")), first)

@@ -3,17 +3,20 @@
 A run keeps the JSON value of its file with all fields, known and unknown, and knows where the verdicts are in it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, redacted
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference, to_settle
 from seal_nb.storage import read_json, record_path, write_json
@@ -36,20 +39,39 @@ ARM_NAMES = {
 }
 
 COMPARED = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence", "to_settle")
+MOST = 1e6  # no accuracy, gain or log-probability is beyond; sums of larger numbers could overflow
+T = TypeVar("T")
 _NO_SETTINGS = {"timestamp", "overall", "server_reply", "per_article"}
 
 
-class RunFields(BaseModel):
-    """The fields of a run file that are read, whatever its form; null means absent."""
+def _plausible(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    if abs(value) > MOST:
+        raise PydanticCustomError("large", "is not plausible")
+    return value
+
+
+Number = Annotated[float | None, AfterValidator(_plausible)]  # NaN and infinity are absent
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Many = Annotated[list[T], Field(fail_fast=True)]  # a list whose first wrong entry is enough: a file may have millions
+
+
+class Part(BaseModel):
+    """A part of a run file. Nothing is converted, because statistics use the stored values."""
 
     model_config = ConfigDict(strict=True)
 
-    overall: dict[str, float | None] | None = None
+
+class RunFields(Part):
+    """The fields of a run file that are read, whatever its form; null means absent."""
+
+    overall: dict[str, Number] | None = None
     lora_params: dict[str, Any] | None = None
-    n_articles: int | None = None
-    n_sequences: int | None = None
-    k_completions: int | None = None
-    eval_times: int | None = None
+    n_articles: Count | None = None
+    n_sequences: Count | None = None
+    k_completions: Count | None = None
+    eval_times: Count | None = None
 
 
 def frame(rows: Sequence[Any], columns: Sequence[str] | None = None) -> "pd.DataFrame":
@@ -75,7 +97,7 @@ class StoredVerdict(NamedTuple):
 
     def verdict(self, grader: str = "") -> bool | None:
         """The verdict, or the one that this grader gave before the answer was graded again."""
-        holder = self.holder.get("earlier", {}).get(grader, {}) if grader else self.holder
+        holder = (self.holder.get("earlier") or {}).get(grader, {}) if grader else self.holder
         found: Any = holder.get(self.field)
         verdict: bool | None = found if self.place is None or found is None else found[self.place]
         return verdict
@@ -160,12 +182,19 @@ class Run(ABC):
         """Columns of ``accuracy`` that only this form has."""
         return {}
 
-    @property
+    @cached_property
     def has_verdicts(self) -> bool:
         return any(score is not None for scores in self.scores("adapter") for score in scores)
 
     def estimate(self, kind: Kind = "adapter") -> Estimate | None:
         """Mean accuracy with its 95 % interval; the stored mean without a width if there are no verdicts."""
+        return self._estimates[kind]
+
+    @cached_property
+    def _estimates(self) -> dict[Kind, Estimate | None]:
+        return {kind: self._estimate(kind) for kind in KINDS}
+
+    def _estimate(self, kind: Kind) -> Estimate | None:
         scores = self.scores(kind)
         if any(score is not None for unit in scores for score in unit):
             return mean_interval(scores, weighting=self.weighting, unit=self.unit)
@@ -191,10 +220,15 @@ class Run(ABC):
             columns of its form (``prompt``, ``recited``; ``questions``, ``lr``; ``passages``), ``file``. Accuracies are
             fractions. Intervals are missing if the file has no verdicts.
         """
+        return frame([self._row])
+
+    @cached_property
+    def _row(self) -> dict[str, Any]:
+        """Of ``accuracy``, computed once: a change of ``value`` makes a new run (``graded``)."""
         adapter, baseline, gain = self.estimate("adapter"), self.estimate("baseline"), self.gain()
         measured = adapter if self.has_verdicts else None
         stored_gain = adapter.mean - baseline.mean if adapter and baseline else None
-        row = {
+        return {
             "arm": self.arm,
             "n": adapter.n if adapter else 0,
             "accuracy": adapter and adapter.mean,
@@ -209,7 +243,6 @@ class Run(ABC):
             **self.extra(),
             "file": self.file or self.path.name,
         }
-        return frame([row])
 
     def summary(self) -> dict[str, Any]:
         """What ``seal-nb summarize`` prints, as one JSON-able object: recomputed numbers, intervals, disagreements."""
@@ -240,7 +273,8 @@ class Run(ABC):
         places = copy.stored_verdicts()
         if keep_as:
             for holder, name in {(id(one.holder), one.field): (one.holder, one.field) for one in places}.values():
-                holder.setdefault("earlier", {}).setdefault(keep_as, {})[name] = deepcopy(holder.get(name))
+                holder["earlier"] = holder.get("earlier") or {}
+                holder["earlier"].setdefault(keep_as, {})[name] = deepcopy(holder.get(name))
         for place, verdict in zip(places, verdicts, strict=True):
             place.replace(verdict)
         copy.value["grader"] = grader
@@ -334,17 +368,19 @@ def settings_difference(first: str | Path, second: str | Path) -> "pd.DataFrame"
     """Every setting, seed and version that differs: ``setting`` (dotted name), ``first``, ``second`` ("–": absent)."""
     a, b = _flat(_settings_of(first)), _flat(_settings_of(second))
     both = [(name, a.get(name, "–"), b.get(name, "–")) for name in sorted({*a, *b})]
-    rows = [(name, str(one), str(other)) for name, one, other in both if one != other]
+    rows = [tuple(redacted(str(one)) for one in row) for row in both if row[1] != row[2]]
     return frame(rows, ("setting", "first", "second"))
 
 
 def _settings_of(path: str | Path) -> Mapping[str, Any]:
     """The record next to a result; without one, the settings in the file itself."""
     if record_path(path).is_file():
-        return dict(read_json(record_path(path)))
+        path = record_path(path)
     value = read_json(path)
     if not isinstance(value, dict):
         raise DataError("is not a result file", path=path, remedy="give a run file")
+    if path == record_path(path):
+        return value
     kinds = str | int | float | bool | dict
     return {name: one for name, one in value.items() if isinstance(one, kinds) and name not in _NO_SETTINGS}
 

@@ -4,10 +4,10 @@ The published form: ``{overall, …, articles: [{stats, title, context, prompt, 
 [{rep, …, baseline_correct, adapter_correct}]}]}]}``. Released files may lack per-question records or hold nulls.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -17,12 +17,28 @@ from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
 from seal_nb.metrics import STATS, Scores, Verdicts, mean, published_statistics, repeat_stats
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import ARM_NAMES, KINDS, Kind, Run, RunFields, StoredVerdict, frame, unequal, verdict_change
+from seal_nb.results.run import (
+    ARM_NAMES,
+    KINDS,
+    Kind,
+    Many,
+    Number,
+    Run,
+    RunFields,
+    StoredVerdict,
+    frame,
+    unequal,
+    verdict_change,
+)
+from seal_nb.storage import file_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUND = re.compile(r"(?<![a-z])(?:iter|round)[_-]?(\d+)")
+ROUND = re.compile(r"(?<![a-z])(?:iter|round)[_-]?(\d{1,3})(?!\d)")
+MOST_ASKED = 50  # questions of a passage whose gold answers ``recited`` looks for
+MOST_CHARACTERS = 4_000_000  # of texts that it grades: some 10 s
+LONGEST = 2_000  # characters of a text that it reads
 RANKING = re.compile(r"(^|_)rank(_|$|\.)")
 PROMPT = re.compile(r"prompt-([a-z-]+)")
 PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names
@@ -33,18 +49,11 @@ ANSWERS = ("passage", "self_edit", "repeat", "question", "gold", "baseline_answe
 
 def run_file_name(exp_name: str, arm: str) -> str:
     """`run_<exp_name>.json` for self-edits, as published; the other arms add their name."""
-    return f"run_{exp_name}.json" if arm == "self_edits" else f"run_{exp_name}_{arm}.json"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
+    return file_name(f"run_{exp_name}" if arm == "self_edits" else f"run_{exp_name}_{arm}", ".json")
 
 
 def _numbered(entries: list[Any]) -> list[Any]:
     return [entry.model_copy(update={"index": at}) for at, entry in enumerate(entries)]
-
-
-Number = Annotated[float | None, AfterValidator(_finite)]
 
 
 class _Entry(BaseModel):
@@ -76,6 +85,7 @@ class AnsweredQuestion(_Entry):
     adapter_correct: bool | None = None
     baseline_gold_logprob: Number = None  # nats; not in published files
     adapter_gold_logprob: Number = None
+    earlier: Mapping[str, Mapping[str, bool | None]] = {}  # verdicts of other graders
 
     @property
     def change(self) -> str:
@@ -96,7 +106,7 @@ class EvaluatedSelfEdit(_Entry):
     index: int = 0
     text: str | None = None
     prompt: str | None = None  # set if the self-edits of one passage complete different prompts
-    questions: list[AnsweredQuestion] = []
+    questions: Many[AnsweredQuestion] = []
     stored_stats: Annotated[dict[str, Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
         dict.fromkeys(STATS), alias="stats"
     )
@@ -135,7 +145,7 @@ class EvaluatedPassage(_Entry):
     title: str = ""
     context: str = ""
     prompt: str | None = None
-    self_edits: Annotated[list[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
+    self_edits: Annotated[Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
     stored_stats: dict[str, Any] = Field({}, alias="stats")
 
     def questions(self) -> list[AnsweredQuestion]:
@@ -144,7 +154,7 @@ class EvaluatedPassage(_Entry):
 
 
 class _Articles(RunFields):
-    articles: Annotated[list[EvaluatedPassage], AfterValidator(_numbered)]
+    articles: Annotated[Many[EvaluatedPassage], AfterValidator(_numbered)]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -256,16 +266,23 @@ class SinglePassageRun(Run):
     def recited(self) -> float | None:
         """Share of adapter answers that contain the gold answer of another question of the same passage. A model that
         recites its passage profits from every grader that looks for the gold answer in the text. The local grader
-        decides what an answer contains. None without answers."""
-        grader, recited = make_grader("local"), []
+        decides what an answer contains. Of a large run, an even share of the answers is read. None without answers."""
+        grade, answers = make_grader("local").grade, []
         for passage in self.passages:
-            asked = {(one.question, one.gold) for one in passage.questions()}
-            for one in passage.questions():
-                other = [pair for pair in asked if pair[1].casefold() != one.gold.casefold()]
-                others = [Answered(question=text, gold=gold, answer=one.adapter_answer) for text, gold in other]
-                recited.append(Verdict.CORRECT in grader.grade(others))
-        has_answers = any(one.adapter_answer for passage in self.passages for one in passage.questions())
-        return sum(recited) / len(recited) if has_answers else None
+            found = [(one.question[:LONGEST], one.gold[:LONGEST], one.adapter_answer) for one in passage.questions()]
+            asked = list(dict.fromkeys((question, gold) for question, gold, _ in found))[:MOST_ASKED]
+            answers += [(gold.casefold(), answer[:LONGEST], asked) for _, gold, answer in found]
+
+        @cache
+        def is_in(question: str, gold: str, answer: str) -> bool:
+            return grade([Answered(question=question, gold=gold, answer=answer)]) == [Verdict.CORRECT]
+
+        n_characters = sum((len(answer) + LONGEST // 20) * len(asked) for _, answer, asked in answers)
+        recited = [
+            any(gold.casefold() != own and is_in(question, gold, answer) for question, gold in asked)
+            for own, answer, asked in answers[:: 1 + n_characters // MOST_CHARACTERS]
+        ]
+        return sum(recited) / len(recited) if any(answer for _, answer, _ in answers) else None
 
     def overall(self) -> dict[str, float | None]:
         return self._statistics()[1]

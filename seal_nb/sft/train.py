@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -30,12 +31,23 @@ from transformers import (
     TrainingArguments,
 )
 
-from seal_nb.errors import DataError, EngineError, SealError, SettingsError
-from seal_nb.models import model_identity, resolve_model
+from seal_nb.errors import DataError, EngineError, SealError, SettingsError, visible
+from seal_nb.models import model_identity, pretrained, resolve_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
-from seal_nb.sft.model_folders import merge_stack, stored_dtype, write_model_folder
+from seal_nb.sft.model_folders import merge_stack, stored_dtype, write_model
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
-from seal_nb.storage import content_id, read_json, read_json_lines, whole_folder, write_json
+from seal_nb.storage import (
+    CHECKPOINTS,
+    MARK,
+    content_id,
+    is_own,
+    new_place,
+    read_json,
+    read_json_lines,
+    whole_folder,
+    write_json,
+    write_mark,
+)
 from seal_nb.tokens import tokenize
 
 MODULE = "seal_nb.sft.train"
@@ -46,15 +58,18 @@ Example = dict[str, list[int]]
 
 def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> SftResult:
     """Train a new model in processes of its own, here or on the nodes of this SLURM job. Their output goes to
-    `<model_dir>.log`. A model folder that the same training made is used again.
-    Raises: SettingsError, DataError for a row that is no training example, EngineError with the end of the log."""
+    `<model_dir>.seal_nb.log`. A model folder that the same training made is used again, that of another training is
+    replaced. Raises: SettingsError, also for a model folder with anything else in it, DataError for a row that is no
+    training example, EngineError with the end of the log."""
     job.settings.accumulation_of(n_processes)
     line = command(job, n_processes, launch_config(sharding))
     made_from = training_id(job)
     if (done := finished(job.model_dir, made_from)) is not None:
         return done
-    examples_of(job, AutoTokenizer.from_pretrained(resolve_model(job.model)))  # a wrong row is said before any start
-    process = LoggedProcess(line, job.model_dir.with_name(f"{job.model_dir.name}.log"), mode="wb")
+    base = resolve_model(job.model)
+    place = new_place(job.model_dir, replace_own=True, apart_from=[base])
+    examples_of(job, pretrained(AutoTokenizer, base))  # a wrong row is said before any start
+    process = LoggedProcess(line, place.with_name(f"{place.name}.seal_nb.log"), is_new=True)
     try:
         code = process.wait()
     except BaseException:  # an interrupt must not leave processes that hold GPUs and write checkpoints
@@ -171,7 +186,7 @@ def train_sft(job: SftJob) -> SftResult:
     made_from = training_id(job)
     if (done := finished(model_dir, made_from)) is not None:
         return done
-    examples = examples_of(job, AutoTokenizer.from_pretrained(folder))
+    examples = examples_of(job, pretrained(AutoTokenizer, folder))
     checkpoints = _own_checkpoints(model_dir, made_from, processes)
     trainer = _trainer(folder, examples, job, checkpoints, processes.num_processes)
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
@@ -186,7 +201,7 @@ def train_sft(job: SftJob) -> SftResult:
     )
     if processes.is_main_process:
         _save_model(folder, checkpoints / "trained", result, made_from, job.settings.method)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        _remove_own(checkpoints)
     processes.wait_for_everyone()
     return result
 
@@ -214,7 +229,7 @@ def examples_of(job: SftJob, tokenizer: Any) -> list[Example]:
 
 
 def _trainer(folder: str, examples: Sequence[Example], job: SftJob, checkpoints: Path, n_processes: int) -> Trainer:
-    tokenizer, settings = AutoTokenizer.from_pretrained(folder), job.settings
+    tokenizer, settings = pretrained(AutoTokenizer, folder), job.settings
     order = {"epochs": settings.finetune_epochs, "examples_a_step": settings.examples_a_step, "seed": settings.seed}
     ordered = in_training_order(examples, **order)
     torch.manual_seed(settings.seed)
@@ -222,7 +237,7 @@ def _trainer(folder: str, examples: Sequence[Example], job: SftJob, checkpoints:
     # bfloat16 for frozen weights on one GPU. Sharded weights must have one dtype, and the adapter's is float32. Method
     # "full" has float32 weights and moments, because bfloat16 ones would round small updates away.
     dtype = torch.bfloat16 if has_gpu and is_lora and n_processes == 1 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = pretrained(AutoModelForCausalLM, folder, dtype=dtype)
     if is_lora:
         targets = list(settings.target_modules)
         how = {"target_modules": "all-linear" if targets == ["all-linear"] else targets or None}
@@ -257,16 +272,25 @@ def _trainer(folder: str, examples: Sequence[Example], job: SftJob, checkpoints:
 def _own_checkpoints(model_dir: Path, made_from: str, processes: PartialState) -> Path:
     """The folder for the checkpoints of this training; those of other trainings for `model_dir` are removed. A
     checkpoint can only be read by as many processes, which share the model in the same way."""
-    stem = f"{model_dir.name}.checkpoints"
+    place = model_dir.resolve()
     layout = content_id([made_from, processes.num_processes, str(processes.distributed_type)])
-    own = model_dir.with_name(f"{stem}-{layout}")
+    own = place.with_name(f"{place.name}.checkpoints-{layout}")
     if processes.is_main_process:
-        own.mkdir(parents=True, exist_ok=True)
+        if not (own / MARK).is_file():
+            new_place(own).mkdir(parents=True, exist_ok=True)
+            write_mark(own, [CHECKPOINTS])
+        name = re.compile(rf"{re.escape(place.name)}\.checkpoints-[0-9a-f]{{24}}")
         for folder in own.parent.iterdir():
-            if folder.name.startswith(stem) and folder != own:
-                shutil.rmtree(folder)
+            if name.fullmatch(folder.name) and folder != own:
+                _remove_own(folder)
     processes.wait_for_everyone()
     return own
+
+
+def _remove_own(checkpoints: Path) -> None:
+    """Remove a folder of checkpoints that a training made; any other folder stays."""
+    if is_own(checkpoints):
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -283,12 +307,12 @@ def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, m
     """Write the model folder from `trained` (adapter or whole model), in the dtype that the base is stored in."""
     stored = asdict(result) | {"made_from": made_from}
     del stored["model_dir"]
-    with whole_folder(result.model_dir) as partial:
+    with whole_folder(result.model_dir, replace_own=True, apart_from=[folder]) as partial:
         if method == "lora":
             merge_stack(folder, [trained], partial)
         else:
-            whole = AutoModelForCausalLM.from_pretrained(trained, dtype=stored_dtype(folder))
-            write_model_folder(whole, AutoTokenizer.from_pretrained(folder), partial)
+            whole = pretrained(AutoModelForCausalLM, trained, dtype=stored_dtype(folder))
+            write_model(whole, pretrained(AutoTokenizer, folder), partial)
         write_json(partial / RESULT_FILE, stored)
 
 
@@ -297,7 +321,7 @@ def main(job: SftJob) -> int:
     try:
         train_sft(job)
     except SealError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(visible(f"{type(error).__name__}: {error}\n"))
         return 2
     return 0
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
-from seal_nb.models import FOUR_BIT
+from seal_nb.models import FOUR_BIT, pretrained
 from seal_nb.tokens import context_of, tokenize
 from seal_nb.ttt.attention import ATTEND, ATTENTION, Attend, Rows
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
@@ -79,19 +79,14 @@ class FrozenBase:
         Raises SettingsError if that lacks bitsandbytes, or the model cannot be read."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            config = AutoConfig.from_pretrained(str(folder))
-            stored = getattr(config, "quantization_config", None) or {}
-            if stored and not stored.get("load_in_4bit"):
-                how = f"is quantised ({stored.get('quant_method', 'in a way that it does not name')})"
-                raise SettingsError(f"model {str(folder)!r} {how}; give the unquantised model, with dtype=4bit")
-            kind = default_dtype(torch.device(device)) if dtype in ("auto", FOUR_BIT) else getattr(torch, dtype)
-            four_bit = _four_bit_options(kind, device) if dtype == FOUR_BIT or stored else {}
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            options = {"attn_implementation": "sdpa", "dtype": kind, **four_bit}
-            model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise SettingsError(f"model {str(folder)!r} cannot be loaded: {error}") from error
+        stored = getattr(pretrained(AutoConfig, folder), "quantization_config", None) or {}
+        if stored and not stored.get("load_in_4bit"):
+            how = f"is quantised ({stored.get('quant_method', 'in a way that it does not name')})"
+            raise SettingsError(f"model {str(folder)!r} {how}; give the unquantised model, with dtype=4bit")
+        kind = default_dtype(torch.device(device)) if dtype in ("auto", FOUR_BIT) else getattr(torch, dtype)
+        four_bit = _four_bit_options(kind, device) if dtype == FOUR_BIT or stored else {}
+        tokenizer = pretrained(AutoTokenizer, folder)
+        model = pretrained(AutoModelForCausalLM, folder, dtype=kind, **four_bit)
         for module in model.modules():
             # bitsandbytes 0.50 (nn.modules.Linear4bit.forward) repacks a weight at its first product on CPUs with
             # AVX512-BF16, and `dense_weight` could not read it.
@@ -160,7 +155,7 @@ class FrozenBase:
 
 
 def _four_bit_options(compute_dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Options of `from_pretrained` for NF4 weights. Products run in the compute dtype."""
+    """Options of `pretrained` for NF4 weights. Products run in the compute dtype."""
     if find_spec("bitsandbytes") is None:
         raise SettingsError("dtype is '4bit', which needs bitsandbytes: pip install -e '.[4bit]', or take bfloat16")
     from transformers import BitsAndBytesConfig

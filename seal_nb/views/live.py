@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from seal_nb.errors import visible
 from seal_nb.metrics import counted
 from seal_nb.views.plots import plot_server_activity
 from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle
@@ -43,8 +44,8 @@ LABELS = {
 
 
 def say(text: str) -> None:
-    """A line of a notebook's output, at once."""
-    sys.stdout.write(f"{text}\n")
+    """A line of a notebook's output, at once; hidden characters of foreign text are visible."""
+    sys.stdout.write(f"{visible(text)}\n")
     sys.stdout.flush()
 
 
@@ -52,7 +53,7 @@ class Progress:
     """How much of a work is done: a bar in JupyterLab, elsewhere at most ten lines such as "adapters: 3 of 10"."""
 
     def __init__(self, what: str) -> None:
-        self.what = what
+        self.what = visible(what)
         self._bar: Any = None
 
     def at(self, done: int, total: int) -> None:

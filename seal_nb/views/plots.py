@@ -20,8 +20,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import SettingsError, visible
 from seal_nb.metrics import Estimate, Scores, counted, written_value
+from seal_nb.storage import open_own
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,11 +51,15 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "image.cmap": "cividis",  # even in lightness, safe for colour-blind readers
     "lines.linewidth": 1.8,
+    "text.parse_math": False,  # a title with two dollar signs is no formula
     "svg.hashsalt": "seal-nb",  # the same figure gives the same file
 }
 UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 MOST_LINES = 30  # of single passages in one figure
 MOST_DUMBBELLS = 40  # with more passages, the histogram is drawn
+LONGEST_NAME = 200  # characters of a label: drawing a hundred thousand takes a minute
+MOST_ROWS = 200  # that make a chart higher; it has no more names of rows, either
+MOST_EDITS = 40  # with more, a matrix has no number in each cell
 MOST_CURVES = 6  # with more adapters, the mean is drawn
 Place = Literal["outside upper left", "outside right center"]  # of the legend
 styled = mpl.rc_context(STYLE)  # a decorator: the function draws in this style, and global settings stay as they are
@@ -72,7 +77,9 @@ class Chart(Figure):
         for file in files:
             drawn = self.drawn(file.suffix[1:], dpi=2 * DPI)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(drawn)
+            with open_own(file) as out:
+                out.truncate(0)
+                out.write(drawn)
         return files
 
     @styled
@@ -90,7 +97,7 @@ class Chart(Figure):
 
     def finished(self, alt: str, place: Place = "outside upper left", columns: int = 4) -> "Chart":
         """The chart with its alternative text, and with a legend outside the axes, so that it covers no data."""
-        self.alt = alt
+        self.alt = visible(alt)
         if self.axes[0].get_legend_handles_labels()[0]:
             self.legend(loc=place, ncols=columns, handletextpad=0.4, columnspacing=1.4)
         return self
@@ -154,7 +161,8 @@ def plot_rounds(
             label, colour = ("published", GREY) if is_alone else (f"{name}, published", colour)
             axes.plot(range(len(values)), values, "--o", color=colour, mfc="white", label=label)
     n_rounds = max(map(len, [*series.values(), *published.values(), [None]]))
-    axes.set_xticks(range(n_rounds), ["0\n(base model)", *map(str, range(1, n_rounds))])
+    rounds = _places(n_rounds, MOST_LINES)
+    axes.set_xticks(rounds, [str(at) if at else "0\n(base model)" for at in rounds])
     axes.set_xlim(-0.3, n_rounds - 0.7)
     axes.set_xlabel("ReST-EM round")
     _scale(axes.yaxis, _accuracy_label(one for estimates in series.values() for one in estimates if one), percent=True)
@@ -284,7 +292,7 @@ def plot_losses(curves: Mapping[str, Scores], *, step: str = "epoch") -> Chart:
         shared = min(map(len, known.values()))
         lines = [("mean", np.nanmean([losses[:shared] for losses in known.values()], axis=0))]
     for name, losses in lines:
-        axes.plot(range(1, len(losses) + 1), losses, "-o", markersize=4, label=name)
+        axes.plot(range(1, len(losses) + 1), losses, "-o", markersize=4, label=short(name, LONGEST_NAME))
     n_adapters = counted(len(curves), "adapters")
     axes.set_xlabel(f"{step} (n = {n_adapters})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -327,18 +335,20 @@ def plot_continual_matrix(matrix: Sequence[Scores], *, n_sequences: int) -> Char
     """The (K+1)×K accuracies, the mean of ``n_sequences`` sequences, as a heat map. The passage of each edit is
     outlined; cells that were not asked are blank."""
     k = len(matrix) - 1
-    chart, axes = new_chart(1.6 + 0.36 * (k + 1), 3.4 + 0.5 * k)
+    shown = min(k, MOST_EDITS)
+    chart, axes = new_chart(1.6 + 0.36 * (shown + 1), 3.4 + 0.5 * shown)
     asked = asked_cells(matrix)
     highest = max(float(asked.max() or 0.0), 0.1)
     image = axes.imshow(asked, vmin=0, vmax=highest, aspect="auto")
     axes.set_facecolor("#F2F2F2")
-    for (row, column), value in np.ma.ndenumerate(asked):
+    for (row, column), value in np.ma.ndenumerate(asked) if k <= MOST_EDITS else ():
         colour = "white" if value < highest / 2 else INK  # light on dark and dark on light
         axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=9)
     for step in range(k):
         axes.add_patch(Rectangle((step - 0.5, step + 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2))
-    axes.set_yticks(range(k + 1), ["never edited", *(f"after edit {step + 1}" for step in range(k))])
-    axes.set_xticks(range(k), [str(column + 1) for column in range(k)])
+    steps = _places(k + 1, MOST_EDITS + 1)
+    axes.set_yticks(steps, [f"after edit {step}" if step else "never edited" for step in steps])
+    axes.set_xticks(columns := _places(k, MOST_EDITS), [str(column + 1) for column in columns])
     axes.set_xlabel("passage, in order of editing\n(outlined: just edited; blank: not asked)")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -404,15 +414,22 @@ def asked_cells(matrix: Sequence[Scores]) -> np.ma.MaskedArray:
 
 
 def short(text: str, longest: int = 34) -> str:
+    text = visible(text)
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _places(n: int, most: int) -> range:
+    """Where names stand on an axis of ``n`` places: at each of them, or evenly at no more than ``most``."""
+    return range(0, n, max(1, -(-n // most)))
 
 
 def _row_chart(
     names: Collection[str], frame_in: float, row_in: float, label: str, *, percent: bool = False
 ) -> tuple[Chart, Axes]:
     """A chart with a row for each name, the first on top, and the label of its x axis."""
-    chart, axes = new_chart(frame_in + row_in * max(len(names), 1))
-    axes.set_yticks(range(len(names)), names)
+    chart, axes = new_chart(frame_in + row_in * max(min(len(names), MOST_ROWS), 1))
+    rows = _places(len(names), MOST_ROWS)
+    axes.set_yticks(rows, [short(name, LONGEST_NAME) for name in list(names)[:: rows.step]])
     axes.set_ylim(len(names) - 0.4, -0.6)
     _scale(axes.xaxis, label, percent=percent)
     return chart, axes
@@ -453,7 +470,9 @@ def _dots(
 def _estimates(axes: Axes, by_x: Mapping[float, Estimate], label: str) -> Any:
     """A line through the means with the 95 % intervals. Returns: its colour."""
     means = [one.mean for one in by_x.values()]
-    drawn = axes.errorbar(list(by_x), means, yerr=_reach(by_x.values()), fmt="-o", capsize=3, label=label)
+    drawn = axes.errorbar(
+        list(by_x), means, yerr=_reach(by_x.values()), fmt="-o", capsize=3, label=short(label, LONGEST_NAME)
+    )
     return drawn.lines[0].get_color()
 
 

@@ -8,9 +8,12 @@ import html
 import sys
 from collections.abc import Mapping
 from hashlib import sha256
+from numbers import Number
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_nb.storage import data_file
+from seal_nb.errors import visible
+from seal_nb.storage import data_file, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 Formats = Mapping[str, str] | None
 NOT_KNOWN = "–"
 LONGEST_CELL = 80
+FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # how they begin; spreadsheets read the wide forms as well
 _SHARES = "accuracy low high baseline adapter best never_edited just_edited final agreement recited reward mean"
 _CHANGES = "gain gain_low gain_high difference baseline_bias adapter_bias gain_bias"
 FORMATS = {
@@ -54,16 +58,40 @@ def mime_bundle(
 ) -> dict[str, str]:
     """What ``show`` displays: ``text/html`` and ``text/plain``."""
     if frame.empty:
-        nothing = f"{caption}: no rows" if caption else "no rows"
+        nothing = visible(f"{caption}: no rows") if caption else "no rows"
         return {"text/html": f"<p>{html.escape(nothing)}</p>", "text/plain": nothing}
     script = SCRIPT if has_live_frontend() and len(frame) > 1 else ""
     text = as_text(frame, caption, formats=formats, longest_cell=longest_cell)
     return {"text/html": as_html(frame, caption, formats=formats) + script, "text/plain": text}
 
 
+def write_csv(frame: "pd.DataFrame", path: str | Path) -> Path:
+    """Write a table as CSV, whole or not at all, without its index.
+
+    Args:
+        frame: the table. Texts that a spreadsheet would take for a formula get an apostrophe in front, and hidden
+            characters are written in letters; numbers stay as they are.
+        path: of the file; folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: the path cannot be a file.
+    """
+
+    def text(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        # pandas does not quote a lone carriage return, which would begin a row; `visible` writes it in letters.
+        return f"'{visible(value)}" if value.startswith(FORMULAS) else visible(value)
+
+    return write_text(path, frame.astype(object).map(text).rename(columns=text).to_csv(index=False))
+
+
 def as_html(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None) -> str:
     """The table as HTML, the same for the same data."""
-    cells, is_number = _cells(frame, formats), _number_columns(frame)
+    cells, is_number, caption = _cells(frame, formats), _number_columns(frame), visible(caption)
     right = [f"td.col{at}, th.col{at}" for at, one in enumerate(is_number) if one]
     styler = cells.style.format(escape="html").format_index(escape="html", axis=1).hide(axis="index")
     styler.set_uuid(sha256(f"{caption}{cells.to_csv()}".encode()).hexdigest()[:8])
@@ -86,10 +114,12 @@ def as_text(
 
     columns = []
     for (name, cells), is_number in zip(_cells(frame, formats).map(cut).items(), _number_columns(frame), strict=True):
-        column = [str(name), *cells]
+        column = [name, *cells]
         width = max(map(len, column))
         columns.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in column])
-    return "\n".join([caption] * bool(caption) + ["  ".join(line).rstrip() for line in zip(*columns, strict=True)])
+    return "\n".join(
+        [visible(caption)] * bool(caption) + ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+    )
 
 
 def has_live_frontend() -> bool:
@@ -100,12 +130,12 @@ def has_live_frontend() -> bool:
 
 
 def _cells(frame: "pd.DataFrame", formats: Formats) -> "pd.DataFrame":
-    """Every value as text."""
+    """Every value as text, with hidden characters visible: they could command a terminal or reorder a row."""
     known = {**FORMATS, **(formats or {})}
     cells = frame.astype(object)
     for at, name in enumerate(frame.columns):
-        cells.isetitem(at, [_cell_text(value, known.get(str(name), "")) for value in frame.iloc[:, at]])
-    return cells
+        cells.isetitem(at, [visible(_cell_text(value, known.get(str(name), ""))) for value in frame.iloc[:, at]])
+    return cells.set_axis([visible(str(name)) for name in cells.columns], axis=1)
 
 
 def _cell_text(value: Any, form: str) -> str:
@@ -115,7 +145,8 @@ def _cell_text(value: Any, form: str) -> str:
         return NOT_KNOWN
     if isinstance(value, float) and not form:
         form = ".4g" if abs(value) < 10_000 else ",.0f"  # an integer column with a gap is one of floats
-    return format(value, form) if form and not isinstance(value, str | bool) else str(value)
+    is_number = isinstance(value, Number) and not isinstance(value, bool)  # a file from elsewhere may hold anything
+    return format(value, form) if form and is_number else str(value)
 
 
 def _number_columns(frame: "pd.DataFrame") -> list[bool]:

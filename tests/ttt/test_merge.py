@@ -79,3 +79,17 @@ def test_the_command_writes_a_folder_that_loads(made, tmp_path: Path, capsys: py
     assert FrozenBase.load(out, device="cpu", dtype="float32").model_type == "llama"
     assert main(["merge", str(model), str(tmp_path / "absent"), "--out", str(tmp_path / "no")]) == 2
     assert "absent" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("out", ["new/..", ".", "model", "model/merged", "edit0"])
+def test_merging_into_the_working_folder_or_what_is_read_is_refused(
+    made,  # type: ignore[no-untyped-def]
+    out: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, *_ = made
+    monkeypatch.chdir(model.parent)
+    before = sorted(model.parent.rglob("*"))
+    assert main(["merge", "./model", "edit0", "--out", out]) == 2
+    assert "give a" in capsys.readouterr().err and sorted(model.parent.rglob("*")) == before
