@@ -93,8 +93,9 @@ def pretrained(kind: Any, model: str | Path, **options: Any) -> Any:
             _check_parts(folder)
             where = {"local_files_only": True} | {name: options[name] for name in {"gguf_file"} & set(options)}
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
-            # A configuration may name its attention: a kernel on the hub, which is code.
-            options |= where | {"use_safetensors": True, "config": config, "attn_implementation": "sdpa"}
+            # A configuration may name its attention: a kernel on the hub, which is code. None: what the model supports.
+            config._attn_implementation = None
+            options |= where | {"use_safetensors": True, "config": config}
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except SettingsError:
         raise

@@ -134,7 +134,7 @@ class TTTRequest(_Received):
     target_modules: Targets = Field(default=[], description="names, or one regular expression; empty: PEFT's default")
     max_seq_length: Whole = Field(2048, ge=1, le=MAX_LENGTH, description="tokens; longer sequences are cut")
     padding_in_loss: bool = Field(False, description="true: the published training, with padding")
-    pad_to: Whole = Field(2048, ge=1, le=MAX_LENGTH, description="tokens; with padding_in_loss")
+    pad_to: Whole = Field(2048, ge=1, le=MAX_LENGTH, validate_default=True, description="tokens; with padding_in_loss")
     pad_samples: NotSampled = Field(0, description="must be 0; sampled padding is no longer supported")
     max_new_tokens: Whole = Field(64, ge=1, le=8192, description="tokens of an answer")
     soft_scores: bool = Field(False, description="true: log-probabilities of the gold answers too")
@@ -312,13 +312,13 @@ class ServerStatus(_Received):
     trouble: str = ""
 
 
-def error_reply(error: BaseException, **known: Any) -> ErrorReply:
+def error_reply(error: BaseException, *, traceback: str | None = None, **known: Any) -> ErrorReply:
     """The reply that reports `error`, with its `field` if it has one. `known`: other fields of ErrorReply."""
     text, field = f"{type(error).__name__}: {error}", getattr(error, "field", None)
     # Half a surrogate pair, as in a broken file name, is not JSON.
     text = redacted(text[: 2 * MAX_ERROR])[:MAX_ERROR].encode(errors="backslashreplace").decode()
-    known = {name: redacted(value) if name == "traceback" and value else value for name, value in known.items()}
-    return ErrorReply(error=text, field=field if isinstance(field, str) and field else None, **known)
+    known["field"] = field if isinstance(field, str) and field else None
+    return ErrorReply(error=text, traceback=redacted(traceback) if traceback else None, **known)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GptOssConfig, GptOssForCausalLM
 
 from seal_nb import models
 from seal_nb.cli import main
@@ -209,6 +209,13 @@ def test_model_that_transformers_has_itself_is_read_without_the_code_beside_it(f
     kept = json.loads(Path("copy/tokenizer_config.json").read_text())
     assert kept["local_files_only"] is False and "trust_remote_code" not in kept, "it would have another identity"
     assert not Path("ran").exists()
+
+
+def test_model_without_sdpa_is_read_with_the_attention_that_it_has(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    few = {"vocab_size": 64, "num_hidden_layers": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    GptOssForCausalLM(GptOssConfig(**sizes, **few)).save_pretrained(tmp_path)
+    assert pretrained(AutoModelForCausalLM, tmp_path).config._attn_implementation == "eager"
 
 
 def test_of_the_hub_a_revision_is_fetched_without_code_and_pickles_and_named_by_its_commit(foreign: Path) -> None:

@@ -73,9 +73,7 @@ class TTTClient:
             raise SettingsError(f"window is {self.window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
         self.where = str(self.endpoint)
         self.server_id = ""  # of the server that answered last
-        self._secret = SECRET_MARK + secrets.token_bytes(
-            16
-        )  # by which the server knows its requests, on any connection
+        self._secret = SECRET_MARK + secrets.token_bytes(16)  # the server knows its requests by it, on any connection
         self._open: dict[bytes, OpenMessage] = {}
         self._numbers = itertools.count(1)
         self._context: zmq.Context[Socket] = zmq.Context()

@@ -30,6 +30,7 @@ from seal_nb.protocol import (
 from seal_nb.server.endpoint import LOUD, KeyCheck, Socket
 from seal_nb.server.queue import Envelope, Worker
 from seal_nb.server.requests import QueueFull, RequestTable, ServerStopping, WorkerLost
+from seal_nb.server.settings import ServeSettings
 from seal_nb.server.worker import pack, rss_bytes, unpack
 
 log = logging.getLogger(__name__)
@@ -232,8 +233,9 @@ def _slots(capacity: int) -> int:
 class Clients:
     """The socket of the clients: whose a message is, and what each of them has not read yet."""
 
-    def __init__(self, socket: Socket, keys: KeyCheck, *, need_keys: bool, max_unread_bytes: int) -> None:
-        self.socket, self.keys, self.need_keys, self.max_unread_bytes = socket, keys, need_keys, max_unread_bytes
+    def __init__(self, socket: Socket, keys: KeyCheck, settings: ServeSettings, *, need_keys: bool) -> None:
+        self.socket, self.keys, self.need_keys = socket, keys, need_keys
+        self.max_unread_bytes = settings.max_unread_bytes
         socket.copy_threshold = SMALL_REPLY_BYTES  # ZMQ tells when it has sent a larger one
         self._unread: dict[bytes, deque[tuple[zmq.MessageTracker, int]]] = {}
         self._inbox = Inbox(socket)

@@ -34,7 +34,8 @@ from seal_nb.storage import write_json
 log = logging.getLogger(__name__)
 
 HARD_SIZE_FACTOR = 2  # ZMQ drops messages that exceed the limit by this factor, without a reply
-HEARTBEAT_S, SILENT_S, HANDSHAKE_S = 30, 300, 5
+HEARTBEAT_S, SILENT_S = 30, 300  # ZMQ asks whether a client reads; one that answers nothing for so long is cut off
+HANDSHAKE_S = 5  # for a new connection
 FILE_CHECK_S = 1.0
 MAX_EARLY_ENDS = 3
 STEADY_S = 60.0  # a worker that lives so long has started well
@@ -117,9 +118,7 @@ class Server:
         lock_wait_s = settings.drain_s + 10.0 if takes_over else min(10.0, settings.lease_s)
         table = RequestTable(settings, self.server_id, lock_wait_s=lock_wait_s)
         stack.callback(table.close)
-        need_keys, max_unread_bytes = self.clients_need_keys, settings.max_unread_bytes
-        waiting = Clients(clients, self.keys, need_keys=need_keys, max_unread_bytes=max_unread_bytes)
-        self.front = FrontEnd(table, waiting, workers)
+        self.front = FrontEnd(table, Clients(clients, self.keys, settings, need_keys=self.clients_need_keys), workers)
         self.local_workers = [LocalWorker(settings, index, self._exited) for index in range(settings.n_workers)]
         stack.callback(self._end_workers)
 

@@ -175,6 +175,8 @@ def test_padding_that_would_fill_the_memory_is_refused_by_field():
     with pytest.raises(ProtocolError, match=r"field 'pad_to' is 1048576: times 1000 sequences.*lower one") as refused:
         parse_request(fields)
     assert refused.value.field == "pad_to"
+    with pytest.raises(ProtocolError, match="field 'pad_to' is 2048: times 20000"):  # its default counts too
+        parse_request({**fields, "train_sequences": ["a"] * 20_000, "batch_size": 20_000, "pad_to": None})
     assert parse_request({**fields, "padding_in_loss": False}) and parse_request({**fields, "pad_to": 2048})
 
 
@@ -413,7 +415,7 @@ def test_a_guest_may_neither_end_the_server_nor_touch_the_adapters_of_others(thr
 def test_a_name_of_an_adapter_in_training_is_not_free(three):
     owner, ann, _ = three
     training = in_background(lambda: owner.evaluate(sequence("sleep 1.5", adapter_name="mine")))
-    eventually(lambda: owner_status(three).n_running)
+    eventually(lambda: ann.status().n_running)
     with pytest.raises(RemoteError, match="another client's"):
         ann.evaluate(sequence("quick", adapter_name="mine"))
     assert training().adapter_gain == 1.0
@@ -422,10 +424,6 @@ def test_a_name_of_an_adapter_in_training_is_not_free(three):
         owner.evaluate(sequence("quick", adapter_name="hers"))  # an earlier request of hers may still write it
     ann.evaluate(TTTRequest(adapter_name="not-trained", skip_training=True, train_sequences=["x"]))
     owner.evaluate(sequence("quick", adapter_name="not-trained"))
-
-
-def owner_status(three):
-    return three[1].status()
 
 
 def test_guests_leave_room_for_the_owner_and_all_connections_of_one_count_together(tmp_path):
