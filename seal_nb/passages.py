@@ -121,10 +121,11 @@ Text = Annotated[str, AfterValidator(_not_empty)]  # checked where a file is rea
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A closed-book question and its one gold answer."""
+    """A closed-book question and its gold answer. ``other_answers`` are right too, and the best of all counts."""
 
     question: Text
     answer: Text
+    other_answers: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

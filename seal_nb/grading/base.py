@@ -1,7 +1,7 @@
 """The interface of a grader: question, gold answer and given answer in, a verdict out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -21,12 +21,18 @@ IN_WORDS = {boolean: verdict for verdict, boolean in AS_BOOLEAN.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """One answer to grade."""
+    """One answer to grade. ``other_golds`` are right too: the best verdict counts."""
 
     question: str
     gold: str
     answer: str
     title: str = ""
+    other_golds: tuple[str, ...] = ()
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """All gold answers that are not empty; the one empty gold answer of a question without one."""
+        return tuple(gold for gold in (self.gold, *self.other_golds) if gold.strip()) or (self.gold,)
 
 
 class Grader(Protocol):
@@ -41,19 +47,23 @@ def without_asking(one: Answered) -> Verdict | None:
     """An empty answer is wrong by definition; no answer can be compared with an empty gold answer; None: grade it."""
     if not one.answer.strip():
         return Verdict.INCORRECT
-    return None if one.gold.strip() else Verdict.UNGRADED
+    return None if any(gold.strip() for gold in one.golds) else Verdict.UNGRADED
 
 
 @dataclass
 class Rule:
     """A grader that computes each verdict from the texts alone. ``is_correct`` judges an answer and a gold answer that
-    are not empty; None if it cannot tell."""
+    are not empty; None if it cannot tell. One gold answer that the answer gives is enough."""
 
     name: str
     is_correct: Callable[[Answered], bool | None]
 
     def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
-        return [without_asking(one) or IN_WORDS[self.is_correct(one)] for one in answered]
+        return [without_asking(one) or self._best(one) for one in answered]
+
+    def _best(self, one: Answered) -> Verdict:
+        verdicts = {self.is_correct(replace(one, gold=gold, other_golds=())) for gold in one.golds}
+        return IN_WORDS[next((verdict for verdict in (True, False) if verdict in verdicts), None)]
 
 
 def asked_about(one: Answered) -> tuple[str, str]:
