@@ -243,7 +243,7 @@ def _runs_diff(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from seal_nb.sft.model_folders import merge_stack
+    from seal_nb.peft_files import merge_stack
 
     tell(f"model folder: {merge_stack(arguments.model, arguments.adapters, arguments.out)}")
 

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: written so that PEFT and vLLM load them, read as PEFT reads them.
+"""Adapters in PEFT's format: written so that PEFT and vLLM load them, read as PEFT reads them, kept, and merged.
 
 Format: https://huggingface.co/docs/peft, adapter_config.json and adapter_model.safetensors.
 """
@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/peft, adapter_config.json and adapter_model.
 import math
 import operator
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
+from seal_nb.models import pretrained, resolve_model
 from seal_nb.protocol import PEFT_FIELDS
 from seal_nb.storage import open_regular, read_json, whole_folder
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.device import wide
 from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, Linears, features, make_layout, peft_weights
+from seal_nb.ttt.lora import Adapter, Linears, features, linears_of, make_layout, peft_weights
 
 # A weight in PEFT's files, with the name of the adapter, as in `.lora_A.default.weight`, or without it.
 PEFT_WEIGHT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
@@ -31,6 +34,7 @@ SCALE_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"
 TARGET_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "eva_config",
                  "corda_config", "lora_ga_config", "loftq_config")  # fmt: skip
 PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # others, such as PiSSA, change the base, too
+BYTES_IN_MEMORY = 4 * 2**30  # of kept adapters
 Factors = dict[str, tuple[str, dict[str, Tensor]]]  # of Linear layers: the name in a file, the weights "A" and "B"
 
 
@@ -127,3 +131,64 @@ def _read_peft(folder: Path, linears: Linears) -> tuple[dict[str, Any], Factors]
         raise SettingsError(f"adapter {folder}: {file.name} has no weight; save it again")
     config = defaults | {field: value for field, value in config.items() if value is not None}
     return config, {name: factors[name] for name in linears if name in factors}
+
+
+class KeptAdapters:
+    """Adapters in `folder`, each kept under its name; those used last stay in memory. Other workers write to the same
+    folder, so an adapter's identity is its name and the time it was written. load: reads a folder"""
+
+    def __init__(self, folder: Path, load: Callable[[Path], Adapter], base_model: str):
+        self.folder, self.load, self.base_model = folder, load, base_model
+        self._loaded: dict[str, Adapter] = {}  # by identity, those used last at the end
+
+    def get(self, name: str) -> tuple[str, Adapter]:
+        """Identity and adapter. Raises SettingsError if there is none of this name, or it does not fit the model."""
+        identity = self._identity(name)
+        return identity, self._remember(identity, self._loaded.get(identity) or self.load(self.folder / name))
+
+    def keep(self, name: str, adapter: Adapter) -> Path:
+        """Write it; returns its folder. Raises OSError if the disk is full."""
+        save_adapter(adapter, self.folder / name, base_model=self.base_model)
+        self._remember(self._identity(name), adapter)
+        return self.folder / name
+
+    def _remember(self, identity: str, adapter: Adapter) -> Adapter:
+        self._loaded.pop(identity, None)
+        self._loaded[identity] = adapter
+        while len(self._loaded) > 1 and sum(a.n_bytes for a in self._loaded.values()) > BYTES_IN_MEMORY:
+            del self._loaded[next(iter(self._loaded))]
+        return adapter
+
+    def _identity(self, name: str) -> str:
+        """Retraining under the same name creates a new identity."""
+        weights = self.folder / name / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise SettingsError(f"adapter_stack names {name!r}, which this server has not kept; train it first")
+        return f"{name}@{weights.stat().st_mtime_ns}"
+
+
+def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
+    """Write a model with adapters, folders in PEFT's format in the order of training, merged into its weights as an
+    ordinary model folder. W + Σ scale · B A (LoRA, arXiv 2106.09685, section 4.1) is added in float32 and rounded once,
+    to the dtype of the stored model. Raises SettingsError, and writes nothing, if an adapter does not fit, or `out` is
+    neither new nor empty (`storage.new_place`)."""
+    folder = resolve_model(model)
+    with whole_folder(out, apart_from=[folder, *adapters]) as partial:
+        merged = pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
+        linears = linears_of(merged)
+        for path in adapters:
+            adapter = load_adapter(path, linears, compute_dtype=torch.float32, device=merged.device)
+            for name in adapter.layout.by_name:
+                linears[name].weight.data += adapter.delta(name)
+        write_model(merged.to(stored_dtype(folder)), pretrained(AutoTokenizer, folder), partial)
+    return out
+
+
+def stored_dtype(folder: str) -> torch.dtype:
+    """Dtype of the weights on disk, of a folder or a hub name; float32 if its configuration does not say."""
+    return pretrained(AutoConfig, folder).dtype or torch.float32
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

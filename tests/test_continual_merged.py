@@ -19,7 +19,7 @@ from seal_nb.experiments.continual import (
 from seal_nb.experiments.session import ask, ttt_server
 from seal_nb.experiments.settings import Training
 from seal_nb.passages import Passage, Question
-from seal_nb.sft.model_folders import merge_stack
+from seal_nb.peft_files import merge_stack
 from seal_nb.storage import Journal
 from tests.ttt.tiny import save_tiny_model
 
@@ -47,7 +47,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def test_stacking_equals_merging_within_rounding_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merges: list[Path] = []
-    monkeypatch.setattr("seal_nb.sft.model_folders.merge_stack", lambda *how: merges.append(merge_stack(*how)))
+    monkeypatch.setattr("seal_nb.peft_files.merge_stack", lambda *how: merges.append(merge_stack(*how)))
     base = save_tiny_model(tmp_path / "base")
     merged, stacked = (ContinualSettings(strategy=name, **SETTINGS) for name in ("merged", "stacked"))  # type: ignore[arg-type]
     (sequence,) = draw_sequences(PASSAGES, stacked)

@@ -234,7 +234,7 @@ def test_a_full_disk_fails_the_request_and_not_the_process(loop: InnerLoop, monk
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seal_nb.inner_loop.kept_adapters.save_adapter", no_space)
+    monkeypatch.setattr("seal_nb.peft_files.save_adapter", no_space)
     replies = run(loop, request("a", adapter_name="kept"), request("b"))
     assert isinstance(replies["a"], ErrorReply) and "No space left" in replies["a"].error
     assert isinstance(replies["b"], TTTReply)

@@ -348,7 +348,7 @@ def edit_and_merge(ttt: TTT, edits: Edits, settings: ContinualSettings, journal:
 def merged_model(base: str, stack: Sequence[str], place: Path) -> str:
     """The model with the adapters of `stack` merged into it one after the other, as published. It goes on from the last
     such model in `place` and removes the earlier ones: a run that is started again merges only what is missing."""
-    from seal_nb.sft.model_folders import merge_stack
+    from seal_nb.peft_files import merge_stack
 
     models = [base, *(str(place / f"model_{step}") for step in range(1, len(stack) + 1))]
     newest = max((step for step, model in enumerate(models) if step and Path(model).is_dir()), default=0)

@@ -29,11 +29,10 @@ from seal_nb.inner_loop.evaluation import (
     texts_to_score,
     train_job,
 )
-from seal_nb.inner_loop.kept_adapters import KeptAdapters
 from seal_nb.inner_loop.memory import memory_needed
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
-from seal_nb.peft_files import adapter_for
+from seal_nb.peft_files import KeptAdapters, adapter_for
 from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_reply
 from seal_nb.ttt.base import FrozenBase

@@ -33,8 +33,8 @@ from transformers import (
 
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError, visible
 from seal_nb.models import model_identity, pretrained, resolve_model
+from seal_nb.peft_files import merge_stack, stored_dtype, write_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
-from seal_nb.sft.model_folders import merge_stack, stored_dtype, write_model
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
 from seal_nb.storage import (
     CHECKPOINTS,

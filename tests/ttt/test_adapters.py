@@ -28,9 +28,7 @@ from transformers import (
 from seal_nb import protocol
 from seal_nb.errors import ProtocolError, SettingsError
 from seal_nb.inner_loop.evaluation import train_job
-from seal_nb.inner_loop.kept_adapters import KeptAdapters
-from seal_nb.peft_files import SCALE_FIELDS, TARGET_FIELDS, adapter_for, load_adapter
-from seal_nb.sft.model_folders import merge_stack
+from seal_nb.peft_files import SCALE_FIELDS, TARGET_FIELDS, KeptAdapters, adapter_for, load_adapter, merge_stack
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
 from seal_nb.ttt.jobs import LoraSettings

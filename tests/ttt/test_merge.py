@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from seal_nb.cli import main
 from seal_nb.errors import SettingsError
-from seal_nb.peft_files import save_adapter
-from seal_nb.sft.model_folders import merge_stack
+from seal_nb.peft_files import merge_stack, save_adapter
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import ScoreRow, score
 from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
