@@ -29,7 +29,6 @@ from seal_nb.inner_loop.evaluation import (
     texts_to_score,
     train_job,
 )
-from seal_nb.inner_loop.memory import memory_needed
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
 from seal_nb.peft_files import KeptAdapters, adapter_for
@@ -37,9 +36,10 @@ from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_reply
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
-from seal_nb.ttt.device import Limit
+from seal_nb.ttt.device import Limit, wide
 from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, features
+from seal_nb.ttt.passes import CHUNK
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 
 ANSWER_STEPS_A_PASS = 64
@@ -47,6 +47,7 @@ ANSWER_STEPS_A_PASS = 64
 USUAL_SIZES = {"cuda": (88, 320), "cpu": (8, 64)}
 MOST_STORED = 20_000  # answers of the base: some 50 MB; a server runs for weeks
 MOST_GRADED_AT_ONCE = 32  # requests; with so many waiting for a slow judge no new work is taken
+LOSS_BYTES = 13  # of each logit of a chunk: the logit, its float32 value and gradient, and what softmax needs
 TEXT_TOKENS = 256  # of a prompt and its answer, for the estimate of memory
 GRADING_WAIT_S = 0.05  # if there is nothing else to do
 log = logging.getLogger(__name__)
@@ -63,11 +64,7 @@ class InnerLoop:
         self.decoder = GroupedDecoder(base, max_rows=settings.decode_rows)
         if settings.deterministic:  # which passes are captured depends on earlier ones
             self.trainer.captured.works, self.decoder.replay.record = False, None
-        sizes = {
-            "n_slots": settings.n_slots,
-            "token_budget": settings.token_budget,
-            "decode_rows": settings.decode_rows,
-        }
+        sizes = {name: getattr(settings, name) for name in ("n_slots", "token_budget", "decode_rows")}
         self.memory = memory_needed(base, rank=LoraSettings.rank, text_tokens=TEXT_TOKENS, **sizes)
         self.requests: dict[str, Evaluation | Generation] = {}  # by request id
         self.asked: set[Question] = set()  # the base is answering them
@@ -275,3 +272,32 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
     parts = ", ".join(f"{use} {n / 2**20:.0f}" for use, n in loop.memory.items())
     log.info("memory, in MiB, with adapters of rank %d on all Linear layers: %s", LoraSettings.rank, parts)
     return loop
+
+
+def memory_needed(
+    base: FrozenBase, *, rank: int, n_slots: int, token_budget: int, decode_rows: int, text_tokens: int
+) -> dict[str, int]:
+    """Bytes by use. Training in float32, with rows of 64 tokens on a CPU, took 1.06 times as much; decoding took up to
+    1.4 times the cache, since it is copied as it grows.
+
+    Args:
+        base: its weights are counted as they are stored.
+        rank: of adapters on all Linear layers.
+        n_slots: adapters in training at the same time; as many trained ones are kept until they have answered.
+        token_budget: tokens of a training pass.
+        decode_rows: texts generated at a time, of ``text_tokens`` tokens with their prompts.
+    """
+    config, size, exact = base.config, base.dtype.itemsize, wide(base.dtype).itemsize
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    n_features = sum(sum(features(linear)) for linear in base.linears.values())
+    adapter = rank * n_features * (exact + size * (size < exact))  # its weights, and a copy in the base's dtype
+    return {
+        "base": sum(t.nbytes for t in [*base.model.parameters(), *base.model.buffers()]),
+        "training": n_slots * (adapter + 3 * rank * n_features * exact),  # with gradient and two moments
+        "trained": n_slots * adapter,
+        "pass": token_budget * n_features * size,  # it keeps about what goes into and comes out of each Linear
+        "loss": min(CHUNK, token_budget) * config.vocab_size * LOSS_BYTES,
+        "kv_cache": decode_rows * text_tokens * config.num_hidden_layers * 2 * kv_heads * head_size * size,
+    }

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_nb.inner_loop.memory import memory_needed
+from seal_nb.inner_loop.loop import memory_needed
 from seal_nb.ttt import trainer
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import BankRow
