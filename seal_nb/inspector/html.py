@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from seal_nb.protocol import ScoredText
+from seal_nb.storage import data_file
 from seal_nb.views.plots import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
 from seal_nb.views.tables import SCRIPT, as_html, as_text, has_live_frontend
 
@@ -27,25 +28,7 @@ CHARACTER_IN, LINE_IN = 8 / DPI, 0.2  # of DejaVu Sans Mono at 8.5 points: 8 pix
 KINDS = ("gold", "passage", "train")
 NO_VALUES = "This run has no values of single tokens. Train the self-edit below; the new one has them."
 LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
-CSS = """<style>
-.seal-nb{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
- max-width:76rem}
-.seal-nb h4{margin:.9em 0 .3em;font-size:1.05em}
-.seal-nb caption{padding:.6em 0 .3em;font-size:1.05em;font-weight:600;color:inherit;white-space:normal}
-.seal-nb p{margin:.3em 0}
-.seal-nb .sn-table{overflow-x:auto}.seal-nb .sn-wide table{min-width:64em}
-.seal-nb table{border-collapse:collapse;font-size:.95em;margin:.2em 0 .8em}
-.seal-nb th,.seal-nb td{padding:.25em .7em .25em .2em;border-bottom:1px solid var(--jp-border-color2,#8884);
- max-width:30rem;overflow-wrap:break-word}
-.seal-nb .sn-text{white-space:pre-wrap;border-left:3px solid var(--jp-border-color1,#8886);padding-left:.7em;
- max-width:60rem}
-.seal-nb .sn-tokens{white-space:pre-wrap;line-height:1.75;font-size:1.05em}
-.seal-nb .sn-tokens span{border-radius:3px;padding:.1em 0}
-.seal-nb .sn-none{opacity:.5}.seal-nb .sn-soft{opacity:.7}
-.seal-nb .sn-pair{display:grid;grid-template-columns:1fr 1fr;gap:1.2em}
-.seal-nb .sn-failure{color:var(--jp-error-color0,#b00020);white-space:pre-wrap;font-weight:600}
-.seal-nb-inspector .widget-html-content,.seal-nb-live .widget-html-content{min-width:0;flex:1 1 0}
-</style>"""
+CSS = f"<style>\n{data_file('inspector.css').read_text()}</style>"
 
 
 def page(*parts: str) -> str:
