@@ -16,17 +16,8 @@ from typing import Any
 import zmq
 from pydantic_core import to_json
 
+from seal_nb import protocol
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
-from seal_nb.protocol import (
-    MAX_ERROR,
-    PROTOCOL_VERSION,
-    Command,
-    ServerStatus,
-    WorkerStatus,
-    check_values,
-    parse_request,
-    read_json,
-)
 from seal_nb.server.endpoint import LOUD, KeyCheck, Socket
 from seal_nb.server.queue import Envelope, Worker
 from seal_nb.server.requests import QueueFull, RequestTable, ServerStopping, WorkerLost
@@ -162,9 +153,9 @@ class Workers:
         except zmq.ZMQError as error:  # the lease will run out
             log.info("a message found no worker: %s", error)
 
-    def status(self, now: float) -> list[WorkerStatus]:
+    def status(self, now: float) -> list[protocol.WorkerStatus]:
         return [
-            WorkerStatus(
+            protocol.WorkerStatus(
                 **worker.about,
                 n_running=len(worker.requests),
                 capacity=worker.capacity,
@@ -178,7 +169,7 @@ class Workers:
     def _on_ready(self, identity: bytes, _: bytes, *, session: int, capacity: int, **others: Any) -> None:
         about = {name: others[name] for name in ("worker_id", "host", "pid", "model_id")}
         # Wrong types would spoil each reply to `status`, and hidden characters the log.
-        WorkerStatus(**about, n_running=0, capacity=(capacity := _slots(capacity)), silent_s=0.0)
+        protocol.WorkerStatus(**about, n_running=0, capacity=(capacity := _slots(capacity)), silent_s=0.0)
         if not all(str(value).isprintable() and len(str(value)) < MAX_ROUTE_BYTES for value in about.values()):
             raise ProtocolError("its name is not printable, or long")
         now, known = time.monotonic(), self.queue.workers.get(identity)
@@ -216,7 +207,7 @@ class Workers:
             log.info("a result of a try that is not current was dropped")
 
     def _on_failed(self, identity: bytes, _: bytes, *, pid: int, error: str, traceback: str) -> None:
-        error = str(error)[:MAX_ERROR]
+        error = str(error)[: protocol.MAX_ERROR]
         if len(self.failures) < MAX_NAMES:
             self.failures[int(pid)] = error
         # While a worker loads, its errors cannot contain text of requests.
@@ -370,13 +361,13 @@ class FrontEnd:
         if not self.table.stopping:
             self.table.stopping, self.for_good = f"the server is ending: {why}", for_good
 
-    def status(self) -> ServerStatus:
+    def status(self) -> protocol.ServerStatus:
         now, table, queue = time.monotonic(), self.table, self.queue
         troubles = [table.results.trouble or table.counts.trouble]
         if queue.requests and not queue.workers:
             last = self.workers.last_loss or "none"
             troubles.append(f"requests wait and no worker is there (the last one that was lost: {last})")
-        return ServerStatus(
+        return protocol.ServerStatus(
             server_id=table.server_id,
             model_id=table.model_id,
             pid=os.getpid(),
@@ -410,12 +401,12 @@ class FrontEnd:
                 raise ProtocolError(f"the frames before the message have more than {MAX_ROUTE_BYTES} bytes")
             if len(message) >= LARGE_BYTES and self._large_bytes > self.settings.max_queued_bytes:
                 raise QueueFull(f"{self._large_bytes} bytes of large messages wait; send it again later")
-            check_values(message)
-            fields = read_json(message)
-            request = parse_request(fields)
-            if not isinstance(request, Command) or request.cmd in ("cancel", "forget"):
+            protocol.check_values(message)
+            fields = protocol.read_json(message)
+            request = protocol.parse_request(fields)
+            if not isinstance(request, protocol.Command) or request.cmd in ("cancel", "forget"):
                 self._client_seen_at = time.monotonic()  # looking at the server does not keep it running
-            if isinstance(request, Command):
+            if isinstance(request, protocol.Command):
                 self._send(envelope, self._obey(request, envelope, guest))
             else:
                 self.table.accept(request, message, envelope, time.monotonic(), guest=guest)
@@ -426,7 +417,7 @@ class FrontEnd:
             log.debug("the fault", exc_info=True)
             self._refuse(envelope, InternalError(f"{type(error).__name__}: {error}"), None)
 
-    def _obey(self, command: Command, envelope: Envelope, guest: str | None) -> bytes:
+    def _obey(self, command: protocol.Command, envelope: Envelope, guest: str | None) -> bytes:
         reply: dict[str, Any] = {"status": "ok"}
         if command.cmd == "shutdown":
             if guest:
@@ -450,7 +441,7 @@ class FrontEnd:
             if request is not None and request.worker is not None and key not in self.queue.requests:
                 self.workers.tell(request.worker, pack("cancel", key=key))
             reply = {"status": "unknown" if request is None else "cancelled", "request_id": command.request_id}
-        known = {"server_id": self.table.server_id, "protocol_version": PROTOCOL_VERSION}
+        known = {"server_id": self.table.server_id, "protocol_version": protocol.PROTOCOL_VERSION}
         return to_json(reply | known, inf_nan_mode="null")
 
     def _refuse(self, envelope: Envelope, error: SealError, request_id: object) -> None:
