@@ -31,23 +31,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from seal_nb import storage
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError, visible
 from seal_nb.models import model_identity, pretrained, resolve_model
 from seal_nb.peft_files import merge_stack, stored_dtype, write_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
 from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
-from seal_nb.storage import (
-    CHECKPOINTS,
-    MARK,
-    content_id,
-    is_own,
-    new_place,
-    read_json,
-    read_json_lines,
-    whole_folder,
-    write_json,
-    write_mark,
-)
 from seal_nb.tokens import tokenize
 
 MODULE = "seal_nb.sft.train"
@@ -67,7 +56,7 @@ def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> Sft
     if (done := finished(job.model_dir, made_from)) is not None:
         return done
     base = resolve_model(job.model)
-    place = new_place(job.model_dir, replace_own=True, apart_from=[base])
+    place = storage.new_place(job.model_dir, replace_own=True, apart_from=[base])
     examples_of(job, pretrained(AutoTokenizer, base))  # a wrong row is said before any start
     process = LoggedProcess(line, place.with_name(f"{place.name}.seal_nb.log"), is_new=True)
     try:
@@ -128,7 +117,7 @@ def slurm_file(name: str) -> Path:
 def read_sft_rows(path: Path) -> list[dict[str, str]]:
     """Rows {prompt, completion} or {text} of a file. Raises: DataError with path, line and field."""
     rows = []
-    for place, row in read_json_lines(path):
+    for place, row in storage.read_json_lines(path):
         is_text = isinstance(row, dict) and "text" in row
         for field in ("text",) if is_text else ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -208,13 +197,15 @@ def train_sft(job: SftJob) -> SftResult:
 
 def training_id(job: SftJob) -> str:
     """Identifies a training by its rows, settings and model, on any number of processes."""
-    return content_id([read_sft_rows(job.sft_file), asdict(job.settings), model_identity(resolve_model(job.model))])
+    return storage.content_id(
+        [read_sft_rows(job.sft_file), asdict(job.settings), model_identity(resolve_model(job.model))]
+    )
 
 
 def finished(model_dir: Path, made_from: str) -> SftResult | None:
     """The result of this training if its model exists already."""
     try:
-        stored = read_json(model_dir / RESULT_FILE)
+        stored = storage.read_json(model_dir / RESULT_FILE)
     except DataError:
         return None
     if stored.pop("made_from", None) != made_from:
@@ -273,12 +264,12 @@ def _own_checkpoints(model_dir: Path, made_from: str, processes: PartialState) -
     """The folder for the checkpoints of this training; those of other trainings for `model_dir` are removed. A
     checkpoint can only be read by as many processes, which share the model in the same way."""
     place = model_dir.resolve()
-    layout = content_id([made_from, processes.num_processes, str(processes.distributed_type)])
+    layout = storage.content_id([made_from, processes.num_processes, str(processes.distributed_type)])
     own = place.with_name(f"{place.name}.checkpoints-{layout}")
     if processes.is_main_process:
-        if not (own / MARK).is_file():
-            new_place(own).mkdir(parents=True, exist_ok=True)
-            write_mark(own, [CHECKPOINTS])
+        if not (own / storage.MARK).is_file():
+            storage.new_place(own).mkdir(parents=True, exist_ok=True)
+            storage.write_mark(own, [storage.CHECKPOINTS])
         name = re.compile(rf"{re.escape(place.name)}\.checkpoints-[0-9a-f]{{24}}")
         for folder in own.parent.iterdir():
             if name.fullmatch(folder.name) and folder != own:
@@ -289,7 +280,7 @@ def _own_checkpoints(model_dir: Path, made_from: str, processes: PartialState) -
 
 def _remove_own(checkpoints: Path) -> None:
     """Remove a folder of checkpoints that a training made; any other folder stays."""
-    if is_own(checkpoints):
+    if storage.is_own(checkpoints):
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
@@ -298,7 +289,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     for step in sorted(map(int, filter(str.isdecimal, steps)), reverse=True):
         with contextlib.suppress(DataError):
-            if isinstance(read_json(folder / f"checkpoint-{step}" / "trainer_state.json"), dict):
+            if isinstance(storage.read_json(folder / f"checkpoint-{step}" / "trainer_state.json"), dict):
                 return str(folder / f"checkpoint-{step}")
     return None
 
@@ -307,13 +298,13 @@ def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, m
     """Write the model folder from `trained` (adapter or whole model), in the dtype that the base is stored in."""
     stored = asdict(result) | {"made_from": made_from}
     del stored["model_dir"]
-    with whole_folder(result.model_dir, replace_own=True, apart_from=[folder]) as partial:
+    with storage.whole_folder(result.model_dir, replace_own=True, apart_from=[folder]) as partial:
         if method == "lora":
             merge_stack(folder, [trained], partial)
         else:
             whole = pretrained(AutoModelForCausalLM, trained, dtype=stored_dtype(folder))
             write_model(whole, pretrained(AutoTokenizer, folder), partial)
-        write_json(partial / RESULT_FILE, stored)
+        storage.write_json(partial / RESULT_FILE, stored)
 
 
 def main(job: SftJob) -> int:
