@@ -210,6 +210,12 @@ def to_item(passage: Passage) -> dict[str, Any]:
     return item
 
 
+def asked(question: Question) -> dict[str, Any]:
+    """The question and its gold answers as published files have them; ``other_answers`` only where there are some."""
+    row: dict[str, Any] = _QUESTION.dump_python(question, mode="json", exclude_defaults=True)
+    return row
+
+
 class _SquadAnswer(BaseModel):
     text: Text
 
@@ -230,6 +236,7 @@ class _SquadArticle(BaseModel):
 
 
 _PASSAGE = TypeAdapter(Passage)
+_QUESTION = TypeAdapter(Question)
 _SQUAD_ARTICLE = TypeAdapter(_SquadArticle)
 
 

@@ -19,9 +19,11 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import from_json
@@ -106,12 +108,19 @@ class EvalQuestion(_Received):
         context: the passage; the model never sees it.
         question: as the model is asked, with its topic line.
         answer: the gold answer.
+        other_answers: gold answers that are right too; the best verdict counts.
     """
 
     title: str = ""
     context: str = ""
     question: str
     answer: str
+    other_answers: Annotated[list[str], Field(max_length=1000), FailFast()] = []
+
+    @model_serializer(mode="wrap")
+    def _as_published(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the field that published clients do not send, where it is empty: requests keep their ids."""
+        return {name: value for name, value in fields(self).items() if name != "other_answers" or value}
 
 
 class TTTRequest(_Received):

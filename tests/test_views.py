@@ -19,7 +19,6 @@ from seal_nb.notebook_runner import for_stream
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.live import Progress, say
 from seal_nb.views.plots import (
-    STYLE,
     Chart,
     asked_cells,
     plot_accuracy,
@@ -171,7 +170,7 @@ def test_a_figure_shows_itself_as_a_picture_and_in_words() -> None:
 def test_drawing_leaves_the_global_style_alone_and_needs_no_pyplot() -> None:
     before = dict(mpl.rcParams)
     plot_accuracy(ARMS)
-    assert dict(mpl.rcParams) == before and mpl.rcParams["legend.frameon"] != STYLE["legend.frameon"]
+    assert dict(mpl.rcParams) == before and mpl.rcParams["legend.frameon"]
     check = "import sys, seal_nb.views.plots; "
     check += "sys.exit(bool({'matplotlib.pyplot', 'torch', 'seaborn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -23,7 +23,7 @@ from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
 from seal_nb.experiments.settings import Arm, Training, check_limits, names_in, passages_of_arm, texts_of_arm
 from seal_nb.experiments.single_passage import eval_questions
-from seal_nb.passages import Passage
+from seal_nb.passages import Passage, asked
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.continual import ContinualRun, continual_estimates, strategy_rows
@@ -228,10 +228,7 @@ def sequence_record(edits: Edits) -> dict[str, Any]:
     return {
         "titles": [passage.title for passage in edits.passages],
         # Titles repeat, so grading again needs the questions.
-        "questions": [
-            [{"question": one.question, "answer": one.answer} for one in passage.questions]
-            for passage in edits.passages
-        ],
+        "questions": [[asked(one) for one in passage.questions] for passage in edits.passages],
         "self_edits": edits.texts,
         "steps": [
             {

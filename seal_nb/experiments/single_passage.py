@@ -19,10 +19,10 @@ from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.rest_em import RankingSummary, check_reliability
 from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request
 from seal_nb.experiments.settings import SingleArm, Training, parse_arms, passages_of_arm, texts_of_arm
-from seal_nb.grading.base import Answered, Grader
+from seal_nb.grading.base import Grader, answered_with
 from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.metrics import mean
-from seal_nb.passages import Passage
+from seal_nb.passages import Passage, asked
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.collect import stacked
@@ -262,22 +262,22 @@ def train_and_ask(
         return ask_named(ttt, requests, journal)
 
 
-def reply_frame(asked: Sequence[Any], reply: TTTReply, *, start: int = 0) -> pd.DataFrame:
+def reply_frame(questions: Sequence[Any], reply: TTTReply, *, start: int = 0) -> pd.DataFrame:
     """The answers of one reply.
 
     Args:
-        asked: questions with ``question`` and ``answer``, such as ``passage.questions``.
+        questions: with ``question`` and ``answer``, such as ``passage.questions``.
         reply: the reply of the TTT server.
         start: index in the reply of the first of these questions.
 
     Returns:
         One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``.
     """
-    at = slice(start, start + len(asked))
+    at = slice(start, start + len(questions))
     return pd.DataFrame(
         {
-            "question": [one.question for one in asked],
-            "gold": [one.answer for one in asked],
+            "question": [one.question for one in questions],
+            "gold": [one.answer for one in questions],
             "baseline_answer": reply.baseline_texts[at],
             "adapter_answer": reply.adapter_texts[at],
             "verdicts": list(map(verdict_change, reply.baseline_correct[at], reply.adapter_correct[at])),
@@ -344,10 +344,10 @@ def eval_questions(*passages: Passage) -> list[EvalQuestion]:
     Returns:
         All questions in one list.
     """
-    asked = [(one.title, one.context, question) for one in passages for question in one.questions]
+    all_asked = [(one.title, one.context, question) for one in passages for question in one.questions]
     return [
-        EvalQuestion(title=title, context=context, question=topic_question(title, one.question), answer=one.answer)
-        for title, context, one in asked
+        EvalQuestion(title=title, context=context, **asked(one) | {"question": topic_question(title, one.question)})
+        for title, context, one in all_asked
     ]
 
 
@@ -431,7 +431,7 @@ def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping
         if reply.baseline_gold_logprobs and reply.adapter_gold_logprobs:
             columns |= {f"{kind}_gold_logprob": getattr(reply, f"{kind}_gold_logprobs") for kind in KINDS}
         for at, question in enumerate(passage.questions):
-            row = {"rep": loop.repeat, "question": question.question, "answer": question.answer}
+            row = {"rep": loop.repeat, **asked(question)}
             questions.append(row | {name: values[at] for name, values in columns.items()})
     at, made = loops[0].self_edit, {"text": loops[0].text}
     # Self-edits of a family complete different prompts; a ReST-EM round trains each on its own.
@@ -488,8 +488,8 @@ def with_in_context(
         reply = generated.of(request)
         passage, baseline, texts = passages[loop.passage], replies[loop.request_id], [t.strip() for t in reply.texts]
         answers = [
-            Answered(question=question.question, gold=question.answer, answer=text, title=passage.title)
-            for question, text in zip(passage.questions, texts, strict=True)
+            answered_with((one.answer, *one.other_answers), question=one.question, answer=text, title=passage.title)
+            for one, text in zip(passage.questions, texts, strict=True)
         ]
         completed[loop.request_id] = build_reply(
             baseline=Answers(texts=baseline.baseline_texts, verdicts=baseline.baseline_verdicts),

@@ -35,6 +35,11 @@ class Answered:
         return tuple(gold for gold in (self.gold, *self.other_golds) if gold.strip()) or (self.gold,)
 
 
+def answered_with(golds: Sequence[str], **fields: str) -> Answered:
+    """An answer with all its gold answers, the first one first; ``fields`` are those of Answered."""
+    return Answered(gold=golds[0], other_golds=tuple(golds[1:]), **fields)
+
+
 class Grader(Protocol):
     """Grades answers one by one; the verdicts are in the order of the answers."""
 

@@ -102,7 +102,7 @@ class JudgeGrader:
         sent = Round(self.client)
         calls: dict[str, Future[Verdict]] = {}
         settled = [without_asking(one) for one in answered]
-        prompts = [grading_prompt(one.title, one.question, one.gold, one.answer) for one in answered]
+        prompts = [grading_prompt(one.title, one.question, " or ".join(one.golds), one.answer) for one in answered]
         asked = [prompt for prompt, verdict in zip(prompts, settled, strict=True) if verdict is None]
         try:
             for prompt in dict.fromkeys(asked):

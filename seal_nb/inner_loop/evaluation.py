@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, cast
 
 from seal_nb.errors import GradingError
-from seal_nb.grading.base import Answered, Grader, Verdict
+from seal_nb.grading.base import Grader, Verdict, answered_with
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import Answers, GenerateReply, GenerateRequest, ScoredText, TTTReply, TTTRequest, build_reply
 from seal_nb.tokens import tokenize
@@ -103,10 +103,13 @@ class Evaluation:
     def ready(self) -> bool:
         return self.verdicts is not None and self.verdicts.done()
 
+    def _text(self, key: Key) -> str:
+        return self.texts[key].text.strip()
+
     def grade(self, grader: Grader) -> list[Verdict]:
         """Verdicts of all answers. If the grader fails, they are UNGRADED, so that the training is not lost."""
         answered = [
-            Answered(question=q.question, gold=q.answer, answer=self.texts[key].text.strip(), title=q.title)
+            answered_with((q.answer, *q.other_answers), question=q.question, answer=self._text(key), title=q.title)
             for keys in (self.baseline, self.answers)
             for q, key in zip(self.request.eval_questions, keys, strict=bool(keys))
         ]
@@ -121,15 +124,15 @@ class Evaluation:
         assert self.verdicts is not None
         request, trained, verdicts, n = self.request, self.trained, self.verdicts.result(), len(self.baseline)
         gold = [text for text in self.scores if text.kind == "gold" and request.soft_scores]
-        before = self._answers(self.baseline, verdicts[:n], [text.baseline_logprobs for text in gold])
-        after = self._answers(self.answers, verdicts[n:], [text.adapter_logprobs for text in gold])
+        before = self._answers(self.baseline, verdicts[:n], [(text.index, text.baseline_logprobs) for text in gold])
+        after = self._answers(self.answers, verdicts[n:], [(text.index, text.adapter_logprobs) for text in gold])
         self.lap("grade_s")
         return build_reply(
             baseline=None if request.skip_baseline else before,
             adapter=after if trained else None,
             request_id=request.request_id,
             seed=request.seed,
-            gold_token_counts=[len(text.tokens) for text in gold],
+            gold_token_counts=[n for _, n in sorted({text.index: len(text.tokens) for text in reversed(gold)}.items())],
             token_logprobs=self.scores if request.return_token_logprobs else [],
             train_tokens=trained.n_tokens if trained else 0,
             train_steps=trained.n_steps if trained else 0,
@@ -139,10 +142,15 @@ class Evaluation:
             adapter_path=self.adapter_path,
         )
 
-    def _answers(self, keys: Sequence[Key], verdicts: Sequence[Verdict], gold: Sequence[list[float | None]]) -> Answers:
-        """gold: log-probabilities of each gold answer's tokens"""
-        sums = [None if None in values else sum(cast(list[float], values)) for values in gold]
-        return Answers(texts=[self.texts[key].text.strip() for key in keys], verdicts=verdicts, gold_logprobs=sums)
+    def _answers(
+        self, keys: Sequence[Key], verdicts: Sequence[Verdict], gold: Sequence[tuple[int, list[float | None]]]
+    ) -> Answers:
+        """gold: the question and the log-probabilities of the tokens of each gold answer; the likeliest one counts"""
+        sums: dict[int, list[float]] = {}
+        for question, values in gold:
+            sums.setdefault(question, []).extend([] if None in values else [sum(cast(list[float], values))])
+        best = [max(of_one, default=None) for of_one in sums.values()]
+        return Answers(texts=list(map(self._text, keys)), verdicts=verdicts, gold_logprobs=best)
 
 
 def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
@@ -226,8 +234,9 @@ def _texts(base: FrozenBase, evaluation: Evaluation) -> Iterator[Text]:
             n, first = row.n_text, row.n_text - len(row.targets)  # the tokens with loss are the last ones
             yield text_of(kind="train", index=i, tokens=tokens[:n], prompt_ids=ids[:first], target_ids=ids[first:n])
     for i, (own, question) in enumerate(zip(evaluation.questions, request.eval_questions, strict=True)):
-        ids, tokens = pieces(tokenizer, question.answer, special_tokens=False)
-        yield text_of(kind="gold", index=i, tokens=tokens, prompt_ids=own.prompt_ids, target_ids=ids)
+        for gold in (question.answer, *question.other_answers):
+            ids, tokens = pieces(tokenizer, gold, special_tokens=False)
+            yield text_of(kind="gold", index=i, tokens=tokens, prompt_ids=own.prompt_ids, target_ids=ids)
     passages: dict[str, int] = {}
     for i, question in enumerate(request.eval_questions):
         if question.context and request.return_token_logprobs:

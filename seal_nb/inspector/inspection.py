@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.grading.base import AS_BOOLEAN, Answered, Grader
+from seal_nb.grading.base import AS_BOOLEAN, Grader
 from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import normalised
 from seal_nb.passages import Passage, Question
@@ -79,8 +79,11 @@ def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequen
 
 def as_passage(evaluated: EvaluatedPassage) -> Passage:
     """The passage of a run with each of its questions once, as an item file would have it."""
-    gold = {one.question: one.gold for edit in evaluated.self_edits for one in edit.questions}
-    questions = tuple(Question(question=question, answer=answer) for question, answer in gold.items())
+    asked = {one.question: one for edit in evaluated.self_edits for one in edit.questions}
+    questions = tuple(
+        Question(question=question, answer=one.gold, other_answers=tuple(one.other_golds))
+        for question, one in asked.items()
+    )
     return Passage(title=evaluated.title, context=evaluated.context, questions=questions)
 
 
@@ -282,9 +285,7 @@ def _flips_first(answers: pd.DataFrame) -> pd.DataFrame:
 def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[AnsweredQuestion]) -> list[Pair]:
     """A grader's verdicts on each question's two answers. Equal answers are judged once."""
     given = [
-        Answered(question=one.question, gold=one.gold, answer=answer, title=passage.title)
-        for one in asked
-        for answer in (one.baseline_answer, one.adapter_answer)
+        one.answered(answer, passage.title) for one in asked for answer in (one.baseline_answer, one.adapter_answer)
     ]
     unique = list(dict.fromkeys(given))
     known = dict(zip(unique, grader.grade(unique), strict=True))

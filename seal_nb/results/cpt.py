@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from seal_nb.errors import DataError, checked
-from seal_nb.grading.base import Answered
+from seal_nb.grading.base import answered_with
 from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
 from seal_nb.passages import Passage
 from seal_nb.protocol import rounded
@@ -144,7 +144,8 @@ class CptRun(Run):
         for at, (title, one) in enumerate(asked):
             for kind in KINDS:
                 text = reply[f"{kind}_texts"][at]
-                answered = Answered(title=title, question=one.question, gold=one.answer, answer=text)
+                golds = one.answer, *one.other_answers
+                answered = answered_with(golds, title=title, question=one.question, answer=text)
                 found.append(StoredVerdict(kind, answered, reply, f"{kind}_correct", at))
         return found
 

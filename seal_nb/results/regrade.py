@@ -124,6 +124,7 @@ class _Row(BaseModel):
 
     question: str
     gold: str
+    other_golds: list[str] = []
     answer: str
     title: str = ""
     kind: str = ""
@@ -134,10 +135,11 @@ class _Row(BaseModel):
 def grade_file(
     source: str | Path, out: str | Path, *, grader: str | Grader = "local", only_ungraded: bool = False
 ) -> Graded:
-    """Grade ``source`` (JSON lines of ``question``, ``gold``, ``answer``, also gzip-compressed) into ``out``, with all
-    fields and a ``verdict`` in words. A ``verdict`` of true, false or null becomes ``reference_verdict``.
-    ``only_ungraded``: rows that an earlier grading did not leave UNGRADED keep their verdict. Raises: DataError with
-    path, line and field, and then nothing is written; SettingsError for an unknown grader."""
+    """Grade ``source`` into ``out``, with all fields and a ``verdict`` in words. It has JSON lines of ``question``,
+    ``gold`` (with ``other_golds`` if there are several) and ``answer``, also gzip-compressed. A ``verdict`` of true,
+    false or null becomes ``reference_verdict``. ``only_ungraded``: rows that an earlier grading did not leave UNGRADED
+    keep their verdict. Raises: DataError with path, line and field, and then nothing is written; SettingsError for an
+    unknown grader."""
     judge = make_grader(grader) if isinstance(grader, str) else grader
     if Path(out).suffix == ".gz":
         raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
@@ -146,7 +148,10 @@ def grade_file(
         checked(_Row.model_validate, row, path=source, item=place)
         rows.append(row)
     asked = ("question", "gold", "answer", "title")
-    answered = [Answered(**{name: row[name] for name in asked if name in row}) for row in rows]
+    answered = [
+        Answered(**{name: row[name] for name in asked if name in row}, other_golds=tuple(row.get("other_golds", ())))
+        for row in rows
+    ]
     # A verdict in words comes from an earlier grading: it is replaced and is never a reference.
     earlier = [AS_BOOLEAN.get(row.get("verdict") or Verdict.UNGRADED) for row in rows]
     verdicts = _grade(judge, answered, earlier, only_ungraded)

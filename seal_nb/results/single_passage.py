@@ -13,23 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from seal_nb.errors import checked
-from seal_nb.grading.base import Answered, Verdict
+from seal_nb.grading.base import Answered, Verdict, answered_with
 from seal_nb.grading.choose import make_grader
 from seal_nb.metrics import STATS, Scores, Verdicts, mean, published_statistics, repeat_stats
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import (
-    ARM_NAMES,
-    KINDS,
-    Kind,
-    Many,
-    Number,
-    Run,
-    RunFields,
-    StoredVerdict,
-    frame,
-    unequal,
-    verdict_change,
-)
+from seal_nb.results import run as run_file
 from seal_nb.storage import file_name
 
 if TYPE_CHECKING:
@@ -79,23 +67,31 @@ class AnsweredQuestion(_Entry):
     repeat: int = Field(0, alias="rep")
     question: str = ""
     gold: str = Field("", alias="answer")
+    other_golds: run_file.Many[str] = Field([], alias="other_answers")  # not in published files
     baseline_answer: str = ""
     adapter_answer: str = ""
     baseline_correct: bool | None = None
     adapter_correct: bool | None = None
-    baseline_gold_logprob: Number = None  # nats; not in published files
-    adapter_gold_logprob: Number = None
+    baseline_gold_logprob: run_file.Number = None  # nats; not in published files
+    adapter_gold_logprob: run_file.Number = None
     earlier: Mapping[str, Mapping[str, bool | None]] = {}  # verdicts of other graders
+
+    def answered(self, answer: str, title: str) -> Answered:
+        """One of its answers, to grade; ``title``: of the passage."""
+        return answered_with((self.gold, *self.other_golds), question=self.question, answer=answer, title=title)
 
     @property
     def change(self) -> str:
-        return verdict_change(self.baseline_correct, self.adapter_correct)
+        return run_file.verdict_change(self.baseline_correct, self.adapter_correct)
 
     @property
     def soft_gain(self) -> float | None:
         """Change in log-probability of the gold answer, in nats."""
         before, after = self.baseline_gold_logprob, self.adapter_gold_logprob
         return None if before is None or after is None else after - before
+
+
+_Stats = Annotated[dict[str, run_file.Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)]
 
 
 class EvaluatedSelfEdit(_Entry):
@@ -106,9 +102,9 @@ class EvaluatedSelfEdit(_Entry):
     index: int = 0
     text: str | None = None
     prompt: str | None = None  # set if the self-edits of one passage complete different prompts
-    questions: Many[AnsweredQuestion] = []
-    stored_stats: Annotated[dict[str, Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
-        dict.fromkeys(STATS), alias="stats"
+    questions: run_file.Many[AnsweredQuestion] = []
+    stored_stats: Annotated[dict[str, run_file.Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = (
+        Field(dict.fromkeys(STATS), alias="stats")
     )
 
     @property
@@ -145,7 +141,7 @@ class EvaluatedPassage(_Entry):
     title: str = ""
     context: str = ""
     prompt: str | None = None
-    self_edits: Annotated[Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
+    self_edits: Annotated[run_file.Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
     stored_stats: dict[str, Any] = Field({}, alias="stats")
 
     def questions(self) -> list[AnsweredQuestion]:
@@ -153,12 +149,12 @@ class EvaluatedPassage(_Entry):
         return [one for edit in self.self_edits for one in edit.questions]
 
 
-class _Articles(RunFields):
-    articles: Annotated[Many[EvaluatedPassage], AfterValidator(_numbered)]
+class _Articles(run_file.RunFields):
+    articles: Annotated[run_file.Many[EvaluatedPassage], AfterValidator(_numbered)]
 
 
 @dataclass(kw_only=True, eq=False)
-class SinglePassageRun(Run):
+class SinglePassageRun(run_file.Run):
     """A ``run_*.json``: each passage has its own adapter per self-edit.
     Raises: DataError with path, item and field for a value of another kind."""
 
@@ -182,7 +178,7 @@ class SinglePassageRun(Run):
         number = self.rest_em_round
         if number is None:
             return super().arm
-        return f"self-edits, round {number}" if number else ARM_NAMES["base"]
+        return f"self-edits, round {number}" if number else run_file.ARM_NAMES["base"]
 
     @property
     def rest_em_round(self) -> int | None:
@@ -215,10 +211,10 @@ class SinglePassageRun(Run):
         n_edits, n_repeats = (self.settings.get(key) or 1 for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
-    def scores(self, kind: Kind) -> list[Scores]:
+    def scores(self, kind: run_file.Kind) -> list[Scores]:
         return [[getattr(one, f"{kind}_correct") for one in passage.questions()] for passage in self.passages]
 
-    def stored_mean(self, kind: Kind) -> float | None:
+    def stored_mean(self, kind: run_file.Kind) -> float | None:
         return self.stored_overall.get(f"{kind}_mean_accuracy")
 
     def unit_keys(self) -> list[Any]:
@@ -247,7 +243,7 @@ class SinglePassageRun(Run):
         ]
         if changed_first:
             rows.sort(key=lambda row: _CHANGES.get(row["verdicts"], 2))
-        return frame(rows, ANSWERS)
+        return run_file.frame(rows, ANSWERS)
 
     def rewards(self) -> "pd.DataFrame":
         """The reward of each self-edit: accuracy of its adapters, averaged over the repeats.
@@ -261,7 +257,7 @@ class SinglePassageRun(Run):
                 about = {"passage": passage.index, "title": passage.title, "self_edit": edit.index, "text": edit.text}
                 stats = edit.stats()
                 rows.append({**about, "reward": stats["adapter_mean"], "gain": stats["gain_mean"]})
-        return frame(rows)
+        return run_file.frame(rows)
 
     def recited(self) -> float | None:
         """Share of adapter answers that contain the gold answer of another question of the same passage. A model that
@@ -307,20 +303,22 @@ class SinglePassageRun(Run):
         if self.notes():
             return []
         articles, overall = self._statistics()
-        found = unequal("overall", self.stored_overall, overall)
+        found = run_file.unequal("overall", self.stored_overall, overall)
         for passage, article in zip(self.passages, articles, strict=True):
-            found += unequal(f"article {passage.index}", passage.stored_stats, article)
+            found += run_file.unequal(f"article {passage.index}", passage.stored_stats, article)
             for edit in passage.self_edits:
-                found += unequal(f"article {passage.index}, self-edit {edit.index}", edit.stored_stats, edit.stats())
+                found += run_file.unequal(
+                    f"article {passage.index}, self-edit {edit.index}", edit.stored_stats, edit.stats()
+                )
         return found
 
-    def stored_verdicts(self) -> list[StoredVerdict]:
+    def stored_verdicts(self) -> list[run_file.StoredVerdict]:
         found = []
         for passage in self.passages:
             for one in passage.questions():
-                for kind, answer in zip(KINDS, (one.baseline_answer, one.adapter_answer), strict=True):
-                    answered = Answered(title=passage.title, question=one.question, gold=one.gold, answer=answer)
-                    found.append(StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
+                for kind, answer in zip(run_file.KINDS, (one.baseline_answer, one.adapter_answer), strict=True):
+                    answered = one.answered(answer, passage.title)
+                    found.append(run_file.StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
         return found
 
     def fill_statistics(self) -> None:

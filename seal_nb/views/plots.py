@@ -17,12 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seal_nb.errors import SettingsError, visible
 from seal_nb.metrics import Estimate, Scores, counted, written_value
-from seal_nb.storage import open_own
+from seal_nb.storage import data_file, open_own
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,24 +35,6 @@ INK, GREY, LIGHT, PALE = "#222222", "#767676", "#B5B5B5", "#D9D9D9"
 
 WIDTH_IN = 6.4  # a text column of a notebook
 DPI = 110
-STYLE: dict[Any, Any] = {
-    **dict.fromkeys(["axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"], INK),
-    **dict.fromkeys(["legend.fontsize", "xtick.labelsize", "ytick.labelsize"], 9),
-    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
-    "figure.constrained_layout.use": True,
-    "figure.dpi": DPI,
-    "axes.facecolor": "white",  # reads the same in a dark JupyterLab, on GitHub and on paper
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY, RED]),
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
-    "grid.color": PALE,
-    "grid.linewidth": 0.6,
-    "image.cmap": "cividis",  # even in lightness, safe for colour-blind readers
-    "lines.linewidth": 1.8,
-    "text.parse_math": False,  # a title with two dollar signs is no formula
-    "svg.hashsalt": "seal-nb",  # the same figure gives the same file
-}
 UNDATED: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 MOST_LINES = 30  # of single passages in one figure
 MOST_DUMBBELLS = 40  # with more passages, the histogram is drawn
@@ -62,7 +43,9 @@ MOST_ROWS = 200  # that make a chart higher; it has no more names of rows, eithe
 MOST_EDITS = 40  # with more, a matrix has no number in each cell
 MOST_CURVES = 6  # with more adapters, the mean is drawn
 Place = Literal["outside upper left", "outside right center"]  # of the legend
-styled = mpl.rc_context(STYLE)  # a decorator: the function draws in this style, and global settings stay as they are
+styled = mpl.rc_context(
+    fname=data_file("figures.mplstyle")
+)  # a decorator: the function draws in this style, and global settings stay as they are
 
 
 class Chart(Figure):
