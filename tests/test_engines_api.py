@@ -2,18 +2,22 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai._models import FinalRequestOptions
 
 from benchmarks.stand_in import SILENCE, Answer, Asked, StandIn, as_json, echo, error, stand_in, text
 from seal_nb.engines.api import (
@@ -26,7 +30,7 @@ from seal_nb.engines.api import (
     UnusableReply,
     api_key,
 )
-from seal_nb.engines.base import Ask, Completion, Incomplete, NotAsked, Sampling
+from seal_nb.engines.base import Ask, Completion, CutOff, Incomplete, NotAsked, Sampling, without_thinking
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.experiments.create import chosen_engine
 from seal_nb.passages import Passage, load_passages
@@ -234,7 +238,12 @@ JUNK: dict[str, bytes] = {
     "a refused message": b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}',
     "a filtered text": text("he", finish_reason="content_filter").body,
     "an aborted text": text("he", finish_reason="abort").body,
-    "a text that may go on": text("he", finish_reason=None).body,
+    "a text that has not ended because of a fault": text("he", finish_reason="error").body,
+    "a text stopped for safety": text("he", finish_reason="SAFETY").body,
+    "thinking alone": text("<think>yes").body,
+    "a refusal beside a text": b'{"choices": [{"message": {"content": "he", "refusal": "no"}, "finish_reason": ""}]}',
+    "nothing, for no reason": text("", finish_reason=None).body,
+    "nothing after thinking": b'{"choices": [{"message": {"content": "", "reasoning": "a"}, "finish_reason": "stop"}]}',
     "bytes": b"\xff\xfe\x00",
 }
 
@@ -287,8 +296,349 @@ def test_any_json_is_the_text_in_it_or_an_error(value: object) -> None:
         return
     assert isinstance(value, dict)
     (choice,) = value["choices"]
-    assert choice["finish_reason"] in ("stop", "length") and reply.finish_reason == choice["finish_reason"]
-    assert reply.text == (choice["message"]["content"] if choice.get("message") else choice["text"])
+    assert reply.finish_reason == ("length" if choice.get("finish_reason") == "length" else "stop")
+    text = choice["message"]["content"] if choice.get("message") else choice["text"]
+    assert reply.text == text or (isinstance(text, list) and reply.text.strip())
+
+
+@pytest.mark.parametrize(
+    "reason", ["stop", "eos_token", "eos", "", None, "end_turn", "STOP", "tool_calls", "stop_sequence"]
+)
+def test_a_text_that_is_there_is_finished_whatever_the_service_calls_its_end(reason: str | None) -> None:
+    assert unconnected()._completion(text("a text", finish_reason=reason).body.decode()).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("reason", ["length", "model_length", "MAX_TOKENS"])
+def test_a_text_cut_at_the_limit_is_kept_and_said_to_be_cut(reason: str) -> None:
+    reply = unconnected()._completion(text("a te", finish_reason=reason).body.decode())
+    assert (reply.text, reply.finish_reason) == ("a te", "length")
+
+
+def test_a_stop_text_that_a_service_keeps_is_cut_off() -> None:
+    with stand_in(lambda asked: "one\n---\ntwo") as service:
+        sampling = Sampling(stop=("\n---", "two"))
+        assert client_of(service).one(Ask(model="m", prompt="p", sampling=sampling)).text == "one"
+
+
+# From the templates of DeepSeek, Qwen3, Magistral, Kimi, Command A, Gemma and gpt-oss.
+THOUGHTS = {
+    "<think>\nno, wait, yes\n</think>\n\nThe text": "The text",
+    "\n<think></think>The text": "The text",
+    "<thinking>no</thinking> The <think>text</think>": "The <think>text</think>",
+    "<think>a <think>b</think> c</think> The text": "The text",
+    "<think>a</think><think>b</think> The text": "The text",
+    "no, wait, yes\n</think>\n\nThe text": "The text",
+    "[THINK]no[/THINK]The text": "The text",
+    "no[/THINK]The text": "The text",
+    "◁think▷no◁/think▷The text": "The text",
+    "<|START_THINKING|>no<|END_THINKING|><|START_RESPONSE|>The text<|END_RESPONSE|>": "The text",
+    "<|channel>thought\nno<channel|>The text": "The text",
+    "<|channel|>analysis<|message|>n<|end|><|start|>assistant<|channel|>final<|message|>The text<|return|>": "The text",
+    "analysisno, wait, yesassistantfinalThe text": "The text",
+    "<think>no, wait": "",
+    "no, wait\n</think>": "",
+    "[THINK]no": "",
+    "<|channel|>analysis<|message|>no": "",
+    "  The text\n": "  The text\n",
+    "Models write <think>a</think> before a text": "Models write <think>a</think> before a text",
+    "Models end it with `</think>` or '[/THINK]'.": "Models end it with `</think>` or '[/THINK]'.",
+    "analysis of the final text": "analysis of the final text",
+    "<thinker> is a word": "<thinker> is a word",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("said", THOUGHTS)
+def test_thinking_is_cut_off_at_the_start_of_a_text_and_nowhere_else(said: str) -> None:
+    assert without_thinking(said) == THOUGHTS[said]
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", "a", "`", "<|channel|>analysis", " "])))
+def test_what_is_left_without_thinking_is_an_end_of_the_text_and_has_no_more(words: list[str]) -> None:
+    said = "".join(words)
+    left = without_thinking(said)
+    assert said.endswith(left) and without_thinking(left) == left
+
+
+def as_chat(content: object, *, finish_reason: str = "stop", **beside: object) -> Answer:
+    return as_json({"choices": [{"message": {"content": content, **beside}, "finish_reason": finish_reason}]})
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        as_chat("The text", reasoning_content="no, wait"),
+        as_chat("<think>no</think>\nThe text", reasoning="no"),
+        as_chat([{"type": "thinking", "thinking": []}, *({"type": "text", "text": part} for part in ("The ", "text"))]),
+        as_chat("The text", finish_reason="", refusal=None, tool_calls=[]),
+    ],
+)  # fmt: skip
+def test_of_a_reply_only_the_text_counts_and_not_what_was_thought(reply: Answer) -> None:
+    with stand_in(lambda asked: reply) as service:
+        assert client_of(service).one(ask()).text == "The text"
+
+
+@pytest.mark.parametrize("content", ["", None, " \n", "<think>no, wait", [{"type": "thinking", "thinking": []}], []])
+def test_a_self_edit_whose_thinking_took_all_tokens_is_missing_and_names_max_tokens(content: object) -> None:
+    with (
+        stand_in(lambda asked: as_chat(content, finish_reason="length")) as service,
+        pytest.raises(Incomplete, match="cut at max_tokens=5.*raise max_tokens") as caught,
+    ):
+        engine_of(service).generate(["a"], SAMPLING, seeds=[0])
+    assert type(caught.value.failures[0]) is CutOff and len(service.asked) == 1
+
+
+def refusal(message: str, **fields: object) -> dict[str, object]:
+    return {"error": {"message": message, "type": "invalid_request_error", **fields}}
+
+
+# Error bodies as services send them: status, body, the parameter, its other name. Their sources are public reports.
+UNSUPPORTED = "Unsupported parameter: '{}' is not supported with this model."
+NOT_PERMITTED = {"type": "extra_forbidden", "msg": "Extra inputs are not permitted"}
+REFUSED: dict[str, tuple[int, object, str, str]] = {
+    "OpenAI, fish2018/YPrompt#26": (
+        400,
+        refusal(
+            UNSUPPORTED.format("max_tokens") + " Use 'max_completion_tokens' instead.",
+            param="max_tokens",
+            code="unsupported_parameter",
+        ),
+        "max_tokens",
+        "max_completion_tokens",
+    ),
+    "OpenAI, johny-b/llmcomp#69": (
+        400,
+        refusal(
+            "Unsupported value: 'temperature' does not support 0.5 with this model. "
+            "Only the default (1) value is supported.",
+            param="temperature",
+            code="unsupported_value",
+        ),
+        "temperature",
+        "",
+    ),
+    "Azure, BerriAI/litellm#13407": (400, refusal(UNSUPPORTED.format("temperature"), code=None), "temperature", ""),
+    "Azure, MaartenGr/BERTopic#2423": (400, refusal(UNSUPPORTED.format("stop"), param="stop"), "stop", ""),
+    "devoxx/DevoxxGenieIDEAPlugin#1240": (400, {"message": UNSUPPORTED.format("top_p")}, "top_p", ""),
+    "OpenAI, older": (400, refusal("Unrecognized request argument supplied: seed"), "seed", ""),
+    "Gemini, Vali-98/ChatterUI#227": (
+        400,
+        [refusal('Invalid JSON payload received. Unknown name "seed": Cannot find field.')],
+        "seed",
+        "",
+    ),
+    "Mistral, partITech/php-mistral#76": (
+        422,
+        {"object": "Error", "message": {"detail": [{**NOT_PERMITTED, "loc": ["body", "seed"], "input": 3}]}},
+        "seed",
+        "",
+    ),
+    "Mistral, mistralai/platform-docs-public#7": (
+        422,
+        {"message": json.dumps({"detail": [{**NOT_PERMITTED, "loc": ["body", "top_p"]}]})},
+        "top_p",
+        "",
+    ),
+    "Groq, fanenr/chatbot#21": (400, refusal("property 'seed' is unsupported, did you mean 'stop'?"), "seed", ""),
+    "Kimi, nashsu/llm_wiki#173": (
+        400,
+        refusal("invalid temperature: only 1 is allowed for this model"),
+        "temperature",
+        "",
+    ),
+    "Anthropic, JohnnyZ93/oai-compatible-copilot#81": (
+        400,
+        refusal("temperature and top_p cannot both be specified for this model. Please use only one."),
+        "top_p",
+        "",
+    ),
+    "a gateway, nothing but text": (400, "parameter `seed` is not supported", "seed", ""),
+    "a JSON schema": (422, {"detail": "Additional properties are not allowed ('seed' was unexpected)"}, "seed", ""),
+    "a new service": (400, refusal("Unknown parameter: 'max_tokens'."), "max_tokens", "max_completion_tokens"),
+}
+FULL = Sampling(max_tokens=5, temperature=0.5, top_p=0.9, stop=("\n",))
+
+
+@pytest.mark.parametrize("service_is", REFUSED)
+def test_a_parameter_that_a_service_refuses_is_left_out_or_renamed_said_once_and_the_call_repeated(
+    service_is: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, body, name, other = REFUSED[service_is]
+
+    def reply(asked: Asked) -> Answer | str:
+        told = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        return Answer(status=status, body=told) if name in asked.body else echo(asked)
+
+    with stand_in(reply) as service:
+        client = client_of(service, max_parallel=4)
+        each = {i: Ask(model="m", prompt=f"p{i}", sampling=FULL, seed=i) for i in range(8)}
+        assert [one.text for _, one in sorted(client.each(each).items())] == [f"P{i}" for i in range(8)]  # type: ignore[union-attr]
+        n_asked = len(service.asked)
+        client.one(each[0])
+    assert n_asked <= 8 + 4 and len(service.asked) == n_asked + 1, "a refusal is learned once"
+    expected = {"model", "prompt", "temperature", "top_p", "max_tokens", "stop", "seed"} - {name} | {other} - {""}
+    assert set(service.asked[-1].body) == expected
+    assert client.not_sent("m") == ([] if other else [name])
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    does = f"sent as {other}" if other else "left out"
+    assert f"model m refuses {name}=" in warning and does in warning and service.url in warning
+    if "Only the default" in str(body) or "only 1" in str(body):
+        assert "temperature=0.5; from now on it is left out: the service uses 1" in warning
+
+
+def test_a_reasoning_model_refuses_one_parameter_after_the_other(caplog: pytest.LogCaptureFixture) -> None:
+    def reply(asked: Asked) -> Answer | str:
+        for name in ("max_tokens", "temperature", "top_p", "seed", "stop"):
+            if name in asked.body:
+                return error(400, f"Unsupported parameter: '{name}' is not supported with this model.")
+        return "one\ntwo"
+
+    with stand_in(reply) as service:
+        client = client_of(service)
+        assert client.one(Ask(model="m", prompt="p", sampling=FULL, seed=1)).text == "one"
+    assert len(service.asked) == 6 and set(service.asked[-1].body) == {"model", "prompt", "max_completion_tokens"}
+    assert len(caplog.records) == 5 and client.not_sent("other") == []
+
+
+# A value that was chosen, a prompt, and what no request can do without: errors as before, after one request.
+KEPT = {
+    "OpenAI": "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3 instead.",
+    "vLLM": "'max_tokens' or 'max_completion_tokens' is too large: 8192. This model's maximum context length is 2048 "
+            "tokens and your request has 5 input tokens (8192 > 2048 - 5).",
+    "vLLM 0.32": "max_tokens=600 cannot be greater than max_model_len=512. (parameter=max_tokens, value=600)",
+    "OpenAI, the limit": "max_tokens is too large: 100000. This model supports at most 16384 completion tokens.",
+    "OpenAI, reasoning": "Could not finish the message because max_tokens or model output limit was reached.",
+    "Anthropic": "max_tokens: 100000 > 8192, which is the maximum allowed number of output tokens",
+    "DeepSeek": "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+    "TGI": "Input validation error: `temperature` must be strictly positive",
+    "a long prompt": "This model's maximum context length is 8192 tokens. However, your messages have 9000.",
+    "the model": "The model 'm' is not supported.",
+    "the messages": "Unsupported parameter: 'prompt' is not supported with this model.",
+    "a word": "This prompt is not allowed. Please stop.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("service_is", KEPT)
+def test_a_refused_value_prompt_or_model_is_an_error_of_this_request(service_is: str) -> None:
+    with stand_in(lambda asked: as_json(refusal(KEPT[service_is]), status=400)) as service:
+        client = client_of(service)
+        with pytest.raises(Refused, match="Error code: 400"):
+            client.one(Ask(model="m", prompt="p", sampling=FULL, seed=1))
+    assert len(service.asked) == 1 and client.not_sent("m") == []
+
+
+def test_a_request_that_is_repeated_in_an_error_is_no_reason_to_change_it() -> None:
+    def reply(asked: Asked) -> Answer:
+        return as_json({"detail": [{"type": "extra_forbidden", "loc": ["body"], "input": asked.body}]}, status=422)
+
+    with stand_in(reply) as service, pytest.raises(Refused):
+        client_of(service).one(Ask(model="m", prompt="p", sampling=FULL, seed=1))
+    assert len(service.asked) == 1
+
+
+def test_a_service_that_refuses_both_names_of_the_limit_is_asked_twice() -> None:
+    def reply(asked: Asked) -> Answer:
+        return error(400, f"Unknown parameter: '{next(one for one in asked.body if one.startswith('max_'))}'")
+
+    with stand_in(reply) as service, pytest.raises(Refused, match="max_completion_tokens"):
+        client_of(service).one(ask())
+    assert len(service.asked) == 2
+
+
+def test_a_value_that_says_nothing_is_left_out_where_a_service_refuses_it() -> None:
+    """huggingface/text-generation-inference#2222; its version 2.4 says so with status 200 (#2749)."""
+    told = {"error": "Input validation error: `top_p` must be > 0.0 and < 1.0", "error_type": "validation"}
+    for status in (422, 200):
+        with stand_in(
+            lambda asked, status=status: as_json(told, status=status) if "top_p" in asked.body else "yes"
+        ) as service:
+            client = client_of(service)
+            assert client.one(Ask(model="m", prompt="p", sampling=Sampling(top_p=1.0))).text == "yes"
+            with pytest.raises(Refused if status == 422 else EngineError, match="top_p"):
+                client_of(service).one(ask())
+
+
+@pytest.mark.parametrize(
+    ("code", "n_asked", "kind"),
+    [(502, 3, Unavailable), (429, 3, Completion), (402, 1, Refused), ("no", 1, UnusableReply)],
+)
+def test_an_error_that_comes_with_200_is_what_its_code_says(code: object, n_asked: int, kind: type) -> None:
+    """As OpenRouter and other gateways send the errors of the services behind them."""
+    told = as_json({"error": {"code": code, "message": "Provider returned error"}})
+    with stand_in(in_turn(told, told, told if code == 502 else text("x"))) as service:
+        (outcome,) = outcomes_of(client_of(service), ["a"])
+    assert type(outcome) is kind and len(service.asked) == n_asked
+
+
+def test_a_pause_in_milliseconds_or_until_a_date_is_kept() -> None:
+    told = [
+        error(429, retry_after_ms="2500", retry_after="9"),
+        error(429, retry_after=formatdate(time.time() + 30)),
+        text("x"),
+    ]
+    with stand_in(in_turn(*told)) as service:
+        waits = Waits()
+        client_of(service).one(ask(), waits)
+    assert waits.waits_s[0] == 2.5 and 25 < waits.waits_s[1] <= 30
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1", "/v1/", "/v1//", "/openai/deployments/d", "/v1/chat/completions", "/v1/completions/", ""]
+)
+@pytest.mark.parametrize("query", ["", "?api-version=2024-08-01-preview", "?api-version=preview&region=eu"])
+def test_the_query_of_an_address_stands_at_the_end_of_each_request(path: str, query: str) -> None:
+    with stand_in() as service:
+        root = service.url.removesuffix("/v1")
+        client = ApiClient(ApiSettings(base_url=f"{root}{path}{query}", api_key_env=""))
+        client.one(ask())
+        client.control("/health")
+    base = path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
+    assert [asked.path for asked in service.asked] == [
+        f"{base}/completions{query}", f"{base.removesuffix('/v1')}/health{query}"
+    ]  # fmt: skip
+
+
+def test_azures_gateways_get_the_key_in_azures_header_too_and_a_token_of_its_sign_in_as_others_do() -> None:
+    for key, name in ((KEY, "api-key"), ("eyJhbGciOiJIUzI1NiJ9.e30.4", "authorization")):
+        with stand_in() as service:
+            url = f"{service.url}?api-version=2024-10-21"
+            ApiClient(ApiSettings(base_url=url, api_key_env=""), key=key).one(ask())
+            headers = service.asked[0].headers
+        assert key in headers[name] and headers["authorization"] == f"Bearer {key}"
+        assert ("api-key" in headers) == (name == "api-key")
+    azure = ApiClient(ApiSettings(base_url="https://me.openai.azure.com/openai/v1", api_key_env=""), key=KEY)
+    sent = azure._client._build_request(FinalRequestOptions(method="post", url="/x", **azure._options))
+    assert sent.headers["api-key"] == KEY and "authorization" not in sent.headers
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_wrong_address_is_told_whole_with_the_path_that_is_usual(status: int) -> None:
+    with stand_in(in_turn(error(status, "Not Found"))) as service:
+        root = service.url.removesuffix("/v1")
+        wrong = ApiClient(ApiSettings(base_url=f"{root}/?api-version=preview", api_key_env=""))
+        told = rf"asked was {root}/completions\?api-version=preview: most services want /v1 at the end of base_url"
+        with pytest.raises(Refused, match=told):
+            wrong.one(ask())
+        with pytest.raises(Refused, match=f"asked was {service.url}/completions: check model and base_url"):
+            client_of(service).one(ask())
+
+
+def test_a_web_page_in_place_of_a_reply_is_said_to_be_one() -> None:
+    with (
+        stand_in(in_turn(Answer(body=b" <!DOCTYPE html><title>Ollama</title>"))) as service,
+        pytest.raises(UnusableReply, match="Ollama.*a web page: base_url is not that of the API"),
+    ):
+        client_of(service).one(ask())
+
+
+@pytest.mark.parametrize("told", [{"content": "a", "stop": True}, {"error": "Unexpected endpoint (POST /completions)"}])
+def test_a_reply_of_another_api_says_that_v1_is_missing(told: dict) -> None:
+    """llama.cpp's server and LM Studio answer /completions with 200."""
+    with stand_in(in_turn(as_json(told))) as service:
+        for url, hint in ((service.url.removesuffix("/v1"), "want /v1 at the end"), (service.url, "")):
+            with pytest.raises(UnusableReply) as caught:
+                ApiClient(ApiSettings(base_url=url, api_key_env="")).one(ask())
+            assert ("/v1 at the end" in str(caught.value)) == bool(hint)
 
 
 def test_one_prompt_that_is_refused_does_not_cost_the_others() -> None:
@@ -309,7 +659,7 @@ def test_a_row_of_refused_prompts_does_not_cost_the_others() -> None:
     assert [type(outcome) for outcome in outcomes] == [Refused] * 20 + [Completion] * 2
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
 def test_a_refusal_that_concerns_all_ends_the_round(status: int) -> None:
     with stand_in(in_turn(error(status))) as service:
         outcomes = outcomes_of(client_of(service, max_parallel=2), [f"p{i}" for i in range(30)])
@@ -476,6 +826,9 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: p
     [
         ({"base_url": "api.openai.com/v1"}, "base_url='api.openai.com/v1'"),
         ({"base_url": "http://me:secret@host/v1"}, "put the key into an environment variable"),
+        ({"base_url": "http://host/v1?sig=secret"}, "put the key into an environment variable"),
+        ({"base_url": "http://host/v1?a=secret-of-mine"}, "query with more than short values or a version"),
+        ({"base_url": "http://host/v1?"}, "query with more than"),
         ({"max_parallel": 0}, "max_parallel=0"),
         ({"max_attempts": 0}, "max_attempts=0"),
         ({"timeout_s": 0}, "timeout_s=0"),

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.stand_in import SILENCE, Answer, Asked, Behaviour, StandIn, error, stand_in
+from benchmarks.stand_in import SILENCE, Answer, Asked, Behaviour, StandIn, error, stand_in, text
 from seal_nb.errors import GradingError, SettingsError
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import make_grader
@@ -83,7 +83,30 @@ FAULTS: dict[str, tuple[Behaviour, Verdict, int, bool]] = {
     "maybe": (lambda a: "maybe", Verdict.UNGRADED, 1, False),
     "both": (lambda a: "Yes and no.", Verdict.UNGRADED, 1, False),
     "nothing": (lambda a: "", Verdict.UNGRADED, 1, False),
+    "thinking, then no": (lambda a: "<think>yes, no, wait, yes</think> no", Verdict.INCORRECT, 1, False),
+    "thinking that began in the prompt": (lambda a: "no, wait\n</think>\nyes", Verdict.CORRECT, 1, False),
+    "thinking alone": (lambda a: "<think>yes", Verdict.UNGRADED, 1, True),
+    "thinking that used up max_tokens": (lambda a: cut("<think>yes"), Verdict.UNGRADED, 1, True),
+    "nothing, cut": (lambda a: cut(""), Verdict.UNGRADED, 1, True),
+    "an argument that was cut": (lambda a: cut("The student says"), Verdict.UNGRADED, 1, True),
+    "a verdict and what was cut": (lambda a: cut("No, because"), Verdict.INCORRECT, 1, False),
+    "another name of the end": (
+        lambda a: text("no", finish_reason="eos_token", chat=True),
+        Verdict.INCORRECT,
+        1,
+        False,
+    ),
+    "refuses temperature": (
+        lambda a: error(400, "'temperature' is not supported") if "temperature" in a.body else "no",
+        Verdict.INCORRECT,
+        2,
+        False,
+    ),
 }
+
+
+def cut(said: str) -> Answer:
+    return text(said, finish_reason="length", chat=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -96,6 +119,53 @@ def test_fault_of_the_service_is_never_a_verdict(service: StandIn, tmp_path: Pat
     service.behave = lambda asked: "yes"
     assert grader.grade(answers(1)) == [Verdict.CORRECT if asks_again else verdict]
     assert len(service.asked) == n_calls + asks_again
+
+
+def test_thinking_that_used_up_the_tokens_is_told_once_with_the_setting_to_raise(
+    service: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.behave = lambda asked: Answer(body=b"<html>") if "number 0" in asked.prompt else cut("")
+    make_grader(service.judge(tmp_path, max_parallel=1)).grade(answers(9))
+    _, told = [record.getMessage() for record in caplog.records]
+    assert "cut at max_tokens=16" in told and "raise max_tokens" in told
+
+
+def test_a_reply_says_which_parameters_the_service_did_not_take(service: StandIn, tmp_path: Path) -> None:
+    service.behave = lambda asked: error(400, "Unknown parameter: 'top_p'") if "top_p" in asked.body else "no"
+    make_grader(service.judge(tmp_path)).grade(answers(1))
+    (kept,) = tmp_path.rglob("*.json")
+    assert json.loads(kept.read_text())["not_sent"] == ["top_p"]
+
+
+# What older versions kept of a reply, its tokens of 16, the verdict today, and whether it is asked for again.
+OLD = {
+    "<think>no, wait, yes</think> no": (9, "INCORRECT", False),
+    "<think>no, wait, yes": (9, "CORRECT", True),
+    "": (16, "CORRECT", True),
+    "The student says that": (16, "CORRECT", True),
+    "It depends.": (4, "UNGRADED", False),
+    "No, because of a long": (16, "INCORRECT", False),
+}
+
+
+@pytest.mark.parametrize("said", OLD)
+def test_what_an_older_version_kept_is_read_again_and_asked_again_only_if_it_was_cut(
+    service: StandIn, tmp_path: Path, said: str
+) -> None:
+    n_tokens, verdict, is_asked = OLD[said]
+    name = service.judge(tmp_path)
+    make_grader(name).grade(answers(1))
+    (kept,) = tmp_path.rglob("*.json")
+    kept.write_text(json.dumps({"reply": said, "model": "stub", "n_tokens": n_tokens, "prompt": "p"}))
+    for _ in range(2):
+        assert [one.value for one in make_grader(name).grade(answers(1))] == [verdict]
+    assert len(service.asked) == 1 + is_asked
+
+
+def test_a_judge_at_azure_keeps_its_query(service: StandIn, tmp_path: Path) -> None:
+    name = service.judge(tmp_path, base_url=f"{service.url}/?api-version=2024-10-21")
+    assert make_grader(name).grade(answers(1)) == [Verdict.CORRECT]
+    assert service.asked[0].path == "/v1/chat/completions?api-version=2024-10-21"
 
 
 def test_only_what_failed_is_asked_again(service: StandIn, tmp_path: Path) -> None:

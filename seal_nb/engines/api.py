@@ -1,11 +1,14 @@
 """Texts from an OpenAI-compatible service: OpenAI itself, a vLLM server, a gateway.
 
 The official client sends the requests. Added here: other attempts after failures that may pass, patience with rate
-limits, the end of a round, Ctrl-C. Only a finished text counts as a reply. Engines and judges use the same client.
+limits, parameters that a service refuses, the end of a round, Ctrl-C. Only a finished text counts as a reply; what a
+model thinks before it is cut off. Engines and judges use the same client.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -17,28 +20,50 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import openai
 from dotenv import dotenv_values
 
-from seal_nb.engines.base import Ask, Completion, Engine, NotAsked, OnText
+from seal_nb.engines.base import Ask, Completion, CutOff, Engine, NotAsked, OnText, UnusableReply, without_thinking
 from seal_nb.errors import PUT_AWAY, EngineError, SettingsError, hide_secrets, holds_key, keep_secret, redacted, shown
 from seal_nb.processes import DaemonThreads
 from seal_nb.settings import Settings, setting
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-FINISHED = ("stop", "length")
-CONCERNS_ALL = {401, 402, 403, 404}  # key, money, permission, address or model: every request would fail alike
-OUT_OF_MONEY = "insufficient_quota"  # OpenAI sends it with status 429, and waiting does not help
+# Finish reasons of texts that reached the limit, and of what is no text. All others ("eos_token", "", null) are an end.
+CUT = re.compile(r"(?i)(model_)?length|max_\w*tokens")
+UNFINISHED = re.compile(
+    r"(?i)filter|safety|recitation|prohibit|block|spii|sensitive|refus|abort|cancel|error|fail|timeout|insufficient"
+)
+CONCERNS_ALL = {401, 402, 403, 404, 405}  # key, money, permission, address or model: every request would fail alike
+OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # with status 429, and waiting does not help
 MOST_FAILURES_IN_A_ROW = 16  # or max_parallel, if that is more
 CONNECT_TIMEOUT_S = 10.0
-MAY_PASS = {408, 409, 429}  # and 5xx
+MAY_PASS = {408, 409, 424, 425, 429}  # and 5xx; 424: text-generation-inference's "failed during generation"
+LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}  # the other name
+_NEEDED = {"model", "prompt", "messages", "add_special_tokens"}
+_INSTEAD = {"seed": "the same text may not come again", "stop": "texts are cut here"}
+_PLAIN = {"temperature": (0, 1), "top_p": (1,)}  # values that say little, and that some services refuse
+_NAME = r"(?<![\w-]){0}(?![\w-])(?:(?<!stop)|(?<=[`'\"]stop)|(?<=: stop))"  # "stop" is a word, too
+_UNSUPPORTED = re.compile(
+    r"(?i)unsupported|n['o]t (currently )?support|unrecogni|extra_forbidden|extra (inputs|fields)|deprecated"
+    r"|(unknown|unexpected|invalid|disallowed) (name|param|arg|field|key|property)|was unexpected|may only be"
+    r"|not (permitted|allowed|accepted|available|(a )?(valid|known) (param|arg|field))|only .{1,30}allowed"
+    r"|cannot (both )?be (used|set|spec)"
+)
+_VALUE = re.compile(
+    r"(?i)must be|between|\brange|\btoo |at (most|least)|positive|imum|exceed|larger|greater|[<>≤≥]=? ?\d"
+)
+_DEFAULT = re.compile(r"(?i)(?:only|default)[^.\d\"]{0,30}(\d+(?:\.\d+)?)")
+HAS_VERSION, ADD_V1 = re.compile(r"/v\d|/deployments/"), "most services want /v1 at the end of base_url"
+_QUERY = re.compile(r"[A-Za-z][A-Za-z_.-]{0,29}=(?:\d{4}-\d\d-\d\d(?:-[a-z]{1,9})?|[\w.-]{1,7})")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0  # after a failure, if the service does not say how long to wait
 LONGEST_ASKED_S = 60.0  # pause that a service with a fault may ask for; for rate limits patience_s counts
 LONGEST_MESSAGE = 400  # characters of a service's message in an error
 LONGEST_BODY = 2**16  # characters of it that are looked through for the key
 DOTENV = Path(__file__).resolve().parents[2] / ".env"  # of the project; that of another folder may be anybody's
+log = logging.getLogger(__name__)
 _CONVENTIONAL = re.compile(r"[A-Z][A-Z0-9]{0,15}|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)+")
 for _name in ("connection", "http11", "http2", "proxy", "socks"):  # a reply's headers may repeat the key
     logging.getLogger(f"httpcore2.{_name}").addFilter(hide_secrets)
@@ -58,26 +83,25 @@ class Unavailable(EngineError):
     """Every attempt failed for a reason that may pass; run again later."""
 
 
-class UnusableReply(EngineError):
-    """The reply has no finished text: not JSON, no choice, cut off by a filter."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ApiSettings(Settings):
     """The address of a service and how to use it. The key itself is never a setting."""
 
-    base_url: str = "https://api.openai.com/v1"
+    base_url: str = "https://api.openai.com/v1"  # may end with a query such as ?api-version=2024-10-21
     api_key_env: str = "OPENAI_API_KEY"  # a variable of the environment or of .env; "" if no key is needed
     max_parallel: int = setting(16, least=1)  # requests at a time
     timeout_s: float = 600.0  # of one attempt; 8192 tokens take minutes
     max_attempts: int = setting(6, least=1)  # of one request; rate limits (429) have patience_s instead
     patience_s: float = 900.0  # a request that is rate-limited for longer is given up
-    token_limit: str = "max_tokens"  # the service's name for it; OpenAI's newer models: max_completion_tokens
+    token_limit: str = "max_tokens"  # the service's name for it; the other one is tried if it refuses this one
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if set("@?#") & set(self.base_url) or redacted(self.base_url) != self.base_url:
-            raise SettingsError(f"base_url holds a user, a password, a key or a query; {PUT_AWAY}")
+        query = self.base_url.split("?", 1)[1:]
+        is_plain = all(_QUERY.fullmatch(one) for one in "&".join(query).split("&") if query)
+        if set("@#") & set(self.base_url) or redacted(self.base_url) != self.base_url or not is_plain:
+            what = "a user, a password, a key, or a query with more than short values or a version"
+            raise SettingsError(f"base_url holds {what} such as ?api-version=2024-10-21; {PUT_AWAY}")
         try:
             url = urlsplit(self.base_url)
             is_address = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
@@ -99,6 +123,11 @@ class ApiSettings(Settings):
     def where(self) -> str:
         """The address, for messages; without its path if that looks like a key."""
         return "://".join(urlsplit(self.base_url)[:2]) if holds_key(self.base_url) else self.base_url
+
+    @property
+    def address(self) -> str:
+        """What paths of the API are added to: without query, and without the last path, which people paste too."""
+        return re.sub(r"/+((chat/)?completions)?/*$", "", self.base_url.partition("?")[0])
 
 
 def _names_variable(name: str) -> bool:
@@ -139,14 +168,22 @@ class ApiClient:
     ) -> None:
         self.settings, self.check, self.usage = settings, check, Usage()
         self.threads, self._counting = DaemonThreads(settings.max_parallel), threading.Lock()
+        self._refused: dict[str, dict[str, str]] = {}  # by model: parameters it refuses, and their other name or ""
         if key is None:
             key = api_key(settings.api_key_env) if settings.api_key_env else ""
         self._key = keep_secret(key)
         timeout = openai.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
+        host = urlsplit(settings.base_url).hostname or ""
         # A proxy of the environment is not for servers on this machine.
-        trust_env = urlsplit(settings.base_url).hostname not in LOOPBACK
+        trust_env = host not in LOOPBACK
+        # Azure takes its keys in a header of its own, and tokens of its sign-in (JWT) as others do.
+        is_azure, is_key = host.endswith(".azure.com"), bool(key) and key[:3] != "eyJ"
+        headers: dict[str, Any] = {"Authorization": openai.Omit()} if is_azure and is_key else {}
+        headers |= {"api-key": key} if is_key and (is_azure or "api-version=" in settings.base_url) else {}
+        self._options: Any = {"headers": headers}
         self._client = openai.OpenAI(
-            base_url=settings.base_url,
+            base_url=settings.address,
+            default_query=dict(parse_qsl(urlsplit(settings.base_url).query)),
             api_key=key or "none",
             max_retries=0,  # `one` repeats: it can be stopped, and waits longer for a rate limit
             timeout=timeout,
@@ -185,15 +222,15 @@ class ApiClient:
             raise
 
     def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
-        """The server's reply at ``path`` (from its root) to one GET, or to one POST with a body.
+        """The server's reply at ``path`` (from where its /v1 is) to one GET, or to one POST with a body.
         Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection."""
-        url = urljoin(self.settings.base_url, path)
+        url = self.settings.address.removesuffix("/v1") + path
         try:
             if body is None:
-                return self._client.get(url, cast_to=str)
-            return self._client.post(url, cast_to=str, body=dict(body))
+                return self._client.get(url, cast_to=str, options=self._options)
+            return self._client.post(url, cast_to=str, body=dict(body), options=self._options)
         except openai.APIStatusError as error:
-            failed: EngineError = Refused(self._shown(str(error)), status=error.status_code)
+            failed: EngineError = Refused(self._shown(f"{path}: {_said(error)}"), status=error.status_code)
         except openai.APIConnectionError as error:
             failed = Unavailable(self._shown(f"{path}: {error}"))
         raise failed  # not chained: the cause holds the request with the key
@@ -217,20 +254,25 @@ class ApiClient:
         given_up_s, n_failed, pause_s = time.monotonic() + self.settings.patience_s, 0, FIRST_PAUSE_S
         while not stopped.is_set():
             self.check()
+            known, raw, asked_s = self._refused.get(ask.model, {}), "", None
+            sent = {known.get(name, name): value for name, value in body.items() if known.get(name, name)}
             try:
-                return self._completion(self._client.post(path, cast_to=str, body=body))
+                raw = self._client.post(path, cast_to=str, body=sent, options=self._options)
+                return self._completion(raw, ask.sampling.stop, ask.sampling.max_tokens)
+            except Refused as error:
+                told, status = str(error), error.status
             except openai.APIConnectionError as error:
-                told, status, retry_after = self._shown(str(error)), 0, ""
+                told, status = self._shown(str(error)), 0
             except openai.APIStatusError as error:
-                told, status = self._shown(str(error)), error.status_code
-                retry_after = error.response.headers.get("retry-after", "")
-                if status == 429 and OUT_OF_MONEY in error.response.text:
-                    status = 402
+                told, status, raw = self._shown(_said(error)), error.status_code, error.response.text
+                asked_s = self._client._parse_retry_after_header(error.response.headers)
+            if status == 429 and any(cause in raw for cause in OUT_OF_MONEY):
+                status = 402
+            if status in (400, 422) and self._learn(sent, raw):
+                continue
             if status and status not in MAY_PASS and status < 500:
-                hint = "; redirects are not followed: give the new address as base_url" if status < 400 else ""
-                raise Refused(f"{told}{hint}", status=status)
-            is_seconds = re.fullmatch(r"\d+(\.\d+)?", retry_after)  # it may be a date
-            wait_s = float(retry_after) if is_seconds else pause_s * random.uniform(0.75, 1)
+                raise Refused(told + self._hint(status, path), status=status)
+            wait_s = asked_s if asked_s and 0 < asked_s < math.inf else pause_s * random.uniform(0.75, 1)
             if status != 429:
                 wait_s = min(wait_s, LONGEST_ASKED_S)
             elif time.monotonic() + wait_s > given_up_s:
@@ -243,8 +285,46 @@ class ApiClient:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         raise NotAsked("not sent: earlier requests failed, or the user interrupted")
 
-    def _completion(self, raw: str) -> Completion:
-        """The text in the body of a reply. Raises: UnusableReply."""
+    def not_sent(self, model: str) -> list[str]:
+        """The parameters that this model's service has refused, and that it does not get any more."""
+        return sorted(name for name, other in self._refused.get(model, {}).items() if not other)
+
+    def _learn(self, sent: Mapping[str, Any], told: str) -> bool:
+        """Whether a refusal names a parameter that the service does not know; from now on it is left out or renamed. A
+        refusal of a value (too large, out of range) is an error, unless the value is none that a user chooses."""
+        with contextlib.suppress(ValueError):  # what it repeats of the request is no reason
+            parts = json.loads(told, object_hook=lambda part: {name: part[name] for name in part if name != "input"})
+            told = json.dumps(parts, ensure_ascii=False)
+        names = [name for name in sent if name in LIMITS or name not in {*_NEEDED, self.settings.token_limit}]
+        for part in re.split(r"(?<=[.;])\s|\\n|\n", told[:LONGEST_BODY]):
+            found = [(at.start(), name) for name in names if (at := re.search(_NAME.format(name), part))]
+            name = max(found)[1] if " both " in part and found else min(found, default=(0, ""))[1]
+            is_plain = sent.get(name) in _PLAIN.get(name, ())
+            if not name or not (is_plain if _VALUE.search(part) else _UNSUPPORTED.search(part)):
+                continue
+            other = LIMITS.get(name, "")
+            with self._counting:
+                known = self._refused.get(sent["model"], {})
+                if name in known or other in known:  # by another thread since this request; or both names are refused
+                    return name in known
+                self._refused[sent["model"]] = known | {name: other}
+            default = _DEFAULT.search(told)
+            instead = _INSTEAD.get(name) or f"the service uses {default[1] if default else 'its own value'}"
+            does = f"sent as {other}" if other else f"left out: {instead}"
+            log.warning(self._shown(f"model {sent['model']} refuses {name}={sent[name]!r}; from now on it is {does}"))
+            return True
+        return False
+
+    def _hint(self, status: int, path: str) -> str:
+        """What to do about a refusal that may come from the address."""
+        if status not in (404, 405):
+            return "; redirects are not followed: give the new address as base_url" if status < 400 else ""
+        asked = f"{self.settings.address}{path}{''.join(self.settings.base_url.partition('?')[1:])}"
+        remedy = "check model and base_url" if HAS_VERSION.search(asked) else ADD_V1
+        return f"; {remedy}" if holds_key(asked) else f"; asked was {asked}: {remedy}"
+
+    def _completion(self, raw: str, stop: Sequence[str] = (), max_tokens: int = 0) -> Completion:
+        """The text in the body of a reply. Raises: UnusableReply; Refused for an error that came with status 200."""
         try:
             body = json.loads(raw)
             counts = body.get("usage") or {}  # some services do not count tokens
@@ -253,21 +333,43 @@ class ApiClient:
                 self.usage.n_replies += 1
                 self.usage.n_tokens += n_tokens
                 self.usage.n_prompt_tokens += n_prompt_tokens
+            if not body.get("choices"):
+                status = 422 if body.get("error_type") == "validation" else int(body["error"]["code"])
+                if 400 <= status < 600:
+                    raise Refused(self._shown(raw), status=status)
             (choice,) = body["choices"]
-            text = choice["message"]["content"] if choice.get("message") else choice["text"]
-            finish_reason = choice["finish_reason"]
+            message = choice.get("message") or {}
+            text = message["content"] if message else choice["text"]
+            if isinstance(text, list):  # of parts: thinking and texts
+                text = "".join(part["text"] for part in text if part["type"] == "text")
+            reason, answer = str(choice.get("finish_reason") or ""), without_thinking(text or "")
+            is_cut, is_usable = CUT.fullmatch(reason), not UNFINISHED.search(reason) and not message.get("refusal")
+            if not answer.strip():  # an empty text is one if nothing was thought and nothing cut
+                if is_cut:
+                    raise CutOff(self.settings.where, max_tokens)
+                has_thought = text != answer or message.get("reasoning_content") or message.get("reasoning")
+                is_usable = reason == "stop" and not has_thought
         except (ValueError, KeyError, TypeError, AttributeError):
-            text = finish_reason = None
-        if not isinstance(text, str) or finish_reason not in FINISHED:
-            raise UnusableReply(self._shown(f"the reply holds no finished text: {raw!r}"))
+            is_usable = False
+        if not is_usable:
+            told = self._shown(f"the reply holds no finished text: {raw!r}")
+            is_page = "; a web page: base_url is not that of the API" if raw.lstrip()[:1] == "<" else ""
+            raise UnusableReply(told + is_page + ("" if HAS_VERSION.search(self.settings.address) else f"; {ADD_V1}"))
         # Answers are never changed, and no text of a usual answer has 16 characters in common with a key.
-        if any(self._key[at : at + 16] in text for at in range(len(self._key) - 15)):
+        if any(self._key[at : at + 16] in answer for at in range(len(self._key) - 15)):
             raise UnusableReply(self._shown("the reply repeats the key"))
-        return Completion(text=text, n_tokens=n_tokens, finish_reason=finish_reason)
+        ends = [at for one in stop if (at := answer.find(one)) >= 0]  # some services keep the stop text
+        finish_reason = "length" if is_cut and not ends else "stop"
+        return Completion(text=answer[: min(ends, default=None)], n_tokens=n_tokens, finish_reason=finish_reason)
 
     def _shown(self, message: str) -> str:
         """A service's message with its address, shortened, and without the key, which some services repeat."""
         return f"{self.settings.where}: {redacted(message[:LONGEST_BODY])[:LONGEST_MESSAGE]}"
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """A refusal with its message, or with its body if that has another form."""
+    return str(error) if " - " in str(error) else f"{error} - {error.response.text}"
 
 
 class Round:
@@ -304,6 +406,9 @@ class OpenAIEngine(Engine):
 
     def __init__(self, settings: ApiSettings, *, model: str) -> None:
         self.client, self.model, self.model_id = ApiClient(settings), model, f"openai-{model}"
+
+    def not_sent(self) -> list[str]:
+        return self.client.not_sent(self.model)
 
     def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """See Engine. Raises: SettingsError for an adapter, which a service cannot load."""

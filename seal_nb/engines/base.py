@@ -3,6 +3,7 @@
 An engine knows nothing of passages, self-edits or experiments. A failure is an EngineError, never an empty completion.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,18 @@ class Completion:
     text: str
     n_tokens: int
     finish_reason: str
+
+
+class UnusableReply(EngineError):
+    """The reply has no finished text: not JSON, no choice, cut off by a filter."""
+
+
+class CutOff(UnusableReply):
+    """The reply ended at its token limit before its text, as after long thinking."""
+
+    def __init__(self, where: str, max_tokens: int) -> None:
+        told = f"the reply was cut at max_tokens={max_tokens}, before an answer came (thinking counts)"
+        super().__init__(f"{where}: {told}; raise max_tokens")
 
 
 class NotAsked(EngineError):
@@ -103,9 +116,38 @@ class Engine(ABC):
     def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
         """The text or the failure of each request, by its index."""
 
+    def not_sent(self) -> list[str]:
+        """Parameters of the sampling that the service refused, so that its own values applied."""
+        return []
+
     def text_of(self, prompt: Prompt) -> str:
         """The text that the model sees: a chat goes through the model's template, where that is known."""
         return contents(prompt)
+
+
+# How models mark their thinking: DeepSeek and Qwen, Magistral, Kimi, Command A, Gemma, gpt-oss (whole, and without its
+# special tokens). Only at the start of a text: a self-edit may quote a mark.
+_THINKING = re.compile(
+    r"\s*(?:<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)|◁think▷.*?(?:◁/think▷|\Z)"
+    r"|<\|START_THINKING\|>.*?(?:<\|END_THINKING\|>(?:<\|START_(?:RESPONSE|TEXT)\|>)?|\Z)"
+    r"|<\|channel>thought\b.*?(?:<channel\|>|\Z)|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary).*?(?:(?=<\|channel\|>final)|\Z)"
+    r"|analysis(?=.*assistantfinal).*?assistantfinal)\s*",
+    re.DOTALL | re.IGNORECASE,
+)
+# Templates may put the opening mark into the prompt. A mark in quotes is text.
+_REST_OF_THINKING = re.compile(r"(?s).*?(?<![`'\"“‘])(?:</think(?:ing)?>|\[/THINK\])(?![`'\"”’])\s*")
+_OPENING = re.compile(r"<think(?:ing)?>|\[THINK\]", re.IGNORECASE)
+
+
+def without_thinking(text: str) -> str:
+    """The text after the thinking that it begins with: "" if that never ends, the text itself if there is none."""
+    at = 0
+    while thought := _THINKING.match(text, at) or _REST_OF_THINKING.match(text, at):
+        if thought.re is _REST_OF_THINKING and _OPENING.search(text, at, thought.end()):
+            break  # opened and closed in the midst of a text
+        at = thought.end()
+    return re.sub(r"<\|(?:return|END_RESPONSE|END_TEXT)\|>\s*$", "", text[at:]) if at else text
 
 
 def contents(prompt: Prompt) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt
+from seal_nb.engines.base import Ask, Completion, CutOff, Engine, OnText, Prompt, without_thinking
 from seal_nb.errors import EngineError, SettingsError
 from seal_nb.models import model_identity, resolve_model
 from seal_nb.peft_files import adapter_for
@@ -51,7 +51,11 @@ class LocalEngine(Engine):
                 if done.error:
                     outcomes[index] = EngineError(done.error)
                     continue
-                completion = Completion(text=done.text, n_tokens=len(done.token_ids), finish_reason=done.finish_reason)
+                text = without_thinking(done.text)
+                if done.text.strip() and not text.strip():
+                    outcomes[index] = CutOff(self.model_id, asks[index].sampling.max_tokens)
+                    continue
+                completion = Completion(text=text, n_tokens=len(done.token_ids), finish_reason=done.finish_reason)
                 outcomes[index] = completion
                 if on_text is not None:
                     on_text(index, completion)

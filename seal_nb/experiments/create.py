@@ -134,7 +134,7 @@ def create_self_edits(
         how: dict[str, Any] = {"k_completions": k_completions, "sampling": sampling, "chat": chat}
         told: dict[str, Any] = {"on_start": say_work, "on_text": Progress("self-edits").at}
         written, texts = write_self_edits(writer, passages, prompts=prompts, seed=seed, journal=journal, **how, **told)
-        model_id = writer.model_id
+        model_id, not_sent = writer.model_id, writer.not_sent()
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
     made = {
         "engine": engine,
@@ -144,6 +144,7 @@ def create_self_edits(
         "prompts": [asdict(prompt) for prompt in prompts],
         **how,
         "sampling": asdict(sampling),
+        **({"not_sent": not_sent} if not_sent else {}),
     }
     write_record(path, stage="01_create_self_edits", settings=made, seeds={"seed": seed})
     n_cut = sum(text.finish_reason == "length" for text in texts)

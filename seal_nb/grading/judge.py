@@ -1,7 +1,7 @@
 """A language model as grader: the published yes/no question, sent to any OpenAI-compatible service.
 
 SEAL (arXiv 2506.10943) takes its verdicts from GPT-4.1 in this way and counts a failed call as "wrong". Here an answer
-without a plain yes or no is UNGRADED, and each reply is saved, so that no answer is paid for twice.
+without a plain yes or no is UNGRADED, and each whole reply is saved, so that no answer is paid for twice.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from seal_nb.engines.api import ApiClient, ApiSettings, Round
-from seal_nb.engines.base import Ask, Sampling
+from seal_nb.engines.base import Ask, CutOff, Sampling, without_thinking
 from seal_nb.errors import PUT_AWAY, EngineError, GradingError, SettingsError, holds_key, redacted
 from seal_nb.grading.base import Answered, Verdict, without_asking
 from seal_nb.models import cache_dir
@@ -79,9 +79,9 @@ def judge_settings(name: str) -> JudgeSettings:
 
 
 def read_verdict(reply: str) -> Verdict:
-    """CORRECT or INCORRECT if the reply has exactly one of the words "yes" and "no", else UNGRADED. The published
-    parser agrees where there is exactly one, and takes everything else that is not a yes for a no."""
-    words = set(_YES_OR_NO.findall(reply.lower()))
+    """CORRECT or INCORRECT if the reply, without thinking, has exactly one of the words "yes" and "no", else UNGRADED.
+    The published parser agrees where there is exactly one, and takes everything else that is not a yes for a no."""
+    words = set(_YES_OR_NO.findall(without_thinking(reply).lower()))
     if len(words) != 1:
         return Verdict.UNGRADED
     return Verdict.CORRECT if words == {"yes"} else Verdict.INCORRECT
@@ -128,7 +128,7 @@ class JudgeGrader:
     def _saved_reply(self, key: str, prompt: str, sent: Round) -> str:
         """The reply on disk, or the model's, which is then saved. Each key has a file that is also its lock: of all
         threads, processes and nodes that need the same reply, one asks and the others wait. The system drops the lock
-        of a dead process. An empty or torn file holds no reply."""
+        of a dead process. An empty or torn file holds no reply. A reply that was cut before its verdict is none."""
         path = self.settings.cache_dir / key[:2] / f"{key}.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,13 +140,24 @@ class JudgeGrader:
                 "set cache_dir to a folder that can be written and locked"
             ) from error
         with file:
-            try:
-                return str(json.loads(file.read())["reply"])
-            except (ValueError, KeyError, TypeError):
-                sampling = Sampling(max_tokens=self.settings.max_tokens, temperature=0.0, top_p=1.0)
-                message = {"role": "user", "content": prompt}
-                reply = sent.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
+            most = self.settings.max_tokens
+            with suppress(ValueError, KeyError, TypeError):
+                kept = json.loads(file.read())
+                said = str(kept["reply"])
+                # Older versions saved replies that were cut, too, and thinking without an answer.
+                was_cut = "finish_reason" not in kept and kept.get("n_tokens", 0) >= most
+                is_whole = without_thinking(said).strip() or not said.strip()
+                if read_verdict(said) is not Verdict.UNGRADED or (is_whole and not was_cut):
+                    return said
+            sampling = Sampling(max_tokens=most, temperature=0.0, top_p=1.0)
+            message = {"role": "user", "content": prompt}
+            reply = sent.one(Ask(model=self.settings.model, prompt=(message,), sampling=sampling))
+            if reply.finish_reason == "length" and read_verdict(reply.text) is Verdict.UNGRADED:
+                raise CutOff(self.settings.where, most)
             about = {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
+            about |= {"finish_reason": reply.finish_reason}
+            if not_sent := self.client.not_sent(self.settings.model):
+                about["not_sent"] = not_sent
             try:
                 file.seek(0)
                 file.truncate()

@@ -118,6 +118,9 @@ def test_what_the_server_refuses_is_missing_and_the_rest_is_there(engine: VllmEn
     with pytest.raises(Incomplete, match=r"1 of 3 texts are missing.*maximum context length") as caught:
         engine.generate(["a", "word " * 600, "b"], GREEDY, seeds=[0, 0, 0])
     assert set(caught.value.completions) == {0, 2} and set(caught.value.failures) == {1}
+    with pytest.raises(Incomplete, match="max_tokens=600 cannot be greater than max_model_len=512"):
+        engine.generate(["a"], Sampling(max_tokens=600), seeds=[0])
+    assert engine.client.not_sent("base") == [], "a refused value is no refused parameter"
 
 
 def test_an_adapter_of_too_high_a_rank_or_none_is_an_error_that_names_it(engine: VllmEngine, tmp_path: Path) -> None:
