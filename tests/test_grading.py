@@ -398,3 +398,25 @@ def test_published_file_reports_kappa_and_bias(golden: Path, tmp_path: Path) -> 
         "adapter": -0.01, "baseline": -0.04, "adapter+baseline": -0.03,
     }  # fmt: skip
     assert done.gain_bias == pytest.approx(0.029, abs=0.005)
+
+
+@pytest.mark.parametrize("name", GRADERS)
+def test_the_best_of_several_golds_counts(name: str) -> None:
+    one = Answered(question="When was it built?", gold="nineteen ninety", answer="1990")
+    grade = make_grader(name).grade
+    assert grade([replace(one, other_golds=("1990",)), replace(one, gold="1066", other_golds=("1492",))]) == [
+        Verdict.CORRECT,
+        Verdict.INCORRECT,
+    ]
+    assert grade([replace(one, gold=" ", other_golds=("1990",)), replace(one, gold="", other_golds=("",))]) == [
+        Verdict.CORRECT,
+        Verdict.UNGRADED,
+    ]
+
+
+def test_a_file_of_answers_may_have_several_golds(tmp_path: Path) -> None:
+    row = {"question": "When?", "gold": "nineteen ninety", "other_golds": ["1990"], "answer": "1990"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    graded = grade_file(tmp_path / "answers.jsonl", tmp_path / "graded.jsonl", grader="exact")
+    assert list(graded.verdicts) == [True]
+    assert json.loads((tmp_path / "graded.jsonl").read_text()) == {**row, "verdict": "CORRECT"}

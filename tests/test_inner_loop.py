@@ -151,7 +151,11 @@ def test_a_job_that_diverges_fails_alone_with_a_remedy(loop: InnerLoop) -> None:
     [
         ("seal_nb.ttt.trainer.make_row", KeyError, {"train_sequences": ["~ a"]}),
         ("seal_nb.inner_loop.evaluation.make_row", StopIteration, {"train_sequences": ["~ a"]}),
-        ("seal_nb.inner_loop.evaluation.Answered", TypeError, {"eval_questions": [{**QUESTIONS[0], "answer": "~"}]}),
+        (
+            "seal_nb.inner_loop.evaluation.answered_with",
+            TypeError,
+            {"eval_questions": [{**QUESTIONS[0], "title": "~"}]},
+        ),
         ("seal_nb.inner_loop.evaluation.build_reply", AssertionError, {}),
     ],
 )
@@ -310,3 +314,21 @@ def test_without_baseline_only_the_adapter_answers(loop: InnerLoop) -> None:
     assert isinstance(reply, TTTReply)
     assert reply.baseline_accuracy is None and reply.baseline_texts == []
     assert len(reply.adapter_texts) == 2 and reply.gains == [None, None]
+
+
+def test_the_likeliest_of_several_golds_is_the_soft_score_and_any_of_them_is_correct(loop: InnerLoop) -> None:
+    answers, scores = ["a lamp", "x", "on the hill"], []
+    for answer in answers:
+        own = run(again(loop), request("a", eval_questions=[{**QUESTIONS[0], "answer": answer}], soft_scores=True))["a"]
+        assert isinstance(own, TTTReply)
+        scores.append((own.baseline_gold_logprobs[0], own.adapter_gold_logprobs[0], own.adapter_texts[0]))
+    several = {**QUESTIONS[0], "answer": answers[0], "other_answers": answers[1:]}
+    reply = run(again(loop), request("a", eval_questions=[several, QUESTIONS[1]], soft_scores=True))["a"]
+    assert isinstance(reply, TTTReply)
+    best = [max(of_one) for of_one in list(zip(*scores, strict=True))[:2]]
+    found = [reply.baseline_gold_logprobs[0], reply.adapter_gold_logprobs[0]]
+    assert found == pytest.approx(best, rel=1e-4) and len(reply.adapter_gold_logprobs) == 2
+    said = [*answers[:2], scores[0][2] or "empty"]
+    told = {**several, "answer": "zebra", "other_answers": said}
+    graded = run(again(loop), request("a", eval_questions=[told]))["a"]
+    assert isinstance(graded, TTTReply) and graded.adapter_correct == [bool(scores[0][2])]

@@ -259,3 +259,13 @@ def test_every_counter_of_the_server_is_on_the_page():
     }
     assert {"answered", "requeued"} <= counted
     assert not [name for name in counted if f"`{name}`" not in PAGE]
+
+
+def test_a_question_with_one_gold_goes_out_as_published_so_that_requests_keep_their_ids() -> None:
+    one = {"title": "T", "context": "c", "question": "q", "answer": "a"}
+    for given in (one, {**one, "other_answers": []}, {**one, "other_answers": None}):
+        request = TTTRequest.model_validate({"eval_questions": [given]})
+        assert request.model_dump(mode="json")["eval_questions"] == [one]
+        assert json.loads(request.model_dump_json())["eval_questions"] == [one]
+    several = {**one, "other_answers": ["b"]}
+    assert TTTRequest.model_validate({"eval_questions": [several]}).model_dump()["eval_questions"] == [several]

@@ -17,12 +17,14 @@ from seal_nb.errors import DataError
 from seal_nb.experiments.continual import Edits, sequence_record
 from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request
 from seal_nb.experiments.rest_em import select_best
+from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Verdict
-from seal_nb.grading.choose import grader_of
+from seal_nb.grading.choose import grader_of, make_grader
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTRequest, build_reply
 from seal_nb.results.collect import read_run, run_of
 from seal_nb.results.continual import continual_matrix, summarize_sequences, verdict_row
+from seal_nb.results.cpt import CptRun
 from seal_nb.results.regrade import agreement_of, is_run_file, regrade, regrade_file
 from seal_nb.results.single_passage import SinglePassageRun
 
@@ -331,3 +333,25 @@ def test_kappa_of_one_sided_verdicts_is_defined(
 ) -> None:
     found = agreement_of(verdicts, reference)
     assert (found and found.kappa) == kappa
+
+
+def test_other_answers_go_into_each_form_of_run_and_count_when_it_is_graded_again() -> None:
+    asked = Question(question="When?", answer="nineteen ninety", other_answers=("1990",))
+    passage = Passage(title="A", context="c", questions=(asked, Question(question="Who?", answer="Ilse")))
+    said = Answers(texts=["1990", "1990"], verdicts=[Verdict.UNGRADED] * 2)
+    reply = build_reply(baseline=said, adapter=said, request_id="r", seed=1)
+    settings = CPTSettings(arm="passage_only")
+    request = cpt_request([passage], settings, model_id="m")
+    about = {"model": "m", "dataset": "d", "timestamp": "t"}
+    cpt_run = CptRun(value=build_cpt_run([passage], request, reply, settings, **about), passages=[passage])
+    loops = requests_for_run([passage], SinglePassageSettings(arm="passage_only"), model_id="m")
+    value = build_run([passage], loops, {loops[0].request_id: reply}, SinglePassageSettings(arm="passage_only"))
+    rows = value["articles"][0]["completions"][0]["questions"]
+    assert [row.get("other_answers") for row in rows] == [["1990"], None], "published files have no such field"
+    edits = Edits(passages=[passage], texts=["t"], requests=[request] * 2, replies=[reply] * 2)
+    rows = [verdict_row([True, False], [2], step) for step in range(2)]
+    summary = summarize_sequences([continual_matrix(rows)], dataset="d", base_model="m")
+    summary["sequences"] = [sequence_record(edits)]
+    for run in (cpt_run, run_of(value), run_of(summary)):
+        again = regrade(run, make_grader("exact")).run
+        assert again is not None and again.flat_verdicts("adapter") == [True, False], run.form
