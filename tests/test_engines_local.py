@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seal_nb.engines.base import Sampling
+from seal_nb.engines.base import Ask, Completion, Sampling
 from seal_nb.engines.local import LocalEngine
 from seal_nb.errors import SettingsError
 from seal_nb.peft_files import save_adapter
@@ -73,3 +73,14 @@ def test_a_chat_needs_a_template_and_goes_through_it(base: FrozenBase) -> None:
         )
     finally:
         base.tokenizer.chat_template = None
+
+
+def test_what_a_model_thinks_first_is_cut_off_and_thinking_alone_is_no_text(
+    base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, decode = LocalEngine(base, model_id="tiny"), base.tokenizer.decode
+    for thinks, said in (("<think>no</think>\n", True), ("<think>", False)):
+        monkeypatch.setattr(base.tokenizer, "decode", lambda *ids, t=thinks, **how: t + decode(*ids, **how))
+        outcome = engine.outcomes([Ask(prompt="Zor", sampling=SAMPLING, seed=1)], None)[0]
+        assert isinstance(outcome, Completion) == said
+        assert "think" not in outcome.text if isinstance(outcome, Completion) else "raise max_tokens" in str(outcome)

@@ -187,6 +187,7 @@ PASSAGE = "T\nIlse Corvandt built it in 1893."
         (question(), ["T\nIt is from 18935."], "no train sequence contains the words of the gold answer"),
         (question(adapter_answer="in that year"), [PASSAGE],
          "only the passage contains the gold answer; the adapter's answer uses other words"),
+        (question(gold="in '93", other_golds=["1893"]), [PASSAGE], "only the passage contains the gold answer"),
         (question(adapter_answer="  ", adapter_correct=False), [PASSAGE],
          "only the passage contains the gold answer; the adapter's answer is empty"),
         (question(adapter_answer="It was Ilse Corvandt.", adapter_correct=False), ["T\nnothing"],

@@ -502,5 +502,6 @@ def test_only_another_answer_of_the_same_passage_is_recited() -> None:
         {"question": f"q{n}", "answer": gold, "adapter_answer": "Paris"} for n, gold in enumerate(["Paris", "paris"])
     ]
     other = [{"question": "q2", "answer": "Rome", "adapter_answer": "Paris"}]
-    articles = [{"completions": [{"questions": one}]} for one in (rows, other)]
+    also = [{**other[0], "other_answers": ["Paris"]}, {"question": "q3", "answer": "paris", "adapter_answer": "Oslo"}]
+    articles = [{"completions": [{"questions": one}]} for one in (rows, other, also)]
     assert SinglePassageRun(value={"articles": articles}).recited() == 0.0

@@ -46,10 +46,10 @@ def flip_of(before: float | None, after: float | None) -> str:
     return _FLIPS.get((before, after), UNGRADED)  # type: ignore[arg-type]
 
 
-def contains(text: str, gold: str) -> bool:
-    """Whether the text contains the words of the gold answer in a row, after SQuAD's normalisation."""
-    words = normalised(gold)
-    return bool(words) and f" {words} " in f" {normalised(text)} "
+def contains(text: str, *golds: str) -> bool:
+    """Whether the text contains the words of a gold answer in a row, after SQuAD's normalisation."""
+    known = f" {normalised(text)} "
+    return any(f" {words} " in known for gold in golds if (words := normalised(gold)))
 
 
 def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequences: Sequence[str]) -> str:
@@ -57,22 +57,23 @@ def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequen
     sides = {"baseline": one.baseline_correct, "adapter": one.adapter_correct}
     if missing := [side for side, verdict in sides.items() if verdict is None]:
         return f"no verdict on the {' and the '.join(missing)} answer"
-    found = [str(number) for number, text in enumerate(sequences[:-1], start=1) if contains(text, one.gold)]
+    found = [str(number) for number, text in enumerate(sequences[:-1], start=1) if contains(text, *one.golds)]
     if found:
         numbers = ", ".join(found[:MOST_NUMBERS]) + (" …" if len(found) > MOST_NUMBERS else "")
         plural, verb = ("s", "contain") if len(found) > 1 else ("", "contains")
         facts = [f"train sequence{plural} {numbers} of {len(sequences)} {verb} the gold answer"]
-    elif contains(sequences[-1], one.gold):
+    elif contains(sequences[-1], *one.golds):
         facts = ["only the passage contains the gold answer"]
     else:
         facts = ["no train sequence contains the words of the gold answer"]
     if not one.adapter_answer.strip():
         facts.append("the adapter's answer is empty")
     elif not one.adapter_correct:
-        others = {other.gold for other in asked if other.gold.casefold() != one.gold.casefold()}
+        own = {*map(str.casefold, one.golds)}
+        others = {other.gold for other in asked if other.gold.casefold() not in own}
         recited = sorted(gold for gold in others if contains(one.adapter_answer, gold))
         facts += [f"the adapter's answer contains that of another question: {gold!r}" for gold in recited[:1]]
-    elif not contains(one.adapter_answer, one.gold):
+    elif not contains(one.adapter_answer, *one.golds):
         facts.append("the adapter's answer uses other words")
     return "; ".join(facts)
 

@@ -14,50 +14,72 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
-from seal_nb import metrics
 from seal_nb.errors import DataError, checked
 from seal_nb.grading.base import answered_with
+from seal_nb.metrics import (
+    Difference,
+    Estimate,
+    Scores,
+    Verdicts,
+    accuracy,
+    mean,
+    mean_interval,
+    paired_difference,
+    sample_std,
+)
 from seal_nb.protocol import rounded
-from seal_nb.results import run as run_file
 from seal_nb.results.cpt import check_length, split_by_passage
+from seal_nb.results.run import (
+    VERDICT_WORDS,
+    Count,
+    Kind,
+    Many,
+    Number,
+    Part,
+    Run,
+    RunFields,
+    StoredVerdict,
+    frame,
+    unequal,
+)
 from seal_nb.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Matrix = Sequence[Sequence[float | None]]
-_interval = partial(metrics.mean_interval, unit="sequences")
-_difference = partial(metrics.paired_difference, unit="sequences")
+_interval = partial(mean_interval, unit="sequences")
+_difference = partial(paired_difference, unit="sequences")
 
 
-class _Asked(run_file.Part):
+class _Asked(Part):
     question: str
     answer: str
-    other_answers: run_file.Many[str] = Field([])
+    other_answers: Many[str] = Field([])
 
 
-class _Step(run_file.Part):
-    texts: run_file.Many[str]
-    correct: run_file.Many[bool | None]
-    earlier: dict[str, dict[str, run_file.Many[bool | None]]] | None = None
+class _Step(Part):
+    texts: Many[str]
+    correct: Many[bool | None]
+    earlier: dict[str, dict[str, Many[bool | None]]] | None = None
 
 
-class _Sequence(run_file.Part):
-    titles: run_file.Many[str]
-    questions: run_file.Many[run_file.Many[_Asked]]
-    steps: run_file.Many[_Step]
+class _Sequence(Part):
+    titles: Many[str]
+    questions: Many[Many[_Asked]]
+    steps: Many[_Step]
 
 
-class _File(run_file.RunFields):
-    mean_over_sequences: run_file.Many[run_file.Many[run_file.Number]]
-    std_over_sequences: run_file.Many[run_file.Many[run_file.Number]] | None = None
-    matrices: run_file.Many[run_file.Many[run_file.Many[run_file.Number]]] | None = None
-    sequences: run_file.Many[_Sequence] | None = None
-    n_sequences_of_runs: run_file.Many[run_file.Count] | None = None
+class _File(RunFields):
+    mean_over_sequences: Many[Many[Number]]
+    std_over_sequences: Many[Many[Number]] | None = None
+    matrices: Many[Many[Many[Number]]] | None = None
+    sequences: Many[_Sequence] | None = None
+    n_sequences_of_runs: Many[Count] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
-class ContinualRun(run_file.Run):
+class ContinualRun(Run):
     """A ``summary_*.json``. Raises: DataError if its matrices are not (K+1)×K.
 
     ``mean`` has (K+1)×K accuracies, averaged over sequences; 0.0 where a passage was not asked. ``matrices`` has those
@@ -92,14 +114,14 @@ class ContinualRun(run_file.Run):
     def arm(self) -> str:
         return self.name
 
-    def scores(self, kind: run_file.Kind) -> list[metrics.Scores]:
+    def scores(self, kind: Kind) -> list[Scores]:
         return [matrix[0 if kind == "baseline" else -1] for matrix in self.matrices]
 
-    def flat_verdicts(self, kind: run_file.Kind) -> list[Any]:
+    def flat_verdicts(self, kind: Kind) -> list[Any]:
         return [one.verdict() for one in self.stored_verdicts() if one.kind == kind]
 
-    def stored_mean(self, kind: run_file.Kind) -> float | None:
-        return metrics.mean(self.mean[0 if kind == "baseline" else -1])
+    def stored_mean(self, kind: Kind) -> float | None:
+        return mean(self.mean[0 if kind == "baseline" else -1])
 
     def unit_keys(self) -> list[Any]:
         return [tuple(sequence["titles"]) for sequence in self.value.get("sequences") or []]
@@ -107,7 +129,7 @@ class ContinualRun(run_file.Run):
     def extra(self) -> dict[str, Any]:
         return {"passages": len(self.mean) - 1}
 
-    def seen(self) -> list[metrics.Estimate]:
+    def seen(self) -> list[Estimate]:
         """After each edit the accuracy on the passages edited so far; without matrices, or where nothing was graded,
         means without intervals."""
         found = []
@@ -116,9 +138,9 @@ class ContinualRun(run_file.Run):
             if any(cell is not None for row in cells for cell in row):
                 found.append(_interval(cells))
             else:
-                known = metrics.mean(self.mean[step][:step])
+                known = mean(self.mean[step][:step])
                 value = math.nan if known is None else known
-                found.append(metrics.Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit))
+                found.append(Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit))
         return found
 
     def curve(self) -> "pd.DataFrame":
@@ -132,9 +154,9 @@ class ContinualRun(run_file.Run):
         rows = []
         for step, estimate in enumerate(self.seen(), 1):
             low, high = (estimate.low, estimate.high) if self.matrices else (None, None)
-            edited = metrics.mean(self.mean[0][:step]), self.mean[step][step - 1]
+            edited = mean(self.mean[0][:step]), self.mean[step][step - 1]
             rows.append((step, estimate.mean, low, high, *edited, self.n_sequences))
-        return run_file.frame(rows, ("edits", "accuracy", "low", "high", "never_edited", "just_edited", "n"))
+        return frame(rows, ("edits", "accuracy", "low", "high", "never_edited", "just_edited", "n"))
 
     def answers(self) -> "pd.DataFrame":
         """All answers of the sequences; empty for published files.
@@ -147,10 +169,8 @@ class ContinualRun(run_file.Run):
         for sequence, edits, stored in self._placed_verdicts():
             one, verdict = stored.answered, stored.verdict()
             asked = one.title, one.question, one.gold, one.answer
-            rows.append((sequence, edits, *asked, run_file.VERDICT_WORDS[verdict], verdict))
-        return run_file.frame(
-            rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct")
-        )
+            rows.append((sequence, edits, *asked, VERDICT_WORDS[verdict], verdict))
+        return frame(rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct"))
 
     def overall(self) -> dict[str, Any]:
         """The means of ``continual_estimates``; of the stored matrix in files without sequences."""
@@ -178,24 +198,22 @@ class ContinualRun(run_file.Run):
     def disagreements(self) -> list[str]:
         if not (runs := self._runs()):
             return []
-        return run_file.unequal(
-            "summary", self.value, aggregate_summaries(runs) if "n_runs" in self.value else runs[0].value
-        )
+        return unequal("summary", self.value, aggregate_summaries(runs) if "n_runs" in self.value else runs[0].value)
 
-    def stored_verdicts(self) -> list[run_file.StoredVerdict]:
+    def stored_verdicts(self) -> list[StoredVerdict]:
         return [stored for _, _, stored in self._placed_verdicts()]
 
-    def _placed_verdicts(self) -> Iterator[tuple[int, int, run_file.StoredVerdict]]:
+    def _placed_verdicts(self) -> Iterator[tuple[int, int, StoredVerdict]]:
         """(sequence, number of edits, verdict) of every answer."""
         for number, sequence in enumerate(self.value.get("sequences") or []):
             passages = list(zip(sequence["titles"], sequence["questions"], strict=True))
             for step, record in enumerate(sequence["steps"]):
                 asked = [(title, one) for title, questions in passages[: step or None] for one in questions]
-                kind: run_file.Kind = "adapter" if step else "baseline"
+                kind: Kind = "adapter" if step else "baseline"
                 for at, ((title, one), text) in enumerate(zip(asked, record["texts"], strict=True)):
                     golds = one["answer"], *(one.get("other_answers") or ())
                     answered = answered_with(golds, title=title, question=one["question"], answer=text)
-                    yield number, step, run_file.StoredVerdict(kind, answered, record, "correct", at)
+                    yield number, step, StoredVerdict(kind, answered, record, "correct", at)
 
     def fill_statistics(self) -> None:
         for sequence in self.value["sequences"]:
@@ -214,12 +232,12 @@ class ContinualRun(run_file.Run):
         summary = summarize_sequences(matrices, dataset=dataset, base_model=base_model)
         return cls(value=summary | {"strategy": strategy, "sequences": sequences})
 
-    def verdicts(self) -> list[list[list[metrics.Verdicts | None]]]:
+    def verdicts(self) -> list[list[list[Verdicts | None]]]:
         """``verdicts()[s][t][p]`` are those on passage p of sequence s after t edits; None if it was not asked."""
         return [sequence_verdicts(sequence) for sequence in self.value.get("sequences") or []]
 
 
-def sequence_verdicts(sequence: Mapping[str, Any]) -> list[list[metrics.Verdicts | None]]:
+def sequence_verdicts(sequence: Mapping[str, Any]) -> list[list[Verdicts | None]]:
     """The verdicts of a sequence as a summary keeps it, by step and passage."""
     counts = [len(asked) for asked in sequence["questions"]]
     return [verdict_row(record["correct"], counts, step) for step, record in enumerate(sequence["steps"])]
@@ -230,14 +248,14 @@ def was_asked(step: int, passage: int) -> bool:
     return step == 0 or passage < step
 
 
-def verdict_row(correct: metrics.Verdicts, counts: Sequence[int], step: int) -> list[metrics.Verdicts | None]:
+def verdict_row(correct: Verdicts, counts: Sequence[int], step: int) -> list[Verdicts | None]:
     """The verdicts of every passage after ``step`` edits, from those of all questions; None if it was not asked.
     ``counts``: the number of questions of each passage."""
     n_asked = step or len(counts)
     return [*split_by_passage(correct, counts[:n_asked]), *[None] * (len(counts) - n_asked)]
 
 
-def continual_matrix(verdicts_T_P: Sequence[Sequence[metrics.Verdicts | None]]) -> list[list[float | None]]:
+def continual_matrix(verdicts_T_P: Sequence[Sequence[Verdicts | None]]) -> list[list[float | None]]:
     """(K+1)×K accuracies from the verdicts of each step; None for a passage that was not asked."""
     n_passages = len(verdicts_T_P) - 1
     for step, verdicts_P in enumerate(verdicts_T_P):
@@ -247,7 +265,7 @@ def continual_matrix(verdicts_T_P: Sequence[Sequence[metrics.Verdicts | None]]) 
                 field=f"verdicts[{step}]",
                 remedy="give K + 1 steps over K passages",
             )
-    return [[None if one is None else metrics.accuracy(one) for one in verdicts_P] for verdicts_P in verdicts_T_P]
+    return [[None if one is None else accuracy(one) for one in verdicts_P] for verdicts_P in verdicts_T_P]
 
 
 def check_sizes(matrices: Sequence[Matrix], *, path: str | Path = "", field: str = "") -> int:
@@ -264,8 +282,8 @@ def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model:
     over the sequences, 4 decimals; 0.0 where nothing was asked. (The released files do not show whether the published
     deviations are sample or population ones.)"""
     return {
-        "mean_over_sequences": _cellwise(metrics.mean, matrices),
-        "std_over_sequences": _cellwise(metrics.sample_std, matrices),
+        "mean_over_sequences": _cellwise(mean, matrices),
+        "std_over_sequences": _cellwise(sample_std, matrices),
         "n_sequences": len(matrices),
         "n_datapoints": check_sizes(matrices),
         "dataset": dataset,
@@ -303,8 +321,8 @@ def aggregate_summaries(runs: Sequence[ContinualRun]) -> dict[str, Any]:
     if not about["strategy"]:
         del about["strategy"]
     return {
-        "mean_over_sequences": _cellwise(metrics.mean, means),
-        "std_over_sequences": _cellwise(metrics.mean, stds),
+        "mean_over_sequences": _cellwise(mean, means),
+        "std_over_sequences": _cellwise(mean, stds),
         "n_sequences": sum(counts),
         "n_datapoints": n_passages,
         **about,
@@ -347,7 +365,7 @@ def pool_summaries(paths: Sequence[str | Path], out: str | Path) -> str:
     )
 
 
-def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, metrics.Estimate | metrics.Difference]:
+def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate | Difference]:
     """The numbers a continual experiment is about, each with its interval over sequences.
 
     ``never_edited`` row 0; ``after_own_edit`` each passage right after its edit; ``final`` the last row;
@@ -357,7 +375,7 @@ def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, metrics.Estimat
     n_passages = check_sizes(matrices)
     never, final = [matrix[0] for matrix in matrices], [matrix[-1] for matrix in matrices]
     own = [[matrix[at + 1][at] for at in range(n_passages)] for matrix in matrices]
-    estimates: dict[str, metrics.Estimate | metrics.Difference] = {
+    estimates: dict[str, Estimate | Difference] = {
         "never_edited": _interval(never),
         "after_own_edit": _interval(own),
         "final": _interval(final),

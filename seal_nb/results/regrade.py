@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from seal_nb.errors import DataError, SettingsError, checked
-from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Grader, Verdict
+from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Grader, Verdict, answered_with
 from seal_nb.grading.choose import GRADERS, grader_of, make_grader
 from seal_nb.metrics import Verdicts, accuracy
 from seal_nb.passages import load_passages
@@ -147,9 +147,9 @@ def grade_file(
     for place, row in read_json_lines(source):
         checked(_Row.model_validate, row, path=source, item=place)
         rows.append(row)
-    asked = ("question", "gold", "answer", "title")
+    asked = ("question", "answer", "title")
     answered = [
-        Answered(**{name: row[name] for name in asked if name in row}, other_golds=tuple(row.get("other_golds", ())))
+        answered_with((row["gold"], *row.get("other_golds", ())), **{name: row[name] for name in asked if name in row})
         for row in rows
     ]
     # A verdict in words comes from an earlier grading: it is replaced and is never a reference.

@@ -17,7 +17,19 @@ from seal_nb.grading.base import Answered, Verdict, answered_with
 from seal_nb.grading.choose import make_grader
 from seal_nb.metrics import STATS, Scores, Verdicts, mean, published_statistics, repeat_stats
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results import run as run_file
+from seal_nb.results.run import (
+    ARM_NAMES,
+    KINDS,
+    Kind,
+    Many,
+    Number,
+    Run,
+    RunFields,
+    StoredVerdict,
+    frame,
+    unequal,
+    verdict_change,
+)
 from seal_nb.storage import file_name
 
 if TYPE_CHECKING:
@@ -67,31 +79,32 @@ class AnsweredQuestion(_Entry):
     repeat: int = Field(0, alias="rep")
     question: str = ""
     gold: str = Field("", alias="answer")
-    other_golds: run_file.Many[str] = Field([], alias="other_answers")  # not in published files
+    other_golds: Many[str] = Field([], alias="other_answers")  # not in published files
     baseline_answer: str = ""
     adapter_answer: str = ""
     baseline_correct: bool | None = None
     adapter_correct: bool | None = None
-    baseline_gold_logprob: run_file.Number = None  # nats; not in published files
-    adapter_gold_logprob: run_file.Number = None
+    baseline_gold_logprob: Number = None  # nats; not in published files
+    adapter_gold_logprob: Number = None
     earlier: Mapping[str, Mapping[str, bool | None]] = {}  # verdicts of other graders
+
+    @property
+    def golds(self) -> list[str]:
+        return [self.gold, *self.other_golds]
 
     def answered(self, answer: str, title: str) -> Answered:
         """One of its answers, to grade; ``title``: of the passage."""
-        return answered_with((self.gold, *self.other_golds), question=self.question, answer=answer, title=title)
+        return answered_with(self.golds, question=self.question, answer=answer, title=title)
 
     @property
     def change(self) -> str:
-        return run_file.verdict_change(self.baseline_correct, self.adapter_correct)
+        return verdict_change(self.baseline_correct, self.adapter_correct)
 
     @property
     def soft_gain(self) -> float | None:
         """Change in log-probability of the gold answer, in nats."""
         before, after = self.baseline_gold_logprob, self.adapter_gold_logprob
         return None if before is None or after is None else after - before
-
-
-_Stats = Annotated[dict[str, run_file.Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)]
 
 
 class EvaluatedSelfEdit(_Entry):
@@ -102,9 +115,9 @@ class EvaluatedSelfEdit(_Entry):
     index: int = 0
     text: str | None = None
     prompt: str | None = None  # set if the self-edits of one passage complete different prompts
-    questions: run_file.Many[AnsweredQuestion] = []
-    stored_stats: Annotated[dict[str, run_file.Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = (
-        Field(dict.fromkeys(STATS), alias="stats")
+    questions: Many[AnsweredQuestion] = []
+    stored_stats: Annotated[dict[str, Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
+        dict.fromkeys(STATS), alias="stats"
     )
 
     @property
@@ -141,7 +154,7 @@ class EvaluatedPassage(_Entry):
     title: str = ""
     context: str = ""
     prompt: str | None = None
-    self_edits: Annotated[run_file.Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
+    self_edits: Annotated[Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
     stored_stats: dict[str, Any] = Field({}, alias="stats")
 
     def questions(self) -> list[AnsweredQuestion]:
@@ -149,12 +162,12 @@ class EvaluatedPassage(_Entry):
         return [one for edit in self.self_edits for one in edit.questions]
 
 
-class _Articles(run_file.RunFields):
-    articles: Annotated[run_file.Many[EvaluatedPassage], AfterValidator(_numbered)]
+class _Articles(RunFields):
+    articles: Annotated[Many[EvaluatedPassage], AfterValidator(_numbered)]
 
 
 @dataclass(kw_only=True, eq=False)
-class SinglePassageRun(run_file.Run):
+class SinglePassageRun(Run):
     """A ``run_*.json``: each passage has its own adapter per self-edit.
     Raises: DataError with path, item and field for a value of another kind."""
 
@@ -178,7 +191,7 @@ class SinglePassageRun(run_file.Run):
         number = self.rest_em_round
         if number is None:
             return super().arm
-        return f"self-edits, round {number}" if number else run_file.ARM_NAMES["base"]
+        return f"self-edits, round {number}" if number else ARM_NAMES["base"]
 
     @property
     def rest_em_round(self) -> int | None:
@@ -211,10 +224,10 @@ class SinglePassageRun(run_file.Run):
         n_edits, n_repeats = (self.settings.get(key) or 1 for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
-    def scores(self, kind: run_file.Kind) -> list[Scores]:
+    def scores(self, kind: Kind) -> list[Scores]:
         return [[getattr(one, f"{kind}_correct") for one in passage.questions()] for passage in self.passages]
 
-    def stored_mean(self, kind: run_file.Kind) -> float | None:
+    def stored_mean(self, kind: Kind) -> float | None:
         return self.stored_overall.get(f"{kind}_mean_accuracy")
 
     def unit_keys(self) -> list[Any]:
@@ -243,7 +256,7 @@ class SinglePassageRun(run_file.Run):
         ]
         if changed_first:
             rows.sort(key=lambda row: _CHANGES.get(row["verdicts"], 2))
-        return run_file.frame(rows, ANSWERS)
+        return frame(rows, ANSWERS)
 
     def rewards(self) -> "pd.DataFrame":
         """The reward of each self-edit: accuracy of its adapters, averaged over the repeats.
@@ -257,7 +270,7 @@ class SinglePassageRun(run_file.Run):
                 about = {"passage": passage.index, "title": passage.title, "self_edit": edit.index, "text": edit.text}
                 stats = edit.stats()
                 rows.append({**about, "reward": stats["adapter_mean"], "gain": stats["gain_mean"]})
-        return run_file.frame(rows)
+        return frame(rows)
 
     def recited(self) -> float | None:
         """Share of adapter answers that contain the gold answer of another question of the same passage. A model that
@@ -265,9 +278,9 @@ class SinglePassageRun(run_file.Run):
         decides what an answer contains. Of a large run, an even share of the answers is read. None without answers."""
         grade, answers = make_grader("local").grade, []
         for passage in self.passages:
-            found = [(one.question[:LONGEST], one.gold[:LONGEST], one.adapter_answer) for one in passage.questions()]
-            asked = list(dict.fromkeys((question, gold) for question, gold, _ in found))[:MOST_ASKED]
-            answers += [(gold.casefold(), answer[:LONGEST], asked) for _, gold, answer in found]
+            found = passage.questions()
+            asked = list(dict.fromkeys((one.question[:LONGEST], one.gold[:LONGEST]) for one in found))[:MOST_ASKED]
+            answers += [({*map(str.casefold, one.golds)}, one.adapter_answer[:LONGEST], asked) for one in found]
 
         @cache
         def is_in(question: str, gold: str, answer: str) -> bool:
@@ -275,7 +288,7 @@ class SinglePassageRun(run_file.Run):
 
         n_characters = sum((len(answer) + LONGEST // 20) * len(asked) for _, answer, asked in answers)
         recited = [
-            any(gold.casefold() != own and is_in(question, gold, answer) for question, gold in asked)
+            any(gold.casefold() not in own and is_in(question, gold, answer) for question, gold in asked)
             for own, answer, asked in answers[:: 1 + n_characters // MOST_CHARACTERS]
         ]
         return sum(recited) / len(recited) if any(answer for _, answer, _ in answers) else None
@@ -303,22 +316,20 @@ class SinglePassageRun(run_file.Run):
         if self.notes():
             return []
         articles, overall = self._statistics()
-        found = run_file.unequal("overall", self.stored_overall, overall)
+        found = unequal("overall", self.stored_overall, overall)
         for passage, article in zip(self.passages, articles, strict=True):
-            found += run_file.unequal(f"article {passage.index}", passage.stored_stats, article)
+            found += unequal(f"article {passage.index}", passage.stored_stats, article)
             for edit in passage.self_edits:
-                found += run_file.unequal(
-                    f"article {passage.index}, self-edit {edit.index}", edit.stored_stats, edit.stats()
-                )
+                found += unequal(f"article {passage.index}, self-edit {edit.index}", edit.stored_stats, edit.stats())
         return found
 
-    def stored_verdicts(self) -> list[run_file.StoredVerdict]:
+    def stored_verdicts(self) -> list[StoredVerdict]:
         found = []
         for passage in self.passages:
             for one in passage.questions():
-                for kind, answer in zip(run_file.KINDS, (one.baseline_answer, one.adapter_answer), strict=True):
+                for kind, answer in zip(KINDS, (one.baseline_answer, one.adapter_answer), strict=True):
                     answered = one.answered(answer, passage.title)
-                    found.append(run_file.StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
+                    found.append(StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
         return found
 
     def fill_statistics(self) -> None:

@@ -43,9 +43,8 @@ MOST_ROWS = 200  # that make a chart higher; it has no more names of rows, eithe
 MOST_EDITS = 40  # with more, a matrix has no number in each cell
 MOST_CURVES = 6  # with more adapters, the mean is drawn
 Place = Literal["outside upper left", "outside right center"]  # of the legend
-styled = mpl.rc_context(
-    fname=data_file("figures.mplstyle")
-)  # a decorator: the function draws in this style, and global settings stay as they are
+# A decorator: the function draws in this style, and global settings stay as they are.
+styled = mpl.rc_context(fname=data_file("figures.mplstyle"))
 
 
 class Chart(Figure):
