@@ -127,6 +127,11 @@ def shown(value: str) -> str:
     return "(not shown: it looks like a key)" if holds_key(value) else repr(value)
 
 
+def brief(value: object) -> str:
+    """The start of any value, for a message."""
+    return redacted(_BRIEF.repr(value))[:40]
+
+
 def hide_secrets(record: logging.LogRecord) -> bool:
     """A filter of a logger: its messages and tracebacks are redacted."""
     record.msg, record.args = redacted(record.getMessage()), ()
@@ -171,8 +176,11 @@ class DataError(SealError, ValueError):
         super().__init__(f"{message}; {remedy}" if remedy else message)
 
 
-def checked(validate: Callable[[Any], T], value: object, *, path: str | Path, item: int | str | None = None) -> T:
-    """What one of pydantic's validations makes of a value from a file. Raises: DataError with item, field and value."""
+def checked(
+    validate: Callable[[Any], T], value: object, *, path: str | Path, item: int | str | None = None, field: str = ""
+) -> T:
+    """What one of pydantic's validations makes of a value from a file; ``field``: where the value is in the item.
+    Raises: DataError with item, field and value."""
     from pydantic import ValidationError
 
     try:
@@ -182,15 +190,13 @@ def checked(validate: Callable[[Any], T], value: object, *, path: str | Path, it
     place = [at for at in first["loc"] if at != "bool"]  # pydantic names a type of a verdict here, which is no field
     if item is None and place[:1] == ["articles"] and len(place) > 1:
         item, place = place[1], place[2:]
-    given = redacted(_BRIEF.repr(first["input"]))[:40]
-    problem = f"is {given}, not {_WANTED.get(first['type'].partition('_')[0], 'an object')}"
-    raise DataError(
-        {"missing": "is missing", "empty": "is empty"}.get(first["type"], problem),
-        path=path,
-        item=item,
-        field="".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place).removeprefix("."),
-        remedy="correct it, or remove the item",
-    )
+    given = brief(first["input"])
+    kind = "value" if "pattern" in first["type"] else first["type"].partition("_")[0]
+    problem = f"is {given}, not {_WANTED.get(kind, 'an object')}"
+    problem = f"is {given}, which {first['msg']}" if first["type"] == "refused" else problem
+    problem = {"missing": "is missing", "empty": "is empty"}.get(first["type"], problem)
+    field = (field + "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in place)).removeprefix(".")
+    raise DataError(problem, path=path, item=item, field=field, remedy="correct it, or remove the item")
 
 
 class SettingsError(SealError, ValueError):

@@ -1,113 +1,200 @@
-"""Passages with their questions: the files they are read from, and the item files that are written.
+"""Passages with their questions: the forms they are read from, and the item files that are written.
 
-A broken file is refused with its path, the item and the field. Nothing is repaired, and no text is changed.
+A reader for each form gives items or rows with their places; one function checks and groups them (``_passages``). A
+broken file is refused with its path, the item and the field. Nothing is repaired, and no text is changed.
 """
 
+import contextlib
 import csv
 import io
+import logging
 import random
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from functools import partial
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
 
-from seal_nb.errors import DataError, SettingsError, checked
-from seal_nb.storage import (
-    MOST_BYTES,
-    data_file,
-    read_json,
-    read_json_lines,
-    read_text,
-    runs_folder,
-    write_json,
-    write_record,
-)
+from seal_nb import storage
+from seal_nb.errors import DataError, SettingsError, brief, checked, redacted, visible
+from seal_nb.metrics import counted
+from seal_nb.storage import MOST_BYTES, parse_json
 
-CSV_COLUMNS = ("title", "context", "question", "answer")
-_HEADING = re.compile(r"#\s+(?P<title>\S.*)")
-_ENTRY = re.compile(r"(?:[-*]\s+)?(?P<kind>[QAI]):\s*(?P<text>.*)")
+log = logging.getLogger(__name__)
+COLUMNS = ("title", "context", "question", "answer")
+SHIPPED_SPLITS = ("train", "val")
+_LAYOUT = "give items of title, context and questions, or rows of title, context, question and answer"
+_FORMS = "see the forms in docs/own_passages.md"
+_OTHER_FILES = {  # by how they start
+    b"PK": "a zip archive or an Excel workbook", b"ARROW1": "an Arrow file", b"%PDF": "a PDF file",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"SQLite": "an SQLite database", b"\x89PNG": "a picture",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)", b"BZh": "compressed (bzip2)", b"\xfd7zXZ": "compressed (xz)",
+}  # fmt: skip
+_OTHER_LAYOUTS = {  # by a field that only they have: what an item is made of
+    "story": "CoQA: context is story, a question and its answer are the input_text of questions and answers",
+    "document_text": "Natural Questions: title is document_title, question is question_text",
+    "document": "Natural Questions or NarrativeQA: context is a text of document, question is question['text']",
+    "SearchResults": "TriviaQA: question is Question, answers are Answer['Aliases'], context is the text of one result",
+    "entity_pages": "TriviaQA: context is one of entity_pages['wiki_context'], answers are answer['aliases']",
+    "passage": "BoolQ or DROP: context is passage; write the answer as a text",
+    "support": "SciQ: context is support, answer is correct_answer",
+    "messages": "a chat, which has no passage",
+    "instruction": "instructions, which have no passage",
+}
+_SEPARATOR = re.compile(r'"?sep=(?P<sign>.)"?\r?\n', re.IGNORECASE)  # a first line as Excel writes it
+_RULE = re.compile(r"\s*:?-+:?\s*")  # a cell below the header of a Markdown table
+_FRONT_MATTER = re.compile(r"\A(?P<mark>---|\+\+\+)[ \t]*\n.*?\n(?P=mark)[ \t]*(?=\n)", re.DOTALL)
+_COMMENT = re.compile(r"(?P<code>`{3,}.*?`{3,}|~{3,}.*?~{3,})|<!--.*?-->", re.DOTALL)  # not in code
+_ENTRY = re.compile(  # "Q: …", "- **A:** …", "2. **Q1**: …", "### Question: …", "- [ ] Q: …", "A1. …"
+    r"(?:#{2,6}\s+|[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,9}[.)]\s+|>\s*){0,3}(?P<mark>\*\*|__|\*|_)?"
+    r"(?P<kind>(?i:q(?:uestion)?|a(?:nswer)?)|I)(?:\s?\d{1,9})?"
+    r"(?(mark)(?P<before>(?P=mark))?)(?:[:：]|(?<=\d)[.)])(?(mark)(?(before)|(?P<after>(?P=mark))?))\s*(?P<text>.*)"
+)
+_WHY = {  # something is left out
+    "questions": "without an answer",
+    "sections": "of Markdown with questions in it (write the text above them, and the questions under ## Questions)",
+}
 
 Placed = tuple[int | str, Any]  # 0 or "line 3", and the item
 
 
-def _by_passage(rows: Iterable[tuple[int | str, Mapping[str, str]]]) -> list[Placed]:
-    """One item per title and context, in order of first appearance, from rows of one question each."""
-    items: dict[tuple[str, str], Placed] = {}
-    for place, row in rows:
-        new: Placed = (place, {"title": row["title"], "context": row["context"], "questions": []})
-        _, item = items.setdefault((row["title"], row["context"]), new)
-        item["questions"].append({"question": row["question"], "answer": row["answer"]})
-    return list(items.values())
-
-
-def _csv_items(path: Path) -> list[Placed]:
+def _csv_rows(text: str, path: Path) -> Iterator[Placed]:
     csv.field_size_limit(MOST_BYTES)  # csv's own limit is 128 KB, less than a long passage
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, delimiter=delimiter)
-    rows = []
+    named = _SEPARATOR.match(text)
+    sign = named["sign"] if named else _separator(text) or ("\t" if ".tsv" in path.suffixes else ",")
+    lines = io.StringIO(text[named.end() if named else 0 :], newline="")
+    table = csv.reader(lines, strict=True, delimiter=sign, skipinitialspace=sign != "\t")
+    line = before = 1 + bool(named)  # where the row starts that is read
     try:
-        columns = table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
-        if missing := [name for name in CSV_COLUMNS if name not in columns]:
-            problem = f"has no column {missing[0]!r} but {', '.join(columns) or 'no header'}"
-            remedy = f"give a header with {', '.join(CSV_COLUMNS)}"
-            raise DataError(problem, path=path, item="line 1", field=missing[0], remedy=remedy)
-        # DictReader fills up short rows: only as far as a column that is read, so that a long header costs once.
-        table.fieldnames = columns[: max(at for at, name in enumerate(columns) if name in CSV_COLUMNS) + 1]
+        columns = _names(next(filter(any, table), []))
+        needed = [*COLUMNS[:3], "answers" if "answers" in columns and "answer" not in columns else "answer"]
+        if missing := [name for name in needed if name not in columns]:
+            problem = f"has no column {missing[0]!r} but {', '.join(columns)[:200]}"
+            remedy = f"give a header with {', '.join(COLUMNS)}, and commas, semicolons, bars or tabs between them"
+            raise DataError(problem, path=path, item=f"line {line}", field=missing[0], remedy=remedy)
+        _check_names(columns, path, f"line {line}")
+        line = before + table.line_num
         for cells in table:
-            row, place = {name: (cells[name] or "").strip() for name in CSV_COLUMNS}, f"line {table.line_num}"
-            if empty := [name for name, value in row.items() if not value]:
-                raise DataError("is empty", path=path, item=place, field=empty[0], remedy="fill it in")
-            rows.append((place, row))
+            place, line = f"line {line}", before + table.line_num
+            if {*needed} <= {*(names := _names(cells))}:  # files that were put together have a header each
+                columns = names
+                continue
+            if all(not cell.strip() or _RULE.fullmatch(cell) for cell in cells):
+                continue
+            row = dict(zip(columns, map(str.strip, cells), strict=False))
+            if not row.keys() >= {*needed} or any(map(str.strip, cells[len(columns) :])):
+                problem = f"has {len(cells)} cells, and the header {len(columns)}"
+                remedy = f"put a text with {sign!r} in it into double quotes, and fill in what is missing"
+                raise DataError(problem, path=path, item=place, remedy=remedy)
+            is_text_only = not row["question"] and not row[needed[3]]
+            yield place, row | ({"question": None} if is_text_only else {})
     except csv.Error as error:
-        place = f"line {table.line_num}"
-        raise DataError(f"is not CSV or TSV: {error}", path=path, item=place, remedy="close the quotes") from error
-    return _by_passage(rows)
+        problem = f"is not CSV or TSV: {error}"
+        raise DataError(problem, path=path, item=f"line {line}", remedy="close the quotes") from error
 
 
-def _markdown_items(path: Path) -> list[Placed]:
-    """Lines of a paragraph are joined by spaces, paragraphs by a line break."""
-    items: list[Placed] = []
-    for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
-        place = f"line {number}"
-        if heading := _HEADING.fullmatch(line):
-            items.append((place, {"title": heading["title"], "context": [], "questions": [], "hand_written": []}))
-        elif items:
-            _add_line(items[-1][1], line, path, place)
-        elif line:
-            remedy = "begin with '# title'"
-            raise DataError("is before the first title", path=path, item=place, field="title", remedy=remedy)
-    for _, item in items:
-        paragraphs = re.split(r"\n{2,}", "\n".join(item["context"]).strip())
-        item["context"] = "\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-        item["hand_written"] = "\n".join(item["hand_written"]).rstrip("\n")
-    return items
+def _names(cells: Iterable[str]) -> list[str]:
+    return [name.strip(' "').lower() for name in "\0".join(cells).rstrip("\0 ").split("\0")]  # no empty last ones
 
 
-def _add_line(item: dict[str, Any], line: str, path: Path, place: str) -> None:
-    entry, questions = _ENTRY.fullmatch(line), item["questions"]
-    is_answered = not questions or "answer" in questions[-1]
-    if entry is None:
-        item["context"].append(line)
-    elif entry["kind"] == "I":
-        item["hand_written"].append(entry["text"])
-    elif entry["kind"] == "Q" and is_answered:
-        questions.append({"question": entry["text"]})
-    elif entry["kind"] == "A" and not is_answered:
-        questions[-1]["answer"] = entry["text"]
-    else:
-        field, remedy = "answer" if entry["kind"] == "Q" else "question", "write Q: and A: in turn"
-        raise DataError("is missing before this line", path=path, item=place, field=field, remedy=remedy)
+def _check_names(columns: Sequence[str], path: Path, place: str | None = None) -> None:
+    for name in {*COLUMNS, "answers", "other_answers", "questions"}:
+        if (n := list(columns).count(name)) > 1:
+            raise DataError(f"is the name of {n} columns", path=path, item=place, field=name, remedy="keep one of them")
 
 
-READERS: dict[str, Callable[[Path], Iterable[Placed]]] = {
-    ".csv": _csv_items, ".tsv": _csv_items, ".jsonl": read_json_lines, ".md": _markdown_items,
-    ".markdown": _markdown_items,
-}  # fmt: skip
-SHIPPED_SPLITS = ("train", "val")
+def _separator(text: str) -> str:
+    """The sign between the columns of a table's header; empty where the first line is no header."""
+    line = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    for sign in ",;\t|":
+        names = set(_names(line.split(sign)))
+        if names >= set(COLUMNS[:3]) and names & {"answer", "answers"}:
+            return sign
+    return ""
+
+
+def _markdown_items(text: str, path: Path, left_out: Counter[str]) -> Iterator[Placed]:
+    """Lines of a paragraph are joined by spaces, paragraphs by a line break. A section (``##``) with questions is no
+    part of the text, nor are comments, rules and front matter."""
+    lines, code, headings = _markdown_lines(text, path)
+    titles = [number for number, (level, _) in headings.items() if level == "#"]
+    if before := [number for number, line in enumerate(lines[: min(titles, default=None)]) if line.strip()]:
+        place, remedy = f"line {before[0] + 1}", "begin with '# title'"
+        raise DataError("is before the first title", path=path, item=place, field="title", remedy=remedy)
+    for start, end in pairwise([*titles, len(lines)]):
+        sections, asked = [list[str]()], set[int]()  # the lines of each, and which have questions
+        entries, is_told = list[list[str]](), False  # kind, text and place of each; whether the line above is one
+        for number in range(start + 1, end):
+            line, place = lines[number].strip(), f"line {number + 1}"
+            level, heading = headings.get(number, ("", ""))
+            if number not in code and (entry := _ENTRY.fullmatch(line)):
+                is_whole = entry["mark"] and not (entry["before"] or entry["after"])  # **Q: Where?**
+                text = entry["text"].removesuffix(entry["mark"] if is_whole else "")
+                entries.append([entry["kind"][0].upper(), text, place])
+                asked |= {len(sections) - 1} if entries[-1][0] == "Q" else set()
+                is_told = True
+            elif is_told and line and number not in code and not level:
+                if not lines[number][0].isspace():
+                    problem = f"is {brief(line)}, right below a question, an answer or an implication"
+                    remedy = "indent it if it goes on, or put an empty line above it"
+                    raise DataError(problem, path=path, item=place, remedy=remedy)
+                entries[-1][1] = f"{entries[-1][1]} {line}".strip()
+            else:
+                is_told = False
+                sections += [[]] if level else []
+                sections[-1].append(f"{level} {heading}" if level else line)
+        asked -= {0}
+        left_out["sections"] += sum(any(sections[n][1:]) for n in asked)
+        kept = "\n".join(line for n, section in enumerate(sections) if n not in asked for line in section).strip()
+        place = f"line {start + 1}"
+        if not kept:
+            remedy = "write a text below the title; that of a section with questions is none"
+            raise DataError("is empty", path=path, item=place, field="context", remedy=remedy)
+        pairs = [entry for entry in entries if entry[0] != "I"]
+        for n, (kind, _, at) in enumerate(pairs):
+            if kind != "QA"[n % 2]:
+                field, remedy = "question" if kind == "A" else "answer", "write Q: and A: in turn"
+                raise DataError("is missing before this line", path=path, item=at, field=field, remedy=remedy)
+        turns = zip_longest(*(iter(text for _, text, _ in pairs),) * 2)
+        item = {"title": headings[start][1], "questions": [{"question": q, "answer": a} for q, a in turns]}
+        item["context"] = "\n".join(paragraph.replace("\n", " ") for paragraph in re.split(r"\n{2,}", kept))
+        item["hand_written"] = "\n".join(text for kind, text, _ in entries if kind == "I").rstrip("\n")
+        yield place, item
+
+
+def _markdown_lines(text: str, path: Path) -> tuple[list[str], set[int], dict[int, tuple[str, str]]]:
+    """The lines, without comments, rules and front matter; which of them are code; and the headings, with their level
+    as ``##``."""
+    from markdown_it import MarkdownIt
+
+    text = re.sub(r"\r\n?", "\n", text)
+    for left_out in (_FRONT_MATTER, _COMMENT):
+        text = left_out.sub(lambda found: found.groupdict().get("code") or "\n" * found[0].count("\n"), text)
+    lines, blocks = text.split("\n"), MarkdownIt().parse(text)
+    code, headings = set[int](), dict[int, tuple[str, str]]()
+    for at, block in enumerate(blocks):
+        first, end = block.map or (0, 0)
+        last, is_heading = lines[end - 1].strip(), block.type == "heading_open"
+        if block.type in ("fence", "code_block"):
+            code |= {*range(first, end)}
+        if is_heading and block.level == 0 and end - first <= 2 and last != "---":  # which is a rule
+            headings[first] = ("#" * int(block.tag[1]), blocks[at + 1].content)
+        if block.type == "hr" or (is_heading and block.markup in "=-"):
+            lines[end - 1] = ""
+        is_open = block.type == "fence" and (end == first + 1 or last.strip(block.markup[0]) or last < block.markup)
+        if is_open or (block.type == "html_block" and block.content.startswith("<!--")):
+            what, mark = (f"a code block ({block.markup})", block.markup) if is_open else ("a comment (<!--)", "-->")
+            place, remedy = f"line {first + 1}", f"write {mark} below it"
+            raise DataError(f"{what} does not end", path=path, item=place, remedy=remedy)
+    return lines, code, headings
 
 
 def _not_empty(value: Any) -> Any:
@@ -116,7 +203,25 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_not_empty)]  # checked where a file is read
+def _sendable(value: Any) -> Any:
+    if isinstance(value, str) and (found := re.search("[\0\ud800-\udfff]", value)):
+        kind = "the character NUL" if found[0] == "\0" else "half a surrogate pair"
+        raise PydanticCustomError("refused", f"has {kind} ({ascii(found[0])[1:-1]}) at position {found.start()}")
+    return value
+
+
+def _from_cell(value: Any) -> Any:
+    """Several golds. In a cell of a table they are JSON, as `datasets` writes them."""
+    if not isinstance(value, str) or not value.startswith(("[", "{")):
+        return None if value == "" else value
+    try:
+        return _plain(parse_json(value, as_written=True))
+    except ValueError as error:
+        raise PydanticCustomError("refused", 'is not JSON: write ["one", "two"]') from error
+
+
+AnyText = Annotated[str, BeforeValidator(_sendable)]  # checked where a file is read
+Text = Annotated[AnyText, AfterValidator(_not_empty)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,49 +250,146 @@ class Passage:
     title: Text
     context: Text
     questions: tuple[Question, ...]
-    completions: tuple[str, ...] = ()
-    prompt: str = ""
-    prompts: tuple[str, ...] = ()
-    prompt_keys: tuple[str, ...] = ()
-    hand_written: str = ""
+    completions: tuple[AnyText, ...] = ()
+    prompt: AnyText = ""
+    prompts: tuple[AnyText, ...] = ()
+    prompt_keys: tuple[AnyText, ...] = ()
+    hand_written: AnyText = ""
 
 
-def load_passages(source: str | Path) -> list[Passage]:
+class Passages(list[Passage]):
+    """The passages that were loaded. ``summary`` is one line: how many, and what was left out and why."""
+
+    summary: str = ""
+
+
+def load_passages(source: Any) -> Passages:
     """Read passages.
 
     Args:
-        source: ``shipped:train`` or ``shipped:val`` (about things that do not exist), or a file; ``runs/`` is the
-            project's (``storage.runs_folder``). The forms of a file (docs/own_passages.md):
+        source: ``shipped:train`` or ``shipped:val`` (about things that do not exist), a file (``runs/`` is the
+            project's, ``storage.runs_folder``), or rows or items in memory: a ``datasets.Dataset``, a DataFrame, a list
+            of dicts or of passages. The content of a file tells its form, also with `.gz` (docs/own_passages.md):
 
-            - `.json`, also `.gz`: item file (``{title, context, questions, completions?, prompt?}``) or SQuAD v1.1
-            - `.jsonl`: one item per line
-            - `.csv`, `.tsv`: columns ``title``, ``context``, ``question``, ``answer``; one question per row
-            - `.md`: a passage under each ``# title``; lines ``Q: …`` and ``A: …``, and ``I: …`` for implications
+            - JSON or JSON Lines: items (``{title, context, questions, completions?, prompt?}``), SQuAD v1.1 and v2,
+              rows as ``datasets`` and pandas write them; Parquet with such rows
+            - CSV, TSV: columns ``title``, ``context``, ``question``, ``answer``; one question per row
+            - Markdown: a passage under each ``# title``; lines ``Q: …`` and ``A: …``, ``I: …`` for implications
 
-    Returns: the passages in file order.
+    Returns: the passages in their order. Their ``summary`` is logged too, as a warning if something was left out.
 
     Raises: DataError with the path, the item (its index or line) and the wrong field.
     """
-    path = runs_folder(source)
-    if str(source).startswith("shipped:"):
-        split = str(source).removeprefix("shipped:")
-        if split not in SHIPPED_SPLITS:
-            raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
-        path = data_file(f"passages_{split}.json")
-    if reader := READERS.get(path.suffix.lower()):
-        items = list(reader(path))
-        if not items:
-            raise DataError("holds no passage", path=path, remedy="see the forms in docs/own_passages.md")
-        return _passages(items, path)
-    data = read_json(path)
-    if isinstance(data, dict) and isinstance(data.get("data"), list):
-        return _passages(_squad_items(path, data["data"]), path)
-    if isinstance(data, dict) and "articles" in data:
-        raise DataError("is a run file, not an item file", path=path, remedy="give it to 05_rest_em_round")
-    if not isinstance(data, list):
-        problem = f"is {repr(data)[:40]}, not a list of items"
-        raise DataError(problem, path=path, remedy="give an item or SQuAD v1.1 file")
-    return _passages(enumerate(data), path)
+    left_out: Counter[str] = Counter()
+    if not isinstance(source, str | Path):
+        path = Path(type(source).__name__)
+        records = _records(source, path)
+    else:
+        path = storage.runs_folder(source).expanduser()
+        if str(source).startswith("shipped:"):
+            split = str(source).removeprefix("shipped:")
+            if split not in SHIPPED_SPLITS:
+                raise DataError(f"no shipped passages {split!r}", remedy=f"shipped are {', '.join(SHIPPED_SPLITS)}")
+            path = storage.data_file(f"passages_{split}.json")
+        records = _file_records(path, left_out)
+    passages = _passages(records, path, left_out)
+    golds = [1 + len(question.other_answers) for one in passages for question in one.questions]
+    without = sum(not one.questions for one in passages)
+    said = f"{path.name}: {counted(len(passages), 'passages')}, {counted(len(golds), 'questions')}"
+    said += f", {counted(sum(golds), 'gold answers')}" if sum(golds) > len(golds) else ""
+    if without:
+        said += f"; {counted(without, 'passages')} without questions: trained on, in no mean or ranking"
+    said += "".join(f"; left out: {counted(n, what)} {_WHY[what]}" for what, n in left_out.items() if n)
+    passages.summary = visible(redacted(said))
+    log.log(logging.WARNING if without or left_out.total() else logging.INFO, "%s", passages.summary)
+    return passages
+
+
+def _file_records(path: Path, left_out: Counter[str]) -> Iterable[Placed]:
+    name = path.name.lower().removesuffix(".gz")
+    with storage.open_regular(path) as file:
+        start = file.peek(8)
+    if start.startswith(b"PAR1"):
+        return enumerate(parquet_rows(path))
+    if kinds := [kind for mark, kind in _OTHER_FILES.items() if start.startswith(mark)]:
+        raise DataError(f"is {kinds[0]}", path=path, remedy="unpack it, or save it as CSV UTF-8, Parquet or JSON Lines")
+    text = storage.read_text(path)
+    begin = text[:100_000].lstrip()
+    if not begin:
+        raise DataError("is empty", path=path, remedy=_FORMS)
+    if begin.startswith(("{", "[")) or (name.endswith((".json", ".jsonl", ".ndjson")) and not _separator(begin)):
+        return _json_records(text, name, path)
+    if _separator(begin) or _SEPARATOR.match(text) or name.endswith((".csv", ".tsv")):
+        return _csv_rows(text, path)
+    if begin.startswith("# ") or name.endswith((".md", ".markdown")):
+        return _markdown_items(text, path, left_out)
+    problem = f"begins with {brief(begin)}: neither JSON, a header of CSV nor a '# title'"
+    raise DataError(problem, path=path, remedy=_FORMS)
+
+
+def _json_records(text: str, name: str, path: Path) -> Iterable[Placed]:
+    """JSON Lines, whatever the file is called, if the first line is a whole value and others follow."""
+    first, _, others = text.lstrip().partition("\n")
+    is_lines = ".jsonl" in name and not first.startswith("[")
+    with contextlib.suppress(ValueError):
+        is_lines |= bool(others.strip()) and parse_json(first) is not None
+    if is_lines:
+        return storage.read_json_lines(path, text, as_written=True)
+    return _records(storage.read_json(path, text, as_written=True), path)
+
+
+def _records(source: Any, path: Path) -> Iterable[Placed]:
+    """The items, articles or rows of a JSON value or of an object in memory."""
+    if isinstance(source, Mapping):
+        no_table = str | bytes | Mapping
+        parts = [name for name, one in source.items() if isinstance(one, Iterable) and not isinstance(one, no_table)]
+        if "articles" in source:
+            raise DataError("is a run file, not an item file", path=path, remedy="give it to 05_rest_em_round")
+        if all(isinstance(source.get(name), list | dict) for name in COLUMNS[:2]):  # columns, as pandas writes them
+            source = _plain({name: [*one.values()] if isinstance(one, dict) else one for name, one in source.items()})
+        elif {"context", "questions", "question", "paragraphs"} & source.keys():
+            source = [source]
+        elif len(parts) == 1 or "data" in parts:
+            return _records(source["data" if "data" in parts else parts[0]], path)
+        elif parts:
+            problem = f"has the splits {', '.join(map(str, parts))[:200]}"
+            raise DataError(problem, path=path, remedy=f"give one of them: dataset[{parts[0]!r}]")
+    if hasattr(source, "iterrows"):  # pandas
+        _check_names(source.columns, path)
+        source = source.astype(object).where(source.notna(), None).to_dict("records")
+    _check_names(getattr(source, "column_names", ()), path)
+    for method in ("to_pylist", "to_dicts"):  # pyarrow, polars
+        source = getattr(source, method)() if hasattr(source, method) else source
+    if not isinstance(source, Iterable) or isinstance(source, str | bytes | Mapping):
+        remedy = "give a list of items, of rows or of SQuAD articles, a Dataset or a DataFrame"
+        raise DataError(f"is {brief(source)}, not a list of items", path=path, remedy=remedy)
+    return enumerate(source)
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file, with the columns that are read. Raises: DataError."""
+    from pyarrow import ArrowException, parquet
+
+    wanted = {*Passage.__annotations__, *Question.__annotations__, "answers", "is_impossible", "paragraphs"}
+    wanted |= _OTHER_LAYOUTS.keys()
+    size = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if name in wanted]
+            _check_names(names, path)
+            for batch in file.iter_batches(batch_size=100, columns=names):
+                size += batch.nbytes
+                if size > MOST_BYTES * 5:  # a context is repeated in each row about it
+                    raise DataError(f"holds more than {MOST_BYTES * 5 // 10**6} MB", path=path, remedy="split it")
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"cannot be read as Parquet: {error}", path=path, remedy="write it again") from error
+
+
+def text_key(*texts: str) -> tuple[str, ...]:
+    """Texts, such as title and context, as they are compared with those of another file: macOS may write an é as two
+    characters (NFD)."""
+    return tuple(unicodedata.normalize("NFC", one) for one in texts)
 
 
 def passage_at(passages: Sequence[Passage], index: int) -> Passage:
@@ -206,28 +408,17 @@ def published_order(passages: Sequence[Passage], seed: int = 42) -> list[Passage
 
 def to_item(passage: Passage) -> dict[str, Any]:
     """The passage as an entry of a published item file, without its empty fields."""
-    item: dict[str, Any] = _PASSAGE.dump_python(passage, mode="json", exclude_defaults=True)
-    return item
+    return _PASSAGE.dump_python(passage, mode="json", exclude_defaults=True)
 
 
 def asked(question: Question) -> dict[str, Any]:
     """The question and its gold answers as published files have them; ``other_answers`` only where there are some."""
-    row: dict[str, Any] = _QUESTION.dump_python(question, mode="json", exclude_defaults=True)
-    return row
-
-
-class _SquadAnswer(BaseModel):
-    text: Text
-
-
-class _SquadQuestion(BaseModel):
-    question: Text
-    answers: Annotated[list[_SquadAnswer], AfterValidator(_not_empty)]  # SQuAD v2 has questions without an answer
+    return _QUESTION.dump_python(question, mode="json", exclude_defaults=True)
 
 
 class _SquadParagraph(BaseModel):
     context: Text
-    qas: list[_SquadQuestion]
+    qas: list[Any]
 
 
 class _SquadArticle(BaseModel):
@@ -237,42 +428,127 @@ class _SquadArticle(BaseModel):
 
 _PASSAGE = TypeAdapter(Passage)
 _QUESTION = TypeAdapter(Question)
+_TEXT: TypeAdapter[str] = TypeAdapter(Text)
+_GOLDS: TypeAdapter[Any] = TypeAdapter(Annotated[Any, BeforeValidator(_from_cell)])
 _SQUAD_ARTICLE = TypeAdapter(_SquadArticle)
 
 
-def _passages(items: Iterable[Placed], path: Path | str) -> list[Passage]:
-    passages = []
-    for place, value in items:
-        if isinstance(value, dict):  # null means absent
-            value = {name: entry for name, entry in value.items() if entry is not None}
-        one = checked(_PASSAGE.validate_python, value, path=path, item=place)
-        for name in ("prompts", "prompt_keys"):
-            if (n := len(getattr(one, name))) not in (0, len(one.completions)):
-                problem = f"has {n} entries for {len(one.completions)} completions"
-                raise DataError(problem, path=path, item=place, field=name, remedy="correct it, or remove the item")
-        passages.append(one)
-    return passages
+def _passages(records: Iterable[Placed], path: Path, left_out: Counter[str]) -> Passages:
+    """One passage for each item and paragraph, and one for the rows of one title and context."""
+    found: list[Placed] = []
+    by_text: dict[tuple[str, ...], dict[str, Any]] = {}  # of rows
+    for place, record in records:
+        check = partial(checked, path=path, item=place)
+        for item, asked, field in _items_of(place, record, path):
+            if isinstance(asked, list):
+                read = [_question(one, field.format(at=at), check) for at, one in enumerate(asked)]
+                item["questions"] = [one for one in read if one is not None]
+                left_out["questions"] += read.count(None)
+            if field:
+                found.append((place, item))
+                continue
+            key = text_key(item["title"], item["context"])
+            if key in by_text:
+                by_text[key]["questions"] += item["questions"]
+            else:
+                by_text[key] = item
+                found.append((place, item))
+    if not found:
+        raise DataError("holds no passage", path=path, remedy=_FORMS)
+    return Passages(_passage(item, path, place) for place, item in found)
 
 
-def _squad_items(path: Path, articles: list[Any]) -> Iterator[Placed]:
-    """One item per paragraph; the title with spaces and the first answer as gold, as in published items."""
-    for index, value in enumerate(articles):
-        article = checked(_SQUAD_ARTICLE.validate_python, value, path=path, item=index)
-        for paragraph in article.paragraphs:
-            asked = [{"question": one.question, "answer": one.answers[0].text} for one in paragraph.qas]
-            yield index, {"title": article.title.replace("_", " "), "context": paragraph.context, "questions": asked}
+def _passage(item: Any, path: Path, place: int | str) -> Passage:
+    one = checked(_PASSAGE.validate_python, item, path=path, item=place)
+    for name in ("prompts", "prompt_keys"):
+        if (n := len(getattr(one, name))) not in (0, len(one.completions)):
+            problem = f"has {n} entries for {len(one.completions)} completions"
+            raise DataError(problem, path=path, item=place, field=name, remedy="correct it, or remove the item")
+    return one
+
+
+def _items_of(place: int | str, record: Any, path: Path) -> Iterator[tuple[dict[str, Any], Any, str]]:
+    """(item, its questions as given, the field of one of them) of an item, a SQuAD article or a row of one question; a
+    row has no such field."""
+    refused = partial(DataError, path=path, item=place)
+    record = asdict(record) if isinstance(record, Passage) else record
+    if not isinstance(record, Mapping):
+        raise refused(f"is {brief(record)}, not an object", remedy=_LAYOUT)
+    is_row = "question" in record and "questions" not in record
+    is_hub = "answers" in record  # as `datasets` has SQuAD, whose titles are written with _
+    record = {name: _plain(value) for name, value in record.items() if value is not None}  # null means absent
+    if "paragraphs" in record and not is_row:
+        article = checked(_SQUAD_ARTICLE.validate_python, record, path=path, item=place)
+        for n, paragraph in enumerate(article.paragraphs):  # the title with spaces, as in published items
+            item = {"title": article.title.replace("_", " "), "context": paragraph.context}
+            yield item, paragraph.qas, f"paragraphs[{n}].qas[{{at}}]"
+        return
+    if isinstance(record.get("context"), list | dict):
+        remedy = "make a text of them: ' '.join(one for _, those in row['context'] for one in those), or of the hub's "
+        remedy += "rows ' '.join(sum(row['context']['sentences'], [])), and give a title of your own"
+        problem = "has parts, such as the titles with sentences of HotpotQA, and is no text"
+        raise refused(problem, field="context", remedy=remedy)
+    if missing := [name for name in ("title", "context", "questions")[: 2 if is_row else 3] if name not in record]:
+        layouts = [f"this looks like {what}; " for name, what in _OTHER_LAYOUTS.items() if name in record]
+        problem = f"is missing; the item has {redacted(', '.join(map(str, record))[:4000])[:120] or 'no field'}"
+        raise refused(problem, field=missing[0], remedy="".join(layouts[:1]) + _LAYOUT)
+    if not is_row:
+        yield record, record["questions"], "questions[{at}]"
+    else:
+        title, context = (
+            checked(_TEXT.validate_python, record[name], path=path, item=place, field=name) for name in COLUMNS[:2]
+        )
+        title = title.replace("_", " ") if is_hub else title
+        yield {"title": title, "context": context}, [record] if "question" in record else [], ""
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts, without the arrays that a DataFrame from Parquet holds in its cells. A dict of lists becomes a
+    list of dicts, as `datasets` takes the one for the other."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        value = {name: _plain(one) for name, one in value.items()}
+        lengths = {len(one) if isinstance(one, list) else -1 for one in value.values()}
+        if len(lengths) == 1 and lengths != {-1}:
+            return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _question(value: Any, field: str, check: Callable[..., Any]) -> Question | None:
+    """None if it has no answer, as some of SQuAD v2 and QuAC."""
+    if isinstance(value, dict) and str(value.get("is_impossible")).lower() in ("true", "1"):
+        return None
+    if isinstance(value, dict):
+        golds: list[str] = []
+        of = f"{field}." if field else ""
+        given = {"answer": value.get("answer")}
+        is_list = str(given["answer"]).startswith('["')  # in a cell
+        for name in ("answer", "answers", "other_answers")[not is_list :]:
+            given[name] = check(_GOLDS.validate_python, value.get(name), field=of + name)
+        for name, those in given.items():
+            for at, one in enumerate(those if isinstance(those, list) else [] if those is None else [those]):
+                place = f"{of}{name}[{at}]" if isinstance(those, list) else of + name
+                golds.append(check(_TEXT.validate_python, _gold(one), field=place))
+        if {*golds} == {"CANNOTANSWER"} or (not golds and [] in (given["answer"], given["answers"])):
+            return None
+        value = {"question": value["question"]} if "question" in value else {}
+        value |= {"answer": golds[0], "other_answers": [*dict.fromkeys(golds)][1:]} if golds else {}
+    return check(_QUESTION.validate_python, value, field=field)
+
+
+def _gold(one: Any) -> Any:
+    """A number as it is written, but whole ones without a fraction: pandas makes 1990.0 of 1990 beside a gap."""
+    one = one["text"] if isinstance(one, dict) and "text" in one else one
+    one = int(one) if isinstance(one, float | Decimal) and one % 1 == 0 else one
+    is_number = isinstance(one, int | float | Decimal) and not isinstance(one, bool)
+    text = f"{one:f}" if isinstance(one, Decimal) else str(one)
+    return text if is_number and text not in ("nan", "inf", "-inf") else one
 
 
 REPOSITORY = "rajpurkar/squad"  # SQuAD v1.1 (Rajpurkar et al. 2016, CC BY-SA 4.0)
 REVISION = "7b6d24c440a36b6815f21b70d25016731768db1f"  # of 2024-03, its last commit
 OUT_NAMES = {"train": "squad_train.json", "validation": "squad_val.json"}  # SEAL's
 FILES = {split: f"plain_text/{split}-00000-of-00001.parquet" for split in OUT_NAMES}
-
-
-def passages_from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Passage]:
-    """One passage per paragraph, in order of first appearance, from the hub's rows (one per question)."""
-    named = ({**row, "title": row["title"].replace("_", " "), "answer": row["answers"]["text"][0]} for row in rows)
-    return _passages(_by_passage(enumerate(named)), REPOSITORY)
 
 
 def fetch_squad(split: str, folder: Path, *, revision: str = REVISION) -> Path:
@@ -283,21 +559,16 @@ def fetch_squad(split: str, folder: Path, *, revision: str = REVISION) -> Path:
     if split not in FILES:
         raise DataError(f"SQuAD has no split {split!r}", remedy=f"give {' or '.join(FILES)}")
     try:
-        from pyarrow import parquet
-    except ImportError as error:
-        problem = "SQuAD's files on the hub are parquet, and pyarrow is not installed"
-        raise DataError(problem, remedy="pip install -e '.[data]'") from error
-    try:
         file = Path(hf_hub_download(REPOSITORY, FILES[split], repo_type="dataset", revision=revision))
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{REPOSITORY} could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]})",
-            remedy="check the network or HF_ENDPOINT; or give train-v1.1.json from SQuAD's own site as the "
-            "dataset, which is read as it is",
-        ) from error
-    passages = passages_from_rows(parquet.read_table(file).to_pylist())
-    written = write_json(folder / OUT_NAMES[split], [to_item(passage) for passage in passages])
+        why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        remedy = "check the network or HF_ENDPOINT, or give train-v1.1.json from SQuAD's own site as the dataset"
+        raise DataError(f"{REPOSITORY} could not be fetched from the hub ({why})", remedy=remedy) from error
+    # The first answer is the gold, as in the published item files.
+    rows = ({**row, "answers": {"text": row["answers"]["text"][:1]}} for row in parquet_rows(file))
+    passages = _passages(enumerate(rows), Path(REPOSITORY), Counter())
+    written = storage.write_json(folder / OUT_NAMES[split], [to_item(passage) for passage in passages])
     commit = file.parents[FILES[split].count("/")].name  # the hub's cache has a folder for each
     source = {"repository": REPOSITORY, "split": split, "revision": revision, "commit": commit}
-    write_record(written, stage="data squad", settings=source)
+    storage.write_record(written, stage="data squad", settings=source)
     return written

@@ -20,16 +20,10 @@ _NUMBERED_QUESTION = re.compile(r"^Question \d+:", re.MULTILINE)
 
 
 def sequences_of_text(completion: str, *, title: str, context: str, split_newlines: bool) -> list[str]:
-    """The training sequences of one self-edit. Each is title, newline, text; the last one is the passage.
-
-    Args:
-        completion: the self-edit. If it is empty, the passage is alone with ``split_newlines``, and follows an empty
-            part without.
-        title: of the passage.
-        context: the passage.
-        split_newlines: make a sequence of each line, or of each "Question 1: …\\nAnswer: …" pair if the self-edit has
-            such pairs; otherwise of each part between ``---``. Published: True for single passages, False for CPT.
-    """
+    """The training sequences of one self-edit. Each is title, newline, text; the last one is the passage. After an
+    empty self-edit it is alone with ``split_newlines``, and follows an empty part without. ``split_newlines``: make a
+    sequence of each line, or of each "Question 1: …\\nAnswer: …" pair if the self-edit has such pairs; otherwise of
+    each part between ``---``. Published: True for single passages, False for CPT."""
     parts = [part.strip() for part in completion.split("---")]
     texts = [part for part in parts if part] or [completion.strip()]
     if split_newlines and "\nAnswer:" in completion and _NUMBERED_QUESTION.search(completion):
@@ -70,34 +64,32 @@ def write_self_edits(
 
     turns = list(islice(cycle(prompts), k_completions))
     asked_P_K = [[turn.asked(title=one.title, context=one.context, chat=chat) for turn in turns] for one in passages]
-    keys_P_K = [
-        [content_id([engine.model_id, asked, nth, seed, asdict(sampling)]) for nth, asked in enumerate(asked_K)]
-        for asked_K in asked_P_K
-    ]
-    titles, prompts_of, seeds = dict[str, str](), dict[str, Prompt](), dict[str, int]()  # by key
+    keys_P_K, wanted = [list[str]() for _ in passages], dict[str, tuple[str, Prompt, int]]()
     for passage, asked_K, keys_K in zip(passages, asked_P_K, keys_P_K, strict=True):
-        for nth, (key, asked) in enumerate(zip(keys_K, asked_K, strict=True)):
-            titles[key], prompts_of[key], seeds[key] = passage.title, asked, derived_seed(seed, asked, nth)
-    texts = {key: Completion(**journal.get(key)) for key in titles if key in journal} if journal is not None else {}
-    missing = [key for key in titles if key not in texts]
-    on_start([prompts_of[key] for key in missing])
+        for nth, asked in enumerate(asked_K):
+            keys_K.append(content_id([engine.model_id, asked, nth, seed, asdict(sampling)]))
+            wanted[keys_K[-1]] = passage.title, asked, derived_seed(seed, asked, nth)
+    texts = {key: Completion(**journal.get(key)) for key in wanted if key in journal} if journal is not None else {}
+    missing = [key for key in wanted if key not in texts]
+    titles, asked_M, seeds_M = zip(*(wanted[key] for key in missing), strict=True) if missing else ((), (), ())
+    on_start(asked_M)
 
     def keep(index: int, completion: Completion) -> None:
         texts[missing[index]] = completion
         if journal is not None:
-            journal.append(missing[index], asdict(completion))
-        on_text(len(texts), len(titles))
+            fields = asdict(completion)
+            journal.append(missing[index], {name: value for name, value in fields.items() if value != ()})
+        on_text(len(texts), len(wanted))
 
     try:
         if missing:
-            asked_M, seeds_M = [prompts_of[key] for key in missing], [seeds[key] for key in missing]
             engine.generate(asked_M, sampling, seeds=seeds_M, on_text=keep)
     except Incomplete as error:
-        of = ", ".join(dict.fromkeys(titles[missing[index]] for index in error.failures))
+        of = ", ".join(dict.fromkeys(titles[index] for index in error.failures))
         kept = "" if journal is None else "; the others are in the journal, run again to get the missing ones"
         raise EngineError(f"{error}{kept}; missing are self-edits of: {of}") from error
-    if len(texts) != len(titles):
-        raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(titles)} were requested")
+    if len(texts) != len(wanted):
+        raise EngineError(f"{engine.model_id} gave {len(texts)} texts, but {len(wanted)} were requested")
 
     names = tuple(turn.key for turn in turns)
     is_family = len(set(names)) > 1
@@ -107,10 +99,11 @@ def write_self_edits(
         shown = tuple(map(engine.text_of, asked_K))
         one = replace(
             passage,
-            completions=tuple(texts[key].text.strip() for key in keys_K),
+            # A model may write the character NUL, which no item file may hold.
+            completions=tuple(texts[key].text.strip().replace("\0", "\ufffd") for key in keys_K),
             prompt=shown[0],
             prompts=shown if is_family else (),
             prompt_keys=() if has_known_text else names,
         )
         written.append(one)
-    return written, [texts[key] for key in titles]
+    return written, [texts[key] for key in wanted]

@@ -1,12 +1,12 @@
 """Dataclasses of settings. Types and bounds are checked when they are made; help texts become options of a command."""
 
 import argparse
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal, NoReturn, Self
 
 from seal_nb.errors import SettingsError, redacted
@@ -37,6 +37,8 @@ class Settings:
             if kind in (Path, Path | None) and isinstance(value, str):
                 value = Path(value)
             _check_kind(one.name, value, kind)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingsError(f"{one.name}={value}: give a finite number")
             object.__setattr__(self, one.name, value)
             if least is not None and not value >= least:
                 raise SettingsError(f"{one.name}={value}: must be at least {least}")
@@ -68,11 +70,12 @@ _KINDS: dict[Any, tuple[Any, str]] = {
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-        raise SettingsError(f"{name}={value!r}: known are {', '.join(typing.get_args(kind))}")
     origin = typing.get_origin(kind) or kind
-    is_plain = isinstance(origin, type) and origin is not UnionType
-    wanted, example = _KINDS.get(kind, (origin, f"a {origin.__name__}") if is_plain else (object, ""))
+    if origin is Literal:
+        if value not in typing.get_args(kind):
+            raise SettingsError(f"{name}={value!r}: known are {', '.join(typing.get_args(kind))}")
+        return
+    wanted, example = _KINDS.get(kind) or (origin, f"a {origin.__name__}")
     is_right = isinstance(value, wanted) and not (isinstance(value, bool) and kind in (int, float))
     if not is_right or (kind == Sequence[str] and not all(isinstance(one, str) for one in value)):
         raise SettingsError(f"{name}={value!r} is of type {type(value).__name__}; give {example}")

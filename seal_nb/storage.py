@@ -22,6 +22,7 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ _PROJECT_ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 200_000_000  # of a file that is read whole, and of what it holds decompressed
 MOST_TIMES, FREE_BYTES = 200, 2**24  # what a compressed file may hold: so many times its size, or so little
 MOST_VALUES = 5_000_000  # of JSON: each takes 70 bytes and more
+_ENCODINGS = {  # by how a file starts: a byte-order mark, or a zero byte, which a text in UTF-8 does not have
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32", rb"\xff\xfe|\xfe\xff": "utf-16", rb"[^\0]\0": "utf-16-le",
+    rb"\0[^\0]": "utf-16-be",
+}  # fmt: skip
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(  # each escape of a text, so that the second of two backslashes begins none
     r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
@@ -66,20 +71,36 @@ def runs_folder(path: str | Path = "") -> Path:
 
     Returns:
         A relative path whose first part is ``runs`` goes under ``$SEAL_RUNS``, or else under ``runs`` of the project:
-        the nearest parent of the current folder that is a checkout of seal-nb, or the current folder. It is
-        relative to the current folder where the project contains it. Any other path is returned unchanged, and so is
-        one that was returned before.
+        the nearest parent of the current folder that is a checkout of seal-nb; else the current folder, or the one
+        above it where it is called ``notebooks``. It is relative to the current folder where the project contains it.
+        Any other path is returned as it is, but for ``~``, and so is one that was returned before.
     """
-    given = Path(path or "runs")
+    given, chosen = Path(path or "runs").expanduser(), os.environ.get("SEAL_RUNS", "")
+    for one in (path, chosen):
+        refuse_address(one)
     if given.parts[:1] != ("runs",):
         return given
-    here = Path.cwd()
-    project = next((folder for folder in (here, *here.parents) if _is_project(folder)), here)
-    chosen = os.environ.get("SEAL_RUNS", "")
+    project = _project_of(Path.cwd())
     place = (project / Path(chosen or "runs").expanduser()).joinpath(*given.parts[1:])
     shown = Path(os.path.relpath(place))
     moves_again = chosen and shown.parts[0] == "runs"
     return shown if place.is_relative_to(project) and not moves_again else place
+
+
+def command_runs_folder(path: str | Path = "", *, home: Path = _PROJECT_ROOT) -> Path:
+    """``runs_folder`` of a command, which may be called in any folder. Where that is in no project and has no ``runs``,
+    they are those of the project of ``home``, from now on and also for processes that this one starts."""
+    here, project = _project_of(Path.cwd()), _project_of(home.resolve())
+    has_own = _is_project(here) or (here / "runs").is_dir() or here == project
+    if not has_own and (_is_project(project) or home != _PROJECT_ROOT):
+        os.environ["SEAL_RUNS"] = os.environ.get("SEAL_RUNS") or str(project / "runs")
+    return runs_folder(path)
+
+
+def refuse_address(path: str | Path) -> None:
+    """Raises: SettingsError for an address, such as s3://bucket/x: it would become a folder of that name."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise SettingsError(f"{redacted(str(path))!r} is an address; give a file or folder of this machine")
 
 
 def data_file(name: str) -> Path:
@@ -97,9 +118,15 @@ def file_name(stem: str, ending: str) -> str:
     return safe + ending
 
 
+def _project_of(folder: Path) -> Path:
+    above = folder.parent if folder.name == "notebooks" else folder
+    return next((one for one in (folder, *folder.parents) if _is_project(one)), above)
+
+
 def _is_project(folder: Path) -> bool:
     settings = folder / "pyproject.toml"
-    return (folder / "notebooks").is_dir() and settings.is_file() and 'name = "seal-nb"' in settings.read_text()
+    is_checkout = settings.is_file() and 'name = "seal-nb"' in settings.read_text(errors="replace")
+    return (is_checkout and (folder / "notebooks").is_dir()) or (folder / "slurm/job.sh").is_file()
 
 
 def content_id(obj: object) -> str:
@@ -179,45 +206,51 @@ def open_own(path: str | Path) -> io.FileIO:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file, plain or gzip-compressed. Raises: DataError with the path for a missing or unreadable file, for
-    more than MOST_BYTES, and for a small file that holds much (MOST_TIMES), before it is in memory."""
+    """A file in UTF-8 (or UTF-16, as spreadsheets write), plain or gzip-compressed. Byte-order marks are left out: at
+    the start, and at the start of a line, where files were put together.
+    Raises: DataError with the path for a missing or unreadable file, for more than MOST_BYTES, and for a small file
+    that holds much (MOST_TIMES), before it is in memory."""
     try:
         with open_regular(path) as file, contextlib.ExitStack() as opened:
             is_compressed = file.peek(2)[:2] == b"\x1f\x8b"
             content = opened.enter_context(gzip.GzipFile(fileobj=file)) if is_compressed else file
             allowed = max(FREE_BYTES, MOST_TIMES * os.fstat(file.fileno()).st_size) if is_compressed else MOST_BYTES
             raw = content.read(min(allowed, MOST_BYTES) + 1)
-        text = raw.decode("utf-8-sig") if len(raw) <= min(allowed, MOST_BYTES) else None
+        encoding = next((name for start, name in _ENCODINGS.items() if re.match(start, raw)), "utf-8-sig")
+        text = raw.decode(encoding) if len(raw) <= min(allowed, MOST_BYTES) else None
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}", path=path, remedy="save it as UTF-8") from error
+        named = "UTF-8, perhaps Windows-1252" if encoding == "utf-8-sig" else encoding.upper()
+        raise DataError(f"not {named}: {error}", path=path, remedy="save it as UTF-8 (in Excel: CSV UTF-8)") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", path=path, remedy="copy the file again") from error
     if text is None:
         problem = f"holds more than {min(allowed, MOST_BYTES) // 10**6} MB"
         raise DataError(problem, path=path, remedy="unpack it" if allowed < MOST_BYTES else "split it")
-    return text
+    return text.removeprefix("\ufeff").replace("\n\ufeff", "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON value in a file, plain or gzip-compressed, as `parse_json`. Raises: DataError with the path."""
-    text = read_text(path)
+def read_json(path: str | Path, text: str | None = None, *, as_written: bool = False) -> Any:
+    """The JSON value in a file, plain or gzip-compressed, as `parse_json`; ``text``: what `read_text` gave already.
+    Raises: DataError with the path."""
+    text = read_text(path) if text is None else text
     try:
-        return parse_json(text)
+        return parse_json(text, as_written=as_written)
     except ValueError as error:
         raise DataError(f"not valid JSON: {error}", path=path, remedy="write the file again") from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, as_written: bool = False) -> Any:
     """A JSON value. NaN and infinity are null, as `write_json` writes them. Half a surrogate pair, which no table can
     hold, is U+FFFD. Raises: ValueError, also for a key that occurs twice, for a whole number of over MOST_DIGITS
     digits, and for over MOST_LEVELS levels: Python could not compute with that number, nor copy such a value; and for
-    over MOST_VALUES objects, lists and commas."""
+    over MOST_VALUES objects, lists and commas. ``as_written``: half a pair stays, and a fraction keeps its digits."""
     if sum(map(text.count, "{[,")) > MOST_VALUES:
         raise ValueError(f"it has more than {MOST_VALUES} objects, lists and commas")
-    if _HALF.search(text):
+    if not as_written and _HALF.search(text):
         text = _ESCAPE.sub(lambda found: "\\ufffd" if found["half"] else found[0], text)
     try:
-        value = json.loads(text, object_pairs_hook=_unique, **_FINITE)
+        to_float, null = Decimal if as_written else _finite, lambda _: None
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, parse_float=to_float, parse_constant=null)
     except RecursionError as error:
         raise ValueError(f"it has more than {MOST_LEVELS} levels") from error
     level = [value]
@@ -247,18 +280,17 @@ def _finite(digits: str) -> float | None:
     return value if math.isfinite(value := float(digits)) else None
 
 
-_FINITE: dict[str, Any] = {"parse_int": _whole, "parse_float": _finite, "parse_constant": lambda _: None}
-
-
-def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """The place (such as "line 3") and the JSON value of each line that is not blank, in a file as in ``read_text``.
+def read_json_lines(
+    path: str | Path, text: str | None = None, *, as_written: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """The place (such as "line 3") and the JSON value of each line that is not blank; arguments as of ``read_json``.
     Raises: DataError with the path and the line."""
     # Not splitlines: a text may hold characters such as U+2028, which splitlines takes for the end of a line.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), start=1):
         place = f"line {number}"
         if line.strip():
             try:
-                value = parse_json(line)
+                value = parse_json(line, as_written=as_written)
             except ValueError as error:
                 remedy = "write one JSON value a line"
                 raise DataError(f"not valid JSON: {error}", path=path, item=place, remedy=remedy) from error
@@ -315,15 +347,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """The latest record of a key. Raises: KeyError."""
         return json.loads(self._line(key))["record"]
 
-    def get_json(self, key: str, *, most: int | None = None) -> bytes:
-        """The latest record of a key as the JSON in the file; of a long one only the first ``most`` bytes.
-        Raises: KeyError."""
-        start = _line_start(key)
-        if most is not None and len(start) + most < self._places[key][1]:
-            line = os.pread(self._file.fileno(), len(start) + most, self._places[key][0])
-            if line.startswith(start):
-                return line[len(start) :]
-        line = self._line(key)
+    def get_json(self, key: str) -> bytes:
+        """The latest record of a key as the JSON in the file. Raises: KeyError."""
+        start, line = _line_start(key), self._line(key)
         # Another program may have written the line with other spaces.
         return line[len(start) : -2] if line.startswith(start) else json.dumps(json.loads(line)["record"]).encode()
 
@@ -341,16 +367,11 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return len(self._places)
 
     def close(self) -> None:
-        """Let another writer in. Its records can then be read by ``read_journal`` only."""
+        """Let another writer in. The records can then be read no more."""
         self._opened.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def read_journal(path: str | Path) -> dict[str, Any]:
-    """The latest record of each key, without the lock: for looking at a run while it is being written."""
-    return {key: record for key, record, _ in _journal_lines(Path(path))}
 
 
 def record_path(result: str | Path) -> Path:
@@ -443,7 +464,8 @@ def lock(path: Path, *, of: Path, wait_s: float = 0.0, tell: Callable[[str], obj
                 told = busy
                 time.sleep(0.2)
             except OSError as error:  # some network file systems have no locks
-                raise DataError(f"cannot be locked: {error}", path=of, remedy="use another folder") from error
+                remedy = f"give a folder on another disk, or mount this one with locks (flock); {path.name} is its lock"
+                raise DataError(f"this file system locks no files: {error}", path=of, remedy=remedy) from error
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
         yield handle

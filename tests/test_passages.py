@@ -46,14 +46,22 @@ def test_the_order_is_that_of_the_global_shuffle_and_the_input_stays(seed: int, 
     assert [p.title for p in passages] == [str(i) for i in range(n)]
 
 
-def test_squad_comes_in_one_passage_a_paragraph_with_the_first_answer_as_gold(tmp_path: Path) -> None:
-    answers = [{"text": "first", "answer_start": 0}, {"text": "second", "answer_start": 3}]
+def test_squad_comes_in_one_passage_a_paragraph_with_every_different_answer_as_gold(tmp_path: Path) -> None:
+    answers = [{"text": one, "answer_start": 0} for one in ("first", "second", "first")]
     paragraph = {"context": "C1", "qas": [{"question": "q?", "id": "1", "answers": answers}]}
     squad = {"version": "1.1", "data": [{"title": "Super_Bowl_50", "paragraphs": [paragraph, paragraph]}]}
     path = tmp_path / "dev-v1.1.json.gz"
     path.write_bytes(gzip.compress(json.dumps(squad).encode()))
-    expected = Passage(title="Super Bowl 50", context="C1", questions=(Question(question="q?", answer="first"),))
+    asked = Question(question="q?", answer="first", other_answers=("second",))
+    expected = Passage(title="Super Bowl 50", context="C1", questions=(asked,))
     assert load_passages(path) == [expected, expected]
+
+
+@pytest.mark.parametrize("golds", [["a"], [{"text": "a"}], {"text": ["a"]}])
+def test_rows_of_a_title_form_one_passage_however_their_answers_are_written(golds: object) -> None:
+    rows = [{"title": "Super_Bowl_50", "context": "C", "question": "q?", "answers": one} for one in (golds, [], None)]
+    (one,) = load_passages([*rows[:2], {**rows[2], "question": None}])
+    assert (one.title, len(one.questions)) == ("Super Bowl 50", 1)
 
 
 def test_absent_and_null_self_edits_and_prompt_mean_none(tmp_path: Path) -> None:
@@ -78,10 +86,10 @@ def test_absent_and_null_self_edits_and_prompt_mean_none(tmp_path: Path) -> None
         ([ITEM | {"prompt": []}], 0, "prompt", "is [], not a text"),
         ({"data": [{"title": "T", "paragraphs": [{"context": "C"}]}]}, 0, "paragraphs[0].qas", "is missing"),
         (
-            {"data": [{"title": "T", "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": []}]}]}]},
+            {"data": [{"title": "T", "paragraphs": [{"context": "C", "qas": [{"question": "q", "answers": [{}]}]}]}]},
             0,
-            "paragraphs[0].qas[0].answers",
-            "is empty",
+            "paragraphs[0].qas[0].answers[0]",
+            "is {}, not a text",
         ),
     ],
 )
@@ -110,19 +118,23 @@ def test_a_missing_file_and_an_unknown_shipped_split_say_so(tmp_path: Path) -> N
         load_passages("shipped:test")
 
 
+ANY = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)))
+WORDS = ANY.filter(str.strip)
+
+
+def asked(question: str, golds: list[str]) -> Question:
+    return Question(question=question, answer=golds[0], other_answers=tuple(golds[1:]))
+
+
 @given(
     st.builds(
         Passage,
-        title=st.text(min_size=1).filter(str.strip),
-        context=st.text(min_size=1).filter(str.strip),
-        questions=st.lists(
-            st.builds(
-                Question, question=st.text(min_size=1).filter(str.strip), answer=st.text(min_size=1).filter(str.strip)
-            )
-        ).map(tuple),
-        completions=st.lists(st.text()).map(tuple),
-        prompt=st.text(),
-        hand_written=st.text(),
+        title=WORDS,
+        context=WORDS,
+        questions=st.lists(st.builds(asked, WORDS, st.lists(WORDS, unique=True, min_size=1, max_size=3))).map(tuple),
+        completions=st.lists(ANY).map(tuple),
+        prompt=ANY,
+        hand_written=ANY,
     )
 )
 def test_any_passage_survives_a_round_trip(tmp_path_factory: pytest.TempPathFactory, passage: Passage) -> None:

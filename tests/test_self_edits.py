@@ -96,7 +96,7 @@ class RecordingEngine(Engine):
         self.asked: list[Prompt] = []
         self.texts_left = texts_before_failure
 
-    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> dict[int, Completion | EngineError]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText) -> dict[int, Completion | EngineError]:
         outcomes: dict[int, Completion | EngineError] = {}
         for index, ask in enumerate(asks):
             if self.texts_left == 0:
@@ -192,7 +192,7 @@ def test_work_is_said_for_the_missing_texts_only_and_progress_counts_all(tmp_pat
 
 def test_an_engine_that_loses_a_text_is_an_error_and_not_a_short_list() -> None:
     class Losing(RecordingEngine):
-        def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> dict[int, Completion | EngineError]:
+        def outcomes(self, asks: Sequence[Ask], on_text: OnText) -> dict[int, Completion | EngineError]:
             return super().outcomes(asks[:-1], on_text)
 
     with pytest.raises(EngineError, match="14 texts, but 15"):

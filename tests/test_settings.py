@@ -28,7 +28,7 @@ from seal_nb.sft.settings import SftSettings
         (Training, {"chat": 1}, "chat=1 is of type int; give True or False"),
         (Training, {"finetune_epochs": True}, "finetune_epochs=True is of type bool; give a whole number"),
         (Training, {"target_modules": "q_proj"}, "target_modules='q_proj' is of type str; give a list of texts"),
-        (Sampling, {"temperature": math.nan}, "temperature=nan: must be at least 0"),
+        (Sampling, {"temperature": math.nan}, "temperature=nan: give a finite number"),
         (Sampling, {"stop": "\n"}, r"stop='\\n' is of type str; give a tuple"),
         (SinglePassageSettings, {"training": {"lora_rank": 3}}, "training=.* is of type dict; give a Training"),
         (SinglePassageSettings, {"arm": "poem"}, "arm='poem': known are self_edits, passage_only"),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seal_nb.errors import DataError, EngineError, SettingsError
 from seal_nb.sft import train as sft
-from seal_nb.sft.settings import SftJob, SftSettings
+from seal_nb.sft.settings import JOB, SftJob, SftSettings
 from seal_nb.sft.train import (
     IGNORED,
     collator,
@@ -275,9 +275,9 @@ def test_two_processes_train_what_one_does_within_rounding(base: Path, tmp_path:
 
 BOTH = """
 import sys
-from seal_nb.sft.settings import SftJob
+from seal_nb.sft.settings import JOB
 from seal_nb.sft.train import main
-raise SystemExit(max(main(SftJob.from_json(text)) for text in sys.argv[1:]))
+raise SystemExit(max(main(JOB.validate_json(text)) for text in sys.argv[1:]))
 """
 
 
@@ -292,7 +292,7 @@ def test_a_model_sharded_over_processes_trains_the_same(base: Path, tmp_path: Pa
     ]
     script.write_text(BOTH)
     line = command(jobs[0], 2, on_cpu)
-    line = [*line[: line.index("seal_nb.sft.train") - 1], str(script), *(job.to_json() for job in jobs)]
+    line = [*line[: line.index("seal_nb.sft.train") - 1], str(script), *(JOB.dump_json(job).decode() for job in jobs)]
     subprocess.run(line, check=True)
     for job in jobs:
         sharded = run_job(job)  # takes the model that is there
@@ -348,7 +348,7 @@ def test_a_command_line_says_the_whole_job(tmp_path: Path) -> None:
     job = SftJob(
         sft_file=tmp_path / "a b.jsonl", model="m", model_dir=tmp_path / "next", settings=settings, n_threads=2
     )
-    assert SftJob.from_json(job.to_json()) == job
+    assert JOB.validate_json(JOB.dump_json(job).decode()) == job
     line = command(job, 4, slurm_file("accelerate_fsdp.yaml"))
     assert line[line.index("seal_nb.sft.train") - 1] == "-m" and "--num_processes=4" in line
 
@@ -358,8 +358,8 @@ def test_a_killed_notebook_leaves_no_training_behind(base: Path, tmp_path: Path)
     job = SftJob(sft_file=sft_file(tmp_path), model=str(base), model_dir=tmp_path / "next", settings=endless)
     code = (  # it ends with the test in any case
         "import os; from seal_nb.processes import end_with_parent; end_with_parent(os.getppid())\n"
-        "from seal_nb.sft.train import run_job; from seal_nb.sft.settings import SftJob\n"
-        f"run_job(SftJob.from_json({job.to_json()!r}), n_processes=2)"
+        "from seal_nb.sft.train import run_job; from seal_nb.sft.settings import JOB\n"
+        f"run_job(JOB.validate_json({JOB.dump_json(job).decode()!r}), n_processes=2)"
     )
     notebook = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 

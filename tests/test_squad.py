@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from seal_nb.passages import FILES, REPOSITORY, REVISION, Passage, Question, load_passages, passages_from_rows
+from seal_nb.passages import FILES, REPOSITORY, REVISION, Passage, Question, load_passages
 from seal_nb.storage import read_json
 from tests.fake_hub import COMMIT, fake_hub
 
@@ -32,10 +32,6 @@ EXPECTED = [
 ]
 
 
-def test_rows_of_one_paragraph_are_one_passage_with_the_first_answers_as_gold() -> None:
-    assert passages_from_rows(ROWS) == EXPECTED
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
     """Has the one file."""
@@ -52,7 +48,9 @@ def data_squad(out: Path, home: Path, *words: str, **env: str) -> subprocess.Com
     return subprocess.run(line, capture_output=True, text=True, timeout=120, env=clean | {"HF_HOME": str(home)} | env)
 
 
-def test_the_command_writes_the_item_file_that_every_stage_reads(hub: str, tmp_path: Path) -> None:
+def test_the_command_writes_the_item_file_that_every_stage_reads_with_the_first_answers_as_gold(
+    hub: str, tmp_path: Path
+) -> None:
     done = data_squad(tmp_path / "out", tmp_path / "home", HF_ENDPOINT=hub)
     assert done.returncode == 0, done.stderr
     assert load_passages(tmp_path / "out" / "squad_val.json") == EXPECTED

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -68,10 +68,8 @@ class SftSettings(Settings):
     def accumulation_of(self, n_processes: int) -> int:
         """Micro-batches of a step in one of ``n_processes``. Raises: SettingsError if they cannot share it equally."""
         if n_processes < 1 or self.gradient_accumulation_steps % n_processes:
-            raise SettingsError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, which {n_processes} "
-                "processes cannot share; it counts the micro-batches of all processes: give a multiple"
-            )
+            what = f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, which {n_processes} processes"
+            raise SettingsError(f"{what} cannot share; it counts the micro-batches of all processes: give a multiple")
         return self.gradient_accumulation_steps // n_processes
 
 
@@ -98,9 +96,5 @@ class SftJob:
     settings: SftSettings
     n_threads: int = 1  # of torch in one process, on a CPU
 
-    def to_json(self) -> str:
-        return TypeAdapter(SftJob).dump_json(self).decode()
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        return TypeAdapter(cls).validate_json(text)
+JOB = TypeAdapter(SftJob)  # for its JSON, which the processes of a training get

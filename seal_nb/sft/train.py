@@ -21,22 +21,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from seal_nb import storage
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError, visible
 from seal_nb.models import model_identity, pretrained, resolve_model
 from seal_nb.peft_files import merge_stack, stored_dtype, write_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
-from seal_nb.sft.settings import SHARDINGS, SftJob, SftResult
+from seal_nb.sft.settings import JOB, SHARDINGS, SftJob, SftResult
 from seal_nb.tokens import tokenize
 
 MODULE = "seal_nb.sft.train"
@@ -77,7 +70,7 @@ def run_job(job: SftJob, *, n_processes: int = 1, sharding: str = "fsdp") -> Sft
 
 def command(job: SftJob, n_processes: int, config: Path) -> list[str]:
     """The command line of a training. Raises: SettingsError if the nodes of this job cannot share the processes."""
-    program = ["-m", MODULE, job.to_json()]
+    program = ["-m", MODULE, JOB.dump_json(job).decode()]
     if n_processes == 1:
         return ending_with_me([sys.executable, *program])
     options = [f"--config_file={config}", f"--num_processes={n_processes}"]
@@ -157,7 +150,7 @@ def in_training_order(examples: Sequence[Example], *, epochs: int, examples_a_st
     return [one for _ in range(epochs) for one in [*draws.sample(list(examples), len(examples)), *fillers]]
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+def collator(tokenizer: Any) -> DataCollatorForSeq2Seq:
     """Makes batches: ids, attention mask and labels, padded on the right outside the loss."""
     # A pad token of its own may have no embedding, and any token will do.
     tokenizer.padding_side = "right"
@@ -197,9 +190,8 @@ def train_sft(job: SftJob) -> SftResult:
 
 def training_id(job: SftJob) -> str:
     """Identifies a training by its rows, settings and model, on any number of processes."""
-    return storage.content_id(
-        [read_sft_rows(job.sft_file), asdict(job.settings), model_identity(resolve_model(job.model))]
-    )
+    model = model_identity(resolve_model(job.model))
+    return storage.content_id([read_sft_rows(job.sft_file), asdict(job.settings), model])
 
 
 def finished(model_dir: Path, made_from: str) -> SftResult | None:
@@ -318,4 +310,4 @@ def main(job: SftJob) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(SftJob.from_json(sys.argv[1])))
+    raise SystemExit(main(JOB.validate_json(sys.argv[1])))
