@@ -6,9 +6,11 @@ Heavy modules are imported inside the commands that use them, so that ``seal-nb 
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from seal_nb import cli_chains
 from seal_nb.cli_chains import tell
 from seal_nb.errors import SealError, redacted, visible
 from seal_nb.settings import Parser
+from seal_nb.storage import command_runs_folder, runs_folder
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(visible(f"unrecognized arguments: {' '.join(rest)}"))
     arguments.rest = rest
     try:
+        if arguments.command not in (_run, cli_chains.submit):  # they know their project later
+            _resolve_paths(arguments)
         return int(arguments.command(arguments) or 0)
     except KeyboardInterrupt:
         tell("seal-nb: interrupted", file=sys.stderr)
@@ -49,9 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = _command(commands, "run", _run, "run a notebook without JupyterLab (papermill)")
-    run.add_argument("stage", metavar="NOTEBOOK", help="its name, or how the name begins: 03_query_server, 03, 3")
+    run.add_argument("stage", metavar="NOTEBOOK", help="how a stage's name begins (03_query_server, 03, 3), or x.ipynb")
     pairs: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     run.add_argument("-p", dest="pairs", **pairs, help="set a parameter; may be repeated")
+    run.add_argument("-r", dest="raw", **pairs, help="set a parameter to this text, without a look at its type")
+    run.add_argument(
+        "-f", dest="files", action="append", type=Path, default=[], metavar="FILE", help="parameters: YAML or JSON"
+    )
+    run.add_argument("-y", dest="yaml", action="append", default=[], metavar="TEXT", help="parameters: YAML or JSON")
+    run.add_argument("-k", dest="kernel", default="", metavar="KERNEL", help="default: python3, or the notebook's own")
     run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="executed copy (default: in output_dir)")
     run.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: notebooks/ of the checkout")
     run.add_argument("--parameters", action="store_true", help="list the notebook's parameters and run nothing")
@@ -129,27 +140,46 @@ def _command(
     return parser
 
 
+def _resolve_paths(arguments: argparse.Namespace, **home: Path) -> None:
+    """Paths in ``runs`` become the project's, as in a notebook. Raises: SettingsError for an address."""
+    command_runs_folder(**home)
+    for name, value in list(vars(arguments).items()):
+        if isinstance(value, Path):
+            setattr(arguments, name, runs_folder(value))
+        elif isinstance(value, list):
+            setattr(arguments, name, [runs_folder(one) if isinstance(one, Path) else one for one in value])
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from seal_nb import notebook_runner as runner
     from seal_nb.chain.record import marked_when_done
     from seal_nb.processes import end_with_parent
+    from seal_nb.storage import read_text
 
     if arguments.parent_pid is not None:
         end_with_parent(arguments.parent_pid)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are said in other words
+    warnings.filterwarnings("ignore", "Cell is missing an id")  # of older notebooks, which run
     # The kernel "python3" must be this environment's, not one in the user's home folder.
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     notebook = runner.find_notebook(arguments.stage, arguments.notebooks)
-    declared = runner.declared_parameters(notebook)
+    _resolve_paths(arguments, home=notebook.parent)
+    own = notebook.resolve().parent != (arguments.notebooks or runner.default_notebooks_dir()).resolve()
+    declared = runner.declared_parameters(notebook, own=own)
     if arguments.parameters:
         for one in declared.values():
-            tell(f"{one.name}: {one.type_name} = {one.default!r}" + (f"\n    {one.help}" if one.help else ""))
+            tell(f"{one.name}: {one.type_name or 'any'} = {one.default!r}" + (f"\n    {one.help}" if one.help else ""))
         return
-    values = runner.parse_parameters(arguments.pairs, declared)
-    executed = arguments.output or runner.executed_path(notebook, values, declared)
-    write, progress_bar = runner.for_stream(sys.stdout)
+    texts = [(read_text(path), f"-f {path}") for path in arguments.files] + [(text, "-y") for text in arguments.yaml]
+    pairs = [pair for one in texts for pair in runner.read_parameters(*one)]
+    values: dict[str, Any] = {}
+    for given, option in ((pairs, "-f"), (arguments.pairs, "-p"), (arguments.raw, "-r")):
+        values |= runner.parse_parameters(given, declared, own=own, option=option)
+    executed = runner.executed_path(notebook, values, declared, arguments.output)
+    kernel = runner.kernel_of(notebook, arguments.kernel)
     output_dir = str(values.get("output_dir", ""))
     with marked_when_done(arguments.chain, output_dir) if arguments.chain else contextlib.nullcontext():
-        runner.run_notebook(notebook, values, executed, write=write, progress_bar=progress_bar)
+        runner.run_notebook(notebook, values, executed, stream=sys.stdout, kernel=kernel)
     if summary := runner.summary_of(executed):
         tell(summary)
     tell(f"executed notebook: {executed}")
@@ -157,7 +187,6 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from seal_nb.server.main import main as serve
-    from seal_nb.storage import runs_folder
 
     return serve(arguments.rest, prog="seal-nb serve", endpoint=DEFAULT_ENDPOINT, run_dir=runs_folder("runs/server"))
 
@@ -192,16 +221,10 @@ def _summarize(arguments: argparse.Namespace) -> None:
 
 
 def _grade(arguments: argparse.Namespace) -> None:
-    from seal_nb.grading.choose import make_grader
-    from seal_nb.results.regrade import grade_file, is_run_file, regrade_file
+    from seal_nb.results.regrade import grade_file
 
-    files, chosen = (arguments.answers, arguments.out), {"only_ungraded": arguments.only_ungraded}
-    grader = make_grader(arguments.grader)
-    if is_run_file(arguments.answers):
-        lines = regrade_file(*files, grader=grader, **chosen, dataset=arguments.dataset).lines()
-    else:
-        lines = grade_file(*files, grader=grader, **chosen).lines()
-    tell("\n".join(lines))
+    chosen = {name: getattr(arguments, name) for name in ("grader", "dataset", "only_ungraded")}
+    tell("\n".join(grade_file(arguments.answers, arguments.out, **chosen).lines()))
 
 
 def _rerun(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from seal_nb.errors import RunMismatch, SettingsError, visible
 from seal_nb.settings import Parser
-from seal_nb.storage import runs_folder
+from seal_nb.storage import command_runs_folder, runs_folder
 
 if TYPE_CHECKING:
     from seal_nb.chain.slurm import Cluster
@@ -29,7 +29,7 @@ def submit(arguments: argparse.Namespace) -> None:
     from seal_nb.chain.stages import as_options, make_chain
 
     given = _submit_parser().parse_args(arguments.rest)
-    project, run_dir, cluster = Path.cwd(), runs_folder(given.run_dir), None
+    project, run_dir, cluster = Path.cwd(), command_runs_folder(given.run_dir, home=given.project), None
     if given.executor == "slurm":
         project, run_dir = given.project.resolve(), run_dir.resolve()
         cluster = slurm.Cluster(
@@ -140,7 +140,7 @@ def _settings(given: argparse.Namespace, cluster: "Cluster | None" = None) -> "E
     if cluster:
         places = {"model", "train_dataset", "val_dataset", "prompt_key"} & set(values)
         values |= {name: _seen_from(cluster.project, values[name]) for name in places}
-        values.setdefault("n_workers", cluster.workers_a_node)
+        values.setdefault("n_workers", cluster.gpus_a_node or 1)
     if given.chain != "rest_em" and not given.small:
         values.setdefault("train_dataset", values.get("val_dataset"))  # nothing is trained on it
     missing = [name for name in ("model", "train_dataset", "val_dataset") if not values.get(name)]

@@ -6,6 +6,7 @@ case $SLURM_JOB_ID in '' | *[!0-9]*) exit 2 ;; esac # arithmetic would run a com
 exec python -m accelerate.commands.launch \
     --num_machines="$SLURM_NNODES" \
     --machine_rank="$SLURM_NODEID" \
-    --main_process_ip="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" \
+    --main_process_ip="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -xE '[A-Za-z0-9._-]+' |
+        tail -n "$SLURM_NNODES" | head -n 1)" \
     --main_process_port="$((20000 + SLURM_JOB_ID % 20000))" \
     "$@"

@@ -6,9 +6,14 @@
 # export SBATCH_ACCOUNT=my-project
 # export SBATCH_QOS=normal
 # export SBATCH_TIMELIMIT=08:00:00
+# Memory: one of these. A plain sbatch reads only the first, because the scripts say --mem.
+# export SBATCH_MEM_PER_NODE=128G
+# export SBATCH_MEM_PER_CPU=8G
+# export SBATCH_MEM_PER_GPU=64G
 
-# GPUs of a node: 2, or a100:2. With 0 all jobs compute on CPUs. `seal-nb submit` asks for all of them for TTT servers
-# and trainings, and for one for self-edits. A plain sbatch takes the one GPU of the script, or --gpus-per-node=…
+# GPUs of a node: 2, or a100:2 (not SBATCH_GPUS or SBATCH_GRES, which the scripts' own contradict). With 0 all jobs
+# compute on CPUs. `seal-nb submit` asks for all of them for TTT servers and trainings, and for one for self-edits.
+# A plain sbatch takes the one GPU of the script, or --gpus-per-node=…
 export SEAL_GPUS=1
 
 # A job that reaches its time limit is queued again at most so many times.

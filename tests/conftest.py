@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -44,6 +44,14 @@ SLOW_FILES = {
     "ttt/test_quantized.py", "ttt/test_small_model.py", "ttt/test_tokens.py",
 }  # fmt: skip
 TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def no_command_sets_the_runs_of_another_test() -> Iterator[None]:
+    before = os.environ.get("SEAL_RUNS")
+    yield
+    os.environ.pop("SEAL_RUNS", None)
+    os.environ |= {} if before is None else {"SEAL_RUNS": before}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

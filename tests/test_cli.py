@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from seal_nb.cli import main
 from tests.tiny_notebooks import write_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +68,71 @@ def test_output_option_decides_where_the_executed_notebook_goes(notebooks: Path,
     assert (tmp_path / "x/job7.ipynb").exists()
 
 
+def test_own_notebook_is_run_by_its_path_with_a_file_of_parameters(tmp_path: Path) -> None:
+    write_notebook(tmp_path, "my own", "n = 1\nlr: float = 0.1\nname: str = 'a'", "print([n, lr, name, extra])")
+    (tmp_path / "p.yaml").write_text("n: 010\nlr: 1e-3\nextra: {a: [1, 2.5]}\n")
+    options = ["-f", "p.yaml", "-y", "n: 3", "-p", "n", "4", "-r", "name", "5", "--output", "out dir/x.ipynb"]
+    done = seal_nb("run", "./my own.ipynb", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[4, 0.001, '5', {'a': [1, 2.5]}]\nexecuted notebook: out dir/x.ipynb\n"
+    assert done.stderr.startswith("unknown parameter 'extra'; parameters: n, lr, name; it is set anyway")
+
+
+@pytest.mark.parametrize("place", ["project", "project/notebooks", "elsewhere"])
+def test_runs_are_in_one_folder_whoever_runs_the_notebook_and_from_where(tmp_path: Path, place: str) -> None:
+    """JupyterLab and VS Code start the kernel in the notebook's folder, the command line in its own."""
+    folder, elsewhere = tmp_path / "project/notebooks", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    text = "from seal_nb.storage import runs_folder\nprint(runs_folder('runs/x').resolve())"
+    notebook = write_notebook(folder, "01_where", 'output_dir: str = "runs/x"', text)
+    (folder.parent / "pyproject.toml").write_text('[project]\nname = "seal-nb"\n')
+    in_lab = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=folder).stdout
+    done = seal_nb("run", notebook, cwd=tmp_path / place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == in_lab.strip() == str(folder.parent / "runs/x")
+    assert (folder.parent / "runs/x/01_where.ipynb").is_file() and not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "s3://b/x.ipynb"], ["run", "01", "--output", "gs://b/x.ipynb"], ["run", "01", "-f", "abfs://b/p.yaml"],
+        ["run", "01", "--output", "file:///x.ipynb"], ["run", "01", "-p", "output_dir", "hdfs:/x"],
+        ["grade", "a.jsonl", "--out", "https://h/x.jsonl"], ["merge", "embedded", "s3://b/a", "--out", "x"],
+        ["submit", "continual", "--small", "--executor", "local", "--run-dir", "gs://b/x"],
+        ["chain-status", "s3://b/run"], ["summarize", "s3://b/run.json"], ["runs", "list", "s3://b/runs"],
+    ],
+)  # fmt: skip
+def test_address_where_a_file_or_folder_is_wanted_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEAL_RUNS", "")
+    assert main(words) == 2
+    assert "is an address; give a file or folder of this machine" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+REFUSALS = [
+    row.split(" | ")
+    for row in (ROOT / "docs/refusals.md").read_text().splitlines()
+    if re.match(r"\| `(run|submit|chain-status) ", row)
+]
+
+
+@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row[0].strip("| `"))
+def test_refusal_says_what_the_page_shows_and_leaves_nothing(
+    row: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEAL_RUNS", str(tmp_path / "runs"))
+    words, message, remedy = (part.strip("| ") for part in row)
+    assert main(shlex.split(words.strip("`"))) == 2
+    said = capsys.readouterr().err
+    assert message in said and remedy in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_raising_cell_gives_exit_code_1_and_the_error_in_short(notebooks: Path, tmp_path: Path) -> None:
     done = seal_nb("run", "01", "--notebooks", notebooks, "-p", "n", "0", cwd=tmp_path)
     assert done.returncode == 1
@@ -79,6 +146,8 @@ def test_raising_cell_gives_exit_code_1_and_the_error_in_short(notebooks: Path, 
     [
         (["run", "02"], "no stage '02'; stages: 01_count"),
         (["run", "01", "-p", "m", "1"], "unknown parameter 'm'; parameters: output_dir, n"),
+        (["run", "other.ipynb"], "no file 'other.ipynb', and no stage; stages: 01_count"),
+        (["run", "01", "-f", "missing.yaml"], "missing.yaml: no such file"),
         (["run", "01", "-p", "n", "many"], "parameter 'n': 'many' is not int"),
     ],
 )

@@ -84,7 +84,7 @@ def test_commands_run_one_after_another_in_an_empty_folder(address: str, tmp_pat
 
 def call(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, "PATH": path, "SEAL_RUNS": str(folder / "runs")}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 

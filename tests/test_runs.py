@@ -1,5 +1,6 @@
 """What is written is written whole; what was journalled survives; what made a run is on record."""
 
+import errno
 import json
 import os
 import signal
@@ -15,12 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_nb import storage
-from seal_nb.errors import DataError, RunMismatch, SettingsError
+from seal_nb.chain.record import in_use_since, sole_use
+from seal_nb.errors import DataError, GradingError, RunMismatch, SettingsError
+from seal_nb.grading.base import Answered
+from seal_nb.grading.choose import make_grader
 from seal_nb.inspector.inspection import open_run
 from seal_nb.models import resolve_model
 from seal_nb.processes import LoggedProcess
 from seal_nb.results.collect import read_run
-from seal_nb.server.endpoint import find_endpoint
+from seal_nb.server.endpoint import find_endpoint, make_keys
 from seal_nb.server.settings import ServeSettings
 from seal_nb.storage import (
     MARK,
@@ -32,7 +36,6 @@ from seal_nb.storage import (
     git_revision,
     is_own,
     package_versions,
-    read_journal,
     read_json,
     record_path,
     runs_folder,
@@ -40,6 +43,7 @@ from seal_nb.storage import (
     write_json,
     write_record,
 )
+from tests import read_journal
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -79,6 +83,38 @@ def test_seal_runs_is_where_runs_are(project: Path, monkeypatch: pytest.MonkeyPa
     assert runs_folder("runs/x") == Path("/scratch/me/x")
     monkeypatch.setenv("SEAL_RUNS", str(project / "build/runs"))
     assert runs_folder("runs/x") == Path("../build/runs/x")
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/x", Path("gs://bucket/x"), "file:///x", "hdfs://x"])
+def test_an_address_is_no_place_of_runs(project: Path, monkeypatch: pytest.MonkeyPatch, path: str | Path) -> None:
+    with pytest.raises(SettingsError, match="is an address; give a file or folder"):
+        runs_folder(path)
+    monkeypatch.setenv("SEAL_RUNS", str(path))
+    with pytest.raises(SettingsError, match="is an address"):
+        runs_folder("runs/x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for use in (
+        lambda: Journal(tmp_path / "journal.jsonl"),
+        lambda: sole_use(tmp_path, print).__enter__(),
+        lambda: make_keys(tmp_path / "keys"),
+    ):
+        with pytest.raises(DataError, match=f"{tmp_path}.*this file system locks no files.*give a folder on another"):
+            use()
+    grader = make_grader(f"judge:m?base_url=http://127.0.0.1:9/v1&cache_dir={tmp_path}")
+    with pytest.raises(
+        GradingError, match=f"{tmp_path} cannot be used: .*set cache_dir to a folder that can be .*locked"
+    ):
+        grader.grade([Answered(title="t", question="q", gold="g", answer="a")])
+    assert in_use_since(tmp_path) is None
 
 
 @pytest.mark.parametrize("chosen", ["", "runs/big", "build/runs"])

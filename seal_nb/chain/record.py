@@ -22,7 +22,6 @@ from seal_nb.processes import last_lines
 from seal_nb.storage import lock, open_regular, read_json, write_json
 
 RECORD_FILE = "chain.json"
-RECORD_BYTES = 2**24  # more than any chain's
 LOCK_FILE = ".chain.lock"
 TAKEOVER_TIMEOUT_S = 20.0  # the processes of a killed chain need some seconds to end
 BAD = ("failed", "lost")  # states of a stage
@@ -42,7 +41,7 @@ def read_record(run_dir: Path) -> Chain:
     path = run_dir / RECORD_FILE
     if not path.is_file():
         raise DataError("no chain was submitted here", path=run_dir, remedy="give the run folder of a `seal-nb submit`")
-    if not is_inside(path, run_dir) or path.stat().st_size > RECORD_BYTES:
+    if not is_inside(path, run_dir):
         raise DataError("not a chain's record", path=path, remedy="submit the chain again")
     chain: Chain = checked(TypeAdapter(Chain).validate_python, read_json(path), path=path)
     names = [stage.name for stage in chain]
@@ -80,7 +79,10 @@ def marked_when_done(run_dir: Path, output_dir: str) -> Iterator[None]:
 def sole_use(run_dir: Path, tell: Tell) -> contextlib.AbstractContextManager[int]:
     """Lock the folder for a block (`storage.lock`), once the processes of a killed chain have ended.
     Raises: RunMismatch if the lock is not free within TAKEOVER_TIMEOUT_S; DataError."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{run_dir} cannot be a run folder: {error}; give another --run-dir") from error
     return lock(run_dir / LOCK_FILE, of=run_dir, wait_s=TAKEOVER_TIMEOUT_S, tell=tell)
 
 

@@ -9,8 +9,10 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from seal_nb.chain.record import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
 from seal_nb.chain.stages import ENDPOINT_FILE, SERVER, SERVER_PARAMETERS, Chain, Stage, as_options, in_run
@@ -42,44 +44,47 @@ def look_up(job: str) -> dict[str, str]:
         if "Invalid job id" in str(error):
             return {}
         raise
-    return dict(re.findall(r"(\w+)=(\S*)", shown.splitlines()[0]))
+    about = re.search("^JobId=.*", shown, re.MULTILINE)  # a site may print a greeting before it
+    if not about:
+        raise SlurmError(f"scontrol says nothing of job {job}, but {shown[:200]!r}")
+    return dict(re.findall(r"(\w+)=(\S*)", about[0]))
 
 
 def job_status(stage: Stage) -> Status:
     """State and note of a stage with a job that has not marked itself as done. Raises: SlurmError."""
-    job, number = look_up(stage.job), f"job {stage.job}"
-    if not job:
+    job = {"Reason": "None", "NodeList": "", "Restarts": "0", "ExitCode": "0:0", **look_up(stage.job)}
+    state, reason, where = job.get("JobState"), job["Reason"], f"job {stage.job}"
+    if state is None:
         # A server that ended leaves no mark. Without a mark any other stage has no result.
-        return ("ended" if stage.background else "lost"), f"{number}, which SLURM has forgotten"
-    job = {"Reason": "None", "NodeList": "", "Restarts": "0", "ExitCode": "0:0", **job}
-    state, reason = job["JobState"], job["Reason"]
-    on = f" on {job['NodeList']}" if job["NodeList"] not in ("", "(null)") else ""
-    restarts = int(job["Restarts"]) if job["Restarts"].isdecimal() else 0
-    again = f", run {restarts + 1}" if restarts else ""
+        return ("ended" if stage.background else "lost"), f"{where}, which SLURM has forgotten"
+    where += f" on {job['NodeList']}" if job["NodeList"] not in ("", "(null)") else ""
+    where += f", run {int(job['Restarts']) + 1}" if job["Restarts"].strip("0").isdecimal() else ""
     because = f" ({reason})" if reason not in ("None", "NonZeroExitCode") else ""
     if state == "PENDING":
-        return "waiting", f"{number}{again} ({reason})"
+        return "waiting", f"{where} ({reason})"
     if state in LIVE:
-        return "running", f"{number}{on}{again}"
+        return "running", where
     if state == "CANCELLED":
-        return "cancelled", f"{number}{again}{because}"
+        return "cancelled", where + because
     if state == "COMPLETED":
-        return ("ended", number) if stage.background else ("failed", f"{number} ended without its results")
+        return ("ended", where) if stage.background else ("failed", f"{where} ended without its results")
     code, _, signal = job["ExitCode"].partition(":")
-    ended = f"exit code {code}" if signal == "0" else f"signal {signal}"
-    return "failed", f"{number}{on}{again}: {state}, {ended}{because}"
+    return "failed", f"{where}: {state}, {f'exit code {code}' if signal == '0' else f'signal {signal}'}{because}"
 
 
 def _submit(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
-    number = _call(command, folder, env).strip().split(";")[0]  # NUMBER;CLUSTER where there are several
-    if not re.fullmatch("[0-9]+", number):
-        raise SlurmError(f"sbatch gave {number!r} for the number of a job")
-    return number
+    said = _call(command, folder, env)
+    # Among what the site prints; NUMBER;CLUSTER where there are several clusters.
+    numbers = re.findall(r"^([0-9]+)(?:;\S+)?\s*$", said, re.MULTILINE)
+    if not numbers:
+        raise SlurmError(f"sbatch gave {said[:200]!r} for the number of a job")
+    return str(numbers[-1])
 
 
 def _call(command: Sequence[str], folder: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+        how: Any = {"capture_output": True, "text": True, "errors": "replace", "timeout": TIMEOUT_S}
+        done = subprocess.run(command, cwd=folder, env=env, **how)
     except FileNotFoundError as error:
         raise SlurmError(f"no {command[0]} here; run this where SLURM is, or with --executor local") from error
     except subprocess.TimeoutExpired as error:
@@ -97,7 +102,9 @@ def read_site(path: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SBATCH_", "SEAL_"))}
     # The variables are wanted after a failure too, because its messages may show the values of keys.
     script = 'exec 19>&1 >&2; trap "env -0 >&19" EXIT; source "$1" && env -0 >&19'
-    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, env=clean)
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, errors="surrogateescape", env=clean
+    )
     pairs = [entry.partition("=") for entry in done.stdout.split("\0") if entry]
     told = re.findall(r"(\w+)(=)['\"]?([^\s'\";$()]+)", path.read_text(errors="replace") + done.stderr)  # by `set -x`
     for name, _, value in [*pairs, *told]:
@@ -127,12 +134,30 @@ class Cluster(Settings):
             raise SettingsError(f"SEAL_GPUS of {self.project / SITE_FILE} is {value!r}; write 2 or a100:2")
         return int(gpus)
 
-    @property
-    def workers_a_node(self) -> int:
-        return max(1, self.gpus_a_node)
+    def memory(self, script: str, gpus: int) -> list[str]:
+        """The site's memory for a job with so many GPUs on a node, as the option that a script has already: sbatch ends
+        at another one beside it, and drops a variable. Raises: SettingsError."""
+        given = {name: self.site[name] for name in self.site if name.startswith("SBATCH_MEM_PER_")}
+        cpus = re.findall("--cpus-per-task=([0-9]+)", " ".join(self.script_options(script)))
+        counts = {
+            "SBATCH_MEM_PER_CPU": int(cpus[0]) if cpus else 1,
+            "SBATCH_MEM_PER_GPU": gpus,
+            "SBATCH_MEM_PER_NODE": 1,
+        }
+        found = re.fullmatch("([0-9]+)([KMGTkmgt]?)[Bb]?", " ".join(given.values()))
+        if given and (not found or not given.keys() <= counts.keys()):
+            told = " ".join(f"{name}={value}" for name, value in given.items())
+            raise SettingsError(f"{self.project / SITE_FILE} exports {told}; write one of {', '.join(counts)}, as 8G")
+        n = sum(counts[name] for name in given)
+        return [f"--mem={int(found[1]) * n}{found[2]}"] if found and n else []
 
     def gpus(self, most: int) -> list[str]:
         """The option of sbatch for at most so many GPUs of each node; nothing if the site file does not set them."""
+        # SLURM would add these to --gpus-per-node of the scripts, or drop them.
+        for name, value in self.site.items():
+            if name.startswith("SBATCH_GPUS") or (name == "SBATCH_GRES" and "gpu" in value):
+                remedy = "write SEAL_GPUS there instead, the GPUs of a node: 2 or a100:2"
+                raise SettingsError(f"{self.project / SITE_FILE} exports {name}={value}; {remedy}")
         if "SEAL_GPUS" not in self.site:
             return []
         kind, n = self.site["SEAL_GPUS"].rpartition(":")[0], min(most, self.gpus_a_node)
@@ -140,7 +165,7 @@ class Cluster(Settings):
 
     def training_processes(self, accumulation: int) -> int:
         """The most processes, one a GPU and equally many on each node, that divide ``accumulation`` micro-batches."""
-        for a_node in range(self.workers_a_node, 0, -1):
+        for a_node in range((self.gpus_a_node or 1), 0, -1):
             if accumulation % (a_node * self.sft_nodes) == 0:
                 return a_node * self.sft_nodes
         raise SettingsError(
@@ -153,7 +178,8 @@ class Cluster(Settings):
         each GPU of its node; any other job uses at most one GPU."""
         if "n_processes" not in stage.parameters:
             needs_gpus = any(option.startswith("--gpus-per-node") for option in self.script_options(self.script(stage)))
-            return self.gpus(self.gpus_a_node if stage.background else 1) if needs_gpus else []
+            n_gpus = min(self.gpus_a_node, self.gpus_a_node if stage.background else 1) if needs_gpus else 0
+            return [*self.memory(self.script(stage), n_gpus), *(self.gpus(n_gpus) if needs_gpus else [])]
         n_processes = int(str(stage.parameters["n_processes"]))
         a_node, rest = divmod(n_processes, self.sft_nodes)
         if rest or (self.gpus_a_node and a_node > self.gpus_a_node):
@@ -162,7 +188,8 @@ class Cluster(Settings):
                 "each; give all nodes the same number, and each process a GPU"
             )
         nodes = [f"--nodes={self.sft_nodes}"] if self.sft_nodes > 1 else []
-        memory = ["--mem=0"] if a_node > 1 else []  # the whole node's: each process first loads the whole model
+        # By default the whole node's: each process first loads the whole model.
+        memory = self.memory(self.script(stage), a_node) or (["--mem=0"] if a_node > 1 else [])
         return [*nodes, *memory, *self.gpus(a_node)]
 
     def script(self, stage: Stage) -> str:
@@ -192,8 +219,8 @@ class Job:
     options: tuple[str, ...]
     script: str
     arguments: tuple[str, ...]
-    afterok: tuple[str, ...]  # jobs that must have ended well: names in the same plan, or numbers
-    after: tuple[str, ...]  # jobs that must have started
+    afterok: tuple[str, ...] = ()  # jobs that must have ended well: names in the same plan, or numbers
+    after: tuple[str, ...] = ()  # jobs that must have started
     part: str = ""  # added to its number for others that wait; ``_0``: the front end of a server on several nodes
 
     def waits(self, numbers: Mapping[str, str]) -> list[str]:
@@ -238,48 +265,41 @@ def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping
         clients = chain.users_of(first) if first.background else []
         needs = [chain[need] for stage in [first, *clients, *servers] for need in stage.needs if need != first.name]
         afterok = [job_of(stage) for stage in needs if not stage.background and stage.name not in done]
-        jobs.append(_job(name, stages, run_dir, cluster, afterok=afterok, after=[job_of(server) for server in servers]))
+        job = _job(stages, run_dir, cluster, chain.array(name))
+        after = tuple(job_of(server) for server in servers)
+        jobs.append(replace(job, afterok=tuple(dict.fromkeys(afterok)), after=after))
     return jobs
 
 
-def _job(
-    name: str, stages: list[Stage], run_dir: Path, cluster: Cluster, *, afterok: list[str], after: list[str]
-) -> Job:  # fmt: skip
-    first = stages[0]
+def _job(stages: list[Stage], run_dir: Path, cluster: Cluster, array: Sequence[Stage] = ()) -> Job:
+    """The job of ``stages``, which waits for none. ``array``: all stages of its array, of which these are submitted."""
+    first, name, place = stages[0], stages[0].array or stages[0].name, cluster.place(run_dir)
+    values, words, tasks = first.values(Path(place)), list[str](), ""
+    if first.array:
+        places = [array.index(stage) for stage in stages]
+        tasks = f"0-{len(array) - 1}" if len(places) == len(array) else ",".join(map(str, places))
+        # From the number of the task the script derives the folder, and the seed: seeds may be above MaxArraySize.
+        words = ["--seeds", ",".join(str(stage.parameters["seed"]) for stage in array)]
+        del values["seed"]
+        values["output_dir"] = f"{place}/{name}"
+    elif first.background:
+        tasks = f"0-{cluster.server_nodes - 1}" if cluster.server_nodes > 1 else ""
+        values["idle_timeout_s"] = cluster.idle_timeout_s
+    log = f"{place}/{name}".replace("%", "%%")  # sbatch reads %j and its like as patterns
+    log += f"/{first.notebook}-{'%A_%a' if tasks else '%j'}.log"
+    options = ["--kill-on-invalid-dep=yes", f"--job-name={name}"]
+    # In a name with a backslash SLURM reads no pattern. Then the script's own place of the log counts.
+    options += [] if "\\" in log else [f"--output={log}"]
+    options += [f"--array={tasks}"] if tasks else []
+    words += as_options(values) + ([] if first.background else ["--chain", place])
     return Job(
         name=name,
         stages=tuple(stages),
-        options=tuple(_options(run_dir, cluster, stages)),
+        options=(*options, *cluster.resources(first)),
         script=cluster.script(first),
-        arguments=tuple(_arguments(run_dir, cluster, first)),
-        afterok=tuple(dict.fromkeys(afterok)),
-        after=tuple(after),
-        part="_0" if first.background and cluster.server_nodes > 1 else "",
+        arguments=tuple(words),
+        part="_0" if first.background and tasks else "",
     )
-
-
-def _options(run_dir: Path, cluster: Cluster, stages: list[Stage]) -> list[str]:
-    first, array = stages[0], ""
-    name, part = (first.array, "_seed%a") if first.array else (first.name, "")
-    if first.array:
-        array = ",".join(str(stage.parameters["seed"]) for stage in stages)
-    elif first.background and cluster.server_nodes > 1:
-        array = f"0-{cluster.server_nodes - 1}"
-    folder = cluster.place(run_dir / name).replace("%", "%%")  # sbatch reads %j and its like as patterns
-    log = f"{folder}{part}/{first.notebook}-{'%A_%a' if array else '%j'}.log"
-    options = ["--kill-on-invalid-dep=yes", f"--job-name={name}", f"--output={log}"]
-    return [*options, *([f"--array={array}"] if array else []), *cluster.resources(first)]
-
-
-def _arguments(run_dir: Path, cluster: Cluster, first: Stage) -> list[str]:
-    values = first.values(Path(cluster.place(run_dir)))
-    if first.array:  # the script derives both from the number of the task
-        del values["seed"]
-        values["output_dir"] = cluster.place(run_dir / first.array)
-    if first.background:
-        values["idle_timeout_s"] = cluster.idle_timeout_s
-    words = as_options(values)
-    return words if first.background else [*words, "--chain", cluster.place(run_dir)]
 
 
 def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -> list[str]:
@@ -289,7 +309,7 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         on_their_way = jobs_on_their_way(chain, run_dir)
         jobs = plan(chain, run_dir, cluster, on_their_way=on_their_way)
         for stage in chain:
-            (run_dir / stage.name).mkdir(parents=True, exist_ok=True)  # SLURM makes no folder for a log
+            (run_dir / (stage.array or stage.name)).mkdir(parents=True, exist_ok=True)  # SLURM makes none for a log
         before = list(read_record(run_dir)) if (run_dir / RECORD_FILE).exists() else []
         kept = ("job", "nodes", "idle_timeout_s")
         chain = chain.with_fields({stage.name: {name: getattr(stage, name) for name in kept} for stage in before})
@@ -299,7 +319,7 @@ def submit_chain(chain: Chain, run_dir: Path, cluster: Cluster, *, tell: Tell) -
         # Written before there are numbers: a job that starts at once finds its stage in the record.
         write_record(chain, run_dir)
         numbers = _submit_all(jobs, cluster, tell)
-        tasks = {stage.name: f"_{stage.parameters['seed']}" if stage.array else "" for _, stage in new}
+        tasks = {one.name: f"_{chain.array(one.array).index(one)}" if one.array else "" for one in chain}
         chain = chain.with_fields({stage.name: {"job": numbers[job.name] + tasks[stage.name]} for job, stage in new})
         write_record(chain, run_dir)
     return list(numbers)
@@ -313,17 +333,17 @@ def jobs_on_their_way(chain: Chain, run_dir: Path) -> dict[str, str]:
     live = [stage for stage in jobs if look_up(stage.job).get("JobState") in LIVE]
     identities = {stage.name: stage.identity for stage in chain}
     if other := [stage for stage in live if identities.get(stage.name) != stage.identity]:
-        raise RunMismatch(
-            f"{run_dir}: jobs with other settings wait or run: "
-            f"{', '.join(f'{stage.name} ({stage.job})' for stage in other)}; wait for them, give another "
-            f"--run-dir, or end them: scancel {' '.join(stage.job for stage in other)}"
-        )
+        found = ", ".join(f"{stage.name} ({stage.job})" for stage in other)
+        remedy = "wait for them, give another --run-dir, or end them: scancel"
+        ended = " ".join(stage.job for stage in other)
+        raise RunMismatch(f"{run_dir}: jobs with other settings wait or run: {found}; {remedy} {ended}")
     return {stage.name: stage.job for stage in live}
 
 
 def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, str]:
     numbers: dict[str, str] = {}
-    env = {**os.environ, **cluster.site}
+    env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)} | {**cluster.site}
+    _check_arrays(jobs)
     try:
         for job in jobs:
             numbers[job.name] = _submit(job.command(job.waits(numbers)), cluster.project, env) + job.part
@@ -339,6 +359,16 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
         remedy = f"Look at {cluster.project / SITE_FILE} and at the options of {job.script}"
         raise SlurmError(f"job {job.name!r} was refused, so none was submitted; {error}. {remedy}") from error
     return numbers
+
+
+def _check_arrays(jobs: Sequence[Job]) -> None:
+    """Raises: SettingsError for an array that is larger than the cluster allows, where it tells what it allows."""
+    with suppress(SlurmError):
+        (allowed,) = re.findall(r"^MaxArraySize\s*=\s*([0-9]+)", _call(["scontrol", "show", "config"]), re.M) or ["1e9"]
+        for name, tasks in ((job.name, one) for job in jobs for one in job.options if one.startswith("--array=")):
+            if int(re.findall("[0-9]+", tasks)[-1]) >= float(allowed):
+                remedy = "give fewer --continual-seeds (or --server-nodes), and the others with another --run-dir"
+                raise SettingsError(f"{name} is an array of over {allowed} jobs (MaxArraySize); {remedy}")
 
 
 def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
@@ -370,12 +400,10 @@ def _submit_again(server: Stage, run_dir: Path, project: Path) -> str:
     """The command is made anew: the record of a folder that comes from elsewhere must not choose what runs."""
     site = read_site(project / SITE_FILE)
     env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
-    cluster = Cluster(
-        project=project, site=site, server_nodes=server.nodes, idle_timeout_s=server.idle_timeout_s,
-    )  # fmt: skip
+    again: dict[str, Any] = {"server_nodes": server.nodes, "idle_timeout_s": server.idle_timeout_s}
     given = {name: value for name, value in server.parameters.items() if name in SERVER_PARAMETERS}
     server = replace(server, parameters=given | {"endpoint_file": in_run(server.name, ENDPOINT_FILE)})
-    job = _job(server.name, [server], run_dir, cluster, afterok=[], after=[])
+    job = _job([server], run_dir, Cluster(project=project, site=site, **again))
     return _submit(job.command(), project, env | site) + job.part
 
 

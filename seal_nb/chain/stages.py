@@ -5,14 +5,13 @@ A stage is one run of a notebook, after the stages that it needs. The whole expe
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import StringConstraints, TypeAdapter
 
 from seal_nb.errors import SettingsError, checked
 from seal_nb.experiments.settings import ARMS
@@ -41,15 +40,9 @@ def in_run(stage: str, file: str) -> str:
     return f"{RUN}/{stage}/{file}"
 
 
-def _form(pattern: str) -> AfterValidator:
+def _form(pattern: str) -> StringConstraints:
     """Of a text in a record: where one is read, another form is refused."""
-
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError
-        return text
-
-    return AfterValidator(check)
+    return StringConstraints(pattern=rf"\A({pattern})\z")
 
 
 NAME = "[A-Za-z][A-Za-z0-9_]{0,99}"
@@ -155,9 +148,9 @@ class Chain:
         """The servers to which ``stage`` sends requests."""
         return [self[name] for name in stage.needs if self[name].background]
 
-    def jobs(self) -> dict[str, str]:
-        """Stage → job, of the stages that have one."""
-        return {stage.name: stage.job for stage in self if stage.job}
+    def array(self, name: str) -> list[Stage]:
+        """The stages of one job array. The place of a stage is the number of its task."""
+        return [stage for stage in self if stage.array == name]
 
     def with_fields(self, values: Mapping[str, dict[str, Any]]) -> "Chain":
         """A copy with other values of fields, by stage and field."""
@@ -240,8 +233,9 @@ class ExperimentSettings:
             raise SettingsError(f"arms: {', '.join(unknown)} not known; known are {', '.join(ARMS)}")
         if not self.arms:
             raise SettingsError("arms is empty; name at least one of " + ", ".join(ARMS))
-        if not self.continual_seeds or len(set(self.continual_seeds)) < len(self.continual_seeds):
-            raise SettingsError(f"continual_seeds is {self.continual_seeds}; give at least one, each once")
+        seeds = self.continual_seeds
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise SettingsError(f"continual_seeds is {seeds}; give at least one, each once, from 0 on")
         if self.engine not in (None, *ENGINES):
             raise SettingsError(
                 f"engine is {self.engine!r}; in a chain the model itself writes the self-edits, with "

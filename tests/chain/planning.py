@@ -21,6 +21,11 @@ def jobs_of(chain: Chain, run_dir: Path = Path("/nowhere"), **on_their_way: str)
     return {job.name: job for job in plan(chain, run_dir, cluster(), on_their_way=on_their_way)}
 
 
+def jobs_in(run_dir: Path) -> dict[str, str]:
+    """Stage → job, of the stages that have one."""
+    return {stage.name: stage.job for stage in read_record(run_dir) if stage.job}
+
+
 def finish(chain: Chain, run_dir: Path, *names: str) -> None:
     for name in names:
         for file in chain[name].produces:
@@ -36,4 +41,4 @@ def with_a_server(fakes: Path, nodes: int = 1) -> tuple[Path, str]:
     (fakes / "slurm/site.sh").write_text("export SEAL_GPUS=2 SBATCH_TIMELIMIT=60\n")
     place = cluster(project=fakes, server_nodes=nodes)
     submit_chain(make_chain("continual", SMALL), fakes / "run", place, tell=print)
-    return fakes / "run/base_server", read_record(fakes / "run").jobs()["base_server"]
+    return fakes / "run/base_server", jobs_in(fakes / "run")["base_server"]

@@ -218,7 +218,8 @@ def test_printed_script_runs_nothing_and_gives_sbatch_every_byte(shell: Path, va
     assert words[words.index("model") + 1] == words[words.index("dataset") + 1] == value
     folder = f"{shell / value.replace('/', '')}/base_server"
     assert words[words.index("output_dir") + 1] == folder
-    assert f"--output={folder.replace('%', '%%')}/02_ttt_server-%j.log" in words
+    output = f"--output={folder.replace('%', '%%')}/02_ttt_server-%j.log"
+    assert (output in words) is ("\\" not in folder), "a backslash would end the patterns"
     assert not (shell / "ran").exists()
 
 
@@ -232,6 +233,26 @@ def test_script_runs_nothing_and_gives_the_notebook_every_byte(shell: Path, scri
     assert words[at : at + len(given)] == given
     assert Path(words[-1].removeprefix("--output=")).parent == Path(folder) and Path(folder).is_dir()
     assert not (shell / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "task", "said"),
+    [
+        ("42,20250101", "1", "20250101"),
+        ("7", "0", "7"),
+        ("1,2", "2", "no seed for task 2"),
+        ("1,$(touch ran)", "1", "seed"),
+    ],
+)
+def test_task_of_an_array_takes_the_seed_of_its_place(shell: Path, seeds: str, task: str, said: str) -> None:
+    words = ["--seeds", seeds, "-p", "output_dir", f"{shell}/out"]
+    array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": task}
+    done = run_bash(shell / "slurm/continual_self_edits.sbatch", *words, cwd=shell, **array)
+    if said.isdecimal():
+        given = seen(shell, "seal-nb")
+        assert given[given.index("seed") + 1] == said and f"{shell}/out_seed{said}" in given and "--seeds" not in given
+    else:
+        assert done.returncode == 2 and said in done.stderr and not (shell / "ran").exists()
 
 
 @pytest.mark.parametrize("value", HOSTILE)

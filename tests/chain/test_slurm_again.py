@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.chain.record import read_record
 from seal_nb.chain.slurm import SlurmError, restart_server, submit_chain
 from seal_nb.chain.stages import make_chain
 from seal_nb.errors import DataError, SettingsError
-from tests.chain.planning import SMALL, cluster, with_a_server
+from tests.chain.planning import SMALL, cluster, jobs_in, with_a_server
 
 
 def again(folder: Path) -> str:
@@ -23,7 +22,7 @@ def test_forgotten_server_is_submitted_once_more_without_waiting_and_then_it_is_
     said = (fakes / "submitted").read_text().removeprefix(earlier)
     assert "--gpus-per-node=2 slurm/ttt_server.sbatch -p output_dir run/base_server -p " in said
     assert "--dependency" not in said
-    assert read_record(fakes / "run").jobs()["base_server"] == second
+    assert jobs_in(fakes / "run")["base_server"] == second
     (fakes / f"job{second}").write_text(f"JobId={second} JobState=PENDING Reason=Resources\n")
     assert again(folder) == second  # another late client joins it
     assert (fakes / "submitted").read_text() == earlier + said

@@ -40,12 +40,14 @@ def test_clients_look_after_the_job_of_their_server() -> None:
     assert waits == ["--dependency=afterok:5,after:17_0", "--export=ALL,SEAL_SERVER_JOB=17_0"]
 
 
-def test_seeds_are_one_array_whose_numbers_are_the_seeds() -> None:
+def test_seeds_are_one_array_whose_numbers_are_their_places_so_that_a_seed_may_be_any_number() -> None:
+    job = jobs_of(make_chain("rest_em", replace(SMALL, continual_seeds=(42, 20250101))))["continual"]
+    assert "--array=0-1" in job.options
+    assert job.arguments[:2] == ("--seeds", "42,20250101")
     job = jobs_of(make_chain("rest_em", SMALL))["continual"]
-    assert "--array=42,43" in job.options
     assert [stage.name for stage in job.stages] == ["continual_seed42", "continual_seed43"]
     assert "seed" not in job.arguments
-    assert job.arguments[:3] == ("-p", "output_dir", "/nowhere/continual")  # the script adds _seed42
+    assert job.arguments[2:5] == ("-p", "output_dir", "/nowhere/continual")  # the script adds _seed42
 
 
 def test_server_on_several_nodes_is_an_array_whose_first_task_is_asked() -> None:
@@ -140,7 +142,50 @@ def test_server_whose_clients_are_done_is_not_started(tmp_path: Path) -> None:
 def test_array_is_continued_with_the_seeds_that_are_missing(tmp_path: Path) -> None:
     chain = make_chain("continual", replace(SMALL, continual_seeds=(42, 43, 44)))
     finish(chain, tmp_path, "continual_seed43")
-    assert "--array=42,44" in jobs_of(chain, tmp_path)["continual"].options
+    job = jobs_of(chain, tmp_path)["continual"]
+    assert "--array=0,2" in job.options and job.arguments[:2] == ("--seeds", "42,43,44")
+    chain = make_chain("continual", replace(SMALL, continual_seeds=(42, 43, 44, 7)))
+    assert "--array=0,2,3" in jobs_of(chain, tmp_path)["continual"].options
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1), (-1, 2)])
+def test_seeds_that_are_none_the_same_or_negative_are_refused(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(SettingsError, match="continual_seeds is .*each once, from 0 on"):
+        replace(SMALL, continual_seeds=seeds)
+
+
+@pytest.mark.parametrize(
+    ("site", "server", "client"),
+    [
+        ({"SBATCH_MEM_PER_CPU": "8G"}, ["--mem=64G"], ["--mem=16G"]),  # of 8 and 2 CPUs
+        ({"SBATCH_MEM_PER_GPU": "64G", "SEAL_GPUS": "2"}, ["--mem=128G", "--gpus-per-node=2"], []),
+        ({"SBATCH_MEM_PER_NODE": "0"}, ["--mem=0"], ["--mem=0"]),
+    ],
+)
+def test_memory_of_the_site_wins_over_that_of_the_scripts(
+    site: dict[str, str], server: list[str], client: list[str]
+) -> None:
+    chain = make_chain("continual", SMALL)
+    assert cluster(site=site).resources(chain["base_server"]) == server
+    assert cluster(site=site).resources(chain["continual_seed42"]) == client
+
+
+@pytest.mark.parametrize(
+    ("site", "said"),
+    [
+        ({"SBATCH_MEM_PER_CPU": "lots"}, "SBATCH_MEM_PER_CPU=lots; write one of"),
+        ({"SBATCH_GPUS": "2"}, "exports SBATCH_GPUS=2; write SEAL_GPUS there instead"),
+        ({"SBATCH_GRES": "gpu:a100:2"}, "exports SBATCH_GRES=gpu:a100:2; write SEAL_GPUS"),
+        (
+            {"SBATCH_MEM_PER_CPU": "1G", "SBATCH_MEM_PER_NODE": "1G"},
+            "SBATCH_MEM_PER_CPU=1G SBATCH_MEM_PER_NODE=1G; write one of",
+        ),
+    ],
+)
+def test_variables_of_the_site_that_contradict_the_scripts_are_refused(site: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        cluster(site=site).resources(make_chain("continual", SMALL)["base_server"])
+    assert cluster(site={"SBATCH_GRES": "lscratch:10"}).resources(make_chain("continual", SMALL)["base_server"]) == []
 
 
 def test_jobs_on_their_way_are_waited_for_by_their_number() -> None:
@@ -152,7 +197,7 @@ def test_jobs_on_their_way_are_waited_for_by_their_number() -> None:
 @pytest.mark.parametrize("gpus", ["two", "a100:", ""])
 def test_number_of_gpus_that_is_none_is_refused(gpus: str) -> None:
     with pytest.raises(SettingsError, match="write 2 or a100:2"):
-        _ = cluster(site={"SEAL_GPUS": gpus}).workers_a_node
+        _ = cluster(site={"SEAL_GPUS": gpus}).gpus_a_node
 
 
 def test_site_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:

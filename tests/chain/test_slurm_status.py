@@ -42,7 +42,7 @@ def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
          ("failed", "job 7: BOOT_FAIL, exit code 0")),
         ("JobId=7 JobState=RUNNING Restarts=(null)", ("running", "job 7")),
         ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0 NodeList=node1",
-         ("failed", "job 7 ended without its results")),
+         ("failed", "job 7 on node1 ended without its results")),
     ],
 )  # fmt: skip
 def test_what_slurm_says_of_a_job_is_read(fakes: Path, line: str, expected: tuple[str, str]) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.chain.record import read_record
+from seal_nb.chain import slurm
 from seal_nb.chain.slurm import SlurmError, dry_run, submit_chain
 from seal_nb.chain.stages import DEMO, make_chain
 from seal_nb.cli_chains import submit
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
 from seal_nb.server.worker import WorkerSettings
-from tests.chain.planning import ROOT, SMALL, cluster, with_a_server
+from tests.chain.planning import ROOT, SMALL, cluster, jobs_in, with_a_server
 from tests.chain.test_tables import PUBLISHED
 
 
@@ -31,13 +31,41 @@ def test_where_one_job_is_refused_none_is_left_in_the_queue(fakes: Path) -> None
     with pytest.raises(SlurmError, match=r"'base_cpt' was refused, so none was .*invalid partition.*site\.sh"):
         submit_chain(make_chain("evaluation", SMALL), fakes / "run", cluster(project=fakes), tell=print)
     assert (fakes / "cancelled").read_text() == "101 102 103\n"
-    assert read_record(fakes / "run").jobs() == {}
+    assert jobs_in(fakes / "run") == {}
+
+
+def test_number_of_a_job_is_found_among_what_a_site_prints(fakes: Path) -> None:
+    first, _, last = (fakes / "bin/sbatch").read_text().rpartition("echo $number")
+    noisy = f"{first}echo Welcome; echo 7 jobs; echo; echo $number';hpc'{last}"
+    (fakes / "bin/sbatch").write_text(noisy + "\necho 'Hello \xe9' >&2; echo Bye\n")
+    greeting = "#!/bin/bash\necho Welcome to JobState=OURS\n"
+    (fakes / "bin/scontrol").write_text(greeting + (fakes / "bin/scontrol").read_text())
+    chain, place = make_chain("continual", SMALL), cluster(project=fakes)
+    submit_chain(chain, fakes / "run", place, tell=print)
+    assert list(jobs_in(fakes / "run").values()) == ["101", "102_0", "102_1", "103"]
+    (fakes / "job102").write_text("JobId=102 JobState=PENDING Reason=Resources\n")
+    assert slurm.look_up("102")["JobState"] == "PENDING"
+    (fakes / "bin/sbatch").write_text("#!/bin/bash\necho no number 5\n")
+    with pytest.raises(SlurmError, match="sbatch gave 'no number 5.n' for the number"):
+        submit_chain(chain, fakes / "other", place, tell=print)
+
+
+def test_more_seeds_than_an_array_may_have_are_refused_before_any_job(fakes: Path) -> None:
+    (fakes / "bin/scontrol").write_text("#!/bin/bash\necho 'MaxArraySize            = 3'\n")
+    place = cluster(project=fakes)
+    with pytest.raises(SettingsError, match=r"continual is an array of over 3 jobs .*fewer --continual-seeds"):
+        submit_chain(
+            make_chain("continual", replace(SMALL, continual_seeds=(1, 2, 3, 4))), fakes / "run", place, tell=print
+        )
+    assert not (fakes / "submitted").exists()
+    submit_chain(make_chain("continual", replace(SMALL, continual_seeds=(1, 2, 10**9))), fakes / "x", place, tell=print)
+    assert "--array=0-2" in (fakes / "submitted").read_text()
 
 
 def test_jobs_with_other_settings_on_their_way_are_named(fakes: Path) -> None:
     chain, place = make_chain("continual", SMALL), cluster(project=fakes)
     submit_chain(chain, fakes / "run", place, tell=print)
-    server = read_record(fakes / "run").jobs()["base_server"]
+    server = jobs_in(fakes / "run")["base_server"]
     (fakes / f"job{server}").write_text("JobId=1 JobState=RUNNING Reason=None\n")
     other = make_chain("continual", replace(SMALL, model="another"))
     with pytest.raises(RunMismatch, match=f"base_server \\({server}\\).*scancel {server}"):

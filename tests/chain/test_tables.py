@@ -10,7 +10,7 @@ import pytest
 
 from seal_nb.chain.stages import DEMO, RUN, ExperimentSettings, Stage, make_chain
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.settings import texts_of_arm
+from seal_nb.experiments.settings import arm_texts
 from seal_nb.notebook_runner import (
     declared_parameters,
     default_notebooks_dir,
@@ -194,7 +194,7 @@ def test_published_table_asks_for_nothing_that_squad_lacks(tmp_path: Path) -> No
     }
     assert {name for name, _ in arms} >= {"base_evaluate", "base_cpt", "round1_rank", "continual_seed42"}
     for _, arm in arms:
-        assert texts_of_arm(arm, written, 0, k_completions=1)
+        assert arm_texts(arm, written, 0, k_completions=1)
 
 
 def test_demo_edits_continually_with_what_the_model_itself_writes() -> None:

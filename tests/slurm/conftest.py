@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SITE = """
 export SBATCH_PARTITION=day
 export SEAL_GPUS=2
+export SBATCH_MEM_PER_CPU=1G
 export SEAL_WATCH_S=1
 """
 

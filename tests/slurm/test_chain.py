@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from seal_nb.chain.record import failing_cell, read_record
+from tests.chain.planning import jobs_in
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Project
 
-RUN = "runs/round"
+RUN = "runs/a round, 100%j é"
 COUNTS = {
     "n-rounds": 1, "n-train": 1, "n-val": 1, "k-completions": 2, "cpt-completions": 1, "eval-times": 1,
     "arms": "self_edits,hand_written", "max-tokens": 24, "max-new-tokens": 16, "finetune-epochs": 2,
-    "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "sft-accumulation": 2, "continual-seeds": "42,43",
+    "cpt-epochs": 1, "sft-epochs": 1, "sft-lora-rank": 4, "sft-accumulation": 2, "continual-seeds": "42,20250101",
     "n-sequences": 1, "n-datapoints": 1, "continual-max-new-tokens": 8, "n-workers": 1,
     "server-nodes": 2, "sft-nodes": 2, "idle-timeout-s": 20,
 }  # fmt: skip
@@ -30,7 +31,7 @@ def said(project: Project, chain: tuple[str, ...]) -> str:
     """What `seal-nb submit` says; all its jobs have ended."""
     done = project.submit(*chain)
     assert done.returncode == 0, done.stderr
-    for job in read_record(project.path(RUN)).jobs().values():
+    for job in jobs_in(project.path(RUN)).values():
         project.slurm.wait(job, "COMPLETED", timeout_s=900)
     return done.stdout
 
@@ -46,7 +47,7 @@ def outputs(executed: Path) -> str:
 
 
 def test_numbers_of_all_jobs_and_what_they_wait_for_are_said(said: str, project: Project) -> None:
-    jobs = read_record(project.path(RUN)).jobs()
+    jobs = jobs_in(project.path(RUN))
     rows = {line.split()[1]: line for line in said.splitlines() if line.split()[0][0].isdigit()}
     assert rows["base_server"].split()[0] == jobs["base_server"]
     assert "after round1_self_edits, round1_train; with round1_server" in rows["round1_evaluate"]
@@ -54,7 +55,7 @@ def test_numbers_of_all_jobs_and_what_they_wait_for_are_said(said: str, project:
 
 
 def test_every_script_of_a_stage_ran_as_shipped(said: str, project: Project, slurm: Cluster) -> None:
-    ran = {Path(slurm.job(job)["Command"]).name for job in read_record(project.path(RUN)).jobs().values()}
+    ran = {Path(slurm.job(job)["Command"]).name for job in jobs_in(project.path(RUN)).values()}
     shipped = {path.name for path in project.path("slurm").glob("*.sbatch")}
     assert ran == shipped
 
@@ -64,7 +65,8 @@ def test_executed_notebooks_and_logs_lie_in_the_run_folder_named_by_their_job(sa
     for stage in read_record(folder):
         assert f"job {stage.job} on node" in stage.log(folder).read_text(), stage.name
         assert failing_cell(stage.executed(folder)) == []
-    assert project.path(f"{RUN}/continual_seed43").is_dir()
+    assert project.path(f"{RUN}/continual_seed20250101").is_dir()
+    assert [stage.job.partition("_")[2] for stage in read_record(folder).array("continual")] == ["0", "1"]
 
 
 def test_server_that_other_nodes_reach_has_keys(said: str, project: Project) -> None:
@@ -102,7 +104,7 @@ def test_the_model_of_the_round_is_what_the_next_stages_used(said: str, project:
 
 
 def test_training_of_the_round_was_one_job_whose_two_nodes_met(said: str, project: Project, slurm: Cluster) -> None:
-    job = slurm.job(read_record(project.path(RUN)).jobs()["round1_train"])
+    job = slurm.job(jobs_in(project.path(RUN))["round1_train"])
     assert (job["NumNodes"], job["NodeList"]) == ("2", "node[1-2]")
     trained = project.json(f"{RUN}/round1_train/model/sft_result.json")
     assert trained["n_processes"] == 2
@@ -115,7 +117,13 @@ def test_results_have_every_run_of_the_chain(said: str, project: Project) -> Non
     for file in ("base_evaluate/run_base.json", "round1_evaluate/run_round1.json", "base_cpt/cpt_run_self_edits.json"):
         assert file in shown
     assert "continual_seed42/summary_continual.json" in shown
-    assert "continual_seed43/summary_continual.json" in shown
+    assert "continual_seed20250101/summary_continual.json" in shown
+
+
+def test_memory_of_the_site_is_what_jobs_get(said: str, project: Project, slurm: Cluster) -> None:
+    jobs = jobs_in(project.path(RUN))
+    got = {slurm.job(jobs[name])["MinMemoryNode"] for name in ("results", "base_server", "round1_train")}
+    assert got == {"2G", "8G"}  # of 2 and 8 CPUs
 
 
 def test_status_says_that_all_is_done(said: str, project: Project) -> None:
@@ -126,11 +134,11 @@ def test_status_says_that_all_is_done(said: str, project: Project) -> None:
 
 def test_submitted_again_a_finished_chain_submits_nothing(said: str, project: Project, chain: tuple[str, ...]) -> None:
     again = project.submit(*chain)
-    assert again.stdout.startswith("nothing to submit: all stages in runs/round are done")
+    assert again.stdout.startswith("nothing to submit: all stages in runs/a round, 100%j é are done")
     assert project.slurm.queue() == []
 
 
 def test_server_without_clients_has_ended_by_itself(said: str, project: Project, slurm: Cluster) -> None:
-    job = read_record(project.path(RUN)).jobs()["round1_server"]
+    job = jobs_in(project.path(RUN))["round1_server"]
     assert slurm.job(job)["JobState"] == "COMPLETED"
     assert not project.path(f"{RUN}/round1_server/endpoint.json").exists()

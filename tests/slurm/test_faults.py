@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from seal_nb.chain.record import read_record
+from tests.chain.planning import jobs_in
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Project, eventually, lines_of
 
@@ -245,7 +245,7 @@ def test_chain_with_a_raising_cell_and_a_cancelled_job_says_so_and_is_continued(
     run = project.path("runs/broken")
     first = chain_of(project, "broken", tiny_model, "--cpt-epochs", "0")  # refused in a cell
     assert first.returncode == 0, first.stderr
-    jobs = read_record(run).jobs()
+    jobs = jobs_in(run)
     eventually(lambda: lines_of(run / "base_evaluate/journal.jsonl") >= 1, "no inner loop is answered")
     slurm.run("scancel", jobs["base_evaluate"])
     assert slurm.wait(jobs["base_evaluate"])["JobState"] == "CANCELLED"
@@ -266,7 +266,7 @@ def test_chain_with_a_raising_cell_and_a_cancelled_job_says_so_and_is_continued(
     second = chain_of(project, "broken", tiny_model)
     assert second.returncode == 0, second.stderr
     assert "base_self_edits" not in second.stdout.replace("after base_self_edits", "")
-    for job in read_record(run).jobs().values():
+    for job in jobs_in(run).values():
         slurm.wait(job, "COMPLETED")
     assert (run / "base_evaluate/journal.jsonl").read_text().startswith(before)
     assert project.seal_nb("chain-status", "runs/broken").stdout.startswith("chain evaluation: 4 of 4 stages done")
@@ -278,7 +278,7 @@ def test_server_that_cannot_start_ends_its_clients_and_what_needs_them(project: 
     words = ("--run-dir", "runs/no_server", "--model", nothing, "--n-workers", "1", "--idle-timeout-s", "25")
     done = project.submit("continual", "--small", *words)
     assert done.returncode == 0, done.stderr
-    jobs = read_record(project.path("runs/no_server")).jobs()
+    jobs = jobs_in(project.path("runs/no_server"))
     assert slurm.wait(jobs["base_server"])["JobState"] == "FAILED"
     assert slurm.wait(jobs["continual"])["JobState"] == "FAILED"
     assert slurm.wait(jobs["results"])["JobState"] == "CANCELLED"
@@ -305,7 +305,7 @@ def test_clients_that_come_after_slurm_has_forgotten_their_idle_server_have_it_s
     run, slurm = project.path("runs/forgotten"), forgetful
     done = chain_of(project, "forgotten", tiny_model, "--idle-timeout-s", "8")
     assert done.returncode == 0, done.stderr
-    first = read_record(run).jobs()
+    first = jobs_in(run)
     clients = f"{first['base_evaluate']},{first['base_cpt']}"
     slurm.run("scontrol", "hold", clients)  # as if the cluster were full
     server = ("scontrol", "show", "job", first["base_server"])
@@ -315,7 +315,7 @@ def test_clients_that_come_after_slurm_has_forgotten_their_idle_server_have_it_s
 
     status = project.seal_nb("chain-status", "runs/forgotten").stdout
     assert status.startswith("chain evaluation: 4 of 4 stages done")
-    second = read_record(run).jobs()
+    second = jobs_in(run)
     assert {name for name in first if first[name] != second[name]} == {"base_server"}
     logs = {path.name for path in (run / "base_server").glob("02_ttt_server-*.log")}
     assert logs == {f"02_ttt_server-{job}.log" for job in (first["base_server"], second["base_server"])}
