@@ -12,20 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 from pydantic_core import from_json
 
 from seal_nb.errors import ProtocolError, redacted
@@ -94,7 +82,7 @@ class _Received(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True, protected_namespaces=())
 
-    @model_validator(mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, fields: object) -> object:
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
@@ -117,8 +105,8 @@ class EvalQuestion(_Received):
     answer: str
     other_answers: Annotated[list[str], Field(max_length=1000), FailFast()] = []
 
-    @model_serializer(mode="wrap")
-    def _as_published(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    @pydantic.model_serializer(mode="wrap")
+    def _as_published(self, fields: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the field that published clients do not send, where it is empty: requests keep their ids."""
         return {name: value for name, value in fields(self).items() if name != "other_answers" or value}
 
@@ -155,9 +143,9 @@ class TTTRequest(_Received):
     traceback: bool = Field(False, description="true: an error reply carries the remote traceback")
     chat: bool = Field(False, description="true: prompts go through the model's chat template")
 
-    @field_validator("pad_to")
+    @pydantic.field_validator("pad_to")
     @classmethod
-    def _check_padding(cls, value: int, others: ValidationInfo) -> int:
+    def _check_padding(cls, value: int, others: pydantic.ValidationInfo) -> int:
         known = others.data  # without the fields that are wrong themselves
         rows = min(known.get("batch_size", 1), len(known.get("train_sequences", ())))
         if known.get("padding_in_loss") and value * rows > MAX_PADDED:
@@ -349,11 +337,9 @@ def accuracy(correct: Sequence[float | None]) -> float | None:
         correct: a verdict of each answer: True or False, 1.0 or 0.0; None for an ungraded one.
 
     Returns:
-        A fraction; 0.0 without answers, None where none was graded.
+        A fraction; None where none was graded, and without answers.
     """
     graded = [verdict for verdict in correct if verdict is not None]
-    if not correct:
-        return 0.0
     return sum(graded) / len(graded) if graded else None
 
 
@@ -376,10 +362,12 @@ def build_reply(*, baseline: Answers | None, adapter: Answers | None = None, **m
     before = baseline or Answers(texts=[], verdicts=["UNGRADED"] * len(after.verdicts))
     before_correct, after_correct = before.correct(), after.correct()
     pairs = list(zip(before_correct, after_correct, strict=True))
+    shares = accuracy(before_correct), accuracy(after_correct), gain(before_correct, after_correct)
+    share_before, share_after, gained = shares if pairs else (0.0, 0.0, 0.0)  # without questions, as published
     return TTTReply(
-        baseline_accuracy=rounded(accuracy(before_correct)),
-        adapter_accuracy=rounded(accuracy(after_correct)),
-        adapter_gain=rounded(gain(before_correct, after_correct)),
+        baseline_accuracy=rounded(share_before),
+        adapter_accuracy=rounded(share_after),
+        adapter_gain=rounded(gained),
         baseline_texts=list(before.texts),
         adapter_texts=list(after.texts),
         baseline_correct=before_correct,
@@ -433,7 +421,7 @@ def validated(kind: type[M], fields: dict[str, Any]) -> M:
     """A record of these fields. Raises: ProtocolError for the first wrong one."""
     try:
         return kind.model_validate(fields)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         value = "is missing" if first["type"] == "missing" else f"is {_shown(first['input'])}"

@@ -81,6 +81,6 @@ def test_what_a_model_thinks_first_is_cut_off_and_thinking_alone_is_no_text(
     engine, decode = LocalEngine(base, model_id="tiny"), base.tokenizer.decode
     for thinks, said in (("<think>no</think>\n", True), ("<think>", False)):
         monkeypatch.setattr(base.tokenizer, "decode", lambda *ids, t=thinks, **how: t + decode(*ids, **how))
-        outcome = engine.outcomes([Ask(prompt="Zor", sampling=SAMPLING, seed=1)], None)[0]
+        outcome = engine.outcomes([Ask(prompt="Zor", sampling=SAMPLING, seed=1)], lambda *_: None)[0]
         assert isinstance(outcome, Completion) == said
         assert "think" not in outcome.text if isinstance(outcome, Completion) else "raise max_tokens" in str(outcome)

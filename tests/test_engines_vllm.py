@@ -67,7 +67,7 @@ def test_a_server_serves_for_a_block_with_plain_sampling_and_is_gone_after(tmp_p
     assert start["environment"]["PYTHONPATH"] == str(PLUGIN), "only our plugin"
     assert start["environment"]["SEAL_NB_VLLM_PARENT"] == str(os.getpid())
     assert start["environment"]["VLLM_SERVER_DEV_MODE"] is None, "its endpoints need no key"
-    assert server.key not in server.log_path.read_text()
+    assert server.key not in (server.run_dir / "vllm.log").read_text()
     wanted = {"temperature": 1.0, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 9}
     assert wanted.items() <= request["body"].items(), "the model's own defaults do not count"
 

@@ -19,6 +19,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -37,7 +38,11 @@ UNFINISHED = re.compile(
     r"(?i)filter|safety|recitation|prohibit|block|spii|sensitive|refus|abort|cancel|error|fail|timeout|insufficient"
 )
 CONCERNS_ALL = {401, 402, 403, 404, 405}  # key, money, permission, address or model: every request would fail alike
-OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # with status 429, and waiting does not help
+# With status 400 or 429, and waiting does not help.
+OUT_OF_MONEY = re.compile(
+    r"(?i)insufficient_quota|billing_(hard_limit|not_active)|exceeded_current_quota|credit balance is too low"
+    r"|insufficient (balance|credit)|used all available credits|spending limit"
+)
 MOST_FAILURES_IN_A_ROW = 16  # or max_parallel, if that is more
 CONNECT_TIMEOUT_S = 10.0
 MAY_PASS = {408, 409, 424, 425, 429}  # and 5xx; 424: text-generation-inference's "failed during generation"
@@ -45,15 +50,17 @@ LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_t
 _NEEDED = {"model", "prompt", "messages", "add_special_tokens"}
 _INSTEAD = {"seed": "the same text may not come again", "stop": "texts are cut here"}
 _PLAIN = {"temperature": (0, 1), "top_p": (1,)}  # values that say little, and that some services refuse
-_NAME = r"(?<![\w-]){0}(?![\w-])(?:(?<!stop)|(?<=[`'\"]stop)|(?<=: stop))"  # "stop" is a word, too
+_NAME = r"(?i)(?<![\w-]){0}(?![\w-])(?:(?<!stop)|(?<=[`'\"]stop)|(?<=: stop)|(?<=er stop))"  # "stop" is a word, too
 _UNSUPPORTED = re.compile(
-    r"(?i)unsupported|n['o]t (currently )?support|unrecogni|extra_forbidden|extra (inputs|fields)|deprecated"
-    r"|(unknown|unexpected|invalid|disallowed) (name|param|arg|field|key|property)|was unexpected|may only be"
-    r"|not (permitted|allowed|accepted|available|(a )?(valid|known) (param|arg|field))|only .{1,30}allowed"
-    r"|cannot (both )?be (used|set|spec)"
+    r"(?i)unsupported|(n['’o]t|no longer) (currently )?support|unrecogni|extra_forbidden|extra (inputs|fields)|removed"
+    r"|(unknown|unexpected|invalid|illegal|undefined)[ _](name|param|arg|field|key|property)|was unexpected|may only be"
+    r"|not (permitted|allowed|accepted|available|defined|implemented|compatible|be (set|spec|provided|used))|fixed at"
+    r"|not (a )?(valid|known|recogni[sz]ed) (param|arg|field|for )|only (one of|.{0,40}(allow|support|accept|permit))"
+    r"|cannot (both )?(be )?(used|set|spec)|not both|\buse \W?max_\w+|must be \d|deprecat|incompat|dis(allow|abl)ed"
 )
-_VALUE = re.compile(
-    r"(?i)must be|between|\brange|\btoo |at (most|least)|positive|imum|exceed|larger|greater|[<>≤≥]=? ?\d"
+_VALUE = re.compile(  # of those that "must be", only "must be 1" allows no other value
+    r"(?i)must be(?! (exactly )?\d+(\.\d+)?\b(?!\.?\d| or| and| to| ?[-–<]))|between|\brange|\btoo |at (most|least)"
+    r"|positive|imum|exceed|larger|greater|[<>≤≥]=? ?\d"
 )
 _DEFAULT = re.compile(r"(?i)(?:only|default)[^.\d\"]{0,30}(\d+(?:\.\d+)?)")
 HAS_VERSION, ADD_V1 = re.compile(r"/v\d|/deployments/"), "most services want /v1 at the end of base_url"
@@ -65,17 +72,16 @@ LONGEST_BODY = 2**16  # characters of it that are looked through for the key
 DOTENV = Path(__file__).resolve().parents[2] / ".env"  # of the project; that of another folder may be anybody's
 log = logging.getLogger(__name__)
 _CONVENTIONAL = re.compile(r"[A-Z][A-Z0-9]{0,15}|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)+")
-for _name in ("connection", "http11", "http2", "proxy", "socks"):  # a reply's headers may repeat the key
-    logging.getLogger(f"httpcore2.{_name}").addFilter(hide_secrets)
-for _name in ("httpx2", "openai._base_client", "openai._response", "openai._legacy_response"):
-    logging.getLogger(_name).addFilter(hide_secrets)
+_PARTS = [f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")]
+for _name in ("httpx2", "openai._base_client", "openai._response", "openai._legacy_response", *_PARTS):
+    logging.getLogger(_name).addFilter(hide_secrets)  # a reply's headers may repeat the key
 
 
 class Refused(EngineError):
-    """The service refuses the request, and would refuse it again. ``status`` is the HTTP status."""
+    """The service refuses the request. ``status``: of HTTP; ``body``: of its reply; ``pause_s``: that it asks for."""
 
-    def __init__(self, message: str, *, status: int) -> None:
-        self.status = status
+    def __init__(self, message: str, *, status: int, body: str = "", pause_s: float | None = None) -> None:
+        self.status, self.body, self.pause_s = status, body, pause_s
         super().__init__(message)
 
 
@@ -107,7 +113,7 @@ class ApiSettings(Settings):
             is_address = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
         except ValueError:  # its text would show the address
             is_address = False
-        if not is_address or not self.base_url.isprintable():
+        if not is_address or not self.base_url.isprintable() or " " in self.base_url:
             raise SettingsError(f"base_url={shown(self.base_url)}: give http://host:port/v1 or https://host/v1")
         if self.api_key_env and not _names_variable(self.api_key_env):
             raise SettingsError(
@@ -137,15 +143,6 @@ def _names_variable(name: str) -> bool:
     return bool(_CONVENTIONAL.fullmatch(name)) and not holds_key(name)
 
 
-@dataclass(kw_only=True)
-class Usage:
-    """What a client has used so far. Unusable replies count, because they are paid for too."""
-
-    n_replies: int = 0
-    n_prompt_tokens: int = 0
-    n_tokens: int = 0
-
-
 def api_key(variable: str) -> str:
     """The key in a variable of the environment, else of ``.env`` in the project folder. Raises: SettingsError."""
     key = (os.environ.get(variable) or dotenv_values(DOTENV).get(variable) or "").strip()
@@ -166,7 +163,9 @@ class ApiClient:
     def __init__(
         self, settings: ApiSettings, *, key: str | None = None, check: Callable[[], None] = lambda: None
     ) -> None:
-        self.settings, self.check, self.usage = settings, check, Usage()
+        self.settings, self.check = settings, check
+        # So far. Unusable replies count, because they are paid for too.
+        self.usage = SimpleNamespace(n_replies=0, n_prompt_tokens=0, n_tokens=0)
         self.threads, self._counting = DaemonThreads(settings.max_parallel), threading.Lock()
         self._refused: dict[str, dict[str, str]] = {}  # by model: parameters it refuses, and their other name or ""
         if key is None:
@@ -191,7 +190,7 @@ class ApiClient:
             http_client=openai.DefaultHttpxClient(timeout=timeout, trust_env=trust_env, follow_redirects=False),
         )
 
-    def each(self, asks: Mapping[int, Ask], on_text: OnText | None = None) -> dict[int, Completion | EngineError]:
+    def each(self, asks: Mapping[int, Ask], on_text: OnText = lambda *_: None) -> dict[int, Completion | EngineError]:
         """The outcome of each request, ``max_parallel`` at a time. ``on_text`` is called one at a time and in another
         thread, so that Ctrl-C cannot interrupt it. After the failures that a ``Round`` names and after Ctrl-C no
         further request is sent, and the replies under way are waited for. A second Ctrl-C ends at once."""
@@ -202,13 +201,12 @@ class ApiClient:
                 found = sent.one(ask)
             except EngineError as error:
                 return error
-            if on_text is not None:
-                try:
-                    with one_at_a_time:
-                        on_text(index, found)
-                except BaseException:
-                    sent.stopped.set()
-                    raise
+            try:
+                with one_at_a_time:
+                    on_text(index, found)
+            except BaseException:
+                sent.stopped.set()
+                raise
             return found
 
         calls: dict[int, Future[Completion | EngineError]] = {}
@@ -224,15 +222,19 @@ class ApiClient:
     def control(self, path: str, body: Mapping[str, Any] | None = None) -> str:
         """The server's reply at ``path`` (from where its /v1 is) to one GET, or to one POST with a body.
         Raises: Refused with the status of any 4xx or 5xx, Unavailable without a connection."""
-        url = self.settings.address.removesuffix("/v1") + path
+        return self._reply(self.settings.address.removesuffix("/v1") + path, body, what=f"{path}: ")
+
+    def _reply(self, url: str, body: Mapping[str, Any] | None, *, what: str = "") -> str:
         try:
             if body is None:
                 return self._client.get(url, cast_to=str, options=self._options)
             return self._client.post(url, cast_to=str, body=dict(body), options=self._options)
         except openai.APIStatusError as error:
-            failed: EngineError = Refused(self._shown(f"{path}: {_said(error)}"), status=error.status_code)
+            raw, pause_s = error.response.text, self._client._parse_retry_after_header(error.response.headers)
+            told = self._shown(f"{what}{error}" if " - " in str(error) else f"{what}{error} - {raw}")
+            failed: EngineError = Refused(told, status=error.status_code, body=raw, pause_s=pause_s)
         except openai.APIConnectionError as error:
-            failed = Unavailable(self._shown(f"{path}: {error}"))
+            failed = Unavailable(self._shown(f"{what}{error}"))
         raise failed  # not chained: the cause holds the request with the key
 
     def one(self, ask: Ask, stopped: threading.Event | None = None) -> Completion:
@@ -254,19 +256,16 @@ class ApiClient:
         given_up_s, n_failed, pause_s = time.monotonic() + self.settings.patience_s, 0, FIRST_PAUSE_S
         while not stopped.is_set():
             self.check()
-            known, raw, asked_s = self._refused.get(ask.model, {}), "", None
+            known = self._refused.get(ask.model, {})
             sent = {known.get(name, name): value for name, value in body.items() if known.get(name, name)}
             try:
-                raw = self._client.post(path, cast_to=str, body=sent, options=self._options)
-                return self._completion(raw, ask.sampling.stop, ask.sampling.max_tokens)
+                found = self._completion(self._reply(path, sent), ask.sampling.stop, ask.sampling.max_tokens)
+                return replace(found, not_sent=tuple(name for name in body if not known.get(name, name)))
             except Refused as error:
-                told, status = str(error), error.status
-            except openai.APIConnectionError as error:
-                told, status = self._shown(str(error)), 0
-            except openai.APIStatusError as error:
-                told, status, raw = self._shown(_said(error)), error.status_code, error.response.text
-                asked_s = self._client._parse_retry_after_header(error.response.headers)
-            if status == 429 and any(cause in raw for cause in OUT_OF_MONEY):
+                told, status, raw, asked_s = str(error), error.status, error.body, error.pause_s
+            except Unavailable as error:
+                told, status, raw, asked_s = str(error), 0, "", None
+            if status in (400, 429) and OUT_OF_MONEY.search(raw):
                 status = 402
             if status in (400, 422) and self._learn(sent, raw):
                 continue
@@ -285,10 +284,6 @@ class ApiClient:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         raise NotAsked("not sent: earlier requests failed, or the user interrupted")
 
-    def not_sent(self, model: str) -> list[str]:
-        """The parameters that this model's service has refused, and that it does not get any more."""
-        return sorted(name for name, other in self._refused.get(model, {}).items() if not other)
-
     def _learn(self, sent: Mapping[str, Any], told: str) -> bool:
         """Whether a refusal names a parameter that the service does not know; from now on it is left out or renamed. A
         refusal of a value (too large, out of range) is an error, unless the value is none that a user chooses."""
@@ -296,9 +291,9 @@ class ApiClient:
             parts = json.loads(told, object_hook=lambda part: {name: part[name] for name in part if name != "input"})
             told = json.dumps(parts, ensure_ascii=False)
         names = [name for name in sent if name in LIMITS or name not in {*_NEEDED, self.settings.token_limit}]
-        for part in re.split(r"(?<=[.;])\s|\\n|\n", told[:LONGEST_BODY]):
+        for part in re.split(r"(?<=[.;])\s(?!Only )|(?:\\n|\n)(?! )", told[:LONGEST_BODY]):
             found = [(at.start(), name) for name in names if (at := re.search(_NAME.format(name), part))]
-            name = max(found)[1] if " both " in part and found else min(found, default=(0, ""))[1]
+            name = (max if re.search(r"both\b|nly one of", part) else min)(found, default=(0, ""))[1]
             is_plain = sent.get(name) in _PLAIN.get(name, ())
             if not name or not (is_plain if _VALUE.search(part) else _UNSUPPORTED.search(part)):
                 continue
@@ -336,7 +331,7 @@ class ApiClient:
             if not body.get("choices"):
                 status = 422 if body.get("error_type") == "validation" else int(body["error"]["code"])
                 if 400 <= status < 600:
-                    raise Refused(self._shown(raw), status=status)
+                    raise Refused(self._shown(raw), status=status, body=raw)
             (choice,) = body["choices"]
             message = choice.get("message") or {}
             text = message["content"] if message else choice["text"]
@@ -365,11 +360,6 @@ class ApiClient:
     def _shown(self, message: str) -> str:
         """A service's message with its address, shortened, and without the key, which some services repeat."""
         return f"{self.settings.where}: {redacted(message[:LONGEST_BODY])[:LONGEST_MESSAGE]}"
-
-
-def _said(error: openai.APIStatusError) -> str:
-    """A refusal with its message, or with its body if that has another form."""
-    return str(error) if " - " in str(error) else f"{error} - {error.response.text}"
 
 
 class Round:
@@ -407,10 +397,7 @@ class OpenAIEngine(Engine):
     def __init__(self, settings: ApiSettings, *, model: str) -> None:
         self.client, self.model, self.model_id = ApiClient(settings), model, f"openai-{model}"
 
-    def not_sent(self) -> list[str]:
-        return self.client.not_sent(self.model)
-
-    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText) -> Mapping[int, Completion | EngineError]:
         """See Engine. Raises: SettingsError for an adapter, which a service cannot load."""
         if any(ask.adapter for ask in asks):
             raise SettingsError(f"{self.model_id} cannot load adapters; use the engine local or vllm")

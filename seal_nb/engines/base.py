@@ -47,11 +47,12 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One generated text without its prompt; ``finish_reason`` is "stop" or "length"."""
+    """One generated text without its prompt."""
 
     text: str
     n_tokens: int
-    finish_reason: str
+    finish_reason: str  # "stop" or "length"
+    not_sent: Sequence[str] = ()  # parameters that the service refused, so that its own values applied
 
 
 class UnusableReply(EngineError):
@@ -95,7 +96,7 @@ class Engine(ABC):
         *,
         seeds: Sequence[int],
         adapters: Sequence[Path | None] = (),
-        on_text: OnText | None = None,
+        on_text: OnText = lambda *_: None,
     ) -> list[Completion]:
         """The completion of every prompt, in their order; without ``adapters`` all are the base's.
 
@@ -113,12 +114,8 @@ class Engine(ABC):
         return completions
 
     @abstractmethod
-    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText) -> Mapping[int, Completion | EngineError]:
         """The text or the failure of each request, by its index."""
-
-    def not_sent(self) -> list[str]:
-        """Parameters of the sampling that the service refused, so that its own values applied."""
-        return []
 
     def text_of(self, prompt: Prompt) -> str:
         """The text that the model sees: a chat goes through the model's template, where that is known."""
@@ -128,8 +125,9 @@ class Engine(ABC):
 # How models mark their thinking: DeepSeek and Qwen, Magistral, Kimi, Command A, Gemma, gpt-oss (whole, and without its
 # special tokens). Only at the start of a text: a self-edit may quote a mark.
 _THINKING = re.compile(
-    r"\s*(?:<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)|◁think▷.*?(?:◁/think▷|\Z)"
+    r"\s*(?:<((?:\w+:)?think(?:ing)?|thought|reasoning|scratchpad)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)|◁think▷.*?(?:◁/think▷|\Z)"
     r"|<\|START_THINKING\|>.*?(?:<\|END_THINKING\|>(?:<\|START_(?:RESPONSE|TEXT)\|>)?|\Z)"
+    r"|<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)"
     r"|<\|channel>thought\b.*?(?:<channel\|>|\Z)|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
     r"|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary).*?(?:(?=<\|channel\|>final)|\Z)"
     r"|analysis(?=.*assistantfinal).*?assistantfinal)\s*",

@@ -20,7 +20,7 @@ class LocalEngine(Engine):
     def __init__(self, base: FrozenBase, *, model_id: str) -> None:
         self.base, self.model_id = base, model_id
 
-    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText) -> Mapping[int, Completion | EngineError]:
         """See Engine. Prompts with different adapters share a batch."""
         folders = dict.fromkeys(ask.adapter for ask in asks if ask.adapter)
         loaded = {folder: adapter_for(self.base, folder) for folder in folders}
@@ -47,17 +47,14 @@ class LocalEngine(Engine):
             decoder.submit(row)
         while decoder.busy:
             for done in decoder.step():
-                index = int(str(done.key))
+                index, text = int(str(done.key)), without_thinking(done.text)
                 if done.error:
                     outcomes[index] = EngineError(done.error)
-                    continue
-                text = without_thinking(done.text)
-                if done.text.strip() and not text.strip():
+                elif done.text.strip() and not text.strip():
                     outcomes[index] = CutOff(self.model_id, asks[index].sampling.max_tokens)
-                    continue
-                completion = Completion(text=text, n_tokens=len(done.token_ids), finish_reason=done.finish_reason)
-                outcomes[index] = completion
-                if on_text is not None:
+                else:
+                    completion = Completion(text=text, n_tokens=len(done.token_ids), finish_reason=done.finish_reason)
+                    outcomes[index] = completion
                     on_text(index, completion)
         return outcomes
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from seal_nb.engines.api import ApiClient, ApiSettings, Refused, Unavailable
 from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, contents
@@ -84,10 +84,6 @@ class VllmServer:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}/v1"
 
-    @property
-    def log_path(self) -> Path:
-        return self.run_dir / "vllm.log"
-
     def start(self) -> Self:
         """Start the server and wait until it is ready, unless it runs already. Raises: VllmFailed."""
         if self.process is not None and self.process.poll() is None:
@@ -118,7 +114,7 @@ class VllmServer:
             "PYTHONPATH": str(PLUGIN),  # only the plugin: the server has other packages than this interpreter
             **({"HF_HUB_OFFLINE": "1"} if Path(self.model).is_dir() else {}),
         }
-        self.process = LoggedProcess(command, self.log_path, env=environment)
+        self.process = LoggedProcess(command, self.run_dir / "vllm.log", env=environment)
         try:
             self._wait_until_ready(self.process)
         except BaseException:
@@ -200,7 +196,7 @@ class VllmEngine(Engine):
             raise SettingsError(f"{settings.where} serves {', '.join(roots)}, not {model!r}")
         return cls(client, model=model, model_id=f"vllm-{Path(roots[model]).name}-{content_id(roots[model])[:8]}")
 
-    def outcomes(self, asks: Sequence[Ask], on_text: OnText | None) -> Mapping[int, Completion | EngineError]:
+    def outcomes(self, asks: Sequence[Ask], on_text: OnText) -> Mapping[int, Completion | EngineError]:
         """See Engine. More adapters than can be loaded at a time take turns."""
         distinct = list(dict.fromkeys(ask.adapter for ask in asks if ask.adapter))
         outcomes: dict[int, Completion | EngineError] = {}
@@ -225,15 +221,19 @@ class VllmEngine(Engine):
     @cached_property
     def _bos(self) -> str | None:
         """The token that the server puts before a text; None if there is none, or if the server does not tell."""
-        asked = {"model": self.model, "prompt": "a", "return_token_strs": True}
+        asked: dict[str, Any] = {"prompt": "a", "return_token_strs": True}
+        told = [self._told("/tokenize", **asked, add_special_tokens=adds) for adds in (True, False)]
+        first, first_of_text = [(one.get("token_strs") or [None])[0] for one in told]
+        return first if first != first_of_text else None
+
+    def _told(self, path: str, **asked: Any) -> dict[str, Any]:
+        """The server's reply to what other services do not have; empty if this one does not have it."""
         try:
-            replies = [self.client.control("/tokenize", asked | {"add_special_tokens": adds}) for adds in (True, False)]
+            return dict(json.loads(self.client.control(path, {"model": self.model, **asked})))
         except Refused as error:
             if error.status != 404:
                 raise
-            return None
-        first, first_of_text = [(json.loads(reply).get("token_strs") or [None])[0] for reply in replies]
-        return first if first != first_of_text else None
+            return {}
 
     @contextlib.contextmanager
     def _loaded(self, folders: Sequence[Path]) -> Iterator[dict[Path | None, str]]:
@@ -261,13 +261,6 @@ class VllmEngine(Engine):
         """See Engine. A chat is its messages alone if the server does not show its template."""
         if isinstance(prompt, str):
             return prompt
-        messages = [dict(message) for message in prompt]
-        try:
-            reply = self.client.control("/tokenize", {"model": self.model, "messages": messages})
-            tokens = json.loads(reply)["tokens"]
-            reply = self.client.control("/detokenize", {"model": self.model, "tokens": tokens})
-            return str(json.loads(reply)["prompt"])
-        except Refused as error:
-            if error.status != 404:
-                raise
-            return contents(prompt)
+        tokens = self._told("/tokenize", messages=[dict(message) for message in prompt]).get("tokens")
+        shown = self._told("/detokenize", tokens=tokens).get("prompt") if tokens else None
+        return str(shown or contents(prompt))

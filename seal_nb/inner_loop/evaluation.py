@@ -5,7 +5,7 @@ Scores of single tokens take two forward passes and no generation. A soft score 
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -172,9 +172,9 @@ def train_job(request: TTTRequest, max_seq_length: int) -> TrainJob:
     return TrainJob(name=str(request.request_id), texts=tuple(request.train_sequences), lora=lora, train=train)
 
 
-def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) -> list[Question]:
-    """The closed-book questions of a request. stack: identities of the frozen adapters. Raises SettingsError if the
-    model cannot run one."""
+def evaluation_of(base: FrozenBase, request: TTTRequest, stack: Mapping[str, Adapter]) -> Evaluation:
+    """A new request with its closed-book questions. stack: the frozen adapters by their identities. Raises
+    SettingsError if the model cannot run a question, or a text that is to be scored."""
     prompts = [answer_prompt(q.title, q.question) for q in request.eval_questions]
     if request.chat:  # the template adds the special tokens
         template: Any = base.tokenizer.apply_chat_template
@@ -183,7 +183,10 @@ def questions_of(base: FrozenBase, request: TTTRequest, stack: tuple[str, ...]) 
     ids = [base.encode(prompt, special_tokens=not request.chat) for prompt in prompts]
     for i, one in enumerate(ids):
         base.room_after(one, f"the prompt of eval_questions[{i}]", n_new=1)
-    return [Question(stack, tuple(one), request.max_new_tokens) for one in ids]
+    questions = [Question(tuple(stack), tuple(one), request.max_new_tokens) for one in ids]
+    evaluation = Evaluation(request, questions, tuple(stack.values()))
+    texts_to_score(base, evaluation)
+    return evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,7 @@ import torch
 from seal_nb.errors import SettingsError
 from seal_nb.grading.base import Grader, Verdict
 from seal_nb.grading.choose import make_grader
-from seal_nb.inner_loop.evaluation import (
-    Evaluation,
-    Generation,
-    Key,
-    Question,
-    questions_of,
-    scored_texts,
-    texts_to_score,
-    train_job,
-)
+from seal_nb.inner_loop.evaluation import Evaluation, Generation, Key, Question, evaluation_of, scored_texts, train_job
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.models import FOUR_BIT, model_identity, resolve_model
 from seal_nb.peft_files import KeptAdapters, adapter_for
@@ -174,9 +165,7 @@ class InnerLoop:
         job = train_job(request, self.settings.max_seq_length) if request.training_wanted else None
         if job is not None:
             self.base.layout(job.lora)  # refuses unknown targets now
-        evaluation = Evaluation(request, questions_of(self.base, request, tuple(stack)), tuple(stack.values()))
-        texts_to_score(self.base, evaluation)  # refuses some now
-        self.requests[request_id] = evaluation
+        self.requests[request_id] = evaluation = evaluation_of(self.base, request, stack)
         for question in evaluation.baseline:
             if question in self.baselines:
                 evaluation.texts[question] = self.baselines[question]

@@ -11,29 +11,22 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout, SettingsError
-from seal_nb.protocol import (
-    ErrorReply,
-    GenerateReply,
-    GenerateRequest,
-    ServerStatus,
-    TTTReply,
-    TTTRequest,
-    Work,
-    read_reply,
-)
-from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, is_loopback, this_node
+from seal_nb import protocol
+from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout
+from seal_nb.protocol import GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest, Work
+from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, this_node
 
 SECRET_MARK = b"seal:"  # before the secret of a client in the marks of its messages, see requests.client_of
 SECRET_BYTES = len(SECRET_MARK) + 16
-DEFAULT_WINDOW = 256  # requests in flight
+DEFAULT_WINDOW = 256  # requests of a round in flight
 DEFAULT_WAIT_S = 60.0
 PING_S = 2.0
 SILENT_S = 8.0  # a live server answers pings, even while its workers train
@@ -58,19 +51,16 @@ class OpenMessage:
 
 
 @dataclass(eq=False)
-class TTTClient:
-    """A client of one server. While the server is away, nothing is sent to another one. Raises SettingsError."""
+class TTTClient(AbstractContextManager["TTTClient"]):
+    """A client of one server. While the server is away, nothing is sent to another one."""
 
     endpoint: str | Path  # endpoint file (it survives a restart of the server), or address if no keys are needed
     _: KW_ONLY
     timeout_s: float = 3600.0  # for one reply, or for the next reply of a round, while the server is there
     wait_s: float = DEFAULT_WAIT_S  # that the server may be away, at the start or later: a batch job may be requeued
     key_file: str | Path | None = None  # a .key_secret file; None: the one in the run folder of the endpoint file
-    window: int = DEFAULT_WINDOW  # requests in flight at most, 1 to 256
 
     def __post_init__(self) -> None:
-        if not 1 <= self.window <= DEFAULT_WINDOW:
-            raise SettingsError(f"window is {self.window}; 1 to {DEFAULT_WINDOW} requests may be in flight")
         self.where = str(self.endpoint)
         self.server_id = ""  # of the server that answered last
         self._secret = SECRET_MARK + secrets.token_bytes(16)  # the server knows its requests by it, on any connection
@@ -110,7 +100,7 @@ class TTTClient:
             kind = TTTReply if isinstance(one, TTTRequest) else GenerateReply
             return one.model_dump_json(exclude_none=True).encode(), kind
 
-        return self._exchange(map(message, requests), timeout_s=limit_s, window=self.window)
+        return self._exchange(map(message, requests), timeout_s=limit_s, window=DEFAULT_WINDOW)
 
     def status(self, *, timeout_s: float = 30.0) -> ServerStatus:
         """What the server is doing."""
@@ -137,9 +127,6 @@ class TTTClient:
         """Close the sockets. Work that is in flight goes on in the server."""
         self._disconnect()
         self._context.destroy(linger=200)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -169,7 +156,7 @@ class TTTClient:
                 mark, reply = self._next(marks, timeout_s)
                 marks.remove(mark)
                 message = self._open.pop(mark)
-                if isinstance(reply, ErrorReply):
+                if isinstance(reply, protocol.ErrorReply):
                     reply = RemoteError(reply.error, reply.field, reply.traceback, reply.request_id)
                 elif not isinstance(reply, message.expected):
                     kinds = f"a {type(reply).__name__}, not a {message.expected.__name__}"
@@ -188,11 +175,13 @@ class TTTClient:
             self._keep_in_touch()
             if self._socket is not None and self._socket.poll(max(0, int(1000 * min(left_s, TURN_S)))):
                 frames = self._socket.recv_multipart()
-                mark, reply = frames[0], read_reply(frames[-1])
+                mark, reply = frames[0], protocol.read_reply(frames[-1])
                 self._pinged_at = None
                 if mark == PING_MARK and isinstance(reply, dict):
                     self._greet(str(reply.get("server_id", "")), missed=reply.get("missed") is True)
-                elif mark in marks and isinstance(reply, ErrorReply) and reply.error.split(":")[0] in TRY_LATER:
+                elif (
+                    mark in marks and isinstance(reply, protocol.ErrorReply) and reply.error.split(":")[0] in TRY_LATER
+                ):
                     self._open[mark].due_at = time.monotonic() + TRY_LATER_S
                 elif mark in marks:
                     return mark, reply
@@ -209,10 +198,10 @@ class TTTClient:
         if self._lost_at is not None and now - self._lost_at > self.wait_s:
             self._disconnect()
             why, known = [self._trouble or "it is silent"], self._endpoint
-            if known is not None and is_loopback(known.host) and known.node != this_node():
+            if known is not None and known.is_local and known.node != this_node():
                 only = f"machine {known.node}" if known.node else "its own machine"
                 why.append(f"it listens on loopback, which only {only} reaches; others need --endpoint tcp://0.0.0.0:0")
-            elif known is not None and not known.public_key and not is_loopback(known.host) and NO_KEYS not in why:
+            elif known is not None and not known.public_key and not known.is_local and NO_KEYS not in why:
                 why.append(NO_KEYS)
             raise RoundTimeout(
                 f"no TTT server answers at {self.where} within {self.wait_s:g} s ({'; '.join(why)}); "

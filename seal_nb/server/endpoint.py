@@ -14,10 +14,11 @@ import shutil
 import socket
 import stat
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, Self
 
 import zmq
 import zmq.auth
@@ -34,7 +35,11 @@ LOUD = 100  # log lines before they become rare
 KEYS_WAIT_S = 10.0
 Role = Literal["client", "worker"]
 Socket = zmq.Socket[bytes]
-_TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.%a-z]+\]|[^:/\[\]]+):(?P<port>\d{1,5}|\*)$")
+Context = zmq.Context[Socket]
+KeyFile = str | Path | None
+WILDCARDS = ("0.0.0.0", "*", "[::]")
+OWN_ADDRESS = "choose an address of this machine (ip addr), or tcp://*:PORT for all of them; port 0 is a free one"
+_TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(%[\w.-]+)?\]|[^:/\[\]]+):(?P<port>\d{1,5}|\*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,16 @@ class Endpoint:
     node: str = ""  # the machine
     protocol_version: str = PROTOCOL_VERSION
 
+    @classmethod
+    def at(cls, address: str) -> Self:
+        """The server at `tcp://host:port`. Raises SettingsError."""
+        host, port = split_tcp(address)
+        return cls(endpoint=address, host=host, port=int(port.replace("*", "0")))
+
+    @property
+    def is_local(self) -> bool:
+        return is_loopback(self.host)
+
 
 def read_endpoint(path: str | Path) -> Endpoint:
     """The endpoint in a file. Raises DataError if the file is missing, broken, or of another kind."""
@@ -67,11 +82,8 @@ def read_endpoint(path: str | Path) -> Endpoint:
 
 
 def find_endpoint(where: str) -> Endpoint:
-    """The server at `where`, an endpoint file or an address. Raises DataError if there is no file."""
-    if "://" not in where:
-        return read_endpoint(runs_folder(where))
-    host, port = split_tcp(where)
-    return Endpoint(endpoint=where, host=host, port=int(port))
+    """The server at `where`, an endpoint file or an address. Raises DataError if there is no file, SettingsError."""
+    return Endpoint.at(where) if "://" in where else read_endpoint(runs_folder(where))
 
 
 def wait_for_endpoint(path: Path, *, timeout_s: float) -> Endpoint:
@@ -84,9 +96,11 @@ def wait_for_endpoint(path: Path, *, timeout_s: float) -> Endpoint:
 
 def split_tcp(endpoint: str) -> tuple[str, str]:
     """Host and port of `tcp://host:port`. Raises SettingsError."""
-    match = _TCP.match(endpoint)
+    match = _TCP.fullmatch(endpoint)
     if match is None:
-        raise SettingsError(f"endpoint is {endpoint!r}; write tcp://HOST:PORT, with port 0 for a free one")
+        is_ipv6 = endpoint.count(":") > 2
+        form = "tcp://[ADDRESS]:PORT, with an IPv6 address in brackets" if is_ipv6 else "tcp://HOST:PORT"
+        raise SettingsError(f"endpoint is {endpoint!r}; write {form}, with port 0 for a free one")
     if match["port"] != "*" and int(match["port"]) > 65535:
         raise SettingsError(f"endpoint is {endpoint!r}: port {match['port']} is above 65535")
     return match["host"], match["port"]
@@ -95,9 +109,46 @@ def split_tcp(endpoint: str) -> tuple[str, str]:
 def is_loopback(host: str) -> bool:
     """Whether no other machine can reach this host. A name other than localhost counts as reachable."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return False
+        return host.lower() == "localhost"
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def addresses(host: str) -> list[str]:
+    """The IPv4 addresses of a host name, or its IPv6 addresses if it has no others."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError, UnicodeError):
+            return sorted({str(one[4][0]) for one in socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)})
+    return []
+
+
+def resolved(endpoint: str) -> str:
+    """An endpoint to listen at, with the address of its host in place of a name. Raises SettingsError for a name that
+    has no address here, or several."""
+    host, port = split_tcp(endpoint)
+    if host in WILDCARDS or host.startswith("[") or host in [name for _, name in socket.if_nameindex()]:
+        return endpoint
+    found = ["127.0.0.1"] if host.lower() == "localhost" else addresses(host)
+    if len(found) != 1:
+        problem = f"has the addresses {', '.join(found)}" if found else "is no name or interface that is known here"
+        raise SettingsError(f"cannot listen at {endpoint}: {host} {problem}; {OWN_ADDRESS}")
+    return f"tcp://[{found[0]}]:{port}" if ":" in found[0] else f"tcp://{found[0]}:{port}"
+
+
+def listen(socket: Socket, endpoint: str) -> tuple[str, str]:
+    """Bind; the host and port by which others reach it. Raises SettingsError if that is impossible here."""
+    own = resolved(endpoint)
+    socket.ipv6 = "[" in own
+    try:
+        socket.bind(own)
+    except zmq.ZMQError as error:
+        raise SettingsError(f"cannot listen at {endpoint}: {error}; {OWN_ADDRESS}") from error
+    host, port = split_tcp(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+    if is_loopback(host) and not is_loopback(split_tcp(endpoint)[0]):
+        remedy = f"for other machines listen at tcp://*:{port}, or at an address of a network card (ip addr)"
+        log.warning("%s is %s here, which no other machine can reach (/etc/hosts); %s", endpoint, host, remedy)
+    return this_node() if host in WILDCARDS else host, port
 
 
 def this_node() -> str:
@@ -105,30 +156,27 @@ def this_node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def connected(
-    context: "zmq.Context[Socket]",
-    endpoint: Endpoint,
-    role: Role,
-    *,
-    name: bytes = b"",
-    key_file: str | Path | None = None,
-) -> Socket:
+def connected(context: Context, at: Endpoint, role: Role, *, name: bytes = b"", key_file: KeyFile = None) -> Socket:
     """A DEALER to the server, with keys if the server needs them; without `key_file` those in its run folder. A worker
     that connects again under its `name` gets the messages to its earlier connection."""
-    at_clients, at_workers = (endpoint.endpoint, endpoint.public_key), (endpoint.worker_endpoint, endpoint.worker_key)
-    address, server_key = at_clients if role == "client" else at_workers
+    for_clients, for_workers = (at.endpoint, at.public_key), (at.worker_endpoint, at.worker_key)
+    address, server_key = for_clients if role == "client" else for_workers
     socket = context.socket(zmq.DEALER)
     if name:
         socket.setsockopt(zmq.ROUTING_ID, name)
     socket.linger = 0
     socket.sndhwm = 0  # a send never blocks; the client's window limits what is open
-    socket.ipv6 = "[" in address
+    socket.ipv6 = "[" in address or any(":" in one for one in addresses(split_tcp(address)[0]))
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     if server_key:
-        pair = load_pair(Path(key_file or Path(endpoint.run_dir) / "keys" / f"{role}.key_secret"))
+        pair = load_pair(Path(key_file or Path(at.run_dir) / "keys" / f"{role}.key_secret"))
         socket.curve_publickey, socket.curve_secretkey = pair
         socket.curve_serverkey = server_key.encode()
-    socket.connect(address)
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise SettingsError(f"cannot connect to {address}: {error}; give tcp://HOST:PORT of the server") from error
     return socket
 
 
@@ -193,7 +241,7 @@ def allowed_keys(folder: Path) -> set[bytes]:
 class KeyCheck(ThreadAuthenticator):
     """Lets peers with an allowed key connect, and logs who is denied. Make it before any socket binds."""
 
-    def __init__(self, context: "zmq.Context[Socket]", folder: Path) -> None:
+    def __init__(self, context: Context, folder: Path) -> None:
         super().__init__(context)
         make_keys(folder)
         self.folder, self.n_denied = folder, 0

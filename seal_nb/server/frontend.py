@@ -10,7 +10,7 @@ import os
 import socket as sockets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zmq
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 TICK_S = 0.2
 TURN_S = 0.1  # for the messages of one socket before the other socket's turn
 MAX_FRAMES = 8
-DISCARDED_AT_ONCE = 10_000  # frames
 MAX_ROUTE_BYTES = 1_000  # of the frames before a message; they are kept until it is answered
 LARGE_BYTES = 2**17  # a message of this size waits for smaller ones
 SMALL_REPLY_BYTES = 2**13  # of these, ZMQ keeps at most `sndhwm` for a client
@@ -45,27 +44,27 @@ class InternalError(SealError, RuntimeError):
 
 
 class Inbox:
-    """The messages of a ROUTER, of each at most MAX_FRAMES frames. The rest of one is thrown away in parts, so that the
-    loop goes on."""
+    """The messages of a ROUTER, of each at most MAX_FRAMES frames. The rest of one is thrown away, in several turns if
+    it is long, so that the loop goes on."""
 
     def __init__(self, socket: Socket) -> None:
         self.socket, self._has_rest = socket, False
+        self.is_empty = False  # after a turn: whether all that had arrived was read
 
-    def receive(self) -> tuple[list[bytes], zmq.Frame] | None:
-        """The frames of the next message, and the first one with what ZMQ knows of its sender. Raises zmq.Again."""
-        if self._has_rest:
-            for _ in range(DISCARDED_AT_ONCE):
-                self.socket.recv(zmq.NOBLOCK)
-                if not self.socket.rcvmore:
-                    self._has_rest = False
-                    break
-            return None
-        first = self.socket.recv(zmq.NOBLOCK, copy=False)
-        frames = [first.bytes]
-        while (more := self.socket.rcvmore) and len(frames) <= MAX_FRAMES:
-            frames.append(self.socket.recv(zmq.NOBLOCK))
-        self._has_rest = bool(more)
-        return frames, first
+    def messages(self) -> Iterator[tuple[list[bytes], zmq.Frame]]:
+        """What arrives in one turn: the frames of a message, and the first one with what ZMQ knows of its sender."""
+        until, self.is_empty = time.monotonic() + TURN_S, False
+        with contextlib.suppress(zmq.Again):
+            while time.monotonic() < until:
+                first = self.socket.recv(zmq.NOBLOCK, copy=False)
+                frames, is_rest = [first.bytes], self._has_rest
+                while (more := self.socket.rcvmore) and len(frames) <= MAX_FRAMES:
+                    frames.append(self.socket.recv(zmq.NOBLOCK))
+                self._has_rest = bool(more)
+                if not is_rest:
+                    yield frames, first
+            return
+        self.is_empty = True
 
 
 class Workers:
@@ -83,15 +82,12 @@ class Workers:
             "leaving": lambda identity, _: self.lose(identity, "it left as planned", planned=True),
         }  # fmt: skip
 
-    def receive(self) -> bool:
-        """Handle what has arrived. False if there may be more."""
-        until = time.monotonic() + TURN_S
-        with contextlib.suppress(zmq.Again):
-            while time.monotonic() < until:
-                if (received := self.inbox.receive()) is not None:
-                    self._handle(received[0])
-            return False
-        return True
+    def receive(self, looked_at: float) -> None:
+        """Handle what had arrived at that time, and perhaps more."""
+        for frames, _ in self.inbox.messages():
+            self._handle(frames)
+        if self.inbox.is_empty:
+            self.read_up_at = looked_at
 
     def _handle(self, frames: list[bytes]) -> None:
         """One message of a worker; the fields of its header are arguments of the handler."""
@@ -228,64 +224,60 @@ class Clients:
         self.socket, self.keys, self.need_keys = socket, keys, need_keys
         self.max_unread_bytes = settings.max_unread_bytes
         socket.copy_threshold = SMALL_REPLY_BYTES  # ZMQ tells when it has sent a larger one
-        self._unread: dict[bytes, deque[tuple[zmq.MessageTracker, int]]] = {}
+        self._unread: dict[bytes, list[tuple[zmq.MessageTracker, int]]] = {}
         self._inbox = Inbox(socket)
         self._key_of: dict[bytes, str] = {}  # by name of a connection, the key that first used it
         self._not_theirs: set[bytes] = set()  # names that another key uses now
-        self.n_wrong = 0
+        self.n_dropped = 0
         self.missed: set[bytes] = set()  # names of those who did not get a reply; the next ping tells them
 
-    def receive(self) -> tuple[list[bytes], str | None] | None:
-        """The frames of a message and the guest whose it is (see `RequestTable`). None: it is dropped, because the name
-        of its connection is that of another key. Raises zmq.Again."""
-        if (received := self._inbox.receive()) is None:
-            return None
-        frames, first = received
-        if not self.need_keys:
-            return frames, None
-        name, key = frames[0], str(first.get("User-Id"))
-        if self._key_of.setdefault(name, key) != key:
-            self._not_theirs.add(name)  # nothing is sent there until the first one is back
-            self.n_wrong += 1
-            if self.n_wrong <= LOUD:
-                log.warning("a client used the name of another client's connection")
-            return None
-        self._not_theirs.discard(name)
-        return frames, self.keys.guest(key)
+    def messages(self) -> Iterator[tuple[list[bytes], str | None]]:
+        """The frames of messages, and the guest whose each is (see `RequestTable`). One is dropped if the name of its
+        connection is that of another key."""
+        for frames, first in self._inbox.messages():
+            if not self.need_keys:
+                yield frames, None
+                continue
+            name, key = frames[0], str(first.get("User-Id"))
+            if self._key_of.setdefault(name, key) == key:
+                self._not_theirs.discard(name)
+                yield frames, self.keys.guest(key)
+            else:
+                self._not_theirs.add(name)  # nothing is sent there until the first one is back
+                self.n_dropped += 1
+                if self.n_dropped <= LOUD:
+                    log.warning("a client used the name of another client's connection")
 
     def send(self, envelope: Envelope, reply: bytes) -> None:
         """Raises zmq.ZMQError for a client that is gone, or does not read."""
         name = envelope[0]
         if name in self._not_theirs:
             raise zmq.Again
-        if len(reply) > SMALL_REPLY_BYTES and self._is_full(name, len(reply)):
+        holder = self._key_of.get(name, "").encode() or name  # whose bytes they are: a key's, or without keys its own
+        if len(reply) > SMALL_REPLY_BYTES and self._is_full(holder, len(reply)):
             self.missed.add(name)
             raise zmq.Again
         sent = self.socket.send_multipart([*envelope, reply], zmq.NOBLOCK, copy=False, track=True)
         if sent is not None and not sent.done:
-            self._unread.setdefault(self._holder(name), deque()).append((sent, len(reply)))
+            self._unread.setdefault(holder, []).append((sent, len(reply)))
 
-    def _is_full(self, name: bytes, n_bytes: int = 0) -> bool:
-        """Whether so many bytes more are too much for a client."""
-        unread = self._unread.get(self._holder(name), deque())
-        while unread and unread[0][0].done:
-            unread.popleft()
-        if not unread:
-            return False  # one reply of any size
-        in_all = self._sum_of(self._unread.values()) > MAX_UNREAD_CLIENTS * self.max_unread_bytes
-        return in_all or self._sum_of([unread]) + n_bytes > self.max_unread_bytes
+    def _is_full(self, holder: bytes, n_bytes: int) -> bool:
+        """Whether so many bytes more are too much for a client. One reply of any size is not."""
+        if not (own := self._unread_bytes(holder)):
+            return False
+        in_all = sum(map(self._unread_bytes, list(self._unread)))
+        return own + n_bytes > self.max_unread_bytes or in_all > MAX_UNREAD_CLIENTS * self.max_unread_bytes
 
-    def _holder(self, name: bytes) -> bytes:
-        """Whose bytes those of a connection are: its key's, or without keys its own."""
-        return self._key_of.get(name, "").encode() or name
-
-    @staticmethod
-    def _sum_of(queues: Iterable[deque[tuple[zmq.MessageTracker, int]]]) -> int:
-        return sum(size for unread in queues for sent, size in unread if not sent.done)
+    def _unread_bytes(self, holder: bytes) -> int:
+        """What a client has not read yet; the rest is forgotten."""
+        if unread := [(sent, size) for sent, size in self._unread.pop(holder, ()) if not sent.done]:
+            self._unread[holder] = unread
+        return sum(size for _, size in unread)
 
     def tidy(self, waiting: Callable[[], set[bytes]]) -> None:
         """Forget connections that are gone. `waiting`: the names of those at which somebody waits."""
-        self._unread = {name: unread for name, unread in self._unread.items() if self._sum_of([unread])}
+        for holder in list(self._unread):
+            self._unread_bytes(holder)
         while len(self.missed) > MAX_NAMES:
             self.missed.pop()
         if len(self._key_of) > MAX_NAMES:
@@ -314,8 +306,7 @@ class FrontEnd:
         while self.drain_until is None or (self.queue.requests and time.monotonic() <= self.drain_until):
             looked_at = time.monotonic()  # before the wait, in which the whole process may be stopped
             zmq.select([self.clients.socket, self.workers.socket], [], [], 0 if self._large else TICK_S)
-            if self.workers.receive():
-                self.workers.read_up_at = looked_at
+            self.workers.receive(looked_at)
             self.table.save()  # before a client asks for one of these results
             self._receive()
             if self._large:
@@ -334,16 +325,12 @@ class FrontEnd:
 
     def _receive(self) -> None:
         """Handle what clients have sent, but for large messages."""
-        until = time.monotonic() + TURN_S
-        with contextlib.suppress(zmq.Again):
-            while time.monotonic() < until:
-                if (received := self.clients.receive()) is None:
-                    self.meter.counts["dropped"] += 1
-                elif len(received[0][-1]) < LARGE_BYTES or self._large_bytes > self.settings.max_queued_bytes:
-                    self._on_client(*received)
-                else:
-                    self._large.setdefault(received[0][0], deque()).append(received)
-                    self._large_bytes += len(received[0][-1])
+        for frames, guest in self.clients.messages():
+            if len(frames[-1]) < LARGE_BYTES or self._large_bytes > self.settings.max_queued_bytes:
+                self._on_client(frames, guest)
+            else:
+                self._large.setdefault(frames[0], deque()).append((frames, guest))
+                self._large_bytes += len(frames[-1])
 
     def _receive_large(self) -> None:
         """Handle one large message, so that nobody waits for more than one of them. Connections take turns."""
@@ -380,7 +367,7 @@ class FrontEnd:
             n_unsaved=len(table.results.unsaved),
             queued_bytes=queue.waiting_bytes,
             rss_bytes=rss_bytes(),
-            counts=dict(self.meter.counts) | {"denied": self.clients.keys.n_denied},
+            counts=dict(self.meter.counts) | {"denied": self.clients.keys.n_denied, "dropped": self.clients.n_dropped},
             workers=self.workers.status(now),
             trouble="; ".join(filter(None, troubles)),
             **self.meter.rates(now),

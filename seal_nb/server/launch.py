@@ -209,9 +209,7 @@ class Watch:
 
     def add(self, sample: Sample) -> None:
         """Keep a sample. When the list is full, every second one goes, and half as many stay from then on."""
-        if (self._n - 1) % self._every:
-            self._kept.pop()  # it stayed only as the newest one
-        self._kept.append(sample)
+        self._kept = [*self._kept[: -(-self._n // self._every)], sample]  # the newest one stays until the next one
         if len(self._kept) > MOST_SAMPLES:
             self._kept, self._every = [*self._kept[:-1:2], sample], 2 * self._every
         self._n += 1

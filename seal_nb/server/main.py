@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import zmq
 
 from seal_nb.errors import DataError, SealError, SettingsError
 from seal_nb.server.client import DEFAULT_WINDOW
-from seal_nb.server.endpoint import Endpoint, KeyCheck, Role, Socket, is_loopback, read_endpoint, split_tcp, this_node
+from seal_nb.server.endpoint import Endpoint, KeyCheck, Role, Socket, listen, read_endpoint, this_node
 from seal_nb.server.frontend import Clients, FrontEnd
 from seal_nb.server.launch import look
 from seal_nb.server.requests import RequestTable
@@ -39,7 +39,6 @@ HANDSHAKE_S = 5  # for a new connection
 FILE_CHECK_S = 1.0
 MAX_EARLY_ENDS = 3
 STEADY_S = 60.0  # a worker that lives so long has started well
-WILDCARDS = ("0.0.0.0", "*", "[::]")
 
 
 class LocalWorker:
@@ -104,9 +103,10 @@ class Server:
         ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4)))
         self.context: zmq.Context[Socket] = zmq.Context()
         stack.callback(self.context.destroy, linger=2000)  # so that the last replies are sent
-        worker_address = settings.worker_endpoint or f"tcp://{split_tcp(settings.endpoint)[0]}:0"
-        local = all(is_loopback(split_tcp(address)[0]) for address in (settings.endpoint, worker_address))
-        self.clients_need_keys = settings.client_keys or not local
+        asked = Endpoint.at(settings.endpoint)
+        worker_address = settings.worker_endpoint or f"tcp://{asked.host}:0"
+        is_local = asked.is_local and Endpoint.at(worker_address).is_local
+        self.clients_need_keys = settings.client_keys or not is_local
         self.keys = KeyCheck(self.context, settings.run_dir / "keys")
         stack.callback(self.keys.stop)
         clients, address = self._bound(settings.endpoint, "client")
@@ -159,24 +159,15 @@ class Server:
             socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_REPLY_BYTES)
             socket.sndhwm, socket.rcvhwm = 0, 1000
         socket.setsockopt(zmq.HANDSHAKE_IVL, 1000 * HANDSHAKE_S)
-        socket.ipv6 = "[" in address
         if role == "worker" or self.clients_need_keys:
             self.keys.guard(socket, role)
-        try:
-            socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
-        except zmq.ZMQError as error:
-            raise SettingsError(f"cannot listen at {address}: {error}; choose another address, or port 0") from error
-        host, port = split_tcp(socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
-        host = self.settings.advertise_host or (this_node() if host in WILDCARDS else host)
-        return socket, f"tcp://{host}:{port}"
+        host, port = listen(socket, address)
+        return socket, f"tcp://{self.settings.advertise_host or host}:{port}"
 
     def _endpoint(self, address: str, worker_address: str) -> Endpoint:
-        host, port = split_tcp(address)
-        return Endpoint(
-            endpoint=address,
+        return replace(
+            Endpoint.at(address),
             worker_endpoint=worker_address,
-            host=host,
-            port=int(port),
             pid=os.getpid(),
             job_id=os.environ.get("SLURM_JOB_ID", ""),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,9 +8,10 @@ other workers, `max_tries` times at most. The last try runs alone: a request tha
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 from typing import Any
 
 from seal_nb.server.settings import ServeSettings
@@ -54,7 +55,6 @@ class Worker:
     session: int = 0  # its own count of its starts
     requests: dict[str, Request] = field(default_factory=dict)
     alone: bool = False  # it runs a last try and gets nothing else
-    shelf: int = 0  # see RequestQueue._shelve
     about: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class RequestQueue:
         self._last_tries: deque[Request] = deque()
         self._numbers = itertools.count(1)
         self._reserved: bytes | None = None  # a worker that is kept free for a last try
-        self._shelves: defaultdict[int, dict[bytes, None]] = defaultdict(dict)  # workers with room, by `Worker.free`
+        self._with_room: dict[bytes, None] = {}  # workers, see `_note`
         self.n_running = 0
 
     @property
@@ -106,7 +106,7 @@ class RequestQueue:
     def join(self, identity: bytes, worker: Worker) -> None:
         worker.lease = next(self._numbers)
         self.workers[identity] = worker
-        self._shelve(identity)
+        self._note(identity)
 
     def beat(self, identity: bytes, *, lease: int, capacity: int, steps: int, now: float) -> bool:
         """A sign of life. False if the lease is not the current one; the worker then starts again."""
@@ -114,7 +114,7 @@ class RequestQueue:
         if worker is None or worker.lease != lease:
             return False
         worker.seen_at, worker.capacity = now, capacity
-        self._shelve(identity)
+        self._note(identity)
         if worker.steps != steps:
             worker.steps, worker.stepped_at = steps, now
         return True
@@ -136,8 +136,8 @@ class RequestQueue:
 
     def lose(self, identity: bytes, *, planned: bool = False) -> tuple[int, list[Request]]:
         """A worker is lost, or leaves as `planned`, which costs no try: how many requests wait again, which never."""
-        self._shelve(identity, gone=True)
         taken, given_up = self.workers.pop(identity).requests, []
+        self._note(identity)
         self.n_running -= len(taken)
         for request in sorted(taken.values(), key=lambda request: request.order):
             request.tries -= planned
@@ -154,12 +154,23 @@ class RequestQueue:
         return self.requests.pop(self._release(identity, token).key)
 
     def assignments(self, now: float) -> Iterator[Request]:
-        """Requests that start now, each with its `worker` and `token` set."""
+        """Requests that start now, each with its `worker` and `token` set: the next one on the freest worker."""
         yield from self._assign_last_tries(now)
-        while self._waiting and (identity := self._freest()) is not None:
+        share: float = math.inf
+        if len(self.workers) < self.settings.n_workers:  # other workers still load: leave them their share
+            share = math.ceil(len(self.requests) / self.settings.n_workers)
+        free = [(-self.workers[i].free, n, i) for n, i in enumerate(self._with_room)] if self._waiting else []
+        heapify(free)
+        while self._waiting and free:
+            _, n, identity = free[0]
+            worker = self.workers[identity]
+            if worker.free <= 0 or len(worker.requests) >= share or identity == self._reserved:
+                heappop(free)
+                continue
             client = next(iter(self._waiting))
             self._waiting.move_to_end(client)
             yield self._assign(self._take(client, 0), identity, now)
+            heapreplace(free, (-worker.free, n, identity))
 
     def _assign_last_tries(self, now: float) -> Iterator[Request]:
         self._reserved = None
@@ -183,29 +194,15 @@ class RequestQueue:
         request.token = f"{worker.lease}.{next(self._numbers)}"
         worker.requests[request.token] = request
         self.n_running += 1
-        self._shelve(identity)
+        self._note(identity)
         return request
 
-    def _freest(self) -> bytes | None:
-        share: float = math.inf
-        if len(self.workers) < self.settings.n_workers:  # other workers still load: leave them their share
-            share = math.ceil(len(self.requests) / self.settings.n_workers)
-        by_room = (identity for free in sorted(self._shelves, reverse=True) for identity in self._shelves[free])
-        return next((i for i in by_room if len(self.workers[i].requests) < share and i != self._reserved), None)
-
-    def _shelve(self, identity: bytes, *, gone: bool = False) -> None:
-        """To be called after each change of a worker, so that nobody looks through all workers for the freest one."""
-        worker = self.workers[identity]
-        free = 0 if gone else max(0, worker.free)
-        if free == worker.shelf:
-            return
-        if worker.shelf:
-            del self._shelves[worker.shelf][identity]
-            if not self._shelves[worker.shelf]:
-                del self._shelves[worker.shelf]
-        if free:
-            self._shelves[free][identity] = None
-        worker.shelf = free
+    def _note(self, identity: bytes) -> None:
+        """To be called after each change of a worker, so that nobody looks through all of them for one with room."""
+        if identity in self.workers and self.workers[identity].free > 0:
+            self._with_room[identity] = None
+        else:
+            self._with_room.pop(identity, None)
 
     def _wait(self, request: Request) -> None:
         self.waiting_bytes += len(request.message)
@@ -225,5 +222,5 @@ class RequestQueue:
         self.workers[identity].alone = False
         request = self.workers[identity].requests.pop(token)
         self.n_running -= 1
-        self._shelve(identity)
+        self._note(identity)
         return request

@@ -149,11 +149,9 @@ class Results:
     def __len__(self) -> int:
         return len(self._journal) + len(self.unsaved)
 
-    def get(self, key: str, *, most: int | None = None) -> bytes | None:
-        """The JSON of the latest record of this key, if there is one; of a long one only the first `most` bytes."""
-        if (unsaved := self.unsaved.get(key)) is not None:
-            return unsaved[:most]
-        return self._journal.get_json(key, most=most)[:most] if key in self._journal else None
+    def get(self, key: str) -> bytes | None:
+        """The JSON of the latest record of this key, if there is one."""
+        return self.unsaved.get(key) or (self._journal.get_json(key) if key in self._journal else None)
 
     def put(self, key: str, record: bytes) -> None:
         """Keep a record, JSON in one line, which becomes part of the journal's line as it is. `save` writes it."""
@@ -343,10 +341,10 @@ class RequestTable:
 
     def _kept(self, key: str, request_id: str | None, content: str) -> bytes | None:
         """The reply to this request, if there is one. Raises ProtocolError if the id belongs to another request."""
-        if not self.model_id or (start := self.results.get(key, most=len(START) + len(content))) is None:
+        if not self.model_id or (record := self.results.get(key)) is None:
             return None
-        check_same(request_id, start.removeprefix(START).decode(errors="replace"), content)
-        reply = (self.results.get(key) or b"").partition(b'", "reply": ')[2]
+        kept_content, _, reply = record.removeprefix(START).partition(b'", "reply": ')
+        check_same(request_id, kept_content.decode(errors="replace"), content)
         self.meter.counts["from_journal"] += 1
         return reply[:-1]
 

@@ -92,7 +92,8 @@ def parse(kind: type[S], argv: Sequence[str] | None, *, prog: str, description: 
         text = one.metadata["text"] + (f" (default: {default})" if default not in ("", None) else "")
         name, metavar = f"--{one.name.replace('_', '-')}", one.name.rpartition("_")[2].upper()
         parser.add_argument(name, type=readers.get(one.type, one.type), default=default, metavar=metavar, help=text)
-    return kind(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv)).items()
+    return kind(**{name: runs_folder(one) if isinstance(one, Path) else one for name, one in given})
 
 
 def command(settings: Settings) -> list[str]:

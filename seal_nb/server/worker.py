@@ -228,11 +228,10 @@ class Worker:
             log.warning("the inner loop answered a request that it does not have; dropped")
             return
         ids: dict[str, Any] = {"server_id": job["server_id"], "request_id": job["request_id"]}
-        known = dict(ids)
         if not isinstance(reply, ErrorReply):
-            known["timings"] = {**reply.timings, "queue_s": job["queue_s"]}
+            reply.timings["queue_s"] = job["queue_s"]
         tokens = reply.train_tokens if isinstance(reply, TTTReply) else 0
-        body = reply.model_copy(update=known).to_json()
+        body = reply.model_copy(update=ids).to_json()
         if len(body) > MAX_REPLY_BYTES:
             problem = f"the reply has {len(body)} bytes, {MAX_REPLY_BYTES} are the most"
             reply = error_reply(ProtocolError(f"{problem}; ask fewer questions, or no token scores"), **ids)

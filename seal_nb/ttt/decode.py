@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from seal_nb.errors import SettingsError
 from seal_nb.tokens import decode
 from seal_nb.ttt.attention import KERNELS, Cache
 from seal_nb.ttt.base import FrozenBase
@@ -74,8 +73,6 @@ class GroupedDecoder:
     """Generates many texts at once. prefill_tokens: prompt tokens of a pass (a longer prompt is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
-        if max_rows < 1 or prefill_tokens < 1:
-            raise SettingsError(f"max_rows is {max_rows} and prefill_tokens {prefill_tokens}; both must be at least 1")
         self.base = base
         self.max_rows = Limit(max_rows, BATCHES_TO_RECOVER)
         self.prefill_tokens = Limit(prefill_tokens, BATCHES_TO_RECOVER)

@@ -121,8 +121,6 @@ class SlotTrainer:
     """Trains many jobs at once on one base. token_budget: tokens of a pass (a larger micro-batch is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, n_slots: int, token_budget: int = 4096):
-        if n_slots < 1 or token_budget < 1:
-            raise SettingsError(f"n_slots is {n_slots} and token_budget {token_budget}; both must be at least 1")
         self.base = base
         self.n_slots = Limit(n_slots, PASSES_TO_RECOVER, base.make_room)
         self.token_budget = Limit(token_budget, PASSES_TO_RECOVER, base.make_room)

@@ -25,7 +25,7 @@ from seal_nb.server.queue import Worker
 from seal_nb.server.requests import QueueFull, RequestTable
 from seal_nb.server.settings import ServeSettings
 from seal_nb.server.worker import MAX_REPLY_BYTES, pack, unpack
-from seal_nb.storage import read_journal
+from tests import read_journal
 from tests.server.conftest import HASTE, STUB, eventually, in_background, plain_req
 from tests.server.test_server import PUBLISHED, ask, sequence
 

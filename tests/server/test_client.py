@@ -167,8 +167,9 @@ def test_a_reply_that_is_none_is_an_error_that_says_so():
         client.evaluate(REQUEST)
 
 
-def test_a_round_that_is_left_early_leaves_nothing_behind(in_haste):
-    with serving(lambda *_: [REPLY]) as server, TTTClient(server.endpoint, window=2) as client:
+def test_a_round_that_is_left_early_leaves_nothing_behind(in_haste, monkeypatch):
+    monkeypatch.setattr("seal_nb.server.client.DEFAULT_WINDOW", 2)
+    with serving(lambda *_: [REPLY]) as server, TTTClient(server.endpoint) as client:
         for _ in client.run_round([REQUEST.model_copy(update={"request_id": f"r{i}"}) for i in range(9)]):
             break
         assert client.evaluate(REQUEST).baseline_accuracy == 0.0

@@ -9,7 +9,8 @@ import pytest
 
 from seal_nb.server.client import TTTClient
 from seal_nb.server.launch import ServerFailed
-from seal_nb.storage import Journal, read_journal, write_json
+from seal_nb.storage import Journal, write_json
+from tests import read_journal
 from tests.server.conftest import eventually, kill, not_here, plain_req, restart
 from tests.server.test_server import ask, sequence
 

@@ -18,7 +18,8 @@ from seal_nb.server.client import TTTClient
 from seal_nb.server.endpoint import connected
 from seal_nb.server.requests import content_of
 from seal_nb.server.worker import pack, unpack
-from seal_nb.storage import derived_seed, read_journal
+from seal_nb.storage import derived_seed
+from tests import read_journal
 from tests.server.conftest import (
     eventually,
     in_background,

@@ -1,6 +1,7 @@
 """Which server a client finds: the one its endpoint file speaks of, waited for, and never an older one."""
 
 import json
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.errors import RoundTimeout
+from seal_nb.errors import RoundTimeout, SettingsError
 from seal_nb.protocol import TTTRequest
 from seal_nb.server.client import TTTClient
-from seal_nb.server.endpoint import read_endpoint
+from seal_nb.server.endpoint import read_endpoint, resolved
 from seal_nb.server.launch import ServerFailed
 from seal_nb.server.settings import ServeSettings, command
 from seal_nb.storage import write_json
@@ -33,6 +34,12 @@ def test_a_second_server_on_a_live_ones_endpoint_file_or_run_folder_is_refused(s
     first.settings.endpoint_path.unlink()  # somebody removes the file: the server writes it again
     eventually(first.settings.endpoint_path.exists)
     assert first.info == before
+
+
+@pytest.mark.parametrize("address", ["tcp://*:5555", "tcp://127.0.0.1:*"])
+def test_the_address_of_a_listening_server_is_refused_by_a_client_in_words(address):
+    with pytest.raises(SettingsError, match="give tcp://HOST:PORT of the server"), TTTClient(address) as client:
+        client.status()
 
 
 def test_a_start_that_fails_says_its_own_last_error_and_not_one_of_an_earlier_start(start_server, tmp_path):
@@ -160,3 +167,49 @@ def test_a_client_that_meets_a_server_that_is_ending_waits_for_its_successor(sta
         assert late()["late"].server_id == second.info.server_id
         assert running()["running"].server_id != second.info.server_id
     assert Counter(trained(tmp_path)) == Counter(["running", "late"])
+
+
+def test_a_name_that_is_loopback_here_is_said_with_the_remedy(start_server):
+    """As Debian writes the host's own name into /etc/hosts; an interface is such a name too."""
+    server = start_server(endpoint="tcp://lo:0", n_workers=0)
+    log = server.log_path.read_text()
+    assert "tcp://lo:0 is 127.0.0.1 here, which no other machine can reach" in log
+    assert f"listen at tcp://*:{server.info.port}" in log
+    assert server.info.public_key, "a name counts as reachable"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told"),
+    [
+        ("tcp://no-such-host.invalid:0", "no-such-host.invalid is no name or interface that is known here"),
+        ("tcp://192.0.2.7:0", "Cannot assign requested address.*192.0.2.7"),  # of another machine
+    ],
+)
+def test_where_no_server_can_listen_is_refused_with_the_remedy(start_server, endpoint, told):
+    with pytest.raises(ServerFailed, match=f"cannot listen at {endpoint}: {told}.*choose an address of this machine"):
+        start_server(endpoint=endpoint, n_workers=0)
+
+
+HOSTS = {"debian": ["127.0.1.1"], "six": ["::1"], "node": ["10.0.0.7"], "card": ["10.0.0.7", "10.0.1.7"]}
+
+
+@pytest.mark.parametrize(
+    ("host", "listens_at"),
+    [
+        ("debian", "127.0.1.1"), ("six", "[::1]"), ("node", "10.0.0.7"), ("localhost", "127.0.0.1"), ("*", "*"),
+        ("[::]", "[::]"), ("[fe80::1%br-lan.2]", "[fe80::1%br-lan.2]"), ("lo", "lo"), ("card", None), ("nobody", None),
+    ],
+)  # fmt: skip
+def test_a_name_is_listened_at_by_its_one_address(monkeypatch, host, listens_at):
+    def getaddrinfo(name, port, family, kind):
+        found = [one for one in HOSTS.get(name, ()) if (":" in one) == (family == socket.AF_INET6)]
+        if not found:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(family, kind, 6, "", (one, 0)) for one in found]
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    if listens_at is None:
+        with pytest.raises(SettingsError, match=f"{host} (has the addresses 10.0.0.7, 10.0.1.7|is no name).*ip addr"):
+            resolved(f"tcp://{host}:5555")
+    else:
+        assert resolved(f"tcp://{host}:5555") == f"tcp://{listens_at}:5555"

@@ -11,7 +11,7 @@ import zmq.auth
 
 from seal_nb.errors import RoundTimeout, SettingsError
 from seal_nb.server.client import TTTClient
-from seal_nb.server.endpoint import allowed_keys, is_loopback, load_pair, make_keys, read_endpoint, split_tcp
+from seal_nb.server.endpoint import allowed_keys, is_loopback, load_pair, make_keys, read_endpoint, split_tcp, this_node
 from tests.server.conftest import HASTE, STUB, eventually, plain_req, remote_worker
 from tests.server.test_server import BASELINE_ONLY, ask, sequence
 
@@ -168,11 +168,33 @@ def test_a_broken_key_file_on_the_list_lets_nobody_in(tmp_path):
     [
         ("127.0.0.1", True), ("127.3.2.1", True), ("localhost", True), ("[::1]", True),
         ("0.0.0.0", False), ("*", False), ("10.0.0.1", False), ("gpu07", False), ("[::]", False),
+        ("LOCALHOST", True), ("[::ffff:127.0.0.1]", True), ("[::1%lo]", True), ("[fe80::1%eth0]", False),
         ("localhost.evil.org", False),
     ],
 )  # fmt: skip
 def test_only_what_no_other_machine_reaches_is_loopback(host, inside):
     assert is_loopback(host) is inside
+
+
+@pytest.mark.parametrize(
+    ("host", "client_keys", "shown"),
+    [("[::1]", False, "[::1]"), ("[::1%lo]", True, "[::1]"), ("[::]", False, this_node()), ("*", False, this_node())],
+)
+def test_ipv6_and_all_addresses_serve_whole_requests_with_and_without_keys(start_server, host, client_keys, shown):
+    server = start_server(endpoint=f"tcp://{host}:0", client_keys=client_keys)
+    needs_keys = client_keys or host in ("[::]", "*")
+    assert server.info.host == shown and bool(server.info.public_key) is needs_keys
+    with TTTClient(server.endpoint, timeout_s=20) as client:
+        assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+        assert client.status().workers
+    if not needs_keys:
+        with TTTClient(server.info.endpoint, timeout_s=20) as client:
+            assert client.evaluate(sequence("quick")).adapter_gain == 1.0
+
+
+def test_ipv6_without_brackets_is_refused_with_the_form():
+    with pytest.raises(SettingsError, match=r"'tcp://::1:5555'; write tcp://\[ADDRESS\]:PORT, with an IPv6 address in"):
+        split_tcp("tcp://::1:5555")
 
 
 @pytest.mark.parametrize("endpoint", ["5555", "tcp://host", "ipc:///tmp/x", "tcp://h:99999", "tcp://:5", "tcp://a:b"])

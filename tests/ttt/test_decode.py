@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seal_nb.errors import SettingsError
 from seal_nb.ttt import decode
 from seal_nb.ttt.attention import BLOCK
 from seal_nb.ttt.base import FrozenBase
@@ -297,12 +296,6 @@ def test_a_stop_text_ends_a_row_and_is_not_part_of_it() -> None:
     )  # fmt: skip
     assert alone(one).text == free.text.split(stop)[0]
     assert alone(one).finish_reason == "stop"
-
-
-@pytest.mark.parametrize("sizes", [{"max_rows": 0}, {"prefill_tokens": 0}])
-def test_a_batch_without_room_for_a_row_is_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(SettingsError, match=f"{next(iter(sizes))} (is )?0"):
-        GroupedDecoder(BASE, **sizes)
 
 
 def test_after_running_out_of_memory_the_batch_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
