@@ -385,17 +385,17 @@ def test_empty_file_and_line_separators_inside_texts(tmp_path: Path) -> None:
 
 
 def test_published_file_reports_kappa_and_bias(golden: Path, tmp_path: Path) -> None:
-    """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.771."""
+    """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.774."""
     done = grade_file(golden / "graded_answers.jsonl.gz", tmp_path / "out.jsonl")
     assert len(done.verdicts) == 23_671
     overall = done.agreement()
     assert overall is not None
     assert overall.n_left_out == 12
     assert overall.kappa > 0.775
-    assert abs(overall.bias) < 0.018
+    assert abs(overall.bias) < 0.02
     found = {kind: done.agreement(kind) for kind in set(done.kinds)}
     assert {kind: round(one.bias, 2) for kind, one in found.items() if one} == {
-        "adapter": -0.01, "baseline": -0.04, "adapter+baseline": -0.03,
+        "adapter": -0.02, "baseline": -0.05, "adapter+baseline": -0.03,
     }  # fmt: skip
     assert done.gain_bias == pytest.approx(0.029, abs=0.005)
 

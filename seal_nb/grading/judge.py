@@ -156,8 +156,8 @@ class JudgeGrader:
                 raise CutOff(self.settings.where, most)
             about = {"reply": reply.text, "model": self.settings.model, "n_tokens": reply.n_tokens, "prompt": prompt}
             about |= {"finish_reason": reply.finish_reason}
-            if not_sent := self.client.not_sent(self.settings.model):
-                about["not_sent"] = not_sent
+            if reply.not_sent:
+                about["not_sent"] = reply.not_sent
             try:
                 file.seek(0)
                 file.truncate()

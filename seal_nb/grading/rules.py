@@ -8,11 +8,8 @@ good as a real stemmer.
 import re
 import string
 import unicodedata
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from typing import NamedTuple
 
 from seal_nb.grading.base import Answered, asked_about
@@ -24,12 +21,8 @@ _CARDINALS = (
 _TENS = "thirty forty fifty sixty seventy eighty ninety"
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
 CARDINALS = {word: str(number) for number, word in enumerate(_CARDINALS.split())}
-_NUMBERS = (
-    CARDINALS
-    | {word: str(10 * number) for number, word in enumerate(_TENS.split(), start=3)}
-    | {word: str(number) for number, word in enumerate(_ORDINALS.split(), start=1)}
-    | {"once": "1", "single": "1", "twice": "2"}
-)
+_NUMBERS = CARDINALS | {word: str(10 * number) for number, word in enumerate(_TENS.split(), start=3)}
+_NUMBERS |= {word: str(at) for at, word in enumerate(_ORDINALS.split(), 1)} | {"once": "1", "single": "1", "twice": "2"}
 ENDINGS = ("ing", "edly", "ed", "ies", "es", "ly", "s")
 
 _FUNCTION = "a an the of in on at to for and or is are was were be been by with from as"
@@ -51,21 +44,14 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])|\n+")
 
 
 class Word(NamedTuple):
-    """One word of a text; ``start`` is its place in the folded text."""
+    """One word of a text."""
 
     text: str
     stem: str
     key: str
     capital: bool
-    start: int
-
-    @property
-    def is_number(self) -> bool:
-        return self.stem[0].isdigit()
-
-    @property
-    def is_negation(self) -> bool:
-        return self.text in _NEGATIONS or self.text.endswith("n't")
+    is_number: bool
+    is_negation: bool
 
 
 def without_accents(text: str) -> str:
@@ -89,24 +75,20 @@ def cut_ending(word: str) -> str:
 
 
 @lru_cache(maxsize=50_000)
-def stem(word: str) -> str:
-    """The stem of a lower-case word; digits for a number word."""
-    return _NUMBERS.get(word) or cut_ending(word.removesuffix("'s").replace("'", "")) or word
+def _word(written: str) -> Word:
+    text = written.lower()
+    stem = _NUMBERS.get(text) or cut_ending(text.removesuffix("'s").replace("'", "")) or text
+    is_negation = text in _NEGATIONS or text.endswith("n't")
+    return Word(text, stem, stem[:5], written[0].isupper(), stem[0].isdigit(), is_negation)
 
 
 def words_of(folded_text: str) -> list[Word]:
-    found = []
-    for match in _WORD.finditer(folded_text):
-        raw = match.group()
-        root = stem(raw.lower())
-        found.append(Word(raw.lower(), root, root[:5], raw[0].isupper(), match.start()))
-    return found
+    return [_word(written) for written in _WORD.findall(folded_text)]
 
 
-def sentences(words: Sequence[Word], folded_text: str) -> list[Sequence[Word]]:
+def sentences(folded_text: str) -> list[list[Word]]:
     """The words of each sentence or line that has any."""
-    ends = [match.start() for match in _SENTENCE_END.finditer(folded_text)]
-    return [list(own) for _, own in groupby(words, key=lambda word: bisect_right(ends, word.start))]
+    return [words for part in _SENTENCE_END.split(folded_text) if (words := words_of(part))]
 
 
 def trigrams(text: str) -> set[str]:
@@ -115,26 +97,22 @@ def trigrams(text: str) -> set[str]:
 
 
 _SQUAD_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_MARKS = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
     """As SQuAD compares texts: lower case, no punctuation, no articles."""
-    return " ".join(_SQUAD_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def _first_line(answer: str) -> str:
-    return answer.strip().partition("\n")[0]
+    return " ".join(_SQUAD_ARTICLES.sub(" ", unicodedata.normalize("NFC", text.lower()).translate(_MARKS)).split())
 
 
 def exact_match(gold: str, answer: str) -> bool:
     """Whether the first line of the answer is the gold answer (Rajpurkar et al. 2016, evaluate-v1.1)."""
-    return normalised(gold) == normalised(_first_line(answer))
+    return normalised(gold) == normalised(answer.strip().partition("\n")[0])
 
 
 def token_f1(gold: str, answer: str) -> float:
     """Harmonic mean of precision and recall over words of the first line, with repetition; 1.0 for two empty texts."""
-    wanted, given = normalised(gold).split(), normalised(_first_line(answer)).split()
+    wanted, given = normalised(gold).split(), normalised(answer.strip().partition("\n")[0]).split()
     if not wanted or not given:
         return float(wanted == given)
     common = (Counter(wanted) & Counter(given)).total()
