@@ -1,16 +1,14 @@
-"""Numbers about answers: accuracies, intervals, paired differences, what would settle one; published statistics.
+"""Numbers about answers: accuracies, intervals, paired differences; published statistics.
 
 A verdict is True, False or None; None is an ungraded answer, which is left out and counted, never taken for wrong.
 ``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits).
 """
 
-import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
-from statistics import NormalDist
-from typing import Any, Literal
+from itertools import chain, compress
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -28,6 +26,7 @@ def counted(number: int, plural: str) -> str:
 Verdicts = Sequence[bool | None]
 Scores = Sequence[float | None]  # verdicts too: True is 1.0
 Weighting = Literal["passage", "question"]
+T = TypeVar("T")
 
 N_RESAMPLES = 10_000
 LEAST_RESAMPLES = 1_000  # of so many passages that the chance of the draw no longer shows
@@ -36,7 +35,6 @@ DRAWS_AT_ONCE = 4_000_000  # in memory
 MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
 SIGNIFICANCE = 0.05
 MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond that they are drawn
-POWER = 0.8  # of ``to_settle``
 STATS = ("baseline_mean", "baseline_std", "adapter_mean", "adapter_std", "gain_mean")  # of a self-edit
 
 
@@ -66,6 +64,10 @@ class Estimate:
     n_left_out: int = 0
     unit: str = "passages"
 
+    @property
+    def n_asked(self) -> int:
+        return self.n + self.n_left_out
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Estimate):
@@ -79,8 +81,7 @@ class Difference(Estimate):
     def is_real(self) -> bool:
         """Whether the interval excludes zero and the sign-flip test is significant. The bootstrap alone is too narrow
         with few passages: without any effect, its interval excludes zero in one of eight runs of 6 passages."""
-        excludes_zero = not self.low <= 0 <= self.high
-        return excludes_zero and self.n >= MIN_PASSAGES and self.p_value < SIGNIFICANCE
+        return not self.low <= 0 <= self.high and self.n >= MIN_PASSAGES and self.p_value < SIGNIFICANCE
 
     def sentence(self) -> str:
         """Such as "+7.3 points [2.7, 11.9], 200 passages: real"."""
@@ -97,18 +98,14 @@ class Difference(Estimate):
 
 
 def mean_interval(
-    correct_P_Q: Sequence[Scores],
-    *,
-    weighting: Weighting = "passage",
-    n_resamples: int = N_RESAMPLES,
-    unit: str = "passages",
+    correct_P_Q: Sequence[Scores], *, weighting: Weighting = "passage", unit: str = "passages"
 ) -> Estimate:
     """Mean accuracy with a 95 % cluster bootstrap interval: whole passages are resampled, with their questions, from a
     fixed seed; with one passage it is [0, 1]. ``weighting``: "passage" is the published mean (of passage means),
     "question" counts every answer once. ``unit`` names passages in sentences. Raises: DataError: nothing was graded."""
     known = [scores for passage in correct_P_Q if (scores := [score for score in passage if score is not None])]
     totals, n = _totals(known, weighting), len(known)
-    centre, low, high = _bootstrap(totals, n_resamples, widest=(0.0, 1.0))
+    centre, low, high = _bootstrap(totals, widest=(0.0, 1.0))
     return Estimate(mean=centre, low=low, high=high, n=n, n_left_out=len(correct_P_Q) - n, unit=unit)
 
 
@@ -117,29 +114,29 @@ def paired_difference(
     minus_P_Q: Sequence[Scores],
     *,
     weighting: Weighting = "passage",
-    n_resamples: int = N_RESAMPLES,
     unit: str = "passages",
 ) -> Difference:
     """First minus second run over the same passages in the same order: paired bootstrap and sign-flip test. If a
     passage has the same number of answers in both runs, only answers graded in both are compared. With one passage the
     interval is [-1, 1]. Raises: DataError if the numbers of passages differ, or no passage was graded in both."""
     totals = _paired_totals(correct_P_Q, minus_P_Q, weighting)
-    n, (centre, low, high) = totals.shape[1], _bootstrap(totals, n_resamples, widest=(-1.0, 1.0))
-    about = {"n_left_out": len(correct_P_Q) - n, "unit": unit, "p_value": _sign_flip_p(totals, n_resamples)}
+    n, (centre, low, high) = totals.shape[1], _bootstrap(totals, widest=(-1.0, 1.0))
+    about = {"n_left_out": len(correct_P_Q) - n, "unit": unit, "p_value": _sign_flip_p(totals)}
     sums = totals.sum(axis=1)
     return Difference(mean=centre, low=low, high=high, n=n, means=tuple((sums[::2] / sums[1::2]).tolist()), **about)
 
 
+def if_graded(statistic: Callable[..., T], *scores_P_Q: Sequence[Scores], **how: Any) -> T | None:
+    """``mean_interval`` or ``paired_difference`` of these scores; None where no passage has a graded answer in all."""
+    try:
+        return statistic(*scores_P_Q, **how)
+    except DataError:
+        return None
+
+
 def _paired_totals(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting) -> np.ndarray:
-    """(4, P) ``_totals`` of the first and of the second run, over what both have graded."""
-    kept = _graded_in_both(correct_P_Q, minus_P_Q)
-    return np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
-
-
-def _graded_in_both(
-    correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores]
-) -> list[tuple[list[float], list[float]]]:
-    """For each passage that both have graded the scores known in both; in each if the numbers of answers differ."""
+    """(4, P) ``_totals`` of the first and of the second run, over passages that both have graded: of the scores known
+    in both, or in each if the numbers of answers differ."""
     if len(correct_P_Q) != len(minus_P_Q):
         remedy = "keep the passages that both have, in one order"
         raise DataError(f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired", remedy=remedy)
@@ -151,7 +148,7 @@ def _graded_in_both(
         a, b = ([score for score in scores if score is not None] for scores in (first, second))
         if a and b:
             kept.append((a, b))
-    return kept
+    return np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
 
 
 def _totals(scores_P_Q: Sequence[Sequence[float]], weighting: Weighting) -> np.ndarray:
@@ -168,63 +165,37 @@ def _mean(sums: np.ndarray) -> Any:
     return means[0] - means[1] if len(means) > 1 else means[0]
 
 
-def _bootstrap(totals: np.ndarray, n_resamples: int, *, widest: tuple[float, float]) -> tuple[float, float, float]:
+def _bootstrap(totals: np.ndarray, *, widest: tuple[float, float]) -> tuple[float, float, float]:
     """The mean (`_mean`) and its 95 % percentile interval over passages drawn with replacement."""
     n, (low, high) = totals.shape[1], widest
     if n > 1:
-        parts = [[values[drawn].sum(axis=1) for values in totals] for drawn in _draws(n, n_resamples, n)]
+        parts = [[values[drawn].sum(axis=1) for values in totals] for drawn in _draws(n, n)]
         resampled = _mean(np.concatenate(parts, axis=1))
         # Rounded, so that summation error does not make a zero "real".
         low, high = (round(float(bound), 12) for bound in np.quantile(resampled, [0.025, 0.975]))
     return float(_mean(totals.sum(axis=1))), low, high
 
 
-def _draws(below: int, n_rows: int, n: int) -> Iterator[np.ndarray]:
+def _draws(below: int, n: int) -> Iterator[np.ndarray]:
     """Rows of ``n`` random whole numbers, a part at a time. The parts together are what one draw of all would be."""
     generator, at_once = np.random.default_rng(0), max(1, DRAWS_AT_ONCE // n)
-    n_rows = min(n_rows, max(LEAST_RESAMPLES, MOST_DRAWS // n))
+    n_rows = min(N_RESAMPLES, max(LEAST_RESAMPLES, MOST_DRAWS // n))
     for start in range(0, n_rows, at_once):
         yield generator.integers(0, below, size=(min(at_once, n_rows - start), n))
 
 
-def _sign_flip_p(totals: np.ndarray, n_draws: int) -> float:
+def _sign_flip_p(totals: np.ndarray) -> float:
     """Two-sided p of a difference of two means under random swaps of the runs in each passage. All 2**P swaps up to
-    MOST_ENUMERATED passages, else ``n_draws`` at random and the one observed."""
+    MOST_ENUMERATED passages, else N_RESAMPLES at random and the one observed."""
     n = totals.shape[1]
     every = [np.arange(2**n)[:, None] >> np.arange(n) & 1] if n <= MOST_ENUMERATED else []  # (swaps, P)
     # (swaps, 2): what the swaps add to the first run
-    more = np.concatenate([swapped @ (totals[2:] - totals[:2]).T for swapped in every or _draws(2, n_draws, n)])
+    more = np.concatenate([swapped @ (totals[2:] - totals[:2]).T for swapped in every or _draws(2, n)])
     sums = totals.sum(axis=1)
     differences = _mean(np.concatenate([sums[:2] + more, sums[2:] - more], axis=1).T)
     # Rounded sums of the same numbers in another order must not count as smaller.
     n_as_large = int(np.sum(np.abs(differences) >= abs(_mean(sums)) - 1e-9))
     return n_as_large / len(more) if every else (n_as_large + 1) / (len(more) + 1)
-
-
-def to_settle(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting, unit: str) -> str:
-    """How many passages the difference of ``paired_difference`` needs, two-sided at 5 % (Cohen 1988). Such as "a
-    difference of +0.7 points needs 3541 passages (80 % power); with 200 passages only a difference of 2.9 points would
-    be found". Empty for one passage, which has no spread. Raises: DataError as there."""
-    totals = _paired_totals(correct_P_Q, minus_P_Q, weighting)
-    values, weights, n = totals[::2], totals[1::2], totals.shape[1]
-    if n < 2:
-        return ""
-    means = values.sum(axis=1, keepdims=True) / weights.sum(axis=1, keepdims=True)
-    # What each passage adds to the difference of two ratios (linearised: Cochran 1977, section 6.4).
-    first, second = (values - means * weights) / weights.mean(axis=1, keepdims=True)
-    spread, centre = float(np.std(first - second, ddof=1)), round(float(means[0, 0] - means[1, 0]), 12)
-    # How many standard errors a difference must be for the test to find it this often.
-    reach = NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) + NormalDist().inv_cdf(POWER)
-    needed = max(MIN_PASSAGES, math.ceil(round((spread * reach / centre) ** 2, 9))) if centre else 0
-    power, points = f"({100 * POWER:.0f} % power)", f"{100 * reach * spread / math.sqrt(n):.1f} points"
-    found = f"with {n} {unit} only a difference of {points} would be found"
-    if not centre:
-        return f"the runs do not differ; {found} {power}" if round(spread, 12) else "the runs do not differ"
-    if not round(spread, 12) or needed <= n:
-        why = f"the normal approximation does not hold for {n} {unit}"
-        differ = f"that differ by {100 * centre:+.1f} ± {100 * spread:.1f} points"
-        return f"how many {unit} this difference needs is unknown: {why} {differ}"
-    return f"a difference of {100 * centre:+.1f} points needs {needed} {unit} {power}; {found}"
 
 
 def written_value(value: Any) -> str:
@@ -239,15 +210,11 @@ def repeat_stats(repeats: Sequence[tuple[Verdicts, Verdicts]]) -> dict[str, floa
     decimals before averaging, as the published server sends them. A repeat without any graded answer is left out."""
     before = [rounded(accuracy(baseline)) for baseline, _ in repeats]
     after = [rounded(accuracy(adapter)) for _, adapter in repeats]
-    gains = [rounded(_paired_gain(baseline, adapter)) for baseline, adapter in repeats]
+    # Over the questions graded on both sides, so that an answer that one side lacks is no gain.
+    both_R = [[pair for pair in zip(*sides, strict=True) if None not in pair] for sides in repeats]
+    gains = [rounded(gain([before for before, _ in both], [after for _, after in both])) for both in both_R]
     numbers = (mean(before), sample_std(before), mean(after), sample_std(after), mean(gains))
     return dict(zip(STATS, numbers, strict=True))
-
-
-def _paired_gain(baseline: Verdicts, adapter: Verdicts) -> float | None:
-    """Over the questions graded on both sides, so that an answer that one side lacks is no gain."""
-    both = [pair for pair in zip(baseline, adapter, strict=True) if None not in pair]
-    return gain([before for before, _ in both], [after for _, after in both]) if both or not baseline else None
 
 
 def published_statistics(
@@ -255,30 +222,26 @@ def published_statistics(
 ) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
     """Published ``stats`` of every article and the ``overall`` of a run, from the stats of its self-edits. Averages run
     over unrounded values; every number is rounded to 4 decimals once."""
-    articles = []
-    for stats_E in completion_stats_P_E:
-        column = {name: [stats[name] for stats in stats_E] for name in STATS}
-        articles.append(
-            {
-                "baseline_accuracy": mean(column["baseline_mean"]),
-                "adapter_mean_accuracy": mean(column["adapter_mean"]),
-                "adapter_std_over_completions": sample_std(column["adapter_mean"]),
-                "mean_adapter_std_within_completions": mean(column["adapter_std"]),
-                "mean_gain": mean(column["gain_mean"]),
-            }
-        )
-    within = [stats["adapter_std"] for stats_E in completion_stats_P_E for stats in stats_E]
-    before = [article["baseline_accuracy"] for article in articles]
-    after = [article["adapter_mean_accuracy"] for article in articles]
+    articles = [
+        {
+            "baseline_accuracy": mean([stats["baseline_mean"] for stats in stats_E]),
+            "adapter_mean_accuracy": mean([stats["adapter_mean"] for stats in stats_E]),
+            "adapter_std_over_completions": sample_std([stats["adapter_mean"] for stats in stats_E]),
+            "mean_adapter_std_within_completions": mean([stats["adapter_std"] for stats in stats_E]),
+            "mean_gain": mean([stats["gain_mean"] for stats in stats_E]),
+        }
+        for stats_E in completion_stats_P_E
+    ]
+    before, after = ([one[name] for one in articles] for name in ("baseline_accuracy", "adapter_mean_accuracy"))
     before_mean, after_mean = mean(before), mean(after)
     overall = {
         "baseline_mean_accuracy": before_mean,
         "baseline_std_of_article_means": sample_std(before),
         "adapter_mean_accuracy": after_mean,
         "adapter_std_of_article_means": sample_std(after),
-        "mean_adapter_std_over_completions": mean([a["adapter_std_over_completions"] for a in articles]),
-        "mean_adapter_std_within_completions": mean(within),
+        "mean_adapter_std_over_completions": mean([one["adapter_std_over_completions"] for one in articles]),
+        "mean_adapter_std_within_completions": mean([one["adapter_std"] for one in chain(*completion_stats_P_E)]),
         "mean_gain": None if before_mean is None or after_mean is None else after_mean - before_mean,
     }
-    rounded_P = [{name: rounded(value) for name, value in article.items()} for article in articles]
-    return rounded_P, {name: rounded(value) for name, value in overall.items()}
+    *rounded_P, of_run = ({name: rounded(one[name]) for name in one} for one in (*articles, overall))
+    return rounded_P, of_run

@@ -1,6 +1,7 @@
 """Arms by name or by file, and the ceiling with the passage in the prompt."""
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.settings import Training, names_in, parse_arms, passages_of_arm
+from seal_nb.experiments.settings import Training, arm_passages, names_in, parse_arms
 from seal_nb.experiments.single_passage import (
     SinglePassageSettings,
     build_run,
@@ -47,12 +48,26 @@ def test_self_edits_of_another_file_are_matched_by_title_and_context(tmp_path: P
     theirs = [replace(one, completions=(f"about {one.title}",), prompt="p") for one in mine[::-1]]
     (tmp_path / "x.json").write_text(json.dumps([to_item(one) for one in theirs]))
     file = str(tmp_path / "x.json")
-    found = passages_of_arm("gpt4_1", mine, file)
+    found = arm_passages("gpt4_1", mine, file)
     assert [one.completions for one in found] == [(f"about {one.title}",) for one in mine]
     assert [replace(one, completions=(), prompt="") for one in found] == mine
     with pytest.raises(DataError, match="has no item for passage 0 of the dataset, 'Orle'"):
-        passages_of_arm("gpt4_1", [ORLE], file)
-    assert passages_of_arm("passage_only", [ORLE]) == [ORLE]
+        arm_passages("gpt4_1", [ORLE], file)
+    assert arm_passages("passage_only", [ORLE]) == [ORLE]
+
+
+def test_texts_of_an_arm_are_found_by_titles_that_macos_wrote(tmp_path: Path) -> None:
+    mine, theirs = (
+        Passage(
+            title=unicodedata.normalize(form, "Café Ñandú"),
+            context=unicodedata.normalize(form, "Ein Café."),
+            questions=(),
+        )
+        for form in ("NFC", "NFD")
+    )
+    (tmp_path / "x.json").write_text(json.dumps([to_item(replace(theirs, completions=("about it",)))]))
+    (found,) = arm_passages("own", [mine], str(tmp_path / "x.json"))
+    assert found == replace(mine, completions=("about it",)), "asked and trained on as the other arms are"
 
 
 def test_the_prompt_key_is_known_from_the_prompt(golden: Path) -> None:

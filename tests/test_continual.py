@@ -5,14 +5,7 @@ from dataclasses import replace
 import pytest
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.continual import (
-    ContinualSettings,
-    Edits,
-    draw_sequences,
-    edit_request,
-    self_edit_request,
-    unedited_request,
-)
+from seal_nb.experiments.continual import ContinualSettings, Edits, draw_sequences, edit_request, self_edit_request
 from seal_nb.passages import Passage, Question
 from seal_nb.protocol import Answers, build_reply
 from seal_nb.results.continual import verdict_row
@@ -38,11 +31,6 @@ def test_sequences_repeat_with_the_seed_and_never_hold_a_passage_twice() -> None
 def test_more_passages_than_there_are_is_refused() -> None:
     with pytest.raises(SettingsError, match="n_datapoints=8"):
         draw_sequences(PASSAGES, ContinualSettings())
-
-
-def test_row_zero_asks_all_passages_and_trains_nothing() -> None:
-    request = unedited_request(PASSAGES[:3], SETTINGS, model_id="m")
-    assert not request.training_wanted and len(request.eval_questions) == 1 + 2 + 3
 
 
 def test_an_edit_asks_all_passages_so_far_on_top_of_the_edits_before() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,18 +11,18 @@ from seal_nb.errors import SettingsError
 from seal_nb.experiments.continual import (
     STRATEGIES,
     Bm25,
+    Continual,
     ContinualSettings,
     Edits,
     edit_request,
     retrieval_accuracy,
     route,
     self_edit_request,
-    summary_file_name,
 )
 from seal_nb.experiments.session import control_frame, general_questions
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTReply, build_reply
-from seal_nb.results.continual import strategy_rows
+from seal_nb.results.continual import ContinualRun, summarize_sequences
 
 SHIPPED = load_passages("shipped:val")
 SEQUENCE = SHIPPED[:4]
@@ -118,8 +119,13 @@ def graded(*words: str) -> TTTReply:
 def test_strategies_are_compared_over_the_same_sequences() -> None:
     forgets = [[0.0, 0.0], [1.0, None], [0.0, 1.0]]
     keeps = [[0.0, 0.0], [1.0, None], [1.0, 1.0]]
-    first, second = strategy_rows({"stacked": [forgets] * 8, "replay": [keeps] * 8})
-    assert (first["final"], first["against the first"]) == (0.5, None)
+    summaries = {
+        name: summarize_sequences([matrix] * 8, dataset="", base_model="")
+        for name, matrix in {"stacked": forgets, "replay": keeps}.items()
+    }
+    runs = {name: ContinualRun(value=summary) for name, summary in summaries.items()}
+    first, second = Continual([], runs, {}).strategies().to_dict("records")
+    assert first["final"] == 0.5 and pd.isna(first["against the first"])
     assert second["against the first"] == "+50.0 points [50.0, 50.0], 8 sequences: real"
 
 
@@ -128,8 +134,6 @@ def test_a_strategy_that_is_not_known_is_refused() -> None:
         ContinualSettings(strategy="averaged")  # type: ignore[arg-type]
     with pytest.raises(SettingsError):
         replace(settings("replay"), replay_passages=-1)
-    assert len({summary_file_name(name) for name in STRATEGIES}) == 4
-    assert summary_file_name("stacked") == "summary_continual.json"
 
 
 def test_the_twenty_general_questions_are_about_no_shipped_passage() -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.cpt import CPTSettings, cpt, cpt_file_name, cpt_request, epoch_means, sft_settings
+from seal_nb.experiments.cpt import CPTSettings, cpt, cpt_request, sft_settings
 from seal_nb.experiments.session import TTT
 from seal_nb.experiments.settings import Training
 from seal_nb.passages import load_passages
@@ -183,13 +183,3 @@ def test_an_unknown_method_a_far_server_and_a_step_that_cannot_be_shared_are_ref
         cpt(far, load_passages("shipped:val")[:1], arms="hand_written", method="full", folder=tmp_path)
     with pytest.raises(SettingsError, match="gradient_accumulation_steps is 2, which 3 processes cannot"):
         sft_settings(CPTSettings(method="full", training=TRAINING), seed=1, n_processes=3)
-
-
-def test_run_files_of_both_methods_lie_side_by_side() -> None:
-    names = [cpt_file_name(CPTSettings(arm="passage_only", method=method)) for method in ("lora", "full")]
-    assert names == ["cpt_run_passage_only.json", "cpt_run_passage_only_full.json"]
-
-
-def test_the_loss_of_an_epoch_is_the_mean_of_its_steps() -> None:
-    assert epoch_means([4.0, 2.0, 1.0, 0.0], 2) == [3.0, 0.5]
-    assert epoch_means([], 2) == []

@@ -18,7 +18,7 @@ def test_all_1507_published_statistics_of_a_ranking_run_agree_to_the_last_bit(go
         for edit, stats in zip(passage.self_edits, stats_E, strict=True):
             assert stats == edit.stored_stats
             n_equal += len(stats)
-    assert overall == run.stored_overall
+    assert overall == run.value["overall"]
     assert n_equal + len(overall) == 1507
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.rest_em import RankingSummary, WinnerAgreement
+from seal_nb.experiments.rest_em import RankingSummary
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import SinglePassageRun
 
@@ -51,10 +51,10 @@ def _measured(truth: float, within: float, draws: random.Random) -> float:
 def test_the_published_ranking_is_hardly_better_than_chance(golden: Path) -> None:
     """Two of its three repeats agree on the winner about once in four; chance is once in five."""
     run = read_run(golden / "results/rank_iter0.json.gz")
-    agreement = WinnerAgreement(run)
-    assert agreement.observed is not None and agreement.chance == 0.2
-    assert agreement.observed.mean == pytest.approx(0.243, abs=0.001)
-    assert agreement.sentence().endswith("chance 20.0 %: not distinguishable from chance")
+    agreement = RankingSummary(run)
+    assert agreement.agreement is not None and agreement.chance == 0.2
+    assert agreement.agreement.mean == pytest.approx(0.243, abs=0.001)
+    assert agreement.agreement_sentence().endswith("chance 20.0 %: not distinguishable from chance")
     summary = RankingSummary(run)
     assert summary.reliability == pytest.approx(0.318, abs=0.001)
     assert summary.repeats_needed(reliability=0.8) == 26
@@ -62,24 +62,24 @@ def test_the_published_ranking_is_hardly_better_than_chance(golden: Path) -> Non
 
 
 def test_repeats_that_agree_always_pick_the_same_winner() -> None:
-    agreement = WinnerAgreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 8))
-    assert agreement.observed is not None
-    assert (agreement.observed.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
-    assert "more than chance" in agreement.sentence()
-    few = WinnerAgreement(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
+    agreement = RankingSummary(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 8))
+    assert agreement.agreement is not None
+    assert (agreement.agreement.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
+    assert "more than chance" in agreement.agreement_sentence()
+    few = RankingSummary(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
     assert few.sentence().endswith("too few to tell (at least 6)")
 
 
 def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() -> None:
-    agreement = WinnerAgreement(run_of([[[0.4, 0.4]] * 4] * 10))
-    assert agreement.observed is not None and agreement.observed.mean == agreement.chance == 0.25
+    agreement = RankingSummary(run_of([[[0.4, 0.4]] * 4] * 10))
+    assert agreement.agreement is not None and agreement.agreement.mean == agreement.chance == 0.25
 
 
 def test_pure_noise_agrees_as_often_as_chance_and_has_no_number_of_repeats() -> None:
     run = noisy(200, 2, between=0.0, within=0.2)
-    agreement = WinnerAgreement(run)
-    assert agreement.observed is not None
-    assert agreement.observed.low <= agreement.chance <= agreement.observed.high
+    agreement = RankingSummary(run)
+    assert agreement.agreement is not None
+    assert agreement.agreement.low <= agreement.chance <= agreement.agreement.high
     no_difference = RankingSummary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
     assert no_difference.repeats_needed() is None
     assert "the choice is random" in no_difference.sentence()
@@ -96,7 +96,7 @@ def test_the_repeats_that_are_said_to_be_needed_give_the_reliability_asked_for()
 
 def test_one_repeat_says_nothing_and_wants_a_second() -> None:
     run = run_of([[[0.1], [0.9]]] * 3)
-    assert WinnerAgreement(run).observed is None
+    assert RankingSummary(run).agreement is None
     assert RankingSummary(run).repeats_needed() is None
     assert "is not known" in RankingSummary(run).sentence()
     assert RankingSummary(run).repeats_wanted(reliability=0.8, most=9) == 2

@@ -25,7 +25,7 @@ from seal_nb.protocol import Answers, TTTRequest, build_reply
 from seal_nb.results.collect import read_run, run_of
 from seal_nb.results.continual import continual_matrix, summarize_sequences, verdict_row
 from seal_nb.results.cpt import CptRun
-from seal_nb.results.regrade import agreement_of, is_run_file, regrade, regrade_file
+from seal_nb.results.regrade import agreement_of, grade_file, regrade
 from seal_nb.results.single_passage import SinglePassageRun
 
 PASSAGES = [
@@ -270,13 +270,13 @@ def test_files_are_told_apart_and_written_whole(ranking: dict[str, Any], tmp_pat
     rows, run = tmp_path / "rows.jsonl", tmp_path / "run.json"
     rows.write_text('{"question": "q", "gold": "g", "answer": "a"}\n')
     run.write_text(json.dumps({**ranking, "articles": ranking["articles"][:2]}))
-    assert (is_run_file(rows), is_run_file(run), is_run_file(tmp_path / "none")) == (False, True, False)
+    assert grade_file(rows, tmp_path / "graded.jsonl").run is None
     out = tmp_path / "again.json"
     out.write_text("before")
     with pytest.raises(ZeroDivisionError):
-        regrade_file(run, out, Says(lambda _: bool(1 // 0)))
+        grade_file(run, out, grader=Says(lambda _: bool(1 // 0)))
     assert out.read_text() == "before"
-    done = regrade_file(run, out, Says(lambda _: True))
+    done = grade_file(run, out, grader=Says(lambda _: True))
     assert json.loads(out.read_text()) == json.loads(json.dumps(done.run.value))
 
 

@@ -21,7 +21,7 @@ PASSAGES = [
     Passage(
         title=f"T{n}",
         context=f"C{n}",
-        questions=(Question(question="q?", answer="a"), Question(question="r?", answer="b")),
+        questions=(Question(question="q?", answer="a", other_answers=("b", "c")), Question(question="r?", answer="b")),
         completions=("one\ntwo", "three"),
     )
     for n in range(2)

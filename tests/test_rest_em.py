@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.experiments.rest_em import RankingSummary, select_best, sft_file_name, sft_rows, write_sft_file
+from seal_nb.experiments.rest_em import RankingSummary, rest_em_round, select_best, sft_rows
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.storage import read_json
@@ -42,8 +42,7 @@ def graded_passage(*questions_E: list[dict[str, Any]]) -> SinglePassageRun:
 
 def test_the_published_sft_file_is_rebuilt_byte_for_byte(golden: Path, tmp_path: Path) -> None:
     run = read_run(golden / "results/rank_iter0.json.gz")
-    name = sft_file_name(run, k_best=1, exp_name="iter0")
-    written = write_sft_file(tmp_path / name, sft_rows(run, select_best(run)))
+    written = rest_em_round(run, exp_name="iter0", folder=tmp_path).sft_file
     assert written.name == "sft_best1of5_iter0.jsonl"
     assert written.read_bytes() == (golden / "EM_SFT/sft_best1of5_iter0.jsonl").read_bytes()
 
@@ -66,10 +65,11 @@ def test_22_of_50_published_passages_tie_and_10_gain_nothing(published: dict[str
     assert summary.share_between is not None and 0.05 < summary.share_between < 0.3
 
 
-def test_a_stamp_names_the_file_where_no_experiment_does(published: dict[str, Any]) -> None:
-    assert sft_file_name(SinglePassageRun(value=published), k_best=2) == "sft_best2of5_0508_015401.jsonl"
-    elsewhere = SinglePassageRun(value=published | {"timestamp": "/../../../x"})
-    assert "/" not in sft_file_name(elsewhere, k_best=2) + run_file_name("../x", "self_edits")
+def test_a_stamp_names_the_file_where_no_experiment_does(published: dict[str, Any], tmp_path: Path) -> None:
+    run, elsewhere = (SinglePassageRun(value=published | more) for more in ({}, {"timestamp": "/../../../x"}))
+    assert rest_em_round(run, k_best=2, folder=tmp_path).sft_file.name == "sft_best2of5_0508_015401.jsonl"
+    assert rest_em_round(elsewhere, folder=tmp_path / "a").sft_file.parent == tmp_path / "a"
+    assert "/" not in run_file_name("../x", "self_edits")
 
 
 def test_the_first_of_equals_wins_and_says_so() -> None:

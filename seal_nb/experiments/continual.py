@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.experiments.session import TTT, ask, ask_control, control_frame, identified, loop_request
-from seal_nb.experiments.settings import Arm, Training, check_limits, names_in, passages_of_arm, texts_of_arm
+from seal_nb.experiments.settings import Arm, Training, arm_passages, arm_texts, check_asked, check_limits, names_in
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.passages import Passage, asked
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, build_reply
-from seal_nb.results.continual import ContinualRun, continual_estimates, strategy_rows
+from seal_nb.results.continual import ContinualRun, continual_estimates
 from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, content_id, derived_seed, is_own, runs_folder, write_record
@@ -96,15 +96,18 @@ class Continual(dict[str, ContinualRun]):
     def estimates(self) -> pd.DataFrame:
         """Strategy, quantity, mean and 95 % interval; differences are paired over sequences."""
         frame = pd.DataFrame(
-            {"strategy": name, "quantity": quantity, **asdict(estimate)}
+            {"strategy": name, "quantity": quantity, **(asdict(estimate) if estimate else {})}
             for name, run in self.items()
             for quantity, estimate in continual_estimates(run.matrices).items()
         )
-        return frame.drop(columns="means")  # a pair of numbers, which fits no column
+        return frame.drop(columns="means", errors="ignore")  # a pair of numbers, which fits no column
 
     def strategies(self) -> pd.DataFrame:
         """Accuracy on all passages after the last edit, each strategy against the first."""
-        return pd.DataFrame(strategy_rows({name: run.matrices for name, run in self.items()}))
+        first = next(iter(self.values()))
+        ends = [(name, run.estimate(), run.sentence_against(first)) for name, run in self.items()]
+        rows = [(name, end and end.mean, sentence) for name, end, sentence in ends]
+        return pd.DataFrame(rows, columns=["strategy", "final", "against the first"])
 
     def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions before and after all edits; empty unless they were asked."""
@@ -171,6 +174,7 @@ def continual(
         The runs by strategy. Their files (`summary_continual.json` …) are in `folder`.
 
     Raises:
+        DataError: for a passage without what the arm needs, and for sequences without any question.
         SettingsError: for settings that do not fit, such as fewer passages than a sequence needs.
         RemoteError: when a request failed on the server.
         RoundTimeout: when the server went away and did not come back.
@@ -184,11 +188,13 @@ def continual(
     if "merged" in settings:
         ttt.known_settings()  # edits of "merged" are trained by servers like this one
     sequences = draw_sequences(passages, first)
+    check_asked(list(dict.fromkeys(passage for sequence in sequences for passage in sequence)))
     for sequence in sequences if arm != "self_edits" else []:
-        passages_of_arm(arm, sequence)  # refuses what the arm lacks, before a server starts
+        arm_passages(arm, sequence)  # refuses what the arm lacks, before a server starts
     edits_of: dict[str, list[Edits]] = {}
     with Journal(folder / "journal.jsonl") as journal:
-        row_zero = [unedited_request(sequence, first, model_id=ttt.model_id) for sequence in sequences]
+        how: dict[str, Any] = {"skip_training": True, "seed": seed}
+        row_zero = [loop_request(ttt.model_id, first.training, questions=eval_questions(*s), **how) for s in sequences]
         unedited = ask(ttt, row_zero, journal, what="never edited")
         for name, one in settings.items():
             edits_S = edits_of[name] = [
@@ -218,7 +224,8 @@ def continual(
     for name, one in settings.items():
         records, about = [sequence_record(edits) for edits in edits_of[name]], Path(dataset).name
         runs[name] = ContinualRun.of(records, dataset=about, base_model=ttt.model_id, strategy=name)
-        runs[name].path = runs[name].write(folder / summary_file_name(name))
+        suffix = "" if name == "stacked" else f"_{name}"  # stacked is the published way
+        runs[name].path = runs[name].write(folder / f"summary_continual{suffix}.json")
         write_record(runs[name].path, stage="06_continual_self_edits", settings=asdict(one), seeds={"seed": seed})
     return Continual(sequences, runs, control)
 
@@ -243,11 +250,6 @@ def sequence_record(edits: Edits) -> dict[str, Any]:
     }
 
 
-def summary_file_name(strategy: str) -> str:
-    """`summary_continual.json` for stacked adapters, the published way; other strategies add their name."""
-    return "summary_continual.json" if strategy == "stacked" else f"summary_continual_{strategy}.json"
-
-
 def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> list[list[Passage]]:
     """`n_sequences` random samples without repetition within a sequence. Raises: SettingsError."""
     n, n_there = settings.n_datapoints, len(passages)
@@ -255,12 +257,6 @@ def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> 
         raise SettingsError(f"n_datapoints={n}, but the dataset has {n_there} passages; lower it")
     generator = random.Random(settings.seed)
     return [generator.sample(list(passages), n) for _ in range(settings.n_sequences)]
-
-
-def unedited_request(sequence: Sequence[Passage], settings: ContinualSettings, *, model_id: str) -> TTTRequest:
-    """Row 0: all passages of a sequence, asked of the untouched model."""
-    how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
-    return loop_request(model_id, settings.training, questions=eval_questions(*sequence), **how)
 
 
 def edit_request(edits: Edits, text: str, settings: ContinualSettings, *, model_id: str) -> TTTRequest:
@@ -273,8 +269,9 @@ def edit_request(edits: Edits, text: str, settings: ContinualSettings, *, model_
         replayed = sorted(draws.sample(range(last), min(last, settings.replay_passages or last)))
     lines = []
     for at in (*replayed, last):
-        about = {"title": edits.passages[at].title, "context": edits.passages[at].context}
-        lines += sequences_of_text(texts[at], **about, split_newlines=settings.split_newlines)
+        one = edits.passages[at]
+        how: dict[str, Any] = {"title": one.title, "context": one.context, "split_newlines": settings.split_newlines}
+        lines += sequences_of_text(texts[at], **how)
     seen = [] if settings.strategy == "retrieval" else edits.passages[: last + 1]
     return loop_request(
         model_id,
@@ -307,7 +304,7 @@ def next_texts(ttt: TTT, edits_S: Sequence[Edits], settings: ContinualSettings, 
     """What the next edit of each sequence is trained on: new self-edits, or texts of the arm. Raises: RemoteError."""
     if settings.arm != "self_edits":
         step = len(edits_S[0].texts)
-        return [texts_of_arm(settings.arm, edits.passages[step], step, k_completions=1)[0] for edits in edits_S]
+        return [arm_texts(settings.arm, edits.passages[step], step, k_completions=1)[0] for edits in edits_S]
     requests = [self_edit_request(edits, settings, model_id=ttt.model_id) for edits in edits_S]
     written = ask(ttt, requests, journal, what="self-edits")
     return [written.of(request).texts[0].strip() for request in requests]
@@ -359,34 +356,30 @@ def merged_model(base: str, stack: Sequence[str], place: Path) -> str:
 
 def content_of(number: int, sequence: Sequence[Passage], settings: ContinualSettings, model_id: str) -> str:
     """The id of everything that the edits of a sequence depend on. Titles alone do not tell passages apart."""
-    own: list[object] = [settings.arm, settings.prompt_key, settings.max_tokens, settings.temperature, settings.top_p]
-    own += [settings.split_newlines, settings.seed, settings.training.request_fields()]
+    names = ("arm", "prompt_key", "max_tokens", "temperature", "top_p", "split_newlines", "seed")
+    own = [*(getattr(settings, name) for name in names), settings.training.request_fields()]
     return content_id([model_id, number, [asdict(passage) for passage in sequence], own])
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 class Bm25:
     """Scores of a question against a few passages, title and text."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
-        self.counts_P = [Counter(words(f"{one.title} {one.context}")) for one in passages]
-        lengths = [sum(counts.values()) for counts in self.counts_P]
+        texts = [f"{one.title} {one.context}" for one in passages]
+        self.counts_P = [Counter(re.findall(r"\w+", text.casefold())) for text in texts]
+        lengths = [counts.total() for counts in self.counts_P]
         mean = sum(lengths) / max(len(lengths), 1) or 1.0  # 1.0: no passage has a word, and every score is 0
         self.norms_P = [K1 * (1 - B + B * length / mean) for length in lengths]
 
     def scores(self, question: str) -> list[float]:
         """One for each passage; 0.0 where they share no word."""
-        rarity = {}
-        for word in words(question):
+        scores = [0.0] * len(self.counts_P)
+        for word in dict.fromkeys(re.findall(r"\w+", question.casefold())):
             holding = sum(word in counts for counts in self.counts_P)
-            rarity[word] = math.log(1 + (len(self.counts_P) - holding + 0.5) / (holding + 0.5))
-        return [
-            sum(rare * counts[word] * (K1 + 1) / (counts[word] + norm) for word, rare in rarity.items())
-            for counts, norm in zip(self.counts_P, self.norms_P, strict=True)
-        ]
+            rarity = math.log(1 + (len(scores) - holding + 0.5) / (holding + 0.5))
+            for at, (counts, norm) in enumerate(zip(self.counts_P, self.norms_P, strict=True)):
+                scores[at] += rarity * counts[word] * (K1 + 1) / (counts[word] + norm)
+        return scores
 
     def best(self, question: str) -> int | None:
         """The passage with the highest score, the first of equals; None where no word is shared."""
@@ -400,12 +393,12 @@ def answers_by_retrieval(ttt: TTT, edits_S: Sequence[Edits], settings: Continual
     routed_S = [route(edits.passages, edits.stack, settings, model_id=ttt.model_id) for edits in edits_S]
     collected = ask(ttt, [request for routed in routed_S for _, request in routed], journal, what="answers")
     for edits, routed in zip(edits_S, routed_S, strict=True):
-        answered: dict[int, tuple[str, str]] = {}
+        answered: list[tuple[int, str, str]] = []
         for places, request in routed:
             reply = collected.of(request)  # without training, its adapter side is that of base and stack
-            answered |= zip(places, zip(reply.adapter_texts, reply.adapter_verdicts, strict=True), strict=True)
-        ordered = [answered[place] for place in sorted(answered)]
-        answers = Answers(texts=[text for text, _ in ordered], verdicts=[verdict for _, verdict in ordered])
+            answered += zip(places, reply.adapter_texts, reply.adapter_verdicts, strict=True)
+        answered.sort()
+        answers = Answers(texts=[text for _, text, _ in answered], verdicts=[verdict for *_, verdict in answered])
         edits.replies[-1] = build_reply(baseline=None, adapter=answers, model_id=ttt.model_id)
 
 
@@ -422,9 +415,11 @@ def route(
     how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
     routed = []
     for which, places in places_of.items():
-        asked, stack = [questions[at] for at in places], [] if which is None else [adapters[which]]
-        request = loop_request(model_id, settings.training, questions=asked, adapter_stack=stack, **how)
-        routed.append((places, request))
+        how |= {
+            "questions": [questions[at] for at in places],
+            "adapter_stack": [] if which is None else [adapters[which]],
+        }
+        routed.append((places, loop_request(model_id, settings.training, **how)))
     return routed
 
 

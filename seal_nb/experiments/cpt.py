@@ -7,37 +7,34 @@ is ours: `sft.train` trains all weights in processes of its own, and a server of
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import TTT, ask_control, ask_named, control_frame, general_questions, loop_request
-from seal_nb.experiments.settings import Arm, Training, names_in, texts_of_arm
+from seal_nb.experiments.settings import Arm, Training, arm_texts, check_asked, names_in
 from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import CPT
 from seal_nb.settings import Settings, setting
-from seal_nb.sft.settings import SftJob, SftResult, SftSettings
+from seal_nb.sft.settings import SftJob, SftSettings
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
 from seal_nb.views.live import say
 
-_PUBLISHED_REPLY = {
-    "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts",
-    "baseline_correct", "adapter_correct", "gains",
+_KEPT_OF_REPLY = {  # as published, then ours
+    "baseline_accuracy", "adapter_accuracy", "adapter_gain", "baseline_texts", "adapter_texts", "baseline_correct",
+    "adapter_correct", "gains",
+    "baseline_gold_logprobs", "adapter_gold_logprobs", "epoch_losses", "train_steps", "train_tokens",
 }  # fmt: skip
 Replies = Mapping[str, TTTReply]
-_OUR_REPLY = {"baseline_gold_logprobs", "adapter_gold_logprobs", "epoch_losses", "train_steps", "train_tokens"}
-
-
-def published_cpt_training() -> Training:
-    """CPT as published: 3 epochs, batch 4, accumulation 2."""
-    return Training(finetune_epochs=3, batch_size=4, gradient_accumulation_steps=2)
+PUBLISHED_TRAINING = Training(finetune_epochs=3, batch_size=4, gradient_accumulation_steps=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +46,13 @@ class CPTSettings(Settings):
     seed: int = 42
     arm: Arm = "self_edits"
     method: Literal["lora", "full"] = "lora"  # published; "full": all weights, with the schedule of `training` alone
-    training: Training = field(default_factory=published_cpt_training)
+    training: Training = PUBLISHED_TRAINING
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, off in (("padding_in_loss", False), ("end_mask_substring", "")):
             if self.method == "full" and (value := getattr(self.training, name)) != off:
                 raise SettingsError(f"{name}={value!r} is a setting of adapters and method is 'full'; leave it {off!r}")
-
-
-def cpt_file_name(settings: CPTSettings) -> str:
-    """`cpt_run_<arm>.json`; full fine-tuning adds its name."""
-    suffix = "_full" if settings.method == "full" else ""
-    return f"cpt_run_{settings.arm}{suffix}.json"
 
 
 class Cpt(Arms[CptRun]):
@@ -118,15 +109,16 @@ def cpt(
         The runs by arm. Their run files (`cpt_run_<arm>.json`) are in `folder`.
 
     Raises:
-        DataError: for a passage without what an arm needs.
+        DataError: for a passage without what an arm needs, and for passages without any question.
         SettingsError: for settings that do not fit.
         RemoteError: when a training failed on the server.
         RoundTimeout: when the server went away and did not come back.
 
     Source: SEAL, arXiv 2506.10943, continued pretraining.
     """
-    training = training or published_cpt_training()
+    training = training or PUBLISHED_TRAINING
     given, folder = locals(), runs_folder(folder)
+    check_asked(passages)
     settings = {name: CPTSettings.from_parameters(given, arm=name) for name in names_in("arms", arms)}
     if method == "full" and ttt.server is None:
         why = "method 'full' trains and asks a model on this machine"
@@ -139,9 +131,16 @@ def cpt(
         how: dict[str, Any] = {"model_id": ttt.model_id, "keep": check_unrelated}
         requests = {arm: cpt_request(passages, one, **how) for arm, one in settings.items()}
         if ttt.server is not None and method == "full":
-            how = {"folder": folder, "n_processes": n_processes, "n_threads": n_threads}
-            base = ttt.server.settings.model
-            jobs = {arm: full_job(requests[arm], one, model=base, **how) for arm, one in settings.items()}
+            jobs = {}
+            for arm, request in requests.items():
+                rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
+                jobs[arm] = SftJob(
+                    sft_file=write_text(folder / f"cpt_train_{arm}_full.jsonl", rows),
+                    model=ttt.server.settings.model,
+                    model_dir=folder / f"model_{arm}_full",
+                    settings=sft_settings(settings[arm], seed=int(request.seed or 0), n_processes=n_processes),
+                    n_threads=n_threads,
+                )
             replies, control = full_replies(ttt, requests, jobs, training, journal, check_unrelated, n_processes)
         else:
             replies, control = ask_named(ttt, requests, journal, work="to do", price_per_hour=price_per_hour), {}
@@ -152,7 +151,7 @@ def cpt(
     runs = {}
     for arm, one in settings.items():
         value = build_cpt_run(passages, requests[arm], replies[arm], one, **about)
-        path = write_json(folder / cpt_file_name(one), value)
+        path = write_json(folder / f"cpt_run_{arm}{'_full' if method == 'full' else ''}.json", value)
         write_record(path, stage="04_cpt", settings=asdict(one), seeds={"seed": seed})
         runs[arm] = CptRun(value=value, path=path, passages=passages)
     return Cpt(runs, replies, control)
@@ -164,7 +163,7 @@ def cpt_train_sequences(passages: Sequence[Passage], settings: CPTSettings) -> l
     is_baseline = settings.arm == "self_edits" and not settings.k_completions  # the published one, passages only
     for at, passage in enumerate(passages):
         k = settings.k_completions or 1
-        for text in [""] if is_baseline else texts_of_arm(settings.arm, passage, at, k_completions=k):
+        for text in [""] if is_baseline else arm_texts(settings.arm, passage, at, k_completions=k):
             sequences += arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
     return sequences
 
@@ -184,25 +183,17 @@ def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id:
 
 
 def build_cpt_run(
-    passages: Sequence[Passage],
-    request: TTTRequest,
-    reply: TTTReply,
-    settings: CPTSettings,
-    *,
-    model: str,
-    dataset: str,
-    timestamp: str,
+    passages: Sequence[Passage], request: TTTRequest, reply: TTTReply, settings: CPTSettings, **about: str
 ) -> dict[str, Any]:
-    """The CPT run file: published keys first, then per-passage results, seed and request id."""
+    """The CPT run file: published keys first, then per-passage results, seed and request id. `about`: timestamp, model,
+    dataset."""
     check_answers(reply, len(request.eval_questions))
     lora_params = settings.training.lora_params()
     if settings.method == "full":  # there is no adapter
         lora_params |= dict.fromkeys(("rank", "alpha", "dropout", "target_modules"))
-    value = {
+    value: dict[str, Any] = {
         "overall": {},
-        "timestamp": timestamp,
-        "model": model,
-        "dataset": dataset,
+        **{name: about[name] for name in ("timestamp", "model", "dataset")},
         "n_articles": len(passages),
         "k_completions": settings.k_completions,
         "split_newlines": settings.split_newlines,
@@ -217,7 +208,7 @@ def build_cpt_run(
         "per_passage": [],
         "train_sequences": len(request.train_sequences),
         "eval_questions": len(request.eval_questions),
-        "server_reply": reply.model_dump(mode="json", include=_PUBLISHED_REPLY | _OUR_REPLY),
+        "server_reply": reply.model_dump(mode="json", include=_KEPT_OF_REPLY),
     }
     CptRun(value=value, passages=passages).fill_statistics()
     return value
@@ -229,17 +220,6 @@ def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> S
     sft = SftSettings(method="full", seed=seed, **{name: getattr(settings.training, name) for name in names})
     sft.accumulation_of(n_processes)
     return sft
-
-
-def full_job(
-    request: TTTRequest, settings: CPTSettings, *, model: str, folder: Path, n_processes: int, n_threads: int
-) -> SftJob:
-    """The training of all weights of one arm on the request's sequences. Raises: SettingsError."""
-    sft = sft_settings(settings, seed=int(request.seed or 0), n_processes=n_processes)
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
-    file = write_text(folder / f"cpt_train_{settings.arm}_full.jsonl", rows)
-    place = folder / f"model_{settings.arm}_full"
-    return SftJob(sft_file=file, model=model, model_dir=place, settings=sft, n_threads=n_threads)
 
 
 def full_replies(
@@ -273,32 +253,20 @@ def full_replies(
         else:
             with ttt.another(str(trained.model_dir), folder=place, n_workers=ttt.settings.n_workers) as server:
                 after = ask_named(server, asked, journal, what="questions")
-        replies[arm] = full_reply(request, before["answers"], after["answers"], trained)
+        base, new = (  # a model as it is has its answers on the baseline's side of its reply
+            Answers(texts=one.baseline_texts, verdicts=one.baseline_verdicts, gold_logprobs=one.baseline_gold_logprobs)
+            for one in (before["answers"], after["answers"])
+        )
+        replies[arm] = build_reply(
+            baseline=base,
+            adapter=new,
+            gold_token_counts=after["answers"].gold_token_counts,
+            train_tokens=trained.n_tokens,
+            train_steps=trained.n_steps,
+            epoch_losses=[float(np.mean(own)) for own in np.array_split(trained.losses, request.finetune_epochs)],
+            model_id=after["answers"].model_id,
+            **request.model_dump(include={"request_id", "seed"}),
+        )
         if check_unrelated:
             control[arm] = after["control"]
     return replies, control
-
-
-def full_reply(request: TTTRequest, before: TTTReply, after: TTTReply, trained: SftResult) -> TTTReply:
-    """Answers of the base and of the new model as the reply to one request. A model as it is has its answers on the
-    baseline's side of its reply."""
-    base, new = (
-        Answers(texts=one.baseline_texts, verdicts=one.baseline_verdicts, gold_logprobs=one.baseline_gold_logprobs)
-        for one in (before, after)
-    )
-    return build_reply(
-        baseline=base,
-        adapter=new,
-        gold_token_counts=after.gold_token_counts,
-        train_tokens=trained.n_tokens,
-        train_steps=trained.n_steps,
-        epoch_losses=epoch_means(trained.losses, request.finetune_epochs),
-        model_id=after.model_id,
-        **request.model_dump(include={"request_id", "seed"}),
-    )
-
-
-def epoch_means(losses: Sequence[float], n_epochs: int) -> list[float]:
-    """Mean loss of each epoch; every epoch has as many steps."""
-    n = len(losses) // n_epochs
-    return [sum(losses[at * n : (at + 1) * n]) / n for at in range(n_epochs)] if n else []

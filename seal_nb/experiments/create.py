@@ -35,17 +35,18 @@ class SelfEdits:
 
     def frame(self) -> pd.DataFrame:
         """One row for each self-edit: words, train sequences, share of words that the passage does not have."""
-        return pd.DataFrame(
-            {
-                "passage": passage.title,
-                "self_edit": number,
-                "words": len(text.split()),
-                "train_sequences": len(sequences_of_text(text, title=passage.title, context="", split_newlines=True)),
-                "new_words": _share_of_new_words(text, passage.context),
-            }
-            for passage in self.passages
-            for number, text in enumerate(passage.completions)
-        )
+        rows = []
+        for passage in self.passages:
+            known = set(re.findall(r"\w+", passage.context.casefold()))
+            for number, text in enumerate(passage.completions):
+                words = re.findall(r"\w+", text.casefold())
+                sequences = sequences_of_text(text, title=passage.title, context="", split_newlines=True)
+                row: dict[str, Any] = {"passage": passage.title, "self_edit": number, "words": len(text.split())}
+                row |= {"train_sequences": len(sequences), "new_words": None}
+                if words:
+                    row["new_words"] = sum(word not in known for word in words) / len(words)
+                rows.append(row)
+        return pd.DataFrame(rows)
 
     def plot_lengths(self) -> Figure:
         """Words of each self-edit, and of its passage."""
@@ -54,11 +55,6 @@ class SelfEdits:
             [[len(text.split()) for text in passage.completions] for passage in self.passages],
             [len(passage.context.split()) for passage in self.passages],
         )
-
-
-def _share_of_new_words(text: str, context: str) -> float | None:
-    words, known = re.findall(r"\w+", text.casefold()), set(re.findall(r"\w+", context.casefold()))
-    return sum(word not in known for word in words) / len(words) if words else None
 
 
 def create_self_edits(
@@ -134,7 +130,8 @@ def create_self_edits(
         how: dict[str, Any] = {"k_completions": k_completions, "sampling": sampling, "chat": chat}
         told: dict[str, Any] = {"on_start": say_work, "on_text": Progress("self-edits").at}
         written, texts = write_self_edits(writer, passages, prompts=prompts, seed=seed, journal=journal, **how, **told)
-        model_id, not_sent = writer.model_id, writer.not_sent()
+        model_id = writer.model_id
+    not_sent = sorted({name for text in texts for name in text.not_sent})
     path = write_json(folder / "self_edits.json", [to_item(passage) for passage in written])
     made = {
         "engine": engine,

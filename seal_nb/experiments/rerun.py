@@ -4,8 +4,8 @@ The request is rebuilt from the file, and its id must come out as the file has i
 sent without the id: otherwise the server would answer from its journal and train nothing.
 """
 
+import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,9 @@ from seal_nb.passages import Passage, Question
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.storage import read_json
 
-OURS = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
-
 
 class Item(NamedTuple):
-    """``passage.self_edit.repeat``, each from 0."""
+    """A self-edit's repeat, each number from 0."""
 
     passage: int
     self_edit: int
@@ -31,20 +29,15 @@ class Item(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Item":
         """Raises: DataError for anything but three whole numbers."""
-        parts = text.split(".")
-        if len(parts) != 3 or not all(part.isdecimal() and len(part) < 10 for part in parts):
+        if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", text):
             raise DataError(f"item {text!r} is not passage.self_edit.repeat", remedy="write it as 0.0.0")
-        return cls(*map(int, parts))
-
-    def __str__(self) -> str:
-        return ".".join(map(str, self))
+        return cls(*map(int, text.split(".")))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredLoop:
+class StoredLoop(NamedTuple):
     """One inner loop as a run file has it: the request that made it, and its questions with their answers."""
 
-    item: Item
+    item: str
     model_id: str
     request: TTTRequest
     questions: list[dict[str, Any]]
@@ -53,28 +46,29 @@ class StoredLoop:
 def stored_loop(path: str | Path, item: Item) -> StoredLoop:
     """Raises: DataError where the file has no such item or not all that made it."""
     run = read_json(path)
-    about: dict[str, Any] = {"path": path, "item": str(item)}
+    about: dict[str, Any] = {"path": path, "item": ".".join(map(str, item))}
     try:
         article = run["articles"][item.passage]
         completion = article["completions"][item.self_edit]
         made = next(entry for entry in completion["repeats"] if entry["rep"] == item.repeat)
         rows = [row for row in completion["questions"] if row["rep"] == item.repeat]
-        asked = tuple(Question(question=row["question"], answer=row["answer"]) for row in rows)
+        fields = [(row["question"], row["answer"], tuple(row.get("other_answers") or ())) for row in rows]
+        asked = tuple(Question(question=one, answer=gold, other_answers=others) for one, gold, others in fields)
         passage = Passage(title=article["title"], context=article["context"], questions=asked)
         texts = arm_sequences(run["trained_on"], completion["text"], passage, split_newlines=run["split_newlines"])
         stated = {name: value for name, value in run["training"].items() if name != "pad_samples"}  # of earlier files
         questions, seed = eval_questions(passage), made["seed"]
         request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=seed)
     except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
-        raise DataError("has no such item, or not what made it", **about, remedy=OURS) from error
+        remedy = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
+        raise DataError("has no such item, or not what made it", **about, remedy=remedy) from error
     if not rows:
-        raise DataError("has no answer in this file", **about, remedy="run 03 again")
+        raise DataError("has no answer", **about, remedy="run 03 again, or choose a passage with questions")
     if run["trained_on"] == "in_context":
         raise DataError("was trained on nothing", **about, remedy="choose another arm's file")
     if request.request_id != made["request_id"]:
-        raise RunMismatch(f"{path}, item {item}: what the file says does not give its request id; it was changed")
-    unnamed = request.model_copy(update={"request_id": None})
-    return StoredLoop(item=item, model_id=run["model"], request=unnamed, questions=rows)
+        raise RunMismatch(f"{path}, item {about['item']}: what it says does not give its request id; it was changed")
+    return StoredLoop(about["item"], run["model"], request.model_copy(update={"request_id": None}), rows)
 
 
 def rerun(ttt: TTT, stored: StoredLoop) -> tuple[bool, list[str]]:
@@ -90,11 +84,8 @@ def rerun(ttt: TTT, stored: StoredLoop) -> tuple[bool, list[str]]:
 def rerun_in(path: str | Path, item: Item, *, endpoint: str, **server: Any) -> tuple[bool, list[str]]:
     """``rerun`` on the server at ``endpoint``, or on one started with these settings, and the run's grader."""
     stored = stored_loop(path, item)
-    server = {"grader": grader_of({"model": stored.model_id}), **server}
-    with (
-        tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder,
-        ttt_server(endpoint=endpoint, folder=folder, **server) as ttt,
-    ):
+    server |= {"endpoint": endpoint, "grader": grader_of({"model": stored.model_id})}
+    with tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder, ttt_server(folder=folder, **server) as ttt:
         return rerun(ttt, stored)
 
 

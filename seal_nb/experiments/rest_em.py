@@ -1,15 +1,15 @@
 """A ReST-EM round: keep the best self-edits of an evaluated run, and fine-tune the model on them (`rest_em_round`).
 
 As published (SEAL, arXiv 2506.10943, `build_SFT_dataset.py`): the best self-edits of each passage by mean adapter
-accuracy, the first in the file among equal means. `RankingSummary` and `WinnerAgreement` say how reliable the ranking
-is: where repeats of one self-edit differ as much as two self-edits do, the choice is random.
+accuracy, the first in the file among equal means. `RankingSummary` says how reliable the ranking is: where repeats of
+one self-edit differ as much as two self-edits do, the choice is random.
 """
 
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.metrics import MIN_PASSAGES, accuracy, counted, mean_interval
+from seal_nb.metrics import MIN_PASSAGES, accuracy, counted, if_graded, mean_interval
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
@@ -55,12 +55,15 @@ class Choice:
     reason: str
 
 
+@dataclass(eq=False)
 class RestEmRound:
     """The choice of a round: which self-edits are kept and why, and the training on them. `rows` are the {prompt,
     completion} examples, `sft_file` is where they were written."""
 
-    def __init__(self, run: SinglePassageRun, choices: Sequence[Choice], rows: list[dict[str, str]], sft_file: Path):
-        self.run, self._choices, self.rows, self.sft_file = run, choices, rows, sft_file
+    run: SinglePassageRun
+    _choices: Sequence[Choice]
+    rows: list[dict[str, str]]
+    sft_file: Path
 
     def choices(self) -> pd.DataFrame:
         """One row for each kept self-edit or left-out passage, with the reason."""
@@ -75,17 +78,18 @@ class RestEmRound:
 
     def sentences(self, *, reliability: float = RELIABLE) -> list[str]:
         """Whether two repeats pick the same winner, and how many repeats `reliability` would take."""
-        return [WinnerAgreement(self.run).sentence(), RankingSummary(self.run).sentence(reliability=reliability)]
+        summary = RankingSummary(self.run)
+        return [summary.agreement_sentence(), summary.sentence(reliability=reliability)]
 
     def plot_rewards(self) -> Figure:
         """The rewards of each passage's self-edits, the kept ones marked, with the baseline."""
-        passages = self.run.passages
+        passages = [one for one in self.run.passages if any(mean_reward(edit) is not None for edit in one.self_edits)]
         kept = [(one.passage, one.self_edit) for one in self._choices if one.self_edit is not None]
         return plots.plot_rewards(
             [passage.title for passage in passages],
             [[mean_reward(edit) for edit in passage.self_edits] for passage in passages],
             [[edit for at, edit in kept if at == passage.index] for passage in passages],
-            [passage.self_edits[0].stats()["baseline_mean"] if passage.self_edits else None for passage in passages],
+            [passage.self_edits[0].stats()["baseline_mean"] for passage in passages],
         )
 
     def train(
@@ -159,8 +163,11 @@ def rest_em_round(
     """
     choices = select_best(run, k_best=k_best, drop_no_gain=drop_no_gain, tie_break=tie_break)
     rows = sft_rows(run, choices, prompt_key=prompt_key)
-    path = runs_folder(folder) / sft_file_name(run, k_best=k_best, exp_name=exp_name)
-    write_sft_file(path, rows)
+    stamp = exp_name or run.settings.get("timestamp") or run.path.name.split(".")[0] or "run"
+    n_completions = max((len(passage.self_edits) for passage in run.passages), default=0)
+    path = runs_folder(folder) / file_name(f"sft_best{k_best}of{n_completions}_{stamp}", ".jsonl")
+    # One JSON object a line, real characters: the published file byte for byte.
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     rule = {"run_json": run.path.name, "k_best": k_best, "drop_no_gain": drop_no_gain, "tie_break": tie_break}
     write_record(path, stage="05_rest_em_round", settings=rule)
     return RestEmRound(run, choices, rows, path)
@@ -177,10 +184,13 @@ def select_best(
     choices: list[Choice] = []
     for passage in run.passages:
         about: dict[str, Any] = {"passage": passage.index, "title": passage.title}
-        best_first, ungraded = ranked(passage, tie_break), _ungraded_sentence(passage)
+        best_first, edits = ranked(passage, tie_break), [one for one in passage.self_edits if one.questions]
+        unranked = ", ".join(str(one.index) for one in edits if is_partly_graded(one) or mean_reward(one) is None)
+        remedy = "grade it again: seal-nb grade --only-ungraded"
+        ungraded = unranked and f"UNGRADED answers in self-edit {unranked}; {remedy}"
         gain = best_first[0].stats()["gain_mean"] if best_first else None
         if not best_first:
-            why = ungraded or "no graded answer, no stored mean"
+            why = ungraded or ("no graded answer, no stored mean" if passage.questions() else "no questions")
             choices.append(Choice(**about, reason=f"no self-edit can be ranked: {why}"))
         elif drop_no_gain and gain is not None and gain <= 0:
             choices.append(Choice(**about, reason=f"its best self-edit gains nothing ({100 * gain:+.1f} points)"))
@@ -214,13 +224,6 @@ def is_partly_graded(edit: EvaluatedSelfEdit) -> bool:
     return edit.is_graded and any(answered.adapter_correct is None for answered in edit.questions)
 
 
-def _ungraded_sentence(passage: EvaluatedPassage) -> str:
-    """Which self-edits have UNGRADED answers, and what to do; empty for none."""
-    edits = [one for one in passage.self_edits if one.questions]
-    indices = ", ".join(str(one.index) for one in edits if is_partly_graded(one) or mean_reward(one) is None)
-    return indices and f"UNGRADED answers in self-edit {indices}; grade it again: seal-nb grade --only-ungraded"
-
-
 def _reason(best_first: Sequence[EvaluatedSelfEdit], place: int, tie_break: TieBreak) -> str:
     edit = best_first[place]
     equals = [other for other in best_first if mean_reward(other) == mean_reward(edit)]
@@ -236,10 +239,8 @@ def sft_rows(
 ) -> list[dict[str, str]]:
     """The kept choices as {prompt, completion}. The prompt is that of the self-edit, else of its passage, else of
     ``prompt_key``. Raises: DataError where there is none."""
-    rows = []
-    for passage, at in ((run.passages[choice.passage], choice.self_edit) for choice in choices):
-        if at is None:
-            continue
+    rows, kept = [], [(run.passages[one.passage], one.self_edit) for one in choices if one.self_edit is not None]
+    for passage, at in kept:
         edit = passage.self_edits[at]
         prompt = edit.prompt or passage.prompt
         if not prompt:
@@ -251,32 +252,26 @@ def sft_rows(
     return rows
 
 
-def sft_file_name(run: SinglePassageRun, *, k_best: int, exp_name: str = "") -> str:
-    """``sft_best1of5_iter0.jsonl``: named after the experiment, else after the run's time stamp."""
-    stamp = exp_name or run.settings.get("timestamp") or run.path.name.split(".")[0] or "run"
-    return file_name(f"sft_best{k_best}of{run.n_completions}_{stamp}", ".jsonl")
-
-
-def write_sft_file(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:
-    """One JSON object a line, real characters, whole or not at all: the published file byte for byte."""
-    return write_text(path, "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows))
-
-
 class RankingSummary:
     """Ties, empty gains, and variances of adapter accuracy within a passage: between self-edits (the repeats' share
     taken out) and between repeats of one self-edit. ``share_between`` is the first over both, the share of one
-    measurement that belongs to the self-edit; ``reliability`` is that of the mean over the repeats. None where a run
-    has a single repeat, a single self-edit, or no verdicts."""
+    measurement that belongs to the self-edit; ``reliability`` is that of the mean over the repeats. ``agreement``: how
+    often two single repeats pick the same winner, ties at random, with an interval over passages; ``chance``: the same
+    for random choices, 1/k. None where a run has a single repeat, a single self-edit, or no verdicts."""
 
     def __init__(self, run: SinglePassageRun) -> None:
-        ranked_P, rewards_P = [ranked(passage) for passage in run.passages], [_rewards(one) for one in run.passages]
+        ranked_P = [ranked(passage) for passage in run.passages]
+        graded_P = [[one for one in p.self_edits if one.is_graded and not is_partly_graded(one)] for p in run.passages]
+        rewards_P = [  # of each self-edit whose answers are all graded its accuracy in each repeat
+            [[reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None] for edit in edits]
+            for edits in graded_P
+        ]
         bests = [best_first for best_first in ranked_P if best_first]
         gains = [best_first[0].stats()["gain_mean"] for best_first in bests]
         repeats_E = [repeats for of_passage in rewards_P for repeats in of_passage]
         of_repeats = [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
         of_means = [statistics.variance(map(statistics.mean, one)) for one in rewards_P if len(one) > 1]
-        self.n_passages = len(run.passages)
-        self.n_ranked = len(bests)
+        self.n_passages, self.n_ranked = len(run.passages), len(bests)
         self.n_tied_best = sum(len(r) > 1 and mean_reward(r[0]) == mean_reward(r[1]) for r in bests)
         self.n_best_without_gain = sum(gain is not None and gain <= 0 for gain in gains)
         self.n_unrankable_self_edits = sum(len(p.self_edits) for p in run.passages) - sum(map(len, ranked_P))
@@ -291,6 +286,17 @@ class RankingSummary:
             if between + within:
                 self.share_between = between / (between + within)
                 self.reliability = between / (between + within / self.n_repeats)
+        agreements_P, chances = [], []
+        for rewards_E in rewards_P:
+            n_repeats = min(map(len, rewards_E), default=0)
+            if len(rewards_E) > 1 and n_repeats > 1:
+                rewards = np.array([repeats[:n_repeats] for repeats in rewards_E])
+                best = rewards == rewards.max(axis=0)  # of each repeat
+                shares_R = (best / best.sum(axis=0)).T  # how likely each self-edit is drawn among the best
+                agreements_P.append([float(one @ other) for one, other in combinations(shares_R, 2)])
+                chances.append(1 / len(rewards_E))
+        self.agreement = if_graded(mean_interval, agreements_P)
+        self.chance = statistics.mean(chances) if chances else 0.0
 
     def repeats_needed(self, *, reliability: float = RELIABLE) -> int | None:
         """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown). None where the
@@ -318,42 +324,14 @@ class RankingSummary:
         if needed is None:
             return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is random"
         if needed > self.n_repeats:
-            more = f"{reliability:.2f} would take {needed} repeats"
-            return f"{has}; {more} (eval_times {needed} in 03: earlier ones are kept)"
+            more = f"{reliability:.2f} would take {needed} repeats (eval_times {needed} in 03: earlier ones are kept)"
+            return f"{has}; {more}"
         few = f", but {n} are too few to tell (at least {MIN_PASSAGES})" if self.n_ranked < MIN_PASSAGES else ""
         return f"{has}: enough for {reliability:.2f}{few}"
 
-
-def _rewards(passage: EvaluatedPassage) -> list[list[float]]:
-    """For each self-edit whose answers are all graded its accuracy in each repeat."""
-    return [
-        [reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None]
-        for edit in passage.self_edits
-        if edit.is_graded and not is_partly_graded(edit)
-    ]
-
-
-class WinnerAgreement:
-    """Whether a second ranking would pick the same self-edit. ``observed``: how often two single repeats pick the same
-    winner, ties at random, with an interval over passages; None where no passage has two self-edits with two repeats
-    each. ``chance``: the same for random choices, 1/k."""
-
-    def __init__(self, run: SinglePassageRun) -> None:
-        agreements_P, chances = [], []
-        for rewards_E in map(_rewards, run.passages):
-            n_repeats = min(map(len, rewards_E), default=0)
-            if len(rewards_E) > 1 and n_repeats > 1:
-                rewards = np.array([repeats[:n_repeats] for repeats in rewards_E])
-                best = rewards == rewards.max(axis=0)  # of each repeat
-                shares_R = (best / best.sum(axis=0)).T  # how likely each self-edit is drawn among the best
-                agreements_P.append([float(one @ other) for one, other in combinations(shares_R, 2)])
-                chances.append(1 / len(rewards_E))
-        self.observed = mean_interval(agreements_P) if agreements_P else None
-        self.chance = statistics.mean(chances) if chances else 0.0
-
-    def sentence(self) -> str:
+    def agreement_sentence(self) -> str:
         """Such as "two repeats pick the same winner in 34.2 % [26, 43] of 50 passages; chance 20.0 %: …"."""
-        if (seen := self.observed) is None:
+        if (seen := self.agreement) is None:
             return "no passage has two self-edits with two repeats each"
         verdict = "more than chance" if seen.low > self.chance else "not distinguishable from chance"
         if seen.n < MIN_PASSAGES:

@@ -18,7 +18,7 @@ import pandas as pd
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import check_grader, make_grader
-from seal_nb.metrics import accuracy, paired_difference
+from seal_nb.metrics import accuracy, if_graded, paired_difference
 from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, validated
 from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
 from seal_nb.server.launch import TTTServer
@@ -200,10 +200,9 @@ class Collected:
 
     def of(self, request: TTTRequest | GenerateRequest) -> Any:
         """The reply to a request. Raises: RemoteError where it failed."""
-        key = _key(request)
-        if key in self.failures:
-            raise RemoteError(self.failures[key])
-        return self.replies[key]
+        if (error := self.failures.get(str(request.request_id))) is not None:
+            raise RemoteError(error)
+        return self.replies[str(request.request_id)]
 
 
 def ask(
@@ -218,7 +217,7 @@ def ask(
     """The reply to every request (with an id; equal ids are sent once): from the journal, or from the server and then
     into the journal. `what` is the noun in the progress line. `work`: if given, a line that begins with it is
     printed first and says how much is left. Raises: RoundTimeout when the server went away and did not come back."""
-    wanted = {_key(request): request for request in requests}
+    wanted = {str(request.request_id): request for request in requests}
     missing = [request for key, request in wanted.items() if key not in journal]
     if trainings := [request for request in missing if work and isinstance(request, TTTRequest)]:
         speed = ttt.client.status().tokens_per_s
@@ -228,7 +227,7 @@ def ask(
     failures, progress = dict[str, str](), Progress(what)
     coming = ttt.client.run_indexed(missing) if missing else ()
     for done, (index, reply) in enumerate(coming, start=len(replies) + 1):
-        key = _key(missing[index])
+        key = str(missing[index].request_id)
         if isinstance(reply, RemoteError):
             failures[key] = str(reply)
         else:
@@ -243,12 +242,6 @@ def ask_named(ttt: TTT, requests: Mapping[str, SomeRequest], journal: Journal, *
     Raises: RemoteError for one that failed, once the others are journalled."""
     collected = ask(ttt, list(requests.values()), journal, **how)
     return {name: collected.of(request) for name, request in requests.items()}
-
-
-def _key(request: TTTRequest | GenerateRequest) -> str:
-    if request.request_id is None:
-        raise ValueError("the request has no id; make one with session.identified")
-    return request.request_id
 
 
 def general_questions() -> list[EvalQuestion]:
@@ -277,10 +270,8 @@ def control_frame(replies: Mapping[str, TTTReply]) -> pd.DataFrame:
         after = reply.adapter_correct
         pairs = list(zip(before, after, strict=True))
         lost, won = pairs.count((True, False)), pairs.count((False, True))
-        change = None
-        if any(None not in pair for pair in pairs):
-            change = paired_difference([[a] for a in after], [[b] for b in before], unit="questions").sentence()
-        rows.append((name, len(after), accuracy(after), lost, won, change))
+        change = if_graded(paired_difference, [[a] for a in after], [[b] for b in before], unit="questions")
+        rows.append((name, len(after), accuracy(after), lost, won, change and change.sentence()))
     return pd.DataFrame(rows, columns=["model", "questions", "accuracy", "lost", "won", "change"])
 
 

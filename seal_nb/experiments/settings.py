@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from seal_nb.errors import DataError, ProtocolError, SettingsError
-from seal_nb.passages import Passage, load_passages
+from seal_nb.metrics import counted
+from seal_nb.passages import Passage, load_passages, text_key
 from seal_nb.protocol import GenerateRequest, TTTRequest, validated
 from seal_nb.settings import Settings, setting
+from seal_nb.views.live import say
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
@@ -96,7 +98,10 @@ def check_limits(kind: type[TTTRequest] | type[GenerateRequest], values: dict[st
 
 def names_in(parameter: str, value: str | Sequence[str]) -> list[str]:
     """The names in a comma list or a list. Raises: SettingsError for none, and for a name that occurs twice."""
-    names = [one.strip() for one in (value.split(",") if isinstance(value, str) else value) if one.strip()]
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+        raise SettingsError(f"{parameter}={value!r}: give a list of texts, or names with commas")
+    names = [one.strip() for one in given if one.strip()]
     if not names or len(set(names)) < len(names):
         raise SettingsError(f"{parameter}={value!r}: give at least one, each name once")
     return names
@@ -119,34 +124,39 @@ def parse_arms(arms: str | Sequence[str]) -> dict[str, str]:
     return dict(found)
 
 
-def passages_of_arm(arm: str, passages: Sequence[Passage], file: str = "") -> list[Passage]:
+def check_asked(passages: Sequence[Passage]) -> None:
+    """Says how many passages have no questions. Raises: DataError where all have none: nothing could be measured."""
+    n = sum(not passage.questions for passage in passages)
+    if n == len(passages):
+        remedy = "give at least one of them questions with answers (docs/own_passages.md), or raise n_articles"
+        raise DataError(f"none of {counted(n, 'passages')} has a question, so nothing can be asked", remedy=remedy)
+    if n:
+        say(f"{n} of {len(passages)} passages have no questions: trained on, in no mean or ranking")
+
+
+def arm_passages(arm: str, passages: Sequence[Passage], file: str = "") -> list[Passage]:
     """The passages, with the self-edits of an item file if there is one. Raises: DataError where the file lacks one,
     and for a passage without a text for the arm."""
-    items, found = {(one.title, one.context): one for one in load_passages(file)} if file else {}, []
+    items, found = {text_key(one.title, one.context): one for one in load_passages(file)} if file else {}, []
     for at, passage in enumerate(passages):
-        own = items.get((passage.title, passage.context)) if file else passage
+        own = items.get(text_key(passage.title, passage.context)) if file else passage
         if own is None:
-            raise DataError(
-                f"has no item for passage {at} of the dataset, {passage.title!r} (same title and context)",
-                path=file,
-                remedy="give self-edits of these very passages, or lower n_articles",
-            )
-        texts_of_arm("self_edits" if file else arm, own, at, k_completions=1)
-        found.append(replace(own, questions=passage.questions))
+            problem = f"has no item for passage {at} of the dataset, {passage.title!r} (same title and context)"
+            raise DataError(problem, path=file, remedy="give self-edits of these very passages, or lower n_articles")
+        arm_texts("self_edits" if file else arm, own, at, k_completions=1)
+        found.append(replace(own, title=passage.title, context=passage.context, questions=passage.questions))
     return found
 
 
-def texts_of_arm(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:
+def arm_texts(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:
     """The texts an arm trains on besides the passage, one adapter each; `passage_only` has one empty text.
     Raises: DataError for a passage without such a text."""
     if arm in ("passage_only", "in_context"):
         return ("",)
+    field = "completions" if arm == "self_edits" else "hand_written"
     texts = passage.completions if arm == "self_edits" else (passage.hand_written,)
     if not texts or (arm == "hand_written" and not texts[0]):
-        raise DataError(
-            f"passage {passage.title!r} has nothing for the arm {arm!r}",
-            item=index,
-            field="completions" if arm == "self_edits" else "hand_written",
-            remedy="run 01_create_self_edits on the items first, or choose another arm",
-        )
+        problem = f"passage {passage.title!r} has nothing for the arm {arm!r}"
+        remedy = "run 01_create_self_edits on the items first, or choose another arm"
+        raise DataError(problem, item=index, field=field, remedy=remedy)
     return texts[:k_completions]

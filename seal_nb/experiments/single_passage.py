@@ -15,10 +15,10 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seal_nb.errors import DataError, SettingsError
+from seal_nb.errors import SettingsError
 from seal_nb.experiments.rest_em import RankingSummary, check_reliability
 from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request
-from seal_nb.experiments.settings import SingleArm, Training, parse_arms, passages_of_arm, texts_of_arm
+from seal_nb.experiments.settings import SingleArm, Training, arm_passages, arm_texts, check_asked, parse_arms
 from seal_nb.grading.base import Grader, answered_with
 from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.metrics import mean
@@ -26,7 +26,7 @@ from seal_nb.passages import Passage, asked
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.collect import stacked
-from seal_nb.results.cpt import CptRun
+from seal_nb.results.cpt import CptRun, check_length
 from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
 from seal_nb.results.run import KINDS, verdict_change
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
@@ -163,7 +163,7 @@ def evaluate(
         The runs by arm. Their run files (`run_<exp_name>.json` …) are in `folder`.
 
     Raises:
-        DataError: for a passage without what an arm needs.
+        DataError: for a passage without what an arm needs, and for passages without any question.
         SettingsError: for settings that do not fit, and for a server with another grader.
         RoundTimeout: when the server went away and did not come back.
 
@@ -171,13 +171,14 @@ def evaluate(
     """
     training = training or Training()
     given, folder = locals(), runs_folder(folder)
+    check_asked(passages)
     if reliability:
         check_reliability(reliability)
     settings, texts = {}, {}
     for arm, file in parse_arms(arms).items():
         own = {"arm": "self_edits", "label": arm, "texts_from": Path(file).name} if file else {"arm": arm}
         settings[arm] = SinglePassageSettings.from_parameters(given, **own)
-        texts[arm] = passages_of_arm(arm, passages, file)
+        texts[arm] = arm_passages(arm, passages, file)
         most = max((len(one.completions) for one in texts[arm]), default=0)
         if settings[arm].arm == "self_edits" and most > k_completions:
             say(f"{arm}: a passage has {most} self-edits; the first {k_completions} are used (k_completions)")
@@ -292,7 +293,9 @@ def requests_for_run(
     loops, n_repeats = [], 1 if settings.arm == "in_context" else settings.eval_times
     for at, passage in enumerate(passages):
         questions = eval_questions(passage)
-        for number, text in enumerate(texts_of_arm(settings.arm, passage, at, k_completions=settings.k_completions)):
+        if settings.arm == "in_context" and not questions:
+            continue  # nothing to train, and nothing to ask
+        for number, text in enumerate(arm_texts(settings.arm, passage, at, k_completions=settings.k_completions)):
             texts = arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
             for repeat in range(n_repeats):
                 seed = derived_seed(settings.seed, at, passage.title, number, repeat)
@@ -329,9 +332,9 @@ def train_sequences(
     Source: SEAL, arXiv 2506.10943, the published query client.
     """
     name, file = next(iter(parse_arms([arm]).items()))
-    (passage,) = passages_of_arm(name, [passage], file)
+    (passage,) = arm_passages(name, [passage], file)
     trained_on = "self_edits" if file else name
-    text = texts_of_arm(trained_on, passage, 0, k_completions=self_edit + 1)[self_edit]
+    text = arm_texts(trained_on, passage, 0, k_completions=self_edit + 1)[self_edit]
     return arm_sequences(trained_on, text, passage, split_newlines=split_newlines)
 
 
@@ -357,13 +360,11 @@ def build_run(
     replies: Mapping[str, TTTReply],
     settings: SinglePassageSettings,
     *,
-    model: str = "",
-    dataset: str = "",
-    timestamp: str = "",
     failures: Mapping[str, str] | None = None,
+    **about: str,
 ) -> dict[str, Any]:
-    """The run file: published keys first. `replies` and `failures` (error texts) are by request id. An inner loop
-    without a reply is listed under `missing` with its failure and enters no mean."""
+    """The run file: published keys first; `about`: timestamp, model, dataset. `replies` and `failures` (error texts)
+    are by request id. An inner loop without a reply is listed under `missing` with its failure and enters no mean."""
     articles: list[dict[str, Any]] = [
         {"stats": {}, "title": one.title, "context": one.context, "completions": [], "prompt": one.prompt}
         for one in passages
@@ -381,11 +382,13 @@ def build_run(
         for loop in loops
         if loop.request_id not in replies
     ]
+    # The key of the prompt that the self-edits complete, if it is recorded; under a label only a known key.
+    first = passages[0] if passages and settings.arm == "self_edits" else None
+    key = first and recorded_key(first.prompt, first.prompt_keys, title=first.title, context=first.context)
+    is_known = key and not (settings.label and key == OTHER_PROMPT)
     value = {
         "overall": {},
-        "timestamp": timestamp,
-        "model": model,
-        "dataset": dataset,
+        **{name: about.get(name, "") for name in ("timestamp", "model", "dataset")},
         "split_newlines": settings.split_newlines,
         "n_articles": len(passages),
         "k_completions": max((len(article["completions"]) for article in articles), default=0),
@@ -394,7 +397,7 @@ def build_run(
         "arm": settings.label or settings.arm,
         "trained_on": settings.arm,
         **({"texts_from": settings.texts_from} if settings.texts_from else {}),
-        **_prompt_key(passages, settings),
+        **({"prompt_key": key} if is_known else {}),
         "seed": settings.seed,
         "training": settings.training.request_fields(),
         "n_ungraded": 0,
@@ -403,13 +406,6 @@ def build_run(
     }
     SinglePassageRun(value=value).fill_statistics()
     return value
-
-
-def _prompt_key(passages: Sequence[Passage], settings: SinglePassageSettings) -> dict[str, str]:
-    """The key of the prompt that the self-edits complete, if it is recorded; under a label only a known key."""
-    first = passages[0] if passages and settings.arm == "self_edits" else None
-    key = first and recorded_key(first.prompt, first.prompt_keys, title=first.title, context=first.context)
-    return {"prompt_key": key} if key and not (settings.label and key == OTHER_PROMPT) else {}
 
 
 def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping[str, TTTReply]) -> dict[str, Any]:
@@ -442,13 +438,10 @@ def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping
 
 def check_answers(reply: TTTReply, n_questions: int) -> None:
     """Raises: DataError where a reply does not answer every question in both arms."""
+    remedy = "ask again with the passages the request was made from"
     for name in ("baseline_texts", "adapter_texts", "baseline_correct", "adapter_correct"):
-        if (n_answers := len(getattr(reply, name))) != n_questions:
-            raise DataError(
-                f"reply {reply.request_id} has {n_answers} entries for {n_questions} questions",
-                field=name,
-                remedy="ask again with the passages the request was made from",
-            )
+        where = f"reply {reply.request_id}, {name}"
+        check_length(getattr(reply, name), n_questions, path="", field=where, remedy=remedy)
 
 
 def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) -> GenerateRequest:
@@ -479,14 +472,13 @@ def with_in_context(
     errors of these. The server grades only what it asks without the passage, so its grader grades these here."""
     answered = [loop for loop in loops if loop.request_id in replies]
     requests = [in_context_request(passages[loop.passage], loop, model_id=ttt.model_id) for loop in answered]
-    generated, failures = ask(ttt, requests, journal, what="passages in the prompt"), dict[str, str]()
-    completed = {key: reply for key, reply in replies.items() if key not in {loop.request_id for loop in loops}}
+    generated, failures, completed = ask(ttt, requests, journal, what="passages in the prompt"), {}, dict(replies)
     for loop, request in zip(answered, requests, strict=True):
+        passage, baseline = passages[loop.passage], completed.pop(loop.request_id)
         if (error := generated.failures.get(str(request.request_id))) is not None:
             failures[loop.request_id] = error
             continue
-        reply = generated.of(request)
-        passage, baseline, texts = passages[loop.passage], replies[loop.request_id], [t.strip() for t in reply.texts]
+        texts = [text.strip() for text in generated.of(request).texts]
         answers = [
             answered_with((one.answer, *one.other_answers), question=one.question, answer=text, title=passage.title)
             for one, text in zip(passage.questions, texts, strict=True)

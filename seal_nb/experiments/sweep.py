@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.settings import Training, passages_of_arm
+from seal_nb.experiments.settings import Training, arm_passages, check_asked
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
-from seal_nb.metrics import mean, paired_difference, written_value
+from seal_nb.metrics import mean, written_value
 from seal_nb.passages import Passage
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import Journal, parse_json, runs_folder, write_record
@@ -36,23 +36,19 @@ class Sweep:
         self.points = points
         self.rows: list[dict[str, Any]] = []
         for values, run in zip(points, runs, strict=True):
-            estimate, scores = run.estimate("adapter"), run.scores("adapter")
-            are_graded = self.rows and estimate and self.rows[0]["estimate"]
-            against = paired_difference(scores, runs[0].scores("adapter")).sentence() if are_graded else None
-            errors = [one["error"] for one in run.value["missing"]]
+            errors, estimate = [one["error"] for one in run.value["missing"]], run.estimate()
             row = {
                 **values,
                 "label": ", ".join(f"{name} {written_value(value)}" for name, value in values.items()),
                 "estimate": estimate,
                 "accuracy": estimate and estimate.mean,
-                "low": estimate and estimate.low,
-                "high": estimate and estimate.high,
+                **{name: estimate and getattr(estimate, name) for name in ("low", "high")},
                 "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
                 "passages": estimate.n if estimate else 0,
-                "ungraded": sum(verdict is None for verdicts in scores for verdict in verdicts),
+                "ungraded": run.counts()["n_ungraded_adapter"],
                 "missing": len(errors),
                 "first error": errors[0] if errors else None,
-                "against the first": against,
+                "against the first": run.sentence_against(runs[0]),
             }
             self.rows.append(row)
 
@@ -102,13 +98,15 @@ def sweep(
         The points with their accuracies.
 
     Raises:
+        DataError: for a passage without what the arm needs, and for passages without any question.
         SettingsError: for a name that is no setting, and for more than 200 points.
         RoundTimeout: when the server went away and did not come back.
     """
+    check_asked(passages)
     training = training or Training()
     fixed = SinglePassageSettings.from_parameters(locals(), k_completions=1)
     folder, values = runs_folder(folder), grid_of(grid) if isinstance(grid, str) else grid
-    points, passages = sweep_points(fixed, values), passages_of_arm(arm, passages)
+    points, passages = sweep_points(fixed, values), arm_passages(arm, passages)
     with Journal(folder / "journal.jsonl") as journal:
         loops = [requests_for_run(passages, settings, model_id=ttt.model_id) for _, settings in points]
         collected = ask(ttt, [loop.request for of_point in loops for loop in of_point], journal, work="to do")

@@ -23,6 +23,7 @@ from seal_nb.grading.choose import grader_of
 from seal_nb.inspector.html import StaticView, TokenTexts, WidgetView, loss_curve, note, page, static_tables, table_html
 from seal_nb.inspector.inspection import as_passage, sequences_of
 from seal_nb.inspector.widgets import PassageInspector
+from seal_nb.passages import text_key
 from seal_nb.prompts import topic_question
 from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
@@ -81,7 +82,8 @@ class TrainedEdit:
         """What the adapter did, in one sentence."""
         reply, losses = self.reply, self.losses
         loss = f", loss {losses[0]:.2f} → {losses[-1]:.2f}" if losses else ""
-        accuracies = (reply.baseline_accuracy, reply.adapter_accuracy)
+        asked = bool(reply.adapter_texts)  # without questions, a reply says 0.0, as published
+        accuracies = (reply.baseline_accuracy, reply.adapter_accuracy) if asked else (None, None)
         before, after = ("–" if one is None else f"{one:.0%}" for one in accuracies)
         return f"accuracy {before} → {after} after {reply.train_steps} steps{loss}"
 
@@ -113,7 +115,8 @@ class TrainedEdit:
         value = read_json(target) if target.exists() else mine | {"articles": []}
         run = SinglePassageRun(value=value, path=target)  # raises if it is not a run
         (own,) = mine["articles"]
-        same = [one for one in value["articles"] if (one["title"], one["context"]) == (own["title"], own["context"])]
+        key = text_key(own["title"], own["context"])
+        same = [one for one in value["articles"] if text_key(one["title"], one["context"]) == key]
         if same:
             others = [one for one in same[0]["completions"] if _request_ids(one) != [self.request.request_id]]
             same[0]["completions"] = others + own["completions"]

@@ -6,20 +6,20 @@ published evaluations, and the overall numbers of published runs.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_nb.errors import DataError, SealError, checked, redacted
+from seal_nb.errors import DataError, SealError, redacted
 from seal_nb.metrics import Estimate, accuracy, counted
 from seal_nb.passages import Passage
 from seal_nb.results.continual import ContinualRun
-from seal_nb.results.cpt import CptRun, check_length
+from seal_nb.results.cpt import CptRun
 from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import COMPARED, Many, Part, Run, comparison, frame
+from seal_nb.results.run import COMPARED, Run, comparison, frame
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import data_file, read_json, runs_folder
 
@@ -30,6 +30,7 @@ SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "
 MOST_PARTS = 100_000  # objects of one file, and texts in lists; a run over all of SQuAD's validation has 60,000
 MOST_RUNS = 200  # of one file
 MOST_NAMES = 1_000  # of models and graders in one file
+NAMES = {"grader", "model", "base_model", "earlier"}  # fields with names of models and graders
 MOST_ARMS, MOST_PAIRED = 20, 50_000  # that are compared with each other, and their passages over all pairs
 SHIPPED_RUNS = {"shipped:ranking": "run_example.json", "shipped:example": "inspector_run.json.gz"}
 SUMMARY_LINES = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
@@ -60,46 +61,35 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
 def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> Run:
     """The run in a JSON value. Raises: DataError."""
     if not is_run(value):
-        raise DataError(
-            "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary "
-            "(mean_over_sequences)",
-            path=path,
-            remedy="give a run_*.json, cpt_run_*.json or summary_*.json",
-        )
-    parts = list(islice(_parts(value), MOST_PARTS + 1))
-    if len(parts) > MOST_PARTS:
-        raise DataError(f"has more than {MOST_PARTS} objects and texts", path=path, remedy="split it")
-    _hide_keys([part for part in parts if isinstance(part, dict)], path)
+        problem = "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary"
+        raise DataError(problem, path=path, remedy="give a run_*.json, cpt_run_*.json or summary_*.json")
+    _hide_keys(value, path)
     about: dict[str, Any] = {"value": value, "path": Path(path), "file": file}
     if "articles" in value:
         return SinglePassageRun(**about)
     return CptRun(**about, passages=passages) if "server_reply" in value else ContinualRun(**about)
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """Each object in a JSON value, and each text of a list."""
-    inside = [value]
+def _hide_keys(value: Any, path: str | Path) -> None:
+    """In place: models and graders that the file names, in which an older version let a key stand.
+    Raises: DataError for a file with so many objects, texts in lists, or names that reading it would not end."""
+    inside, n_parts, hidden = [value], 0, dict[str, str]()
     while inside:
         one = inside.pop()
+        n_parts += isinstance(one, dict | str)
+        for name in NAMES & one.keys() if isinstance(one, dict) else ():
+            said = one[name]
+            texts = [said] if isinstance(said, str) else [*said] if isinstance(said, dict) and name == "earlier" else []
+            hidden |= {text: redacted(text) for text in texts if text not in hidden}
+            if isinstance(said, str):
+                one[name] = hidden[said]
+            elif texts:
+                one[name] = {hidden[grader]: verdicts for grader, verdicts in said.items()}
+        if n_parts > MOST_PARTS or len(hidden) > MOST_NAMES:
+            problem = f"has more than {MOST_PARTS} objects and texts, or {MOST_NAMES} models and graders"
+            raise DataError(problem, path=path, remedy="split it")
         inside += one if isinstance(one, list) else []
-        if isinstance(one, dict | str):
-            yield one
-            inside += [part for part in one.values() if isinstance(part, dict | list)] if isinstance(one, dict) else []
-
-
-def _hide_keys(parts: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """In place: settings of the file, and names of graders, in which an older version let a key stand."""
-    hidden: dict[str, str] = {}
-    for part, name in ((part, name) for part in parts for name in ("grader", "model", "base_model", "earlier")):
-        one = part.get(name)
-        texts = one if isinstance(one, dict) and name == "earlier" else [one] if isinstance(one, str) else ()
-        hidden |= {text: redacted(text) for text in texts if text not in hidden}
-        if len(hidden) > MOST_NAMES:
-            raise DataError(f"names more than {MOST_NAMES} models and graders", path=path, remedy="split it")
-        if isinstance(one, str):
-            part[name] = hidden[one]
-        elif isinstance(one, dict) and texts:
-            part[name] = {hidden[grader]: verdicts for grader, verdicts in one.items()}
+        inside += [part for part in one.values() if isinstance(part, dict | list)] if isinstance(one, dict) else []
 
 
 def is_run(value: Any) -> bool:
@@ -157,57 +147,26 @@ def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
     """The runs in one JSON value; none if it is something else."""
     if is_run(value):
         return [run_of(value, path=path, file=file)]
-    if not isinstance(value, dict):
-        return []
-    forms: list[tuple[str, dict[str, Any]]] = []
-    runs = value.get("runs")
+    forms: list[tuple[str, Any]] = []
+    runs = value.get("runs") if isinstance(value, dict) else None
     if isinstance(runs, dict) and all(isinstance(run, dict) and "passages" in run for run in runs.values()):
-        of_runs = {name: checked(_Passages.model_validate, run, path=path, item=name) for name, run in runs.items()}
-        n_marks = sum(len(passage.baseline) + 1 for run in of_runs.values() for passage in run.passages)
-        if len(runs) > MOST_RUNS or n_marks > MOST_PARTS:
-            problem = f"has more than {MOST_RUNS} runs, or {MOST_PARTS} passages and verdicts"
+        if sum(len(passage["baseline"]) + 1 for run in runs.values() for passage in run["passages"]) > MOST_PARTS:
+            problem = f"has more than {MOST_PARTS} passages and verdicts"
             raise DataError(problem, path=path, field="runs", remedy="split it")
-        forms = [(name, _from_verdict_strings(run, path=path, item=name)) for name, run in runs.items()]
-    elif "query_server" in value and "continual_overall_results" in value:
-        checked(_Overalls.model_validate, value, path=path)
+        for name, run in runs.items():
+            marks_P = [zip(one["baseline"], one["adapter"], strict=True) for one in run["passages"]]  # of 0 and 1
+            rows_P = [[{"baseline_correct": b == "1", "adapter_correct": a == "1"} for b, a in one] for one in marks_P]
+            articles = [{"completions": [{"questions": rows}]} for rows in rows_P]
+            about = {"overall": run.get("overall"), "n_articles": len(articles)}
+            forms.append((name, {**about, "articles": articles}))
+    elif isinstance(value, dict) and {"query_server", "continual_overall_results"} <= value.keys():
         no_verdicts: dict[str, list[bool]] = {"baseline_correct": [], "adapter_correct": []}
-        if (n := len(value["query_server"]) + len(value.get("cpt") or [])) > MOST_RUNS:
-            raise DataError(f"has {n} runs", path=path, field="query_server", remedy=f"give at most {MOST_RUNS}")
         forms = [(run["file"], {**run, "articles": []}) for run in value["query_server"]]
         forms += [(run["file"], {**run, "server_reply": no_verdicts}) for run in value.get("cpt") or []]
         forms += [("continual_overall_results", value["continual_overall_results"])]
+    if len(forms) > MOST_RUNS:
+        raise DataError(f"has more than {MOST_RUNS} runs", path=path, remedy="split it")
     return [run_of(run, path=path, file=f"{file}: {name}") for name, run in forms]
-
-
-class _Marks(Part):
-    baseline: str
-    adapter: str
-
-
-class _Passages(Part):
-    passages: Many[_Marks]
-
-
-class _Named(Part):
-    file: str
-
-
-class _Overalls(Part):
-    query_server: Many[_Named]
-    cpt: Many[_Named] | None = None
-    continual_overall_results: dict[str, Any]
-
-
-def _from_verdict_strings(run: Mapping[str, Any], *, path: str | Path, item: str) -> dict[str, Any]:
-    """A single-passage run from the verdicts of each passage as a string of 0 and 1."""
-    articles = []
-    for at, passage in enumerate(run["passages"]):
-        field = f"runs.{item}.passages[{at}].adapter"
-        check_length(passage["adapter"], len(passage["baseline"]), path=path, field=field)
-        marks = zip(passage["baseline"], passage["adapter"], strict=True)
-        questions = [{"baseline_correct": before == "1", "adapter_correct": after == "1"} for before, after in marks]
-        articles.append({"completions": [{"questions": questions}]})
-    return {"overall": run.get("overall") or {}, "n_articles": len(articles), "articles": articles}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +204,18 @@ class Collection:
         wanted = [run for run in self.single_passage if not run.is_ranking and prompt_key in ("", run.prompt_key)]
         measured = [run for run in wanted if run.has_verdicts or run.stored_mean("adapter") is not None]
         arms = {run.arm: run for run in sorted(measured, key=lambda run: run.has_verdicts)}  # the last one stays
-        return dict(sorted(arms.items(), key=lambda item: _order(item[1])))
+
+        def order(run: SinglePassageRun) -> tuple[float, str]:
+            """Passage only first, self-edits by round, then texts that no round wrote."""
+            number = math.inf if run.rest_em_round is None else run.rest_em_round
+            return -1 if run.arm == "passage only" else number, run.arm
+
+        return {run.arm: run for run in sorted(arms.values(), key=order)}
 
     def best_answered(self) -> SinglePassageRun | None:
         """Of the arms with answers, those on the most passages; of these, the most accurate one."""
         measured = [(run, run.estimate()) for run in self.arms().values() if run.stored_verdicts()]
-        found = [(estimate.n, estimate.mean, run) for run, estimate in measured if estimate]
+        found = [(estimate.n_asked, estimate.mean, run) for run, estimate in measured if estimate]
         return max(found, key=lambda one: one[:2])[2] if found else None
 
     def accuracy(self, prompt_key: str = "", *, form: str = "single_passage") -> "pd.DataFrame":
@@ -261,8 +226,14 @@ class Collection:
 
     def left_out(self, prompt_key: str = "") -> "pd.DataFrame":
         """``file`` and ``reason`` of every single-passage run that ``arms`` does not hold."""
-        shown = {id(run) for run in self.arms(prompt_key).values()}
-        rows = [(run.file, _why_left_out(run, prompt_key)) for run in self.single_passage if id(run) not in shown]
+        rows, shown = [], {id(run) for run in self.arms(prompt_key).values()}
+        for run in self.single_passage:
+            reason = "another file is shown for this arm" if run.estimate() else "no answer graded"
+            if run.is_ranking:
+                reason = "rewards of a ReST-EM round"
+            elif prompt_key not in ("", run.prompt_key):
+                reason = f"prompt {run.prompt_key}"
+            rows += [(run.file, reason)] if id(run) not in shown else []
         return frame(rows, ("file", "reason"))
 
     def prompt_keys(self) -> list[str]:
@@ -287,10 +258,11 @@ class Collection:
     def passage_accuracies(self, prompt_key: str) -> list[list[float]]:
         """For each passage its accuracy in each round; empty if rounds, passages or verdicts are missing."""
         rounds = self.rounds(prompt_key)
-        columns = [[accuracy(verdicts) for verdicts in run.scores("adapter")] if run else [None] for run in rounds]
-        if not columns or len(set(map(len, columns))) != 1 or any(None in column for column in columns):
+        columns = [[accuracy(verdicts) for verdicts in run.scores("adapter")] if run else [] for run in rounds]
+        if len(set(map(len, columns))) != 1:
             return []
-        return [[value for value in row if value is not None] for row in zip(*columns, strict=True)]
+        rows = [[value for value in row if value is not None] for row in zip(*columns, strict=True)]
+        return [row for row in rows if len(row) == len(columns)]
 
     def published_arms(self, prompt_key: str = "") -> dict[str, float]:
         """The published accuracy of every arm that was run on exactly the published passages."""
@@ -324,8 +296,8 @@ class Collection:
         """The few numbers to look at first; None where there are no runs for one."""
         said: dict[str, str | None] = dict.fromkeys(SUMMARY_LINES)
         arms = [(estimate, run) for run in self.arms(prompt_key).values() if (estimate := run.estimate())]
-        most = max((estimate.n for estimate, _ in arms), default=0)  # one passage tried by hand is no evaluation
-        if whole := [(estimate, run) for estimate, run in arms if estimate.n == most]:
+        most = max((estimate.n_asked for estimate, _ in arms), default=0)  # one passage by hand is no evaluation
+        if whole := [(estimate, run) for estimate, run in arms if estimate.n_asked == most]:
             best, of_best = max(whole, key=lambda pair: pair[0].mean)
             baseline = next((one for _, run in whole if (one := run.estimate("baseline"))), None)
             said["best arm"] = f"{of_best.arm} {_percent(best)}, baseline {_percent(baseline)}"
@@ -345,21 +317,6 @@ class Collection:
 def stacked(runs: Iterable[Run]) -> "pd.DataFrame":
     """The ``accuracy()`` rows of several runs as one DataFrame."""
     return frame([row for run in runs for row in run.accuracy().to_dict("records")])
-
-
-def _why_left_out(run: SinglePassageRun, prompt_key: str) -> str:
-    if run.is_ranking:
-        return "rewards of a ReST-EM round"
-    if prompt_key not in ("", run.prompt_key):
-        return f"prompt {run.prompt_key}"
-    return "another file is shown for this arm" if run.estimate() else "no answer graded"
-
-
-def _order(run: SinglePassageRun) -> tuple[float, str]:
-    """Passage only first, self-edits by round, then texts that no round wrote."""
-    if run.arm == "passage only":
-        return -1, run.arm
-    return math.inf if run.rest_em_round is None else run.rest_em_round, run.arm
 
 
 def _percent(estimate: Estimate | None) -> str:

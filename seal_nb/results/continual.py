@@ -5,7 +5,7 @@ asked from then on. A cell without a verdict is None. In files (SEAL, arXiv 2506
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,72 +14,50 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
+from seal_nb import metrics
 from seal_nb.errors import DataError, checked
 from seal_nb.grading.base import answered_with
-from seal_nb.metrics import (
-    Difference,
-    Estimate,
-    Scores,
-    Verdicts,
-    accuracy,
-    mean,
-    mean_interval,
-    paired_difference,
-    sample_std,
-)
 from seal_nb.protocol import rounded
+from seal_nb.results import run as runs
 from seal_nb.results.cpt import check_length, split_by_passage
-from seal_nb.results.run import (
-    VERDICT_WORDS,
-    Count,
-    Kind,
-    Many,
-    Number,
-    Part,
-    Run,
-    RunFields,
-    StoredVerdict,
-    frame,
-    unequal,
-)
 from seal_nb.storage import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Matrix = Sequence[Sequence[float | None]]
-_interval = partial(mean_interval, unit="sequences")
-_difference = partial(paired_difference, unit="sequences")
+_interval = partial(metrics.if_graded, metrics.mean_interval, unit="sequences")
+_difference = partial(metrics.if_graded, metrics.paired_difference, unit="sequences")
 
 
-class _Asked(Part):
+class _Asked(runs.Part):
     question: str
     answer: str
-    other_answers: Many[str] = Field([])
+    other_answers: runs.Many[str] = Field([])
 
 
-class _Step(Part):
-    texts: Many[str]
-    correct: Many[bool | None]
-    earlier: dict[str, dict[str, Many[bool | None]]] | None = None
+class _Step(runs.Part):
+    texts: runs.Many[str]
+    correct: runs.Many[bool | None]
+    earlier: dict[str, dict[str, runs.Many[bool | None]]] | None = None
 
 
-class _Sequence(Part):
-    titles: Many[str]
-    questions: Many[Many[_Asked]]
-    steps: Many[_Step]
+class _Sequence(runs.Part):
+    titles: runs.Many[str]
+    questions: runs.Many[runs.Many[_Asked]]
+    steps: runs.Many[_Step]
 
 
-class _File(RunFields):
-    mean_over_sequences: Many[Many[Number]]
-    std_over_sequences: Many[Many[Number]] | None = None
-    matrices: Many[Many[Many[Number]]] | None = None
-    sequences: Many[_Sequence] | None = None
-    n_sequences_of_runs: Many[Count] | None = None
+class _File(runs.RunFields):
+    mean_over_sequences: runs.Many[runs.Many[runs.Number]]
+    std_over_sequences: runs.Many[runs.Many[runs.Number]] | None = None
+    matrices: runs.Many[runs.Many[runs.Many[runs.Number]]] | None = None
+    sequences: runs.Many[_Sequence] | None = None
+    n_sequences_of_runs: runs.Many[runs.Count] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
-class ContinualRun(Run):
+class ContinualRun(runs.Run):
     """A ``summary_*.json``. Raises: DataError if its matrices are not (K+1)×K.
 
     ``mean`` has (K+1)×K accuracies, averaged over sequences; 0.0 where a passage was not asked. ``matrices`` has those
@@ -102,26 +80,27 @@ class ContinualRun(Run):
         for number, sequence in enumerate(read.sequences or []):
             counts, place = [len(asked) for asked in sequence.questions], f"sequences[{number}]"
             check_length(counts, len(sequence.titles), path=self.path, field=f"{place}.questions", of="titles")
+            check_length(sequence.steps, len(counts) + 1, path=self.path, field=f"{place}.steps", of="steps")
             for step, record in enumerate(sequence.steps):
-                n_questions = sum(n for at, n in enumerate(counts) if was_asked(step, at))
-                kept = record.earlier or {}
                 lists: dict[str, list[Any]] = {"texts": record.texts, "correct": record.correct}
-                lists |= {f"earlier.{by}.{name}": own for by in kept for name, own in kept[by].items()}
+                for grader, kept in (record.earlier or {}).items():
+                    lists |= {f"earlier.{grader}.{name}": verdicts for name, verdicts in kept.items()}
                 for name, values in lists.items():
-                    check_length(values, n_questions, path=self.path, field=f"{place}.steps[{step}].{name}")
+                    n_asked = sum(counts[: step or None])
+                    check_length(values, n_asked, path=self.path, field=f"{place}.steps[{step}].{name}")
 
     @property
     def arm(self) -> str:
         return self.name
 
-    def scores(self, kind: Kind) -> list[Scores]:
+    def scores(self, kind: runs.Kind) -> list[metrics.Scores]:
         return [matrix[0 if kind == "baseline" else -1] for matrix in self.matrices]
 
-    def flat_verdicts(self, kind: Kind) -> list[Any]:
+    def flat_verdicts(self, kind: runs.Kind) -> list[Any]:
         return [one.verdict() for one in self.stored_verdicts() if one.kind == kind]
 
-    def stored_mean(self, kind: Kind) -> float | None:
-        return mean(self.mean[0 if kind == "baseline" else -1])
+    def stored_mean(self, kind: runs.Kind) -> float | None:
+        return metrics.mean(self.mean[0 if kind == "baseline" else -1])
 
     def unit_keys(self) -> list[Any]:
         return [tuple(sequence["titles"]) for sequence in self.value.get("sequences") or []]
@@ -129,18 +108,15 @@ class ContinualRun(Run):
     def extra(self) -> dict[str, Any]:
         return {"passages": len(self.mean) - 1}
 
-    def seen(self) -> list[Estimate]:
+    def seen(self) -> list[metrics.Estimate]:
         """After each edit the accuracy on the passages edited so far; without matrices, or where nothing was graded,
         means without intervals."""
         found = []
         for step in range(1, len(self.mean)):
-            cells = [matrix[step][:step] for matrix in self.matrices]
-            if any(cell is not None for row in cells for cell in row):
-                found.append(_interval(cells))
-            else:
-                known = mean(self.mean[step][:step])
-                value = math.nan if known is None else known
-                found.append(Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit))
+            known = metrics.mean(self.mean[step][:step])
+            value = math.nan if known is None else known
+            stored = metrics.Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit)
+            found.append(_interval([matrix[step][:step] for matrix in self.matrices]) or stored)
         return found
 
     def curve(self) -> "pd.DataFrame":
@@ -154,9 +130,9 @@ class ContinualRun(Run):
         rows = []
         for step, estimate in enumerate(self.seen(), 1):
             low, high = (estimate.low, estimate.high) if self.matrices else (None, None)
-            edited = mean(self.mean[0][:step]), self.mean[step][step - 1]
-            rows.append((step, estimate.mean, low, high, *edited, self.n_sequences))
-        return frame(rows, ("edits", "accuracy", "low", "high", "never_edited", "just_edited", "n"))
+            edited = metrics.mean(self.mean[0][:step]), self.mean[step][step - 1]
+            rows.append((step, estimate.mean, low, high, *edited, estimate.n))
+        return runs.frame(rows, ("edits", "accuracy", "low", "high", "never_edited", "just_edited", "n"))
 
     def answers(self) -> "pd.DataFrame":
         """All answers of the sequences; empty for published files.
@@ -169,23 +145,23 @@ class ContinualRun(Run):
         for sequence, edits, stored in self._placed_verdicts():
             one, verdict = stored.answered, stored.verdict()
             asked = one.title, one.question, one.gold, one.answer
-            rows.append((sequence, edits, *asked, VERDICT_WORDS[verdict], verdict))
-        return frame(rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct"))
+            rows.append((sequence, edits, *asked, runs.VERDICT_WORDS[verdict], verdict))
+        return runs.frame(rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct"))
 
     def overall(self) -> dict[str, Any]:
         """The means of ``continual_estimates``; of the stored matrix in files without sequences."""
         stored = [[cell if was_asked(t, p) else None for p, cell in enumerate(row)] for t, row in enumerate(self.mean)]
-        return {name: one.mean for name, one in continual_estimates(self.matrices or [stored]).items()}
+        return {name: one and one.mean for name, one in continual_estimates(self.matrices or [stored]).items()}
 
     def counts(self) -> dict[str, Any]:
-        n_answers = len(self.stored_verdicts())
-        about = {"n_passages": len(self.mean) - 1, "n_sequences": self.n_sequences, "n_answers": n_answers}
-        return super().counts() | about
+        about = {"n_passages": len(self.mean) - 1, "n_sequences": self.n_sequences}
+        return super().counts() | about | {"n_answers": len(self.stored_verdicts())}
 
     def notes(self) -> list[str]:
         if not self.matrices:
             return ["the file has no matrix of each sequence: no intervals"]
-        return [] if self._runs() else ["the matrices of each pooled run are not known: the means are not checked"]
+        unchecked = "the matrices of each pooled run are not known: the means are not checked"
+        return [*super().notes(), *([] if self._runs() else [unchecked])]
 
     def _runs(self) -> list[Self]:
         """The runs that were pooled, from their matrices; this run if it is not pooled; empty if not known."""
@@ -196,24 +172,25 @@ class ContinualRun(Run):
         return [type(self)(value=self._summary(part)) for part in parts]
 
     def disagreements(self) -> list[str]:
-        if not (runs := self._runs()):
+        if not (parts := self._runs()):
             return []
-        return unequal("summary", self.value, aggregate_summaries(runs) if "n_runs" in self.value else runs[0].value)
+        computed = aggregate_summaries(parts) if "n_runs" in self.value else parts[0].value
+        return runs.unequal("summary", self.value, computed)
 
-    def stored_verdicts(self) -> list[StoredVerdict]:
+    def stored_verdicts(self) -> list[runs.StoredVerdict]:
         return [stored for _, _, stored in self._placed_verdicts()]
 
-    def _placed_verdicts(self) -> Iterator[tuple[int, int, StoredVerdict]]:
+    def _placed_verdicts(self) -> Iterator[tuple[int, int, runs.StoredVerdict]]:
         """(sequence, number of edits, verdict) of every answer."""
         for number, sequence in enumerate(self.value.get("sequences") or []):
             passages = list(zip(sequence["titles"], sequence["questions"], strict=True))
             for step, record in enumerate(sequence["steps"]):
                 asked = [(title, one) for title, questions in passages[: step or None] for one in questions]
-                kind: Kind = "adapter" if step else "baseline"
+                kind: runs.Kind = "adapter" if step else "baseline"
                 for at, ((title, one), text) in enumerate(zip(asked, record["texts"], strict=True)):
                     golds = one["answer"], *(one.get("other_answers") or ())
                     answered = answered_with(golds, title=title, question=one["question"], answer=text)
-                    yield number, step, StoredVerdict(kind, answered, record, "correct", at)
+                    yield number, step, runs.StoredVerdict(kind, answered, record, "correct", at)
 
     def fill_statistics(self) -> None:
         for sequence in self.value["sequences"]:
@@ -228,19 +205,24 @@ class ContinualRun(Run):
     @classmethod
     def of(cls, sequences: Sequence[Mapping[str, Any]], *, dataset: str, base_model: str, strategy: str) -> Self:
         """The run of one strategy from its sequences, as files have them."""
-        matrices = [continual_matrix(sequence_verdicts(sequence)) for sequence in sequences]
+        matrices = [continual_matrix(rows) for rows in verdicts_of(sequences)]
         summary = summarize_sequences(matrices, dataset=dataset, base_model=base_model)
         return cls(value=summary | {"strategy": strategy, "sequences": sequences})
 
-    def verdicts(self) -> list[list[list[Verdicts | None]]]:
+    def verdicts(self) -> list[list[list[metrics.Verdicts | None]]]:
         """``verdicts()[s][t][p]`` are those on passage p of sequence s after t edits; None if it was not asked."""
-        return [sequence_verdicts(sequence) for sequence in self.value.get("sequences") or []]
+        return verdicts_of(self.value.get("sequences") or [])
 
 
-def sequence_verdicts(sequence: Mapping[str, Any]) -> list[list[Verdicts | None]]:
-    """The verdicts of a sequence as a summary keeps it, by step and passage."""
-    counts = [len(asked) for asked in sequence["questions"]]
-    return [verdict_row(record["correct"], counts, step) for step, record in enumerate(sequence["steps"])]
+def verdicts_of(sequences: Sequence[Mapping[str, Any]]) -> list[list[list[metrics.Verdicts | None]]]:
+    """The verdicts of sequences as a summary keeps them, by step and passage."""
+    return [
+        [
+            verdict_row(record["correct"], [len(asked) for asked in sequence["questions"]], step)
+            for step, record in enumerate(sequence["steps"])
+        ]
+        for sequence in sequences
+    ]
 
 
 def was_asked(step: int, passage: int) -> bool:
@@ -248,24 +230,16 @@ def was_asked(step: int, passage: int) -> bool:
     return step == 0 or passage < step
 
 
-def verdict_row(correct: Verdicts, counts: Sequence[int], step: int) -> list[Verdicts | None]:
+def verdict_row(correct: metrics.Verdicts, counts: Sequence[int], step: int) -> list[metrics.Verdicts | None]:
     """The verdicts of every passage after ``step`` edits, from those of all questions; None if it was not asked.
     ``counts``: the number of questions of each passage."""
     n_asked = step or len(counts)
     return [*split_by_passage(correct, counts[:n_asked]), *[None] * (len(counts) - n_asked)]
 
 
-def continual_matrix(verdicts_T_P: Sequence[Sequence[Verdicts | None]]) -> list[list[float | None]]:
-    """(K+1)×K accuracies from the verdicts of each step; None for a passage that was not asked."""
-    n_passages = len(verdicts_T_P) - 1
-    for step, verdicts_P in enumerate(verdicts_T_P):
-        if len(verdicts_P) != n_passages:
-            raise DataError(
-                f"has {len(verdicts_P)} passages after {step} edits, not {n_passages}",
-                field=f"verdicts[{step}]",
-                remedy="give K + 1 steps over K passages",
-            )
-    return [[None if one is None else accuracy(one) for one in verdicts_P] for verdicts_P in verdicts_T_P]
+def continual_matrix(verdicts_T_P: Sequence[Sequence[metrics.Verdicts | None]]) -> list[list[float | None]]:
+    """(K+1)×K accuracies from the verdicts of each step; None where a passage was not asked, or not graded."""
+    return [[None if one is None else metrics.accuracy(one) for one in verdicts_P] for verdicts_P in verdicts_T_P]
 
 
 def check_sizes(matrices: Sequence[Matrix], *, path: str | Path = "", field: str = "") -> int:
@@ -282,8 +256,8 @@ def summarize_sequences(matrices: Sequence[Matrix], *, dataset: str, base_model:
     over the sequences, 4 decimals; 0.0 where nothing was asked. (The released files do not show whether the published
     deviations are sample or population ones.)"""
     return {
-        "mean_over_sequences": _cellwise(mean, matrices),
-        "std_over_sequences": _cellwise(sample_std, matrices),
+        "mean_over_sequences": _cellwise(metrics.mean, matrices),
+        "std_over_sequences": _cellwise(metrics.sample_std, matrices),
         "n_sequences": len(matrices),
         "n_datapoints": check_sizes(matrices),
         "dataset": dataset,
@@ -296,13 +270,10 @@ def _cellwise(
     statistic: Callable[[list[float | None]], float | None], matrices: Sequence[Matrix]
 ) -> list[list[float | None]]:
     """A statistic of each cell over several matrices, as files store it."""
-    n_passages = check_sizes(matrices)
+    places = range(check_sizes(matrices))
     return [
-        [
-            rounded(statistic([matrix[step][at] for matrix in matrices])) if was_asked(step, at) else 0.0
-            for at in range(n_passages)
-        ]
-        for step in range(n_passages + 1)
+        [rounded(statistic([one[step][at] for one in matrices])) if was_asked(step, at) else 0.0 for at in places]
+        for step in range(len(places) + 1)
     ]
 
 
@@ -316,30 +287,24 @@ def aggregate_summaries(runs: Sequence[ContinualRun]) -> dict[str, Any]:
             if not run.value.get(name):
                 raise DataError("is missing", path=run.path, field=name, remedy="give a summary of a continual run")
     means, stds, counts = [run.mean for run in runs], [run.std for run in runs], [run.n_sequences for run in runs]
-    n_passages = check_sizes([*means, *stds])
-    about = {name: _shared(runs, name) for name in ("dataset", "base_model", "strategy")}
-    if not about["strategy"]:
-        del about["strategy"]
+    about: dict[str, str] = {}
+    for name in ("dataset", "base_model", "strategy"):
+        said = list(dict.fromkeys(str(run.value.get(name) or "") for run in runs))
+        if len(said) > 1:
+            remedy = "pool runs of one dataset, model and strategy"
+            raise DataError(f"differs between the summaries: {', '.join(map(repr, said))}", field=name, remedy=remedy)
+        about |= {name: said[0]} if said[0] or name != "strategy" else {}
     return {
-        "mean_over_sequences": _cellwise(mean, means),
-        "std_over_sequences": _cellwise(mean, stds),
+        "mean_over_sequences": _cellwise(metrics.mean, means),
+        "std_over_sequences": _cellwise(metrics.mean, stds),
         "n_sequences": sum(counts),
-        "n_datapoints": n_passages,
+        "n_datapoints": check_sizes([*means, *stds]),
         **about,
         "n_runs": len(runs),
         "n_sequences_of_runs": [] if any("n_runs" in run.value for run in runs) else counts,
         "pooled_std_over_sequences": _cellwise(partial(_pooled_std, counts), [*means, *stds]),
         "matrices": [matrix for run in runs for matrix in run.matrices],
     }
-
-
-def _shared(runs: Sequence[ContinualRun], field: str) -> str:
-    """What all summaries say of a field, "" where they say nothing."""
-    said = list(dict.fromkeys(str(run.value.get(field) or "") for run in runs))
-    if len(said) > 1:
-        remedy = "pool runs of one dataset, model and strategy"
-        raise DataError(f"differs between the summaries: {', '.join(map(repr, said))}", field=field, remedy=remedy)
-    return said[0]
 
 
 def _pooled_std(counts: Sequence[int], cells: Sequence[float | None]) -> float | None:
@@ -365,42 +330,25 @@ def pool_summaries(paths: Sequence[str | Path], out: str | Path) -> str:
     )
 
 
-def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate | Difference]:
-    """The numbers a continual experiment is about, each with its interval over sequences.
+def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, metrics.Estimate | None]:
+    """The numbers a continual experiment is about, each with its interval over sequences; None: nothing was graded.
 
     ``never_edited`` row 0; ``after_own_edit`` each passage right after its edit; ``final`` the last row;
     ``final_minus_never_edited``; ``backward_transfer`` what later edits changed (final minus after own edit,
     the last passage left out); ``forgetting`` the best since its edit minus final, the same passages.
     """
-    n_passages = check_sizes(matrices)
+    places = range(check_sizes(matrices))
     never, final = [matrix[0] for matrix in matrices], [matrix[-1] for matrix in matrices]
-    own = [[matrix[at + 1][at] for at in range(n_passages)] for matrix in matrices]
-    estimates: dict[str, Estimate | Difference] = {
+    own = [[matrix[at + 1][at] for at in places] for matrix in matrices]
+    estimates: dict[str, metrics.Estimate | None] = {
         "never_edited": _interval(never),
         "after_own_edit": _interval(own),
         "final": _interval(final),
         "final_minus_never_edited": _difference(final, never),
     }
-    if n_passages > 1:
+    if len(places) > 1:
         earlier, own_earlier = ([row[:-1] for row in rows] for rows in (final, own))
-        best = [[_best(row[at] for row in matrix[at + 1 : -1]) for at in range(n_passages - 1)] for matrix in matrices]
+        since = [[[row[at] for row in matrix[at + 1 : -1]] for at in places[:-1]] for matrix in matrices]
+        best = [[max((one for one in cells if one is not None), default=None) for cells in rows] for rows in since]
         estimates |= {"backward_transfer": _difference(earlier, own_earlier), "forgetting": _difference(best, earlier)}
     return estimates
-
-
-def _best(accuracies: Iterable[float | None]) -> float | None:
-    return max((value for value in accuracies if value is not None), default=None)
-
-
-def strategy_rows(matrices_of: Mapping[str, Sequence[Matrix]]) -> list[dict[str, Any]]:
-    """One line a strategy: accuracy on all passages after the last edit, paired difference to the first."""
-    finals = {name: [matrix[-1] for matrix in matrices] for name, matrices in matrices_of.items()}
-    first = next(iter(finals.values()))
-    return [
-        {
-            "strategy": name,
-            "final": _interval(final).mean,
-            "against the first": None if final is first else _difference(final, first).sentence(),
-        }
-        for name, final in finals.items()
-    ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from seal_nb.errors import DataError, checked
 from seal_nb.grading.base import answered_with
 from seal_nb.metrics import Scores, Verdicts, Weighting, accuracy, gain
-from seal_nb.passages import Passage
+from seal_nb.passages import Passage, Question
 from seal_nb.protocol import rounded
 from seal_nb.results.run import KINDS, Count, Kind, Many, Part, Run, RunFields, StoredVerdict, verdict_change
 
@@ -55,18 +55,18 @@ class CptRun(Run):
 
     def __post_init__(self) -> None:
         read = checked(_File.model_validate, self.value, path=self.path)
-        reply = read.server_reply
-        for name in ("adapter_correct", "baseline_texts", "adapter_texts"):
-            values, where = getattr(reply, name), f"server_reply.{name}"
-            if values or name == "adapter_correct":  # texts may be absent or empty
-                check_length(values, len(reply.baseline_correct), path=self.path, field=where, of="verdicts")
-        if read.per_passage and (n := sum(one.n_questions for one in read.per_passage)) != len(reply.baseline_correct):
-            problem = f"has {n} questions for {len(reply.baseline_correct)} verdicts"
-            raise DataError(problem, path=self.path, field="per_passage", remedy="write the file again")
+        reply, n = read.server_reply, len(read.server_reply.baseline_correct)
+        lists: dict[str, Any] = {
+            name: getattr(reply, name) for name in ("adapter_correct", "baseline_texts", "adapter_texts")
+        }
         for grader, kept in (reply.earlier or {}).items():
-            for name, verdicts in kept.items():
-                where = f"server_reply.earlier.{grader}.{name}"
-                check_length(verdicts, len(reply.baseline_correct), path=self.path, field=where, of="verdicts")
+            lists |= {f"earlier.{grader}.{name}": verdicts for name, verdicts in kept.items()}
+        for name, values in lists.items():
+            if values or not name.endswith("_texts"):  # texts may be absent or empty
+                check_length(values, n, path=self.path, field=f"server_reply.{name}", of="verdicts")
+        if read.per_passage and (n_asked := sum(one.n_questions for one in read.per_passage)) != n:
+            problem = f"has {n_asked} questions for {n} verdicts"
+            raise DataError(problem, path=self.path, field="per_passage", remedy="write the file again")
         self.passages = tuple(self.passages)[: self.value.get("n_articles") or None]
 
     @property
@@ -82,7 +82,7 @@ class CptRun(Run):
 
     def stored_mean(self, kind: Kind) -> float | None:
         verdicts = self.flat_verdicts(kind)
-        return accuracy(verdicts) if verdicts else self.stored_overall.get(f"{kind}_accuracy")
+        return accuracy(verdicts) if verdicts else (self.value.get("overall") or {}).get(f"{kind}_accuracy")
 
     def unit_keys(self) -> list[Any]:
         """(title, number of questions) of each passage."""
@@ -104,11 +104,10 @@ class CptRun(Run):
         import pandas as pd
 
         before, after = (self.flat_verdicts(kind) for kind in KINDS)
-        asked = [question for passage in self.passages for question in passage.questions]
         columns = {
             "passage": [title for title, n in self.unit_keys() for _ in range(n)],
-            "question": [one.question for one in asked],
-            "gold": [one.answer for one in asked],
+            "question": [one.question for _, one in self._asked()],
+            "gold": [one.answer for _, one in self._asked()],
             **{f"{kind}_answer": self.value["server_reply"].get(f"{kind}_texts") for kind in KINDS},
             "verdicts": list(map(verdict_change, before, after)),
             "baseline_correct": before,
@@ -122,8 +121,12 @@ class CptRun(Run):
     def overall(self) -> dict[str, float | None]:
         """Published ``overall``: 4 decimals, the gain from unrounded accuracies."""
         before, after = (self.flat_verdicts(kind) for kind in KINDS)
-        accuracies = {"baseline_accuracy": rounded(accuracy(before)), "adapter_accuracy": rounded(accuracy(after))}
-        return accuracies | {"gain": rounded(gain(before, after))}
+        shares = {"baseline_accuracy": accuracy(before), "adapter_accuracy": accuracy(after)}
+        return {name: rounded(share) for name, share in (shares | {"gain": gain(before, after)}).items()}
+
+    def _asked(self) -> list[tuple[str, Question]]:
+        """Title and question of each answer; empty if the run was read without its passages."""
+        return [(passage.title, question) for passage in self.passages for question in passage.questions]
 
     def counts(self) -> dict[str, Any]:
         n_passages = self.value.get("n_articles") or len(self.unit_keys()) or None
@@ -131,42 +134,37 @@ class CptRun(Run):
 
     def notes(self) -> list[str]:
         if self.unit_keys():
-            return []
+            return super().notes()
         return ["the file does not say which question belongs to which passage: no intervals without its item file"]
 
     def stored_verdicts(self) -> list[StoredVerdict]:
-        reply = self.value["server_reply"]
-        asked = [(passage.title, question) for passage in self.passages for question in passage.questions]
+        reply, asked, found = self.value["server_reply"], self._asked(), []
         for name in ("baseline_texts", "baseline_correct", "adapter_texts", "adapter_correct"):
             where = f"server_reply.{name}"
             check_length(reply.get(name), len(asked), path=self.path, field=where, remedy=OTHER_PASSAGES)
-        found = []
         for at, (title, one) in enumerate(asked):
+            golds = one.answer, *one.other_answers
             for kind in KINDS:
                 text = reply[f"{kind}_texts"][at]
-                golds = one.answer, *one.other_answers
                 answered = answered_with(golds, title=title, question=one.question, answer=text)
                 found.append(StoredVerdict(kind, answered, reply, f"{kind}_correct", at))
         return found
 
     def fill_statistics(self) -> None:
-        overall, pairs = self.overall(), list(zip(*(self.flat_verdicts(kind) for kind in KINDS), strict=True))
-        self.value["server_reply"] |= {
-            "baseline_accuracy": overall["baseline_accuracy"],
-            "adapter_accuracy": overall["adapter_accuracy"],
-            "adapter_gain": overall["gain"],
-            "gains": [None if before is None or after is None else after - before for before, after in pairs],
-        }
+        overall, pairs = self.overall(), list(zip(*map(self.flat_verdicts, KINDS), strict=True))
+        gains = [None if before is None or after is None else after - before for before, after in pairs]
+        for name, value in overall.items():
+            self.value["server_reply"]["adapter_gain" if name == "gain" else name] = value
+        self.value["server_reply"]["gains"] = gains
         per_passage: list[dict[str, Any]] = []  # by index, because titles repeat
-        per_article: dict[str, dict[str, list[bool | None]]] = {}  # of all passages of one title
-        by_passage = zip(self.unit_keys(), *(self.scores(kind) for kind in KINDS), strict=True)
+        per_article: dict[str, dict[str, list[Any]]] = {}  # of all passages of one title
+        by_passage = zip(self.unit_keys(), *map(self.scores, KINDS), strict=True)
         for at, ((title, n_questions), before, after) in enumerate(by_passage):
             verdicts = {"baseline_correct": before, "adapter_correct": after}
-            accuracies = {f"{kind}_accuracy": rounded(accuracy(verdicts[f"{kind}_correct"])) for kind in KINDS}
-            per_passage.append({"index": at, "title": title, "n_questions": n_questions, **verdicts, **accuracies})
-            mine = per_article.setdefault(title, {name: [] for name in verdicts})
+            shares = {"baseline_accuracy": rounded(accuracy(before)), "adapter_accuracy": rounded(accuracy(after))}
+            per_passage.append({"index": at, "title": title, "n_questions": n_questions, **verdicts, **shares})
             for name, values in verdicts.items():
-                mine[name] += values
+                per_article.setdefault(title, {}).setdefault(name, []).extend(values)
         n_ungraded = sum(None in pair for pair in pairs)
         self.value.update(overall=overall, n_ungraded=n_ungraded, per_article=per_article, per_passage=per_passage)
 

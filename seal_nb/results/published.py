@@ -7,6 +7,7 @@ over exactly these passages; `are_published_passages` tells. Qwen2.5-7B, verdict
 import hashlib
 from collections.abc import Iterable
 
+from seal_nb.passages import text_key
 from seal_nb.storage import data_file, read_json
 
 _PUBLISHED = read_json(data_file("published.json"))
@@ -19,6 +20,6 @@ CONTINUAL: dict[str, float] = _PUBLISHED["continual"]  # 64 sequences of 8 passa
 
 def are_published_passages(titles_and_contexts: Iterable[tuple[str, str]]) -> bool:
     """Whether these are exactly the 200 passages of the published evaluation, in any order."""
-    lines = sorted(f"{title}\0{context}" for title, context in titles_and_contexts)
+    lines = sorted("\0".join(text_key(*texts)) for texts in titles_and_contexts)
     digest = hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest()
     return bool(digest == _PUBLISHED["passages_sha256"])

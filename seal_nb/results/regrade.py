@@ -7,12 +7,13 @@ because one that is stricter on one arm shifts every gain.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from seal_nb.errors import DataError, SettingsError, checked
 from seal_nb.grading.base import AS_BOOLEAN, IN_WORDS, Answered, Grader, Verdict, answered_with
@@ -102,14 +103,12 @@ class Graded:
         if self.run:
             for name, verdicts in ((self.earlier_grader, self.reference), (self.grader, self.verdicts)):
                 judged = list(zip(self.kinds, verdicts, strict=True))
-                of_kind = {kind: [verdict for one, verdict in judged if one == kind] for kind in KINDS}
-                said.append(f"{name}: " + ", ".join(f"{kind} {_share(own)}" for kind, own in of_kind.items()))
+                shares = {kind: accuracy([verdict for one, verdict in judged if one == kind]) for kind in KINDS}
+                words = {
+                    kind: "none graded" if s is None else f"{s:.1%} of answers correct" for kind, s in shares.items()
+                }
+                said.append(f"{name}: " + ", ".join(map(" ".join, words.items())))
         return said
-
-
-def _share(verdicts: Verdicts) -> str:
-    share = accuracy(verdicts)
-    return "none graded" if share is None else f"{share:.1%} of answers correct"
 
 
 def _grade(grader: Grader, answered: Sequence[Answered], earlier: Verdicts, only_ungraded: bool) -> list[bool | None]:
@@ -124,7 +123,7 @@ class _Row(BaseModel):
 
     question: str
     gold: str
-    other_golds: list[str] = []
+    other_golds: list[str] = Field([], validation_alias=AliasChoices("other_golds", "other_answers"))
     answer: str
     title: str = ""
     kind: str = ""
@@ -133,57 +132,47 @@ class _Row(BaseModel):
 
 
 def grade_file(
-    source: str | Path, out: str | Path, *, grader: str | Grader = "local", only_ungraded: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    grader: str | Grader = "local",
+    dataset: str | Path = "",
+    only_ungraded: bool = False,
 ) -> Graded:
-    """Grade ``source`` into ``out``, with all fields and a ``verdict`` in words. It has JSON lines of ``question``,
-    ``gold`` (with ``other_golds`` if there are several) and ``answer``, also gzip-compressed. A ``verdict`` of true,
-    false or null becomes ``reference_verdict``. ``only_ungraded``: rows that an earlier grading did not leave UNGRADED
-    keep their verdict. Raises: DataError with path, line and field, and then nothing is written; SettingsError for an
-    unknown grader."""
-    judge = make_grader(grader) if isinstance(grader, str) else grader
+    """Grade ``source`` into ``out``: a run file (`regrade`), or JSON lines of ``question``, ``gold`` (with
+    ``other_golds`` if there are several) and ``answer``, also gzip-compressed. Rows keep their fields and get a
+    ``verdict`` in words; one of true, false or null becomes ``reference_verdict``. ``dataset``: the items that a CPT
+    run was asked about; empty: the shipped dataset that the run names, if it does. ``only_ungraded``: what an earlier
+    grading did not leave UNGRADED keeps its verdict. Raises: DataError with path, line and field, and then nothing is
+    written; SettingsError for an unknown grader."""
+    judge, value = make_grader(grader) if isinstance(grader, str) else grader, dict[str, Any]()
+    with suppress(DataError):  # rows of answers are no JSON value
+        value = read_json(source)
+    if is_run(value):
+        named = str(dataset or value.get("dataset") or "") if "server_reply" in value else ""
+        passages = load_passages(named) if named and (dataset or named.startswith("shipped:")) else ()
+        done = regrade(run_of(value, path=source, passages=passages), judge, only_ungraded=only_ungraded)
+        if done.run:
+            done.run.write(out)
+        return done
     if Path(out).suffix == ".gz":
         raise DataError("output is plain JSON lines", path=out, remedy="leave off .gz")
-    rows: list[dict[str, Any]] = []
-    for place, row in read_json_lines(source):
-        checked(_Row.model_validate, row, path=source, item=place)
-        rows.append(row)
-    asked = ("question", "answer", "title")
+    placed = list(read_json_lines(source))
+    read = [checked(_Row.model_validate, row, path=source, item=place) for place, row in placed]
     answered = [
-        answered_with((row["gold"], *row.get("other_golds", ())), **{name: row[name] for name in asked if name in row})
-        for row in rows
+        answered_with((one.gold, *one.other_golds), question=one.question, answer=one.answer, title=one.title)
+        for one in read
     ]
     # A verdict in words comes from an earlier grading: it is replaced and is never a reference.
-    earlier = [AS_BOOLEAN.get(row.get("verdict") or Verdict.UNGRADED) for row in rows]
+    earlier = [AS_BOOLEAN.get(row.get("verdict") or Verdict.UNGRADED) for _, row in placed]
     verdicts = _grade(judge, answered, earlier, only_ungraded)
-    for row, verdict in zip(rows, verdicts, strict=True):
+    for (_, row), verdict in zip(placed, verdicts, strict=True):
         if "verdict" in row and not isinstance(row["verdict"], str):
             row["reference_verdict"] = row["verdict"]
         row["verdict"] = IN_WORDS[verdict]
-    write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
-    kinds, reference = [row.get("kind", "") for row in rows], [row.get("reference_verdict") for row in rows]
+    write_text(out, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for _, row in placed))
+    kinds, reference = [one.kind for one in read], [row.get("reference_verdict") for _, row in placed]
     return Graded(grader=judge.name, kinds=kinds, verdicts=verdicts, reference=reference)
-
-
-def is_run_file(path: str | Path) -> bool:
-    """Whether the file is a run that can be graded again, and not rows of answers."""
-    try:
-        return is_run(read_json(path))
-    except DataError:
-        return False
-
-
-def regrade_file(
-    path: str | Path, out: str | Path, grader: Grader, *, dataset: str | Path = "", only_ungraded: bool = False
-) -> Graded:
-    """`regrade` from file to file, written whole or not at all. ``dataset``: the items that a CPT run was asked about;
-    empty: the shipped dataset that the run names, if it does."""
-    value = read_json(path)
-    named = str(dataset or value.get("dataset") or "") if "server_reply" in value else ""
-    passages = load_passages(named) if named and (dataset or named.startswith("shipped:")) else ()
-    done = regrade(run_of(value, path=path, passages=passages), grader, only_ungraded=only_ungraded)
-    if done.run:
-        done.run.write(out)
-    return done
 
 
 def regrade(run: Run, grader: Grader, *, only_ungraded: bool = False) -> Graded:

@@ -18,7 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from seal_nb.errors import DataError, redacted
 from seal_nb.grading.base import Answered
-from seal_nb.metrics import Difference, Estimate, Scores, Weighting, mean_interval, paired_difference, to_settle
+from seal_nb.metrics import Difference, Estimate, Scores, Weighting, if_graded, mean_interval, paired_difference
+from seal_nb.passages import text_key
 from seal_nb.storage import read_json, record_path, write_json
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ ARM_NAMES = {
     "self_edits": "self-edits",
 }
 
-COMPARED = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence", "to_settle")
+COMPARED = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence")
+SHARES = ("accuracy", "low", "high", "baseline", "gain", "gain_low", "gain_high", "p")
 MOST = 1e6  # no accuracy, gain or log-probability is beyond; sums of larger numbers could overflow
 T = TypeVar("T")
 _NO_SETTINGS = {"timestamp", "overall", "server_reply", "per_article"}
@@ -116,6 +118,7 @@ class Run(ABC):
     value: dict[str, Any] = field(repr=False)
     path: Path = Path()
     file: str = ""
+    _estimates: dict[Kind, Estimate | None] = field(init=False, repr=False, default_factory=dict)
 
     form: ClassVar[str]
     unit: ClassVar[str] = "passages"  # what intervals are over
@@ -133,10 +136,6 @@ class Run(ABC):
         """The arm in words, from the file or its name."""
         arm = str(self.value.get("arm") or "") or self.name
         return ARM_NAMES.get(arm, arm)
-
-    @property
-    def stored_overall(self) -> Mapping[str, Any]:
-        return self.value.get("overall") or {}
 
     @abstractmethod
     def scores(self, kind: Kind) -> list[Scores]:
@@ -166,17 +165,15 @@ class Run(ABC):
     def unit_keys(self) -> list[Any]:
         """What identifies each unit, so that two runs can be paired; empty if the file does not say."""
 
-    @abstractmethod
-    def answers(self) -> "pd.DataFrame":
-        """One row per answered question."""
-
     def disagreements(self) -> list[str]:
         """Stored numbers that differ from the computed ones."""
-        return unequal("overall", self.stored_overall, self.overall())
+        return unequal("overall", self.value.get("overall") or {}, self.overall())
 
     def notes(self) -> list[str]:
-        """What the file cannot give."""
-        return []
+        """What the file cannot give, and what is left out."""
+        if not (found := self.estimate()) or not found.n_left_out:
+            return []
+        return [f"{found.n_left_out} of {found.n_asked} {self.unit} have no graded answer and are left out"]
 
     def extra(self) -> dict[str, Any]:
         """Columns of ``accuracy`` that only this form has."""
@@ -188,27 +185,25 @@ class Run(ABC):
 
     def estimate(self, kind: Kind = "adapter") -> Estimate | None:
         """Mean accuracy with its 95 % interval; the stored mean without a width if there are no verdicts."""
+        if kind not in self._estimates:  # a change of ``value`` makes a new run (``graded``)
+            found = if_graded(mean_interval, self.scores(kind), weighting=self.weighting, unit=self.unit)
+            stored, n = self.stored_mean(kind), self.value.get("n_articles") or self.value.get("n_sequences") or 0
+            if not found and stored is not None:
+                found = Estimate(mean=stored, low=stored, high=stored, n=n, unit=self.unit)
+            self._estimates[kind] = found
         return self._estimates[kind]
-
-    @cached_property
-    def _estimates(self) -> dict[Kind, Estimate | None]:
-        return {kind: self._estimate(kind) for kind in KINDS}
-
-    def _estimate(self, kind: Kind) -> Estimate | None:
-        scores = self.scores(kind)
-        if any(score is not None for unit in scores for score in unit):
-            return mean_interval(scores, weighting=self.weighting, unit=self.unit)
-        stored = self.stored_mean(kind)
-        n = self.value.get("n_articles") or self.value.get("n_sequences") or 0
-        return None if stored is None else Estimate(mean=stored, low=stored, high=stored, n=n, unit=self.unit)
 
     def gain(self) -> Difference | None:
         """Adapter minus baseline accuracy, paired; None if no unit was graded on both sides."""
-        after, before = self.scores("adapter"), self.scores("baseline")
-        try:
-            return paired_difference(after, before, weighting=self.weighting, unit=self.unit)
-        except DataError:
-            return None
+        sides = self.scores("adapter"), self.scores("baseline")
+        return if_graded(paired_difference, *sides, weighting=self.weighting, unit=self.unit)
+
+    def sentence_against(self, first: "Run") -> str | None:
+        """How far it is from a run over the same units in the same order; None for that run itself, or if no unit was
+        graded in both."""
+        sides = self.scores("adapter"), first.scores("adapter")
+        found = if_graded(paired_difference, *sides, weighting=self.weighting, unit=self.unit)
+        return found.sentence() if found and self is not first else None
 
     def accuracy(self) -> "pd.DataFrame":
         """Accuracy of the run.
@@ -220,11 +215,10 @@ class Run(ABC):
             columns of its form (``prompt``, ``recited``; ``questions``, ``lr``; ``passages``), ``file``. Accuracies are
             fractions. Intervals are missing if the file has no verdicts.
         """
-        return frame([self._row])
+        return frame([self._row]).astype(dict.fromkeys(SHARES, float))  # None is missing, as in longer tables
 
     @cached_property
     def _row(self) -> dict[str, Any]:
-        """Of ``accuracy``, computed once: a change of ``value`` makes a new run (``graded``)."""
         adapter, baseline, gain = self.estimate("adapter"), self.estimate("baseline"), self.gain()
         measured = adapter if self.has_verdicts else None
         stored_gain = adapter.mean - baseline.mean if adapter and baseline else None
@@ -246,10 +240,9 @@ class Run(ABC):
 
     def summary(self) -> dict[str, Any]:
         """What ``seal-nb summarize`` prints, as one JSON-able object: recomputed numbers, intervals, disagreements."""
-        intervals: dict[str, Any] | None = None
-        if gain := self.gain():
-            intervals = {kind: asdict(estimate) for kind in KINDS if (estimate := self.estimate(kind))}
-            intervals["gain"] = asdict(gain) | {"sentence": gain.sentence()}
+        sides = {kind: asdict(estimate) for kind in KINDS if (estimate := self.estimate(kind))}
+        gain = self.gain()
+        intervals = sides | {"gain": asdict(gain) | {"sentence": gain.sentence()}} if gain else None
         return {
             "kind": self.form,
             "file": self.path.name,
@@ -305,8 +298,8 @@ def compare(a: Run, b: Run, *, shared_only: bool = False) -> "pd.DataFrame":
 
     Returns:
         One row: ``arm``, ``against``, ``n`` (pairs), ``difference`` with its 95 % bootstrap interval ``low``, ``high``,
-        the sign-flip ``p`` (exact up to 12 pairs), ``is_real`` (interval and test both exclude zero, at least 6 pairs),
-        ``sentence``, and ``to_settle``: how many passages a difference that is not real needs.
+        the sign-flip ``p`` (exact up to 12 pairs), ``is_real`` (interval and test both exclude zero, at least 6 pairs)
+        and ``sentence``.
 
     Raises:
         DataError: the runs have different forms or passages, or a run has no verdicts, or passages that repeat.
@@ -318,8 +311,7 @@ def comparison(a: Run, b: Run, *, shared_only: bool = False) -> dict[str, Any]:
     """The row of ``compare``, and ``means``: those of both runs over the answers that are compared."""
     scores = paired_scores(a, b, shared_only=shared_only)
     d = paired_difference(*scores, weighting=a.weighting, unit=a.unit)
-    needed = None if d.is_real else to_settle(*scores, a.weighting, a.unit) or None
-    row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence(), needed)
+    row = (a.arm, b.arm, d.n, d.mean, d.low, d.high, d.p_value, d.is_real, d.sentence())
     return dict(zip(COMPARED, row, strict=True)) | {"means": d.means}
 
 
@@ -327,8 +319,7 @@ def difference_sentence(first: Run, second: Run) -> str:
     """Second minus first run over the passages that both have, and both means, in one line. Raises: DataError."""
     row = comparison(second, first, shared_only=True)
     after, before = row["means"]
-    said = "; ".join(filter(None, (row["sentence"], row["to_settle"])))
-    return f"{100 * before:.1f} % → {100 * after:.1f} %: {said}"
+    return f"{100 * before:.1f} % → {100 * after:.1f} %: {row['sentence']}"
 
 
 def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Scores], list[Scores]]:
@@ -339,54 +330,43 @@ def paired_scores(a: Run, b: Run, *, shared_only: bool = False) -> tuple[list[Sc
         if not run.has_verdicts:
             raise DataError("has no verdicts of single passages", path=run.path, remedy="give a run file with answers")
     scores_a, scores_b = a.scores("adapter"), b.scores("adapter")
-    keys_a, keys_b = a.unit_keys(), b.unit_keys()
+    keys_a, keys_b = (
+        [tuple(text_key(one)[0] if isinstance(one, str) else one for one in key) for key in run.unit_keys()]
+        for run in (a, b)
+    )
     # Without titles, only the runs of one published file have the same passages.
     if keys_a == keys_b and (keys_a or (a.path == b.path and len(scores_a) == len(scores_b))):
         return scores_a, scores_b
     for run, keys in ((a, keys_a), (b, keys_b)):
         if repeated := [key for key, n in Counter(keys).items() if n > 1]:
-            raise DataError(
-                f"several {a.unit} share {a.key_fields}, such as {str(repeated[0])[:60]}, so they cannot be paired",
-                path=run.path,
-                remedy=f"compare runs on the same {a.unit} in the same order",
+            problem = (
+                f"several {a.unit} share {a.key_fields}, such as {str(repeated[0])[:60]}, so they cannot be paired"
             )
+            raise DataError(problem, path=run.path, remedy=f"compare runs on the same {a.unit} in the same order")
     at = {key: place for place, key in enumerate(keys_a)}
     shared = [(at[key], place) for place, key in enumerate(keys_b) if key in at]
-    if not shared:
-        remedy = f"compare runs on the same {a.unit}"
-        raise DataError(f"shares no {a.unit.removesuffix('s')} with the other run", path=b.path, remedy=remedy)
-    if not shared_only and not len(shared) == len(keys_a) == len(keys_b):
-        raise DataError(
-            f"shares {len(shared)} of {len(keys_b)} {a.unit} with the other run, which has {len(keys_a)}",
-            path=b.path,
-            remedy="compare runs on the same passages, or pass shared_only=True",
-        )
+    if not shared or (not shared_only and not len(shared) == len(keys_a) == len(keys_b)):
+        problem = f"shares {len(shared)} of {len(keys_b)} {a.unit} with the other run, which has {len(keys_a)}"
+        remedy = f"compare runs on the same {a.unit}" + (", or pass shared_only=True" if shared else "")
+        raise DataError(problem, path=b.path, remedy=remedy)
     return [scores_a[i] for i, _ in shared], [scores_b[j] for _, j in shared]
 
 
 def settings_difference(first: str | Path, second: str | Path) -> "pd.DataFrame":
     """Every setting, seed and version that differs: ``setting`` (dotted name), ``first``, ``second`` ("–": absent)."""
-    a, b = _flat(_settings_of(first)), _flat(_settings_of(second))
+    import pandas as pd
+
+    a, b = ((pd.json_normalize(_settings_of(path)).to_dict("records") or [{}])[0] for path in (first, second))
     both = [(name, a.get(name, "–"), b.get(name, "–")) for name in sorted({*a, *b})]
     rows = [tuple(redacted(str(one)) for one in row) for row in both if row[1] != row[2]]
     return frame(rows, ("setting", "first", "second"))
 
 
-def _settings_of(path: str | Path) -> Mapping[str, Any]:
+def _settings_of(path: str | Path) -> dict[str, Any]:
     """The record next to a result; without one, the settings in the file itself."""
-    if record_path(path).is_file():
-        path = record_path(path)
-    value = read_json(path)
+    has_record = record_path(path).is_file()
+    value = read_json(record_path(path) if has_record else path)
     if not isinstance(value, dict):
         raise DataError("is not a result file", path=path, remedy="give a run file")
-    if path == record_path(path):
-        return value
-    kinds = str | int | float | bool | dict
+    kinds = object if has_record else str | int | float | bool | dict
     return {name: one for name, one in value.items() if isinstance(one, kinds) and name not in _NO_SETTINGS}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, entry in value.items():
-        flat |= _flat(entry, f"{prefix}{name}.") if isinstance(entry, Mapping) else {f"{prefix}{name}": entry}
-    return flat

@@ -17,19 +17,7 @@ from seal_nb.grading.base import Answered, Verdict, answered_with
 from seal_nb.grading.choose import make_grader
 from seal_nb.metrics import STATS, Scores, Verdicts, mean, published_statistics, repeat_stats
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
-from seal_nb.results.run import (
-    ARM_NAMES,
-    KINDS,
-    Kind,
-    Many,
-    Number,
-    Run,
-    RunFields,
-    StoredVerdict,
-    frame,
-    unequal,
-    verdict_change,
-)
+from seal_nb.results import run as runs
 from seal_nb.storage import file_name
 
 if TYPE_CHECKING:
@@ -79,13 +67,13 @@ class AnsweredQuestion(_Entry):
     repeat: int = Field(0, alias="rep")
     question: str = ""
     gold: str = Field("", alias="answer")
-    other_golds: Many[str] = Field([], alias="other_answers")  # not in published files
+    other_golds: runs.Many[str] = Field([], alias="other_answers")  # not in published files
     baseline_answer: str = ""
     adapter_answer: str = ""
     baseline_correct: bool | None = None
     adapter_correct: bool | None = None
-    baseline_gold_logprob: Number = None  # nats; not in published files
-    adapter_gold_logprob: Number = None
+    baseline_gold_logprob: runs.Number = None  # nats; not in published files
+    adapter_gold_logprob: runs.Number = None
     earlier: Mapping[str, Mapping[str, bool | None]] = {}  # verdicts of other graders
 
     @property
@@ -95,10 +83,6 @@ class AnsweredQuestion(_Entry):
     def answered(self, answer: str, title: str) -> Answered:
         """One of its answers, to grade; ``title``: of the passage."""
         return answered_with(self.golds, question=self.question, answer=answer, title=title)
-
-    @property
-    def change(self) -> str:
-        return verdict_change(self.baseline_correct, self.adapter_correct)
 
     @property
     def soft_gain(self) -> float | None:
@@ -115,8 +99,8 @@ class EvaluatedSelfEdit(_Entry):
     index: int = 0
     text: str | None = None
     prompt: str | None = None  # set if the self-edits of one passage complete different prompts
-    questions: Many[AnsweredQuestion] = []
-    stored_stats: Annotated[dict[str, Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
+    questions: runs.Many[AnsweredQuestion] = []
+    stored_stats: Annotated[dict[str, runs.Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
         dict.fromkeys(STATS), alias="stats"
     )
 
@@ -154,7 +138,7 @@ class EvaluatedPassage(_Entry):
     title: str = ""
     context: str = ""
     prompt: str | None = None
-    self_edits: Annotated[Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
+    self_edits: Annotated[runs.Many[EvaluatedSelfEdit], AfterValidator(_numbered)] = Field([], alias="completions")
     stored_stats: dict[str, Any] = Field({}, alias="stats")
 
     def questions(self) -> list[AnsweredQuestion]:
@@ -162,12 +146,12 @@ class EvaluatedPassage(_Entry):
         return [one for edit in self.self_edits for one in edit.questions]
 
 
-class _Articles(RunFields):
-    articles: Annotated[Many[EvaluatedPassage], AfterValidator(_numbered)]
+class _Articles(runs.RunFields):
+    articles: Annotated[runs.Many[EvaluatedPassage], AfterValidator(_numbered)]
 
 
 @dataclass(kw_only=True, eq=False)
-class SinglePassageRun(Run):
+class SinglePassageRun(runs.Run):
     """A ``run_*.json``: each passage has its own adapter per self-edit.
     Raises: DataError with path, item and field for a value of another kind."""
 
@@ -182,16 +166,11 @@ class SinglePassageRun(Run):
         return {name: entry for name, entry in self.value.items() if name not in ("overall", "articles")}
 
     @property
-    def n_completions(self) -> int:
-        """The largest number of self-edits of a passage: the n of "best k of n"."""
-        return max((len(passage.self_edits) for passage in self.passages), default=0)
-
-    @property
     def arm(self) -> str:
         number = self.rest_em_round
         if number is None:
             return super().arm
-        return f"self-edits, round {number}" if number else ARM_NAMES["base"]
+        return f"self-edits, round {number}" if number else runs.ARM_NAMES["base"]
 
     @property
     def rest_em_round(self) -> int | None:
@@ -206,16 +185,13 @@ class SinglePassageRun(Run):
     @property
     def prompt_key(self) -> str:
         """The prompt of the self-edits: as the file says, else its name, else its first prompt."""
-        named = PROMPT.search(self.name)
+        named, recorded = PROMPT.search(self.name), ""
         from_name = PROMPT_NAMES.get(named[1], named[1]) if named else ""
-        return str(self.settings.get("prompt_key") or from_name or self._recorded_key() or DEFAULT_PROMPT_KEY)
-
-    def _recorded_key(self) -> str:
-        if self.settings.get("arm") not in (None, "", "self_edits") or not self.passages:
-            return ""
-        first = self.passages[0]
-        keys = [str(edit.made["prompt_key"]) for edit in first.self_edits if edit.made.get("prompt_key")]
-        return recorded_key(first.prompt or "", keys, title=first.title, context=first.context)
+        if self.settings.get("arm") in (None, "", "self_edits") and self.passages:
+            first = self.passages[0]
+            keys = [str(edit.made["prompt_key"]) for edit in first.self_edits if edit.made.get("prompt_key")]
+            recorded = recorded_key(first.prompt or "", keys, title=first.title, context=first.context)
+        return str(self.settings.get("prompt_key") or from_name or recorded or DEFAULT_PROMPT_KEY)
 
     @property
     def is_ranking(self) -> bool:
@@ -224,11 +200,11 @@ class SinglePassageRun(Run):
         n_edits, n_repeats = (self.settings.get(key) or 1 for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
-    def scores(self, kind: Kind) -> list[Scores]:
+    def scores(self, kind: runs.Kind) -> list[Scores]:
         return [[getattr(one, f"{kind}_correct") for one in passage.questions()] for passage in self.passages]
 
-    def stored_mean(self, kind: Kind) -> float | None:
-        return self.stored_overall.get(f"{kind}_mean_accuracy")
+    def stored_mean(self, kind: runs.Kind) -> float | None:
+        return (self.value.get("overall") or {}).get(f"{kind}_mean_accuracy")
 
     def unit_keys(self) -> list[Any]:
         keys = [(passage.title, passage.context) for passage in self.passages]
@@ -248,15 +224,14 @@ class SinglePassageRun(Run):
             ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts`` ("wrong → right"), ``baseline_correct``,
             ``adapter_correct`` (missing: ungraded).
         """
-        rows = [
-            {"passage": passage.title, "self_edit": edit.index, "verdicts": one.change, **one.model_dump()}
-            for passage in self.passages
-            for edit in passage.self_edits
-            for one in edit.questions
-        ]
+        rows = []
+        for passage, edit in self._self_edits():
+            for one in edit.questions:
+                change = runs.verdict_change(one.baseline_correct, one.adapter_correct)
+                rows.append({"passage": passage.title, "self_edit": edit.index, "verdicts": change, **one.model_dump()})
         if changed_first:
             rows.sort(key=lambda row: _CHANGES.get(row["verdicts"], 2))
-        return frame(rows, ANSWERS)
+        return runs.frame(rows, ANSWERS)
 
     def rewards(self) -> "pd.DataFrame":
         """The reward of each self-edit: accuracy of its adapters, averaged over the repeats.
@@ -265,12 +240,13 @@ class SinglePassageRun(Run):
             One row per self-edit: ``passage`` and ``self_edit`` (indices), ``title``, ``text``, ``reward``, ``gain``.
         """
         rows = []
-        for passage in self.passages:
-            for edit in passage.self_edits:
-                about = {"passage": passage.index, "title": passage.title, "self_edit": edit.index, "text": edit.text}
-                stats = edit.stats()
-                rows.append({**about, "reward": stats["adapter_mean"], "gain": stats["gain_mean"]})
-        return frame(rows)
+        for passage, edit in self._self_edits():
+            about = {"passage": passage.index, "title": passage.title, "self_edit": edit.index, "text": edit.text}
+            rows.append({**about, "reward": edit.stats()["adapter_mean"], "gain": edit.stats()["gain_mean"]})
+        return runs.frame(rows)
+
+    def _self_edits(self) -> list[tuple[EvaluatedPassage, EvaluatedSelfEdit]]:
+        return [(passage, edit) for passage in self.passages for edit in passage.self_edits]
 
     def recited(self) -> float | None:
         """Share of adapter answers that contain the gold answer of another question of the same passage. A model that
@@ -302,10 +278,11 @@ class SinglePassageRun(Run):
         return published_statistics(graded)
 
     def counts(self) -> dict[str, Any]:
-        return {**super().counts(), "n_self_edits": sum(len(passage.self_edits) for passage in self.passages)}
+        return {**super().counts(), "n_self_edits": len(self._self_edits())}
 
     def notes(self) -> list[str]:
-        graded = [edit.is_graded for passage in self.passages for edit in passage.self_edits]
+        edits = self._self_edits()
+        graded = [one.is_graded for _, one in edits if one.questions or {*one.stored_stats.values()} - {None}]
         if all(graded):
             return []
         stored = self.stored_mean("adapter")
@@ -316,21 +293,23 @@ class SinglePassageRun(Run):
         if self.notes():
             return []
         articles, overall = self._statistics()
-        found = unequal("overall", self.stored_overall, overall)
+        found = runs.unequal("overall", self.value.get("overall") or {}, overall)
         for passage, article in zip(self.passages, articles, strict=True):
-            found += unequal(f"article {passage.index}", passage.stored_stats, article)
+            place = f"article {passage.index}"
+            found += runs.unequal(place, passage.stored_stats, article)
             for edit in passage.self_edits:
-                found += unequal(f"article {passage.index}, self-edit {edit.index}", edit.stored_stats, edit.stats())
+                found += runs.unequal(f"{place}, self-edit {edit.index}", edit.stored_stats, edit.stats())
         return found
 
-    def stored_verdicts(self) -> list[StoredVerdict]:
-        found = []
-        for passage in self.passages:
-            for one in passage.questions():
-                for kind, answer in zip(KINDS, (one.baseline_answer, one.adapter_answer), strict=True):
-                    answered = one.answered(answer, passage.title)
-                    found.append(StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
-        return found
+    def stored_verdicts(self) -> list[runs.StoredVerdict]:
+        return [
+            runs.StoredVerdict(
+                kind, one.answered(getattr(one, f"{kind}_answer"), passage.title), one.stored, f"{kind}_correct"
+            )
+            for passage in self.passages
+            for one in passage.questions()
+            for kind in runs.KINDS
+        ]
 
     def fill_statistics(self) -> None:
         passages = replace(self).passages  # read again, because verdicts were replaced

@@ -36,10 +36,7 @@ LABELS = {
     "tokens_per_s": "trained tokens per second",
     "memory_bytes": "memory, front end and workers (MiB)",
     "gpu_bytes": "GPU memory of the workers (MiB)",
-    "answered": "answered",
-    "failed": "failed",
-    "requeued": "requeued",
-    "workers": "workers",
+    **{name: name for name in ("answered", "failed", "requeued", "workers")},
 }
 
 

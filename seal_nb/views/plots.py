@@ -379,8 +379,6 @@ def plot_server_activity(samples: Sequence["Sample"]) -> Chart:
     for axes in (above, below):
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
-    if not samples:
-        return chart.finished("No status of the server was sampled.")
     return chart.finished(
         f"A server over {over['at_s'][-1] - over['at_s'][0]:.0f} s: at most {max(over['queued'])} requests "
         f"waiting, {max(over['slots_in_use'])} of {over['slots'][-1]} slots in use, "
