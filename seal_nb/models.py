@@ -53,7 +53,7 @@ def resolve_model(model: str) -> str:
     if the path does not exist, or the model cannot be fetched."""
     if model == EMBEDDED:
         return str(embedded_model())
-    folder = runs_folder(os.path.expanduser(model))  # noqa: PTH111 - leaves an unknown user as it is
+    folder = runs_folder(model)
     if folder.is_dir():
         return str(folder)
     if model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1:

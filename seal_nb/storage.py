@@ -75,7 +75,8 @@ def runs_folder(path: str | Path = "") -> Path:
         above it where it is called ``notebooks``. It is relative to the current folder where the project contains it.
         Any other path is returned as it is, but for ``~``, and so is one that was returned before.
     """
-    given, chosen = Path(path or "runs").expanduser(), os.environ.get("SEAL_RUNS", "")
+    given = Path(os.path.expanduser(path or "runs"))  # noqa: PTH111 - leaves an unknown user as it is
+    chosen = os.environ.get("SEAL_RUNS", "")
     for one in (path, chosen):
         refuse_address(one)
     if given.parts[:1] != ("runs",):

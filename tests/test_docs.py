@@ -1,9 +1,12 @@
 """The documentation site builds without warnings, executes nothing, and its links work."""
 
+import ast
 import html
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -99,3 +102,27 @@ def test_pictures_have_alt_texts(site: Path) -> None:
 
 def test_the_api_has_docstrings(site: Path) -> None:
     assert "One inner loop: train a temporary adapter" in (site / "api" / "seal_nb.html").read_text()
+
+
+@cache
+def texts_of_the_code() -> str:
+    """All texts in the package; values in them, and text put together from parts, are "…"."""
+    found = []
+    for path in (ROOT / "seal_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub("%[sdg]", "…", node.value))
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("section", ["Services", "The TTT server"])
+def test_messages_in_a_table_of_refusals_are_those_of_the_code(section: str) -> None:
+    page = (ROOT / "docs/refusals.md").read_text().partition(f"\n## {section}\n")[2]
+    table = page.partition("| what | message | remedy |\n")[2].partition("\n\n")[0]
+    rows = table.splitlines()[1:]  # after the rule
+    messages = [span for row in rows for span in re.findall("`([^`]+)`", row.split(" | ")[1])]
+    parts = [part.strip(" ;:,.()") for message in messages for part in message.split("…")]
+    assert len(parts) > 20
+    assert [part for part in parts if part not in texts_of_the_code()] == []

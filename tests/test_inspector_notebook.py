@@ -3,6 +3,7 @@
 With its defaults every notebook is executed by nbval.
 """
 
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,7 +34,7 @@ def executed(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "gold": "that",
         }
         notebook, copy = default_notebooks_dir() / f"{NAME}.ipynb", folder / f"{NAME}.ipynb"
-        run_notebook(notebook, values, copy, write=lambda _: None, progress_bar=False)
+        run_notebook(notebook, values, copy, stream=io.StringIO())
     return copy
 
 

@@ -5,6 +5,7 @@ parameters take another way through its cells: more arms, files of others, repea
 What it refuses is in test_notebook_errors.py.
 """
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,7 @@ def run(stage: str, output_dir: Path, **values: Any) -> Path:
     notebook = default_notebooks_dir() / f"{stage}.ipynb"
     assert set(values) <= set(declared_parameters(notebook))
     executed = output_dir / notebook.name
-    run_notebook(
-        notebook, {"output_dir": str(output_dir), **values}, executed, write=lambda _: None, progress_bar=False
-    )
+    run_notebook(notebook, {"output_dir": str(output_dir), **values}, executed, stream=io.StringIO())
     return output_dir
 
 
@@ -83,7 +82,7 @@ def test_each_arm_has_a_run_file_and_a_row(queried: Path) -> None:
     assert (row["baseline_answer"], row["adapter_answer"]) == ("no", "text")
     said = shown(queried / "03_query_server.ipynb")
     assert "passage in the prompt" in said and "texts of GPT-4.1" in said
-    assert read_run(queried / "run_base_passage_only.json").n_completions == 1
+    assert read_run(queried / "run_base_passage_only.json").value["k_completions"] == 1
 
 
 def test_repeats_are_added_until_the_ranking_is_reliable(queried: Path) -> None:

@@ -7,7 +7,6 @@ one self-edit differ as much as two self-edits do, the choice is random.
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -122,7 +121,7 @@ class RestEmRound:
         """
         from seal_nb.sft.train import run_job
 
-        place = runs_folder(os.path.expanduser(model_dir or self.sft_file.parent / "model"))  # noqa: PTH111
+        place = runs_folder(model_dir or self.sft_file.parent / "model")
         job = SftJob(sft_file=self.sft_file, model=model, model_dir=place, settings=settings, n_threads=n_threads)
         result = run_job(job, n_processes=n_processes, sharding=sharding)
         made = {"model": model, "n_processes": n_processes, "sharding": sharding, **asdict(settings)}
