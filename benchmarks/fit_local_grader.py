@@ -39,7 +39,7 @@ SIDES = ("baseline", "adapter")
 UNSEEN = -1  # the fold of a question that is not among the fitted ones
 REGULARISATION = 0.1
 MOST_VOTES = 60
-# From 0.47 to 0.51 kappa stays within 0.001; the bias on the gain moves by up to a point, without a direction.
+# From 0.47 to 0.51 kappa is 0.774 to 0.775, and the bias on the gain of rank_iter0 moves by a point.
 THRESHOLD = 0.5
 OUT = Path(__file__).resolve().parent.parent / "seal_nb" / "data" / "local_grader.json"
 

@@ -74,7 +74,8 @@ def _csv_rows(text: str, path: Path) -> Iterator[Placed]:
     table = csv.reader(lines, strict=True, delimiter=sign, skipinitialspace=sign != "\t")
     line = before = 1 + bool(named)  # where the row starts that is read
     try:
-        columns = _names(next(filter(any, table), []))
+        header = next(filter(any, table), [])
+        columns = _names(header)
         needed = [*COLUMNS[:3], "answers" if "answers" in columns and "answer" not in columns else "answer"]
         if missing := [name for name in needed if name not in columns]:
             problem = f"has no column {missing[0]!r} but {', '.join(columns)[:200]}"
@@ -85,12 +86,14 @@ def _csv_rows(text: str, path: Path) -> Iterator[Placed]:
         for cells in table:
             place, line = f"line {line}", before + table.line_num
             if {*needed} <= {*(names := _names(cells))}:  # files that were put together have a header each
-                columns = names
+                header, columns = cells, names
                 continue
             if all(not cell.strip() or _RULE.fullmatch(cell) for cell in cells):
                 continue
             row = dict(zip(columns, map(str.strip, cells), strict=False))
-            if not row.keys() >= {*needed} or any(map(str.strip, cells[len(columns) :])):
+            # Below an optional last column, an empty cell too many may come from a text that was cut in two.
+            is_shifted = len(cells) > len(header) and columns[-1] not in needed
+            if not row.keys() >= {*needed} or is_shifted or any(map(str.strip, cells[len(columns) :])):
                 problem = f"has {len(cells)} cells, and the header {len(columns)}"
                 remedy = f"put a text with {sign!r} in it into double quotes, and fill in what is missing"
                 raise DataError(problem, path=path, item=place, remedy=remedy)
@@ -285,7 +288,7 @@ def load_passages(source: Any) -> Passages:
         path = Path(type(source).__name__)
         records = _records(source, path)
     else:
-        path = storage.runs_folder(source).expanduser()
+        path = storage.runs_folder(source)
         if str(source).startswith("shipped:"):
             split = str(source).removeprefix("shipped:")
             if split not in SHIPPED_SPLITS:

@@ -416,6 +416,10 @@ def test_tables_in_memory_with_a_column_twice_are_refused(tmp_path: Path) -> Non
 def test_a_row_that_shifts_below_empty_columns_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "title;context;question;answer;;\nT;a hill; near the sea;Where?;a hill;;\n")
     assert "item line 2: has 7 cells, and the header 4" in str(refusal(path))
+    path = written(tmp_path, "b.csv", HEAD.strip() + ",source,page\nT,a hill, near the sea,Where?,a hill,,\n")
+    assert "item line 2: has 7 cells, and the header 6" in str(refusal(path))
+    path = written(tmp_path, "c.csv", HEAD.strip() + ",,\nT,C,q,a,,\nT,C,r,b,\n")
+    assert [one.answer for one in load_passages(path)[0].questions] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,9 @@ def job_status(stage: Stage) -> Status:
     return "failed", f"{where}: {state}, {f'exit code {code}' if signal == '0' else f'signal {signal}'}{because}"
 
 
-def _submit(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
-    said = _call(command, folder, env)
+def _submit(command: Sequence[str], folder: Path, site: Mapping[str, str]) -> str:
+    env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
+    said = _call(command, folder, env | {**site})
     # Among what the site prints; NUMBER;CLUSTER where there are several clusters.
     numbers = re.findall(r"^([0-9]+)(?:;\S+)?\s*$", said, re.MULTILINE)
     if not numbers:
@@ -342,11 +343,10 @@ def jobs_on_their_way(chain: Chain, run_dir: Path) -> dict[str, str]:
 
 def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, str]:
     numbers: dict[str, str] = {}
-    env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)} | {**cluster.site}
     _check_arrays(jobs)
     try:
         for job in jobs:
-            numbers[job.name] = _submit(job.command(job.waits(numbers)), cluster.project, env) + job.part
+            numbers[job.name] = _submit(job.command(job.waits(numbers)), cluster.project, cluster.site) + job.part
             number = numbers[job.name] + (f" × {len(job.stages)}" if len(job.stages) > 1 else "")
             waits = [f"after {', '.join(job.afterok)}"] if job.afterok else []
             waits += [f"with {', '.join(job.after)}"] if job.after else []
@@ -399,12 +399,11 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
 def _submit_again(server: Stage, run_dir: Path, project: Path) -> str:
     """The command is made anew: the record of a folder that comes from elsewhere must not choose what runs."""
     site = read_site(project / SITE_FILE)
-    env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
     again: dict[str, Any] = {"server_nodes": server.nodes, "idle_timeout_s": server.idle_timeout_s}
     given = {name: value for name, value in server.parameters.items() if name in SERVER_PARAMETERS}
     server = replace(server, parameters=given | {"endpoint_file": in_run(server.name, ENDPOINT_FILE)})
     job = _job([server], run_dir, Cluster(project=project, site=site, **again))
-    return _submit(job.command(), project, env | site) + job.part
+    return _submit(job.command(), project, site) + job.part
 
 
 def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:

@@ -21,7 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb import protocol
 from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout
-from seal_nb.protocol import GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest, Work
+from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest, Work
 from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, this_node
 
 SECRET_MARK = b"seal:"  # before the secret of a client in the marks of its messages, see requests.client_of
@@ -156,7 +156,7 @@ class TTTClient(AbstractContextManager["TTTClient"]):
                 mark, reply = self._next(marks, timeout_s)
                 marks.remove(mark)
                 message = self._open.pop(mark)
-                if isinstance(reply, protocol.ErrorReply):
+                if isinstance(reply, ErrorReply):
                     reply = RemoteError(reply.error, reply.field, reply.traceback, reply.request_id)
                 elif not isinstance(reply, message.expected):
                     kinds = f"a {type(reply).__name__}, not a {message.expected.__name__}"
@@ -179,9 +179,7 @@ class TTTClient(AbstractContextManager["TTTClient"]):
                 self._pinged_at = None
                 if mark == PING_MARK and isinstance(reply, dict):
                     self._greet(str(reply.get("server_id", "")), missed=reply.get("missed") is True)
-                elif (
-                    mark in marks and isinstance(reply, protocol.ErrorReply) and reply.error.split(":")[0] in TRY_LATER
-                ):
+                elif mark in marks and isinstance(reply, ErrorReply) and reply.error.split(":")[0] in TRY_LATER:
                     self._open[mark].due_at = time.monotonic() + TRY_LATER_S
                 elif mark in marks:
                     return mark, reply
