@@ -2,8 +2,7 @@
 
 A notebook's parameters are its one cell tagged ``parameters``: ``name: type = default  # help``, read by papermill.
 Papermill only warns about an unknown parameter or a wrong type; here both are refused. A notebook of the user's own may
-have any cell of parameters, or none: what it does not declare is typed and set as papermill does it.
-"""
+have any cell of parameters, or none: what it does not declare is typed and set as papermill does it."""
 
 import ast
 import contextlib
@@ -369,6 +368,9 @@ def interrupted_by_sigterm() -> Iterator[threading.Event]:
                 if any("ipykernel" in word for word in child.cmdline()):
                     child.send_signal(signal.SIGINT)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # only the main thread may handle signals
+        return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield came

@@ -324,7 +324,14 @@ def test_clients_that_come_after_slurm_has_forgotten_their_idle_server_have_it_s
 
 
 def test_job_that_is_refused_late_takes_the_earlier_ones_back(project: Project, slurm: Cluster) -> None:
-    done = project.submit("evaluation", "--small", "--run-dir", "runs/late", "--server-nodes", "100000")
+    script = project.path("slurm/ttt_server.sbatch")
+    before = script.read_text()
+    script.write_text(before.replace("#SBATCH", "#SBATCH --reservation=nowhere\n#SBATCH", 1))
+    try:
+        done = project.submit("evaluation", "--small", "--run-dir", "runs/late")
+    finally:
+        script.write_text(before)
     assert done.returncode == 2
     assert "job 'base_server' was refused, so none was submitted" in done.stderr
+    assert "reservation" in done.stderr
     assert slurm.queue() == []
