@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from benchmarks.one_adapter import OneAdapter, twin
 from benchmarks.random_models import CONFIGS, JobMaker, number_tokenizer, random_model
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import TrainJob
-from seal_nb.ttt.lora import initial_weights
+from seal_nb.ttt.lora import TrainJob, initial_weights
 from seal_nb.ttt.trainer import SlotTrainer
 
 FLOAT32_LIMIT = 1e-3  # relative L2 of the update

@@ -24,8 +24,7 @@ from benchmarks.one_adapter import twin
 from benchmarks.random_models import CONFIGS, QUESTIONS, JobMaker, flop_per_token, number_tokenizer, random_model
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
-from seal_nb.ttt.jobs import LoraSettings, TrainJob
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob
 from seal_nb.ttt.trainer import SlotTrainer
 
 Piece = dict[str, Any]

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from seal_nb.ttt.jobs import TrainJob, learning_rate_at
-from seal_nb.ttt.lora import Layout, initial_weights
+from seal_nb.ttt.lora import Layout, TrainJob, initial_weights, learning_rate_at
 
 
 class LoraLinear(nn.Module):

@@ -22,8 +22,7 @@ from seal_nb.passages import load_passages
 from seal_nb.self_edits import sequences_of_text
 from seal_nb.storage import write_json
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import TrainJob, TrainSettings, make_row
-from seal_nb.ttt.lora import initial_weights
+from seal_nb.ttt.lora import TrainJob, TrainSettings, initial_weights, make_row
 from seal_nb.ttt.trainer import SlotTrainer
 
 OUT = Path(__file__).with_name("padding.json")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from benchmarks.workload import ASKED_PER_PASSAGE
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import EvalQuestion, TTTRequest
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 
 QWEN25_7B: dict[str, Any] = {
     "vocab_size": 152064,

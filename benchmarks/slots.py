@@ -16,7 +16,7 @@ from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
 from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import TTTReply, TTTRequest
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import TrainJob, TrainSettings
+from seal_nb.ttt.lora import TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 
 

@@ -67,8 +67,12 @@ EXACT = [
     ("four four two", "four", False, 0.5),
     ("1893", "1893\nbecause of the barge", True, 1.0),
     ("1893", "1894", False, 0.0),
-    ("a", "the", True, 1.0),
+    ("a", "the", False, 0.0),
     ("a", "x", False, 0.0),
+    ("A", "a.", True, 1.0),
+    ("A", "!!!", False, 0.0),
+    ("!!!", "!!!", True, 1.0),
+    ("The Who", "the", False, 0.0),
 ]
 
 
@@ -76,6 +80,41 @@ EXACT = [
 def test_measures_of_squad(gold: str, answer: str, exact: bool, f1: float) -> None:
     assert exact_match(gold, answer) is exact
     assert token_f1(gold, answer) == pytest.approx(f1)
+
+
+def pairs(file: str = "grading_pairs.jsonl") -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(__file__).with_name(file).read_text("utf-8").splitlines()]
+
+
+CONTRADICTIONS = {"single letter", "signs only", "articles", "symbol of a name", "unit", "currency", "fraction"}
+
+
+def wrong_verdicts(name: str, chosen: list[dict[str, str]]) -> list[dict[str, str]]:
+    asked = [Answered(question=one["question"], gold=one["gold"], answer=one["answer"]) for one in chosen]
+    verdicts = make_grader(name).grade(asked)
+    return [one for one, verdict in zip(chosen, verdicts, strict=True) if verdict != one["verdict"]]
+
+
+@pytest.mark.parametrize("kind", sorted({one["class"] for one in pairs()}))
+def test_local_grader_gives_the_verdict_that_a_person_would(kind: str) -> None:
+    assert wrong_verdicts("local", [one for one in pairs() if one["class"] == kind]) == []
+
+
+def test_of_pairs_that_were_written_to_break_it_it_gives_96_percent() -> None:
+    """Before the rules were mended for them it was 1,828 of 2,016. docs/graders.md has what is left."""
+    chosen = pairs("grading_pairs_more.jsonl")
+    assert len(chosen) == 2016 and len(wrong_verdicts("local", chosen)) <= 80
+
+
+@pytest.mark.parametrize("name", ["exact", "f1", "recall"])
+def test_plain_rules_see_another_sign_unit_currency_or_symbol(name: str) -> None:
+    wrong = [one for one in pairs() if one["verdict"] == "INCORRECT" and one["class"] in CONTRADICTIONS]
+    unseen = ("50 km", "5 ft 2 in", "5 million", "2 hours")  # other digits or a part: F1 and recall count words
+    assert wrong_verdicts(name, [one for one in wrong if one["answer"] not in unseen]) == []
+
+
+def test_recall_reads_scripts_without_spaces() -> None:
+    assert wrong_verdicts("recall", [one for one in pairs() if one["class"] == "without spaces"]) == []
 
 
 def verdict_of(grader: str, question: str, gold: str, answer: str) -> str:
@@ -103,8 +142,8 @@ def test_unknown_grader_is_refused_with_the_known_ones() -> None:
 # Words that meet each other often, and anything at all.
 TEXTS = st.one_of(
     st.text(max_size=60),
-    st.lists(st.sampled_from(["1893", "the", "Ilse", "not", "or", "11", "eleven", "?", "\n", "é", "x-y"]))
-    .map(" ".join),
+    st.lists(st.sampled_from(["1893", "the", "Ilse", "not", "or", "11", "eleven", "?", "\n", "é", "x-y", "13/14/2020",
+                              "1/0", "-5", "$"])).map(" ".join),
 )  # fmt: skip
 ANSWERS = st.builds(Answered, question=TEXTS, gold=TEXTS, answer=TEXTS, title=st.text(max_size=10))
 
@@ -125,7 +164,9 @@ def test_the_gold_answer_itself_is_correct(gold: str, question: str) -> None:
 
 @pytest.mark.parametrize("name", ["local", "recall"])
 def test_half_a_surrogate_pair_and_very_long_texts_are_graded(name: str) -> None:
-    for text in ("\ud800 x", "x " * 20_000, "§" * 20_000, "１２ Ⅻ ½ ①", "\x00"):
+    numbers = ("13/14/2020", "1990-13-45", "25:61", "1/0", "9" * 5_000, f"{'9' * 5_000}/3", "7 " * 20_000, "1," * 9_000)
+    numbers += ("一" * 5_000, "十" * 2_000, "1.000" * 4_000, "é" + "9" * 5_000, "10^10^10", "e9" * 3_000, "1/" * 5_000)
+    for text in (*numbers, "1990-05-03 " * 2_000, "\ud800 x", "x " * 20_000, "§" * 20_000, "１２ Ⅻ ½ ①", "\x00"):
         assert verdict_of(name, text, text, text) in set(Verdict)
 
 
@@ -204,14 +245,18 @@ def test_plain_rules_give_the_published_counts(
         "tp": pairs.count((True, True)), "fp": pairs.count((True, False)),
         "fn": pairs.count((False, True)), "tn": pairs.count((False, False)),
     }  # fmt: skip
-    assert counts == {cell: expected[cell] for cell in counts}
+    seen = 1 if name == "recall" else 0  # "20 million" for "twenty"
+    assert counts == {cell: expected[cell] for cell in counts} | {
+        "fp": expected["fp"] - seen,
+        "tn": expected["tn"] + seen,
+    }
 
 
 def test_stored_measurements_are_cross_validated_by_question() -> None:
     path = Path(__file__).resolve().parent.parent / "seal_nb/data/local_grader.json"
     measured = json.loads(path.read_text())["measured"]
     verdicts = measured["published_verdicts"]
-    assert verdicts["kappa"] > 0.765
+    assert verdicts["kappa"] >= 0.775
     assert min(verdicts["kappa_by_fold"]) > 0.75
     assert all(abs(measured[run]["gain_bias"]) <= 0.015 for run in ("rank_iter0", "cpt_base"))
     assert abs(verdicts["gain_bias_as_given"]) <= 0.015
@@ -385,17 +430,17 @@ def test_empty_file_and_line_separators_inside_texts(tmp_path: Path) -> None:
 
 
 def test_published_file_reports_kappa_and_bias(golden: Path, tmp_path: Path) -> None:
-    """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.774."""
+    """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.778."""
     done = grade_file(golden / "graded_answers.jsonl.gz", tmp_path / "out.jsonl")
     assert len(done.verdicts) == 23_671
     overall = done.agreement()
     assert overall is not None
     assert overall.n_left_out == 12
     assert overall.kappa > 0.775
-    assert abs(overall.bias) < 0.02
+    assert abs(overall.bias) < 0.018
     found = {kind: done.agreement(kind) for kind in set(done.kinds)}
     assert {kind: round(one.bias, 2) for kind, one in found.items() if one} == {
-        "adapter": -0.02, "baseline": -0.05, "adapter+baseline": -0.03,
+        "adapter": -0.01, "baseline": -0.04, "adapter+baseline": -0.02,
     }  # fmt: skip
     assert done.gain_bias == pytest.approx(0.029, abs=0.005)
 
@@ -412,6 +457,28 @@ def test_the_best_of_several_golds_counts(name: str) -> None:
         Verdict.CORRECT,
         Verdict.UNGRADED,
     ]
+
+
+SEVERAL = [
+    # golds, right answers, wrong answers
+    (("A", "7"), ["7", "A", "seven"], ["8", "B", "the"]),
+    (("-5 °C", "23 °F"), ["23 °F", "minus 5 degrees Celsius"], ["5 °C", "23 °C"]),
+    (("C#", "C++"), ["C++", "C sharp"], ["C", "F#"]),
+    (("北京", "Beijing"), ["Beijing", "答案是北京。"], ["不是北京", "上海"]),
+    (("3/4", "75%"), ["0.75", "75 percent"], ["4/3", "7.5%"]),
+    (("1990-05-03", "May 1990"), ["3 May 1990", "May 1990"], ["4 June 1990", "1991"]),
+    (("!!!", "Chk Chk Chk"), ["!!!", "chk chk chk"], ["???", "the"]),
+]
+
+
+@pytest.mark.parametrize(("golds", "right", "wrong"), SEVERAL)
+def test_each_of_several_golds_is_compared_in_its_own_way(
+    golds: tuple[str, str], right: list[str], wrong: list[str]
+) -> None:
+    for gold, other in (golds, golds[::-1]):
+        asked = [Answered(question="What is it?", gold=gold, other_golds=(other,), answer=one) for one in right + wrong]
+        expected = [Verdict.CORRECT] * len(right) + [Verdict.INCORRECT] * len(wrong)
+        assert make_grader("local").grade(asked) == expected
 
 
 def test_a_file_of_answers_may_have_several_golds(tmp_path: Path) -> None:

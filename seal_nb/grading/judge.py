@@ -1,8 +1,7 @@
 """A language model as grader: the published yes/no question, sent to any OpenAI-compatible service.
 
 SEAL (arXiv 2506.10943) takes its verdicts from GPT-4.1 in this way and counts a failed call as "wrong". Here an answer
-without a plain yes or no is UNGRADED, and each whole reply is saved, so that no answer is paid for twice.
-"""
+without a plain yes or no is UNGRADED, and each whole reply is saved, so that no answer is paid for twice."""
 
 import fcntl
 import json

@@ -1,8 +1,7 @@
 """A single-passage run for reading: its passages, self-edits, answers and train sequences as DataFrames.
 
 Opening a run computes only the list of passages. The other graders judge the answers of a passage when it is first
-looked at. What is said about an answer compares texts: these are observations, not causes.
-"""
+looked at. What is said about an answer compares texts: these are observations, not causes."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ import pandas as pd
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.grading.base import AS_BOOLEAN, Grader
 from seal_nb.grading.choose import make_grader
-from seal_nb.grading.rules import normalised
+from seal_nb.grading.rules import as_one_piece, normalised, one_spelling
 from seal_nb.passages import Passage, Question
 from seal_nb.results.collect import read_run
 from seal_nb.results.run import VERDICT_WORDS, verdict_change
@@ -47,9 +46,11 @@ def flip_of(before: float | None, after: float | None) -> str:
 
 
 def contains(text: str, *golds: str) -> bool:
-    """Whether the text contains the words of a gold answer in a row, after SQuAD's normalisation."""
-    known = f" {normalised(text)} "
-    return any(f" {words} " in known for gold in golds if (words := normalised(gold)))
+    """Whether the text contains a gold answer: its words in a row in one spelling, or as it is written if that has no
+    words that can be cut."""
+    known, spelled = f" {normalised(one_spelling(text))} ", [(normalised(one_spelling(gold)), gold) for gold in golds]
+    in_words = [f" {words} " in known for words, _ in spelled if words]
+    return any(in_words) or any(as_one_piece(gold, text) for words, gold in spelled if not (words and words.isascii()))
 
 
 def observation(one: AnsweredQuestion, asked: Sequence[AnsweredQuestion], sequences: Sequence[str]) -> str:
