@@ -116,11 +116,6 @@ def test_in_context_answers_are_not_graded_by_another_grader_than_the_server_s(t
         evaluate(ttt, [ORLE], arms="in_context", folder=tmp_path)
 
 
-def test_a_reliability_that_cannot_be_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
-    with TTT(TTTClient("tcp://127.0.0.1:1")) as ttt, pytest.raises(SettingsError, match="reliability is 1.5"):
-        evaluate(ttt, [ORLE], arms="passage_only", reliability=1.5, folder=tmp_path)
-
-
 @pytest.mark.parametrize("value", ["", " , ", "a,b,a", [], ["a", "a"]])
 def test_names_are_given_once_and_at_least_one(value: str | list[str]) -> None:
     with pytest.raises(SettingsError, match="strategies=.*give at least one, each name once"):

@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from seal_nb.errors import SettingsError
 from seal_nb.experiments.rest_em import RankingSummary
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import SinglePassageRun
@@ -57,8 +54,7 @@ def test_the_published_ranking_is_hardly_better_than_chance(golden: Path) -> Non
     assert agreement.agreement_sentence().endswith("chance 20.0 %: not distinguishable from chance")
     summary = RankingSummary(run)
     assert summary.reliability == pytest.approx(0.318, abs=0.001)
-    assert summary.repeats_needed(reliability=0.8) == 26
-    assert "0.80 would take 26 repeats" in summary.sentence()
+    assert summary.sentence() == "3 repeats on 50 passages give a reliability of 0.32"
 
 
 def test_repeats_that_agree_always_pick_the_same_winner() -> None:
@@ -67,7 +63,7 @@ def test_repeats_that_agree_always_pick_the_same_winner() -> None:
     assert (agreement.agreement.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
     assert "more than chance" in agreement.agreement_sentence()
     few = RankingSummary(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
-    assert few.sentence().endswith("too few to tell (at least 6)")
+    assert few.sentence().endswith("but 5 passages are too few to tell")
 
 
 def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() -> None:
@@ -75,44 +71,25 @@ def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() 
     assert agreement.agreement is not None and agreement.agreement.mean == agreement.chance == 0.25
 
 
-def test_pure_noise_agrees_as_often_as_chance_and_has_no_number_of_repeats() -> None:
+def test_pure_noise_agrees_as_often_as_chance_and_is_said_to_be_random() -> None:
     run = noisy(200, 2, between=0.0, within=0.2)
     agreement = RankingSummary(run)
     assert agreement.agreement is not None
     assert agreement.agreement.low <= agreement.chance <= agreement.agreement.high
     no_difference = RankingSummary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
-    assert no_difference.repeats_needed() is None
     assert "the choice is random" in no_difference.sentence()
 
 
-def test_the_repeats_that_are_said_to_be_needed_give_the_reliability_asked_for() -> None:
-    """Variances 0.01 and 0.02: 0.8 takes 4 × 0.02 / 0.01 = 8 repeats."""
-    summary = RankingSummary(noisy(150, 3, between=0.1, within=0.02**0.5))
-    assert summary.repeats_needed(reliability=0.8) == pytest.approx(8, abs=3)
+def test_the_reliability_of_many_repeats_is_the_one_that_their_variances_give() -> None:
+    """Variances 0.01 and 0.02: eight repeats give 0.01 / (0.01 + 0.02 / 8) = 0.8."""
     enough = RankingSummary(noisy(100, 8, between=0.1, within=0.02**0.5, seed=1))
     assert enough.reliability == pytest.approx(0.8, abs=0.05)
-    assert "enough for 0.70" in enough.sentence(reliability=0.7)
 
 
-def test_one_repeat_says_nothing_and_wants_a_second() -> None:
+def test_one_repeat_says_nothing() -> None:
     run = run_of([[[0.1], [0.9]]] * 3)
     assert RankingSummary(run).agreement is None
-    assert RankingSummary(run).repeats_needed() is None
     assert "is not known" in RankingSummary(run).sentence()
-    assert RankingSummary(run).repeats_wanted(reliability=0.8, most=9) == 2
-
-
-SIX_NOISY = noisy(6, 3, between=0.1, within=0.2)
-
-
-@given(st.floats(0.05, 0.95), st.integers(1, 30))
-def test_repeats_are_added_never_taken_away_and_never_beyond_the_most(reliability: float, most: int) -> None:
-    assert 3 <= RankingSummary(SIX_NOISY).repeats_wanted(reliability=reliability, most=most) <= max(3, most)
-
-
-def test_a_reliability_that_cannot_be_is_refused() -> None:
-    with pytest.raises(SettingsError, match="reliability is 1"):
-        RankingSummary(run_of([[[0.1, 0.2], [0.3, 0.4]]])).repeats_needed(reliability=1)
 
 
 def test_a_run_without_any_answer_has_no_repeats() -> None:

@@ -3,20 +3,18 @@
 SEAL, arXiv 2506.10943: the model as it is now writes a self-edit of the next passage, an adapter is trained on it, and
 all passages so far are asked again. `edit_and_merge` makes a model folder and a server for each edit, as published.
 Stacked adapters give the same outputs without copies of the model, and all sequences advance together. With retrieval,
-BM25 (Robertson & Zaragoza 2009) chooses one adapter for a question, or the base where no word is shared.
-"""
+BM25 (Robertson & Zaragoza 2009) chooses one adapter for a question, or the base where no word is shared."""
 
-import math
 import random
 import re
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
+from bm25s import BM25
 from matplotlib.figure import Figure
 
 from seal_nb.errors import RunMismatch, SettingsError
@@ -179,8 +177,7 @@ def continual(
         RemoteError: when a request failed on the server.
         RoundTimeout: when the server went away and did not come back.
 
-    Source: SEAL, arXiv 2506.10943, "catastrophic forgetting".
-    """
+    Source: SEAL, arXiv 2506.10943, "catastrophic forgetting"."""
     given, folder = locals() | {"training": training or Training()}, runs_folder(folder)
     names = names_in("strategies", strategies)
     settings = {name: ContinualSettings.from_parameters(given, strategy=name) for name in names}
@@ -361,30 +358,17 @@ def content_of(number: int, sequence: Sequence[Passage], settings: ContinualSett
     return content_id([model_id, number, [asdict(passage) for passage in sequence], own])
 
 
-class Bm25:
-    """Scores of a question against a few passages, title and text."""
-
-    def __init__(self, passages: Sequence[Passage]) -> None:
-        texts = [f"{one.title} {one.context}" for one in passages]
-        self.counts_P = [Counter(re.findall(r"\w+", text.casefold())) for text in texts]
-        lengths = [counts.total() for counts in self.counts_P]
-        mean = sum(lengths) / max(len(lengths), 1) or 1.0  # 1.0: no passage has a word, and every score is 0
-        self.norms_P = [K1 * (1 - B + B * length / mean) for length in lengths]
-
-    def scores(self, question: str) -> list[float]:
-        """One for each passage; 0.0 where they share no word."""
-        scores = [0.0] * len(self.counts_P)
-        for word in dict.fromkeys(re.findall(r"\w+", question.casefold())):
-            holding = sum(word in counts for counts in self.counts_P)
-            rarity = math.log(1 + (len(scores) - holding + 0.5) / (holding + 0.5))
-            for at, (counts, norm) in enumerate(zip(self.counts_P, self.norms_P, strict=True)):
-                scores[at] += rarity * counts[word] * (K1 + 1) / (counts[word] + norm)
-        return scores
-
-    def best(self, question: str) -> int | None:
-        """The passage with the highest score, the first of equals; None where no word is shared."""
-        scores = self.scores(question)
-        return scores.index(max(scores)) if any(scores) else None
+def found_by_bm25(passages: Sequence[Passage], questions: Sequence[str]) -> list[int | None]:
+    """For each question the passage (title and text) with the highest BM25 score, the first of equals; None where no
+    word is shared."""
+    words_P = [re.findall(r"\w+", f"{one.title} {one.context}".casefold()) for one in passages]
+    known, index, found = {word for words in words_P for word in words}, BM25(k1=K1, b=B), list[int | None]()
+    if known:
+        index.index(words_P, show_progress=False)
+    for question in questions:
+        shared = [word for word in dict.fromkeys(re.findall(r"\w+", question.casefold())) if word in known]
+        found.append(int(index.get_scores(shared).argmax()) if shared else None)
+    return found
 
 
 def answers_by_retrieval(ttt: TTT, edits_S: Sequence[Edits], settings: ContinualSettings, journal: Journal) -> None:
@@ -407,11 +391,11 @@ def route(
 ) -> list[tuple[list[int], TTTRequest]]:
     """All questions so far, one request for each adapter that BM25 chooses, with the questions' places."""
     seen = sequence[: len(adapters)]
-    index, questions = Bm25(seen), eval_questions(*seen)
-    places_of: dict[int | None, list[int]] = {}
+    questions, places_of = eval_questions(*seen), dict[int | None, list[int]]()
     # Without the topic line: with the title in the question, choosing would be no task.
-    for place, question in enumerate(question for passage in seen for question in passage.questions):
-        places_of.setdefault(index.best(question.question), []).append(place)
+    bare = [question.question for passage in seen for question in passage.questions]
+    for place, which in enumerate(found_by_bm25(seen, bare)):
+        places_of.setdefault(which, []).append(place)
     how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
     routed = []
     for which, places in places_of.items():
@@ -425,6 +409,9 @@ def route(
 
 def retrieval_accuracy(sequences: Sequence[Sequence[Passage]]) -> float | None:
     """Share of all questions for which BM25 finds their own passage among all of the sequence."""
-    asked = [(one, at, question) for one in sequences for at, own in enumerate(one) for question in own.questions]
-    right = [Bm25(sequence).best(question.question) == at for sequence, at, question in asked]
+    right: list[bool] = []
+    for one in sequences:
+        asked = [(at, question.question) for at, own in enumerate(one) for question in own.questions]
+        found = found_by_bm25(one, [question for _, question in asked])
+        right += [at == place for (at, _), place in zip(asked, found, strict=True)]
     return sum(right) / len(right) if right else None

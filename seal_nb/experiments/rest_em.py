@@ -2,8 +2,7 @@
 
 As published (SEAL, arXiv 2506.10943, `build_SFT_dataset.py`): the best self-edits of each passage by mean adapter
 accuracy, the first in the file among equal means. `RankingSummary` says how reliable the ranking is: where repeats of
-one self-edit differ as much as two self-edits do, the choice is random.
-"""
+one self-edit differ as much as two self-edits do, the choice is random."""
 
 import json
 import math
@@ -39,7 +38,6 @@ QUANTITIES = {  # of `RankingSummary`, in words
     "share_between": "share of the variance between self-edits",
     "reliability": "reliability of the mean over the repeats",
 }
-RELIABLE = 0.8  # share of a mean's variance that belongs to the self-edit; a convention of test theory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +73,10 @@ class RestEmRound:
         rows = {"quantity": list(QUANTITIES.values()), "value": [values[name] for name in QUANTITIES]}
         return pd.DataFrame(rows, dtype=object)  # counts stay whole numbers beside the fractions
 
-    def sentences(self, *, reliability: float = RELIABLE) -> list[str]:
-        """Whether two repeats pick the same winner, and how many repeats `reliability` would take."""
+    def sentences(self) -> list[str]:
+        """Whether two repeats pick the same winner, and how reliable the ranking is."""
         summary = RankingSummary(self.run)
-        return [summary.agreement_sentence(), summary.sentence(reliability=reliability)]
+        return [summary.agreement_sentence(), summary.sentence()]
 
     def plot_rewards(self) -> Figure:
         """The rewards of each passage's self-edits, the kept ones marked, with the baseline."""
@@ -117,8 +115,7 @@ class RestEmRound:
         Raises:
             SettingsError: for settings that do not fit.
             DataError: for a prompt that leaves no room for its self-edit.
-            EngineError: when a training process failed; the message has the end of its log.
-        """
+            EngineError: when a training process failed; the message has the end of its log."""
         from seal_nb.sft.train import run_job
 
         place = runs_folder(model_dir or self.sft_file.parent / "model")
@@ -158,8 +155,7 @@ def rest_em_round(
         SettingsError: for settings that do not fit.
         DataError: where the prompt of a self-edit is unknown.
 
-    Source: SEAL, arXiv 2506.10943, section 3.1.
-    """
+    Source: SEAL, arXiv 2506.10943, section 3.1."""
     choices = select_best(run, k_best=k_best, drop_no_gain=drop_no_gain, tie_break=tie_break)
     rows = sft_rows(run, choices, prompt_key=prompt_key)
     stamp = exp_name or run.settings.get("timestamp") or run.path.name.split(".")[0] or "run"
@@ -297,36 +293,15 @@ class RankingSummary:
         self.agreement = if_graded(mean_interval, agreements_P)
         self.chance = statistics.mean(chances) if chances else 0.0
 
-    def repeats_needed(self, *, reliability: float = RELIABLE) -> int | None:
-        """Repeats a self-edit after which the mean reward is as reliable as asked for (Spearman-Brown). None where the
-        run cannot say (one repeat only), or self-edits do not differ beyond noise."""
-        check_reliability(reliability)
-        between, within = self.variance_between_self_edits, self.variance_between_repeats
-        if not between or within is None:
-            return None
-        return max(1, math.ceil(round(reliability / (1 - reliability) * within / between, 9)))
-
-    def repeats_wanted(self, *, reliability: float, most: int) -> int:
-        """Repeats that the run should have: those it has if they suffice, else more, at most ``most``. A run that
-        cannot say gets a second repeat; one whose self-edits do not differ stays as it is."""
-        has, wanted = math.ceil(self.n_repeats), self.repeats_needed(reliability=reliability)
-        if self.variance_between_repeats is None:
-            wanted = 2
-        return max(has, min(wanted or has, most))
-
-    def sentence(self, *, reliability: float = RELIABLE) -> str:
-        """What the ranking knows and what it would take, in words."""
+    def sentence(self) -> str:
+        """How reliable the ranking is, in words."""
         if self.reliability is None:
             return "it is not known how much the ranking knows: that takes two self-edits and two repeats (eval_times)"
-        n, needed = counted(self.n_ranked, "passages"), self.repeats_needed(reliability=reliability)
+        n = counted(self.n_ranked, "passages")
         has = f"{self.n_repeats:g} repeats on {n} give a reliability of {self.reliability:.2f}"
-        if needed is None:
+        if not self.reliability:
             return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is random"
-        if needed > self.n_repeats:
-            more = f"{reliability:.2f} would take {needed} repeats (eval_times {needed} in 03: earlier ones are kept)"
-            return f"{has}; {more}"
-        few = f", but {n} are too few to tell (at least {MIN_PASSAGES})" if self.n_ranked < MIN_PASSAGES else ""
-        return f"{has}: enough for {reliability:.2f}{few}"
+        return f"{has}, but {n} are too few to tell" if self.n_ranked < MIN_PASSAGES else has
 
     def agreement_sentence(self) -> str:
         """Such as "two repeats pick the same winner in 34.2 % [26, 43] of 50 passages; chance 20.0 %: …"."""
@@ -337,9 +312,3 @@ class RankingSummary:
             verdict = f"too few to tell (at least {MIN_PASSAGES})"
         share = f"{100 * seen.mean:.1f} % [{100 * seen.low:.1f}, {100 * seen.high:.1f}] of {seen.n} passages"
         return f"two repeats pick the same winner in {share}; chance {100 * self.chance:.1f} %: {verdict}"
-
-
-def check_reliability(reliability: float) -> None:
-    """Raises: SettingsError for a number that no share of a variance can be asked to be."""
-    if not 0 < reliability < 1:
-        raise SettingsError(f"reliability is {reliability}; it is between 0 and 1")
