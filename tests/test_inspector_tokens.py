@@ -2,11 +2,11 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
+from seal_nb.chain.index import _clean
 from seal_nb.inner_loop.evaluation import pieces
 from seal_nb.inner_loop.loop import InnerLoop
 from seal_nb.inspector.html import TokenTexts, token_frame
@@ -126,28 +126,22 @@ def test_html_escapes_marks_and_names_the_numbers() -> None:
     assert 'title="-6.00 → -1.00 nats (+5.00)"' in shown and 'class="sn-none"' in shown
 
 
-def test_chart_says_in_words_what_it_shows(tmp_path: Path) -> None:
-    chart = TokenTexts([SCORED], WHO).chart()
-    assert "Who? (+3.0 nats): 1 of 2 tokens more likely with the adapter, 1 less; +3.0 nats in all" in chart.alt
-    assert "the largest change +5.0 at 'ale'" in chart.alt
-    drawn = "".join(text.get_text() for text in chart.axes[0].texts)
-    assert "Who?" in drawn and "<b>whalebone" in drawn
+def test_its_text_says_what_it_shows() -> None:
+    said = TokenTexts([SCORED], WHO).in_words()
+    assert "Who? (+3.0 nats): 1 of 2 tokens more likely with the adapter, 1 less; +3.0 nats in all" in said
+    assert "the largest change +5.0 at 'ale'" in said
 
 
-def test_chart_breaks_long_texts_into_lines_that_fit() -> None:
-    long = ScoredText(
-        kind="passage", index=0, tokens=[f" word{at}" for at in range(60)] + ["x" * 200, "\nnew line"],
-        baseline_logprobs=[-1.0] * 62, adapter_logprobs=[-2.0] * 62,
-    )  # fmt: skip
-    axes = TokenTexts([long], []).chart().axes[0]
-    assert len({text.get_position()[1] for text in axes.texts}) > 5
-    assert all(text.get_position()[0] + len(text.get_text()) <= 88 for text in axes.texts[:-1])
+def test_colours_and_line_ends_stay_where_style_sheets_are_removed() -> None:
+    """As on the pages of a run, which have none but their own."""
+    shown = _clean(TokenTexts([SCORED], WHO).html())
+    assert "white-space:pre-wrap" in shown and "background-color:rgba(0,114,178,0.60)" in shown
 
 
 def test_a_text_without_an_adapter_has_no_change() -> None:
     alone = ScoredText(kind="gold", index=0, tokens=["a"], baseline_logprobs=[-1.0])
     assert token_frame(alone)["change"].isna().tolist() == [True]
-    assert TokenTexts([alone], WHO).chart().alt == "Who?: no values."
+    assert TokenTexts([alone], WHO).in_words() == "Who?: no values."
 
 
 def test_progress_of_a_job_that_diverges_is_still_json(

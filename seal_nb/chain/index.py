@@ -1,8 +1,7 @@
 """The pages of a run: each executed notebook as HTML (nbconvert), and ``index.html`` with the main figures.
 
 The pages load nothing, run no script and are light or dark as the browser asks. A content security policy in each
-page enforces it. Text from notebooks is escaped, and HTML in their outputs is sanitized. Runs no notebook.
-"""
+page enforces it. Text from notebooks is escaped, and HTML in their outputs is sanitized. Runs no notebook."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +24,12 @@ TAGS = (
 TABLE_STYLE = re.compile(
     r'<style type="text/css">\s*(#T_[0-9a-f]{8} +(th|td|caption)(\.col\d+)? \{\s*([a-z-]+: [a-z-]+;\s*)+\}\s*)+</style>'
 )
-ATTRIBUTES = {"*": ["class", "id", "style", "colspan", "rowspan"], "a": ["href"], "img": ["src", "alt", "width"]}
+ATTRIBUTES = {
+    "*": ["class", "id", "style", "colspan", "rowspan"],
+    "a": ["href"],
+    "img": ["src", "alt", "width"],
+    "span": ["title"],
+}
 
 
 def write_index(run_dir: str | Path, *, title: str = "Run report") -> Path:

@@ -1,10 +1,8 @@
 """HTML of the inspector: headings, tables (of `views.tables`), loss curves and coloured tokens. Every text is escaped.
 
 A token is blue if the adapter made it more likely, orange if less. Colour is not the only sign: from one nat on, it is
-bold or underlined. Pale tokens have no value: nothing predicts them, or they carry no loss.
-"""
+bold or underlined. Pale tokens have no value: nothing predicts them, or they carry no loss."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +10,15 @@ from html import escape
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 from seal_nb.protocol import ScoredText
 from seal_nb.storage import data_file
-from seal_nb.views.plots import BLUE, DPI, GREY, INK, ORANGE, Chart, styled
 from seal_nb.views.tables import SCRIPT, as_html, as_text, has_live_frontend
 
 FULL_NATS = 4.0  # a change this large has the full colour
 MARKED_NATS = 1.0
 STRONGEST = 0.6  # opacity of the full colour: text stays readable on light and on dark background
-COLUMNS = 88  # characters in a line of the picture
-CHARACTER_IN, LINE_IN = 8 / DPI, 0.2  # of DejaVu Sans Mono at 8.5 points: 8 pixels
+KEPT = 'style="white-space:pre-wrap"'  # also where style sheets are removed
 KINDS = ("gold", "passage", "train")
 NO_VALUES = "This run has no values of single tokens. Train the self-edit below; the new one has them."
 LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
@@ -108,9 +102,9 @@ def token_frame(scored: ScoredText) -> pd.DataFrame:
 
 
 class TokenTexts:
-    """Texts token by token, as coloured HTML in JupyterLab, as a picture elsewhere: the ``TTTReply.token_logprobs`` of
-    some ``kinds`` ("gold", "passage", "train"; empty: all, in this order). ``questions`` are pairs of question and gold
-    answer in the order of the request; topic lines are left out of the headings."""
+    """Texts token by token as coloured HTML: the ``TTTReply.token_logprobs`` of some ``kinds`` ("gold", "passage",
+    "train"; empty: all, in this order). ``questions`` are pairs of question and gold answer in the order of the
+    request; topic lines are left out of the headings."""
 
     def __init__(
         self, scored: Sequence[ScoredText], questions: Sequence[tuple[str, str]], kinds: Sequence[str] = KINDS
@@ -125,8 +119,6 @@ class TokenTexts:
                 self.texts.append((name if pd.isna(total) else f"{name} ({total:+.1f} nats)", tokens))
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
-        if self.texts and not has_live_frontend():
-            return self.chart()._repr_mimebundle_()
         return {"text/html": page(self.html()), "text/plain": self.in_words() or NO_VALUES}
 
     def in_words(self) -> str:
@@ -137,26 +129,7 @@ class TokenTexts:
         if not self.texts:
             return note(NO_VALUES)
         coloured = [(heading(name), "".join(map(_token_html, tokens.itertuples()))) for name, tokens in self.texts]
-        return note(LEGEND) + "".join(f'{name}<div class="sn-tokens">{text}</div>' for name, text in coloured)
-
-    @styled
-    def chart(self) -> Chart:
-        """The same as a picture; ``alt`` describes it in words."""
-        chart = Chart()
-        chart.set_layout_engine("none")
-        axes = chart.add_axes((0, 0, 1, 1))
-        row = 0
-        for name, tokens in self.texts:
-            axes.text(0, row + 0.5, name[:COLUMNS], fontsize=8.5, va="center", weight="bold", color=INK)
-            row = _draw(axes, tokens, row + 1)
-        axes.text(0, row + 0.5, LEGEND, fontsize=7.5, va="center", color=GREY)
-        axes.set_axis_off()
-        axes.set(xlim=(0, COLUMNS), ylim=(row + 1, 0))
-        # Not laid out by matplotlib: a column of the axes is exactly as wide as a character.
-        width, height = COLUMNS * CHARACTER_IN + 0.2, (row + 1) * LINE_IN + 0.15
-        chart.set_size_inches(width, height)
-        axes.set_position((0.1 / width, 0.075 / height, 1 - 0.2 / width, 1 - 0.15 / height))
-        return chart.finished(self.in_words())
+        return note(LEGEND) + "".join(f'{name}<div class="sn-tokens" {KEPT}>{text}</div>' for name, text in coloured)
 
 
 def _token_html(token: Any) -> str:
@@ -167,29 +140,7 @@ def _token_html(token: Any) -> str:
     numbers = f"{token.before:.2f} → {token.after:.2f} nats ({change:+.2f})"
     if abs(change) >= MARKED_NATS:
         text = f"<b>{text}</b>" if change > 0 else f"<u>{text}</u>"
-    return f'<span title="{numbers}" style="background:rgba({colour},{token.opacity:.2f})">{text}</span>'
-
-
-def _draw(axes: Axes, tokens: pd.DataFrame, row: int) -> int:
-    """Draws the tokens of a text from this row on. Newlines end a row. Returns: the row after the text."""
-    column = 0
-    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8.5, "va": "center"}
-    for token in tokens.itertuples():
-        weight = "bold" if token.change >= MARKED_NATS else "normal"
-        colour = BLUE if token.change > 0 else ORANGE
-        ink = GREY if pd.isna(token.change) else INK
-        for piece in re.findall(rf"\n|[^\n]{{1,{COLUMNS}}}", token.text):  # several only if longer than a row
-            if column and (piece == "\n" or column + len(piece) > COLUMNS):
-                row, column = row + 1, 0
-                piece = piece.lstrip(" ")
-            if not piece.strip("\n"):
-                continue
-            axes.add_patch(Rectangle((column, row + 0.06), len(piece), 0.88, alpha=token.opacity, lw=0, fc=colour))
-            axes.text(column, row + 0.5, piece, weight=weight, color=ink, **font)
-            if token.change <= -MARKED_NATS:
-                axes.plot([column, column + len(piece)], [row + 0.92] * 2, color=INK, linewidth=0.8)
-            column += len(piece)
-    return row + 1
+    return f'<span title="{numbers}" style="background-color:rgba({colour},{token.opacity:.2f})">{text}</span>'
 
 
 def _in_words(tokens: pd.DataFrame) -> str:
