@@ -1,8 +1,7 @@
 """The errors of this package: one base class, and one class for each kind of failure; and texts without secrets.
 
 Every class also inherits the standard-library error that it specialises, for callers that do not know this package. A
-message says what happened, with the value, and what to do about it. It never holds a secret (``redacted``).
-"""
+message says what happened, with the value, and what to do about it. It never holds a secret (``redacted``)."""
 
 import json
 import logging

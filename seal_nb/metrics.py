@@ -1,8 +1,7 @@
 """Numbers about answers: accuracies, intervals, paired differences; published statistics.
 
 A verdict is True, False or None; None is an ungraded answer, which is left out and counted, never taken for wrong.
-``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits).
-"""
+``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits)."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence

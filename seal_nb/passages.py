@@ -1,8 +1,7 @@
 """Passages with their questions: the forms they are read from, and the item files that are written.
 
 A reader for each form gives items or rows with their places; one function checks and groups them (``_passages``). A
-broken file is refused with its path, the item and the field. Nothing is repaired, and no text is changed.
-"""
+broken file is refused with its path, the item and the field. Nothing is repaired, and no text is changed."""
 
 import contextlib
 import csv
@@ -38,17 +37,8 @@ _OTHER_FILES = {  # by how they start
     b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"SQLite": "an SQLite database", b"\x89PNG": "a picture",
     b"\x28\xb5\x2f\xfd": "compressed (zstd)", b"BZh": "compressed (bzip2)", b"\xfd7zXZ": "compressed (xz)",
 }  # fmt: skip
-_OTHER_LAYOUTS = {  # by a field that only they have: what an item is made of
-    "story": "CoQA: context is story, a question and its answer are the input_text of questions and answers",
-    "document_text": "Natural Questions: title is document_title, question is question_text",
-    "document": "Natural Questions or NarrativeQA: context is a text of document, question is question['text']",
-    "SearchResults": "TriviaQA: question is Question, answers are Answer['Aliases'], context is the text of one result",
-    "entity_pages": "TriviaQA: context is one of entity_pages['wiki_context'], answers are answer['aliases']",
-    "passage": "BoolQ or DROP: context is passage; write the answer as a text",
-    "support": "SciQ: context is support, answer is correct_answer",
-    "messages": "a chat, which has no passage",
-    "instruction": "instructions, which have no passage",
-}
+# By a field that only they have: what an item is made of.
+_OTHER_LAYOUTS: dict[str, str] = storage.read_json(storage.data_file("layouts.json"))
 _SEPARATOR = re.compile(r'"?sep=(?P<sign>.)"?\r?\n', re.IGNORECASE)  # a first line as Excel writes it
 _RULE = re.compile(r"\s*:?-+:?\s*")  # a cell below the header of a Markdown table
 _FRONT_MATTER = re.compile(r"\A(?P<mark>---|\+\+\+)[ \t]*\n.*?\n(?P=mark)[ \t]*(?=\n)", re.DOTALL)
@@ -247,8 +237,7 @@ class Passage:
         completions: self-edits of the passage.
         prompt: the prompt that they complete, as in the published item files.
         prompts: the prompt of each self-edit, if they differ (a prompt family); ``prompt_keys`` names each.
-        hand_written: implications written by a person, one per line.
-    """
+        hand_written: implications written by a person, one per line."""
 
     title: Text
     context: Text
@@ -281,8 +270,7 @@ def load_passages(source: Any) -> Passages:
 
     Returns: the passages in their order. Their ``summary`` is logged too, as a warning if something was left out.
 
-    Raises: DataError with the path, the item (its index or line) and the wrong field.
-    """
+    Raises: DataError with the path, the item (its index or line) and the wrong field."""
     left_out: Counter[str] = Counter()
     if not isinstance(source, str | Path):
         path = Path(type(source).__name__)

@@ -1,7 +1,6 @@
 """Adapters in PEFT's format: written so that PEFT and vLLM load them, read as PEFT reads them, kept, and merged.
 
-Format: https://huggingface.co/docs/peft, adapter_config.json and adapter_model.safetensors.
-"""
+Format: https://huggingface.co/docs/peft, adapter_config.json and adapter_model.safetensors."""
 
 import math
 import operator
@@ -22,8 +21,7 @@ from seal_nb.protocol import PEFT_FIELDS
 from seal_nb.storage import open_regular, read_json, whole_folder
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.device import wide
-from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, Linears, features, linears_of, make_layout, peft_weights
+from seal_nb.ttt.lora import Adapter, Linears, LoraSettings, features, linears_of, make_layout, peft_weights
 
 # A weight in PEFT's files, with the name of the adapter, as in `.lora_A.default.weight`, or without it.
 PEFT_WEIGHT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")

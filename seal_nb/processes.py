@@ -1,8 +1,7 @@
 """Start a process with a log, end a tree of them, end one with its parent; threads that keep no process alive.
 
 A stage is a tree: runner, Jupyter kernel, TTT server, workers. Some of them have a session of their own, so neither
-Ctrl-C in a terminal nor the death of the root reaches all of them by itself.
-"""
+Ctrl-C in a terminal nor the death of the root reaches all of them by itself."""
 
 import contextlib
 import os

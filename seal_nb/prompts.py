@@ -1,8 +1,7 @@
 """Prompts: the published ones (SEAL, arXiv 2506.10943) and later families.
 
 `data/prompts.json` has all of them with their sources. A family is several prompts under one name (``spa`` is
-``spa/key-concepts``, ``spa/mind-map``, …), which the self-edits of a passage use in turn.
-"""
+``spa/key-concepts``, ``spa/mind-map``, …), which the self-edits of a passage use in turn."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -82,8 +81,7 @@ def self_edit_prompt(key: str, *, title: str, context: str) -> str:
         The prompt.
 
     Raises:
-        SettingsError: for an unknown key, a family of prompts, and a prompt that is a chat.
-    """
+        SettingsError: for an unknown key, a family of prompts, and a prompt that is a chat."""
     prompts = find_prompts(key)
     if len(prompts) > 1:
         names = ", ".join(prompt.key for prompt in prompts)

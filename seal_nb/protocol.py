@@ -1,8 +1,7 @@
 """The wire format of the TTT server: requests, replies, and reading them from JSON.
 
 The published request and reply (SEAL, arXiv 2506.10943, the ZMQ server of its knowledge-incorporation code) are kept
-with their defaults. Our own fields are optional, so clients written by others work unchanged (docs/protocol.md).
-"""
+with their defaults. Our own fields are optional, so clients written by others work unchanged (docs/protocol.md)."""
 
 import math
 import re
@@ -96,8 +95,7 @@ class EvalQuestion(_Received):
         context: the passage; the model never sees it.
         question: as the model is asked, with its topic line.
         answer: the gold answer.
-        other_answers: gold answers that are right too; the best verdict counts.
-    """
+        other_answers: gold answers that are right too; the best verdict counts."""
 
     title: str = ""
     context: str = ""
@@ -337,8 +335,7 @@ def accuracy(correct: Sequence[float | None]) -> float | None:
         correct: a verdict of each answer: True or False, 1.0 or 0.0; None for an ungraded one.
 
     Returns:
-        A fraction; None where none was graded, and without answers.
-    """
+        A fraction; None where none was graded, and without answers."""
     graded = [verdict for verdict in correct if verdict is not None]
     return sum(graded) / len(graded) if graded else None
 

@@ -1,8 +1,7 @@
 """Self-edits: how a model writes them, and the training sequences that one becomes.
 
 The sequences are exactly those of the published query client (SEAL, ``knowledge-incorporation``), with its quirks,
-because they are part of the published numbers.
-"""
+because they are part of the published numbers."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -55,8 +54,7 @@ def write_self_edits(
     Each text has a seed of its own, from `seed`, its prompt and its number, so that a resumed run, a run with one
     passage, and a run with more self-edits write the same texts. `journal` keeps each text as it comes; a text that it
     has is not requested again. `on_start` gets the prompts of the other texts, `on_text` how many of how many texts
-    there are. Raises: EngineError where texts are missing in the end.
-    """
+    there are. Raises: EngineError where texts are missing in the end."""
     if k_completions < 1 or not prompts:
         raise SettingsError(f"{k_completions=}, {len(prompts)} prompts: both must be at least 1")
     if len({prompt.key for prompt in prompts}) < len(prompts):

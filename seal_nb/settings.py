@@ -45,15 +45,8 @@ class Settings:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any], **settings: Any) -> Self:
-        """The settings that parameters name; the others keep their defaults.
-
-        Args:
-            parameters: a notebook's `globals()`, or the arguments of an experiment.
-            **settings: fields that are no parameters.
-
-        Raises:
-            SettingsError: for a parameter of the wrong type; the message names it.
-        """
+        """The settings that ``parameters`` name (a notebook's `globals()`, or the arguments of an experiment), and
+        ``settings``, fields that are no parameters. Raises: SettingsError with the name of one of the wrong type."""
         named = {field.name: parameters[field.name] for field in fields(cls) if field.name in parameters}
         return cls(**named | settings)
 

@@ -1,7 +1,6 @@
 """Files of a run: where they are, results written whole, a journal of finished work, and a record of the settings.
 
-Keys and seeds are derived from content, never from a clock. POSIX only: the journal's lock is ``flock``.
-"""
+Keys and seeds are derived from content, never from a clock. POSIX only: the journal's lock is ``flock``."""
 
 import contextlib
 import errno
@@ -73,8 +72,7 @@ def runs_folder(path: str | Path = "") -> Path:
         A relative path whose first part is ``runs`` goes under ``$SEAL_RUNS``, or else under ``runs`` of the project:
         the nearest parent of the current folder that is a checkout of seal-nb; else the current folder, or the one
         above it where it is called ``notebooks``. It is relative to the current folder where the project contains it.
-        Any other path is returned as it is, but for ``~``, and so is one that was returned before.
-    """
+        Any other path is returned as it is, but for ``~``, and so is one that was returned before."""
     given = Path(os.path.expanduser(path or "runs"))  # noqa: PTH111 - leaves an unknown user as it is
     chosen = os.environ.get("SEAL_RUNS", "")
     for one in (path, chosen):
@@ -302,11 +300,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     """Append-only JSON lines ``{"key", "record"}`` for one writer; an append that returned survives a crash.
 
     A torn last line (the writer died in it) is dropped; a broken line before it is refused. A key that is appended
-    again gets the new record. Memory holds only where each record is. Use it as a context manager.
-
-    Raises: DataError for a broken line and for what is no journal, RunMismatch if another writer still has the journal
-    after ``wait_s``.
-    """
+    again gets the new record. Memory holds only where each record is. Use it as a context manager. Raises: DataError
+    for what is no sound journal, RunMismatch if another writer still has it after ``wait_s``."""
 
     def __init__(self, path: str | Path, *, wait_s: float = 0.0) -> None:
         self.path = Path(path)

@@ -1,7 +1,6 @@
 """From texts to token ids: special tokens, the characters of each token, and the longest row that a model takes.
 
-The only place that decides whether a text gets a BOS token. It does not import torch: the vLLM engine uses it too.
-"""
+The only place that decides whether a text gets a BOS token. It does not import torch: the vLLM engine uses it too."""
 
 import sys
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from seal_nb.engines.local import LocalEngine
 from seal_nb.errors import SettingsError
 from seal_nb.peft_files import save_adapter
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from seal_nb.errors import DataError, RemoteError, SettingsError
-from seal_nb.experiments.rerun import Item, stored_loop
 from seal_nb.experiments.session import ttt_server
 from seal_nb.experiments.settings import Training
+from seal_nb.experiments.single_passage import stored_loop
 from seal_nb.inspector.inspection import GAINED, UNGRADED, Inspection, open_run
 from seal_nb.inspector.live import ARM, Edit, EditTrainer, TrainedEdit, edit_request, settings_of_run
 from seal_nb.protocol import TTTReply
@@ -167,7 +167,7 @@ def test_a_kept_edit_is_a_run_file_with_its_own_settings(tmp_path: Path, result:
     assert edit.made["repeats"][0]["request_id"] == edit_request(CLOCK, result.edit, model_id="m").request_id
     assert settings_of_run(edit.made) == replace(result.edit.training, soft_scores=True)
     with pytest.raises(DataError, match="not what made it"):
-        stored_loop(path, Item.parse("0.0.0"))
+        stored_loop(path, "0.0.0")
     assert run.settings["n_ungraded"] == 1 and run.settings["arm"] == ARM
 
 

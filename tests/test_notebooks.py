@@ -68,7 +68,7 @@ def queried(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gpt4_1_val.json").write_text(json.dumps(others))
     return run(
         "03_query_server", folder / "out", endpoint=endpoint, exp_name="base",
-        dataset=str(folder / "self_edits.json"), k_completions=2, reliability=0.8, most_eval_times=5,
+        dataset=str(folder / "self_edits.json"), k_completions=2, eval_times=2,
         arms=f"passage_only,in_context,self_edits,gpt4_1:{folder / 'gpt4_1_val.json'}",
     )  # fmt: skip
 

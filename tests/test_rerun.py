@@ -9,9 +9,15 @@ import pytest
 
 from seal_nb.cli import main
 from seal_nb.errors import DataError, RunMismatch
-from seal_nb.experiments.rerun import Item, compared, rerun, stored_loop
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
+from seal_nb.experiments.single_passage import (
+    SinglePassageSettings,
+    build_run,
+    compared,
+    requests_for_run,
+    rerun,
+    stored_loop,
+)
 from seal_nb.passages import Passage, Question
 from seal_nb.server.client import TTTClient
 from seal_nb.storage import Journal, write_json
@@ -47,19 +53,19 @@ def run_file(ttt: TTT, tmp_path: Path) -> Path:
 def test_the_request_of_an_item_is_rebuilt_from_the_file_alone(run_file: Path) -> None:
     loops = requests_for_run(PASSAGES, SETTINGS, model_id="stub")
     for loop in loops:
-        item = Item(passage=loop.passage, self_edit=loop.self_edit, repeat=loop.repeat)
+        item = f"{loop.passage}.{loop.self_edit}.{loop.repeat}"
         assert stored_loop(run_file, item).request == loop.request.model_copy(update={"request_id": None})
 
 
 def test_a_number_made_again_trains_again_and_is_the_same(ttt: TTT, run_file: Path) -> None:
     trained = ttt.client.status().counts["answered"]
-    is_same, said = rerun(ttt, stored_loop(run_file, Item.parse("1.0.1")))
+    is_same, said = rerun(run_file, "1.0.1", endpoint=ttt.client.endpoint)
     assert ttt.client.status().counts["answered"] == trained + 1
     assert is_same and said == ["item 1.0.1: 2 of 2 right with the adapter then, 2 now; every answer is the same"]
 
 
 def test_an_answer_that_differs_is_shown_then_and_now(ttt: TTT, run_file: Path) -> None:
-    stored = stored_loop(run_file, Item.parse("0.1.0"))
+    stored = stored_loop(run_file, "0.1.0")
     reply = ttt.client.evaluate(stored.request)
     other = reply.model_copy(update={"adapter_texts": ["a", "else"], "adapter_correct": [True, False]})
     is_same, said = compared(stored, other)
@@ -68,9 +74,14 @@ def test_an_answer_that_differs_is_shown_then_and_now(ttt: TTT, run_file: Path) 
 
 
 def test_another_model_is_refused(ttt: TTT, run_file: Path) -> None:
-    ttt.model_id = "other"
-    with pytest.raises(RunMismatch, match="made by model stub, the server has other"):
-        rerun(ttt, stored_loop(run_file, Item.parse("0.0.0")))
+    loops = requests_for_run(PASSAGES, SETTINGS, model_id="other")
+    stated = {loop.request.seed: loop.request_id for loop in loops}
+    run = json.loads(run_file.read_text())
+    run["model"] = "other"
+    for entry in run["articles"][0]["completions"][0]["repeats"]:
+        entry["request_id"] = stated[entry["seed"]]
+    with pytest.raises(RunMismatch, match="made by model other, the server has stub"):
+        rerun(write_json(run_file, run), "0.0.0", endpoint=ttt.client.endpoint)
 
 
 def changed(run_file: Path, change: Any) -> Path:
@@ -101,13 +112,13 @@ def test_what_cannot_be_made_again_is_refused(
     run_file: Path, change: Any, item: str, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        stored_loop(changed(run_file, change), Item.parse(item))
+        stored_loop(changed(run_file, change), item)
 
 
 @pytest.mark.parametrize("text", ["", "1", "1.2", "a.b.c", "1.2.3.4", "-1.0.0"])
-def test_an_item_is_three_numbers(text: str) -> None:
+def test_an_item_is_three_numbers(text: str, run_file: Path) -> None:
     with pytest.raises(DataError, match="is not passage.self_edit.repeat"):
-        Item.parse(text)
+        stored_loop(run_file, text)
 
 
 def test_the_command_says_the_same_and_ends_with_0(

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
-from seal_nb.cli_chains import tell
+from seal_nb.cli import tell
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.metrics import Estimate
 from seal_nb.notebook_runner import for_stream
-from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
+from seal_nb.results.run import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
 from seal_nb.views.live import Progress, say
 from seal_nb.views.plots import (
     Chart,

@@ -1,8 +1,7 @@
 """Run a chain on this machine: one stage after another, each in a process of its own, servers in the background.
 
 After an interruption of any kind the same call continues: finished stages are kept, and an unfinished one goes on
-from its own journal. No process outlives the chain, not even after a `kill -9` (``processes.end_with_parent``).
-"""
+from its own journal. No process outlives the chain, not even after a `kill -9` (``processes.end_with_parent``)."""
 
 import contextlib
 import os

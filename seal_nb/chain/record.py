@@ -1,8 +1,7 @@
 """What a run's folder knows of its chain: ``chain.json``, the folder's lock, and what has become of each stage.
 
 A job finds in ``chain.json`` the identity under which it marks its stage as done. All paths follow from names, so the
-folder can be moved.
-"""
+folder can be moved."""
 
 import contextlib
 import fcntl

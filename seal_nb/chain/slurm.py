@@ -1,8 +1,7 @@
 """Run a chain on a SLURM cluster: a job for each stage, one job array for stages that differ in their seed only.
 
 The scripts are in ``slurm/``. Commands used: sbatch, scontrol, scancel. Not ``sacct``, whose database not every cluster
-has. SLURM forgets a job some minutes after its end (``MinJobAge``); the run's folder knows what became of it.
-"""
+has. SLURM forgets a job some minutes after its end (``MinJobAge``); the run's folder knows what became of it."""
 
 import os
 import re

@@ -1,8 +1,7 @@
 """What an experiment consists of: its settings, and the table of stages that follows from them.
 
 A stage is one run of a notebook, after the stages that it needs. The whole experiment is SEAL's (arXiv 2506.10943);
-`make demo` is this table with the small model and small counts. `local` and `slurm` run a table.
-"""
+`make demo` is this table with the small model and small counts. `local` and `slurm` run a table."""
 
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -2,8 +2,7 @@
 
 The official client sends the requests. Added here: other attempts after failures that may pass, patience with rate
 limits, parameters that a service refuses, the end of a round, Ctrl-C. Only a finished text counts as a reply; what a
-model thinks before it is cut off. Engines and judges use the same client.
-"""
+model thinks before it is cut off. Engines and judges use the same client."""
 
 import contextlib
 import json

@@ -102,8 +102,7 @@ class Engine(ABC):
 
         ``on_text`` is called as soon as a text has come, so that the caller can save it. API engines call it from
         another thread, one call at a time. Raises: Incomplete if prompts have no text (it holds those that came),
-        SettingsError for what the engine cannot do.
-        """
+        SettingsError for what the engine cannot do."""
         if adapters and len(adapters) != len(prompts):
             raise SettingsError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each, or none")
         each = zip(prompts, seeds, adapters or [None] * len(prompts), strict=True)

@@ -68,10 +68,8 @@ class LocalEngine(Engine):
         return str(self.base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
-def load_local_engine(model: str, *, n_threads: int = 1, device: str = "auto", dtype: str = "auto") -> LocalEngine:
-    """Load a model (a folder, a hub name or "embedded") for generation in this process, on ``n_threads`` CPU threads.
-    ``device`` and ``dtype``: see FrozenBase.load."""
+def load_local_engine(model: str, *, n_threads: int = 1, **how: str) -> LocalEngine:
+    """Load a model (a folder, a hub name or "embedded") for this process; ``how``: see FrozenBase.load."""
     torch.set_num_threads(n_threads)
     folder = resolve_model(model)
-    base = FrozenBase.load(folder, device=device, dtype=dtype)
-    return LocalEngine(base, model_id=model_identity(folder))
+    return LocalEngine(FrozenBase.load(folder, **how), model_id=model_identity(folder))

@@ -1,8 +1,7 @@
 """The vLLM engine: texts of a base and of many adapters at once, from a server of our own or an existing one.
 
 Greedy float32 texts equal those of the local engine, token for token (tests/vllm). Sampled ones come from vLLM's own
-random numbers: the same seed gives the same text, but another one than the local engine's.
-"""
+random numbers: the same seed gives the same text, but another one than the local engine's."""
 
 import contextlib
 import importlib.util

@@ -2,8 +2,7 @@
 
 The run file is as published (SEAL, arXiv 2506.10943), but the published `per_article` loses passages of equal titles
 (200 become 47): here it keeps all questions of a title, and `per_passage` has one entry for each passage. Method "full"
-is ours: `sft.train` trains all weights in processes of its own, and a server of the new model is asked.
-"""
+is ours: `sft.train` trains all weights in processes of its own, and a server of the new model is asked."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answer
 from seal_nb.passages import Passage
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
 from seal_nb.results.cpt import CptRun
-from seal_nb.results.published import CPT
+from seal_nb.results.run import CPT
 from seal_nb.settings import Settings, setting
 from seal_nb.sft.settings import SftJob, SftSettings
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
@@ -114,8 +113,7 @@ def cpt(
         RemoteError: when a training failed on the server.
         RoundTimeout: when the server went away and did not come back.
 
-    Source: SEAL, arXiv 2506.10943, continued pretraining.
-    """
+    Source: SEAL, arXiv 2506.10943, continued pretraining."""
     training = training or PUBLISHED_TRAINING
     given, folder = locals(), runs_folder(folder)
     check_asked(passages)

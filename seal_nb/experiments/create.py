@@ -107,8 +107,7 @@ def create_self_edits(
         EngineError: when texts are missing in the end; the others are in the journal.
         SettingsError: for settings that do not fit.
 
-    Source: SEAL, arXiv 2506.10943: five self-edits of each passage at temperature 1.
-    """
+    Source: SEAL, arXiv 2506.10943: five self-edits of each passage at temperature 1."""
     folder = runs_folder(folder)
     prompts = find_prompts(prompt_key) if isinstance(prompt_key, str) else list(prompt_key)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p)

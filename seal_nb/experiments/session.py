@@ -2,8 +2,7 @@
 
 A request is known by its id, which follows from its content and the model. The journal of a run folder has every
 reply, so a notebook that was stopped sends only what is missing, and what failed on the server. `ask_control` asks
-twenty general questions that no passage is about; they show a collapse, not a change of a few points.
-"""
+twenty general questions that no passage is about; they show a collapse, not a change of a few points."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -140,8 +139,7 @@ def ttt_server(
         The server; close it, or use it in a `with` block. One of this machine starts at its first use.
 
     Raises:
-        SettingsError: for a setting or grader that is unknown or out of range, and for a judge without its key.
-    """
+        SettingsError: for a setting or grader that is unknown or out of range, and for a judge without its key."""
     given = settings | ({"grader": grader} if grader else {})
     if grader and not endpoint:
         make_grader(grader)  # refuses an unknown grader, and a judge without its key
@@ -161,8 +159,7 @@ def connect(endpoint: str, *, grader: str = "", wait_s: float = DEFAULT_WAIT_S) 
         wait_s: seconds that requests wait for the server before they raise RoundTimeout.
 
     Returns:
-        The server. It goes on when this `TTT` is closed.
-    """
+        The server. It goes on when this `TTT` is closed."""
     return TTT(TTTClient(endpoint, wait_s=wait_s), grader=grader)
 
 
@@ -216,8 +213,11 @@ def ask(
 ) -> Collected:
     """The reply to every request (with an id; equal ids are sent once): from the journal, or from the server and then
     into the journal. `what` is the noun in the progress line. `work`: if given, a line that begins with it is
-    printed first and says how much is left. Raises: RoundTimeout when the server went away and did not come back."""
+    printed first and says how much is left. Raises: RoundTimeout when the server went away and did not come back,
+    ValueError for a request without an id."""
     wanted = {str(request.request_id): request for request in requests}
+    if "None" in wanted:
+        raise ValueError("a request has no id, so that its reply could not be found again")
     missing = [request for key, request in wanted.items() if key not in journal]
     if trainings := [request for request in missing if work and isinstance(request, TTTRequest)]:
         speed = ttt.client.status().tokens_per_s

@@ -1,8 +1,7 @@
 """Settings of one adapter (`Training`), and the arms of an evaluation with the texts they train on.
 
 Field names and defaults are the published ones for single passages (SEAL, arXiv 2506.10943; `lora_params` of the
-published run files). They are declared here once: notebooks, requests and run files all take them from here.
-"""
+published run files). They are declared here once: notebooks, requests and run files all take them from here."""
 
 import re
 import typing
@@ -54,8 +53,7 @@ class Training(Settings):
     Raises:
         SettingsError: for a value that cannot be trained with.
 
-    Source: SEAL, arXiv 2506.10943, `lora_params` of the published run files.
-    """
+    Source: SEAL, arXiv 2506.10943, `lora_params` of the published run files."""
 
     lora_rank: int = setting(32, least=1)
     lora_alpha: float = 64

@@ -2,37 +2,36 @@
 
 Replies become the `run_*.json` of SEAL (arXiv 2506.10943, the published query client) with verdicts, soft scores,
 seeds and request ids added. Seeds and ids follow from content, so any single number can be made again alone. The arm
-`in_context` trains nothing: its questions are asked with the passage in the prompt.
-"""
+`in_context` trains nothing: its questions are asked with the passage in the prompt."""
 
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seal_nb.errors import SettingsError
-from seal_nb.experiments.rest_em import RankingSummary, check_reliability
-from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request
+from seal_nb.errors import DataError, RunMismatch, SettingsError
+from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request, ttt_server
 from seal_nb.experiments.settings import SingleArm, Training, arm_passages, arm_texts, check_asked, parse_arms
 from seal_nb.grading.base import Grader, answered_with
-from seal_nb.grading.choose import check_grader, make_grader
+from seal_nb.grading.choose import check_grader, grader_of, make_grader
 from seal_nb.metrics import mean
-from seal_nb.passages import Passage, asked
+from seal_nb.passages import Passage, Question, asked
 from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.collect import stacked
 from seal_nb.results.cpt import CptRun, check_length
-from seal_nb.results.published import SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import KINDS, verdict_change
+from seal_nb.results.run import KINDS, SINGLE_PASSAGE, are_published_passages, verdict_change
 from seal_nb.results.single_passage import SinglePassageRun, run_file_name
 from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
-from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record
+from seal_nb.storage import Journal, derived_seed, read_json, runs_folder, write_json, write_record
 from seal_nb.views import plots
 from seal_nb.views.live import say
 
@@ -132,8 +131,6 @@ def evaluate(
     k_completions: int = 1,
     eval_times: int = 1,
     split_newlines: bool = True,
-    reliability: float = 0.0,
-    most_eval_times: int = 9,
     seed: int = 42,
     folder: str | Path = "runs/evaluation",
     exp_name: str = "base",
@@ -151,8 +148,6 @@ def evaluate(
         k_completions: self-edits used of each passage.
         eval_times: adapters trained for each self-edit.
         split_newlines: each line of a self-edit is a train sequence (published: yes).
-        reliability: in (0, 1): add repeats of the arm self_edits until the ranking is this reliable; 0: off.
-        most_eval_times: most repeats with `reliability`.
         seed: the seed of each inner loop is derived from it.
         folder: for run files, their records and the journal; a second call asks only for what is missing.
         exp_name: part of the names of the run files.
@@ -167,13 +162,10 @@ def evaluate(
         SettingsError: for settings that do not fit, and for a server with another grader.
         RoundTimeout: when the server went away and did not come back.
 
-    Source: SEAL, arXiv 2506.10943, section 3.1, single passage.
-    """
+    Source: SEAL, arXiv 2506.10943, section 3.1, single passage."""
     training = training or Training()
     given, folder = locals(), runs_folder(folder)
     check_asked(passages)
-    if reliability:
-        check_reliability(reliability)
     settings, texts = {}, {}
     for arm, file in parse_arms(arms).items():
         own = {"arm": "self_edits", "label": arm, "texts_from": Path(file).name} if file else {"arm": arm}
@@ -186,18 +178,9 @@ def evaluate(
     with Journal(folder / "journal.jsonl") as journal:
         if grader is not None:  # verdicts of two graders cannot be compared
             check_grader(grader.name, ttt.model_id, where=ttt.where)
-        while True:
-            loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
-            requests = [loop.request for arm_loops in loops.values() for loop in arm_loops]
-            collected = ask(ttt, requests, journal, work="to do", price_per_hour=price_per_hour)
-            one = settings.get("self_edits")
-            if one is None or not reliability:
-                break
-            run = SinglePassageRun(value=build_run(texts["self_edits"], loops["self_edits"], collected.replies, one))
-            wanted = RankingSummary(run).repeats_wanted(reliability=reliability, most=most_eval_times)
-            if wanted <= one.eval_times:
-                break
-            settings["self_edits"] = replace(one, eval_times=wanted)
+        loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
+        requests = [loop.request for arm_loops in loops.values() for loop in arm_loops]
+        collected = ask(ttt, requests, journal, work="to do", price_per_hour=price_per_hour)
         replies = collected.replies
         if grader is not None:
             replies, failed = with_in_context(ttt, passages, loops["in_context"], replies, journal, grader)
@@ -244,8 +227,7 @@ def train_and_ask(
 
     Raises:
         RemoteError: when a request failed on the server.
-        RoundTimeout: when the server went away and did not come back.
-    """
+        RoundTimeout: when the server went away and did not come back."""
     requests = {
         name: loop_request(
             ttt.model_id,
@@ -272,8 +254,7 @@ def reply_frame(questions: Sequence[Any], reply: TTTReply, *, start: int = 0) ->
         start: index in the reply of the first of these questions.
 
     Returns:
-        One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``.
-    """
+        One row per question: ``question``, ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts``."""
     at = slice(start, start + len(questions))
     return pd.DataFrame(
         {
@@ -329,8 +310,7 @@ def train_sequences(
     Raises:
         DataError: for a passage without such a text.
 
-    Source: SEAL, arXiv 2506.10943, the published query client.
-    """
+    Source: SEAL, arXiv 2506.10943, the published query client."""
     name, file = next(iter(parse_arms([arm]).items()))
     (passage,) = arm_passages(name, [passage], file)
     trained_on = "self_edits" if file else name
@@ -345,8 +325,7 @@ def eval_questions(*passages: Passage) -> list[EvalQuestion]:
         *passages: in order.
 
     Returns:
-        All questions in one list.
-    """
+        All questions in one list."""
     all_asked = [(one.title, one.context, question) for one in passages for question in one.questions]
     return [
         EvalQuestion(title=title, context=context, **asked(one) | {"question": topic_question(title, one.question)})
@@ -489,3 +468,73 @@ def with_in_context(
             **baseline.model_dump(include={"request_id", "seed", "model_id", "server_id"}),
         )
     return completed, failures
+
+
+class StoredLoop(NamedTuple):
+    """One inner loop as a run file has it, to be made again: its request without an id (otherwise the server would
+    answer from its journal and train nothing), and its questions with their answers."""
+
+    item: str
+    model_id: str
+    request: TTTRequest
+    questions: list[dict[str, Any]]
+
+
+def stored_loop(path: str | Path, item: str) -> StoredLoop:
+    """``item``: passage.self_edit.repeat, each from 0. Raises: DataError where the file has no such item or not all
+    that made it, RunMismatch where it was changed."""
+    if not re.fullmatch(r"\d{1,9}\.\d{1,9}\.\d{1,9}", item):
+        raise DataError(f"item {item!r} is not passage.self_edit.repeat", remedy="write it as 0.0.0")
+    (at, number, repeat), run = map(int, item.split(".")), read_json(path)
+    about: dict[str, Any] = {"path": path, "item": item}
+    try:
+        article = run["articles"][at]
+        completion = article["completions"][number]
+        made = next(entry for entry in completion["repeats"] if entry["rep"] == repeat)
+        rows = [row for row in completion["questions"] if row["rep"] == repeat]
+        fields = [(row["question"], row["answer"], tuple(row.get("other_answers") or ())) for row in rows]
+        own = tuple(Question(question=one, answer=gold, other_answers=others) for one, gold, others in fields)
+        passage = Passage(title=article["title"], context=article["context"], questions=own)
+        texts = arm_sequences(run["trained_on"], completion["text"], passage, split_newlines=run["split_newlines"])
+        stated = {name: value for name, value in run["training"].items() if name != "pad_samples"}  # of earlier files
+        questions, seed = eval_questions(passage), made["seed"]
+        request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=seed)
+    except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
+        remedy = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
+        raise DataError("has no such item, or not what made it", **about, remedy=remedy) from error
+    if not rows or run["trained_on"] == "in_context":
+        problem = "was trained on nothing" if rows else "has no answer"
+        raise DataError(problem, **about, remedy="run 03 again, or choose a passage that was asked about")
+    if request.request_id != made["request_id"]:
+        raise RunMismatch(f"{path}, item {item}: what it says does not give its request id; it was changed")
+    return StoredLoop(item, run["model"], request.model_copy(update={"request_id": None}), rows)
+
+
+def rerun(path: str | Path, item: str, *, endpoint: str, **server: Any) -> tuple[bool, list[str]]:
+    """Train and ask again, on the server at ``endpoint`` or on one started with these settings and the run's grader.
+    Returns: see `compared`. Raises: RunMismatch for a server of another model, RemoteError."""
+    stored = stored_loop(path, item)
+    server |= {"endpoint": endpoint, "grader": grader_of({"model": stored.model_id})}
+    with tempfile.TemporaryDirectory(prefix="seal-nb-rerun-") as folder, ttt_server(folder=folder, **server) as ttt:
+        if ttt.model_id != stored.model_id:
+            raise RunMismatch(
+                f"the run was made by model {stored.model_id}, the server has {ttt.model_id}; start it with that "
+                "model, dtype and grader (seal-nb rerun --model FOLDER, of a round: its round1_train/model)"
+            )
+        return compared(stored, ttt.client.evaluate(stored.request))
+
+
+def compared(stored: StoredLoop, reply: TTTReply) -> tuple[bool, list[str]]:
+    """Whether every answer is the same, and lines with the accuracy then and now and each answer that differs."""
+    differing = []
+    for at, row in enumerate(stored.questions):
+        for which in ("baseline", "adapter"):
+            then, now = row[f"{which}_answer"], getattr(reply, f"{which}_texts")[at]
+            if then != now or row[f"{which}_correct"] != getattr(reply, f"{which}_correct")[at]:
+                differing += [f"  {which}: {row['question']}", f"    then: {then!r}", f"    now:  {now!r}"]
+    n, n_then = len(stored.questions), sum(row["adapter_correct"] is True for row in stored.questions)
+    head = f"item {stored.item}: {n_then} of {n} right with the adapter then, {reply.adapter_correct.count(True)} now; "
+    if not differing:
+        return True, [f"{head}every answer is the same"]
+    why = "(only with deterministic=True the same bits come back: else one of two tokens that are almost equal may win)"
+    return False, [f"{head}{len(differing) // 3} of {2 * n} answers differ:", *differing, why]

@@ -1,8 +1,7 @@
 """A sweep over settings of the inner loop: every combination on the same passages, all in one batch (`sweep`).
 
 Each point is a single-passage arm with its own settings and the same seeds, so points differ by their settings alone.
-The best of many points is partly luck: evaluate it on other passages.
-"""
+The best of many points is partly luck: evaluate it on other passages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -100,8 +99,7 @@ def sweep(
     Raises:
         DataError: for a passage without what the arm needs, and for passages without any question.
         SettingsError: for a name that is no setting, and for more than 200 points.
-        RoundTimeout: when the server went away and did not come back.
-    """
+        RoundTimeout: when the server went away and did not come back."""
     check_asked(passages)
     training = training or Training()
     fixed = SinglePassageSettings.from_parameters(locals(), k_completions=1)

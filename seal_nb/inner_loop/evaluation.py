@@ -1,7 +1,6 @@
 """Requests in progress: the texts that each needs and has, its training job, its scores, and its reply.
 
-Scores of single tokens take two forward passes and no generation. A soft score is the sum over a gold answer.
-"""
+Scores of single tokens take two forward passes and no generation. A soft score is the sum over a gold answer."""
 
 import logging
 import time
@@ -20,8 +19,7 @@ from seal_nb.tokens import tokenize
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, ScoreRow, score
 from seal_nb.ttt.device import Limit
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob, TrainSettings, make_row
 from seal_nb.ttt.trainer import Trained
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,7 @@ from seal_nb.protocol import GenerateRequest, Reply, TTTRequest, Work, error_rep
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder
 from seal_nb.ttt.device import Limit, wide
-from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, features
+from seal_nb.ttt.lora import Adapter, LoraSettings, features
 from seal_nb.ttt.passes import CHUNK
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 
@@ -266,16 +265,9 @@ def load_inner_loop(settings: InnerLoopSettings) -> InnerLoop:
 def memory_needed(
     base: FrozenBase, *, rank: int, n_slots: int, token_budget: int, decode_rows: int, text_tokens: int
 ) -> dict[str, int]:
-    """Bytes by use. Training in float32, with rows of 64 tokens on a CPU, took 1.06 times as much; decoding took up to
-    1.4 times the cache, since it is copied as it grows.
-
-    Args:
-        base: its weights are counted as they are stored.
-        rank: of adapters on all Linear layers.
-        n_slots: adapters in training at the same time; as many trained ones are kept until they have answered.
-        token_budget: tokens of a training pass.
-        decode_rows: texts generated at a time, of ``text_tokens`` tokens with their prompts.
-    """
+    """Bytes by use, with adapters on all Linear layers, and texts of ``text_tokens`` tokens with their prompts. As many
+    trained adapters as slots are kept until they have answered. Training in float32, with rows of 64 tokens on a CPU,
+    took 1.06 times as much; decoding took up to 1.4 times the cache, since it is copied as it grows."""
     config, size, exact = base.config, base.dtype.itemsize, wide(base.dtype).itemsize
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

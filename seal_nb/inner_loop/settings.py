@@ -1,7 +1,6 @@
 """Settings of the inner loop. This module does not import torch, so a server's front end can use it.
 
-Each setting is declared once, with its help text. `seal_nb.server.settings` adds those of a server and of a worker.
-"""
+Each setting is declared once, with its help text. `seal_nb.server.settings` adds those of a server and of a worker."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,7 @@
 """The live edit: a self-edit is changed, its adapter is trained on a TTT server, and the result can be kept.
 
 An edit becomes the request that a run would send for it. Training is deterministic: no adapter is kept, and a further
-question trains the same adapter again. Calls may come from any thread; one request runs at a time.
-"""
+question trains the same adapter again. Calls may come from any thread; one request runs at a time."""
 
 import threading
 import time

@@ -1,7 +1,6 @@
 """The passage inspector: choose on the left, read on the right.
 
-Only the selected passage and self-edit are rendered. Arrow keys move in the list, Tab goes to the next control.
-"""
+Only the selected passage and self-edit are rendered. Arrow keys move in the list, Tab goes to the next control."""
 
 import os
 from collections.abc import Callable, Mapping

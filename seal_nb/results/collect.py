@@ -1,14 +1,14 @@
 """Read one run file, or everything that a folder holds about finished experiments, ours and published.
 
 Result files are recognised by their content. Two collections from the release count as run files too: verdicts of
-published evaluations, and the overall numbers of published runs.
-"""
+published evaluations, and the overall numbers of published runs."""
 
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,15 @@ from seal_nb.metrics import Estimate, accuracy, counted
 from seal_nb.passages import Passage
 from seal_nb.results.continual import ContinualRun
 from seal_nb.results.cpt import CptRun
-from seal_nb.results.published import ROUNDS_BY_PROMPT, SINGLE_PASSAGE, are_published_passages
-from seal_nb.results.run import COMPARED, Run, comparison, frame
+from seal_nb.results.run import (
+    COMPARED,
+    ROUNDS_BY_PROMPT,
+    SINGLE_PASSAGE,
+    Run,
+    are_published_passages,
+    comparison,
+    frame,
+)
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import data_file, read_json, runs_folder
 
@@ -31,7 +38,7 @@ MOST_PARTS = 100_000  # objects of one file, and texts in lists; a run over all 
 MOST_RUNS = 200  # of one file
 MOST_NAMES = 1_000  # of models and graders in one file
 NAMES = {"grader", "model", "base_model", "earlier"}  # fields with names of models and graders
-MOST_ARMS, MOST_PAIRED = 20, 50_000  # that are compared with each other, and their passages over all pairs
+MOST_ARMS = 20  # that are compared with each other
 SHIPPED_RUNS = {"shipped:ranking": "run_example.json", "shipped:example": "inspector_run.json.gz"}
 SUMMARY_LINES = ("best arm", "differences between arms", "ReST-EM rounds", "best of many passages in one adapter",
                "after the last continual edit")  # fmt: skip
@@ -51,8 +58,7 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
         A SinglePassageRun, CptRun or ContinualRun, with ``accuracy()``, ``answers()`` and ``summary()``.
 
     Raises:
-        DataError: the file is missing, broken (with item and field), or not one run.
-    """
+        DataError: the file is missing, broken (with item and field), or not one run."""
     shipped = SHIPPED_RUNS.get(str(path))
     path = data_file(shipped) if shipped else runs_folder(path)
     return run_of(read_json(path), path=path, passages=passages)
@@ -73,19 +79,16 @@ def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Seque
 def _hide_keys(value: Any, path: str | Path) -> None:
     """In place: models and graders that the file names, in which an older version let a key stand.
     Raises: DataError for a file with so many objects, texts in lists, or names that reading it would not end."""
-    inside, n_parts, hidden = [value], 0, dict[str, str]()
+    inside, n_parts, hide = [value], 0, lru_cache(None)(redacted)
     while inside:
         one = inside.pop()
         n_parts += isinstance(one, dict | str)
         for name in NAMES & one.keys() if isinstance(one, dict) else ():
-            said = one[name]
-            texts = [said] if isinstance(said, str) else [*said] if isinstance(said, dict) and name == "earlier" else []
-            hidden |= {text: redacted(text) for text in texts if text not in hidden}
-            if isinstance(said, str):
-                one[name] = hidden[said]
-            elif texts:
-                one[name] = {hidden[grader]: verdicts for grader, verdicts in said.items()}
-        if n_parts > MOST_PARTS or len(hidden) > MOST_NAMES:
+            if isinstance(one[name], str):
+                one[name] = hide(one[name])
+            elif isinstance(one[name], dict) and name == "earlier":
+                one[name] = {hide(grader): verdicts for grader, verdicts in one[name].items()}
+        if n_parts > MOST_PARTS or hide.cache_info().currsize > MOST_NAMES:
             problem = f"has more than {MOST_PARTS} objects and texts, or {MOST_NAMES} models and graders"
             raise DataError(problem, path=path, remedy="split it")
         inside += one if isinstance(one, list) else []
@@ -108,8 +111,7 @@ def collect(folder: str | Path) -> "Collection":
             (broken, too large, no regular file).
 
     Raises:
-        DataError: there is no such folder.
-    """
+        DataError: there is no such folder."""
     root = runs_folder(folder)
     if not root.is_dir():
         raise DataError("no such folder", path=root, remedy="give a folder of runs")
@@ -279,16 +281,14 @@ class Collection:
         return next((found for run in self.arms(prompt_key).values() if (found := run.estimate("baseline"))), None)
 
     def differences(self, prompt_key: str = "") -> "pd.DataFrame":
-        """Every two arms over the same passages, as ``compare`` gives them. Of more than MOST_ARMS arms, and of
-        fewer with many passages, only the first are compared, and a last row without numbers says so."""
+        """Every two arms over the same passages, as ``compare`` gives them. Of more than MOST_ARMS arms only the first
+        are compared, and a last row without numbers says so."""
         rows, arms = [], list(self.arms(prompt_key).values())
-        n_passages = max((len(run.passages) for run in arms), default=0) or 1
-        most = max(2, min(MOST_ARMS, math.isqrt(2 * MOST_PAIRED // n_passages)))
-        for second, first in combinations(arms[:most], 2):
+        for second, first in combinations(arms[:MOST_ARMS], 2):
             with suppress(DataError):  # other passages
                 rows.append(comparison(first, second))
-        if (n_more := len(arms) - most) > 0:
-            said = f"not compared: only the first {most} arms are"
+        if (n_more := len(arms) - MOST_ARMS) > 0:
+            said = f"not compared: only the first {MOST_ARMS} arms are"
             rows.append({"arm": counted(n_more, "more arms"), "is_real": False, "sentence": said})
         return frame(rows, COMPARED)
 

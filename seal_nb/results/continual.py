@@ -1,8 +1,7 @@
 """Continual self-edits: the (K+1)×K accuracy matrix, its summary files, forgetting.
 
 Row t of a matrix is the accuracy on each passage after t edits, row 0 before any. Step j + 1 edits passage j, which is
-asked from then on. A cell without a verdict is None. In files (SEAL, arXiv 2506.10943) the mean is 0.0 if not asked.
-"""
+asked from then on. A cell without a verdict is None. In files (SEAL, arXiv 2506.10943) the mean is 0.0 if not asked."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,12 +120,9 @@ class ContinualRun(runs.Run):
 
     def curve(self) -> "pd.DataFrame":
         """Accuracy after each edit.
-
-        Returns:
-            One row per number of edits: ``edits``, ``accuracy`` (mean over the passages edited so far) with ``low`` and
-            ``high`` over sequences (missing without the matrices), ``never_edited`` (the same passages before any
-            edit), ``just_edited`` (the passage of this edit), ``n`` (sequences).
-        """
+        Returns: one row per number of edits: ``edits``, ``accuracy`` (mean over the passages edited so far) with
+        ``low`` and ``high`` over sequences (missing without the matrices), ``never_edited`` (the same passages before
+        any edit), ``just_edited`` (the passage of this edit), ``n`` (sequences)."""
         rows = []
         for step, estimate in enumerate(self.seen(), 1):
             low, high = (estimate.low, estimate.high) if self.matrices else (None, None)
@@ -136,11 +132,8 @@ class ContinualRun(runs.Run):
 
     def answers(self) -> "pd.DataFrame":
         """All answers of the sequences; empty for published files.
-
-        Returns:
-            One row per question and step: ``sequence``, ``edits`` (0: before any), ``passage``, ``question``, ``gold``,
-            ``answer``, ``verdict``, ``correct`` (missing: ungraded).
-        """
+        Returns: one row per question and step: ``sequence``, ``edits`` (0: before any), ``passage``, ``question``,
+        ``gold``, ``answer``, ``verdict``, ``correct`` (missing: ungraded)."""
         rows = []
         for sequence, edits, stored in self._placed_verdicts():
             one, verdict = stored.answered, stored.verdict()
@@ -335,8 +328,7 @@ def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, metrics.Estimat
 
     ``never_edited`` row 0; ``after_own_edit`` each passage right after its edit; ``final`` the last row;
     ``final_minus_never_edited``; ``backward_transfer`` what later edits changed (final minus after own edit,
-    the last passage left out); ``forgetting`` the best since its edit minus final, the same passages.
-    """
+    the last passage left out); ``forgetting`` the best since its edit minus final, the same passages."""
     places = range(check_sizes(matrices))
     never, final = [matrix[0] for matrix in matrices], [matrix[-1] for matrix in matrices]
     own = [[matrix[at + 1][at] for at in places] for matrix in matrices]

@@ -1,8 +1,7 @@
 """CPT run files (many passages in one adapter), published and ours: read, written, recomputed.
 
 The published form: ``{overall, …, per_article, server_reply: {baseline_texts, …, adapter_correct, …}}``. It does not
-say which question belongs to which passage, so intervals and regrading need the passages; ours add ``per_passage``.
-"""
+say which question belongs to which passage, so intervals and regrading need the passages; ours add ``per_passage``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,10 +95,8 @@ class CptRun(Run):
 
     def answers(self) -> "pd.DataFrame":
         """All answers of the run.
-
-        Returns:
-            One row per question: ``passage``, ``question``, ``gold`` (both missing unless the run was read with its
-            passages), ``baseline_answer``, ``adapter_answer``, ``verdicts``, ``baseline_correct``, ``adapter_correct``.
+        Returns: one row per question: ``passage``, ``question``, ``gold`` (both missing unless the run was read with
+        its passages), ``baseline_answer``, ``adapter_answer``, ``verdicts``, ``baseline_correct``, ``adapter_correct``.
         """
         import pandas as pd
 

@@ -2,8 +2,7 @@
 
 A regraded run keeps the earlier verdicts in ``earlier``, by the name of their grader; a grader that grades again
 replaces its own verdicts. A grader is measured against earlier verdicts by ``kind`` too (baseline, adapter, or both),
-because one that is stricter on one arm shifts every gain.
-"""
+because one that is stricter on one arm shifts every gain."""
 
 import json
 from collections.abc import Sequence
@@ -202,8 +201,7 @@ def compare_graders(run: Run, *, reference: str = "") -> "pd.DataFrame":
     One row per grader, over the answers that it and the reference judged: ``grader``, ``n``, ``ungraded``,
     ``baseline`` and ``adapter`` (share called correct), ``agreement``, ``kappa``, ``baseline_bias``, ``adapter_bias``
     (share called correct minus the reference's), ``gain``, ``gain_bias``. Missing if the two judged no answer of an
-    arm in common. Raises: DataError if the run has no answers; SettingsError if there is no such reference.
-    """
+    arm in common. Raises: DataError if the run has no answers; SettingsError if there is no such reference."""
     import pandas as pd
 
     places, own = _answers_of(run), grader_of(run.value)

@@ -1,12 +1,12 @@
 """What the three forms of run files share: estimates, tables, recomputed statistics; and the comparison of two runs.
 
-A run keeps the JSON value of its file with all fields, known and unknown, and knows where the verdicts are in it.
-"""
+A run keeps the JSON value of its file with all fields, known and unknown, and knows where the verdicts are in it."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ from seal_nb.errors import DataError, redacted
 from seal_nb.grading.base import Answered
 from seal_nb.metrics import Difference, Estimate, Scores, Weighting, if_graded, mean_interval, paired_difference
 from seal_nb.passages import text_key
-from seal_nb.storage import read_json, record_path, write_json
+from seal_nb.storage import data_file, read_json, record_path, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +39,14 @@ ARM_NAMES = {
     "self_edits": "self-edits",
 }
 
+# Published accuracies, fractions over one set of 200 SQuAD validation passages (974 questions); Qwen2.5-7B, verdicts by
+# GPT-4.1. Figures draw them as dashed lines, beside runs over exactly these passages only (`are_published_passages`).
+_PUBLISHED = read_json(data_file("published.json"))
+SINGLE_PASSAGE: dict[str, float] = _PUBLISHED["single_passage"]  # prompt key `implications`
+# Accuracy of self-edits written by the base model, after round 1, after round 2.
+ROUNDS_BY_PROMPT = {key: tuple(accuracies) for key, accuracies in _PUBLISHED["rounds_by_prompt"].items()}
+CPT: dict[str, float] = _PUBLISHED["cpt"]  # these runs differ from one another in learning rate and accumulation
+CONTINUAL: dict[str, float] = _PUBLISHED["continual"]  # 64 sequences of 8 passages, model after round 2
 COMPARED = ("arm", "against", "n", "difference", "low", "high", "p", "is_real", "sentence")
 SHARES = ("accuracy", "low", "high", "baseline", "gain", "gain_low", "gain_high", "p")
 MOST = 1e6  # no accuracy, gain or log-probability is beyond; sums of larger numbers could overflow
@@ -213,8 +221,7 @@ class Run(ABC):
             ``low`` and ``high``, ``baseline`` (the model without adapter), ``gain`` (adapter − baseline) with
             ``gain_low``, ``gain_high`` and the sign-flip ``p``, ``ungraded`` (adapter answers without a verdict), the
             columns of its form (``prompt``, ``recited``; ``questions``, ``lr``; ``passages``), ``file``. Accuracies are
-            fractions. Intervals are missing if the file has no verdicts.
-        """
+            fractions. Intervals are missing if the file has no verdicts."""
         return frame([self._row]).astype(dict.fromkeys(SHARES, float))  # None is missing, as in longer tables
 
     @cached_property
@@ -302,8 +309,7 @@ def compare(a: Run, b: Run, *, shared_only: bool = False) -> "pd.DataFrame":
         and ``sentence``.
 
     Raises:
-        DataError: the runs have different forms or passages, or a run has no verdicts, or passages that repeat.
-    """
+        DataError: the runs have different forms or passages, or a run has no verdicts, or passages that repeat."""
     return frame([comparison(a, b, shared_only=shared_only)], COMPARED)
 
 
@@ -370,3 +376,10 @@ def _settings_of(path: str | Path) -> dict[str, Any]:
         raise DataError("is not a result file", path=path, remedy="give a run file")
     kinds = object if has_record else str | int | float | bool | dict
     return {name: one for name, one in value.items() if isinstance(one, kinds) and name not in _NO_SETTINGS}
+
+
+def are_published_passages(titles_and_contexts: Iterable[tuple[str, str]]) -> bool:
+    """Whether these are exactly the 200 passages of the published evaluation, in any order."""
+    lines = sorted("\0".join(text_key(*texts)) for texts in titles_and_contexts)
+    digest = hashlib.sha256("\n".join(lines).encode(errors="backslashreplace")).hexdigest()
+    return bool(digest == _PUBLISHED["passages_sha256"])

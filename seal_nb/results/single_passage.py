@@ -1,8 +1,7 @@
 """Single-passage run files, published and ours: read, written, recomputed.
 
 The published form: ``{overall, …, articles: [{stats, title, context, prompt, completions: [{text, stats, questions:
-[{rep, …, baseline_correct, adapter_correct}]}]}]}``. Released files may lack per-question records or hold nulls.
-"""
+[{rep, …, baseline_correct, adapter_correct}]}]}]}``. Released files may lack per-question records or hold nulls."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -222,8 +221,7 @@ class SinglePassageRun(runs.Run):
         Returns:
             One row per question and repeat of each self-edit: ``passage``, ``self_edit``, ``repeat``, ``question``,
             ``gold``, ``baseline_answer``, ``adapter_answer``, ``verdicts`` ("wrong → right"), ``baseline_correct``,
-            ``adapter_correct`` (missing: ungraded).
-        """
+            ``adapter_correct`` (missing: ungraded)."""
         rows = []
         for passage, edit in self._self_edits():
             for one in edit.questions:
@@ -235,10 +233,8 @@ class SinglePassageRun(runs.Run):
 
     def rewards(self) -> "pd.DataFrame":
         """The reward of each self-edit: accuracy of its adapters, averaged over the repeats.
-
-        Returns:
-            One row per self-edit: ``passage`` and ``self_edit`` (indices), ``title``, ``text``, ``reward``, ``gain``.
-        """
+        Returns: one row per self-edit: ``passage`` and ``self_edit`` (indices), ``title``, ``text``, ``reward``,
+        ``gain``."""
         rows = []
         for passage, edit in self._self_edits():
             about = {"passage": passage.index, "title": passage.title, "self_edit": edit.index, "text": edit.text}

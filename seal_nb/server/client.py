@@ -2,8 +2,7 @@
 
 A server that goes away and comes back (a batch job that is requeued) is found again through its endpoint file, and
 what it had not answered is sent again. A ping shows that the server lives and which one it is: no request is sent to a
-server that the endpoint file does not name. One thread at a time may use a client, but for `cancel`.
-"""
+server that the endpoint file does not name. One thread at a time may use a client, but for `cancel`."""
 
 import itertools
 import json

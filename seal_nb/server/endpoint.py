@@ -2,8 +2,7 @@
 
 Workers always need keys, clients where other machines can reach the server. Keys are made on first use in `keys/` of
 the run folder, readable by their owner only: one pair each for the server, its clients and its workers. Only the public
-keys in `allowed_clients/` and `allowed_workers/` may connect.
-"""
+keys in `allowed_clients/` and `allowed_workers/` may connect."""
 
 import hashlib
 import ipaddress

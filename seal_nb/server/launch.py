@@ -1,7 +1,6 @@
 """A server from outside: start it (`TTTServer`), look at it (`look`, the table of `seal-nb status`), `Watch` it.
 
-Looking does not keep an idle server running (`idle_timeout_s`).
-"""
+Looking does not keep an idle server running (`idle_timeout_s`)."""
 
 import os
 import subprocess
@@ -39,8 +38,7 @@ class TTTServer:
 
     It is the server that a cluster runs, as a child process with its own log. It ends with the block, and also when
     this process is killed. `settings` are fields of ServeSettings (`seal-nb serve --help` lists them). It must be ready
-    within `start_timeout_s`, as loading a model may take minutes. Raises SettingsError; ServerFailed at the start.
-    """
+    within `start_timeout_s`, as loading a model may take minutes. Raises SettingsError; ServerFailed at the start."""
 
     def __init__(self, *, start_timeout_s: float = 900.0, log_level: str = "INFO", **settings: Any) -> None:
         names = {field.name for field in fields(ServeSettings)}

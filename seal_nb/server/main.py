@@ -1,8 +1,7 @@
 """One TTT server from start to end: bind, write the endpoint file, start workers, serve, drain, clean up.
 
 `seal-nb serve`, `TTTServer` and batch scripts all come here. Exit codes: 0 ended as asked (SIGTERM, SIGINT, a client's
-shutdown, idle, another server on the same endpoint file), 1 no worker could start, 2 wrong settings.
-"""
+shutdown, idle, another server on the same endpoint file), 1 no worker could start, 2 wrong settings."""
 
 import ctypes
 import logging

@@ -2,8 +2,7 @@
 
 A request with an id is idempotent; a result is kept before the client gets it. A published request has neither id nor
 seed: its seed comes from the server's seed, its content and a number (see `AnswerCounts`). So three repeats of one
-published request are three trainings, and a restarted server goes on with the next number.
-"""
+published request are three trainings, and a restarted server goes on with the next number."""
 
 import contextlib
 import hashlib
@@ -187,8 +186,7 @@ class RequestTable:
     """All requests in work, from acceptance to reply. `send` gets the envelope and the bytes of each reply.
 
     A request has a key. That of the owner's is its id. `guest` is None where clients need no keys, empty for the
-    owner's key, and a name for another client's: their requests and adapters are apart from those of others.
-    """
+    owner's key, and a name for another client's: their requests and adapters are apart from those of others."""
 
     send: Callable[[Envelope, bytes], None]
 

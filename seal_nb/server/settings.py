@@ -1,8 +1,7 @@
 """Settings of a TTT server and of its workers. Each one is declared once, with its help text.
 
 `parse` reads a command line into settings, `command` writes the command line of a process. `seal-nb serve`, `TTTServer`
-and the server that starts its workers all use them.
-"""
+and the server that starts its workers all use them."""
 
 import argparse
 import logging

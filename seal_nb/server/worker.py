@@ -2,8 +2,7 @@
 
 The main thread drives the inner loop; a second thread owns the socket and sends heartbeats. If the front end gives up
 the worker's lease, the worker drops all its work and introduces itself again, so a request never gets two answers. An
-error of one request becomes its reply; one of the whole loop ends the process.
-"""
+error of one request becomes its reply; one of the whole loop ends the process."""
 
 import json
 import logging

@@ -1,7 +1,6 @@
 """Settings and result of supervised fine-tuning, without torch.
 
-The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours, for CPT.
-"""
+The defaults are those of SEAL (arXiv 2506.10943, section 3.1 and appendix B). Full fine-tuning is ours, for CPT."""
 
 import math
 from collections.abc import Sequence
@@ -34,8 +33,7 @@ class SftSettings(Settings):
         seed: of the adapter's initial weights and the order of examples.
 
     Raises:
-        SettingsError: for a value that cannot be trained with.
-    """
+        SettingsError: for a value that cannot be trained with."""
 
     method: Literal["lora", "full"] = "lora"
     lora_rank: int = setting(64, least=1)

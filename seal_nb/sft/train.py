@@ -2,8 +2,7 @@
 
 SEAL, arXiv 2506.10943, section 3.1 and appendix B. transformers' Trainer and PEFT do the work, in processes that free
 their memory when they end. On GPUs accelerate shards the model over them (FSDP, or DeepSpeed ZeRO-3). On CPUs each has
-the whole model. The result is that of one process, to rounding.
-"""
+the whole model. The result is that of one process, to rounding."""
 
 import contextlib
 import importlib.util

@@ -1,8 +1,7 @@
 """Attention for packed rows (`Rows`) and for decoding with a KV cache (`Cache`).
 
 A pass is one (1, T) sequence of all rows' tokens, end to end; only attention keeps rows apart. It is registered with
-transformers as `ATTENTION`, so any decoder that takes its attention from there works unchanged.
-"""
+transformers as `ATTENTION`, so any decoder that takes its attention from there works unchanged."""
 
 import inspect
 from collections.abc import Callable, Sequence

@@ -26,8 +26,7 @@ from seal_nb.tokens import context_of, tokenize
 from seal_nb.ttt.attention import ATTEND, ATTENTION, HALF, Attend, Cache, Rows
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
 from seal_nb.ttt.device import default_dtype, free_cached_memory, is_out_of_memory, region, sent
-from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, Layout, linears_of, make_layout, target_names
+from seal_nb.ttt.lora import Adapter, Layout, LoraSettings, linears_of, make_layout, target_names
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 # All names in the code of a forward that is `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.

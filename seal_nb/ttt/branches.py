@@ -2,8 +2,7 @@
 
 A pass is one run of the model over the tokens of many jobs, end to end. The frozen product runs once over all of them.
 Neighbouring tokens whose adapters have one layout are a `Group`, in which each adapter multiplies its own tokens,
-without padding: on CUDA in one kernel (`kernels.py`), elsewhere in a loop.
-"""
+without padding: on CUDA in one kernel (`kernels.py`), elsewhere in a loop."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from seal_nb.ttt.device import has_bfloat16, tensor_on, wide
-from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, Layout, Target
+from seal_nb.ttt.lora import Adapter, Layout, LoraSettings, Target
 
 # Triton is a part of torch's CUDA packages on Linux; a CPU machine may lack it.
 kernels: Any = importlib.import_module("seal_nb.ttt.kernels") if find_spec("triton") else None

@@ -1,8 +1,7 @@
 """Answers: texts generated for many adapters and the base in one batch, and log-probabilities of given texts (`score`).
 
 Rows of the same adapters are neighbours, so that their branch is one product. Between two layouts of the batch a step
-only launches work. Greedy answers equal `transformers.generate` with the PEFT adapter.
-"""
+only launches work. Greedy answers equal `transformers.generate` with the PEFT adapter."""
 
 import math
 from collections import deque

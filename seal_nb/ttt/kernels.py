@@ -1,8 +1,7 @@
 """Triton kernels of the low-rank branches, for CUDA: each member of a group multiplies its own tokens.
 
 The idea is that of segmented gather products (Punica, arXiv 2310.18547; S-LoRA, arXiv 2311.03285), here with the
-backward pass and sums in float32. benchmarks/gpu_log.md has the times of these and of torch's grouped_mm.
-"""
+backward pass and sums in float32. benchmarks/gpu_log.md has the times of these and of torch's grouped_mm."""
 
 import functools
 import logging

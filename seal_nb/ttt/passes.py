@@ -1,8 +1,7 @@
 """One training pass: forward, loss and backward over the micro-batches of many slots.
 
 On any device a pass runs kernel by kernel. On CUDA it is filled up to one of a few static shapes, recorded once as a
-CUDA graph and then launched as a whole: at 7B, launching its 4,500 kernels one by one costs the host 120 ms.
-"""
+CUDA graph and then launched as a whole: at 7B, launching its 4,500 kernels one by one costs the host 120 ms."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from seal_nb.ttt.attention import Rows
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, Part, Plan, has_kernels
 from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, is_out_of_memory, region, sent, wide
-from seal_nb.ttt.jobs import TrainRow
+from seal_nb.ttt.lora import TrainRow
 
 MOST_GRAPHS = 32
 PASSES_WITHOUT = 50  # eager passes after running out of memory in a capture

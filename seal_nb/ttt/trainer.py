@@ -1,8 +1,7 @@
 """Slots: many adapters in training on one frozen base.
 
 A step passes the next micro-batch of each slot, as far as the token limit allows, and steps the optimisers whose
-accumulation windows close. A job's result does not depend on its neighbours, up to rounding.
-"""
+accumulation windows close. A job's result does not depend on its neighbours, up to rounding."""
 
 import contextlib
 import logging
@@ -23,8 +22,7 @@ from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, BankRow, bank_row_bytes
 from seal_nb.ttt.device import Limit, Readback, error_text, is_out_of_memory, pinned
-from seal_nb.ttt.jobs import TrainJob, TrainRow, Window, learning_rate_at, make_row
-from seal_nb.ttt.lora import Adapter, Layout, initial_weights
+from seal_nb.ttt.lora import Adapter, Layout, TrainJob, TrainRow, Window, initial_weights, learning_rate_at, make_row
 from seal_nb.ttt.passes import CapturedPasses, Pass
 
 ADAMW: Any = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}

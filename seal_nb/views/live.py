@@ -1,8 +1,7 @@
 """Displays that change while a notebook runs: the summary at its top, progress, and a server over time.
 
 JupyterLab gets bars and updated displays. Under papermill, nbval or nbconvert the same content is plain lines, so that
-what is committed is small and the same every time. A server may run for days: its lines come less and less often.
-"""
+what is committed is small and the same every time. A server may run for days: its lines come less and less often."""
 
 import sys
 import time
@@ -72,8 +71,7 @@ class Summary:
     ``summary.fill({"gain": "+12 %"})``. The display of the early cell is updated, also in a headless run.
 
     Args:
-        names: the lines of the table; each says "not run yet" until it is filled.
-    """
+        names: the lines of the table; each says "not run yet" until it is filled."""
 
     def __init__(self, *names: str) -> None:
         self.values: dict[str, str] = dict.fromkeys(names, NOT_YET)

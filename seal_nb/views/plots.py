@@ -1,8 +1,7 @@
 """Every figure: accuracy, rewards, losses, continual edits, graders, log-probabilities and a server's activity.
 
 Every axis names its unit and n, every figure draws the baseline it is compared with, and every figure has its content
-in words (`Chart.alt`). Accuracies are fractions. Figures are made without pyplot: no global state, nothing to close.
-"""
+in words (`Chart.alt`). Accuracies are fractions. Figures are made without pyplot: no global state, nothing to close."""
 
 import base64
 import io
@@ -216,8 +215,7 @@ def plot_gold_logprobs(questions: Sequence[str], before: Sequence[float], after:
         after: with the adapter.
 
     Returns:
-        A figure with a row for each gold answer.
-    """
+        A figure with a row for each gold answer."""
     names = [fill(short(question, 76), 38) for question in questions]
     label = f"log-probability of gold answer\n(nats, n = {len(questions)} questions)"
     chart, axes = _row_chart(names, 1.4, 0.42, label)
@@ -262,8 +260,7 @@ def plot_losses(curves: Mapping[str, Scores], *, step: str = "epoch") -> Chart:
         step: name of the x axis, if it is not epochs.
 
     Returns:
-        A matplotlib Figure.
-    """
+        A matplotlib Figure."""
     chart, axes = new_chart(2.9)
     known = {name: np.array(losses, dtype=float) for name, losses in curves.items()}
     lines = [(short(name), losses) for name, losses in known.items()]

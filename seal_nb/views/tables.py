@@ -1,8 +1,7 @@
 """DataFrames shown in a notebook: HTML by a pandas Styler, and aligned text for terminals, logs and nbval.
 
 The column names choose the number format. Every cell and heading is escaped. In JupyterLab a click on a heading
-sorts; a table of a headless run has no script, so that saved outputs are small and the same every time.
-"""
+sorts; a table of a headless run has no script, so that saved outputs are small and the same every time."""
 
 import html
 import sys
@@ -46,8 +45,7 @@ def show(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None) -
         frame: any DataFrame. Columns such as ``accuracy`` or ``gain`` are shown as percentages (``FORMATS``); missing
             values as "–".
         caption: a line above the table.
-        formats: format specifications for further columns, such as ``{"loss": ".2f"}``.
-    """
+        formats: format specifications for further columns, such as ``{"loss": ".2f"}``."""
     from IPython.display import display
 
     display(mime_bundle(frame, caption, formats=formats), raw=True)
@@ -77,8 +75,7 @@ def write_csv(frame: "pd.DataFrame", path: str | Path) -> Path:
         The path.
 
     Raises:
-        DataError: the path cannot be a file.
-    """
+        DataError: the path cannot be a file."""
 
     def text(value: Any) -> Any:
         if not isinstance(value, str):

@@ -17,7 +17,7 @@ from seal_nb.chain.local import run_chain
 from seal_nb.chain.record import failing_cell, in_use_since, read_record
 from seal_nb.chain.slurm import SlurmError, dry_run, read_site, restart_server
 from seal_nb.chain.stages import as_options, make_chain
-from seal_nb.cli_chains import chain_status
+from seal_nb.cli import _chain_status as chain_status
 from seal_nb.errors import DataError, SettingsError
 from tests.chain.planning import ROOT, SMALL, cluster, with_a_server
 

@@ -12,7 +12,7 @@ import pytest
 from seal_nb.chain import slurm
 from seal_nb.chain.slurm import SlurmError, dry_run, submit_chain
 from seal_nb.chain.stages import DEMO, make_chain
-from seal_nb.cli_chains import submit
+from seal_nb.cli import _submit as submit
 from seal_nb.errors import RunMismatch, SettingsError
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir
 from seal_nb.server.worker import WorkerSettings

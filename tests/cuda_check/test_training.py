@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.random_models import CONFIGS, QWEN25_7B
-from seal_nb.ttt.jobs import TrainJob, TrainSettings
+from seal_nb.ttt.lora import TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.fake_device import GIB, FakeDevice, fake_base, fake_device
 from tests.ttt.step_counts import (

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from seal_nb.ttt.jobs import TrainJob
+from seal_nb.ttt.lora import TrainJob
 
 
 def _double_loss(outputs, labels, num_items_in_batch=None):  # type: ignore[no-untyped-def]

@@ -10,8 +10,7 @@ import torch
 
 from benchmarks.random_models import IMPLICATION_TOKENS, PASSAGE_TOKENS
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import Slot, SlotTrainer
 from tests.ttt.fake_device import Counts, FakeDevice, fake_base
 

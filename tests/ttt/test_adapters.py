@@ -31,8 +31,7 @@ from seal_nb.inner_loop.evaluation import train_job
 from seal_nb.peft_files import SCALE_FIELDS, TARGET_FIELDS, KeptAdapters, adapter_for, load_adapter, merge_stack
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
-from seal_nb.ttt.jobs import LoraSettings
-from seal_nb.ttt.lora import Adapter, initial_weights, linears_of, make_layout, peft_weights, target_names
+from seal_nb.ttt.lora import Adapter, LoraSettings, initial_weights, linears_of, make_layout, peft_weights, target_names
 from tests.ttt.tiny import SIZES, AsciiTokenizer, tiny_model, tiny_tokenizer
 
 ROW = [5, 9, 2, 77, 31, 8]

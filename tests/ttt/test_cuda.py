@@ -22,8 +22,7 @@ from seal_nb.server.launch import TTTServer
 from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder, ScoreRow, score
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.lora import Adapter, initial_weights
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob, TrainSettings, initial_weights
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.server.conftest import plain_req
 from tests.ttt.tiny import SIZES, AsciiTokenizer, save_tiny_model

@@ -16,8 +16,7 @@ from seal_nb.ttt.attention import BLOCK
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder, ScoreRow, score
 from seal_nb.ttt.device import Limit
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import OUT_OF_MEMORY, AsciiTokenizer, tiny_model
 

@@ -5,8 +5,7 @@ import torch
 
 from seal_nb.ttt import lora
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.reference import train_alone
 from tests.ttt.tiny import AsciiTokenizer, tiny_model

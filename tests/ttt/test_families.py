@@ -12,7 +12,7 @@ from seal_nb.errors import SettingsError
 from seal_nb.ttt import attention, branches
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.families import ALL, DOCUMENT, FAMILIES, MARKS, REFUSED, WINDOW, Family, Refused, table
 from tests.ttt.reference import train_alone

@@ -6,7 +6,7 @@ import torch
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
 from seal_nb.ttt.device import default_dtype, has_varlen
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.tiny import AsciiTokenizer, tiny_model
 

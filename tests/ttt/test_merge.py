@@ -11,8 +11,7 @@ from seal_nb.errors import SettingsError
 from seal_nb.peft_files import merge_stack, save_adapter
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import ScoreRow, score
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.lora import Adapter
+from seal_nb.ttt.lora import Adapter, LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.reference import train_alone
 from tests.ttt.test_equality import distance, peft_weights

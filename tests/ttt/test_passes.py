@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, BankRow
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings, make_row
-from seal_nb.ttt.lora import initial_weights
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings, initial_weights, make_row
 from seal_nb.ttt.passes import CapturedPasses, DevicePass, Pass, Shape, _shape
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights

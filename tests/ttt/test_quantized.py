@@ -12,7 +12,7 @@ from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.ttt import base
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import BranchedLinear, dense_weight
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 from tests.ttt.tiny import save_tiny_model
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from seal_nb.peft_files import save_adapter
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder, ScoreRow, score
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.reference import lora_config, train_alone
 from tests.ttt.test_equality import distance, peft_weights

@@ -34,7 +34,7 @@ from seal_nb.protocol import ErrorReply, GenerateRequest, TTTReply, error_reply
 from seal_nb.sft import train as sft
 from seal_nb.tokens import context_of
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.jobs import TrainSettings, make_row
+from seal_nb.ttt.lora import TrainSettings, make_row
 from tests.test_engines_vllm import noted, server_of
 from tests.test_inner_loop import request, run
 from tests.ttt.tiny import SIZES, AsciiTokenizer, tiny_tokenizer

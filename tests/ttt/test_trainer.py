@@ -12,8 +12,7 @@ from seal_nb.ttt import trainer
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import BankRow
 from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
-from seal_nb.ttt.lora import initial_weights
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings, initial_weights
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, mixed_jobs, peft_weights
 from tests.ttt.tiny import OUT_OF_MEMORY, AsciiTokenizer, refuse_tildes, tiny_model

@@ -15,7 +15,7 @@ from seal_nb.engines.local import LocalEngine, load_local_engine
 from seal_nb.engines.vllm import VllmEngine, VllmServer, vllm_python
 from seal_nb.errors import SettingsError
 from seal_nb.peft_files import save_adapter
-from seal_nb.ttt.jobs import LoraSettings, TrainJob, TrainSettings
+from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

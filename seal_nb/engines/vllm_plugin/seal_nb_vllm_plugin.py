@@ -2,8 +2,7 @@
 
 It ends the process when its parent has ended, and repairs a fault of vLLM 0.32 on CPU: a LoRA index of -1 ("no
 adapter") selects the last adapter, so a request to the base that shares a batch with requests to adapters gets it
-(upstream pull requests 48421 and 49656). This folder is on the server's PYTHONPATH; the rest of the package is not.
-"""
+(upstream pull requests 48421 and 49656). This folder is on the server's PYTHONPATH; the rest of the package is not."""
 
 import os
 import threading
