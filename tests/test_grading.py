@@ -103,7 +103,7 @@ def test_local_grader_gives_the_verdict_that_a_person_would(kind: str) -> None:
 def test_of_pairs_that_were_written_to_break_it_it_gives_96_percent() -> None:
     """Before the rules were mended for them it was 1,828 of 2,016. docs/graders.md has what is left."""
     chosen = pairs("grading_pairs_more.jsonl")
-    assert len(chosen) == 2016 and len(wrong_verdicts("local", chosen)) <= 80
+    assert len(chosen) == 2016 and len(wrong_verdicts("local", chosen)) <= 79
 
 
 @pytest.mark.parametrize("name", ["exact", "f1", "recall"])

@@ -43,8 +43,8 @@ class Asked:
     gold_trigrams: frozenset[str]
     negated: bool  # question or gold answer
     gold_negated: bool
-    n_words: int
-    n_parts: int
+    n_words: int  # of the gold answer
+    n_parts: int  # commas and "and" in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +200,7 @@ def _aligned(gold: str, answer: str) -> str:
     """The answer with the quantities of the gold answer written as there."""
     for one in quantities(gold):
         for other in reversed(quantities(answer)):
-            is_whole = bool(other.meanings) or not one.meanings
-            if one.text != other.text and is_whole and one.same(other):
+            if one.text != other.text and one.same(other):
                 answer = answer[: other.start] + one.text + answer[other.start + len(other.text) :]
     return answer
 
@@ -214,8 +213,9 @@ def _is_denied(asked: Asked, said: AnalysedAnswer) -> bool:
         return True
     first = next((i for i, word in enumerate(words) if word.key in novel_keys), 0)
     before, after = words[max(0, first - 3) : first], words[first + len(asked.novel) :][:2]
-    names = [at for at, word in enumerate(before) if word.capital and word.key not in novel_keys and at]
-    is_denied = _negated(before[max(names, default=0) :]) and before[-1].text not in ("only", "just", "merely")
+    # In "It isn't London, it's Paris" the negation is of the other name.
+    others = [at for at, word in enumerate(before) if at and word.capital and word.key not in novel_keys]
+    is_denied = _negated(before[max(others, default=0) :]) and before[-1].text not in ("only", "just", "merely")
     if all(word.capital for word in asked.gold):
         denials = [word.text in ("denied", "denies") or word.is_negation for word in after]
         is_denied |= any(denials) and after[0].text not in ("not", "nor", "nicht", "but", "except")

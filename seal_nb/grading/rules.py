@@ -28,14 +28,8 @@ _CARDINALS = (
 _TENS = "thirty forty fifty sixty seventy eighty ninety"
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
 CARDINALS = {word: str(number) for number, word in enumerate(_CARDINALS.split())}
-_NUMBERS = {
-    "one": "1",
-    "once": "1",
-    "single": "1",
-    "two": "2",
-    "twice": "2",
-    "second": "2",
-}  # others are digits already
+# `one_spelling` makes digits of the other numbers in words.
+_NUMBERS = {"one": "1", "once": "1", "single": "1", "two": "2", "twice": "2", "second": "2"}
 ENDINGS = ("ing", "edly", "ed", "ies", "es", "ly", "s")
 
 _FUNCTION = "a an the of in on at to for and or is are was were be been by with from as"
@@ -184,6 +178,7 @@ def _tokens(text: str) -> list[str]:
 
 
 _NAMES: dict[str, str] = _SPELLINGS["names"]
+_NAMES |= {name[0].upper() + name[1:]: written for name, written in _NAMES.items()}  # where a sentence begins with it
 _NAME = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_NAMES, key=len, reverse=True)))})(?!\w)")
 _FORMS = [(re.compile(form), written) for form, written in _SPELLINGS["forms"]]
 _NUMBER_FORMS = [(re.compile(form), written) for form, written in _SPELLINGS["forms_of_numbers"]]
@@ -232,7 +227,7 @@ _DIGIT = re.compile("[0-9]")
 _MARK = re.compile(r"[#+♯]|[A-Z]-?\d|\b[A-Za-z]-(?!\w)|(?<![\w.])\.\w")
 _UNSPACED = re.compile("[\u0900-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 _DENIAL = re.compile("|".join(_SPELLINGS["denials_without_spaces"]))
-_NO_CHOICE = re.compile(  # "A dog", "not B", "B is wrong"
+_NO_CHOICE = re.compile(  # "A dog" (but "grade A", "option A"), "not B", "B is wrong"
     r"(?i:\b(?:not|never|except)|n't)\W+(?:(?:option|answer) )?[A-Za-z]\b|\b[A-Za-z]\W+(?:is|was)(?:n't| not| wrong)|"
     r"\b(?<!rade )(?<!tion )(?<!swer )(?<!type )(?<!amin )(?<!lass )(?<!roup )[AI](?= [a-z])(?! (?:is|and|or)\b)"
 )
@@ -257,10 +252,10 @@ class Quantity(NamedTuple):
         return {"".join(sorted(one)) if "/" in one else re.sub("(000)+$", "", one) for one in numbers if not self.dates}
 
     def same(self, said: "Quantity") -> bool:
-        """Whether both can mean the same. One may leave out the unit, or the year."""
+        """Whether both can mean the same. Either may leave out the unit, or the year; only this one the day."""
         if self.dates or said.dates:
             pairs = [(a, b) for a in self.dates for b in said.dates]
-            return any(a[0] * b[0] in (0, a[0] ** 2) and a[1] == b[1] and a[2] in (0, b[2]) for a, b in pairs)
+            return any((a[0] == b[0] or 0 in (a[0], b[0])) and a[1] == b[1] and a[2] in (0, b[2]) for a, b in pairs)
         if not (self.has_unit and said.has_unit) and math.isclose(self.number, said.number, rel_tol=1e-7):
             return True
         return any(a == b and math.isclose(x, y, rel_tol=1e-7) for a, x in self.meanings for b, y in said.meanings)
