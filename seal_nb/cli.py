@@ -7,25 +7,25 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
+import tomllib
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from seal_nb.errors import RunMismatch, SealError, SettingsError, redacted, visible
 from seal_nb.settings import Parser
-from seal_nb.storage import command_runs_folder, runs_folder
+from seal_nb.storage import command_runs_folder, data_file, runs_folder
 
 if TYPE_CHECKING:
     from seal_nb.chain.slurm import Cluster
     from seal_nb.chain.stages import Chain, ExperimentSettings
-
-DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 
 
 def tell(text: object, *, file: TextIO | None = None) -> None:
@@ -36,9 +36,10 @@ def tell(text: object, *, file: TextIO | None = None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code. The message of a SealError goes to standard error."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in (_serve, _submit):
+    words = sys.argv[1:] if argv is None else [*argv]
+    parser = _parser(*words[:1])
+    arguments, rest = parser.parse_known_args(words)
+    if rest and arguments.command is not _serve:
         parser.error(visible(f"unrecognized arguments: {' '.join(rest)}"))
     arguments.rest = rest
     try:
@@ -60,93 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wanted: str = "") -> argparse.ArgumentParser:
+    """The parser of ``data/commands.toml``. The settings of `submit`, which are in modules that take a second to
+    import, are only added if it is the ``wanted`` command."""
     parser = Parser(prog="seal-nb", description="Knowledge incorporation by self-edits (SEAL)")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = _command(commands, "run", _run, "run a notebook without JupyterLab (papermill)")
-    run.add_argument("stage", metavar="NOTEBOOK", help="how a stage's name begins (03_query_server, 03, 3), or x.ipynb")
-    pairs: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    run.add_argument("-p", dest="pairs", **pairs, help="set a parameter; may be repeated")
-    run.add_argument("-r", dest="raw", **pairs, help="set a parameter to this text, without a look at its type")
-    run.add_argument(
-        "-f", dest="files", action="append", type=Path, default=[], metavar="FILE", help="parameters: YAML or JSON"
-    )
-    run.add_argument("-y", dest="yaml", action="append", default=[], metavar="TEXT", help="parameters: YAML or JSON")
-    run.add_argument("-k", dest="kernel", default="", metavar="KERNEL", help="default: python3, or the notebook's own")
-    run.add_argument("--output", type=Path, metavar="EXECUTED.ipynb", help="executed copy (default: in output_dir)")
-    run.add_argument("--notebooks", type=Path, metavar="FOLDER", help="default: notebooks/ of the checkout")
-    run.add_argument("--parameters", action="store_true", help="list the notebook's parameters and run nothing")
-    run.add_argument("--chain", type=Path, metavar="RUN", help="mark the stage as done in this run folder at the end")
-    run.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
-    # serve and submit read the rest of the command line: their options are declared with their settings.
-    _command(commands, "serve", _serve, "start a TTT server: a front end and its workers", add_help=False)
-    status = _command(commands, "status", _status, "show what a TTT server is doing")
-    status.add_argument("--endpoint", default=DEFAULT_ENDPOINT, help="address or endpoint file (default: %(default)s)")
-    status.add_argument("--json", action="store_true", help="print one JSON object; without a terminal always")
-    status.add_argument("--wait-s", type=float, default=5.0, help="seconds to wait (default: %(default)s)")
-    _command(commands, "submit", _submit, "run a chain of stages on a SLURM cluster, or here", add_help=False)
-    chain = _command(commands, "chain-status", _chain_status, "show a chain's stages, and why one failed")
-    chain.add_argument("run_dir", metavar="RUN", help="the run folder of `seal-nb submit` or `seal-nb demo`")
-    again = _command(commands, "restart-server", _restart_server, "restart a chain's server that was idle")
-    again.add_argument("folder", metavar="RUN/SERVER", help="the server's folder in the run folder")
-    demo = _command(commands, "demo", _demo, "run notebooks 01 to 06 and 08 on the small model")
-    demo.add_argument("--run-dir", default="runs/demo", metavar="RUN", help="folder for results (default: %(default)s)")
-    _add_file_commands(commands)
-    return parser
-
-
-def _add_file_commands(commands: Any) -> None:
-    summarize = _command(commands, "summarize", _summarize, "compute a run file's statistics from its verdicts")
-    summarize.add_argument("run", type=Path, metavar="RUN.json", help="run_*, cpt_run_* or summary_*.json, also .gz")
-    summarize.add_argument("--json", action="store_true", help="print one JSON object")
-
-    grade = _command(commands, "grade", _grade, "grade answers, or grade a run file again without training")
-    grade.add_argument("answers", type=Path, metavar="IN", help="JSONL of question, gold, answer; or a run file")
-    grade.add_argument("--out", type=Path, required=True, metavar="OUT", help="file to write")
-    text = "local, exact, f1, recall, or judge:MODEL?base_url=URL (default: %(default)s)"
-    grade.add_argument("--grader", default="local", help=text)
-    grade.add_argument("--only-ungraded", action="store_true", help="keep the verdicts that the file has")
-    grade.add_argument("--dataset", default="", help="item file with a CPT run's questions")
-
-    rerun = _command(commands, "rerun", _rerun, "train one adapter of a run again and compare its answers")
-    rerun.add_argument("run", type=Path, metavar="RUN.json", help="a run_*.json of 03_query_server")
-    rerun.add_argument("--item", required=True, metavar="PASSAGE.SELF_EDIT.REPEAT", help="such as 0.0.0")
-    rerun.add_argument("--endpoint", default="", help="of a TTT server (default: start one)")
-    rerun.add_argument("--model", default="embedded", help="of a server started here (default: %(default)s)")
-    rerun.add_argument("--deterministic", action="store_true", help="if the run used it (server started here)")
-
-    runs = commands.add_parser("runs", help="list runs, compare two, show how two differ, pool continual runs")
-    what = runs.add_subparsers(required=True, metavar="WHAT")
-    listed = _command(what, "list", _runs_list, "list every result file below a folder")
-    listed.add_argument("folder", nargs="?", default="runs", help="default: %(default)s")
-    pool = _command(what, "pool", _runs_pool, "write the continual summaries of several seeds as one, as published")
-    pool.add_argument("summaries", type=Path, nargs="+", metavar="SUMMARY.json")
-    pool.add_argument("--out", type=Path, required=True, metavar="SUMMARY.json", help="file to write")
-    compare = _command(what, "compare", _runs_compare, "the paired difference, second run minus first, in words")
-    diff = _command(what, "diff", _runs_diff, "settings, seeds and versions that differ")
-    for two in (compare, diff):
-        two.add_argument("first", type=Path, metavar="FIRST.json")
-        two.add_argument("second", type=Path, metavar="SECOND.json")
-
-    merge = _command(commands, "merge", _merge, "merge adapters into a model and write it as a model folder")
-    merge.add_argument("model", metavar="MODEL", help="model folder, hub name, or embedded")
-    merge.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders, in the order of training")
-    merge.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
-
-    data = _command(commands, "data", _data, "fetch SQuAD and write it as an item file")
-    data.add_argument("name", choices=["squad"])
-    text = "train writes squad_train.json, validation writes squad_val.json (default: %(default)s)"
-    data.add_argument("--split", choices=["train", "validation"], default="train", help=text)
-    data.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
-    data.add_argument("--revision", metavar="COMMIT", help="commit, branch or tag (default: that of 2024)")
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str, **options: Any
-) -> argparse.ArgumentParser:
-    description = text[0].upper() + text[1:]
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description, **options)
-    parser.set_defaults(command=run)
+    groups: dict[str, Any] = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    types = {"path": Path, "int": int, "float": float}
+    for name, about in tomllib.loads(data_file("commands.toml").read_text()).items():
+        arguments, (group, _, last) = about.pop("arguments", {}), name.rpartition(" ")
+        about.setdefault("description", about["help"][0].upper() + about["help"][1:])
+        command = groups[group].add_parser(last, **about)
+        if run := globals().get("_" + re.sub("[- ]", "_", name)):
+            command.set_defaults(command=run)
+        else:
+            groups[name] = command.add_subparsers(required=True, metavar="WHAT")
+        for argument, options in arguments.items():
+            if "type" in options:
+                options["type"] = types[options["type"]]
+            if isinstance(options.get("metavar"), list):
+                options["metavar"] = tuple(options["metavar"])
+            command.add_argument(argument, **options)
+        if name == wanted == "submit":
+            _add_settings(command)
     return parser
 
 
@@ -162,7 +98,7 @@ def _resolve_paths(arguments: argparse.Namespace, **home: Path) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from seal_nb import notebook_runner as runner
-    from seal_nb.chain.record import marked_when_done
+    from seal_nb.chain.local import marked_when_done
     from seal_nb.processes import end_with_parent
     from seal_nb.storage import read_text
 
@@ -198,20 +134,19 @@ def _run(arguments: argparse.Namespace) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from seal_nb.server.main import main as serve
 
-    return serve(arguments.rest, prog="seal-nb serve", endpoint=DEFAULT_ENDPOINT, run_dir=runs_folder("runs/server"))
+    own: dict[str, Any] = {"endpoint": "tcp://127.0.0.1:5555", "run_dir": runs_folder("runs/server")}
+    return serve(arguments.rest, prog="seal-nb serve", **own)
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from seal_nb.server.client import TTTClient
-    from seal_nb.server.launch import status_rows
+    from seal_nb.server.client import TTTClient, status_text
 
     with TTTClient(arguments.endpoint, wait_s=arguments.wait_s) as client:
         status = client.status()
     if arguments.json or not sys.stdout.isatty():
         tell(status.model_dump_json(indent=2))
         return
-    for name, text in status_rows(status):
-        tell(f"{name}: {text}")
+    tell(status_text(status))
 
 
 def _summarize(arguments: argparse.Namespace) -> None:
@@ -288,23 +223,21 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    """``seal-nb submit``; ``arguments.rest`` is its command line."""
     from seal_nb.chain import slurm
     from seal_nb.chain.stages import as_options, make_chain
+    from seal_nb.notebook_runner import default_notebooks_dir
 
-    given = _submit_parser().parse_args(arguments.rest)
-    project, run_dir, cluster = Path.cwd(), command_runs_folder(given.run_dir, home=given.project), None
-    if given.executor == "slurm":
-        project, run_dir = given.project.resolve(), run_dir.resolve()
-        cluster = slurm.Cluster(
-            project=project, site=slurm.read_site(project / slurm.SITE_FILE),
-            server_nodes=given.server_nodes, sft_nodes=given.sft_nodes, idle_timeout_s=given.idle_timeout_s,
-        )  # fmt: skip
-    settings = _experiment_settings(given, cluster)
-    chain = make_chain(given.chain, settings)
-    if given.dry_run and cluster:
+    home = arguments.project or default_notebooks_dir().parent
+    project, run_dir, cluster = Path.cwd(), command_runs_folder(arguments.run_dir, home=home), None
+    if arguments.executor == "slurm":
+        project, run_dir = home.resolve(), run_dir.resolve()
+        site = slurm.read_site(project / slurm.SITE_FILE)
+        cluster = slurm.Cluster.from_parameters(vars(arguments) | {"project": project}, site=site)
+    settings = _experiment_settings(arguments, cluster)
+    chain = make_chain(arguments.chain, settings)
+    if arguments.dry_run and cluster:
         return tell(slurm.dry_run(chain, run_dir, cluster))
-    if given.dry_run:
+    if arguments.dry_run:
         for stage in chain:
             tell(f"# {stage.name}: {'finished before, kept' if stage.is_done(run_dir) else stage.title}")
             tell(shlex.join(["seal-nb", "run", stage.notebook, *as_options(stage.values(run_dir))]))
@@ -313,19 +246,19 @@ def _submit(arguments: argparse.Namespace) -> None:
     if cluster is None:
         _run_here(chain, run_dir, title=f"Chain {chain.name}")
     elif slurm.submit_chain(chain, run_dir, cluster, tell=tell):
-        tell(f"to see its progress: seal-nb chain-status {shlex.quote(given.run_dir)}")
+        tell(f"to see its progress: seal-nb chain-status {shlex.quote(arguments.run_dir)}")
     else:
-        tell(f"nothing to submit: all stages in {given.run_dir} are done, or their jobs wait or run")
+        tell(f"nothing to submit: all stages in {arguments.run_dir} are done, or their jobs wait or run")
 
 
 def _chain_status(arguments: argparse.Namespace) -> int:
-    from seal_nb.chain import record, slurm
+    from seal_nb.chain import local, slurm
 
     run_dir = runs_folder(arguments.run_dir)
-    chain = record.read_record(run_dir)
-    statuses = record.chain_status(chain, run_dir, job_status=slurm.job_status)
-    tell("\n".join(record.status_lines(chain, statuses, run_dir)))
-    return int(any(state in record.BAD for state, _ in statuses.values()))
+    chain = local.read_record(run_dir)
+    statuses = local.chain_status(chain, run_dir, job_status=slurm.job_status)
+    tell("\n".join(local.status_lines(chain, statuses, run_dir)))
+    return int(any(state in local.BAD for state, _ in statuses.values()))
 
 
 def _restart_server(arguments: argparse.Namespace) -> None:
@@ -344,8 +277,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
     """Run the chain on this machine, then write its index page. Raises: StageFailed, RunMismatch."""
-    from seal_nb.chain.index import write_index
-    from seal_nb.chain.local import run_chain
+    from seal_nb.chain.local import run_chain, write_index
     from seal_nb.chain.slurm import jobs_on_their_way
     from seal_nb.notebook_runner import default_notebooks_dir
 
@@ -362,25 +294,15 @@ def _run_here(chain: "Chain", run_dir: Path, *, title: str) -> None:
     tell(f"executed notebooks: {run_dir}/*/*.ipynb\nmain figures, and each notebook as a page: {index}")
 
 
-def _submit_parser() -> argparse.ArgumentParser:
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options of `submit` that are settings of the cluster or of the experiment."""
     from seal_nb.chain.slurm import Cluster
-    from seal_nb.chain.stages import CHAINS, ExperimentSettings, declaration
-    from seal_nb.notebook_runner import default_notebooks_dir, format_value
+    from seal_nb.chain.stages import ExperimentSettings, declaration
+    from seal_nb.notebook_runner import format_value
 
-    text = "Submit a chain of stages. The same command continues it: done stages are kept."
-    parser = Parser(prog="seal-nb submit", description=text)
-    parser.add_argument("chain", choices=CHAINS, metavar="CHAIN", help=", ".join(CHAINS))
-    parser.add_argument("--run-dir", required=True, metavar="RUN", help="folder for results, such as runs/qwen")
-    parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="default: %(default)s")
-    parser.add_argument("--dry-run", action="store_true", help="show every script and command, submit nothing")
-    parser.add_argument(
-        "--project", type=Path, metavar="FOLDER", default=default_notebooks_dir().parent,
-        help="where jobs start; has slurm/site.sh (default: the checkout)",
-    )  # fmt: skip
     for one in [one for one in fields(Cluster) if "text" in one.metadata]:
         text = f"{one.metadata['text']} (default: %(default)s)"
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=one.type, default=one.default, help=text)
-    parser.add_argument("--small", action="store_true", help="settings of `seal-nb demo`: small model, small counts")
     text = "lists are written with commas; numbers in brackets: the notebooks that take the setting"
     group = parser.add_argument_group("settings of the experiment", text)
     for field in fields(ExperimentSettings):
@@ -388,7 +310,6 @@ def _submit_parser() -> argparse.ArgumentParser:
         default = f"; default: {format_value(about.default)}" if about.default != "" else ""
         text = f"{about.help}{default}".replace("%", "%%")
         group.add_argument(f"--{field.name.replace('_', '-')}", metavar=about.type_name.upper(), help=text)
-    return parser
 
 
 def _experiment_settings(given: argparse.Namespace, cluster: "Cluster | None" = None) -> "ExperimentSettings":

@@ -8,12 +8,23 @@ import logging
 import os
 import re
 import reprlib
+import sys
+import tomllib
 import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
+
+_TEXTS = tomllib.loads((Path(__file__).parent / "data/patterns.toml").read_text(encoding="utf-8"))
+
+
+def pattern(*names: str) -> re.Pattern[str]:
+    """One of the regular expressions that are too long for a line of code (``data/patterns.toml`` has them with their
+    comments), or the first of several that matches."""
+    return re.compile("|".join(_TEXTS[name] for name in names), re.VERBOSE)
+
 
 T = TypeVar("T")
 _WANTED = {"string": "a text", "int": "a whole number", "bool": "true or false", "float": "a number"}
@@ -37,38 +48,13 @@ PUT_AWAY = "put the key into an environment variable, and give the variable's na
 _LEAST = 8  # characters: half a key is a secret too, from this length on
 _MOST, _MARGIN = 30_000, 4_000  # characters that are looked at, from either end of a text; and at a cut, of a key
 _kept: set[str] = set()  # secrets that are in use and not in the environment
-SECRET_VARIABLE = re.compile(  # by its last word
-    r"(?i)^(?!.*(?:disable|implicit)|(?:.*_)?(?:max|min|num|n)_).*?(?:key|token|secret|credential|password|passwd"
-    r"|passphrase|pass|header|cookie|jwt|_pwd|_auth|(?:^|_)pat)s?(?:_?\d+)?$"
-)
+SECRET_VARIABLE = pattern("secret_variable")
 _ADDRESS = re.compile(r"(?:[\w+.-]*://|(?=[^\s:@/]*:))([^\s:@/]*)(:?)(\S*)@[^\s@]+")
 _PLACE = re.compile(r"[~.]{0,2}/.*\.[a-z]{2,5}")  # of a file that need not exist
-# Each repetition that something must follow has a bound: the time grows with the length of a text, and not faster.
-_USER_INFO = (
-    r"(://)(?:[^\s'\"<>@/:\[]{0,99}+:(?!\d{1,5}/)[^\s'\"<>@]{1,200}+|[^\s'\"<>@/:?#\[]{1,200}+)"
-    r"(?:@[^\s'\"<>@]{1,200}+){0,2}(?=@)|(?<![\w/.:@-])()[\w.-]{1,64}+:[^\s'\"<>@/]{1,200}+(?=@[\w.-]{1,99}:\d{2,5}\b)"
-)
-_C = r"[^\s'\"&,;)}\]\\]"
-_LONG = rf"(?={_C}{{16}})(?=[^\s'\"&,;)}}\]\\\d=]{{0,200}}[\d=])"  # a word that no sentence has
-_NAMED = (  # known by what stands before it, which sentences hold too
-    rf"((?i:(?<![a-z\d])(?:authorization['\":= ]{{1,4}}(?:(?:bearer|basic|token) {{1,4}})?|(?:bearer|basic) {{1,4}}))"
-    rf"{_LONG}|(?i:(?:api|access|secret|private)[-_]?key|(?:access|auth|refresh|session|api|hf)[-_]?token|passw(?:or)?d"
-    rf"|client[-_]?secret)['\"\\]{{0,3}}\s?(?:(?:=\s?|(?<=['\"]):\s?)(?:['\"\\]{{1,3}}|(?={_C}{{8}}))|:\s?['\"]?{_LONG})"
-    rf"|(?<=[?&])(?i:key|token|auth|sig|signature|code)=)(?:(?<=['\"])[^'\"\n]+|{_C}+)"
-    r"|((?:(?:KEY|TOKEN|SECRET|PASSW(?:OR)?D|PASS|(?<![A-Z])PAT|CREDENTIAL)S?=['\"]?"
-    r"|(?i:key|token|secret|(?<![a-z])pa(?:ss|t)|credential)s?=(?=[\w.+/~-]{8})(?=[a-zA-Z_.+/~-]{0,200}\d))(?!\d+\b))"
-    r"[^\s'\"$</~&][^\s'\"&]{7,}|(--(?:[a-z]{1,9}-){0,3}?(?:(?:api|access|secret)-key|token|secret|password)[ =])\S+"
-)
-_DRAWN = r"[-_](?=[A-Za-z]{0,60}\d|[A-Za-z]{30})[A-Za-z0-9]{16,}"  # at random: names of models have hyphens
-_BARE = (
-    rf"()(?<![A-Za-z0-9])(?:sk(?:{_DRAWN}[\w*-]*|[-_][\w-]{{0,60}}\*{{3}}[\w*-]*)"
-    r"|(?:sk-(?:proj|ant|svcacct|admin|None|or-v1|lf)-|github_pat_|glpat-)(?=[A-Za-z_-]{0,200}\d)[\w*-]{16,}"
-    rf"|(?:[srp]k_(?:live|test)|hf|gh[opsur]|gsk|npm|pplx|r8|rk|pk|whsec|xai|shpat|dop_v1|tgp_v1|fw){_DRAWN}"
-    r"|pypi-Ag[\w-]{16,}|nvapi-[\w-]{24,}|xox[a-z]-[\w-]{8,}"
-    r"|AKIA[A-Z0-9]{12,}|ASIA(?=[A-Z]{0,15}\d)[A-Z0-9]{12,}|AIza[\w-]{20,}|ya29\.[\w-]{16,}|eyJ[\w-]{8,600}+\.[\w.-]{8,}"
-    r")|(-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----)[^-]+"
-)
-_FORMS = {False: re.compile(f"{_USER_INFO}|{_NAMED}|{_BARE}"), True: re.compile(f"{_USER_INFO}|{_BARE}")}  # True: prose
+_FORMS = {  # by whether a text is prose
+    False: pattern("user_of_address", "named_secret", "secret"),
+    True: pattern("user_of_address", "secret"),
+}
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _CHANGE = re.compile(r"[a-z](?=[A-Z0-9])|[0-9](?=[A-Za-z])|[A-Z](?=[0-9])")
 
@@ -137,6 +123,18 @@ def hide_secrets(record: logging.LogRecord) -> bool:
     if record.exc_info:
         record.exc_text, record.exc_info = redacted("".join(traceback.format_exception(*record.exc_info))), None
     return True
+
+
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(redacted(super().format(record)))
+
+
+def log_to_stderr(who: str) -> None:
+    """The log of a server or worker process, without secrets and hidden characters. Its level: SEAL_NB_LOG_LEVEL."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_SafeFormatter(f"%(asctime)s {who} %(levelname)s %(message)s"))
+    logging.basicConfig(level=os.environ.get("SEAL_NB_LOG_LEVEL", "INFO"), handlers=[handler])
 
 
 class SealError(Exception):

@@ -75,9 +75,8 @@ def find_notebook(stage: str, folder: Path | None = None) -> Path:
     names = sorted(path.stem for path in folder.glob("*.ipynb"))
     if not names:
         raise SettingsError(f"no notebooks in {folder}; run from a checkout, or give --notebooks FOLDER")
-    if stage in names:
-        return folder / f"{stage}.ipynb"
-    matches = [name for name in names if stage and name.startswith((stage, f"0{stage}"))]
+    starting = [name for name in names if stage and name.startswith((stage, f"0{stage}"))]
+    matches = [stage] if stage in names else starting
     if len(matches) == 1:
         return folder / f"{matches[0]}.ipynb"
     none = f"no file {given!r}, and no stage" if given != stage else f"no stage {stage!r}"

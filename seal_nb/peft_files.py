@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from seal_nb.errors import SettingsError
 from seal_nb.models import pretrained, resolve_model
@@ -178,15 +178,11 @@ def merge_stack(model: str, adapters: Sequence[Path], out: Path) -> Path:
             adapter = load_adapter(path, linears, compute_dtype=torch.float32, device=merged.device)
             for name in adapter.layout.by_name:
                 linears[name].weight.data += adapter.delta(name)
-        write_model(merged.to(stored_dtype(folder)), pretrained(AutoTokenizer, folder), partial)
+        write_model(merged, folder, partial)
     return out
 
 
-def stored_dtype(folder: str) -> torch.dtype:
-    """Dtype of the weights on disk, of a folder or a hub name; float32 if its configuration does not say."""
-    return pretrained(AutoConfig, folder).dtype or torch.float32
-
-
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def write_model(model: PreTrainedModel, base: str, folder: Path) -> None:
+    """Write a model that was made from `base`, in its dtype (float32 if its configuration has none)."""
+    model.to(pretrained(AutoConfig, base).dtype or torch.float32).save_pretrained(folder)
+    pretrained(AutoTokenizer, base).save_pretrained(folder)

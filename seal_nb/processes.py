@@ -5,6 +5,7 @@ Ctrl-C in a terminal nor the death of the root reaches all of them by itself."""
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -61,17 +62,15 @@ def end_tree(pid: int, *, grace_s: float = 10.0) -> None:
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for process in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
+    _send(signal.SIGTERM, tree)
     _, alive = psutil.wait_procs(tree, timeout=grace_s)
-    _kill(alive)
+    _send(signal.SIGKILL, alive)
 
 
-def _kill(processes: list[psutil.Process]) -> None:
+def _send(what: int, processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            process.send_signal(what)
 
 
 def end_with_parent(parent_pid: int) -> None:
@@ -82,7 +81,7 @@ def end_with_parent(parent_pid: int) -> None:
         while os.getppid() == parent_pid:
             time.sleep(POLL_S)
         # Kill at once: when its kernel dies, the main thread would end this process before a slower end is done.
-        _kill(psutil.Process().children(recursive=True))
+        _send(signal.SIGKILL, psutil.Process().children(recursive=True))
         os._exit(143)  # sys.exit would end only this thread
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

@@ -340,7 +340,7 @@ def accuracy(correct: Sequence[float | None]) -> float | None:
     return sum(graded) / len(graded) if graded else None
 
 
-def gain(baseline: Sequence[bool | None], adapter: Sequence[bool | None]) -> float | None:
+def gain(baseline: Sequence[float | None], adapter: Sequence[float | None]) -> float | None:
     """Adapter accuracy minus baseline accuracy, unrounded; None where either is."""
     before, after = accuracy(baseline), accuracy(adapter)
     return None if before is None or after is None else after - before

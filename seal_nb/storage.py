@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from seal_nb.errors import HIDDEN, DataError, RunMismatch, SettingsError, redacted
+from seal_nb.errors import HIDDEN, DataError, RunMismatch, SettingsError, pattern, redacted
 
 RECORDED_PACKAGES = (
     "seal-nb", "torch", "transformers", "peft", "trl", "accelerate", "vllm", "gguf",
@@ -36,10 +36,6 @@ _PROJECT_ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 200_000_000  # of a file that is read whole, and of what it holds decompressed
 MOST_TIMES, FREE_BYTES = 200, 2**24  # what a compressed file may hold: so many times its size, or so little
 MOST_VALUES = 5_000_000  # of JSON: each takes 70 bytes and more
-_ENCODINGS = {  # by how a file starts: a byte-order mark, or a zero byte, which a text in UTF-8 does not have
-    rb"\xff\xfe\0\0|\0\0\xfe\xff": "utf-32", rb"\xff\xfe|\xfe\xff": "utf-16", rb"[^\0]\0": "utf-16-le",
-    rb"\0[^\0]": "utf-16-be",
-}  # fmt: skip
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(  # each escape of a text, so that the second of two backslashes begins none
     r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
@@ -49,13 +45,7 @@ MOST_DIGITS, MOST_LEVELS = 40, 100  # of a whole number, and of lists in lists, 
 MARK = ".seal_nb.json"  # in a folder that this package may remove again: the files that it put there
 CHECKPOINTS = "checkpoint-*"  # in a mark
 _OF_SYSTEM = re.compile(r"(.*/)?(\.nfs[0-9a-f]+|\.DS_Store|\.ipynb_checkpoints/.*)", re.DOTALL)
-_OF_TRAINER = re.compile(
-    r"(checkpoint-\d+|trained)/(((adapter_|pytorch_)?model[\w-]*|optimizer|scheduler|scaler|rng_state(_\d+)?"
-    r"|training_args)\.(safetensors|pt|pth|bin)|[\w.]+\.index\.json|((adapter|generation|tokenizer)_)?config\.json"
-    r"|(trainer_state|tokenizer|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|tokenizer\.model"
-    r"|chat_template\.jinja|README\.md|latest|zero_to_fp32\.py"
-    r"|(pytorch_model_fsdp|optimizer|global_step)_?\d+/[\w.-]+\.(distcp|metadata|pt))"
-)
+_OF_TRAINER = pattern("files_of_trainer")
 _NO_NAME = re.compile(rf"[/\\\t\r\n]|{HIDDEN.pattern}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)?(\..*)?|.*\.record", re.IGNORECASE | re.DOTALL)
 _LONGEST_NAME = 229  # bytes of a stem; file systems take 255, with what is added here and for records
@@ -215,10 +205,10 @@ def read_text(path: str | Path) -> str:
             content = opened.enter_context(gzip.GzipFile(fileobj=file)) if is_compressed else file
             allowed = max(FREE_BYTES, MOST_TIMES * os.fstat(file.fileno()).st_size) if is_compressed else MOST_BYTES
             raw = content.read(min(allowed, MOST_BYTES) + 1)
-        encoding = next((name for start, name in _ENCODINGS.items() if re.match(start, raw)), "utf-8-sig")
+        encoding = json.detect_encoding(raw)
         text = raw.decode(encoding) if len(raw) <= min(allowed, MOST_BYTES) else None
     except UnicodeDecodeError as error:
-        named = "UTF-8, perhaps Windows-1252" if encoding == "utf-8-sig" else encoding.upper()
+        named = "UTF-8, perhaps Windows-1252" if encoding.startswith("utf-8") else encoding.upper()
         raise DataError(f"not {named}: {error}", path=path, remedy="save it as UTF-8 (in Excel: CSV UTF-8)") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", path=path, remedy="copy the file again") from error
@@ -535,13 +525,11 @@ def new_place(folder: str | Path, *, replace_own: bool = False, apart_from: Iter
     wrote (`is_own`)."""
     try:
         place = Path(os.path.expanduser(folder)).resolve()  # noqa: PTH111 - leaves an unknown user as it is
-        is_free = not place.exists() or (
-            place.is_dir() and (not any(place.iterdir()) or (replace_own and is_own(place)))
-        )
+        free = not place.exists() or (place.is_dir() and (not any(place.iterdir()) or (replace_own and is_own(place))))
         others = [Path(one).resolve() for one in apart_from]
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is none
         raise SettingsError(f"{str(folder)!r} cannot be a folder: {error}; give a new folder") from error
-    if not is_free:
+    if not free:
         why = "and is not empty" if place.is_dir() else "and is a file"
         raise SettingsError(f"{folder} exists {why}, so nothing is written there; give a new folder")
     for other in others:

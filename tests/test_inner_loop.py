@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from seal_nb.errors import SettingsError
-from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, TTTReply, TTTRequest
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import InnerLoop, load_inner_loop
 from tests.ttt.tiny import save_tiny_model
 
 QUESTIONS = [
@@ -65,7 +65,7 @@ def run(loop: InnerLoop, *requests: TTTRequest | GenerateRequest) -> dict[str, T
 
 
 def test_unset_numbers_of_slots_and_texts_are_those_of_the_device(loaded: InnerLoop) -> None:
-    assert loaded.stats()["slots"] == 8 and loaded.decoder.max_rows.now == 64
+    assert loaded.stats()["slots"] == 8 and loaded.stats()["memory_bytes"] > 2**20 and loaded.decoder.max_rows.now == 64
     assert isinstance(run(loaded, request("a"))["a"], TTTReply)
 
 
@@ -89,7 +89,7 @@ def test_baseline_only_repeats_the_baseline_and_gains_nothing(loop: InnerLoop, f
 def test_of_the_bases_answers_the_newest_are_kept_and_none_is_missing_from_a_reply(
     loop: InnerLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seal_nb.inner_loop.loop.MOST_STORED", 3)
+    monkeypatch.setattr("seal_nb.server.loop.MOST_STORED", 3)
     asked = [[{**q, "question": f"{q['question']} {n}"} for q in QUESTIONS] for n in range(6)]
     replies = run(
         loop, *(request(str(n), eval_questions=e, soft_scores=True, skip_training=True) for n, e in enumerate(asked))
@@ -150,13 +150,9 @@ def test_a_job_that_diverges_fails_alone_with_a_remedy(loop: InnerLoop) -> None:
     ("where", "error", "fields"),
     [
         ("seal_nb.ttt.trainer.make_row", KeyError, {"train_sequences": ["~ a"]}),
-        ("seal_nb.inner_loop.evaluation.make_row", StopIteration, {"train_sequences": ["~ a"]}),
-        (
-            "seal_nb.inner_loop.evaluation.answered_with",
-            TypeError,
-            {"eval_questions": [{**QUESTIONS[0], "title": "~"}]},
-        ),
-        ("seal_nb.inner_loop.evaluation.build_reply", AssertionError, {}),
+        ("seal_nb.server.loop.make_row", StopIteration, {"train_sequences": ["~ a"]}),
+        ("seal_nb.server.loop.answered_with", TypeError, {"eval_questions": [{**QUESTIONS[0], "title": "~"}]}),
+        ("seal_nb.protocol.build_reply", AssertionError, {}),
     ],
 )
 def test_whatever_error_a_request_causes_is_its_own_reply(
@@ -268,7 +264,7 @@ def test_an_adapter_is_stacked_once(loop: InnerLoop) -> None:
 
 
 def test_a_steady_stream_of_texts_does_not_stop_training(loop: InnerLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seal_nb.inner_loop.loop.ANSWER_STEPS_A_PASS", 16)
+    monkeypatch.setattr("seal_nb.server.loop.ANSWER_STEPS_A_PASS", 16)
     loop = again(loop, decode_rows=4)
     loop.submit(request("train", finetune_epochs=3, eval_questions=[]))
     replies: list[str] = []

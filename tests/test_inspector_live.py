@@ -13,12 +13,12 @@ from seal_nb.errors import DataError, RemoteError, SettingsError
 from seal_nb.experiments.session import ttt_server
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import stored_loop
-from seal_nb.inspector.inspection import GAINED, UNGRADED, Inspection, open_run
-from seal_nb.inspector.live import ARM, Edit, EditTrainer, TrainedEdit, edit_request, settings_of_run
+from seal_nb.inspector.inspection import GAINED, UNGRADED, Inspection, open_run, settings_of_run
+from seal_nb.inspector.live import ARM, Edit, EditTrainer, TrainedEdit, edit_request
 from seal_nb.protocol import TTTReply
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import EvaluatedPassage, SinglePassageRun
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually, trained
 
 QUESTIONS = [

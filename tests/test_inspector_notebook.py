@@ -13,7 +13,7 @@ from nbconvert import HTMLExporter
 
 from seal_nb.notebook_runner import default_notebooks_dir, run_notebook
 from seal_nb.results.collect import read_run
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTServer
 from tests.server.conftest import HASTE, STUB
 from tests.test_notebooks import shown
 

@@ -24,7 +24,7 @@ from seal_nb.inspector.inspection import (
     observation,
     open_run,
 )
-from seal_nb.inspector.widgets import PassageInspector
+from seal_nb.inspector.live import PassageInspector
 from seal_nb.results.collect import read_run
 from seal_nb.results.single_passage import AnsweredQuestion, SinglePassageRun
 

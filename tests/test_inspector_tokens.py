@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-from seal_nb.chain.index import _clean
-from seal_nb.inner_loop.evaluation import pieces
-from seal_nb.inner_loop.loop import InnerLoop
-from seal_nb.inspector.html import TokenTexts, token_frame
+from seal_nb.chain.local import _clean
+from seal_nb.inspector.live import TokenTexts, token_frame
 from seal_nb.protocol import ScoredText, TTTReply
+from seal_nb.server.loop import InnerLoop, pieces
 from tests.test_inner_loop import QUESTIONS, loaded, loop, request, run  # noqa: F401 - loaded, loop are fixtures
 
 SEQUENCES = ["T\nthe lamp is on the hill", "T\nc"]

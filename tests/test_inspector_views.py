@@ -11,13 +11,20 @@ import pytest
 
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import ttt_server
-from seal_nb.inspector import html, widgets
-from seal_nb.inspector.html import NO_VALUES, TokenTexts, loss_curve
+from seal_nb.inspector import live
 from seal_nb.inspector.inspection import Inspection
-from seal_nb.inspector.live import EditTrainer, LiveEdit
-from seal_nb.inspector.widgets import VIEWS, PassageInspector, run_files
+from seal_nb.inspector.live import (
+    HTML,
+    NO_VALUES,
+    VIEWS,
+    EditTrainer,
+    LiveEdit,
+    PassageInspector,
+    TokenTexts,
+    run_files,
+)
 from seal_nb.results.single_passage import SinglePassageRun
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTServer
 from tests.server.conftest import HASTE, STUB, eventually
 
 NO_SERVER: Any = SimpleNamespace(client=None)  # nothing is trained
@@ -62,8 +69,7 @@ def inspector() -> PassageInspector:
 
 @pytest.fixture
 def in_jupyterlab(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (html, widgets):
-        monkeypatch.setattr(module, "has_live_frontend", lambda: True)
+    monkeypatch.setattr(live, "has_live_frontend", lambda: True)
 
 
 def test_minus_one_is_the_first_passage_its_best_self_edit_and_the_next(inspector: PassageInspector) -> None:
@@ -123,7 +129,7 @@ def test_every_text_is_escaped_in_every_view(inspector: PassageInspector) -> Non
 
 
 def test_long_texts_are_whole_in_html_and_cut_in_text() -> None:
-    view = html.static_tables({"<b>": pd.DataFrame([{"<i>": "word " * 60, "n": None}])})
+    view = live.static_tables({"<b>": pd.DataFrame([{"<i>": "word " * 60, "n": None}])})
     assert "word " * 59 in view.html and "&lt;i&gt;" in view.html and "&lt;b&gt;" in view.html and "–" in view.html
     assert max(map(len, view.text.splitlines())) < 100
 
@@ -161,32 +167,32 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, str]]:
 def test_only_what_is_selected_is_rendered(inspector: PassageInspector, rendered: list[tuple[int, int, str]]) -> None:
     box = inspector.box
     assert rendered == [(1, 0, "answers")] and box is inspector.box
-    inspector.passages.value = 2
-    inspector.view.value = "compare"
-    inspector.edits.value = 1
+    inspector.ui.passages.value = 2
+    inspector.ui.view.value = "compare"
+    inspector.ui.edits.value = 1
     assert rendered[1:] == [(2, 0, "answers"), (2, 0, "compare"), (2, 1, "compare")]
-    assert EVIL not in inspector.shown.value
+    assert EVIL not in inspector.ui.shown.value
 
 
 def test_a_filter_keeps_the_selected_passage_if_it_is_listed(
     inspector: PassageInspector, rendered: list[tuple[int, int, str]]
 ) -> None:
-    assert inspector.box and inspector.passages.value == 1
-    inspector.show.value = "gains"
-    assert [index for _, index in inspector.passages.options] == [1] and len(rendered) == 1
-    inspector.show.value = "all"
-    inspector.search.value = f"{EVIL}2"
-    assert inspector.passages.value == 2 and inspector.passage == 2 and rendered[-1][0] == 2
-    inspector.search.value = "nowhere to be found"
-    assert inspector.passages.options == () and "0 of 3 passages" in inspector.count.value
+    assert inspector.box and inspector.ui.passages.value == 1
+    inspector.ui.show.value = "gains"
+    assert [index for _, index in inspector.ui.passages.options] == [1] and len(rendered) == 1
+    inspector.ui.show.value = "all"
+    inspector.ui.search.value = f"{EVIL}2"
+    assert inspector.ui.passages.value == 2 and inspector.passage == 2 and rendered[-1][0] == 2
+    inspector.ui.search.value = "nowhere to be found"
+    assert inspector.ui.passages.options == () and "0 of 3 passages" in inspector.ui.count.value
 
 
 def test_listeners_are_called_for_each_selection(inspector: PassageInspector) -> None:
     heard = []
     inspector.on_select(lambda: heard.append((inspector.passage, inspector.self_edit)))
     assert inspector.box
-    inspector.passages.value = 0
-    inspector.edits.value = 1
+    inspector.ui.passages.value = 0
+    inspector.ui.edits.value = 1
     assert heard == [(0, 0), (0, 1)]
 
 
@@ -243,12 +249,12 @@ def test_controls_start_with_the_self_edit_and_the_settings_of_the_run(edited: L
     assert (training.end_mask_substring, training.padding_in_loss) == ("gold", True)
     assert (training.chat, training.pad_to, training.soft_scores, training.max_new_tokens) == (True, 96, True, 9)
     for unshown in ("lora_dropout 0.1", "chat True", "pad_to 96", "end_mask_substring gold"):
-        assert unshown in edited.unshown.value
-    assert "lora_rank" not in edited.unshown.value
+        assert unshown in edited.ui.unshown.value
+    assert "lora_rank" not in edited.ui.unshown.value
     edited.controls["lora_rank"].value = 2
     assert edited.edit().training.lora_rank == 2
-    edited.inspector.passages.value = 2
-    assert edited.text.value == f"first 2 {EVIL}"
+    edited.inspector.ui.passages.value = 2
+    assert edited.ui.text.value == f"first 2 {EVIL}"
 
 
 def test_layers_that_only_the_run_names_stay_selected(tmp_path: Path) -> None:
@@ -258,37 +264,37 @@ def test_layers_that_only_the_run_names_stay_selected(tmp_path: Path) -> None:
     edit = LiveEdit(inspector, EditTrainer(NO_SERVER), keep_path=tmp_path / "kept.json")
     assert edit.inspector.box and edit.box
     assert edit.edit().training.target_modules == ("q_proj", "up_proj")
-    assert edit.edit().training.max_new_tokens == 64 and edit.unshown.value == ""
+    assert edit.edit().training.max_new_tokens == 64 and edit.ui.unshown.value == ""
 
 
 def test_training_shows_the_new_answers_next_to_the_old_and_the_edit_in_the_list(edited: LiveEdit) -> None:
-    assert edited.ask_button.disabled and edited.keep_button.disabled
-    edited.text.value = "other words"
-    edited.train_button.click()
-    assert edited.train_button.disabled and not edited.cancel_button.disabled
-    eventually(lambda: not edited.train_button.disabled)
-    shown = edited.outcome.value
+    assert edited.ui.ask_button.disabled and edited.ui.keep_button.disabled
+    edited.ui.text.value = "other words"
+    edited.ui.train_button.click()
+    assert edited.ui.train_button.disabled and not edited.ui.cancel_button.disabled
+    eventually(lambda: not edited.ui.train_button.disabled)
+    shown = edited.ui.outcome.value
     assert "after the edit" in shown and "gold\n[right]" in shown and "&lt;script&gt;" in shown
     assert "Verdicts before the edit by local, after the edit by an unknown grader" in shown
-    assert "accuracy 0% → 100%" in edited.status.value
-    options = [label for label, _ in edited.inspector.edits.options]
+    assert "accuracy 0% → 100%" in edited.ui.status.value
+    options = [label for label, _ in edited.inspector.ui.edits.options]
     assert len(options) == 3 and "live edit" in options[2] and edited.inspector.against == 2
-    edited.keep_button.click()
-    eventually(lambda: not edited.keep_button.disabled)
-    assert edited.keep_path.is_file() and "kept in kept.json" in edited.status.value
+    edited.ui.keep_button.click()
+    eventually(lambda: not edited.ui.keep_button.disabled)
+    assert edited.keep_path.is_file() and "kept in kept.json" in edited.ui.status.value
     edited._ask()
     assert edited.own_answers.empty, "an empty question is not asked"
-    edited.question.value, edited.gold.value = f"Where {EVIL}?", "here"
-    edited.ask_button.click()
-    eventually(lambda: "&lt;script&gt;" in edited.answered.value)
+    edited.ui.question.value, edited.ui.gold.value = f"Where {EVIL}?", "here"
+    edited.ui.ask_button.click()
+    eventually(lambda: "&lt;script&gt;" in edited.ui.answered.value)
 
 
 def test_an_error_shows_its_message_and_training_can_be_tried_again(edited: LiveEdit) -> None:
     edited.controls["finetune_lr"].value = -1.0
-    edited.train_button.click()
-    eventually(lambda: not edited.train_button.disabled)
-    assert 'role="alert"' in edited.status.value and "finetune_lr" in edited.status.value
-    assert edited.result is None and edited.keep_button.disabled and edited.ask_button.disabled
+    edited.ui.train_button.click()
+    eventually(lambda: not edited.ui.train_button.disabled)
+    assert 'role="alert"' in edited.ui.status.value and "finetune_lr" in edited.ui.status.value
+    assert edited.result is None and edited.ui.keep_button.disabled and edited.ui.ask_button.disabled
 
 
 def test_live_edit_headless_says_what_it_would_start_with(inspector: PassageInspector, tmp_path: Path) -> None:
@@ -300,7 +306,7 @@ def test_live_edit_headless_says_what_it_would_start_with(inspector: PassageInsp
 
 @pytest.mark.parametrize("values", [[], [2.0], [2.0, 1.0, 0.5], [0.0, 0.0]])
 def test_loss_curve_draws_every_value_and_names_it(values: list[float]) -> None:
-    drawn = loss_curve(values)
+    drawn = HTML.loss_curve(values)
     bars = re.findall("[▁-█]", drawn)
     assert len(bars) == len(values) and bars == sorted(bars, reverse=True)
     assert all(f"{value:.2f}" in drawn for value in values)

@@ -24,9 +24,8 @@ from seal_nb.protocol import (
     parse_request,
     read_reply,
 )
-from seal_nb.server.client import DEFAULT_WAIT_S
+from seal_nb.server.client import DEFAULT_WAIT_S, ServeSettings
 from seal_nb.server.endpoint import Endpoint
-from seal_nb.server.settings import ServeSettings
 
 PAGE_PATH = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 PAGE = PAGE_PATH.read_text()
@@ -254,10 +253,8 @@ def test_the_defaults_on_the_page_are_those_of_the_records():
 
 def test_every_counter_of_the_server_is_on_the_page():
     folder = PAGE_PATH.parent.parent / "seal_nb" / "server"
-    counted = {
-        name for path in folder.glob("*.py") for name in re.findall(r'\.counts\["(\w+)"\] \+=', path.read_text())
-    }
-    assert {"answered", "requeued"} <= counted
+    counted = {name for path in folder.glob("*.py") for name in re.findall(r'\.tally\["(\w+)"\] \+=', path.read_text())}
+    assert {"accepted", "requeued"} <= counted
     assert not [name for name in counted if f"`{name}`" not in PAGE]
 
 

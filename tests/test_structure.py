@@ -14,12 +14,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "seal_nb"
 FLOORS = (
     {"errors"},
     {"settings"},
-    {"prompts", "passages", "protocol", "metrics", "storage", "processes", "models", "tokens"},
+    {"prompts", "passages", "protocol", "metrics", "storage", "processes", "models"},
     {"ttt"},
     {"peft_files"},
     {"engines"},
     {"grading", "self_edits", "sft"},
-    {"inner_loop"},
     {"server"},
     {"results"},
     {"views"},
@@ -28,8 +27,8 @@ FLOORS = (
     {"inspector", "chain"},
     {"cli"},
 )
-TORCH = {"ttt", "peft_files", "engines", "inner_loop", "sft"}
-TORCH_ENGINES = {"seal_nb.engines.local"}
+TORCH = {"ttt", "peft_files", "engines", "server", "sft"}
+TORCH_MODULES = {"seal_nb.engines.local", "seal_nb.server.loop"}  # the only ones of their folders
 HEAVY = ("torch", "transformers", "peft")
 
 
@@ -65,7 +64,7 @@ def free_of_torch() -> list[str]:
     return [
         module
         for module in modules()
-        if (floor_name(module) not in TORCH - {"engines"} and module not in TORCH_ENGINES)
+        if (floor_name(module) not in TORCH - {"engines", "server"} and module not in TORCH_MODULES)
     ]
 
 

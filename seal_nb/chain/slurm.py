@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seal_nb.chain.record import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
+from seal_nb.chain.local import RECORD_FILE, Status, Tell, read_record, sole_use, stage_in, write_record
 from seal_nb.chain.stages import ENDPOINT_FILE, SERVER, SERVER_PARAMETERS, Chain, Stage, as_options, in_run
 from seal_nb.errors import SECRET_VARIABLE, RunMismatch, SealError, SettingsError, keep_secret, redacted
 from seal_nb.settings import Settings, setting
 
 SITE_FILE = "slurm/site.sh"  # in the project
 TIMEOUT_S = 60.0  # of one command
-WIDTH = 110  # of a printed script
 # Variables that SLURM sets in a job. A job that is submitted from there must not inherit them.
 OF_A_JOB = re.compile("SLURM(?!_CONF$|_CLUSTERS$)|SRUN_|SEAL_SERVER_JOB$|(CUDA|ROCR|ZE)_|GPU_DEVICE_ORDINAL$")
 # States of a job that has not ended (man squeue, JOB STATE CODES).
@@ -69,16 +68,6 @@ def job_status(stage: Stage) -> Status:
         return ("ended", where) if stage.background else ("failed", f"{where} ended without its results")
     code, _, signal = job["ExitCode"].partition(":")
     return "failed", f"{where}: {state}, {f'exit code {code}' if signal == '0' else f'signal {signal}'}{because}"
-
-
-def _submit(command: Sequence[str], folder: Path, site: Mapping[str, str]) -> str:
-    env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
-    said = _call(command, folder, env | {**site})
-    # Among what the site prints; NUMBER;CLUSTER where there are several clusters.
-    numbers = re.findall(r"^([0-9]+)(?:;\S+)?\s*$", said, re.MULTILINE)
-    if not numbers:
-        raise SlurmError(f"sbatch gave {said[:200]!r} for the number of a job")
-    return str(numbers[-1])
 
 
 def _call(command: Sequence[str], folder: Path | None = None, env: Mapping[str, str] | None = None) -> str:
@@ -223,24 +212,25 @@ class Job:
     after: tuple[str, ...] = ()  # jobs that must have started
     part: str = ""  # added to its number for others that wait; ``_0``: the front end of a server on several nodes
 
-    def waits(self, numbers: Mapping[str, str]) -> list[str]:
-        """The options for the jobs before it. ``numbers``: of those submitted before, by name."""
+    def command(self, numbers: Mapping[str, str], quoted: Callable[[str], str] = str) -> list[str]:
+        """The words of the command. ``numbers``: of the jobs submitted before, by name. All other words are quoted."""
         kinds = (("afterok", self.afterok), ("after", self.after))
         before = [":".join([kind, *(numbers.get(job, job) for job in jobs)]) for kind, jobs in kinds if jobs]
+        waits = [f"--dependency={','.join(before)}"] if before else []
         # A server that fails satisfies `after` too. Its clients therefore watch its job (slurm/job.sh).
-        watched = [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
-        return [*([f"--dependency={','.join(before)}"] if before else []), *watched]
+        waits += [f"--export=ALL,SEAL_SERVER_JOB={numbers.get(job, job)}" for job in self.after]
+        front, end = ["sbatch", "--parsable", *self.options], [self.script, *self.arguments]
+        return [*map(quoted, front), *waits, *map(quoted, end)]
 
-    def command(self, waits: Sequence[str] = (), quoted: Callable[[str], str] = str) -> list[str]:
-        """The words of the command. ``quoted`` is applied to all but ``waits``."""
-        before, behind = ["sbatch", "--parsable", *self.options], [self.script, *self.arguments]
-        return [*map(quoted, before), *waits, *map(quoted, behind)]
-
-    def shown(self, numbers: Mapping[str, str]) -> str:
-        """The command for a shell, in which ``numbers`` are variables."""
-        words = iter(self.command(self.waits(numbers), shlex.quote))
-        pairs = [f"-p {next(words)} {next(words)}" if word == "-p" else word for word in words]
-        return _lines([f"{self.name}=$({pairs[0]}", *pairs[1:-1], f"{pairs[-1]})"], " \\\n")
+    def submit(self, cluster: Cluster, numbers: Mapping[str, str]) -> str:
+        """Returns: its number, with its ``part``. Raises: SlurmError."""
+        env = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
+        said = _call(self.command(numbers), cluster.project, env | {**cluster.site})
+        # Among what the site prints; NUMBER;CLUSTER where there are several clusters.
+        found = re.findall(r"^([0-9]+)(?:;\S+)?\s*$", said, re.MULTILINE)
+        if not found:
+            raise SlurmError(f"sbatch gave {said[:200]!r} for the number of a job")
+        return f"{found[-1]}{self.part}"
 
 
 def plan(chain: Chain, run_dir: Path, cluster: Cluster, *, on_their_way: Mapping[str, str]) -> list[Job]:
@@ -345,7 +335,7 @@ def _submit_all(jobs: Sequence[Job], cluster: Cluster, tell: Tell) -> dict[str, 
     _check_arrays(jobs)
     try:
         for job in jobs:
-            numbers[job.name] = _submit(job.command(job.waits(numbers)), cluster.project, cluster.site) + job.part
+            numbers[job.name] = job.submit(cluster, numbers)
             number = numbers[job.name] + (f" × {len(job.stages)}" if len(job.stages) > 1 else "")
             waits = [f"after {', '.join(job.afterok)}"] if job.afterok else []
             waits += [f"with {', '.join(job.after)}"] if job.after else []
@@ -397,12 +387,11 @@ def restart_server(folder: Path, *, project: Path, tell: Tell) -> str:
 
 def _submit_again(server: Stage, run_dir: Path, project: Path) -> str:
     """The command is made anew: the record of a folder that comes from elsewhere must not choose what runs."""
-    site = read_site(project / SITE_FILE)
     again: dict[str, Any] = {"server_nodes": server.nodes, "idle_timeout_s": server.idle_timeout_s}
+    cluster = Cluster(project=project, site=read_site(project / SITE_FILE), **again)
     given = {name: value for name, value in server.parameters.items() if name in SERVER_PARAMETERS}
     server = replace(server, parameters=given | {"endpoint_file": in_run(server.name, ENDPOINT_FILE)})
-    job = _job([server], run_dir, Cluster(project=project, site=site, **again))
-    return _submit(job.command(), project, site) + job.part
+    return _job([server], run_dir, cluster).submit(cluster, {})
 
 
 def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:
@@ -417,19 +406,9 @@ def dry_run(chain: Chain, run_dir: Path, cluster: Cluster) -> str:
         *([f"# finished before, kept: {', '.join(kept)}"] if kept else []),
     ]
     for script in dict.fromkeys(job.script for job in jobs):
-        lines.append(_lines([f"# {script}", *cluster.script_options(script)], "\n#"))
+        lines.append(" ".join([f"# {script}", *cluster.script_options(script)]))
     variables = {job.name: f"${{{job.name}}}{job.part}" if job.part else f"${job.name}" for job in jobs}
     for job in jobs:
-        lines += ["", *(f"# {stage.title} ({stage.notebook})" for stage in job.stages), job.shown(variables)]
+        lines += ["", *(f"# {stage.title} ({stage.notebook})" for stage in job.stages)]
+        lines.append(f"{job.name}=$({' '.join(job.command(variables, shlex.quote))})")
     return "\n".join(lines)
-
-
-def _lines(words: Sequence[str], end: str) -> str:
-    """Words in lines of at most WIDTH characters, if none is longer."""
-    lines = [words[0]]
-    for word in words[1:]:
-        if len(lines[-1]) + 1 + len(word) <= WIDTH:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(f"    {word}")
-    return end.join(lines)

@@ -4,8 +4,9 @@ A stage is one run of a notebook, after the stages that it needs. The whole expe
 `make demo` is this table with the small model and small counts. `local` and `slurm` run a table."""
 
 import hashlib
+import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +14,13 @@ from typing import Annotated, Any
 from pydantic import StringConstraints, TypeAdapter
 
 from seal_nb.errors import SettingsError, checked
-from seal_nb.experiments.settings import ARMS
+from seal_nb.experiments.settings import ARMS, CPT_ARMS, SINGLE_ARMS
 from seal_nb.models import DTYPES
 from seal_nb.notebook_runner import Parameter, Value, declared_parameters, find_notebook, format_value
+from seal_nb.passages import check_disjoint, load_passages
 from seal_nb.prompts import result_key
 from seal_nb.results.single_passage import run_file_name
-from seal_nb.settings import setting
-from seal_nb.storage import content_id, read_json, write_json
+from seal_nb.storage import content_id, data_file, read_json, write_json
 
 RUN = "{run}"  # the run's folder, in a parameter
 ENGINES = ("local", "vllm")
@@ -165,73 +166,37 @@ def _identity(stage: Stage, earlier: Mapping[str, Stage]) -> str:
     return content_id([stage.notebook, own, [earlier[name].identity for name in stage.needs]])
 
 
-def _to(notebooks: str, default: Any = None, name: str = "") -> Any:
-    """A setting that becomes the parameter ``name`` of these notebooks; None leaves it at their default."""
-    return field(default=default, metadata={"notebooks": notebooks.split(), "name": name})
+_TABLE = tomllib.loads(data_file("experiment.toml").read_text())
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExperimentSettings:
-    """Settings of an experiment on one model. The defaults are those of SEAL (arXiv 2506.10943) where it has one.
-    ``_to`` names the notebooks that have a setting as a parameter; they declare its type and meaning, and its default
-    where it is None here."""
+def _plain_values(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
 
-    model: str = setting("", "model folder or hub name")
-    train_dataset: str = setting("", "passages of the ReST-EM rounds: item or SQuAD file, or shipped:train")
-    val_dataset: str = setting("", "passages of the evaluations: item or SQuAD file, or shipped:val")
-    n_train: int = setting(50, "passages of a ReST-EM round")
-    n_val: int = setting(200, "passages of an evaluation")
-    k_completions: int = setting(5, "self-edits of each training passage")
-    eval_times: int = setting(3, "adapters trained on each self-edit to find its reward")
-    n_rounds: int = setting(2, "ReST-EM rounds")
-    arms: tuple[str, ...] = setting(("passage_only", "self_edits"), "of the base model's evaluations")
-    shuffle: bool | None = _to("01")
-    prompt_key: str | None = _to("01 06")
-    engine: str | None = _to("01")
-    max_tokens: int = _to("01 06", 8192)
-    seed: int | None = _to("01 03 04 05")
 
-    target_modules: tuple[str, ...] = _to("03 04 06", ())
-    lora_rank: int | None = _to("03 04 06")
-    lora_alpha: float | None = _to("03 04 06")
-    finetune_epochs: int = _to("03 06", 10)
-    finetune_lr: float | None = _to("03 06")
-    padding_in_loss: bool | None = _to("03 04 06")
-    max_new_tokens: int = _to("03 04", 64)
+def _field(about: Mapping[str, Any]) -> Any:
+    return field(default=_plain_values(about).get("default"), metadata=about)
 
-    grader: str | None = _to("02")
-    dtype: str | None = _to("02")
-    deterministic: bool | None = _to("02")
-    n_workers: int = _to("02", 1)
-    n_threads: int = _to("02", 1)
-    n_slots: int = _to("02", 0)
 
-    cpt_completions: int = setting(5, "self-edits of each validation passage in the one adapter of CPT")
-    cpt_epochs: int = _to("04", 3, "finetune_epochs")
-    cpt_lr: float | None = _to("04", name="finetune_lr")
-    cpt_batch_size: int = _to("04", 4, "batch_size")
-    cpt_accumulation: int = _to("04", 2, "gradient_accumulation_steps")
+_Fields: Any = make_dataclass(
+    "_Fields",
+    [(name, Any, _field(about)) for name, about in _TABLE["settings"].items()],
+    namespace={"__post_init__": lambda settings: settings.check()},
+    frozen=True,
+    kw_only=True,
+)
 
-    sft_lora_rank: int | None = _to("05", name="lora_rank")
-    sft_lora_alpha: int | None = _to("05", name="lora_alpha")
-    sft_target_modules: tuple[str, ...] | None = _to("05", name="target_modules")
-    sft_epochs: int | None = _to("05", name="finetune_epochs")
-    sft_lr: float | None = _to("05", name="finetune_lr")
-    sft_batch_size: int | None = _to("05", name="batch_size")
-    sft_accumulation: int = _to("05", 10, "gradient_accumulation_steps")
-    sft_processes: int = _to("05", 1, "n_processes")
 
-    continual_arm: str = _to("06", "self_edits", "arm")
-    continual_seeds: tuple[int, ...] = setting(tuple(range(42, 50)), "a continual run for each seed")
-    n_sequences: int = _to("06", 8)
-    n_datapoints: int = _to("06", 8)
-    continual_max_new_tokens: int = _to("06", 64, "max_new_tokens")
+class ExperimentSettings(_Fields):
+    """Settings of an experiment on one model: those of ``data/experiment.toml``. None leaves one at the default of the
+    notebooks that have it as a parameter."""
 
-    def __post_init__(self) -> None:
-        if unknown := [arm for arm in (*self.arms, self.continual_arm) if arm not in ARMS]:
-            raise SettingsError(f"arms: {', '.join(unknown)} not known; known are {', '.join(ARMS)}")
-        if not self.arms:
-            raise SettingsError("arms is empty; name at least one of " + ", ".join(ARMS))
+    def check(self) -> None:
+        """Raises: SettingsError for values that contradict each other, or that no notebook would take."""
+        for known, names in ((SINGLE_ARMS, self.arms), (ARMS, [self.continual_arm])):
+            if unknown := [arm for arm in names if arm not in known]:
+                raise SettingsError(f"arms: {', '.join(unknown)} not known; known are {', '.join(known)}")
+        if not {*self.arms} & {*CPT_ARMS}:
+            raise SettingsError("arms is empty; name at least one of " + ", ".join(CPT_ARMS))
         seeds = self.continual_seeds
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise SettingsError(f"continual_seeds is {seeds}; give at least one, each once, from 0 on")
@@ -250,11 +215,10 @@ class ExperimentSettings:
 
     def parameters(self, notebook: str) -> dict[str, Plain | list[Plain]]:
         """The parameters that these settings give to the notebook with this number."""
-        given = {entry: getattr(self, entry.name) for entry in fields(self)}
         return {
-            entry.metadata["name"] or entry.name: list(value) if isinstance(value, tuple) else value
-            for entry, value in given.items()
-            if notebook in entry.metadata.get("notebooks", ()) and value is not None
+            entry.metadata.get("parameter", entry.name): list(value) if isinstance(value, tuple) else value
+            for entry in fields(self)
+            if notebook in entry.metadata.get("notebooks", ()) and (value := getattr(self, entry.name)) is not None
         }
 
 
@@ -274,23 +238,12 @@ def declaration(entry: "Field[Any]") -> Parameter:
         kind = f"list[{type(default[0]).__name__}]" if isinstance(default, tuple) else type(default).__name__
         return Parameter(name=entry.name, type_name=kind, default=default, help=entry.metadata["text"])
     notebooks = entry.metadata["notebooks"]
-    declared = _declared(notebooks[0])[entry.metadata["name"] or entry.name]
+    declared = _declared(notebooks[0])[entry.metadata.get("parameter", entry.name)]
     default = declared.default if default is None else default
     return replace(declared, name=entry.name, default=default, help=f"{declared.help} ({', '.join(notebooks)})")
 
 
-# About 15 minutes on 2 cores. The small model learns nothing through q_proj and v_proj alone. Two of the MLP
-# layers teach it what all seven linear layers do, for two thirds of the time.
-DEMO = ExperimentSettings(
-    model="embedded", train_dataset="shipped:train", val_dataset="shipped:val", n_train=4, n_val=6,
-    k_completions=2, eval_times=1, arms=("passage_only", "self_edits", "hand_written"), max_tokens=80,
-    target_modules=("up_proj", "down_proj"), lora_rank=16, lora_alpha=32, finetune_epochs=6, finetune_lr=3e-3,
-    cpt_completions=1, cpt_lr=3e-3, cpt_accumulation=1,
-    sft_accumulation=1,  # four examples: with ten a step there would be two steps
-    continual_seeds=(42,), n_sequences=2, n_datapoints=3, continual_max_new_tokens=32, n_workers=2, n_slots=8,
-)  # fmt: skip
-
-
+DEMO = ExperimentSettings(**_plain_values(_TABLE["demo"]))
 CHAINS = ("rest_em", "evaluation", "continual")
 
 
@@ -299,6 +252,10 @@ def make_chain(name: str, settings: ExperimentSettings) -> Chain:
     model as it is: ``evaluation`` has single passage and CPT, ``continual`` edits it continually."""
     if name != "rest_em":
         settings = replace(settings, n_rounds=0)
+    elif settings.train_dataset and settings.val_dataset:
+        files = [settings.train_dataset, settings.val_dataset]
+        if all(one.startswith("shipped:") or Path(one).is_file() for one in files):  # a job may write them
+            check_disjoint(*map(load_passages, files))
     stages = [stage for number in range(settings.n_rounds + 1) for stage in _round(settings, number)]
     if name == "evaluation":
         stages = [stage for stage in stages if stage.notebook != CONTINUAL]
@@ -315,71 +272,50 @@ def make_chain(name: str, settings: ExperimentSettings) -> Chain:
 def _round(s: ExperimentSettings, number: int) -> Iterator[Stage]:
     """The stages around one model. Round 0 is the base model, round n the model after n ReST-EM rounds."""
     label, following = f"round{number}" if number else "base", f"round{number + 1}"
-    whose = f"the model of round {number}" if number else "the base model"
-    model = in_run(f"{label}_train", "model") if number else s.model
-    made_by = (f"{label}_train",) if number else ()
-    texts, train_texts, server = f"{label}_self_edits", f"{following}_self_edits_train", f"{label}_server"
-    rank, endpoint = f"{following}_rank", in_run(server, ENDPOINT_FILE)
-    is_last = number == s.n_rounds
-
-    def stage(
-        name: str, notebook: str, title: str, needs: tuple[str, ...], produces: tuple[str, ...],
-        array: str = "", **own: Any,
-    ) -> Stage:  # fmt: skip
-        parameters = {**s.parameters(notebook[:2]), "model": model, **own}
-        return Stage(
-            name=name, notebook=notebook, title=title, parameters=parameters, needs=needs, produces=produces,
-            background=name == server, array=array,
-        )  # fmt: skip
-
-    def asked_about(writer: str) -> dict[str, Any]:
-        """What a client of the server needs and asks about: the self-edits of the stage ``writer``."""
-        return {"needs": (writer, server), "dataset": in_run(writer, SELF_EDITS_FILE), "endpoint": endpoint}
-
-    yield stage(
-        texts, "01_create_self_edits", f"{whose} writes self-edits: each of {s.n_val} validation passages",
-        made_by, (SELF_EDITS_FILE,), dataset=s.val_dataset, n_articles=s.n_val,
-        # The evaluation takes only the first self-edit of each passage, as published; CPT takes all of them.
-        k_completions=1 if number else s.cpt_completions,
-    )  # fmt: skip
-    if not is_last:
-        what = f"each of {s.n_train} training passages, {s.k_completions} times"
-        yield stage(
-            train_texts, "01_create_self_edits", f"{whose} writes self-edits: {what}", made_by, (SELF_EDITS_FILE,),
-            # As published: every round trains on passages that no earlier round has seen.
-            start=number * s.n_train, dataset=s.train_dataset, n_articles=s.n_train, k_completions=s.k_completions,
-        )  # fmt: skip
-    title = f"TTT server on {whose}: {s.n_workers} worker processes"
-    yield stage(server, SERVER, title, made_by, (ENDPOINT_FILE,), endpoint_file=endpoint)
+    rounds = {"every", "last" if number == s.n_rounds else "not last", "" if number else "base"}
     arms = ("self_edits",) if number else s.arms  # texts that no model wrote are the same in every round
-    yield stage(
-        f"{label}_evaluate", "03_query_server",
-        f"single-passage evaluation on {s.n_val} passages: {', '.join(arms)}", **asked_about(texts),
-        produces=tuple(run_file_name(label, arm) for arm in arms),
-        exp_name=label, arms=",".join(arms), n_articles=s.n_val, k_completions=1, eval_times=1,
-    )  # fmt: skip
-    if not number:
-        yield stage(
-            f"{label}_cpt", "04_cpt", f"CPT: one adapter for {s.n_val} passages", **asked_about(texts),
-            produces=tuple(f"cpt_run_{arm}.json" for arm in arms),
-            arms=",".join(arms), n_articles=s.n_val, k_completions=s.cpt_completions,
-        )  # fmt: skip
-    if not is_last:
-        run_file, n_loops = run_file_name(rank, "self_edits"), s.n_train * s.k_completions * s.eval_times
-        yield stage(
-            rank, "03_query_server", f"ReST-EM {following}: reward of each self-edit ({n_loops} inner loops)",
-            **asked_about(train_texts), produces=(run_file,), exp_name=rank, arms="self_edits",
-            n_articles=s.n_train, k_completions=s.k_completions, eval_times=s.eval_times,
-        )  # fmt: skip
-        title = f"ReST-EM {following}: keep each passage's best self-edit, train on writing it"
-        title += f" in {s.sft_processes} processes" if s.sft_processes > 1 else ""
-        how: dict[str, Any] = {"run_json": in_run(rank, run_file), "train": True}
-        yield stage(f"{following}_train", "05_rest_em_round", title, (rank, *made_by), ("model",), **how)
-        return
-    array = "continual" if len(s.continual_seeds) > 1 else ""
-    for seed in s.continual_seeds:
-        yield stage(
-            f"continual_seed{seed}" if array else "continual", CONTINUAL,
-            f"continual self-edits, seed {seed}: {s.n_sequences} × {s.n_datapoints} passages",
-            (server,), ("summary_continual.json",), array, dataset=s.val_dataset, endpoint=endpoint, seed=seed,
-        )  # fmt: skip
+    cpt_arms = [arm for arm in arms if arm in CPT_ARMS]
+    ranked_file = run_file_name(f"{following}_rank", "self_edits")
+    values = {entry.name: getattr(s, entry.name) for entry in fields(s)} | {
+        "label": label,
+        "following": following,
+        "whose": f"the model of round {number}" if number else "the base model",
+        "made_by": f"{label}_train" if number else "",
+        "model": in_run(f"{label}_train", "model") if number else s.model,
+        "endpoint": in_run(f"{label}_server", ENDPOINT_FILE),
+        "texts": in_run(f"{label}_self_edits", SELF_EDITS_FILE),
+        "train_texts": in_run(f"{following}_self_edits_train", SELF_EDITS_FILE),
+        # The evaluation takes only the first self-edit of each passage, as published; CPT takes all of them.
+        "k_written": 1 if number else s.cpt_completions,
+        # As published: every round trains on passages that no earlier round has seen.
+        "start": number * s.n_train,
+        "shown_arms": ", ".join(arms),
+        "asked_arms": ",".join(arms),
+        "cpt_arms": ",".join(cpt_arms),
+        "run_files": tuple(run_file_name(label, arm) for arm in arms),
+        "cpt_files": tuple(f"cpt_run_{arm}.json" for arm in cpt_arms),
+        "ranked_file": ranked_file,
+        "ranked": in_run(f"{following}_rank", ranked_file),
+        "n_loops": s.n_train * s.k_completions * s.eval_times,
+        "in_processes": f" in {s.sft_processes} processes" if s.sft_processes > 1 else "",
+    }
+    for about in _TABLE["stages"]:
+        is_continual = about["notebook"] == CONTINUAL
+        array = "continual" if is_continual and len(s.continual_seeds) > 1 else ""
+        for seed in s.continual_seeds if is_continual else (s.seed,):
+            values |= {"seed": seed, "of_seed": f"_seed{seed}" if array else ""}
+            one = {name: _filled(entry, values) for name, entry in about.items()}
+            parameters = {**s.parameters(one["notebook"][:2]), "model": values["model"], **one["parameters"]}
+            if one.pop("rounds") in rounds:
+                yield Stage(**one | {"parameters": parameters, "background": one["notebook"] == SERVER, "array": array})
+
+
+def _filled(entry: Any, values: Mapping[str, Any]) -> Any:
+    """An entry of the table with the values of its fields. A text that is one field becomes its value."""
+    if isinstance(entry, dict):
+        return {name: _filled(one, values) for name, one in entry.items()}
+    if isinstance(entry, list):
+        return tuple(filter(None, (_filled(one, values) for one in entry)))
+    if not isinstance(entry, str):
+        return entry
+    return values[entry[1:-1]] if entry[1:-1] in values else entry.format_map(values)

@@ -25,23 +25,17 @@ from urllib.parse import parse_qsl, urlsplit
 import openai
 from dotenv import dotenv_values
 
+from seal_nb import errors
 from seal_nb.engines.base import Ask, Completion, CutOff, Engine, NotAsked, OnText, UnusableReply, without_thinking
-from seal_nb.errors import PUT_AWAY, EngineError, SettingsError, hide_secrets, holds_key, keep_secret, redacted, shown
+from seal_nb.errors import EngineError, SettingsError, pattern, redacted, shown
 from seal_nb.processes import DaemonThreads
 from seal_nb.settings import Settings, setting
 
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-# Finish reasons of texts that reached the limit, and of what is no text. All others ("eos_token", "", null) are an end.
-CUT = re.compile(r"(?i)(model_)?length|max_\w*tokens")
-UNFINISHED = re.compile(
-    r"(?i)filter|safety|recitation|prohibit|block|spii|sensitive|refus|abort|cancel|error|fail|timeout|insufficient"
-)
+CUT = re.compile(r"(?i)(model_)?length|max_\w*tokens")  # finish reasons of texts that reached the limit
+UNFINISHED = pattern("unfinished")  # those of what is no text
 CONCERNS_ALL = {401, 402, 403, 404, 405}  # key, money, permission, address or model: every request would fail alike
-# With status 400 or 429, and waiting does not help.
-OUT_OF_MONEY = re.compile(
-    r"(?i)insufficient_quota|billing_(hard_limit|not_active)|exceeded_current_quota|credit balance is too low"
-    r"|insufficient (balance|credit)|used all available credits|spending limit"
-)
+OUT_OF_MONEY = pattern("out_of_money")
 MOST_FAILURES_IN_A_ROW = 16  # or max_parallel, if that is more
 CONNECT_TIMEOUT_S = 10.0
 MAY_PASS = {408, 409, 424, 425, 429}  # and 5xx; 424: text-generation-inference's "failed during generation"
@@ -50,17 +44,7 @@ _NEEDED = {"model", "prompt", "messages", "add_special_tokens"}
 _INSTEAD = {"seed": "the same text may not come again", "stop": "texts are cut here"}
 _PLAIN = {"temperature": (0, 1), "top_p": (1,)}  # values that say little, and that some services refuse
 _NAME = r"(?i)(?<![\w-]){0}(?![\w-])(?:(?<!stop)|(?<=[`'\"]stop)|(?<=: stop)|(?<=er stop))"  # "stop" is a word, too
-_UNSUPPORTED = re.compile(
-    r"(?i)unsupported|(n['’o]t|no longer) (currently )?support|unrecogni|extra_forbidden|extra (inputs|fields)|removed"
-    r"|(unknown|unexpected|invalid|illegal|undefined)[ _](name|param|arg|field|key|property)|was unexpected|may only be"
-    r"|not (permitted|allowed|accepted|available|defined|implemented|compatible|be (set|spec|provided|used))|fixed at"
-    r"|not (a )?(valid|known|recogni[sz]ed) (param|arg|field|for )|only (one of|.{0,40}(allow|support|accept|permit))"
-    r"|cannot (both )?(be )?(used|set|spec)|not both|\buse \W?max_\w+|must be \d|deprecat|incompat|dis(allow|abl)ed"
-)
-_VALUE = re.compile(  # of those that "must be", only "must be 1" allows no other value
-    r"(?i)must be(?! (exactly )?\d+(\.\d+)?\b(?!\.?\d| or| and| to| ?[-–<]))|between|\brange|\btoo |at (most|least)"
-    r"|positive|imum|exceed|larger|greater|[<>≤≥]=? ?\d"
-)
+_UNSUPPORTED, _VALUE = pattern("unsupported"), pattern("refused_value")
 _DEFAULT = re.compile(r"(?i)(?:only|default)[^.\d\"]{0,30}(\d+(?:\.\d+)?)")
 HAS_VERSION, ADD_V1 = re.compile(r"/v\d|/deployments/"), "most services want /v1 at the end of base_url"
 _QUERY = re.compile(r"[A-Za-z][A-Za-z_.-]{0,29}=(?:\d{4}-\d\d-\d\d(?:-[a-z]{1,9})?|[\w.-]{1,7})")
@@ -73,7 +57,7 @@ log = logging.getLogger(__name__)
 _CONVENTIONAL = re.compile(r"[A-Z][A-Z0-9]{0,15}|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)+")
 _PARTS = [f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")]
 for _name in ("httpx2", "openai._base_client", "openai._response", "openai._legacy_response", *_PARTS):
-    logging.getLogger(_name).addFilter(hide_secrets)  # a reply's headers may repeat the key
+    logging.getLogger(_name).addFilter(errors.hide_secrets)  # a reply's headers may repeat the key
 
 
 class Refused(EngineError):
@@ -106,7 +90,7 @@ class ApiSettings(Settings):
         is_plain = all(_QUERY.fullmatch(one) for one in "&".join(query).split("&") if query)
         if set("@#") & set(self.base_url) or redacted(self.base_url) != self.base_url or not is_plain:
             what = "a user, a password, a key, or a query with more than short values or a version"
-            raise SettingsError(f"base_url holds {what} such as ?api-version=2024-10-21; {PUT_AWAY}")
+            raise SettingsError(f"base_url holds {what} such as ?api-version=2024-10-21; {errors.PUT_AWAY}")
         try:
             url = urlsplit(self.base_url)
             is_address = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
@@ -117,7 +101,7 @@ class ApiSettings(Settings):
         if self.api_key_env and not _names_variable(self.api_key_env):
             raise SettingsError(
                 "api_key_env is not the name of an environment variable (it is not shown, as it may be the key "
-                f"itself); {PUT_AWAY}"
+                f"itself); {errors.PUT_AWAY}"
             )
         if not re.fullmatch("[a-z_]{1,40}", self.token_limit):
             raise SettingsError("token_limit is no name of a field; give max_tokens or max_completion_tokens")
@@ -127,7 +111,7 @@ class ApiSettings(Settings):
     @property
     def where(self) -> str:
         """The address, for messages; without its path if that looks like a key."""
-        return "://".join(urlsplit(self.base_url)[:2]) if holds_key(self.base_url) else self.base_url
+        return "://".join(urlsplit(self.base_url)[:2]) if errors.holds_key(self.base_url) else self.base_url
 
     @property
     def address(self) -> str:
@@ -139,7 +123,7 @@ def _names_variable(name: str) -> bool:
     """One that is set, or a name as variables have it. No key is the name of a variable that is set."""
     if name in os.environ or name in dotenv_values(DOTENV):
         return True
-    return bool(_CONVENTIONAL.fullmatch(name)) and not holds_key(name)
+    return bool(_CONVENTIONAL.fullmatch(name)) and not errors.holds_key(name)
 
 
 def api_key(variable: str) -> str:
@@ -152,7 +136,7 @@ def api_key(variable: str) -> str:
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise SettingsError(f"the key in {variable} has a space or another character that no key has; set it again")
-    return keep_secret(key)
+    return errors.keep_secret(key)
 
 
 class ApiClient:
@@ -169,7 +153,7 @@ class ApiClient:
         self._refused: dict[str, dict[str, str]] = {}  # by model: parameters it refuses, and their other name or ""
         if key is None:
             key = api_key(settings.api_key_env) if settings.api_key_env else ""
-        self._key = keep_secret(key)
+        self._key = errors.keep_secret(key)
         timeout = openai.Timeout(settings.timeout_s, connect=min(CONNECT_TIMEOUT_S, settings.timeout_s))
         host = urlsplit(settings.base_url).hostname or ""
         # A proxy of the environment is not for servers on this machine.
@@ -315,7 +299,7 @@ class ApiClient:
             return "; redirects are not followed: give the new address as base_url" if status < 400 else ""
         asked = f"{self.settings.address}{path}{''.join(self.settings.base_url.partition('?')[1:])}"
         remedy = "check model and base_url" if HAS_VERSION.search(asked) else ADD_V1
-        return f"; {remedy}" if holds_key(asked) else f"; asked was {asked}: {remedy}"
+        return f"; {remedy}" if errors.holds_key(asked) else f"; asked was {asked}: {remedy}"
 
     def _completion(self, raw: str, stop: Sequence[str] = (), max_tokens: int = 0) -> Completion:
         """The text in the body of a reply. Raises: UnusableReply; Refused for an error that came with status 200."""

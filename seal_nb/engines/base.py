@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seal_nb.errors import EngineError, SettingsError
+from seal_nb.errors import EngineError, SettingsError, pattern
 from seal_nb.settings import Settings, setting
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
@@ -121,17 +121,7 @@ class Engine(ABC):
         return contents(prompt)
 
 
-# How models mark their thinking: DeepSeek and Qwen, Magistral, Kimi, Command A, Gemma, gpt-oss (whole, and without its
-# special tokens). Only at the start of a text: a self-edit may quote a mark.
-_THINKING = re.compile(
-    r"\s*(?:<((?:\w+:)?think(?:ing)?|thought|reasoning|scratchpad)>.*?(?:</\1>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)|◁think▷.*?(?:◁/think▷|\Z)"
-    r"|<\|START_THINKING\|>.*?(?:<\|END_THINKING\|>(?:<\|START_(?:RESPONSE|TEXT)\|>)?|\Z)"
-    r"|<\|begin_of_thought\|>.*?(?:<\|end_of_thought\|>|\Z)"
-    r"|<\|channel>thought\b.*?(?:<channel\|>|\Z)|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary).*?(?:(?=<\|channel\|>final)|\Z)"
-    r"|analysis(?=.*assistantfinal).*?assistantfinal)\s*",
-    re.DOTALL | re.IGNORECASE,
-)
+_THINKING = pattern("thinking")
 # Templates may put the opening mark into the prompt. A mark in quotes is text.
 _REST_OF_THINKING = re.compile(r"(?s).*?(?<![`'\"“‘])(?:</think(?:ing)?>|\[/THINK\])(?![`'\"”’])\s*")
 _OPENING = re.compile(r"<think(?:ing)?>|\[THINK\]", re.IGNORECASE)

@@ -22,10 +22,9 @@ from typing import Any, Self
 from seal_nb.engines.api import ApiClient, ApiSettings, Refused, Unavailable
 from seal_nb.engines.base import Ask, Completion, Engine, OnText, Prompt, contents
 from seal_nb.errors import EngineError, SettingsError, redacted
-from seal_nb.models import model_identity, resolve_model
+from seal_nb.models import model_identity, resolve_model, wants_special_tokens
 from seal_nb.processes import LoggedProcess, end_tree
 from seal_nb.storage import content_id
-from seal_nb.tokens import wants_special_tokens
 
 PYTHON_VARIABLE = "SEAL_NB_VLLM_PYTHON"
 PARENT_VARIABLE = "SEAL_NB_VLLM_PARENT"  # read by the plugin: the process that the server ends with

@@ -1,13 +1,13 @@
 """A grader by its name, and the name of a file's grader."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seal_nb.errors import SettingsError, redacted
-from seal_nb.grading.base import Answered, Grader, Rule
-from seal_nb.grading.local import is_likely_correct
-from seal_nb.grading.rules import exact_match, is_recalled, token_f1
+from seal_nb.grading.base import Answered, Grader, Rule, Verdict
+from seal_nb.grading.rules import exact_match, is_likely_correct, is_recalled, token_f1
 
 F1_NEEDED = 0.5
 # SQuAD's measures, exact and f1, were made for short extracted spans; most full sentences fail them.
@@ -18,13 +18,36 @@ _RULES: dict[str, Callable[[Answered], bool | None]] = {
     "recall": is_recalled,
 }
 GRADERS = tuple(_RULES)
-# `inner_loop.loop.load_inner_loop` writes the grader into the name of a run's model in this form.
-_GRADER_IN_MODEL = re.compile(rf"-({'|'.join(GRADERS)}|judge:.+?)-\d+(?:-[a-z]+)*$")
+# `server.loop.load_inner_loop` writes the grader into the name of a run's model in this form.
+_GRADER_IN_MODEL = re.compile(rf"-((?:first:)?(?:{'|'.join(GRADERS)}|judge:.+?))-\d+(?:-[a-z]+)*$")
+FIRST = "first:"
+# A full stop after one letter or one of these short words ends no sentence.
+_SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b(?:Mr|Dr|St|Mt|No|vs|Jr|Sr))(?<!\bMrs)[.!?](?=\s|$)|[。！？\n]")
+
+
+@dataclass
+class FirstSentence:
+    """A grader that reads the first sentence of each answer only, which leaves less room to recite."""
+
+    name: str
+    grader: Grader
+
+    def grade(self, answered: Sequence[Answered]) -> list[Verdict]:
+        return self.grader.grade([replace(one, answer=first_sentence(one.answer)) for one in answered])
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first end of a sentence or line."""
+    end = _SENTENCE_END.search(text := text.strip())
+    return text[: end.end()].strip() if end else text
 
 
 def make_grader(name: str) -> Grader:
-    """One of GRADERS, or a judge such as "judge:gpt-4.1" (see ``grading.judge.judge_settings``). Raises: SettingsError
-    for an unknown name, and for a judge whose key is missing."""
+    """One of GRADERS, or a judge such as "judge:gpt-4.1" (see ``grading.judge.judge_settings``); after "first:" one
+    that reads the first sentence of each answer only. Raises: SettingsError for an unknown name, and for a judge whose
+    key is missing."""
+    if name.startswith(FIRST):
+        return FirstSentence(stated_grader(name), make_grader(name.removeprefix(FIRST)))
     if (stated := stated_grader(name)) in _RULES:
         return Rule(stated, _RULES[stated])
     from seal_nb.grading.judge import JudgeGrader, judge_settings  # imports the client of services: a second
@@ -35,6 +58,8 @@ def make_grader(name: str) -> Grader:
 def stated_grader(name: str) -> str:
     """The name without options, under which verdicts are kept. Raises: SettingsError for an unknown name, and for one
     that holds a key."""
+    if name.startswith(FIRST):
+        return FIRST + stated_grader(name.removeprefix(FIRST).replace(FIRST, f"{FIRST} "))  # not twice
     if name == "judge" or name.startswith(("judge:", "judge?")):
         from seal_nb.grading.judge import judge_settings
 

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from seal_nb.errors import DataError, SettingsError
+from seal_nb.experiments.settings import LORA_PARAMS, Training
 from seal_nb.grading.base import AS_BOOLEAN, Grader
 from seal_nb.grading.choose import make_grader
 from seal_nb.grading.rules import as_one_piece, normalised, one_spelling
@@ -38,6 +40,17 @@ def open_run(source: str | Path) -> SinglePassageRun:
     if not isinstance(run, SinglePassageRun):
         raise DataError(f"is a {run.form} run, which has no self-edits", path=run.path, remedy="give a run_*.json file")
     return run
+
+
+def settings_of_run(settings: Mapping[str, Any]) -> Training:
+    """The training settings that a run file states, with soft scores on. Published files state some of them under
+    ``lora_params``; ours state all of them, under ``training`` too."""
+    published = {LORA_PARAMS.get(key, key): value for key, value in (settings.get("lora_params") or {}).items()}
+    repeat: dict[str, Any] = next(iter(settings.get("repeats") or ()), {})  # a matched arm has epochs of its own
+    own = {"answer_style": settings.get("answer_style"), "finetune_epochs": repeat.get("finetune_epochs")}
+    stated = [*(settings.get("training") or {}).items(), *published.items(), *own.items()]
+    known = {name: value for name, value in stated if value is not None and name in Training.__dataclass_fields__}
+    return Training(**known | {"soft_scores": True})
 
 
 def flip_of(before: float | None, after: float | None) -> str:
@@ -272,7 +285,8 @@ class Inspection:
 
     def _sequences(self, passage: EvaluatedPassage, edit: EvaluatedSelfEdit) -> list[str]:
         splits = edit.made.get("split_newlines", self.run.settings.get("split_newlines"))
-        return sequences_of(passage, edit.text or "", split_newlines=splits is None or bool(splits))
+        source = self.run.passages[edit.made.get("text_of", passage.index)]  # of the arm `shuffled` another one
+        return sequences_of(source, edit.text or "", split_newlines=splits is None or bool(splits))
 
     def _searched(self, passage: int) -> str:
         one = self.run.passages[passage]
@@ -286,9 +300,7 @@ def _flips_first(answers: pd.DataFrame) -> pd.DataFrame:
 
 def verdict_pairs(grader: Grader, passage: EvaluatedPassage, asked: Sequence[AnsweredQuestion]) -> list[Pair]:
     """A grader's verdicts on each question's two answers. Equal answers are judged once."""
-    given = [
-        one.answered(answer, passage.title) for one in asked for answer in (one.baseline_answer, one.adapter_answer)
-    ]
+    given = [one.answered(text, passage.title) for one in asked for text in (one.baseline_answer, one.adapter_answer)]
     unique = list(dict.fromkeys(given))
     known = dict(zip(unique, grader.grade(unique), strict=True))
     verdicts = [AS_BOOLEAN[known[one]] for one in given]

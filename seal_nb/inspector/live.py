@@ -1,33 +1,378 @@
-"""The live edit: a self-edit is changed, its adapter is trained on a TTT server, and the result can be kept.
+"""The passage inspector (choose on the left, read on the right), and the live edit: a self-edit is changed, its adapter
+is trained on a TTT server, and the result can be kept.
 
-An edit becomes the request that a run would send for it. Training is deterministic: no adapter is kept, and a further
-question trains the same adapter again. Calls may come from any thread; one request runs at a time."""
+What they show is HTML (the macros of `data/inspector.html.j2`, which escape every text), and text where there is no
+JupyterLab. A token is blue if the adapter made it more likely, orange if less. Colour is not the only sign: from one
+nat on, it is bold or underlined. Pale tokens have no value: nothing predicts them, or they carry no loss."""
 
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
+from jinja2 import Environment
+from markupsafe import Markup
 
-from seal_nb.errors import redacted
+from seal_nb.errors import SettingsError, redacted
 from seal_nb.experiments import single_passage
 from seal_nb.experiments.session import TTT, identified, loop_request
-from seal_nb.experiments.settings import LORA_PARAMS, Training
+from seal_nb.experiments.settings import Training
 from seal_nb.grading.choose import grader_of
-from seal_nb.inspector.html import StaticView, TokenTexts, WidgetView, loss_curve, note, page, static_tables, table_html
-from seal_nb.inspector.inspection import as_passage, sequences_of
-from seal_nb.inspector.widgets import PassageInspector
+from seal_nb.inspector.inspection import FLIPS, SHOWN, SORTED, Inspection, as_passage, sequences_of, settings_of_run
+from seal_nb.metrics import counted
 from seal_nb.passages import text_key
 from seal_nb.prompts import topic_question
-from seal_nb.protocol import EvalQuestion, TTTReply, TTTRequest
+from seal_nb.protocol import EvalQuestion, ScoredText, TTTReply, TTTRequest
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
-from seal_nb.server.launch import look
-from seal_nb.storage import read_json, write_json
+from seal_nb.server.client import look
+from seal_nb.storage import data_file, read_json, record_path, write_json
+from seal_nb.views.tables import SCRIPT, as_html, as_text, has_live_frontend
+
+FULL_NATS = 4.0  # a change this large has the full colour
+MARKED_NATS = 1.0
+STRONGEST = 0.6  # opacity of the full colour: text stays readable on light and on dark background
+KINDS = ("gold", "passage", "train")
+NO_VALUES = "This run has no values of single tokens. Train the self-edit below; the new one has them."
+LEGEND = "blue, bold: more likely with the adapter; orange, underlined: less likely; pale: no loss, or no value"
+_JINJA = Environment(autoescape=True)
+_JINJA.globals |= {
+    "css": Markup(data_file("inspector.css").read_text()),
+    "as_html": lambda *given: Markup(as_html(*given)),  # it is escaped there
+}
+HTML: Any = _JINJA.from_string(data_file("inspector.html.j2").read_text()).module  # its macros
+
+
+def page(*parts: str) -> str:
+    """Parts that macros made, with the inspector's style, which follows JupyterLab's theme."""
+    return str(HTML.page(*parts))
+
+
+@dataclass(frozen=True)
+class StaticView:
+    """HTML and the same content as text. In JupyterLab its tables can be sorted by clicking a heading."""
+
+    html: str
+    text: str
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/html": self.html + (SCRIPT if has_live_frontend() else ""), "text/plain": self.text}
+
+
+def static_tables(tables: Mapping[str, pd.DataFrame], title: str = "") -> StaticView:
+    """A static view of tables (caption → table; an empty caption is not shown) under a heading."""
+    html = [HTML.table(table, caption) for caption, table in tables.items()]
+    text = [as_text(table, caption) for caption, table in tables.items()]
+    return StaticView(page(HTML.heading(title) if title else "", *html), "\n\n".join([title, *text]).strip())
+
+
+def made_widgets(view: str) -> SimpleNamespace:
+    """The widgets of a view by name, as `data/widgets.json` describes them: a box after what is in it, `box` has all.
+    Their boxes hide what overflows: margins of a few pixels would give them a scroll bar, and the page has its own."""
+    import ipywidgets
+
+    made: dict[str, Any] = {}
+    for name, traits in json.loads(data_file("widgets.json").read_text())[view].items():
+        kind = getattr(ipywidgets, traits.pop("kind"))
+        if "children" in traits:
+            traits["children"] = [made[one] for one in traits["children"]]
+        made[name] = kind(**traits)
+    return SimpleNamespace(**made)
+
+
+class WidgetView:
+    """Shows ``box`` (an ipywidget) in JupyterLab. Its static view is in the same output, and alone elsewhere."""
+
+    box: Any
+    static_view: Callable[[], StaticView]  # the same content without a widget
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle: dict[str, Any] = self.static_view()._repr_mimebundle_()
+        return bundle | self.box._repr_mimebundle_(**kwargs) if has_live_frontend() else bundle
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self._repr_mimebundle_(), raw=True)
+        if has_live_frontend():
+            display({"text/html": SCRIPT, "text/plain": ""}, raw=True)
+
+
+def token_frame(scored: ScoredText) -> pd.DataFrame:
+    """One row a token: ``text``, ``before`` and ``after`` (nats, without and with the adapter), ``change`` and its
+    ``opacity``. A token without a value has no change, and without an adapter none has."""
+    after = scored.adapter_logprobs or [None] * len(scored.tokens)
+    table = pd.DataFrame({"text": scored.tokens, "before": scored.baseline_logprobs, "after": after})
+    table = table.astype({"before": float, "after": float})
+    change = table["after"] - table["before"]
+    return table.assign(change=change, opacity=STRONGEST * (change.abs().fillna(0.0) / FULL_NATS).clip(upper=1.0))
+
+
+class TokenTexts:
+    """Texts token by token as coloured HTML: the ``TTTReply.token_logprobs`` of some ``kinds`` ("gold", "passage",
+    "train"; empty: all, in this order). ``questions`` are pairs of question and gold answer in the order of the
+    request; topic lines are left out of the headings."""
+
+    def __init__(
+        self, scored: Sequence[ScoredText], questions: Sequence[tuple[str, str]], kinds: Sequence[str] = KINDS
+    ) -> None:
+        self.texts: list[tuple[str, pd.DataFrame]] = []  # heading, tokens
+        for one in sorted(scored, key=lambda one: (KINDS.index(one.kind), one.index)):
+            if one.kind in (kinds or KINDS):
+                names = {"passage": "The passage", "train": f"Train sequence {one.index + 1}"}
+                name = names.get(one.kind) or questions[one.index][0].rpartition("\n")[2]
+                tokens = token_frame(one)
+                total = tokens["change"].sum(min_count=1)
+                self.texts.append((name if pd.isna(total) else f"{name} ({total:+.1f} nats)", tokens))
+
+    def _repr_mimebundle_(self, **_: Any) -> Any:
+        return {"text/html": page(self.html()), "text/plain": self.in_words() or NO_VALUES}
+
+    def in_words(self) -> str:
+        return " ".join(f"{name}: {_in_words(tokens)}" for name, tokens in self.texts)
+
+    def html(self) -> Markup:
+        """Headings and coloured texts."""
+        return HTML.token_texts(self.texts, LEGEND, MARKED_NATS) if self.texts else HTML.note(NO_VALUES)
+
+
+def _in_words(tokens: pd.DataFrame) -> str:
+    known = tokens.dropna(subset=["change"])
+    if known.empty:
+        return "no values."
+    changes, largest = known["change"], known.loc[known["change"].abs().idxmax()]
+    return (
+        f"{sum(changes > 0)} of {len(changes)} tokens more likely with the adapter, {sum(changes < 0)} less; "
+        f"{changes.sum():+.1f} nats in all, the largest change {largest['change']:+.1f} at {largest['text'].strip()!r}."
+    )
+
+
+VIEWS = ("answers", "self-edit", "tokens", "compare")
+MOST_PASSAGES = 15  # rows of the static list of passages
+
+
+class PassageInspector(WidgetView):
+    """Shows the selected passage and self-edits of a run, and renders no other: a widget in JupyterLab (arrow keys move
+    in the list, Tab goes to the next control), tables elsewhere. -1 as
+    ``passage`` is the first one that ``show`` and ``sort`` give; as ``self_edit`` its best, as ``against`` the next.
+    Raises: SettingsError if an index does not exist, or if the filter leaves no passage."""
+
+    def __init__(
+        self,
+        inspection: Inspection,
+        passage: int = -1,
+        self_edit: int = -1,
+        against: int = -1,
+        *,
+        show: str = "all",
+        sort: str = "file order",
+    ) -> None:
+        self.inspection = inspection
+        self.filter = {"show": show, "sort": sort, "search": ""}
+        self._listeners: list[Callable[[], object]] = []
+        self._filling = False
+        if passage < 0:
+            if self.rows.empty:
+                raise SettingsError(f"show={show!r} leaves no passage of this run; choose another filter")
+            passage = int(self.rows["n"].iloc[0])
+        self.select(passage, self_edit, against)
+
+    def select(self, passage: int, self_edit: int = -1, against: int = -1) -> None:
+        """Selects a passage and two of its self-edits; -1: as for the class. Raises: SettingsError."""
+        n = len(self.inspection.run.passages)
+        if not 0 <= passage < n:
+            raise SettingsError(f"passage is {passage}; the run has {n}, counted from 0")
+        best = self.inspection.self_edits(passage)["best"]
+        n_edits = len(best)
+        self_edit = int(best.argmax()) if n_edits and self_edit < 0 else self_edit
+        against = (self_edit + 1) % n_edits if n_edits and against < 0 else against
+        for name, value in (("self_edit", self_edit), ("against", against)):
+            if not 0 <= value < n_edits:
+                raise SettingsError(f"{name} is {value}; passage {passage} has {n_edits}, counted from 0")
+        self.passage, self.self_edit, self.against = passage, self_edit, against
+
+    @property
+    def evaluated(self) -> EvaluatedPassage:
+        return self.inspection.run.passages[self.passage]
+
+    @property
+    def text(self) -> str:
+        """The selected self-edit."""
+        return self.evaluated.self_edits[self.self_edit].text or ""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the selected self-edit: the run's, and its own if it has them."""
+        return {**self.inspection.run.settings, **self.evaluated.self_edits[self.self_edit].made}
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The passages to choose from. Passages without a self-edit are left out."""
+        return self.inspection.select(**self.filter).query("`self-edits` > 0")
+
+    def tokens(self, *kinds: str) -> TokenTexts:
+        """The texts of the selected self-edit token by token; kinds as in ``TokenTexts``."""
+        scored = [ScoredText.model_validate(one) for one in self.settings.get("token_logprobs") or ()]
+        return TokenTexts(scored, [(one.question, one.answer) for one in as_passage(self.evaluated).questions], kinds)
+
+    def summary(self) -> dict[str, str]:
+        """A few numbers of what is selected, for the top of a notebook."""
+        edits = self.inspection.self_edits(self.passage)
+        before, after = ("–" if pd.isna(v) else f"{v:.0%}" for v in edits.loc[self.self_edit, ["baseline", "adapter"]])
+        answers = self.inspection.answers(self.passage, self.self_edit)
+        n, (gained, lost) = len(answers), (sum(answers["flip"] == one) for one in FLIPS[:2])
+        return {
+            "passage": self.evaluated.title,
+            "self-edit": f"{self.self_edit} (of {len(edits)}), accuracy {before} → {after}",
+            "flips": f"{gained} to right, {lost} to wrong, of {n} answers",
+            "graders disagree": f"on {answers['disagree'].sum()} of {n}",
+        }
+
+    def parts(self, view: str) -> list[str | tuple[str, pd.DataFrame]]:
+        """What one view shows: HTML, and tables with their captions. Raises: SettingsError for an unknown view."""
+        inspection, passage, edit, against = self.inspection, self.passage, self.self_edit, self.against
+        match view:
+            case "answers":
+                answers, edits = inspection.answers(passage, edit), inspection.self_edits(passage)
+                n = answers["disagree"].sum()
+                unused = ["disagree", "answer", "right", *(["rep"] if answers["rep"].nunique() < 2 else [])]
+                unused += ["soft_gain"] if answers["soft_gain"].isna().all() else []
+                caption = f"; the graders disagree on {n} of {len(answers)}" if n else ""
+                best = edits["best"].map({True: "★", False: ""})
+                return [
+                    HTML.text_block(self.evaluated.context),
+                    (f"Answers with self-edit {edit}{caption}", answers.drop(columns=unused)),
+                    ("All self-edits of this passage", edits.assign(best=best)),
+                ]
+            case "self-edit":
+                return [
+                    HTML.heading(f"Self-edit {edit} as written"),
+                    HTML.text_block(self.text or "(empty: only the passage is trained on)"),
+                    (f"Train sequences of self-edit {edit}", inspection.sequences(passage, edit)),
+                    HTML.note("Text in ⟦ ⟧ carries no loss; the first token of a sequence carries none either."),
+                ]
+            case "tokens":
+                return [self.tokens().html()]
+            case "compare" if edit == against:
+                return [HTML.note("Choose two different self-edits to compare them.")]
+            case "compare":
+                texts = [(f"Self-edit {n}", self.evaluated.self_edits[n].text or "") for n in (edit, against)]
+                caption = f"Self-edit {edit} (first) and self-edit {against} (second)"
+                table = inspection.compare(passage, edit, against)
+                return [(caption, table), HTML.pair(texts)]
+        raise SettingsError(f"view is {view!r}; known are {', '.join(VIEWS)}")
+
+    def page(self, view: str) -> str:
+        """The HTML of one view. Raises: SettingsError for an unknown one."""
+        parts = [part if isinstance(part, str) else HTML.table(part[1], part[0]) for part in self.parts(view)]
+        return page(HTML.heading(self.evaluated.title), *parts)
+
+    def static_view(self) -> StaticView:
+        """The list of passages and the tables of all views."""
+        rows = self.rows
+        cut = f", the first {MOST_PASSAGES} shown" if len(rows) > MOST_PASSAGES else ""
+        tables = {counted(len(rows), "passages") + cut: rows[:MOST_PASSAGES]}
+        tables |= dict(part for view in VIEWS for part in self.parts(view) if not isinstance(part, str))
+        return static_tables(tables, self.evaluated.title)
+
+    def on_select(self, listener: Callable[[], object]) -> None:
+        """Calls ``listener`` whenever another passage or self-edit is selected."""
+        self._listeners.append(listener)
+
+    def add(self, passage: int, edit: EvaluatedSelfEdit) -> int:
+        """Adds a self-edit to a passage, and shows it to compare with if that passage is selected.
+        Returns: The index of the new self-edit."""
+        self.inspection = self.inspection.with_self_edit(passage, edit)
+        added = len(self.inspection.run.passages[passage].self_edits) - 1
+        if passage == self.passage:
+            self.against = added
+            if "box" in vars(self):
+                self._fill_edits()
+                self._render()
+        return added
+
+    @cached_property
+    def box(self) -> Any:
+        """The widget, made when it is first shown."""
+        self.ui = ui = made_widgets("inspector")
+        ui.show.options, ui.sort.options, ui.view.options = SHOWN, SORTED, VIEWS
+        ui.show.value, ui.sort.value, ui.view.value = self.filter["show"], self.filter["sort"], VIEWS[0]
+        self._fill_passages()
+        self._fill_edits()
+        self._render()
+        for one in (ui.show, ui.sort, ui.search, ui.passages, ui.edits, ui.others):
+            one.observe(self._on_change, "value")
+        ui.view.observe(lambda _: self._render(), "value")
+        return ui.box
+
+    def _fill_passages(self) -> None:
+        """Fills the list. The selected passage stays selected if it is still in the list."""
+        rows = self.rows
+        numbers = rows["n"].tolist()
+        self._filling = True
+        self.ui.passages.options = [(_passage_label(row), row["n"]) for row in rows.to_dict("records")]
+        if numbers and self.passage not in numbers:
+            self.select(numbers[0])
+        self.ui.passages.value = self.passage if numbers else None
+        self._filling = False
+        self.ui.count.value = page(HTML.note(f"{len(rows)} of {len(self.inspection.run.passages)} passages"))
+
+    def _fill_edits(self) -> None:
+        rows = self.inspection.self_edits(self.passage).to_dict("records")
+        self._filling = True
+        self.ui.edits.options = self.ui.others.options = [(_edit_label(row), row["self-edit"]) for row in rows]
+        self.ui.edits.value, self.ui.others.value = self.self_edit, self.against
+        self._filling = False
+
+    def _on_change(self, change: Any) -> None:
+        """Selects what the controls say, unless they change because they are filled."""
+        if self._filling:
+            return
+        before = self.passage, self.self_edit, self.against
+        if change["owner"] is self.ui.passages:
+            self.select(change["new"])
+        elif change["owner"] in (self.ui.edits, self.ui.others):
+            self.select(self.passage, self.ui.edits.value, self.ui.others.value)
+        else:
+            self.filter = {"show": self.ui.show.value, "sort": self.ui.sort.value, "search": self.ui.search.value}
+            self._fill_passages()
+        if (self.passage, self.self_edit, self.against) != before:
+            self._fill_edits()
+            self._render()
+            for listener in self._listeners:
+                listener()
+
+    def _render(self) -> None:
+        self.ui.shown.value = self.page(self.ui.view.value)
+
+
+def run_files(run: Path) -> StaticView:
+    """The run file, its record, and the executed notebooks in its folder: links in JupyterLab, elsewhere only names."""
+    found = [path for path in (run, record_path(run), *sorted(run.parent.glob("0*.ipynb"))) if path.is_file()]
+    # JupyterLab resolves links relative to the notebook's folder.
+    links = {path.name: quote(os.path.relpath(path)) if has_live_frontend() else "" for path in found}
+    return StaticView(str(HTML.files(links)), f"files of this run: {', '.join(links)}")
+
+
+def _passage_label(row: Mapping[str, Any]) -> str:
+    """The gain first, always of the same width, so that the list reads as columns."""
+    gain = "   –  " if pd.isna(row["gain"]) else f"{row['gain']:+4.0%}"
+    marks = "≈" * (row["tied"] > 0) + "?" * (row["ungraded"] > 0)
+    return f"{gain.replace(' ', chr(0x2007))}  {row['passage']} {marks}".rstrip()
+
+
+def _edit_label(row: Mapping[str, Any]) -> str:
+    accuracy = "–" if pd.isna(row["adapter"]) else f"{row['adapter']:.0%}"
+    origin = "" if row["origin"] == "the run" else f", {row['origin']}"
+    return f"{row['self-edit']}: {accuracy}{origin}{' ★' if row['best'] else ''}"
+
 
 ARM = "live_edit"
 POLL_S = 0.5  # between two looks at the server's status
@@ -46,15 +391,6 @@ class Edit:
     training: Training = field(default_factory=Training)
 
 
-def settings_of_run(settings: Mapping[str, Any]) -> Training:
-    """The training settings that a run file states, with soft scores on. Published files state some of them under
-    ``lora_params``; ours state all of them, under ``training`` too."""
-    published = {LORA_PARAMS.get(key, key): value for key, value in (settings.get("lora_params") or {}).items()}
-    stated = [*(settings.get("training") or {}).items(), *published.items()]
-    known = {name: value for name, value in stated if value is not None and name in Training.__dataclass_fields__}
-    return Training(**known | {"soft_scores": True})
-
-
 def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> TTTRequest:
     """The request that trains and evaluates an edit. Its id follows from its content.
     Raises: ProtocolError for a value that the protocol does not allow."""
@@ -62,7 +398,7 @@ def edit_request(evaluated: EvaluatedPassage, edit: Edit, *, model_id: str) -> T
         model_id,
         edit.training,
         texts=sequences_of(evaluated, edit.text, split_newlines=edit.split_newlines),
-        questions=single_passage.eval_questions(as_passage(evaluated)),
+        questions=single_passage.eval_questions(as_passage(evaluated), answer_style=edit.training.answer_style),
         seed=edit.seed,
         return_token_logprobs=True,
     )
@@ -149,7 +485,9 @@ def _request_ids(completion: Mapping[str, Any]) -> list[Any]:
 
 
 class EditTrainer:
-    """Trains edits on a server from ``seal.ttt_server`` and asks their adapters questions."""
+    """Trains edits on a server from ``seal.ttt_server`` and asks their adapters questions. An edit becomes the request
+    that a run would send for it. Training is deterministic: no adapter is kept, and a further question trains the same
+    adapter again. Calls may come from any thread; one request runs at a time."""
 
     def __init__(self, ttt: TTT) -> None:
         self.ttt, self._client = ttt, ttt.client  # an own server starts now, not when a button is pressed
@@ -213,11 +551,9 @@ def progress_line() -> Tell:
     from IPython.display import display
 
     line = display({"text/plain": ""}, raw=True, display_id=True)
-    return lambda text, losses: line.update({"text/html": _status(text, losses), "text/plain": text}, raw=True)
-
-
-def _status(text: str, losses: Sequence[float]) -> str:
-    return page(f'<span role="status">{escape(text)}</span> {loss_curve(losses)}')
+    return lambda text, losses: line.update(
+        {"text/html": page(HTML.status(text, losses)), "text/plain": text}, raw=True
+    )
 
 
 class LiveEdit(WidgetView):
@@ -231,8 +567,9 @@ class LiveEdit(WidgetView):
 
     def edit(self) -> Edit:
         """What the controls say. Settings without a control are those of the run. Raises: SettingsError."""
-        training = replace(self._settings, **{name: control.value for name, control in self.controls.items()})
-        return Edit(text=self.text.value, split_newlines=self.splits.value, seed=self.seed.value, training=training)
+        ui, changed = self.ui, {name: control.value for name, control in self.controls.items()}
+        training = replace(self._settings, **changed)
+        return Edit(text=ui.text.value, split_newlines=ui.splits.value, seed=ui.seed.value, training=training)
 
     def static_view(self) -> StaticView:
         """The text and the settings with which the controls start."""
@@ -242,55 +579,23 @@ class LiveEdit(WidgetView):
     @cached_property
     def box(self) -> Any:
         """The widget, made when it is first shown."""
-        import ipywidgets as w
-
-        style = {"description_width": "6em"}
-        small = {"style": style, "layout": w.Layout(width="14em")}
-        self.text = w.Textarea(rows=9, layout=w.Layout(width="100%"), placeholder="one statement a line")
-        self.controls = {
-            "lora_rank": w.BoundedIntText(min=1, max=512, description="rank", **small),
-            "lora_alpha": w.BoundedFloatText(min=0.001, max=4096, description="alpha", **small),
-            "finetune_epochs": w.BoundedIntText(min=1, max=1000, description="epochs", **small),
-            "finetune_lr": w.FloatText(description="lr", **small),
-            "max_new_tokens": w.BoundedIntText(min=1, max=8192, description="max tokens", **small),
-            "target_modules": w.Dropdown(description="layers", style=style),
-        }
-        self.seed = w.BoundedIntText(value=42, min=0, max=2**31 - 1, description="seed", **small)
-        self.splits = w.Checkbox(description="one sequence a line", indent=False)
-        self.train_button = w.Button(description="Train and ask", button_style="primary", icon="play")
-        self.cancel_button = w.Button(description="Cancel", disabled=True)
-        self.keep_button = w.Button(description="Keep as an arm", disabled=True, icon="save")
-        reset_button = w.Button(description="Text of the run")
-        self.unshown, self.status, self.outcome, self.answered = w.HTML(), w.HTML(), w.HTML(), w.HTML()
-        self.question = w.Text(placeholder="a question of your own", layout=w.Layout(width="28em"))
-        self.gold = w.Text(placeholder="right answer (may be empty)", layout=w.Layout(width="16em"))
-        self.ask_button = w.Button(description="Ask", disabled=True)
-        self.train_button.on_click(lambda _: self._in_thread(self._train))
-        self.ask_button.on_click(lambda _: self._in_thread(self._ask))
-        self.keep_button.on_click(lambda _: self._in_thread(self._keep))
-        self.cancel_button.on_click(lambda _: threading.Thread(target=self.trainer.cancel, daemon=True).start())
-        reset_button.on_click(lambda _: self.fill())
+        self.ui = ui = made_widgets("live")
+        self.controls = {name: one for name, one in vars(ui).items() if name in Training.__dataclass_fields__}
+        ui.train_button.on_click(lambda _: self._in_thread(self._train))
+        ui.ask_button.on_click(lambda _: self._in_thread(self._ask))
+        ui.keep_button.on_click(lambda _: self._in_thread(self._keep))
+        ui.cancel_button.on_click(lambda _: threading.Thread(target=self.trainer.cancel, daemon=True).start())
+        ui.reset_button.on_click(lambda _: self.fill())
         self.inspector.on_select(self.fill)
         self.fill()
-        numbers = [*self.controls.values()]
-        lines = [
-            numbers[:4],
-            [self.seed, *numbers[4:], self.splits],
-            [self.train_button, self.cancel_button, self.keep_button, reset_button],
-            [self.question, self.gold, self.ask_button],
-        ]
-        wrapped = w.Layout(flex_flow="row wrap", align_items="center")
-        first, second, buttons, own = (w.HBox(line, layout=wrapped) for line in lines)
-        parts = [self.text, first, second, self.unshown, buttons, self.status, self.outcome, own, self.answered]
-        box = w.VBox(parts, layout=w.Layout(width="100%", overflow="hidden"))
-        return box.add_class("seal-nb-widget").add_class("seal-nb-live")
+        return ui.box
 
     def fill(self) -> None:
         """Sets the controls to the text and settings of the selected self-edit."""
         stated = self.inspector.settings
         self._settings = settings = settings_of_run(stated)
         self._source = self.inspector.passage, self.inspector.self_edit
-        self.text.value, self.splits.value = self.inspector.text, bool(stated.get("split_newlines", True))
+        self.ui.text.value, self.ui.splits.value = self.inspector.text, bool(stated.get("split_newlines", True))
         layers = tuple(settings.target_modules)
         of_run = {} if layers in TARGETS.values() else {f"as the run: {', '.join(layers)}": layers}
         self.controls["target_modules"].options = list((TARGETS | of_run).items())
@@ -298,7 +603,7 @@ class LiveEdit(WidgetView):
             control.value = getattr(settings, name)
         usual = asdict(Training(soft_scores=True))
         unshown = [f"{k} {v}" for k, v in asdict(settings).items() if k not in self.controls and v != usual[k]]
-        self.unshown.value = page(note(f"also from the run: {', '.join(unshown)}")) if unshown else ""
+        self.ui.unshown.value = page(HTML.note(f"also from the run: {', '.join(unshown)}")) if unshown else ""
 
     def _in_thread(self, work: Callable[[], None]) -> None:
         """Does the work in a thread and shows the message of an error. Meanwhile only Cancel is enabled."""
@@ -307,8 +612,7 @@ class LiveEdit(WidgetView):
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - a thread has no caller that could handle it
-                message = escape(redacted(f"{type(error).__name__}: {error}"))  # screen readers read it aloud at once
-                self.status.value = page(f'<p class="sn-failure" role="alert">{message}</p>')
+                self.ui.status.value = page(HTML.failure(redacted(f"{type(error).__name__}: {error}")))
             finally:
                 self._hold(False)
 
@@ -316,12 +620,12 @@ class LiveEdit(WidgetView):
         threading.Thread(target=run, daemon=True).start()
 
     def _hold(self, held: bool) -> None:
-        self.train_button.disabled = held
-        self.cancel_button.disabled = not held
-        self.ask_button.disabled = self.keep_button.disabled = held or self.result is None
+        self.ui.train_button.disabled = held
+        self.ui.cancel_button.disabled = not held
+        self.ui.ask_button.disabled = self.ui.keep_button.disabled = held or self.result is None
 
     def _tell(self, text: str, losses: Sequence[float] = ()) -> None:
-        self.status.value = _status(text, losses)
+        self.ui.status.value = page(HTML.status(text, losses))
 
     def _train(self) -> None:
         """Trains, shows the answers and the tokens, and adds the edit to the inspector."""
@@ -335,9 +639,9 @@ class LiveEdit(WidgetView):
         before, after = (name or "an unknown grader" for name in graders)
         answers = inspection.compare_edit(passage, self_edit, added)
         self._tell(result.summary(), result.losses)
-        self.outcome.value = page(
-            table_html(answers, f"Verdicts before the edit by {before}, after the edit by {after}"),
-            f"<details><summary>Token by token</summary>{result.tokens().html()}</details>",
+        self.ui.outcome.value = page(
+            HTML.table(answers, f"Verdicts before the edit by {before}, after the edit by {after}"),
+            HTML.foldable("Token by token", result.tokens().html()),
         )
 
     def _keep(self) -> None:
@@ -345,9 +649,9 @@ class LiveEdit(WidgetView):
             self._tell(f"kept in {self.result.keep(self.keep_path).name}")
 
     def _ask(self) -> None:
-        question = self.question.value.strip()
+        question = self.ui.question.value.strip()
         if self.result is not None and question:
-            answer = self.trainer.ask(self.result, question, self.gold.value.strip(), tell=self._tell)
+            answer = self.trainer.ask(self.result, question, self.ui.gold.value.strip(), tell=self._tell)
             self._tell("")
             self.own_answers = pd.concat([answer, self.own_answers])
-            self.answered.value = page(table_html(self.own_answers))
+            self.ui.answered.value = page(HTML.table(self.own_answers))

@@ -1,1 +1,1 @@
-"""The TTT server over ZMQ. Start with ``client`` and ``launch``; docs/architecture.md follows one request."""
+"""The TTT server over ZMQ. Start with ``client``; docs/architecture.md follows one request."""

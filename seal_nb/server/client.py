@@ -1,27 +1,41 @@
-"""The client of a TTT server: many requests in flight, replies as they come, no torch.
+"""A TTT server from outside, without torch: its client, its settings, how it is started (`TTTServer`) and watched.
 
-A server that goes away and comes back (a batch job that is requeued) is found again through its endpoint file, and
-what it had not answered is sent again. A ping shows that the server lives and which one it is: no request is sent to a
-server that the endpoint file does not name. One thread at a time may use a client, but for `cancel`."""
+The client has many requests in flight. A server that goes away and comes back (a batch job that is requeued) is found
+again through its endpoint file, and what it had not answered is sent again. A ping shows that the server lives and
+which one it is: no request is sent to a server that the endpoint file does not name. One thread at a time may use a
+client, but for `cancel`. Looking does not keep an idle server running (`idle_timeout_s`)."""
 
 import itertools
 import json
 import math
+import os
 import secrets
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import zmq
+from pydantic import TypeAdapter
 from zmq.utils.monitor import recv_monitor_message
 
 from seal_nb import protocol
-from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout
+from seal_nb.errors import DataError, ProtocolError, RemoteError, RoundTimeout, SealError, SettingsError, log_to_stderr
+from seal_nb.grading.choose import stated_grader
+from seal_nb.models import DTYPES
+from seal_nb.processes import DaemonThreads, LoggedProcess
 from seal_nb.protocol import ErrorReply, GenerateReply, GenerateRequest, ServerStatus, TTTReply, TTTRequest, Work
-from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, this_node
+from seal_nb.server.endpoint import Endpoint, Socket, connected, find_endpoint, read_endpoint, this_node
+from seal_nb.settings import Parser, Settings, setting
+from seal_nb.storage import data_file, runs_folder
 
 SECRET_MARK = b"seal:"  # before the secret of a client in the marks of its messages, see requests.client_of
 SECRET_BYTES = len(SECRET_MARK) + 16
@@ -67,7 +81,6 @@ class TTTClient(AbstractContextManager["TTTClient"]):
         self._numbers = itertools.count(1)
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket: Socket | None = None
-        self._monitor: Socket | None = None
         self._endpoint: Endpoint | None = None
         self._trouble = ""  # why there is no server
         self._looked_at = -math.inf  # when the endpoint file was read and a ping was sent
@@ -226,7 +239,7 @@ class TTTClient(AbstractContextManager["TTTClient"]):
             return
         self._trouble = self._trouble if self._trouble in (DENIED, NO_KEYS) else ""
         self._socket = connected(self._context, self._endpoint, "client", key_file=self.key_file)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
+        self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
         self._looked_at = -math.inf
 
     def _greet(self, server_id: str, *, missed: bool) -> None:
@@ -243,8 +256,8 @@ class TTTClient(AbstractContextManager["TTTClient"]):
 
     def _is_cut_off(self, now: float) -> bool:
         """Whether the connection broke, or the server is silent. What is open is then sent again."""
-        while self._monitor is not None and self._monitor.poll(0):
-            if recv_monitor_message(self._monitor)["event"] & REFUSED:
+        while self._socket is not None and (monitor := self._socket.get_monitor_socket()).poll(0):
+            if recv_monitor_message(monitor)["event"] & REFUSED:
                 self._trouble = DENIED if self._endpoint and self._endpoint.public_key else NO_KEYS
             elif self._lost_at is None:
                 return True
@@ -261,5 +274,295 @@ class TTTClient(AbstractContextManager["TTTClient"]):
         if self._socket is not None:
             self._socket.disable_monitor()
             self._socket.close(linger=200)
-        self._socket, self._monitor, self._pinged_at = None, None, None
+        self._socket = self._pinged_at = None
         self._lost_at = self._lost_at or time.monotonic()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSettings(Settings):
+    """Settings that the server passes on to its workers: the model, and how it is trained and graded."""
+
+    model: str = setting("embedded", "model folder or hub name; embedded: the small model that the package fetches")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N; auto: CUDA where there is a GPU")
+    dtype: str = setting("auto", "of the base model: auto, float32, bfloat16, float64 or 4bit")
+    deterministic: bool = setting(False, "true: one adapter and one text at a time, so results are equal bit by bit")
+    n_slots: int = setting(0, "adapters trained at the same time in one worker; 0: 8 on a CPU, 88 on a GPU", least=0)
+    n_threads: int = setting(1, "CPU threads of one worker", least=1)
+    max_seq_length: int = setting(2048, "tokens; longer train sequences are cut", least=1)
+    grader: str = setting("local", "local, exact, f1, recall, or a judge such as judge:gpt-4.1 (docs/graders.md)")
+    inner_loop: str = setting("seal_nb.server.loop:load_inner_loop", "module:function that loads it (for tests)")
+    lease_s: float = setting(30.0, "a worker that is silent for so many seconds loses its requests", least=0)
+    parent_pid: int = setting(0, "end when this process ends; 0: do not watch any process")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        stated_grader(self.grader)  # before it stands in the command line of a worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(SharedSettings):
+    """The server: a front end, and n_workers worker processes on this machine."""
+
+    endpoint: str = setting("tcp://127.0.0.1:0", "address for clients; port 0: a free port (see the endpoint file)")
+    worker_endpoint: str = setting("", "address for workers; empty: a free port at the host of endpoint")
+    advertise_host: str = setting("", "name by which other nodes reach this one; empty: the host name")
+    n_workers: int = setting(1, "worker processes on this machine; 0: workers join from elsewhere", least=0)
+    client_keys: bool = setting(False, "true: clients need keys on loopback too, as on machines with other users")
+    run_dir: Path = setting(Path("runs/server"), "folder for results, adapters and keys of one server")  # noqa: RUF009
+    endpoint_file: Path | None = setting(None, "tells clients where the server is; empty: in run_dir")  # noqa: RUF009
+    seed: int = setting(0, "requests without a seed get one that is derived from this", least=0)
+    idle_timeout_s: float = setting(0.0, "end after so many seconds without a client; 0: never", least=0)
+    drain_s: float = setting(20.0, "seconds for running requests after SIGTERM; SLURM kills after 30", least=0)
+    stall_s: float = setting(3600.0, "kill a busy worker that makes no step for so many seconds; 0: never", least=0)
+    job_timeout_s: float = setting(86_400.0, "kill a worker that needs more seconds for a request; 0: never", least=0)
+    max_tries: int = setting(3, "a request is given up after it has lost its worker so many times", least=1)
+    max_message_bytes: int = setting(32 * 2**20, "bytes of one request, about 3,000 passages with questions")
+    max_queued: int = setting(20_000, "waiting requests of all clients together")
+    max_queued_per_client: int = setting(10_000, "waiting requests of one client")
+    max_queued_bytes: int = setting(2**30, "bytes of all waiting requests")
+    max_unread_bytes: int = setting(2**26, "bytes of unread replies of one client; more are thrown away", least=1)
+    max_unsaved_bytes: int = setting(2**28, "bytes of results kept in memory while the disk is full")
+
+    @property
+    def endpoint_path(self) -> Path:
+        return runs_folder(self.endpoint_file) if self.endpoint_file else self.run_dir / "endpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerLoopSettings(SharedSettings):
+    """What one worker process runs."""
+
+    adapters_dir: Path = setting(Path("adapters"), "folder of kept adapters, in PEFT's format")  # noqa: RUF009
+    token_budget: int = setting(4096, "tokens of one training pass", least=1)
+    decode_rows: int = setting(0, "texts generated at a time; 0: 64 on a CPU, 320 on a GPU", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.deterministic:
+            object.__setattr__(self, "n_slots", 1)
+            object.__setattr__(self, "decode_rows", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(InnerLoopSettings):
+    """One worker process."""
+
+    endpoint_file: Path = setting(Path("runs/server/endpoint.json"), "endpoint file of the server")  # noqa: RUF009
+    key_file: str = setting("", "CURVE secret key; empty: keys/worker.key_secret in the server's run folder")
+    patience_s: float = setting(600.0, "end after so many seconds without a front end")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(kind: type[S], argv: Sequence[str] | None, *, prog: str, description: str, **defaults: Any) -> S:
+    """Settings from a command line with one option for each field; `defaults` replace declared ones. Begins the log."""
+    log_to_stderr("server" if kind is ServeSettings else "worker")
+    parser = Parser(prog=prog, description=description)
+    readers: dict[Any, Any] = {bool: TypeAdapter(bool).validate_python, Path | None: Path}
+    for one in fields(kind):
+        default = defaults.get(one.name, one.default)
+        text = one.metadata["text"] + (f" (default: {default})" if default not in ("", None) else "")
+        name, metavar = f"--{one.name.replace('_', '-')}", one.name.rpartition("_")[2].upper()
+        parser.add_argument(name, type=readers.get(one.type, one.type), default=default, metavar=metavar, help=text)
+    given = vars(parser.parse_args(argv)).items()
+    return kind(**{name: runs_folder(one) if isinstance(one, Path) else one for name, one in given})
+
+
+def command(settings: Settings) -> list[str]:
+    """The command line that starts a server or worker process with these settings; `parse` reads it."""
+    module = "main" if isinstance(settings, ServeSettings) else "worker"
+    values = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]
+    return [sys.executable, "-m", f"seal_nb.server.{module}", *options]
+
+
+ANSWER_S = 2.0  # the front end answers at once, even while its workers train
+MOST_SAMPLES = 600
+MIB = 2**20
+Sample = dict[str, float]
+
+
+class ServerFailed(SealError, RuntimeError):
+    """The server process ended, or was not ready in time. The message has the end of its log."""
+
+
+class TTTServer:
+    """A server for a block: `with TTTServer(model=…, run_dir=…) as server: TTTClient(server.endpoint)`.
+
+    It is the server that a cluster runs, as a child process with its own log. It ends with the block, and also when
+    this process is killed. `settings` are fields of ServeSettings (`seal-nb serve --help` lists them). It must be ready
+    within `start_timeout_s`, as loading a model may take minutes. Raises SettingsError; ServerFailed at the start."""
+
+    def __init__(self, *, start_timeout_s: float = 900.0, log_level: str = "INFO", **settings: Any) -> None:
+        names = {field.name for field in fields(ServeSettings)}
+        if unknown := set(settings) - names:
+            raise SettingsError(f"TTTServer does not know {sorted(unknown)}; it takes {sorted(names)}")
+        self.settings = ServeSettings(**{**settings, "parent_pid": os.getpid()})
+        self.start_timeout_s, self.log_level = start_timeout_s, log_level
+        self.endpoint = str(self.settings.endpoint_path)  # for TTTClient; it also leads to a server that was restarted
+        self.log_path = self.settings.run_dir / "server.log"
+        self.process: LoggedProcess | None = None
+
+    @property
+    def info(self) -> Endpoint:
+        return read_endpoint(self.endpoint)
+
+    def is_up(self) -> bool:
+        """Whether the server process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> Self:
+        """Start the server if it does not run. Raises ServerFailed."""
+        if self.is_up():
+            return self
+        env = {**os.environ, "SEAL_NB_LOG_LEVEL": self.log_level, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = LoggedProcess(command(self.settings), self.log_path, env=env)
+        try:
+            self._wait_until_ready(self.process)
+        except BaseException:
+            self.stop(timeout_s=0)
+            raise
+        return self
+
+    def stop(self, timeout_s: float | None = None) -> int:
+        """End the server with SIGTERM, or kill it after `timeout_s` seconds. Returns its exit code."""
+        if self.process is None:
+            return 0
+        self.process.terminate()
+        try:
+            return self.process.wait(self.settings.drain_s + 30 if timeout_s is None else timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # its workers notice and end
+            return self.process.wait()
+
+    __enter__ = start
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _wait_until_ready(self, process: LoggedProcess) -> None:
+        """The endpoint file is this process's, the server answers, and a worker is ready if it starts any."""
+        deadline, failure = time.monotonic() + self.start_timeout_s, ""
+        while not failure:
+            if self.settings.endpoint_path.exists() and self.info.pid == process.pid:
+                status = look(self.endpoint)
+                if status and (status.workers or not self.settings.n_workers):
+                    return
+            if process.poll() is not None:
+                failure = f"ended at its start (exit code {process.returncode})"
+            elif time.monotonic() > deadline:
+                failure = f"was not ready within {self.start_timeout_s:g} s"
+            time.sleep(0.05)
+        errors = [f": {line.partition(' ERROR ')[2]}" for line in process.lines() if " ERROR " in line]
+        raise ServerFailed(f"the server {failure}{''.join(errors[-1:])}; {process.ending()}")
+
+
+def look(where: str) -> ServerStatus | None:
+    """The status of the server at `where` (endpoint file or address); None if there is no answer."""
+    try:
+        with TTTClient(where, wait_s=ANSWER_S) as client:
+            return client.status(timeout_s=ANSWER_S)
+    except (SealError, zmq.ZMQError):  # no endpoint file, no keys, no sockets left
+        return None
+
+
+def status_text(status: ServerStatus) -> str:
+    """What `seal-nb status` shows on a terminal: a line for each number, and one for each worker."""
+    from jinja2 import Environment
+
+    lines = Environment(trim_blocks=True, lstrip_blocks=True).from_string(data_file("status.txt.j2").read_text())
+    counts, now = Counter(status.counts), sample_of(status, status.uptime_s)
+    return lines.render(status=status, counts=counts, now=now, mib=lambda n_bytes: f"{n_bytes / MIB:.0f} MiB").rstrip()
+
+
+def sample_of(status: ServerStatus, at_s: float) -> Sample:
+    """The numbers of one status. Where an inner loop reports no slots (adapters in training), its requests count."""
+    reported = [worker for worker in status.workers if worker.stats]
+    counts = Counter(status.counts)
+    return {
+        "at_s": at_s,
+        "queued": status.n_queued,
+        "running": status.n_running,
+        "slots_in_use": sum(worker.number("slots_in_use", worker.n_running) for worker in reported),
+        "slots": sum(worker.number("slots", worker.capacity) for worker in reported),
+        "jobs_per_min": status.jobs_per_min,
+        "tokens_per_s": status.tokens_per_s,
+        "memory_bytes": status.rss_bytes + sum(worker.number("rss_bytes") for worker in reported),
+        "gpu_bytes": sum(worker.number("gpu_bytes") for worker in reported),
+        **{name: counts[name] for name in ("answered", "failed", "requeued")},
+        "workers": len(status.workers),
+    }
+
+
+@dataclass(eq=False)
+class Watch:
+    """`with Watch(where) as watch`: a thread takes samples until the server or the block ends."""
+
+    where: str
+    _: KW_ONLY
+    alive: Callable[[], bool] | None = None  # whether its process runs; None: it ends with a silence of `patience_s`
+    every_s: float = 1.0
+    patience_s: float = 15.0  # a server that restarts within this time counts as the same one
+
+    def __post_init__(self) -> None:
+        self.last: Sample | None = None
+        self._kept: list[Sample] = []
+        self._every, self._n, self._asked_at = 1, 0, 0.0
+        self._stopped = threading.Event()
+
+    def samples(self) -> list[Sample]:
+        """At most `MOST_SAMPLES` over the whole time, and the newest one."""
+        return list(self._kept)  # the thread may add
+
+    def follow(self, for_s: float = float("inf")) -> Iterator[Sample]:
+        """Each sample that is asked for after the call, until the server ends or `for_s` seconds are over; the first is
+        waited for while the server lives. Raises what ended the watch, if that was not the server's end."""
+        called_at, seen = time.monotonic(), None
+        while True:
+            if self.last is not seen and self.last is not None and self._asked_at >= called_at:
+                seen = self.last
+                yield seen
+            elif self._end.done():
+                return self._end.result()
+            elif seen is not None and time.monotonic() >= called_at + for_s:
+                return
+            else:
+                wait([self._end], min(0.1, self.every_s))
+
+    @cached_property
+    def _end(self) -> Future[None]:
+        return DaemonThreads(1).submit(self._run)
+
+    def start(self) -> Self:
+        """Begin to take samples, if that has not begun."""
+        _ = self._end
+        return self
+
+    def add(self, sample: Sample) -> None:
+        """Keep a sample. When the list is full, every second one goes, and half as many stay from then on."""
+        self._kept = [*self._kept[: -(-self._n // self._every)], sample]  # the newest one stays until the next one
+        if len(self._kept) > MOST_SAMPLES:
+            self._kept, self._every = [*self._kept[:-1:2], sample], 2 * self._every
+        self._n += 1
+        self.last = sample
+
+    __enter__ = start
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        wait([self._end])
+
+    def _run(self) -> None:
+        began_at = heard_at = time.monotonic()
+        while not self._stopped.is_set() and (self.alive is None or self.alive()):
+            asked_at, status, now = time.monotonic(), look(self.where), time.monotonic()
+            if status is not None:
+                heard_at = now
+                self.add(sample_of(status, now - began_at))
+                self._asked_at = asked_at  # after `last`: until then it is that of an earlier sample
+            elif self.alive is None and now - heard_at > self.patience_s:
+                return
+            self._stopped.wait(self.every_s)

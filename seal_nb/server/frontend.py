@@ -1,7 +1,7 @@
 """The front end: one loop between clients and workers. It never imports torch.
 
-`requests` decides what a request means, `queue` which worker gets it; this module receives, sends, and watches the
-time. It logs no content of requests. A client or a worker that leaves, sends rubbish or does not read cannot stop it.
+`requests` decides what a request means and which worker gets it; this module receives, sends, and watches the time. It
+logs no content of requests. A client or a worker that leaves, sends rubbish or does not read cannot stop it.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from pydantic_core import to_json
 
 from seal_nb import protocol
 from seal_nb.errors import ProtocolError, RunMismatch, SealError
+from seal_nb.server.client import ServeSettings
 from seal_nb.server.endpoint import LOUD, KeyCheck, Socket
-from seal_nb.server.queue import Envelope, Worker
-from seal_nb.server.requests import QueueFull, RequestTable, ServerStopping, WorkerLost
-from seal_nb.server.settings import ServeSettings
+from seal_nb.server.requests import Envelope, QueueFull, RequestTable, ServerStopping, Worker, WorkerLost
 from seal_nb.server.worker import pack, rss_bytes, unpack
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
+RATE_S = 60.0  # rates are those of the last minute
 TURN_S = 0.1  # for the messages of one socket before the other socket's turn
 MAX_FRAMES = 8
 MAX_ROUTE_BYTES = 1_000  # of the frames before a message; they are kept until it is answered
@@ -71,16 +71,12 @@ class Workers:
     """The workers as the front end sees them: introductions, heartbeats, results, losses."""
 
     def __init__(self, socket: Socket, table: RequestTable, ask_to_stop: Callable[..., None]) -> None:
-        self.socket, self.table, self.queue, self.meter = socket, table, table.queue, table.meter
+        self.socket, self.table, self.queue, self.tally = socket, table, table.queue, table.tally
         self.inbox = Inbox(socket)
         self.ask_to_stop = ask_to_stop
         self.last_loss = ""
         self.read_up_at = 0.0  # all that workers had sent until then is read
         self.failures: dict[int, str] = {}  # process of a worker → the error it reported before it ended
-        self._handlers: dict[str, Callable[..., None]] = {
-            "ready": self._on_ready, "beat": self._on_beat, "result": self._on_result, "failed": self._on_failed,
-            "leaving": lambda identity, _: self.lose(identity, "it left as planned", planned=True),
-        }  # fmt: skip
 
     def receive(self, looked_at: float) -> None:
         """Handle what had arrived at that time, and perhaps more."""
@@ -90,15 +86,15 @@ class Workers:
             self.read_up_at = looked_at
 
     def _handle(self, frames: list[bytes]) -> None:
-        """One message of a worker; the fields of its header are arguments of the handler."""
+        """One message of a worker: `_on_` and its kind name the handler, the fields of its header are arguments."""
         try:
             if len(frames[2]) > MAX_HEADER_BYTES:
                 raise ProtocolError(f"its header has more than {MAX_HEADER_BYTES} bytes")
             kind, header, body = unpack(frames[1:])
-            self._handlers[kind](frames[0], body, **header)
+            getattr(self, f"_on_{kind}")(frames[0], body, **header)
         except Exception as error:
-            self.meter.counts["rubbish_of_workers"] += 1
-            if self.meter.counts["rubbish_of_workers"] <= LOUD:
+            self.tally["rubbish_of_workers"] += 1
+            if self.tally["rubbish_of_workers"] <= LOUD:
                 log.warning("a worker sent a message that cannot be read (%s)", type(error).__name__)
             log.debug("why", exc_info=True)
 
@@ -130,8 +126,8 @@ class Workers:
         n_requeued, given_up = self.queue.lose(identity, planned=planned)
         log.warning("worker %s %s; %d requests wait again", name, "leaves" if planned else "is lost", n_requeued)
         log.debug("because: %s", why)
-        self.meter.counts["workers_lost"] += not planned
-        self.meter.counts["requeued"] += n_requeued
+        self.tally["workers_lost"] += not planned
+        self.tally["requeued"] += n_requeued
         for request in given_up:
             log.warning("a request is given up: it lost its worker %d times", request.tries)
             what = f"request {request.request_id!r} lost its worker {request.tries} times (the last: {cause})"
@@ -193,13 +189,16 @@ class Workers:
             self.queue.workers[identity].stats = dict(stats)
         self.tell(identity, pack("beat" if alive else "expired", lease=lease))
 
+    def _on_leaving(self, identity: bytes, _: bytes) -> None:
+        self.lose(identity, "it left as planned", planned=True)
+
     def _on_result(self, identity: bytes, body: bytes, *, token: str, error: str, tokens: int) -> None:
         error = error and (error if error.isidentifier() and error.isascii() and len(error) <= 60 else "Error")
         tokens = min(max(0, int(tokens)), 2**40)
         if (request := self.queue.finish(identity, token)) is not None:
             self.table.deliver(request, body, error=error, tokens=tokens)
         else:
-            self.meter.counts["void_results"] += 1
+            self.tally["void_results"] += 1
             log.info("a result of a try that is not current was dropped")
 
     def _on_failed(self, identity: bytes, _: bytes, *, pid: int, error: str, traceback: str) -> None:
@@ -224,7 +223,7 @@ class Clients:
         self.socket, self.keys, self.need_keys = socket, keys, need_keys
         self.max_unread_bytes = settings.max_unread_bytes
         socket.copy_threshold = SMALL_REPLY_BYTES  # ZMQ tells when it has sent a larger one
-        self._unread: dict[bytes, list[tuple[zmq.MessageTracker, int]]] = {}
+        self._unread: list[tuple[bytes, int, zmq.MessageTracker]] = []  # by whom, and how many bytes
         self._inbox = Inbox(socket)
         self._key_of: dict[bytes, str] = {}  # by name of a connection, the key that first used it
         self._not_theirs: set[bytes] = set()  # names that another key uses now
@@ -259,25 +258,22 @@ class Clients:
             raise zmq.Again
         sent = self.socket.send_multipart([*envelope, reply], zmq.NOBLOCK, copy=False, track=True)
         if sent is not None and not sent.done:
-            self._unread.setdefault(holder, []).append((sent, len(reply)))
+            self._unread.append((holder, len(reply), sent))
 
     def _is_full(self, holder: bytes, n_bytes: int) -> bool:
         """Whether so many bytes more are too much for a client. One reply of any size is not."""
-        if not (own := self._unread_bytes(holder)):
-            return False
-        in_all = sum(map(self._unread_bytes, list(self._unread)))
-        return own + n_bytes > self.max_unread_bytes or in_all > MAX_UNREAD_CLIENTS * self.max_unread_bytes
+        self._forget_read()
+        own = sum(size for one, size, _ in self._unread if one == holder)
+        in_all = sum(size for _, size, _ in self._unread)
+        most = self.max_unread_bytes
+        return own > 0 and (own + n_bytes > most or in_all > MAX_UNREAD_CLIENTS * most)
 
-    def _unread_bytes(self, holder: bytes) -> int:
-        """What a client has not read yet; the rest is forgotten."""
-        if unread := [(sent, size) for sent, size in self._unread.pop(holder, ()) if not sent.done]:
-            self._unread[holder] = unread
-        return sum(size for _, size in unread)
+    def _forget_read(self) -> None:
+        self._unread = [one for one in self._unread if not one[2].done]
 
     def tidy(self, waiting: Callable[[], set[bytes]]) -> None:
         """Forget connections that are gone. `waiting`: the names of those at which somebody waits."""
-        for holder in list(self._unread):
-            self._unread_bytes(holder)
+        self._forget_read()
         while len(self.missed) > MAX_NAMES:
             self.missed.pop()
         if len(self._key_of) > MAX_NAMES:
@@ -293,12 +289,14 @@ class FrontEnd:
         self.table, self.clients = table, clients
         self._large: OrderedDict[bytes, deque[tuple[list[bytes], str | None]]] = OrderedDict()  # by connection
         self._large_bytes = 0
-        self.settings, self.queue, self.meter = table.settings, table.queue, table.meter
+        self.settings, self.queue, self.tally = table.settings, table.queue, table.tally
         table.send = self._send
         self.workers = Workers(workers, table, self.ask_to_stop)
         self.drain_until: float | None = None
         self.for_good, self.exit_code = True, 0
-        self._client_seen_at = time.monotonic()
+        self._started_at = self._client_seen_at = time.monotonic()
+        # At each tick of the last minute: the time, and what was answered and trained until then.
+        self._progress = deque([(self._started_at, 0, 0)], maxlen=int(RATE_S / TICK_S))
 
     def run(self, watch: Callable[[float], None]) -> None:
         """Serve until told to stop. `watch` is called at every tick (worker processes, endpoint file, parent)."""
@@ -350,6 +348,8 @@ class FrontEnd:
 
     def status(self) -> protocol.ServerStatus:
         now, table, queue = time.monotonic(), self.table, self.queue
+        since, answered, tokens = self._progress[0]
+        span_s = max(1.0, now - since)
         troubles = [table.results.trouble or table.counts.trouble]
         if queue.requests and not queue.workers:
             last = self.workers.last_loss or "none"
@@ -358,7 +358,7 @@ class FrontEnd:
             server_id=table.server_id,
             model_id=table.model_id,
             pid=os.getpid(),
-            uptime_s=round(now - self.meter.started_at, 3),
+            uptime_s=round(now - self._started_at, 3),
             draining=self.drain_until is not None,
             n_queued=queue.n_waiting,
             n_running=queue.n_running,
@@ -367,10 +367,11 @@ class FrontEnd:
             n_unsaved=len(table.results.unsaved),
             queued_bytes=queue.waiting_bytes,
             rss_bytes=rss_bytes(),
-            counts=dict(self.meter.counts) | {"denied": self.clients.keys.n_denied, "dropped": self.clients.n_dropped},
+            counts=dict(self.tally) | {"denied": self.clients.keys.n_denied, "dropped": self.clients.n_dropped},
             workers=self.workers.status(now),
             trouble="; ".join(filter(None, troubles)),
-            **self.meter.rates(now),
+            jobs_per_min=round(60 * (self.tally["answered"] - answered) / span_s, 2),
+            tokens_per_s=round((self.tally["train_tokens"] - tokens) / span_s, 2),
         )
 
     def _on_client(self, frames: list[bytes], guest: str | None) -> None:
@@ -432,8 +433,8 @@ class FrontEnd:
         return to_json(reply | known, inf_nan_mode="null")
 
     def _refuse(self, envelope: Envelope, error: SealError, request_id: object) -> None:
-        self.meter.counts["refused"] += 1
-        n = self.meter.counts["refused"]
+        self.tally["refused"] += 1
+        n = self.tally["refused"]
         if n <= LOUD or n % 1000 == 0:
             log.info("refused %s: field %r (%d so far)", type(error).__name__, getattr(error, "field", ""), n)
         log.debug("refused because: %s", error)
@@ -445,10 +446,11 @@ class FrontEnd:
         try:
             self.clients.send(envelope, reply)
         except zmq.ZMQError as error:
-            self.meter.counts["undelivered"] += 1
+            self.tally["undelivered"] += 1
             log.debug("a reply found no client: %s", error)
 
     def _tick(self, now: float) -> None:
+        self._progress.append((now, self.tally["answered"], self.tally["train_tokens"]))
         self.workers.check_leases(now)
         self.table.save()
         self.clients.keys.look()

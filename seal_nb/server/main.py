@@ -21,12 +21,10 @@ from typing import Any
 import zmq
 
 from seal_nb.errors import DataError, SealError, SettingsError
-from seal_nb.server.client import DEFAULT_WINDOW
+from seal_nb.server.client import DEFAULT_WINDOW, ServeSettings, SharedSettings, WorkerSettings, command, look, parse
 from seal_nb.server.endpoint import Endpoint, KeyCheck, Role, Socket, listen, read_endpoint, this_node
 from seal_nb.server.frontend import Clients, FrontEnd
-from seal_nb.server.launch import look
 from seal_nb.server.requests import RequestTable
-from seal_nb.server.settings import ServeSettings, SharedSettings, WorkerSettings, command, log_to_stderr, parse
 from seal_nb.server.worker import MAX_REPLY_BYTES, pack
 from seal_nb.storage import write_json
 
@@ -240,7 +238,6 @@ def refuse_second_server(path: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m seal_nb.server.main", **defaults: Any) -> int:
     """The server process: settings from the command line, log to standard error. `defaults` replace declared ones."""
-    log_to_stderr("server")
     try:
         settings = parse(ServeSettings, argv, prog=prog, description="Start a TTT server.", **defaults)
         with suppress(ValueError, OSError):  # each worker and each client is a file

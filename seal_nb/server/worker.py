@@ -27,11 +27,11 @@ import zmq
 
 from seal_nb.errors import ProtocolError, SealError, redacted
 from seal_nb.protocol import ErrorReply, Reply, TTTReply, error_reply, parse_request
+from seal_nb.server.client import WorkerSettings, parse
 from seal_nb.server.endpoint import Socket, connected, read_endpoint, wait_for_endpoint
-from seal_nb.server.settings import WorkerSettings, log_to_stderr, parse
 
 if TYPE_CHECKING:
-    from seal_nb.inner_loop.loop import InnerLoop
+    from seal_nb.server.loop import InnerLoop
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +263,6 @@ def gpu_memory() -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; returns its exit code."""
     settings = parse(WorkerSettings, argv, prog="python -m seal_nb.server.worker", description="Run one worker.")
-    log_to_stderr("worker")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is imported
         os.environ[name] = str(settings.n_threads)
     link = Link(settings)

@@ -25,11 +25,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from seal_nb import storage
 from seal_nb.errors import DataError, EngineError, SealError, SettingsError, visible
-from seal_nb.models import model_identity, pretrained, resolve_model
-from seal_nb.peft_files import merge_stack, stored_dtype, write_model
+from seal_nb.models import model_identity, pretrained, resolve_model, tokenize
+from seal_nb.peft_files import merge_stack, write_model
 from seal_nb.processes import LoggedProcess, end_tree, ending_with_me
 from seal_nb.sft.settings import JOB, SHARDINGS, SftJob, SftResult
-from seal_nb.tokens import tokenize
 
 MODULE = "seal_nb.sft.train"
 IGNORED = -100  # a label outside the loss
@@ -277,12 +276,11 @@ def _remove_own(checkpoints: Path) -> None:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole: ``trainer_state.json`` is written last."""
-    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
-    for step in sorted(map(int, filter(str.isdecimal, steps)), reverse=True):
-        with contextlib.suppress(DataError):
-            if isinstance(storage.read_json(folder / f"checkpoint-{step}" / "trainer_state.json"), dict):
-                return str(folder / f"checkpoint-{step}")
-    return None
+    whole = {}
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(DataError, TypeError, KeyError):
+            whole[storage.read_json(path)["global_step"]] = str(path.parent)
+    return whole[max(whole)] if whole else None
 
 
 def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, method: str) -> None:
@@ -293,8 +291,7 @@ def _save_model(folder: str, trained: Path, result: SftResult, made_from: str, m
         if method == "lora":
             merge_stack(folder, [trained], partial)
         else:
-            whole = pretrained(AutoModelForCausalLM, trained, dtype=stored_dtype(folder))
-            write_model(whole, pretrained(AutoTokenizer, folder), partial)
+            write_model(pretrained(AutoModelForCausalLM, trained), folder, partial)
         storage.write_json(partial / RESULT_FILE, stored)
 
 

@@ -3,7 +3,6 @@
 A pass is one (1, T) sequence of all rows' tokens, end to end; only attention keeps rows apart. It is registered with
 transformers as `ATTENTION`, so any decoder that takes its attention from there works unchanged."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cached_property, partial
@@ -22,8 +21,6 @@ from seal_nb.ttt.device import has_varlen, sent, tensor_on, wide
 ATTENTION = "seal_rows"
 HALF = (torch.bfloat16, torch.float16)
 SHORT = 512  # tokens; in HALF, up to here the plain product, which rounds less and takes a third of the time
-# From torch 2.12 on, fewer key heads than query heads must be asked for.
-GROUPED_HEADS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 ALL_KEYS = (-1, -1)  # a window of varlen_attn: keys to the left, keys to the right
 BLOCK = 32  # tokens by which the cache of all rows grows at least; a multiple of 16, as CUDA's kernels want the mask
 # Without cuDNN's, which torch prefers on Hopper: it makes a plan, about 30 ms, for each new shape of a batch.
@@ -66,7 +63,7 @@ class Rows:
             return self._row_by_row(q, k, v, how)
         q, k, v = (t.squeeze(0).transpose(0, 1).contiguous() for t in (q, k, v))  # (T, heads, d)
         n, causal = self.longest, ((how.window or 0) - 1, 0)
-        varlen: Callable[..., Any] = partial(varlen_attn, max_q=n, max_k=n, scale=how.scale, **GROUPED_HEADS)
+        varlen: Callable[..., Any] = partial(varlen_attn, max_q=n, max_k=n, scale=how.scale, enable_gqa=True)
         if self.real is None or self.padding is None:
             return varlen(q, k, v, self.ends, self.ends, window_size=causal)[None]
         (real, real_ends), (padding, padding_ends) = self.real, self.padding

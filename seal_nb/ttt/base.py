@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from seal_nb.errors import SettingsError
-from seal_nb.models import FOUR_BIT, pretrained
-from seal_nb.tokens import context_of, tokenize
+from seal_nb.models import FOUR_BIT, context_of, pretrained, tokenize
 from seal_nb.ttt.attention import ATTEND, ATTENTION, HALF, Attend, Cache, Rows
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
 from seal_nb.ttt.device import default_dtype, free_cached_memory, is_out_of_memory, region, sent
@@ -60,19 +59,15 @@ class FrozenBase:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.linears = linears_of(model)
-        try:
-            check = Check(self)
-        except Exception as reason:  # whatever it is, the model does not work here
-            raise unsupported(self, reason) from reason
-        self.target_names = functools.lru_cache(functools.partial(target_names, model, self.linears))
-        for linear_name, linear in self.linears.items():
-            model.set_submodule(linear_name, BranchedLinear(linear, linear_name))
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # events and streams are made on the current device
-            _make_regions(model)
-        self.decoder.config._attn_implementation = ATTENTION
         self.trainers: WeakSet[Any] = WeakSet()  # SlotTrainers, which hold memory that they can free
-        check.run()
+        with checked(self):
+            for linear_name, linear in self.linears.items():
+                model.set_submodule(linear_name, BranchedLinear(linear, linear_name))
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # events and streams are made on the current device
+                _make_regions(model)
+            self.decoder.config._attn_implementation = ATTENTION
+        self.target_names = functools.lru_cache(functools.partial(target_names, model, self.linears))
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> "FrozenBase":
@@ -202,70 +197,61 @@ def unsupported(base: Any, cause: str | Exception) -> SettingsError:
     return SettingsError(f"{name} is not supported: {cause}")
 
 
-class Check:
-    """Compares two packed rows, one of them with an adapter, with what the unchanged model, with eager attention, gave
-    to each alone. Made before the model is changed. base: the FrozenBase that is being made. Raises SettingsError."""
+@contextlib.contextmanager
+def checked(base: Any) -> Iterator[None]:
+    """For a block that changes the model of `base`, a FrozenBase that is being made. Two packed rows, one of them with
+    an adapter, must give what the unchanged model, with eager attention, gave to each alone: whole, and with their last
+    tokens in a step of decoding. Raises SettingsError."""
+    rows = [[i % base.config.vocab_size for i in range(first, first + n)] for first, n in CHECK_ROWS]
+    lengths, calls, cache = [n - 1 for _, n in CHECK_ROWS], Counter[str](), Cache(base.device, base.dtype)
 
-    def __init__(self, base: Any):
-        self.base, model = base, base.model
-        rows = [[i % base.config.vocab_size for i in range(first, first + n)] for first, n in CHECK_ROWS]
-        self.rows, calls = rows, Counter[str]()
+    def count(name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        whole = inputs[0].numel() == len(rows[0]) * inputs[0].shape[-1]
+        calls[name] += 1 if whole else 2
 
-        def count(name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            whole = inputs[0].numel() == len(rows[0]) * inputs[0].shape[-1]
-            calls[name] += 1 if whole else 2
+    def adapted(name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        t, flat = layout.by_name[name], adapter.compute
+        return output + (inputs[0].to(flat.dtype) @ layout.a(flat, t).t() @ layout.b(flat, t).t()).to(output.dtype)
 
+    try:
         base.decoder.config._attn_implementation = "eager"  # transformers' sdpa leaves out Gemma-2's soft cap
         with torch.no_grad(), _small(base):
-            ids = [torch.tensor([row], device=base.device) for row in rows]
+            first, second = (torch.tensor([row], device=base.device) for row in rows)
             with _hooks(base.linears, count):
-                alone = base.decoder(input_ids=ids[0], use_cache=False).last_hidden_state
-            logits = model(input_ids=ids[0], use_cache=False).logits
+                alone = base.decoder(input_ids=first, use_cache=False).last_hidden_state[0]
+            logits = base.model(input_ids=first, use_cache=False).logits[0]
             # Adapters need all tokens, once. Experts get some of them, and some routers are called twice.
             odd = {_kind(name) for name, n in calls.items() if n > 1}
             base.linears = {name: m for name, m in base.linears.items() if _kind(name) not in odd}
             layout = make_layout(base.linears, base.linears, rank=4)
             flat = torch.empty(layout.size).normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-            self.adapter = Adapter(layout, LoraSettings(rank=4, alpha=4), flat.to(base.device), base.adapter_dtype)
-            with _hooks(base.linears, self._adapted):
-                adapted = base.decoder(input_ids=ids[1], use_cache=False).last_hidden_state
+            adapter = Adapter(layout, LoraSettings(rank=4, alpha=4), flat.to(base.device), base.adapter_dtype)
+            with _hooks(base.linears, adapted):
+                expected = torch.cat([alone, base.decoder(input_ids=second, use_cache=False).last_hidden_state[0]])
             error = _distance(base.shape_logits(base.head(alone)), logits)
         if not error < (2e-3 if base.dtype in HALF else 1e-4):
             raise unsupported(base, "something unknown happens between its hidden states and its logits")
-        self.expected = torch.cat([alone[0], adapted[0]])
-
-    def _adapted(self, name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """The output of a Linear with the adapter."""
-        layout, flat = self.adapter.layout, self.adapter.compute
-        t = layout.by_name[name]
-        return output + (inputs[0].to(flat.dtype) @ layout.a(flat, t).t() @ layout.b(flat, t).t()).to(output.dtype)
-
-    def run(self) -> None:
-        """To be called when the model is changed. The rows are passed whole, then all but their last tokens, and these
-        in a step of decoding."""
-        base, lengths = self.base, [len(row) - 1 for row in self.rows]
-        stacks: list[tuple[Adapter, ...]] = [(), (self.adapter,)]
-        cache = Cache(base.device, base.dtype)
-        try:
-            with torch.no_grad(), _small(base):
-                whole = base.hidden(self.rows, stacks)
-                cache.arrange([None, None], lengths)
-                begun = base.hidden([row[:-1] for row in self.rows], stacks, attend=cache.prefill(lengths, [0, 1]))
-                cache.arrange([0, 1], lengths)
-                cache.advance()
-                last = torch.tensor([row[-1] for row in self.rows], device=base.device)
-                last = base.run(last, cache.positions, Plan([(1, stack) for stack in stacks]), cache.attend)
-        except Exception as reason:  # whatever it is, the model does not work here
-            raise unsupported(base, reason) from reason
-        if not cache.keys:
-            raise unsupported(base, "its attention does not come from transformers' attention interface")
-        parts = zip(begun.split(lengths), last[:, None], strict=True)
-        for found in (whole, torch.cat([part for row in parts for part in row])):
-            error = _distance(found, self.expected)
-            if not error < (0.05 if base.dtype in HALF else 1e-3):
-                what = f"hidden states of packed rows differ by {error:.2g} of their size from those of single rows"
-                narrow = f", or {base.dtype} is too narrow for it" if base.dtype in HALF else ""
-                raise unsupported(base, f"{what}, so it does something between tokens that is not known here{narrow}")
+        yield
+        with torch.no_grad(), _small(base):
+            stacks: list[tuple[Adapter, ...]] = [(), (adapter,)]
+            whole = base.hidden(rows, stacks)
+            cache.arrange([None, None], lengths)
+            begun = base.hidden([row[:-1] for row in rows], stacks, attend=cache.prefill(lengths, [0, 1]))
+            cache.arrange([0, 1], lengths)
+            cache.advance()
+            last = torch.tensor([row[-1] for row in rows], device=base.device)
+            last = base.run(last, cache.positions, Plan([(1, stack) for stack in stacks]), cache.attend)
+    except Exception as reason:  # whatever it is, the model does not work here
+        raise unsupported(base, reason) from reason
+    if not cache.keys:
+        raise unsupported(base, "its attention does not come from transformers' attention interface")
+    parts = zip(begun.split(lengths), last[:, None], strict=True)
+    for found in (whole, torch.cat([part for row in parts for part in row])):
+        error = _distance(found, expected)
+        if not error < (0.05 if base.dtype in HALF else 1e-3):
+            what = f"hidden states of packed rows differ by {error:.2g} of their size from those of single rows"
+            narrow = f", or {base.dtype} is too narrow for it" if base.dtype in HALF else ""
+            raise unsupported(base, f"{what}, so it does something between tokens that is not known here{narrow}")
 
 
 def _kind(name: str) -> str:

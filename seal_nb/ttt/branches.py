@@ -24,8 +24,6 @@ kernels: Any = importlib.import_module("seal_nb.ttt.kernels") if find_spec("trit
 Part = tuple[int, Sequence[Adapter]]  # a number of tokens, and the adapters whose branches are all added to them
 Span = tuple[int, int, Any]  # first token, number of tokens and one adapter (or None) of a part
 View = Callable[..., Tensor]  # Layout.a or Layout.b_transposed: (..., layout.size) → (..., rank, wide)
-# For the backward pass of each group: scaled h (tokens, rank), and the dropout mask, if any.
-Saved = list[tuple[Tensor, Tensor | None]]
 
 
 def has_kernels(layout: Layout, weights: Tensor) -> bool:
@@ -55,18 +53,13 @@ class Bank:
         return [i in self.rows and self.rows[i].n_passed > 0 for i in range(self.n)]
 
 
-def bank_row_bytes(layout: Layout, compute_dtype: torch.dtype) -> int:
-    """Bytes of one row: four wide vectors, and the copy in the compute dtype if that is another."""
-    dtype = wide(compute_dtype)
-    return layout.size * (4 * dtype.itemsize + compute_dtype.itemsize * (dtype != compute_dtype))
-
-
 class BankRow(Adapter):
     """One adapter in training: the first free row of a bank."""
 
     def __init__(self, bank: Bank, settings: LoraSettings, initial: Tensor, *, dropout_seed: int):
         self.index = index = next(i for i in range(bank.n) if i not in bank.rows)
-        self.bank, self.layout, self.settings = bank, bank.layout, settings
+        self.bank = self.kind = bank
+        self.layout, self.settings = bank.layout, settings
         self.flat, self.compute, self.gradient = bank.weights[index], bank.compute[index], bank.gradient[index]
         self.mean, self.square = bank.mean[index], bank.square[index]
         self.flat.copy_(initial, non_blocking=True)
@@ -82,9 +75,6 @@ class BankRow(Adapter):
         """Copy the weights to `compute`, after they have changed."""
         if self.bank.compute is not self.bank.weights:
             self.compute.copy_(self.flat)
-
-    def adapter(self) -> Adapter:
-        return Adapter(self.layout, self.settings, self.flat.clone(), self.compute.dtype)
 
 
 class Group:
@@ -184,22 +174,15 @@ class Plan:
         self.groups: list[Group] = []
         for depth in range(max((len(adapters) for _, adapters in parts), default=0)):
             layer = [(start, n, adapters[depth] if depth < len(adapters) else None) for start, n, adapters in spans]
-            runs = groupby(layer, key=_kind)
+            runs = groupby(layer, key=lambda span: span[2] and span[2].kind)
             self.groups += [Group(list(run), lasting=lasting) for kind, run in runs if kind is not None]
         self.n_tokens = spans[-1][0] + spans[-1][1] if spans else 0
         self.names = {target.name for group in self.groups for target in group.layout.targets}
-        self.trains = any(group.gradient is not None for group in self.groups)
         self.anchor = torch.zeros((), requires_grad=True)  # so that backward runs where x needs no gradient
 
     def active(self, name: str) -> Iterator[tuple[Group, Target]]:
         """Groups with an adapter on the Linear of this name."""
         return ((g, g.layout.by_name[name]) for g in self.groups if name in g.layout.by_name)
-
-
-def _kind(part: tuple[int, int, Adapter | None]) -> object:
-    """Neighbours of one kind are a group: adapters in training by their bank, others by their layout."""
-    adapter = part[2]
-    return adapter.bank if isinstance(adapter, BankRow) else None if adapter is None else adapter.layout
 
 
 NO_PLAN = Plan(())
@@ -225,26 +208,7 @@ class BranchedLinear(nn.Module):
         if len(tokens) != plan.n_tokens:
             found = f"{self.name} gets {len(tokens)} tokens where the pass has {plan.n_tokens}"
             raise RuntimeError(f"{found}; a Linear with adapters must get every token once")
-        if plan.trains and torch.is_grad_enabled():
-            y = _Branches.apply(tokens, plan.anchor, self, plan)
-        else:
-            y = self.base(tokens)
-            _add_branches(y, tokens, self.name, plan)
-        return y.view(*x.shape[:-1], -1)
-
-
-def _add_branches(y: Tensor, x: Tensor, name: str, plan: Plan, *, training: bool = False) -> Saved:
-    """y (T, out) += branches of x (T, in), in place. Returns what the backward pass needs."""
-    saved: Saved = []
-    for group, target in plan.active(name):
-        own = x[group.tokens]
-        mask = _dropout_mask(group, own) if training and group.dropouts else None
-        if mask is not None:
-            own = own * mask
-        h = group.narrow(own, group.layout.a, target)
-        group.widen(h, group.layout.b_transposed, target, y[group.tokens])
-        saved.append((h, mask))
-    return saved
+        return _Branches.apply(tokens, plan.anchor, self, plan).view(*x.shape[:-1], -1)
 
 
 def _dropout_mask(group: Group, x: Tensor) -> Tensor:
@@ -262,8 +226,13 @@ class _Branches(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, layer, plan):  # type: ignore[no-untyped-def]  # torch's signature
         y = layer.base(x)
-        ctx.layer, ctx.plan = layer, plan
-        ctx.saved = _add_branches(y, x, layer.name, plan, training=True)
+        ctx.layer, ctx.plan, ctx.saved = layer, plan, []  # of each group: scaled h (tokens, rank), the dropout mask
+        for group, target in plan.active(layer.name):
+            own = x[group.tokens]
+            mask = _dropout_mask(group, own) if group.dropouts else None
+            h = group.narrow(own if mask is None else own * mask, group.layout.a, target)
+            group.widen(h, group.layout.b_transposed, target, y[group.tokens])
+            ctx.saved.append((h, mask))
         ctx.save_for_backward(x)
         return y
 

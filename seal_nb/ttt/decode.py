@@ -3,12 +3,14 @@
 Rows of the same adapters are neighbours, so that their branch is one product. Between two layouts of the batch a step
 only launches work. Greedy answers equal `transformers.generate` with the PEFT adapter."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +18,18 @@ from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from seal_nb.tokens import decode
+from seal_nb.models import decode
 from seal_nb.ttt.attention import KERNELS, Cache
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import NO_PLAN, Plan
-from seal_nb.ttt.device import Limit, Readback, Replay, cuda_graph, error_text, is_out_of_memory, sent, tensor_on, wide
+from seal_nb.ttt.device import Limit, Readback, cuda_graph, error_text, is_out_of_memory, sent, tensor_on, wide
 from seal_nb.ttt.lora import Adapter
 
 VOCABULARY_AT_A_TIME = 4096  # tokens whose logits are made at a time for scores
+EAGER_CALLS = 2  # the first calls also load kernels and fill caches, which a recording must not do
 BATCHES_TO_RECOVER = 8  # full batches of texts after running out of memory until twice as many rows are tried
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,18 +74,19 @@ class LiveRow:
 
 
 class GroupedDecoder:
-    """Generates many texts at once. prefill_tokens: prompt tokens of a pass (a longer prompt is passed alone)"""
+    """Generates many texts at once. prefill_tokens: prompt tokens of a pass, fewer in smaller batches (a longer prompt
+    is passed alone)"""
 
     def __init__(self, base: FrozenBase, *, max_rows: int = 64, prefill_tokens: int = 4096):
         self.base = base
         self.max_rows = Limit(max_rows, BATCHES_TO_RECOVER)
-        self.prefill_tokens = Limit(prefill_tokens, BATCHES_TO_RECOVER)
+        self.prefill_tokens = prefill_tokens
         self.waiting: deque[DecodeRow] = deque()
         self.live: list[LiveRow] = []
         self.seen: dict[object, int] = {}  # layouts and groups of adapters, numbered as they came
         self.n_tokens = 0
         self.reads_late = base.device.type == "cuda"
-        self.replay = Replay(self._pass, cuda_graph if self.reads_late else None)
+        self.record: Callable[..., tuple[Any, Tensor]] | None = cuda_graph if self.reads_late else None  # of a step
         self._clear()
 
     def _clear(self) -> None:
@@ -89,7 +95,8 @@ class GroupedDecoder:
         self.plan, self.ids = NO_PLAN, torch.empty(0)
         self.unread: Readback | None = None
         self.steps_left = 0
-        self.replay.clear()
+        self.graph: Any = None  # a recording, whose memory the next one takes over
+        self.recorded: Tensor | None = None  # what it writes to; None before it is made
 
     @property
     def busy(self) -> bool:
@@ -145,9 +152,7 @@ class GroupedDecoder:
         """Take finished rows out of the batch."""
         ended = [live for live in self.live if live.finish_reason]
         self.live = [live for live in self.live if not live.finish_reason]
-        batches = len(ended) / self.max_rows.now
-        self.max_rows.worked(batches)
-        self.prefill_tokens.worked(batches)
+        self.max_rows.worked(len(ended) / self.max_rows.now)
         return [self._decoded(live) for live in ended if live.finish_reason != "cancelled"]
 
     def _start_again(self, failure: Exception) -> list[Decoded]:
@@ -158,7 +163,6 @@ class GroupedDecoder:
         self._clear()
         if short := is_out_of_memory(failure):
             self.base.make_room()
-            self.prefill_tokens.lower(self.prefill_tokens.now // 2)
         if len(rows) == 1 and self.max_rows.now == 1:
             self.max_rows.now = 1 if short else self.max_rows.most  # the cause of another error is found
             error = error_text(failure, f"with one text of {len(rows[0].token_ids)} prompt tokens")
@@ -171,7 +175,8 @@ class GroupedDecoder:
         """Waiting rows for which there are places and prompt tokens."""
         n_places = max(0, self.max_rows.now - len(self.live))
         stops = accumulate(len(row.token_ids) for row in islice(self.waiting, n_places))
-        n = sum(i == 0 or stop <= self.prefill_tokens.now for i, stop in enumerate(stops))
+        most = self.prefill_tokens * self.max_rows.now / self.max_rows.most
+        n = sum(i == 0 or stop <= most for i, stop in enumerate(stops))
         return [LiveRow(self.waiting.popleft()) for _ in range(n)]
 
     def _enter(self, new: list[LiveRow]) -> None:
@@ -214,16 +219,32 @@ class GroupedDecoder:
         self.ids = tensor_on(self.base.device, [live.new_ids[-1] for live in self.live], torch.long)
         self.chooser = _Chooser(self.live, self.base.device)
         self.steps_left = min(room, max(live.row.max_new_tokens - len(live.new_ids) for live in self.live))
-        self.replay.renew()
+        self.recorded, self.n_calls = None, 0
 
     def _advance(self) -> None:
         """One token for every live row. Finished rows take part until they leave; their tokens are dropped."""
-        tokens = self.chooser(self.replay())
+        tokens = self.chooser(self._replayed())
         self.ids.copy_(tokens)
         self.steps_left -= 1
         self._read(Readback(tokens))
         if not self.reads_late:
             self._read()
+
+    def _replayed(self) -> Tensor:
+        """As `_pass`. The third step of a layout is recorded, and the recording is replayed from then on."""
+        if self.n_calls == EAGER_CALLS and self.record is not None:
+            try:
+                self.graph, self.recorded = self.record(self._pass, self.graph)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise  # says nothing about what can be recorded
+                self.record = None
+                log.warning("decoding continues without a CUDA graph: %s", error)
+        self.n_calls += 1
+        if self.recorded is None:
+            return self._pass()
+        self.graph.replay()
+        return self.recorded
 
     def _pass(self) -> Tensor:
         """Logits (rows, vocabulary) of each row's next token. Works on the same tensors each time."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -14,10 +13,8 @@ from torch.cuda import CUDAGraph
 
 from seal_nb.errors import SettingsError
 
-EAGER_CALLS = 2  # the first calls also load kernels and fill caches, which a recording must not do
 # In the text of a RuntimeError: of a CPU's allocator, of pinned memory, of cuBLAS. A GPU's allocator has its own class.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
-log = logging.getLogger(__name__)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -153,40 +150,6 @@ def cuda_graph(function: Callable[[], Tensor], before: CUDAGraph | None) -> tupl
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
     return graph, result
-
-
-class Replay:
-    """Calls `function`; records its third call after each `renew` and replays the recording from then on. record:
-    `cuda_graph`, or None to call the function each time, as after a recording that failed"""
-
-    def __init__(self, function: Callable[[], Tensor], record: Callable[..., tuple[Any, Tensor]] | None):
-        self.function, self.record = function, record
-        self.clear()
-
-    def clear(self) -> None:
-        """As `renew`; also frees the recording's memory, which the next recording would take over."""
-        self.graph: Any = None
-        self.renew()
-
-    def renew(self) -> None:
-        """To be called when the function's tensors are replaced."""
-        self.result: Tensor | None = None
-        self.n_calls = 0
-
-    def __call__(self) -> Tensor:
-        if self.n_calls == EAGER_CALLS and self.record is not None:
-            try:
-                self.graph, self.result = self.record(self.function, self.graph)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise  # says nothing about what can be recorded
-                self.record = None
-                log.warning("decoding continues without a CUDA graph: %s", error)
-        self.n_calls += 1
-        if self.result is None:
-            return self.function()
-        self.graph.replay()
-        return self.result
 
 
 # A call of a compiled region costs the host more than the separate kernels do (0.17 ms against 0.09 ms for a norm, see

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from seal_nb.errors import SettingsError
-from seal_nb.tokens import n_masked_tokens, tokenize
+from seal_nb.models import n_masked_tokens, tokenize
 
 ALL_LINEAR = "all-linear"
 PEFT_PREFIX = "base_model.model."
@@ -158,6 +158,7 @@ class Adapter:
 
     def __init__(self, layout: Layout, settings: LoraSettings, flat: Tensor, compute_dtype: torch.dtype):
         self.layout, self.settings, self.flat = layout, settings, flat
+        self.kind: object = layout  # neighbours of one kind are a group; an adapter in training has its bank's
         self.compute = flat.to(compute_dtype)
         self.n_bytes = self.flat.nbytes + self.compute.nbytes
 

@@ -5,7 +5,6 @@ CUDA graph and then launched as a whole: at 7B, launching its 4,500 kernels one 
 
 import logging
 from collections.abc import Sequence
-from copy import copy
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 
 from seal_nb.ttt.attention import Rows
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank, Part, Plan, has_kernels
+from seal_nb.ttt.branches import Bank, Plan, has_kernels
 from seal_nb.ttt.device import cuda_graph, free_cached_memory, fused, has_varlen, is_out_of_memory, region, sent, wide
-from seal_nb.ttt.lora import TrainRow
+from seal_nb.ttt.lora import Adapter, TrainRow
 
 MOST_GRAPHS = 32
 PASSES_WITHOUT = 50  # eager passes after running out of memory in a capture
@@ -77,9 +76,18 @@ class _WeightedNll(torch.autograd.Function):
         return grad * grad_total.to(grad.dtype), None, None, None
 
 
+class MicroBatch(NamedTuple):
+    """What a slot brings to a pass."""
+
+    adapters: Sequence[Adapter]  # the last one is in training
+    rows: Sequence[TrainRow]
+    n_labels: int  # of the slot's window, the divisor of its loss
+
+
 class Shape(NamedTuple):
     """Static sizes of a pass."""
 
+    n_slots: int
     n_tokens: int
     n_rows: int
     longest: int  # tokens of a row, at most
@@ -87,47 +95,34 @@ class Shape(NamedTuple):
 
 
 class Pass:
-    """Micro-batches of many slots, on the host. parts: tokens and adapters of each slot (the last adapter is in
-    training); rows_S: its rows; n_labels_S: the labels of its window, the divisor of its loss."""
+    """Micro-batches of many slots on the device, and the CUDA graph of the pass if it was captured. In a static shape,
+    the tokens that fill it up are one more row of the last slot. They have no label and no other token attends to them,
+    so they add exactly nothing to any gradient."""
 
-    def __init__(self, parts: Sequence[Part], rows_S: Sequence[Sequence[TrainRow]], n_labels_S: Sequence[int]):
-        rows = [row for rows in rows_S for row in rows]
-        self.parts, self.n_slots = parts, len(parts)
-        self.lengths, self.n_real = [len(row) for row in rows], [row.n_real for row in rows]
-        self.longest = max(self.lengths)  # `filled_up` may raise it
-        ids, positions = [row.token_ids for row in rows], [torch.arange(n) for n in self.lengths]
-        self.tokens = torch.stack([torch.cat(ids), torch.cat(positions)])  # (2, T)
-        starts = accumulate(self.lengths, initial=0)
+    def __init__(self, base: FrozenBase, batches: Sequence[MicroBatch], shape: Shape | None = None):
+        rows = [row for batch in batches for row in batch.rows]
+        lengths, n_real = [len(row) for row in rows], [row.n_real for row in rows]
+        parts = [(sum(map(len, batch.rows)), batch.adapters) for batch in batches]
+        ids, positions = [row.token_ids for row in rows], [torch.arange(n) for n in lengths]
+        tokens = torch.stack([torch.cat(ids), torch.cat(positions)])  # (2, T)
+        starts = accumulate(lengths, initial=0)
         sources = torch.cat([row.sources + start for row, start in zip(rows, starts, strict=False)])
-        counts = torch.tensor([sum(len(row.sources) for row in rows) for rows in rows_S])
-        slots = torch.arange(len(rows_S)).repeat_interleave(counts)
+        counts = torch.tensor([sum(len(row.sources) for row in batch.rows) for batch in batches])
+        slots = torch.arange(len(batches)).repeat_interleave(counts)
         # (3, labels): the place of the token that predicts it, its id, its slot; and the factor of its loss.
-        self.labels = torch.stack([sources, torch.cat([row.targets for row in rows]), slots])
-        self.weights = 1 / torch.tensor(n_labels_S).clamp(min=1).double()[slots]
-
-    def filled_up(self, shape: Shape, n_slots: int) -> "Pass":
-        """This pass in a static shape. The tokens that fill it up are one more row of the last slot. They have no label
-        and no other token attends to them, so they add exactly nothing to any gradient."""
-        filled, missing = copy(self), shape.n_tokens - sum(self.lengths)
-        n, adapters = self.parts[-1]
-        filled.parts, filled.n_slots = [*self.parts[:-1], (n + missing, adapters)], n_slots
-        filled.lengths = [*self.lengths, missing] + [0] * (shape.n_rows - len(self.lengths) - 1)
-        filled.n_real, filled.longest = filled.lengths, shape.longest
-        filled.tokens = F.pad(self.tokens, (0, missing))
-        filled.labels = F.pad(self.labels, (0, shape.n_tokens - len(self.weights)))
-        filled.weights = F.pad(self.weights, (0, shape.n_tokens - len(self.weights)))
-        return filled
-
-
-class DevicePass:
-    """A pass on the device: its inputs, and its CUDA graph if it was captured."""
-
-    def __init__(self, base: FrozenBase, pass_: Pass):
-        self.base, self.n_slots = base, pass_.n_slots
-        self.tokens, self.labels = sent(pass_.tokens, base.device), sent(pass_.labels, base.device)
-        self.weights = sent(pass_.weights.to(wide(base.dtype)), base.device)
-        self.rows = Rows(pass_.lengths, base.device, n_real=pass_.n_real, longest=pass_.longest)
-        self.plan = Plan(pass_.parts)
+        labels = torch.stack([sources, torch.cat([row.targets for row in rows]), slots])
+        weights = 1 / torch.tensor([batch.n_labels for batch in batches]).clamp(min=1).double()[slots]
+        if shape is not None:
+            missing = shape.n_tokens - sum(lengths)
+            parts[-1] = parts[-1][0] + missing, parts[-1][1]
+            n_real = lengths = [*lengths, missing] + [0] * (shape.n_rows - len(lengths) - 1)
+            tokens = F.pad(tokens, (0, missing))
+            labels, weights = (F.pad(t, (0, shape.n_tokens - len(weights))) for t in (labels, weights))
+        self.base, self.n_slots = base, shape.n_slots if shape else len(batches)
+        self.tokens, self.labels = sent(tokens, base.device), sent(labels, base.device)
+        self.weights = sent(weights.to(wide(base.dtype)), base.device)
+        self.rows = Rows(lengths, base.device, n_real=n_real, longest=shape.longest if shape else 0)
+        self.plan = Plan(parts)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.losses = torch.empty(0)
 
@@ -140,7 +135,7 @@ class DevicePass:
         losses = torch.zeros(self.n_slots, dtype=torch.float64, device=self.weights.device)
         return losses.index_add_(0, slots, (nll * self.weights).double())
 
-    def fill(self, other: "DevicePass") -> None:
+    def fill(self, other: "Pass") -> None:
         """Copy another pass of the same shape to the addresses of this one."""
         for own, new in zip(self._tensors(), other._tensors(), strict=True):
             own.copy_(new)
@@ -164,18 +159,18 @@ class CapturedPasses:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         packed = has_varlen(base.device, base.dtype, head_size) and not getattr(config, "attn_logit_softcapping", None)
         self.works = packed and base.dtype == torch.bfloat16
-        self.statics: dict[tuple[int, Shape], DevicePass] = {}
+        self.statics: dict[tuple[int, Shape], Pass] = {}
         self.n_without = 0  # eager passes until the next capture
         self.largest = 0  # tokens of the pass whose memory all captures share
 
-    def run(self, pass_: Pass) -> Tensor:
-        """As `DevicePass.run`. A shape is warmed up at its first pass and captured at its second."""
-        bank = self._only_bank(pass_)
+    def run(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """As `Pass.run`. A shape is warmed up at its first pass and captured at its second."""
+        bank = self._only_bank(batches)
         if bank is None or self.n_without:
             self.n_without = max(0, self.n_without - 1)
-            return DevicePass(self.base, pass_).run()
-        shape = _shape(pass_, bank)
-        new = DevicePass(self.base, pass_.filled_up(shape, bank.n))
+            return Pass(self.base, batches).run()
+        shape = _shape(batches, bank)
+        new = Pass(self.base, batches, shape)
         static = self.statics.pop((id(bank), shape), None)
         self.statics[id(bank), shape] = static or new  # at the end
         while len(self.statics) > MOST_GRAPHS:
@@ -186,18 +181,19 @@ class CapturedPasses:
         if static.graph is None:
             self._capture(static)
         if static.graph is None:
-            return DevicePass(self.base, pass_).run()
+            return Pass(self.base, batches).run()
         static.graph.replay()
         return static.losses.clone()  # the next replay of any graph may write here
 
-    def _only_bank(self, pass_: Pass) -> Bank | None:
+    def _only_bank(self, batches: Sequence[MicroBatch]) -> Bank | None:
         """The bank of a pass that can be captured. While captures work, its slots must be of one kind (`Slot.kind`)."""
-        adapters = pass_.parts[0][1]
+        adapters = batches[0].adapters
         row: Any = adapters[-1]
-        plain = len(adapters) == 1 and not row.settings.dropout and pass_.n_real == pass_.lengths
+        padded = any(len(one) > one.n_real for batch in batches for one in batch.rows)
+        plain = len(adapters) == 1 and not row.settings.dropout and not padded
         return row.bank if self.works and plain and has_kernels(row.layout, row.compute) else None
 
-    def _capture(self, static: DevicePass) -> None:
+    def _capture(self, static: Pass) -> None:
         """Capture a pass that has run. If memory runs out, all captures are freed and the next passes are eager. If the
         model cannot be captured, all later passes are eager."""
         before = self._graph_to_share_memory_with(static)
@@ -213,7 +209,7 @@ class CapturedPasses:
             self.statics.clear()
             free_cached_memory(self.base.device)
 
-    def _graph_to_share_memory_with(self, static: DevicePass) -> torch.cuda.CUDAGraph | None:
+    def _graph_to_share_memory_with(self, static: Pass) -> torch.cuda.CUDAGraph | None:
         """Any graph, since all share one pool; None if this pass is the largest so far. It would not fit into the pool
         of smaller passes, so their graphs are freed; they are captured again at their next pass."""
         n_tokens = static.tokens.shape[1]
@@ -227,10 +223,10 @@ class CapturedPasses:
         return None
 
 
-def _shape(pass_: Pass, bank: Bank) -> Shape:
+def _shape(batches: Sequence[MicroBatch], bank: Bank) -> Shape:
     """The smallest static shape that holds the pass and one row of the tokens that fill it up."""
-    n_tokens, n_rows, longest = sum(pass_.lengths), len(pass_.lengths) + 1, max(pass_.lengths)
-    step = TOKEN_STEP if n_tokens <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
-    longest = max(SHORTEST, 2 ** (longest - 1).bit_length())
-    n_tokens, n_rows = -(-n_tokens // step) * step, -(-n_rows // ROW_STEP) * ROW_STEP
-    return Shape(n_tokens, n_rows, longest, any(bank.adds_to_gradient))
+    lengths = [len(row) for batch in batches for row in batch.rows]
+    step = TOKEN_STEP if sum(lengths) <= 8 * TOKEN_STEP else 2 * TOKEN_STEP
+    n_tokens, n_rows = -(-sum(lengths) // step) * step, -(-(len(lengths) + 1) // ROW_STEP) * ROW_STEP
+    longest = max(SHORTEST, 2 ** (max(lengths) - 1).bit_length())
+    return Shape(bank.n, n_tokens, n_rows, longest, any(bank.adds_to_gradient))

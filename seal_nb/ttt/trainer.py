@@ -20,10 +20,10 @@ from torch import Tensor
 
 from seal_nb.errors import SettingsError
 from seal_nb.ttt.base import FrozenBase
-from seal_nb.ttt.branches import Bank, BankRow, bank_row_bytes
-from seal_nb.ttt.device import Limit, Readback, error_text, is_out_of_memory, pinned
+from seal_nb.ttt.branches import Bank, BankRow
+from seal_nb.ttt.device import Limit, Readback, error_text, is_out_of_memory, pinned, wide
 from seal_nb.ttt.lora import Adapter, Layout, TrainJob, TrainRow, Window, initial_weights, learning_rate_at, make_row
-from seal_nb.ttt.passes import CapturedPasses, Pass
+from seal_nb.ttt.passes import CapturedPasses, MicroBatch
 
 ADAMW: Any = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
 PASSES_TO_RECOVER = 500  # after running out of memory until twice as much is tried
@@ -242,8 +242,8 @@ class SlotTrainer:
         self.base.make_room()
         n, device, dtype = self.n_slots.now, self.base.device, self.base.adapter_dtype
         if device.type == "cuda":
-            most_bytes = BANK_SHARE * torch.cuda.mem_get_info(device)[0]
-            n = max(1, min(n, int(most_bytes / bank_row_bytes(layout, dtype))))
+            row_bytes = layout.size * (4 * wide(dtype).itemsize + dtype.itemsize * (dtype != wide(dtype)))  # see Bank
+            n = max(1, min(n, int(BANK_SHARE * torch.cuda.mem_get_info(device)[0] / row_bytes)))
             self.n_slots.lower(len(self.slots) + n)
         self.banks.append(Bank(layout, n, device=device, compute_dtype=dtype))
         return self.banks[-1]
@@ -265,7 +265,8 @@ class SlotTrainer:
 
     def _copy(self, slot: Slot) -> None:
         """Copy the adapter of a job that is done, and start the copy of its losses and norms to the host."""
-        slot.result.adapter = slot.row.adapter()
+        row = slot.row
+        slot.result.adapter = Adapter(row.layout, row.settings, row.flat.clone(), row.compute.dtype)
         losses = torch.stack([loss for *_, loss in slot.losses])
         slot.outcome = Readback(torch.cat([losses, torch.stack(slot.norms).to(losses)]))
 
@@ -312,10 +313,10 @@ class SlotTrainer:
         self.leaving.append(slot)
 
     def _pass(self, chosen: list[Slot]) -> None:
-        parts = [(slot.next_tokens, (*slot.stack, slot.row)) for slot in chosen]
-        n_labels_S = [slot.window.n_labels for slot in chosen if slot.window is not None]
-        losses = self.captured.run(Pass(parts, [slot.next_rows for slot in chosen], n_labels_S))
-        self.n_tokens += sum(n for n, _ in parts)
+        windows = [(slot, slot.window) for slot in chosen if slot.window is not None]
+        batches = [MicroBatch((*slot.stack, slot.row), slot.next_rows, window.n_labels) for slot, window in windows]
+        losses = self.captured.run(batches)
+        self.n_tokens += sum(slot.next_tokens for slot in chosen)
         for slot, loss in zip(chosen, losses, strict=False):
             self._account(slot, loss)
         self._keep_pace()

@@ -15,7 +15,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTServer
 from tests.browser.lab import ROOT, Lab, jupyter_lab
 
 INSPECTOR = {"finetune_epochs": 1, "max_new_tokens": 12}

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from seal_nb.chain.record import read_record
+from seal_nb.chain.local import read_record
 from seal_nb.chain.slurm import Cluster, Job, plan, submit_chain
 from seal_nb.chain.stages import DEMO, Chain, make_chain
 

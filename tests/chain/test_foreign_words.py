@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from seal_nb import storage
-from seal_nb.chain.local import run_chain
-from seal_nb.chain.record import failing_cell, in_use_since, read_record
+from seal_nb.chain.local import failing_cell, in_use_since, read_record, run_chain
 from seal_nb.chain.slurm import SlurmError, dry_run, read_site, restart_server
 from seal_nb.chain.stages import as_options, make_chain
 from seal_nb.cli import _chain_status as chain_status

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from seal_nb.chain.index import write_index
+from seal_nb.chain.local import write_index
 from seal_nb.errors import DataError
 from seal_nb.views.tables import as_html
 

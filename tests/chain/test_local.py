@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from seal_nb.chain import local, record
+from seal_nb.chain import local
 from seal_nb.chain.local import run_chain
 from seal_nb.chain.stages import Chain, Stage, in_run
 from seal_nb.errors import RunMismatch
@@ -268,7 +268,7 @@ def test_chain_that_is_killed_leaves_no_process_and_goes_on_when_started_again(t
 def test_second_chain_in_the_same_folder_is_refused_while_the_first_runs(
     tmp_path: Path, notebooks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "TAKEOVER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(local, "TAKEOVER_TIMEOUT_S", 0.5)
     run_dir = tmp_path / "run"
     chain = start_chain(run_dir, notebooks)
     try:

@@ -34,10 +34,10 @@ def test_client_does_not_outlive_the_making_of_its_server_s_model() -> None:
 
 
 def test_clients_look_after_the_job_of_their_server() -> None:
-    waits = jobs_of(make_chain("rest_em", SMALL))["base_evaluate"].waits(
-        {"base_server": "17_0", "base_self_edits": "5"}
-    )
-    assert waits == ["--dependency=afterok:5,after:17_0", "--export=ALL,SEAL_SERVER_JOB=17_0"]
+    job = jobs_of(make_chain("rest_em", SMALL))["base_evaluate"]
+    words = job.command({"base_server": "17_0", "base_self_edits": "5"})
+    at = words.index(job.script)
+    assert words[at - 2 : at] == ["--dependency=afterok:5,after:17_0", "--export=ALL,SEAL_SERVER_JOB=17_0"]
 
 
 def test_seeds_are_one_array_whose_numbers_are_their_places_so_that_a_seed_may_be_any_number() -> None:

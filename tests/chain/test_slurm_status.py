@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from seal_nb.chain import slurm as slurm_jobs
-from seal_nb.chain.record import chain_status, marked_when_done, read_record, sole_use, status_lines, write_record
+from seal_nb.chain.local import chain_status, marked_when_done, read_record, sole_use, status_lines, write_record
 from seal_nb.chain.slurm import SlurmError, job_status
 from seal_nb.chain.stages import Stage, make_chain
 from seal_nb.errors import DataError, SettingsError

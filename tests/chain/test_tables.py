@@ -200,7 +200,8 @@ def test_published_table_asks_for_nothing_that_squad_lacks(tmp_path: Path) -> No
 def test_demo_edits_continually_with_what_the_model_itself_writes() -> None:
     values = asked(CHAIN["continual"])
     assert (values["arm"], values["max_new_tokens"]) == ("self_edits", 32)
-    assert asked(CHAIN["base_evaluate"])["arms"] == "passage_only,self_edits,hand_written"
+    assert asked(CHAIN["base_evaluate"])["arms"] == "passage_only,passage_matched,self_edits,hand_written,shuffled"
+    assert asked(CHAIN["base_cpt"])["arms"] == "passage_only,passage_matched,self_edits,hand_written"
 
 
 def test_an_arm_that_does_not_exist_is_refused() -> None:

@@ -70,7 +70,7 @@ def test_decoding_waits_once_a_token_at_most_while_rows_enter_and_leave(watch: F
         n_replayed += counts.replays
     assert len(done) == 16 and all(one.finish_reason == "length" for one in done)
     assert {one.key: len(one.token_ids) for one in done} == {i: 4 + 5 * (i % 3) for i in range(16)}
-    assert n_replayed and decoder.replay.record is not None, "steps between two layouts are replayed"
+    assert n_replayed and decoder.record is not None, "steps between two layouts are replayed"
 
 
 def test_scores_of_a_chunk_of_texts_are_read_at_once_and_computed_in_float32(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTClient, TTTServer
 
 STUB = "tests.server.stub_loop:load"
 HASTE = {"lease_s": 2.0, "drain_s": 5.0, "start_timeout_s": 60.0, "n_slots": 4}

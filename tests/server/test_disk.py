@@ -7,8 +7,7 @@ import subprocess
 
 import pytest
 
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import ServerFailed
+from seal_nb.server.client import ServerFailed, TTTClient
 from seal_nb.storage import Journal, write_json
 from tests import read_journal
 from tests.server.conftest import eventually, kill, not_here, plain_req, restart

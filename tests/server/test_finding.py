@@ -11,10 +11,8 @@ import pytest
 
 from seal_nb.errors import RoundTimeout, SettingsError
 from seal_nb.protocol import TTTRequest
-from seal_nb.server.client import TTTClient
+from seal_nb.server.client import ServerFailed, ServeSettings, TTTClient, command
 from seal_nb.server.endpoint import read_endpoint, resolved
-from seal_nb.server.launch import ServerFailed
-from seal_nb.server.settings import ServeSettings, command
 from seal_nb.storage import write_json
 from tests.server.conftest import STUB, eventually, in_background, kill, restart, run_round, trained
 from tests.server.test_client import REPLY, serving

@@ -21,7 +21,7 @@ PUBLIC = {"endpoint": "tcp://0.0.0.0:0", "advertise_host": "127.0.0.1"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server that other machines could reach."""
-    from seal_nb.server.launch import TTTServer
+    from seal_nb.server.client import TTTServer
 
     run_dir = tmp_path_factory.mktemp("secure") / "run"
     with TTTServer(run_dir=run_dir, inner_loop=STUB, **PUBLIC, **HASTE) as server:

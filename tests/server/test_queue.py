@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from seal_nb.server.queue import Request, RequestQueue, Worker
-from seal_nb.server.settings import ServeSettings
+from seal_nb.server.client import ServeSettings
+from seal_nb.server.requests import Request, RequestQueue, Worker
 
 
 def job(key, client=b"c1", priority=0):

@@ -14,8 +14,7 @@ import pytest
 from benchmarks.stand_in import StandIn, stand_in
 from seal_nb.errors import RemoteError
 from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, Work
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import ServerStatus, TTTServer
+from seal_nb.server.client import ServerStatus, TTTClient, TTTServer
 from tests.server.conftest import eventually, plain_req
 from tests.ttt.tiny import SIZES, save_tiny_model
 

@@ -8,9 +8,8 @@ import pytest
 
 from seal_nb.errors import ProtocolError, RunMismatch
 from seal_nb.protocol import Answers, GenerateRequest, TTTRequest, build_reply, parse_request
-from seal_nb.server.queue import Worker
-from seal_nb.server.requests import ENTRY, AnswerCounts, QueueFull, RequestTable, ServerStopping, content_of
-from seal_nb.server.settings import ServeSettings
+from seal_nb.server.client import ServeSettings
+from seal_nb.server.requests import ENTRY, AnswerCounts, QueueFull, RequestTable, ServerStopping, Worker, content_of
 
 REQUEST = TTTRequest(train_sequences=["Zor\nZor is a moon."])
 REPLY = build_reply(baseline=Answers(texts=["é"], verdicts=["CORRECT"]), train_tokens=12).to_json()
@@ -235,7 +234,7 @@ def test_a_failure_is_not_kept_so_the_request_may_be_asked_again(open_table):
     (one, _), = table.started()  # fmt: skip
     failure = b'{"error": "ValueError: loss is not a number"}'
     assert table.answer(one, failure, error="ValueError") == [((b"client", b""), failure)]
-    assert table.meter.counts["failed.ValueError"] == 1
+    assert table.tally["failed.ValueError"] == 1
     assert table.take(named) is None
     assert len(table.started()) == 1
 

@@ -15,10 +15,17 @@ import zmq
 from seal_nb.cli import main as seal_nb
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
 from seal_nb.protocol import EvalQuestion, GenerateRequest, ServerStatus, TTTRequest, WorkerStatus
-from seal_nb.server.client import TTTClient
+from seal_nb.server.client import (
+    ServerFailed,
+    ServeSettings,
+    TTTClient,
+    TTTServer,
+    WorkerSettings,
+    command,
+    parse,
+    status_text,
+)
 from seal_nb.server.endpoint import read_endpoint
-from seal_nb.server.launch import ServerFailed, TTTServer, status_rows
-from seal_nb.server.settings import ServeSettings, WorkerSettings, command, parse
 from seal_nb.server.worker import gpu_memory
 from tests.server.conftest import HASTE, STUB, eventually, in_background, is_running, plain_req
 
@@ -184,7 +191,7 @@ def test_status_shows_queue_slots_rates_memory_failures_and_workers(client):
     assert status.model_id == "stub" and status.n_slots == 8 and len(status.workers) == 2
     assert status.jobs_per_min > 0 and status.tokens_per_s > 0 and status.rss_bytes > 2**20
     assert status.counts["failed.EngineError"] >= 1
-    assert {row[0] for row in status_rows(status)} >= {"queue", "throughput", "failures", "memory"}
+    assert set(rows_of(status)) >= {"queue", "throughput", "failures", "memory"}
 
 
 def test_workers_beat_while_they_are_deep_in_a_slice(client):
@@ -262,7 +269,7 @@ def test_each_worker_gets_a_gpu_of_its_own_and_its_threads(client):
 
 def test_the_server_ends_with_the_process_that_started_it(tmp_path):
     script = (
-        "import sys, time; from seal_nb.server.launch import TTTServer\n"
+        "import sys, time; from seal_nb.server.client import TTTServer\n"
         f"server = TTTServer(run_dir={str(tmp_path / 'run')!r}, inner_loop={STUB!r}).start()\n"
         "print(server.process.pid, flush=True); time.sleep(60)"
     )
@@ -315,10 +322,14 @@ def test_the_status_command_shows_a_table_on_a_terminal_and_json_elsewhere(serve
 
 def test_memory_on_gpus_is_shown_where_workers_tell_of_it():
     told = {"rss_bytes": 3 * 2**20, "gpu_bytes": 5 * 2**20, "gpu_peak_bytes": 9 * 2**20}
-    shown = dict(status_rows(status_of(told, {"rss_bytes": 2**20})))
+    shown = rows_of(status_of(told, {"rss_bytes": 2**20}))
     assert shown["memory"] == "front end 100 MiB, workers 4 MiB, on GPUs 5 MiB"
     assert "GPU 5 MiB (at most 9 MiB)" in shown["worker w0"] and "GPU" not in shown["worker w1"]
-    assert dict(status_rows(status_of({})))["memory"] == "front end 100 MiB, workers 0 MiB"
+    assert rows_of(status_of({}))["memory"] == "front end 100 MiB, workers 0 MiB"
+
+
+def rows_of(status):
+    return dict(line.split(": ", 1) for line in status_text(status).splitlines())
 
 
 def status_of(*stats):

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from seal_nb.protocol import ServerStatus, TTTRequest, WorkerStatus
-from seal_nb.server import launch
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import Sample, Watch, sample_of
+from seal_nb.server import client
+from seal_nb.server.client import Sample, TTTClient, Watch, sample_of
 from seal_nb.server.worker import rss_bytes
 from tests.server.conftest import kill, plain_req
 from tests.server.test_server import ask
@@ -94,7 +93,7 @@ def test_what_ended_the_watching_is_raised_to_who_follows() -> None:
 
 
 def test_samples_are_bounded_even_in_time_with_first_and_newest(monkeypatch) -> None:
-    monkeypatch.setattr(launch, "MOST_SAMPLES", 8)
+    monkeypatch.setattr(client, "MOST_SAMPLES", 8)
     watch = Watch("tcp://127.0.0.1:9")
     for second in range(1001):
         watch.add(sample(float(second), queued=second))

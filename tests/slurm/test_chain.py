@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from seal_nb.chain.record import failing_cell, read_record
+from seal_nb.chain.local import failing_cell, read_record
 from tests.chain.planning import jobs_in
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Project

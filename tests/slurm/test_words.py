@@ -43,6 +43,6 @@ def test_memory_of_the_site_in_each_of_its_forms_is_what_a_job_asks_for(
     project: Project, slurm: cluster.Cluster, site: dict[str, str], server: str
 ) -> None:
     job, _ = jobs_in(project, "memory", **site)
-    number = slurm.sbatch("--hold", *job.command()[2:], cwd=project.folder)
+    number = slurm.sbatch("--hold", *job.command({})[2:], cwd=project.folder)
     assert slurm.job(number)["MinMemoryNode"] == server
     slurm.run("scancel", number)

@@ -27,8 +27,8 @@ from transformers import (
 
 from seal_nb import protocol
 from seal_nb.errors import ProtocolError, SettingsError
-from seal_nb.inner_loop.evaluation import train_job
 from seal_nb.peft_files import SCALE_FIELDS, TARGET_FIELDS, KeptAdapters, adapter_for, load_adapter, merge_stack
+from seal_nb.server.loop import train_job
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import PLAN, BranchedLinear, Plan
 from seal_nb.ttt.lora import Adapter, LoraSettings, initial_weights, linears_of, make_layout, peft_weights, target_names

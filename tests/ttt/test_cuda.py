@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from benchmarks.one_adapter import OneAdapter, twin
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTServer
 from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.decode import Decoded, DecodeRow, GroupedDecoder, ScoreRow, score

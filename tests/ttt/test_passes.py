@@ -11,7 +11,7 @@ from seal_nb.ttt import passes
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import Bank, BankRow
 from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings, initial_weights, make_row
-from seal_nb.ttt.passes import CapturedPasses, DevicePass, Pass, Shape, _shape
+from seal_nb.ttt.passes import CapturedPasses, MicroBatch, Pass, Shape, _shape
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, peft_weights
 from tests.ttt.tiny import AsciiTokenizer, refuse_tildes, tiny_model
@@ -21,7 +21,9 @@ LORA = LoraSettings(rank=4, alpha=6, target_modules=("all-linear",))
 LETTERS = "the quick brown fox jumps over a lazy dog "
 
 
-def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bool]) -> tuple[Bank, Pass]:
+def bank_and_batches(
+    lengths_of_slots: list[list[int]], n_rows: int, opens: list[bool]
+) -> tuple[Bank, list[MicroBatch]]:
     """Adapters in rows 0, 2, 4, … of a bank (others stay unset), each with its rows of so many tokens."""
     layout = BASE.layout(LORA)
     bank = Bank(layout, n_rows, device=BASE.device, compute_dtype=BASE.dtype)
@@ -31,15 +33,14 @@ def bank_and_pass(lengths_of_slots: list[list[int]], n_rows: int, opens: list[bo
     entered = [BankRow(bank, LORA, initial_weights(layout, seed), dropout_seed=seed) for seed in seeds]
     for row in entered[1::2]:
         del bank.rows[row.index]
-    parts, rows_S = [], []
+    batches = []
     for row, lengths, opening in zip(entered[::2], lengths_of_slots, opens, strict=True):
         row.flat.add_(0.01)  # B is zero at first, and hides A
         row.gradient.fill_(0.5)
         row.n_passed = int(not opening)
         rows = [make_row(AsciiTokenizer(), (LETTERS * 3)[i : i + n], TrainSettings()) for i, n in enumerate(lengths)]
-        parts.append((sum(map(len, rows)), (row,)))
-        rows_S.append(rows)
-    return bank, Pass(parts, rows_S, [7] * len(rows_S))
+        batches.append(MicroBatch((row,), rows, 7))
+    return bank, batches
 
 
 SLOTS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=4)
@@ -50,39 +51,41 @@ SLOTS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=
 def test_filling_a_pass_up_changes_no_loss_and_no_gradient(
     lengths: list[list[int]], more_tokens: int, more_rows: int, opens: list[bool]
 ) -> None:
-    bank, pass_ = bank_and_pass(lengths, 8, opens[: len(lengths)])
+    bank, batches = bank_and_batches(lengths, 8, opens[: len(lengths)])
     gradient = bank.gradient.clone()
-    losses = DevicePass(BASE, pass_).run()
+    plain = Pass(BASE, batches)
+    losses = plain.run()
     expected = bank.gradient.clone()
-    n_tokens, n_rows = sum(pass_.lengths) + more_tokens, sum(map(len, lengths)) + more_rows
+    n_tokens, n_rows = plain.tokens.shape[1] + more_tokens, sum(map(len, lengths)) + more_rows
     bank.gradient.copy_(gradient)
-    shape = Shape(n_tokens, n_rows, 64, any(bank.adds_to_gradient))
-    found = DevicePass(BASE, pass_.filled_up(shape, bank.n)).run_fused()
+    shape = Shape(bank.n, n_tokens, n_rows, 64, any(bank.adds_to_gradient))
+    found = Pass(BASE, batches, shape).run_fused()
     assert torch.allclose(found[: len(losses)], losses, rtol=1e-12)
     used = sorted(bank.rows)
     assert torch.allclose(bank.gradient[used], expected[used], rtol=1e-9, atol=1e-12)
 
 
 def test_a_shape_holds_its_pass_and_a_row_that_fills_it_up() -> None:
-    bank, pass_ = bank_and_pass([[40, 30], [40]], 4, [True, True])
-    assert _shape(pass_, bank) == Shape(128, 64, 512, False)
+    bank, batches = bank_and_batches([[40, 30], [40]], 4, [True, True])
+    assert _shape(batches, bank) == Shape(4, 128, 64, 512, False)
     bank.rows[0].n_passed = 1
-    assert _shape(pass_, bank).adds
+    assert _shape(batches, bank).adds
 
 
 @pytest.mark.parametrize("n_tokens", [128, 1024, 1025, 4000])
 def test_shapes_are_few_and_waste_little(n_tokens: int) -> None:
-    _, pass_ = bank_and_pass([[20]], 2, [True])
-    pass_.lengths = [n_tokens // 4, n_tokens - n_tokens // 4]
-    shape = _shape(pass_, Bank(BASE.layout(LORA), 1, device=BASE.device, compute_dtype=BASE.dtype))
-    assert 0 <= shape.n_tokens - n_tokens < 256 and shape.longest >= max(pass_.lengths)
+    lengths = [n_tokens // 4, n_tokens - n_tokens // 4]
+    rows = [make_row(AsciiTokenizer(), "x" * (n + 1), TrainSettings(max_seq_length=4096)) for n in lengths]
+    bank = Bank(BASE.layout(LORA), 1, device=BASE.device, compute_dtype=BASE.dtype)
+    shape = _shape([MicroBatch((), rows, 7)], bank)
+    assert 0 <= shape.n_tokens - n_tokens < 256 and shape.longest >= max(lengths)
 
 
 class Recording:
     """In the place of a CUDA graph: runs the pass again on the same static inputs, whatever they hold now."""
 
     def __init__(self, function: Callable[[], torch.Tensor]):
-        self.static: DevicePass = function.__self__  # type: ignore[attr-defined]
+        self.static: Pass = function.__self__  # type: ignore[attr-defined]
         self.replays = 0
 
     def replay(self) -> None:
@@ -136,7 +139,7 @@ def test_jobs_whose_passes_are_captured_and_replayed_get_the_same_adapters(
 
 def test_a_pass_that_fails_only_when_captured_is_not_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "has_kernels", lambda *_: True)
-    monkeypatch.setattr(DevicePass, "run_fused", lambda self: 1 / 0)
+    monkeypatch.setattr(Pass, "run_fused", lambda self: 1 / 0)
     plain, _ = trained(jobs_of_one_layout(), capturing=False)
     found, trainer = trained(jobs_of_one_layout(), capturing=True)
     assert not trainer.captured.works
@@ -192,11 +195,10 @@ def test_a_capture_shares_memory_unless_it_is_the_largest(monkeypatch: pytest.Mo
     monkeypatch.setattr(passes, "cuda_graph", record)
     captured = CapturedPasses(BASE)
     captured.works = True
-    bank, _ = bank_and_pass([[8]], 8, [True])
+    bank, _ = bank_and_batches([[8]], 8, [True])
     for n in (24, 16, 8, 40, 16, 40, 24):
         row = make_row(AsciiTokenizer(), (LETTERS * 3)[:n], TrainSettings())
-        pass_ = Pass([(len(row), (bank.rows[0],))], [[row]], [7])
         for _ in range(2):
-            captured.run(pass_)
+            captured.run([MicroBatch((bank.rows[0],), [row], 7)])
     assert taken == [(24, True), (16, False), (8, False), (40, True), (16, False), (24, False)]
     assert sum(static.graph is not None for static in captured.statics.values()) == 3

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from seal_nb.errors import SettingsError
-from seal_nb.inner_loop.loop import load_inner_loop
-from seal_nb.inner_loop.settings import InnerLoopSettings
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import load_inner_loop
 from seal_nb.ttt import base
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import BranchedLinear, dense_weight

@@ -21,18 +21,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from seal_nb import tokens
+from seal_nb import models
 from seal_nb.engines.base import Incomplete, Sampling
 from seal_nb.engines.local import LocalEngine
 from seal_nb.engines.vllm import VllmEngine
 from seal_nb.errors import SettingsError
 from seal_nb.grading.choose import make_grader
-from seal_nb.inner_loop.evaluation import pieces
-from seal_nb.inner_loop.loop import InnerLoop
-from seal_nb.inner_loop.settings import InnerLoopSettings
+from seal_nb.models import context_of
 from seal_nb.protocol import ErrorReply, GenerateRequest, TTTReply, error_reply
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import InnerLoop, pieces
 from seal_nb.sft import train as sft
-from seal_nb.tokens import context_of
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.lora import TrainSettings, make_row
 from tests.test_engines_vllm import noted, server_of
@@ -271,6 +270,6 @@ def test_a_panic_of_the_tokenizer_is_an_ordinary_error() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(RuntimeError, match="the tokenizer failed: index out of range"):
-        tokens._without_panic(panics, "a text")
+        models._without_panic(panics, "a text")
     with pytest.raises(KeyboardInterrupt):
-        tokens._without_panic(interrupted)
+        models._without_panic(interrupted)

@@ -7,11 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seal_nb.inner_loop.loop import memory_needed
 from seal_nb.ttt import trainer
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.branches import BankRow
-from seal_nb.ttt.decode import DecodeRow, GroupedDecoder
 from seal_nb.ttt.lora import LoraSettings, TrainJob, TrainSettings, initial_weights
 from seal_nb.ttt.trainer import SlotTrainer, Trained
 from tests.ttt.test_equality import distance, mixed_jobs, peft_weights
@@ -71,30 +69,6 @@ def test_dropout_belongs_to_the_job_not_to_its_neighbours() -> None:
     without = weights(run([a_job(epochs=3)], n_slots=1)["it"])
     assert distance(together, alone) < 1e-10
     assert distance(without, alone) > 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_estimate_of_memory_counts_the_bytes_of_what_is_made(dtype: torch.dtype) -> None:
-    base = FrozenBase(tiny_model(dtype=dtype), AsciiTokenizer())  # type: ignore[arg-type]
-    base.model.generation_config.eos_token_id = []
-    lora = LoraSettings(rank=4, target_modules=("all-linear",))
-    needed = memory_needed(base, rank=4, n_slots=3, token_budget=64, decode_rows=5, text_tokens=32)
-    slots = SlotTrainer(base, n_slots=3)
-    slots.submit(TrainJob(name="one", texts=("a text",), lora=lora, train=TrainSettings(epochs=1)))
-    adapter = slots.run()[0].adapter
-    bank = slots.banks[0]
-    buffers = {t.data_ptr(): t.nbytes for t in (bank.weights, bank.compute, bank.gradient, bank.mean, bank.square)}
-    assert needed["training"] == sum(buffers.values())
-    assert adapter is not None
-    assert needed["trained"] == 3 * sum({t.data_ptr(): t.nbytes for t in (adapter.flat, adapter.compute)}.values())
-    decoder = GroupedDecoder(base)
-    for key in range(5):
-        decoder.submit(DecodeRow(key=key, token_ids=[key + 1] * 20, max_new_tokens=8))
-    decoder.step()
-    assert needed["kv_cache"] == sum(
-        t.nbytes for side in (decoder.cache.keys, decoder.cache.values) for t in side.values()
-    )
-    assert needed["base"] == sum(t.nbytes for t in [*tiny_model(dtype=dtype).parameters(), *base.model.buffers()])
 
 
 def test_a_job_enters_at_the_step_after_another_leaves() -> None:

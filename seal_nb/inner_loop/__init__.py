@@ -1,1 +1,0 @@
-"""The inner loop: a request in, a reply out. Start with ``loop``."""
