@@ -16,10 +16,10 @@ from typing import Any
 
 from seal_nb.experiments.continual import ContinualSettings, Edits, draw_sequences, edit_request
 from seal_nb.experiments.settings import Training
-from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.passages import load_passages
 from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import InnerLoop, load_inner_loop
 
 OUT = Path(__file__).with_name("continual.json")
 TRAINING = Training(

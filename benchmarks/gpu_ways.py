@@ -19,10 +19,9 @@ from benchmarks.peft_alone import answer, step_s, with_new_adapter
 from benchmarks.slots import drive
 from benchmarks.workload import ASKED_PER_PASSAGE
 from seal_nb.grading.choose import make_grader
-from seal_nb.inner_loop.evaluation import train_job
-from seal_nb.inner_loop.loop import USUAL_SIZES, InnerLoop
-from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import TTTRequest
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import USUAL_SIZES, InnerLoop, train_job
 
 ROUND = 750  # requests: 50 passages, 5 self-edits, 3 times
 PADDED_STEPS = 3

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_nb.inspector.inspection import Inspection, open_run
-from seal_nb.inspector.widgets import VIEWS, PassageInspector
+from seal_nb.inspector.live import VIEWS, PassageInspector
 from seal_nb.passages import Passage, load_passages
 from seal_nb.storage import write_json
 
@@ -87,13 +87,13 @@ def measure(size: tuple[int, int, int]) -> dict[str, Any]:
         row["open_s"], inspection = _timed(lambda: _opened(path))
     inspector = PassageInspector(inspection)
     row["show_s"], _ = _timed(lambda: inspector.box)
-    nexts = [_timed(_set, inspector.passages, n)[0] for n in inspection.passages["n"].tolist()[1:]]
+    nexts = [_timed(_set, inspector.ui.passages, n)[0] for n in inspection.passages["n"].tolist()[1:]]
     row |= {"next_s": statistics.median(nexts), "slowest_next_s": max(nexts)}
-    row["view_s"] = max(_timed(_set, inspector.view, view)[0] for view in (*VIEWS[1:], VIEWS[0]))
-    row["sort_s"], _ = _timed(_set, inspector.sort, "largest gain")
-    row["disagree_s"], _ = _timed(_set, inspector.show, "graders disagree")
-    _set(inspector.show, "all")
-    row["again_s"], _ = _timed(_set, inspector.show, "graders disagree")
+    row["view_s"] = max(_timed(_set, inspector.ui.view, view)[0] for view in (*VIEWS[1:], VIEWS[0]))
+    row["sort_s"], _ = _timed(_set, inspector.ui.sort, "largest gain")
+    row["disagree_s"], _ = _timed(_set, inspector.ui.show, "graders disagree")
+    _set(inspector.ui.show, "all")
+    row["again_s"], _ = _timed(_set, inspector.ui.show, "graders disagree")
     return row
 
 

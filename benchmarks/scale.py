@@ -36,9 +36,8 @@ from benchmarks.service_load import machine
 from benchmarks.speed_table import grid
 from benchmarks.workload import load_workload
 from seal_nb.protocol import Answers, ServerStatus, build_reply
-from seal_nb.server.client import TTTClient
+from seal_nb.server.client import TTTClient, TTTServer
 from seal_nb.server.endpoint import Endpoint, Socket, connected
-from seal_nb.server.launch import TTTServer
 from seal_nb.server.worker import pack, unpack
 from seal_nb.storage import write_json
 

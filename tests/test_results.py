@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_nb import storage
-from seal_nb.errors import DataError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.grading.base import Rule, Verdict
 from seal_nb.prompts import self_edit_prompt
-from seal_nb.results import single_passage
+from seal_nb.results import run as results_run
 from seal_nb.results.collect import Collection, collect, read_run, runs_in
 from seal_nb.results.continual import ContinualRun, summarize_sequences
-from seal_nb.results.cpt import CptRun
 from seal_nb.results.regrade import compare_graders
-from seal_nb.results.single_passage import SinglePassageRun
+from seal_nb.results.run import compare
+from seal_nb.results.single_passage import CptRun, SinglePassageRun
 from seal_nb.storage import write_json
 from seal_nb.views.tables import as_html, as_text
 
@@ -128,7 +128,7 @@ def test_every_file_is_shown_or_left_out_with_its_reason(tmp_path: Path) -> None
     found = collect(tmp_path)
     assert [run.file for run in found.arms("implications").values()] == ["b/run_base.json"]
     assert dict(found.left_out("implications").to_numpy().tolist()) == {
-        "a/run_base.json": "another file is shown for this arm",
+        "a/run_base.json": "another file has this arm with the same seed, or with verdicts",
         "run_round1_rank.json": "rewards of a ReST-EM round",
         "run_round1.json": "prompt rewrite",
         "run_round2.json": "no answer graded",
@@ -308,16 +308,16 @@ def test_of_many_arms_the_first_are_compared_and_the_table_says_so(tmp_path: Pat
         write(tmp_path, f"run_iter{number}.json", run_file(("0", "1")))
     table = collect(tmp_path).differences()
     assert len(table) == 20 * 19 / 2 + 1 and table.arm.iloc[-1] == "10 more arms"
-    assert as_text(table) and collect(tmp_path).summary()["differences between arms"] == "0 of 190 are real"
+    assert as_text(table) and collect(tmp_path).summary()["differences between arms"] == "0 of 190 are real (Holm's p)"
 
 
 def test_a_passage_with_questions_without_end_is_searched_for_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
     graded = []
     monkeypatch.setattr(Rule, "grade", lambda self, answered: graded.append(1) or [Verdict.INCORRECT])
-    monkeypatch.setattr(single_passage, "MOST_CHARACTERS", 100_000)
+    monkeypatch.setattr(results_run, "MOST_CHARACTERS", 100_000)
     rows = [{"question": f"q{n}", "answer": f"g{n}", "adapter_answer": f"a{n % 500}" * 2_000} for n in range(2_000)]
-    assert SinglePassageRun(value={"articles": [{"completions": [{"questions": rows}]}]}).recited() == 0.0
-    assert 0 < len(graded) < 100
+    assert SinglePassageRun(value={"articles": [{"completions": [{"questions": rows}]}]}).recitation["recited"] == 0.0
+    assert 0 < len(graded) < 200
 
 
 JUNK = [None, True, -1, 10**30, 1e308, math.nan, "", "\ud800", "\x1b[2J", "$x^{$", "0.5", [], {}, [[]], [None], [1],
@@ -408,16 +408,22 @@ def test_passages_are_followed_over_rounds(tmp_path: Path) -> None:
 def test_arms_over_other_passages_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path, "run_base.json", run_file(("0", "0"), ("0", "1")))
     write(tmp_path, "run_round1.json", run_file(("0", "1")))
-    assert len(collect(tmp_path).differences()) == 0
+    (row,) = collect(tmp_path).differences().to_dict("records")
+    assert row["sentence"] == "not compared: shares 1 of 2 passages with the other run, which has 1"
+    assert not row["is_real"]
 
 
 def test_published_comparisons_come_out_as_they_are(published: Collection) -> None:
     found = published.differences("implications").set_index(["arm", "against"])
     settled = found.loc["self-edits, round 2", "self-edits, base model"]
-    assert settled.sentence.startswith("+7.3 points [2.") and settled.sentence.endswith("200 passages: real")
+    assert settled.sentence.startswith("+7.3 points [1.") and settled.sentence.endswith("(one of 6 comparisons): real")
     noise = found.loc["texts of GPT-4.1", "self-edits, round 2"]
     assert noise.sentence.startswith("-0.7 points [-4.") and "not distinguishable" in noise.sentence
     assert settled.is_real and not noise.is_real
+    (declared,) = published.differences("implications", compare=[" > ".join(settled.name)]).sentence
+    assert declared.startswith("+7.3 points [2.") and declared.endswith("200 passages: real")
+    with pytest.raises(DataError, match="'self-edits, round 2 > mine' are not two arms of: passage only; "):
+        published.differences("implications", compare=["self-edits, round 2 > mine"])
 
 
 def test_published_rounds_of_every_prompt_are_found(published: Collection) -> None:
@@ -446,7 +452,7 @@ def test_our_continual_summary_has_intervals(tmp_path: Path) -> None:
     write(tmp_path, "summary_continual.json", summarize_sequences(matrices, dataset="d", base_model="m"))
     (run,) = collect(tmp_path).continual
     (row,) = run.curve().to_dict("records")
-    assert (row["accuracy"], row["low"], row["high"], row["n"]) == (0.75, 0.5, 1.0, 2)
+    assert (row["accuracy"], row["n"]) == (0.75, 2) and row["low"] < 0.5 and row["high"] > 0.9
     (row,) = run.accuracy().to_dict("records")
     assert (row["accuracy"], row["baseline"], row["gain"], row["n"]) == (0.75, 0.25, 0.5, 2)
 
@@ -470,7 +476,7 @@ def test_the_summary_of_the_published_results_has_the_published_numbers(publishe
     assert said["ReST-EM rounds"] == "39.7% (n = 200) → 47.0% (n = 200)"
     assert said["after the last continual edit"] == "24.7%, never edited 30.7%"
     assert said["best arm"] == "self-edits, round 2 47.0% (n = 200), baseline 32.3% (n = 200)"
-    assert said["differences between arms"] == "5 of 6 are real"
+    assert said["differences between arms"] == "5 of 6 are real (Holm's p)"
 
 
 def test_a_summary_without_a_graded_answer_has_no_arm(tmp_path: Path) -> None:
@@ -484,13 +490,14 @@ def test_a_summary_without_a_graded_answer_has_no_arm(tmp_path: Path) -> None:
         (["Ilse Corvandt built it in 1893 of brass."] * 3, 1.0),
         (["Ilse Corvandt", "1893", "brass"], 0.0),
         (["1893", "", "brass"], pytest.approx(1 / 3)),
-        (["", "", ""], None),
+        (["", "", ""], 0.0),
     ],
 )
 def test_a_reciting_model_is_found_out_and_a_terse_one_is_not(answers: list[str], recited: float | None) -> None:
     asked = zip(["Who built it?", "When?", "Of what?"], ["Ilse Corvandt", "1893", "brass"], answers, strict=True)
     rows = [{"question": question, "answer": gold, "adapter_answer": answer} for question, gold, answer in asked]
-    assert SinglePassageRun(value={"articles": [{"completions": [{"questions": rows}]}]}).recited() == recited
+    run = SinglePassageRun(value={"articles": [{"completions": [{"questions": rows}]}]})
+    assert run.recitation["recited"] == recited
 
 
 def test_only_another_answer_of_the_same_passage_is_recited() -> None:
@@ -500,4 +507,94 @@ def test_only_another_answer_of_the_same_passage_is_recited() -> None:
     other = [{"question": "q2", "answer": "Rome", "adapter_answer": "Paris"}]
     also = [{**other[0], "other_answers": ["Paris"]}, {"question": "q3", "answer": "paris", "adapter_answer": "Oslo"}]
     articles = [{"completions": [{"questions": one}]} for one in (rows, other, also)]
-    assert SinglePassageRun(value={"articles": articles}).recited() == 0.0
+    assert SinglePassageRun(value={"articles": articles}).recitation["recited"] == 0.0
+
+
+def test_right_and_not_recited_and_the_parrot_are_beside_the_accuracy() -> None:
+    asked = [("Who built it?", "Ilse Corvandt", "Ilse Corvandt built it in 1893."), ("When?", "1893", "It was 1893.")]
+    verdicts = {"baseline_answer": "No.", "baseline_correct": False, "adapter_correct": True}
+    rows = [
+        {"question": question, "answer": gold, "adapter_answer": answer, **verdicts} for question, gold, answer in asked
+    ]
+    text = "Ilse Corvandt built it in " + "many " * 50 + "1893."  # the year is beyond the parrot's words
+    article = {"context": text, "completions": [{"questions": rows}]}
+    (row,) = SinglePassageRun(value={"articles": [article] * 8}).accuracy().to_dict("records")
+    assert (row["accuracy"], row["not_recited"], row["recited"], row["baseline_recited"]) == (1.0, 0.5, 0.5, 0.0)
+    assert row["not_recited_low"] < 0.5 < row["not_recited_high"] and row["parrot"] == 0.5
+
+
+def test_runs_with_other_seeds_are_pooled_and_runs_with_other_settings_are_arms_of_their_own(tmp_path: Path) -> None:
+    about = {"model": "m-local-1", "lora_params": {"epochs": 5, "lr": 1e-3}}
+    rights = [("0", "1"), ("0", "0")] * 4
+    for folder, seed, verdicts in (("a", 1, rights), ("b", 2, rights[::-1]), ("c", 2, rights)):
+        write(tmp_path, f"{folder}/run_base.json", run_file(*verdicts, seed=seed, **about))
+    other = about | {"lora_params": {"epochs": 10, "lr": 1e-3}}
+    write(tmp_path, "d/run_base.json", run_file(*rights[:2], seed=1, **about))
+    write(tmp_path, "e/run_base.json", run_file(*rights, seed=1, **other))
+    write(tmp_path, "f/run_base.json", run_file(*rights, seed=1, **about, grader="exact"))
+    found = collect(tmp_path)
+    base = "self-edits, base model"
+    names = [base, f"{base} (d/run_base.json)", f"{base} (finetune_epochs 10 / 5)", f"{base} (grader exact / local)"]
+    assert sorted(found.arms()) == sorted(names)
+    pooled = found.arms()[base]
+    assert pooled.estimate().units == "8 passages × 2 runs" and pooled.estimate().mean == 0.5
+    assert found.accuracy().set_index("arm")["file"][base] == "a/run_base.json + c/run_base.json"
+    assert list(found.left_out().file) == ["b/run_base.json"], "the later file has the same seed"
+    by_pair = found.differences().set_index(["arm", "against"])
+    assert by_pair.loc[(names[2], base), "differs"] == "finetune_epochs 10 / 5"
+    refused = by_pair.loc[(names[3], base), "sentence"]
+    assert refused == "not compared: was graded by local, the other run by exact"
+    with pytest.raises(DataError, match="was graded by local, the other run by exact; .*seal-nb grade"):
+        compare(found.arms()[names[3]], pooled)
+
+
+def test_rounds_are_compared_by_what_they_gain_over_their_own_baselines(tmp_path: Path) -> None:
+    """The accuracy rises because the model without adapter does: the difference in differences is negative."""
+    write(tmp_path, "run_base.json", run_file(*[("00", "11"), ("00", "00")] * 6))
+    write(tmp_path, "run_round1.json", run_file(*[("01", "11"), ("01", "01")] * 6))
+    table = collect(tmp_path).rounds_accuracy()
+    assert list(table.accuracy) == [0.5, 0.75]
+    assert table.more_gain[1].startswith("-25.0 points [") and table.more_gain[1].endswith("12 passages: real")
+
+
+def seeds(tmp_path: Path, arm: str, *rights: list[tuple[str, str]], **about: object) -> None:
+    for seed, verdicts in enumerate(rights):
+        named = {"arm": arm, "seed": seed, "model": "m-local-1", **about}
+        write(tmp_path, f"{arm}{seed}/run_base_{arm}.json", run_file(*verdicts, **named))
+
+
+def test_pooled_arms_are_compared_with_those_of_another_number_of_runs(tmp_path: Path) -> None:
+    good, bad = [("00", "11"), ("00", "10")] * 4, [("00", "00"), ("00", "10")] * 4
+    seeds(tmp_path, "passage_only", bad, bad[::-1], bad)
+    seeds(tmp_path, "hand_written", good, good[::-1])
+    arms = collect(tmp_path).arms()
+    pairs = [("hand-written", "passage only"), ("passage only", "hand-written")]
+    one, other = (compare(arms[arm], arms[against]) for arm, against in pairs)
+    assert one.sentence[0].split(", ")[2].startswith("8 passages × 3 runs")
+    assert (one.low[0], one.high[0]) == pytest.approx((-other.high[0], -other.low[0]))
+    assert collect(tmp_path).differences().is_real.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"grader": "judge:x"}, {"k_completions": 3}, {"prompt_key": "rewrite"}, {"answer_style": "short"}, {"seed": None}],
+)
+def test_runs_that_differ_by_more_than_their_seeds_are_not_pooled(tmp_path: Path, other: dict[str, Any]) -> None:
+    verdicts = [("0", "1"), ("0", "0")] * 4
+    about: dict[str, Any] = {"model": "m-local-1", "prompt_key": "implications"}
+    write(tmp_path, "a/run_mine.json", run_file(*verdicts, **about, seed=1))
+    write(tmp_path, "b/run_mine.json", run_file(*verdicts, **about | {"seed": 2} | other))
+    assert len(collect(tmp_path).arms()) == 2
+
+
+def test_ungraded_answers_and_recitation_are_those_of_all_runs_of_an_arm(tmp_path: Path) -> None:
+    seeds(tmp_path, "hand_written", [("00", "11")] * 6, [("00", "1?")] * 6)
+    (row,) = collect(tmp_path).accuracy().to_dict("records")
+    assert (row["ungraded"], row["recited"]) == (6, 0.0)
+
+
+@pytest.mark.parametrize("margin", [2, -0.05, "0.02", 0])
+def test_a_margin_that_is_no_fraction_is_refused(margin: Any) -> None:
+    run = SinglePassageRun(value=run_file(*[("0", "1")] * 8))
+    with pytest.raises(SettingsError, match="margin is .*give a fraction"):
+        compare(run, run, margin=margin)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from seal_nb.errors import DataError
-from seal_nb.results.collect import read_run
+from seal_nb.passages import load_passages
+from seal_nb.results.collect import read_run, run_of
 from seal_nb.results.continual import summarize_sequences
+from seal_nb.results.run import KINDS
 from seal_nb.storage import read_json, write_json
 
 
@@ -120,3 +122,49 @@ def test_a_continual_summary_is_confirmed_and_a_changed_cell_is_named(tmp_path: 
     assert found["intervals"]["gain"]["sentence"].startswith("+37.5 points")
     made["mean_over_sequences"][2][0] = 0.9
     assert "mean_over_sequences is stored as" in summarize(write_json(tmp_path / "x.json", made))["disagreements"][0]
+
+
+TEN_WORDS = "to carry the water of the river over the valley"
+LONG = "1 of 2 questions have gold answers of seven words or more, on which the local grader agrees less with GPT-4.1"
+ASKED = [{"question": "Why?", "answer": TEN_WORDS}, {"question": "When?", "answer": "1954"}]
+
+
+def run_with_a_long_gold(form: str, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    if form == "single":
+        verdicts = {f"{kind}_{name}": value for kind in KINDS for name, value in (("answer", "x"), ("correct", False))}
+        edit = {"text": "e", "questions": [{"rep": rep, **one, **verdicts} for rep in (0, 1) for one in asked]}
+        return {"articles": [{"title": "T", "context": "c", "completions": [edit]}]}
+    if form == "cpt":
+        reply = {f"{kind}_correct": [False] * len(asked) for kind in KINDS}
+        reply |= {f"{kind}_texts": ["x"] * len(asked) for kind in KINDS}
+        return {"server_reply": reply, "passages": [{"title": "T", "context": "c", "questions": asked}]}
+    step = {"texts": ["x"] * len(asked), "correct": [False] * len(asked)}
+    sequence = {"titles": ["T"], "questions": [asked], "steps": [step, step]}
+    return summarize_sequences([[[0.0], [0.0]]], dataset="d", base_model="m") | {"sequences": [sequence]}
+
+
+@pytest.mark.parametrize("form", ["single", "cpt", "continual"])
+def test_long_gold_answers_of_a_locally_graded_run_are_counted(tmp_path: Path, form: str) -> None:
+    def notes(asked: list[dict[str, Any]], grader: str) -> list[str]:
+        value = run_with_a_long_gold(form, asked) | {"grader": grader}
+        return summarize(write_json(tmp_path / "run.json", value))["notes"]
+
+    for grader in ("local", "first:local"):
+        (said,) = notes(ASKED, grader)
+        assert said.startswith(LONG) and said.endswith("(docs/graders.md)")
+    assert notes(ASKED, "judge:gpt-4.1") == notes(ASKED, "") == notes(ASKED, "recall") == []
+    assert notes(ASKED[1:], "local") == []
+    with_a_short_one = {**ASKED[0], "other_answers": ["to carry water"]}
+    assert notes([with_a_short_one, ASKED[1]], "local") == []
+
+
+def test_the_note_of_long_golds_hides_no_disagreement_and_needs_the_passages(
+    golden: Path, published: dict[str, Any]
+) -> None:
+    local = run_of({**published, "grader": "local", "overall": published["overall"] | {"mean_gain": 0.5}}).summary()
+    assert "gold answers of seven words or more" in local["notes"][0]
+    assert local["disagreements"] == ["overall: mean_gain is stored as 0.5, computed 0.0831"]
+    cpt = {**read_json(golden / "results/cpt_base.json"), "grader": "local"}
+    (only,) = run_of(cpt).notes()
+    assert "no intervals" in only
+    assert run_of(cpt, passages=load_passages(golden / "eval/base_val.json.gz")).notes()[0].startswith("87 of 970 ")

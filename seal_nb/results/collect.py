@@ -7,32 +7,24 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from seal_nb import metrics
 from seal_nb.errors import DataError, SealError, redacted
-from seal_nb.metrics import Estimate, accuracy, counted
 from seal_nb.passages import Passage
+from seal_nb.results import run as shared
 from seal_nb.results.continual import ContinualRun
-from seal_nb.results.cpt import CptRun
-from seal_nb.results.run import (
-    COMPARED,
-    ROUNDS_BY_PROMPT,
-    SINGLE_PASSAGE,
-    Run,
-    are_published_passages,
-    comparison,
-    frame,
-)
-from seal_nb.results.single_passage import SinglePassageRun
+from seal_nb.results.single_passage import CptRun, SinglePassageRun
 from seal_nb.storage import data_file, read_json, runs_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SomeRun = TypeVar("SomeRun", bound=shared.Run)
 SKIPPED_FOLDERS = {".ipynb_checkpoints", ".done", ".git", ".venv", "adapters", "server"}
 MOST_PARTS = 100_000  # objects of one file, and texts in lists; a run over all of SQuAD's validation has 60,000
 MOST_RUNS = 200  # of one file
@@ -44,7 +36,7 @@ SUMMARY_LINES = ("best arm", "differences between arms", "ReST-EM rounds", "best
                "after the last continual edit")  # fmt: skip
 
 
-def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
+def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> shared.Run:
     """Read one run file of this package or of the release, plain or gzip-compressed.
 
     Args:
@@ -64,16 +56,15 @@ def read_run(path: str | Path, *, passages: Sequence[Passage] = ()) -> Run:
     return run_of(read_json(path), path=path, passages=passages)
 
 
-def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> Run:
+def run_of(value: Any, *, path: str | Path = "", file: str = "", passages: Sequence[Passage] = ()) -> shared.Run:
     """The run in a JSON value. Raises: DataError."""
     if not is_run(value):
         problem = "is neither a single-passage run (articles), a CPT run (server_reply) nor a continual summary"
         raise DataError(problem, path=path, remedy="give a run_*.json, cpt_run_*.json or summary_*.json")
     _hide_keys(value, path)
-    about: dict[str, Any] = {"value": value, "path": Path(path), "file": file}
-    if "articles" in value:
-        return SinglePassageRun(**about)
-    return CptRun(**about, passages=passages) if "server_reply" in value else ContinualRun(**about)
+    about: dict[str, Any] = {"value": value, "path": Path(path), "file": file, "passages": passages}
+    form = SinglePassageRun if "articles" in value else CptRun if "server_reply" in value else ContinualRun
+    return form(**about)
 
 
 def _hide_keys(value: Any, path: str | Path) -> None:
@@ -121,7 +112,7 @@ def collect(folder: str | Path) -> "Collection":
         try:
             found = runs_in(read_json(path), path=path, file=file)
             for run in found:
-                run.accuracy()  # the tables need it: what cannot be computed is found here, where the file is known
+                _ = run.row  # the tables need it: what cannot be computed is found here, where the file is known
             runs += found
         except SealError as error:
             unread.append((file, getattr(error, "problem", str(error))))
@@ -145,7 +136,7 @@ def _json_files(root: Path) -> Iterator[Path]:
                 yield here / name
 
 
-def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
+def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[shared.Run]:
     """The runs in one JSON value; none if it is something else."""
     if is_run(value):
         return [run_of(value, path=path, file=file)]
@@ -173,11 +164,11 @@ def runs_in(value: Any, *, path: str | Path = "", file: str = "") -> list[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """The runs of a folder. ``unread``: (file, reason) of files that look like results and could not be read. Several
-    files may hold the same arm. ``arms`` picks one: files with verdicts before stored numbers, later before earlier
-    paths. Rewards of ReST-EM rounds are not evaluations and are left out."""
+    """The runs of a folder. ``unread``: (file, reason) of files that look like results and could not be read. Runs of
+    an arm that differ by their seeds alone are pooled; runs with other settings are arms of their own. Rewards of
+    ReST-EM rounds are not evaluations and are left out."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[shared.Run, ...]
     unread: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -199,20 +190,20 @@ class Collection:
             is_ranking, estimate = isinstance(run, SinglePassageRun) and run.is_ranking, run.estimate()
             kind = "ranking" if is_ranking else run.form.replace("_", " ")
             rows.append((run.file, kind, run.arm, estimate and estimate.n, estimate and estimate.mean))
-        return frame(rows, ("file", "kind", "arm", "n", "accuracy"))
+        return shared.frame(rows, ("file", "kind", "arm", "n", "accuracy"))
 
     def arms(self, prompt_key: str = "") -> dict[str, SinglePassageRun]:
-        """One evaluation per arm, by its name; with ``prompt_key``, only those with this prompt."""
+        """One evaluation per arm, by its name (see ``pooled``); with ``prompt_key``, only those with this prompt."""
         wanted = [run for run in self.single_passage if not run.is_ranking and prompt_key in ("", run.prompt_key)]
         measured = [run for run in wanted if run.has_verdicts or run.stored_mean("adapter") is not None]
-        arms = {run.arm: run for run in sorted(measured, key=lambda run: run.has_verdicts)}  # the last one stays
 
-        def order(run: SinglePassageRun) -> tuple[float, str]:
+        def order(named: tuple[str, SinglePassageRun]) -> tuple[float, str]:
             """Passage only first, self-edits by round, then texts that no round wrote."""
+            name, run = named
             number = math.inf if run.rest_em_round is None else run.rest_em_round
-            return -1 if run.arm == "passage only" else number, run.arm
+            return -1 if run.arm == "passage only" else number, name
 
-        return {run.arm: run for run in sorted(arms.values(), key=order)}
+        return dict(sorted(pooled(measured).items(), key=order))
 
     def best_answered(self) -> SinglePassageRun | None:
         """Of the arms with answers, those on the most passages; of these, the most accurate one."""
@@ -223,20 +214,25 @@ class Collection:
     def accuracy(self, prompt_key: str = "", *, form: str = "single_passage") -> "pd.DataFrame":
         """The ``accuracy()`` of every arm as one DataFrame, or of all runs of the form "cpt" or "continual"."""
         if form == "single_passage":
-            return stacked(self.arms(prompt_key).values())
-        return stacked(run for run in self.runs if run.form == form)
+            return stacked(self.arms(prompt_key).items())
+        if form == "cpt":
+            return stacked(pooled(self.cpt).items())
+        return stacked((run.arm, run) for run in self.continual)  # of other seeds: see ``pool_summaries``
 
     def left_out(self, prompt_key: str = "") -> "pd.DataFrame":
         """``file`` and ``reason`` of every single-passage run that ``arms`` does not hold."""
-        rows, shown = [], {id(run) for run in self.arms(prompt_key).values()}
+        rows, arms = [], self.arms(prompt_key).values()
+        shown = {one.file for run in arms for one in (run, *run.others)}
         for run in self.single_passage:
-            reason = "another file is shown for this arm" if run.estimate() else "no answer graded"
+            reason = "another file has this arm with the same seed, or with verdicts"
+            if not run.estimate():
+                reason = "no answer graded"
             if run.is_ranking:
                 reason = "rewards of a ReST-EM round"
             elif prompt_key not in ("", run.prompt_key):
                 reason = f"prompt {run.prompt_key}"
-            rows += [(run.file, reason)] if id(run) not in shown else []
-        return frame(rows, ("file", "reason"))
+            rows += [(run.file, reason)] if run.file not in shown else []
+        return shared.frame(rows, ("file", "reason"))
 
     def prompt_keys(self) -> list[str]:
         """The prompt keys of all evaluations, `implications` first."""
@@ -245,8 +241,8 @@ class Collection:
 
     def rounds(self, prompt_key: str) -> list[SinglePassageRun | None]:
         """The evaluation of each ReST-EM round, None for a missing one; empty with fewer than two rounds."""
-        arms = self.arms(prompt_key).values()
-        by_round = {run.rest_em_round: run for run in arms if run.rest_em_round is not None}
+        arms = self.arms(prompt_key).items()
+        by_round = {run.rest_em_round: run for name, run in arms if name == run.arm and run.rest_em_round is not None}
         return [by_round.get(number) for number in range(max(by_round) + 1)] if len(by_round) > 1 else []
 
     def rounds_by_prompt(self) -> dict[str, list[SinglePassageRun | None]]:
@@ -254,13 +250,17 @@ class Collection:
         return {key: runs for key in self.prompt_keys() if (runs := self.rounds(key))}
 
     def rounds_accuracy(self) -> "pd.DataFrame":
-        """One row per prompt and round, as ``accuracy()`` of its run."""
-        return stacked(run for runs in self.rounds_by_prompt().values() for run in runs if run)
+        """One row per prompt and round, as ``accuracy()`` of its run. Each round has its own model and so its own
+        baseline: ``more_gain`` is how much more its adapters gain than those of the first round of this prompt, paired
+        over passages (the difference in differences), in words."""
+        rows = {key: [run for run in runs if run] for key, runs in self.rounds_by_prompt().items()}
+        more = [one for runs in rows.values() for one in _more_gain(runs)]
+        return stacked((run.arm, run) for runs in rows.values() for run in runs).assign(more_gain=more)
 
     def passage_accuracies(self, prompt_key: str) -> list[list[float]]:
         """For each passage its accuracy in each round; empty if rounds, passages or verdicts are missing."""
         rounds = self.rounds(prompt_key)
-        columns = [[accuracy(verdicts) for verdicts in run.scores("adapter")] if run else [] for run in rounds]
+        columns = [[metrics.accuracy(verdicts) for verdicts in run.scores("adapter")] if run else [] for run in rounds]
         if len(set(map(len, columns))) != 1:
             return []
         rows = [[value for value in row if value is not None] for row in zip(*columns, strict=True)]
@@ -268,29 +268,49 @@ class Collection:
 
     def published_arms(self, prompt_key: str = "") -> dict[str, float]:
         """The published accuracy of every arm that was run on exactly the published passages."""
-        arms = [arm for arm, run in self.arms(prompt_key).items() if are_published_passages(run.unit_keys())]
-        return {arm: SINGLE_PASSAGE[arm] for arm in arms if arm in SINGLE_PASSAGE}
+        arms = [arm for arm, run in self.arms(prompt_key).items() if shared.are_published_passages(run.unit_keys())]
+        return {arm: shared.SINGLE_PASSAGE[arm] for arm in arms if arm in shared.SINGLE_PASSAGE}
 
     def published_rounds(self) -> dict[str, tuple[float, ...]]:
         """The published accuracy of every round by prompt, if the rounds were run on the published passages."""
         runs = [run for rounds in self.rounds_by_prompt().values() for run in rounds if run]
-        return ROUNDS_BY_PROMPT if runs and are_published_passages(runs[0].unit_keys()) else {}
+        return shared.ROUNDS_BY_PROMPT if runs and shared.are_published_passages(runs[0].unit_keys()) else {}
 
-    def baseline(self, prompt_key: str = "") -> Estimate | None:
+    def baseline(self, prompt_key: str = "") -> metrics.Estimate | None:
         """The model without adapter, from the first arm that has it."""
         return next((found for run in self.arms(prompt_key).values() if (found := run.estimate("baseline"))), None)
 
-    def differences(self, prompt_key: str = "") -> "pd.DataFrame":
-        """Every two arms over the same passages, as ``compare`` gives them. Of more than MOST_ARMS arms only the first
-        are compared, and a last row without numbers says so."""
-        rows, arms = [], list(self.arms(prompt_key).values())
-        for second, first in combinations(arms[:MOST_ARMS], 2):
-            with suppress(DataError):  # other passages
-                rows.append(comparison(first, second))
-        if (n_more := len(arms) - MOST_ARMS) > 0:
+    def differences(
+        self, prompt_key: str = "", *, compare: Sequence[str] = (), margin: float | None = None
+    ) -> "pd.DataFrame":
+        """Differences between arms over the same passages, as ``compare`` gives them, with Holm's p for all of them
+        together. ``compare``: "arm > against", as it was declared beforehand; empty: every two arms, of more than
+        MOST_ARMS only the first, and a last row without numbers says so. Pairs that cannot be compared, such as
+        runs with different graders, have no numbers and a reason. ``margin``: see ``compare``.
+        Raises: DataError for an arm that is not there."""
+        arms, rows, found = self.arms(prompt_key), [], []
+        declared = [compare] if isinstance(compare, str) else compare
+        pairs = list(dict.fromkeys(tuple(map(str.strip, one.split(" > "))) for one in declared))
+        for pair in pairs or [(one, other) for other, one in combinations(list(arms)[:MOST_ARMS], 2)]:
+            if len(pair) != 2 or len({*pair} & arms.keys()) < 2:
+                problem = f"{' > '.join(pair)!r} are not two arms of: {'; '.join(arms) or 'no arm was found'}"
+                remedy = 'write "arm > against" with names of the table of arms'
+                raise DataError(problem, field="compare", remedy=remedy)
+            try:
+                found.append((pair[0], pair[1], shared.difference_of(arms[pair[0]], arms[pair[1]])))
+            except DataError as error:
+                about = {"arm": pair[0], "against": pair[1], "is_real": False}
+                rows.append(about | {"sentence": f"not compared: {error.problem}"})
+        of_pairs = zip(found, metrics.adjusted([one for *_, one in found]), strict=True)
+        compared = [
+            shared.compared_row(arms[arm], arms[against], one, margin) | {"arm": arm, "against": against}
+            for (arm, against, _), one in of_pairs
+            if one
+        ]
+        if not compare and (n_more := len(arms) - MOST_ARMS) > 0:
             said = f"not compared: only the first {MOST_ARMS} arms are"
-            rows.append({"arm": counted(n_more, "more arms"), "is_real": False, "sentence": said})
-        return frame(rows, COMPARED)
+            rows.append({"arm": metrics.counted(n_more, "more arms"), "is_real": False, "sentence": said})
+        return shared.frame([*compared, *rows], shared.COMPARED)
 
     def summary(self, prompt_key: str = "") -> dict[str, str | None]:
         """The few numbers to look at first; None where there are no runs for one."""
@@ -302,7 +322,8 @@ class Collection:
             baseline = next((one for _, run in whole if (one := run.estimate("baseline"))), None)
             said["best arm"] = f"{of_best.arm} {_percent(best)}, baseline {_percent(baseline)}"
         if len(differences := self.differences(prompt_key).dropna(subset="n")):
-            said["differences between arms"] = f"{sum(differences['is_real'])} of {len(differences)} are real"
+            n_real = sum(differences["is_real"])
+            said["differences between arms"] = f"{n_real} of {len(differences)} are real (Holm's p)"
         if known := [run for run in self.rounds(prompt_key) if run]:
             said["ReST-EM rounds"] = " → ".join(_percent(run.estimate()) for run in (known[0], known[-1]))
         if cpt := [(estimate, run) for run in self.cpt if (estimate := run.estimate())]:
@@ -314,10 +335,65 @@ class Collection:
         return said
 
 
-def stacked(runs: Iterable[Run]) -> "pd.DataFrame":
-    """The ``accuracy()`` rows of several runs as one DataFrame."""
-    return frame([row for run in runs for row in run.accuracy().to_dict("records")])
+def pooled(runs: Sequence[SomeRun]) -> dict[str, SomeRun]:
+    """The runs by arm. Files with verdicts go before stored numbers. Runs of an arm on the same passages with the same
+    conditions and other seeds become one run with ``others``; of runs with the same seed the last file stays. Other
+    conditions or passages make an arm of its own, whose name says what differs from the one with the most passages."""
+    by_arm: dict[str, list[SomeRun]] = {}
+    for run in runs:
+        by_arm.setdefault(run.arm, []).append(run)
+    found = dict[str, SomeRun]()
+    for arm, own in by_arm.items():
+        groups: list[dict[str, SomeRun]] = []  # by seed, alike in everything else
+        for run in [one for one in own if one.has_verdicts] or own[-1:]:
+            group = next((one for one in groups if _are_alike(run, next(iter(one.values())))), None)
+            if group is None:
+                groups.append(group := {})
+            group[str(run.value.get("seed"))] = run
+        for group in sorted(groups, key=lambda one: len(next(iter(one.values())).unit_keys()), reverse=True):
+            run, *others = group.values()
+            first = found.get(arm)
+            name = f"{arm} ({shared.differing(run, first) or run.file})" if first else arm
+            name = name if name not in found else f"{arm} ({run.file})"
+            found[name] = replace(run, others=tuple(others)) if others else run
+    return found
 
 
-def _percent(estimate: Estimate | None) -> str:
+def _are_alike(one: shared.Run, other: shared.Run) -> bool:
+    """Whether two runs of an arm differ by nothing but their seeds. Each run of a ReST-EM round has its own model."""
+    units = [
+        (run.unit_keys(), len(run.own_scores("adapter")), run.conditions().get("grader"), run.value.get("seed") is None)
+        for run in (one, other)
+    ]
+    is_round = isinstance(one, SinglePassageRun) and one.rest_em_round
+    return units[0] == units[1] and shared.differing(one, other) in ("", "model" if is_round else "")
+
+
+def stacked(named: Iterable[tuple[str, shared.Run]]) -> "pd.DataFrame":
+    """The ``accuracy()`` rows of several runs with their names, with ``p_holm``: the p of all gains together."""
+    pairs = list(named)
+    rows = [row | {"arm": name} for name, run in pairs for row in run.accuracy().to_dict("records")]
+    table, gains = shared.frame(rows), metrics.adjusted([run.gain() for _, run in pairs])
+    if rows:
+        table.insert(table.columns.get_loc("p") + 1, "p_holm", [one.p_value if one else None for one in gains])
+    return table
+
+
+def _more_gain(runs: Sequence[SinglePassageRun]) -> list[str | None]:
+    """How much more each run gains than the first, over passages that both have; None where that cannot be said."""
+    found: list[metrics.Difference | None] = []
+    for run in runs[1:]:
+        one = None
+        with suppress(DataError):  # other passages or graders
+            one = shared.difference_of(run, runs[0], shared_only=True, scores=_gains)
+        found.append(one)
+    return [None, *(one.sentence() if one else None for one in metrics.adjusted(found))]
+
+
+def _gains(run: shared.Run) -> list[metrics.Scores]:
+    pairs_P = [zip(*rows, strict=True) for rows in zip(run.scores("baseline"), run.scores("adapter"), strict=True)]
+    return [[metrics.gain([before], [after]) for before, after in pairs] for pairs in pairs_P]
+
+
+def _percent(estimate: metrics.Estimate | None) -> str:
     return "–" if estimate is None else f"{estimate.mean:.1%} (n = {estimate.n})"

@@ -1,49 +1,42 @@
 """Continual self-edits: the (K+1)×K accuracy matrix, its summary files, forgetting.
 
 Row t of a matrix is the accuracy on each passage after t edits, row 0 before any. Step j + 1 edits passage j, which is
-asked from then on. A cell without a verdict is None. In files (SEAL, arXiv 2506.10943) the mean is 0.0 if not asked."""
+asked from then on, and once after step j (ours). A cell without a verdict is None. In files (SEAL, arXiv 2506.10943)
+the mean is 0.0 before the passage's own edit. Intervals are over sequences and over the passages that they share."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field
+import numpy as np
 
 from seal_nb import metrics
 from seal_nb.errors import DataError, checked
 from seal_nb.grading.base import answered_with
 from seal_nb.protocol import rounded
 from seal_nb.results import run as runs
-from seal_nb.results.cpt import check_length, split_by_passage
-from seal_nb.storage import read_json, write_json
+from seal_nb.results.single_passage import check_length, split_by_passage
+from seal_nb.storage import content_id, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Matrix = Sequence[Sequence[float | None]]
-_interval = partial(metrics.if_graded, metrics.mean_interval, unit="sequences")
-_difference = partial(metrics.if_graded, metrics.paired_difference, unit="sequences")
+N_SHUFFLES = 2_000
 
 
-class _Asked(runs.Part):
-    question: str
-    answer: str
-    other_answers: runs.Many[str] = Field([])
-
-
-class _Step(runs.Part):
+class _Step(runs.GradedPart):
     texts: runs.Many[str]
     correct: runs.Many[bool | None]
-    earlier: dict[str, dict[str, runs.Many[bool | None]]] | None = None
 
 
 class _Sequence(runs.Part):
     titles: runs.Many[str]
-    questions: runs.Many[runs.Many[_Asked]]
+    questions: runs.Many[runs.Many[runs.AskedQuestion]]
     steps: runs.Many[_Step]
 
 
@@ -52,6 +45,7 @@ class _File(runs.RunFields):
     std_over_sequences: runs.Many[runs.Many[runs.Number]] | None = None
     matrices: runs.Many[runs.Many[runs.Many[runs.Number]]] | None = None
     sequences: runs.Many[_Sequence] | None = None
+    passages: runs.Many[runs.Many[str]] | None = None
     n_sequences_of_runs: runs.Many[runs.Count] | None = None
 
 
@@ -73,6 +67,7 @@ class ContinualRun(runs.Run):
         self.matrices: Sequence[Matrix] = read.matrices or []
         self.n_sequences = read.n_sequences or 0
         self.run_sizes = read.n_sequences_of_runs or []
+        self.run_passages = read.passages or []
         check_sizes([self.mean, *self.matrices], path=self.path, field="mean_over_sequences")
         if self.std:  # absent or empty: only pooling needs it
             check_sizes([self.mean, self.std], path=self.path, field="std_over_sequences")
@@ -81,19 +76,44 @@ class ContinualRun(runs.Run):
             check_length(counts, len(sequence.titles), path=self.path, field=f"{place}.questions", of="titles")
             check_length(sequence.steps, len(counts) + 1, path=self.path, field=f"{place}.steps", of="steps")
             for step, record in enumerate(sequence.steps):
-                lists: dict[str, list[Any]] = {"texts": record.texts, "correct": record.correct}
-                for grader, kept in (record.earlier or {}).items():
-                    lists |= {f"earlier.{grader}.{name}": verdicts for name, verdicts in kept.items()}
-                for name, values in lists.items():
-                    n_asked = sum(counts[: step or None])
+                n_asked = sum(counts[: n_passages_asked(step, counts, len(record.correct))])
+                for name, values in record.lists().items():
                     check_length(values, n_asked, path=self.path, field=f"{place}.steps[{step}].{name}")
 
     @property
     def arm(self) -> str:
         return self.name
 
-    def scores(self, kind: runs.Kind) -> list[metrics.Scores]:
+    def own_scores(self, kind: runs.Kind) -> list[metrics.Scores]:
         return [matrix[0 if kind == "baseline" else -1] for matrix in self.matrices]
+
+    def labels(self) -> list[list[Any]]:
+        """The passage of each cell: sequences that are drawn from the same passages are not independent."""
+        keys = self.run_passages or [
+            [content_id([title, asked]) for title, asked in zip(one["titles"], one["questions"], strict=True)]
+            for one in self.value.get("sequences") or []
+        ]
+        return keys if len(keys) == len(self.matrices) else []
+
+    def groups(self) -> dict[str, Any]:
+        counts = [len(asked) for one in self.value.get("sequences") or [] for asked in one["questions"]]
+        of_passage = sum(counts) / len(counts) if sum(counts) else self.value.get("questions_of_a_passage")
+        how = {"n_each": of_passage} if of_passage else {}
+        return how | ({"groups_P_Q": keys, "group": "passages"} if (keys := self.labels()) else {})
+
+    def cost(self) -> tuple[float | None, float | None]:
+        edits = [step for one in self.value.get("sequences") or [] for step in one["steps"][1:]]
+        steps, tokens = (metrics.mean([edit.get(name) for edit in edits]) for name in ("train_steps", "train_tokens"))
+        return steps, tokens
+
+    def cells(self, kind: runs.Kind) -> list[list[runs.Cell]]:
+        of_step, found = 0 if kind == "baseline" else len(self.mean) - 1, list[list[runs.Cell]]()
+        stored = [(number, one) for number, step, one in self._placed_verdicts() if step == of_step]
+        for number, sequence in enumerate(self.value.get("sequences") or []):
+            own = [(one.answered, one.verdict()) for of_sequence, one in stored if of_sequence == number]
+            parts = split_by_passage(own, [len(asked) for asked in sequence["questions"]])
+            found.append([runs.Cell(*(zip(*part, strict=True) if part else ((), ()))) for part in parts])
+        return found
 
     def flat_verdicts(self, kind: runs.Kind) -> list[Any]:
         return [one.verdict() for one in self.stored_verdicts() if one.kind == kind]
@@ -115,7 +135,40 @@ class ContinualRun(runs.Run):
             known = metrics.mean(self.mean[step][:step])
             value = math.nan if known is None else known
             stored = metrics.Estimate(mean=value, low=value, high=value, n=self.n_sequences, unit=self.unit)
-            found.append(_interval([matrix[step][:step] for matrix in self.matrices]) or stored)
+            rows = [matrix[step][:step] for matrix in self.matrices]
+            found.append(metrics.if_graded(metrics.mean_interval, rows, **self._how(0, step)) or stored)
+        return found
+
+    def _how(self, start: int, stop: int | None) -> dict[str, Any]:
+        """``how`` for the cells of some passages."""
+        how = self.how
+        return how | {name: [row[start:stop] for row in how[name]] for name in ("groups_P_Q",) if name in how}
+
+    def estimates(self) -> dict[str, metrics.Estimate | None]:
+        """The numbers a continual experiment is about, each with its interval; None: nothing was graded.
+
+        ``never_edited`` row 0; ``after_own_edit`` each passage right after its edit; ``final`` the last row;
+        ``final_minus_never_edited``; ``backward_transfer`` what later edits changed (final minus after own edit, the
+        last passage left out); ``forward_transfer`` what earlier edits changed before a passage's own (the first left
+        out); ``forgetting`` and ``forgetting_by_chance`` (see ``forgetting``)."""
+
+        def difference(first: Sequence[Any], second: Sequence[Any], start: int = 0, stop: int | None = None) -> Any:
+            sides = ([row[start:stop] for row in rows] for rows in (first, second))
+            return metrics.if_graded(metrics.paired_difference, *sides, **self._how(start, stop))
+
+        matrices, places = self.matrices, range(len(self.mean) - 1)
+        never, final = [matrix[0] for matrix in matrices], [matrix[-1] for matrix in matrices]
+        own = [[matrix[at + 1][at] for at in places] for matrix in matrices]
+        before_own = [[matrix[at][at] for at in places] for matrix in matrices]
+        found: dict[str, metrics.Estimate | None] = {
+            name: metrics.if_graded(metrics.mean_interval, rows, **self.how)
+            for name, rows in (("never_edited", never), ("after_own_edit", own), ("final", final))
+        }
+        found["final_minus_never_edited"] = difference(final, never)
+        if len(places) > 1:
+            found["backward_transfer"] = difference(final, own, stop=-1)
+            found["forward_transfer"] = difference(before_own, never, start=1)
+            found |= forgetting(matrices, self._how(0, -1))
         return found
 
     def curve(self) -> "pd.DataFrame":
@@ -142,19 +195,22 @@ class ContinualRun(runs.Run):
         return runs.frame(rows, ("sequence", "edits", "passage", "question", "gold", "answer", "verdict", "correct"))
 
     def overall(self) -> dict[str, Any]:
-        """The means of ``continual_estimates``; of the stored matrix in files without sequences."""
-        stored = [[cell if was_asked(t, p) else None for p, cell in enumerate(row)] for t, row in enumerate(self.mean)]
-        return {name: one and one.mean for name, one in continual_estimates(self.matrices or [stored]).items()}
+        """The means of ``estimates``; of the stored matrix in files without sequences."""
+        if not self.matrices:
+            rows = enumerate(self.mean)
+            stored = [[cell if was_asked(t, p) else None for p, cell in enumerate(row)] for t, row in rows]
+            return type(self)(value=self.value | {"matrices": [stored]}).overall()
+        return {name: one and one.mean for name, one in self.estimates().items()}
 
     def counts(self) -> dict[str, Any]:
         about = {"n_passages": len(self.mean) - 1, "n_sequences": self.n_sequences}
         return super().counts() | about | {"n_answers": len(self.stored_verdicts())}
 
-    def notes(self) -> list[str]:
+    def gaps(self) -> list[str]:
         if not self.matrices:
             return ["the file has no matrix of each sequence: no intervals"]
         unchecked = "the matrices of each pooled run are not known: the means are not checked"
-        return [*super().notes(), *([] if self._runs() else [unchecked])]
+        return [*super().gaps(), *([] if self._runs() else [unchecked])]
 
     def _runs(self) -> list[Self]:
         """The runs that were pooled, from their matrices; this run if it is not pooled; empty if not known."""
@@ -168,7 +224,8 @@ class ContinualRun(runs.Run):
         if not (parts := self._runs()):
             return []
         computed = aggregate_summaries(parts) if "n_runs" in self.value else parts[0].value
-        return runs.unequal("summary", self.value, computed)
+        unchecked = {"passages", "questions_of_a_passage"}  # the parts have matrices only
+        return runs.unequal("summary", self.value, {k: v for k, v in computed.items() if k not in unchecked})
 
     def stored_verdicts(self) -> list[runs.StoredVerdict]:
         return [stored for _, _, stored in self._placed_verdicts()]
@@ -178,7 +235,8 @@ class ContinualRun(runs.Run):
         for number, sequence in enumerate(self.value.get("sequences") or []):
             passages = list(zip(sequence["titles"], sequence["questions"], strict=True))
             for step, record in enumerate(sequence["steps"]):
-                asked = [(title, one) for title, questions in passages[: step or None] for one in questions]
+                n_passages = n_passages_asked(step, [len(asked) for _, asked in passages], len(record["correct"]))
+                asked = [(title, one) for title, questions in passages[:n_passages] for one in questions]
                 kind: runs.Kind = "adapter" if step else "baseline"
                 for at, ((title, one), text) in enumerate(zip(asked, record["texts"], strict=True)):
                     golds = one["answer"], *(one.get("other_answers") or ())
@@ -223,10 +281,16 @@ def was_asked(step: int, passage: int) -> bool:
     return step == 0 or passage < step
 
 
+def n_passages_asked(step: int, counts: Sequence[int], n_answers: int) -> int:
+    """Passages that ``n_answers`` after ``step`` edits are about: all before any edit, then the edited ones, and the
+    next one in files that have its answers."""
+    return step + (n_answers > sum(counts[:step])) if step else len(counts)
+
+
 def verdict_row(correct: metrics.Verdicts, counts: Sequence[int], step: int) -> list[metrics.Verdicts | None]:
     """The verdicts of every passage after ``step`` edits, from those of all questions; None if it was not asked.
     ``counts``: the number of questions of each passage."""
-    n_asked = step or len(counts)
+    n_asked = n_passages_asked(step, counts, len(correct))
     return [*split_by_passage(correct, counts[:n_asked]), *[None] * (len(counts) - n_asked)]
 
 
@@ -297,6 +361,8 @@ def aggregate_summaries(runs: Sequence[ContinualRun]) -> dict[str, Any]:
         "n_sequences_of_runs": [] if any("n_runs" in run.value for run in runs) else counts,
         "pooled_std_over_sequences": _cellwise(partial(_pooled_std, counts), [*means, *stds]),
         "matrices": [matrix for run in runs for matrix in run.matrices],
+        "passages": [keys for run in runs for keys in run.labels()],
+        "questions_of_a_passage": metrics.mean([run.groups().get("n_each") for run in runs]),
     }
 
 
@@ -323,24 +389,30 @@ def pool_summaries(paths: Sequence[str | Path], out: str | Path) -> str:
     )
 
 
-def continual_estimates(matrices: Sequence[Matrix]) -> dict[str, metrics.Estimate | None]:
-    """The numbers a continual experiment is about, each with its interval over sequences; None: nothing was graded.
-
-    ``never_edited`` row 0; ``after_own_edit`` each passage right after its edit; ``final`` the last row;
-    ``final_minus_never_edited``; ``backward_transfer`` what later edits changed (final minus after own edit,
-    the last passage left out); ``forgetting`` the best since its edit minus final, the same passages."""
-    places = range(check_sizes(matrices))
-    never, final = [matrix[0] for matrix in matrices], [matrix[-1] for matrix in matrices]
-    own = [[matrix[at + 1][at] for at in places] for matrix in matrices]
-    estimates: dict[str, metrics.Estimate | None] = {
-        "never_edited": _interval(never),
-        "after_own_edit": _interval(own),
-        "final": _interval(final),
-        "final_minus_never_edited": _difference(final, never),
+def forgetting(matrices: Sequence[Matrix], how: Mapping[str, Any]) -> dict[str, metrics.Estimate | None]:
+    """How far each passage fell from its best accuracy since its edit, the last passage left out. The best of several
+    noisy cells is too high, so this is positive without any forgetting: ``forgetting_by_chance`` is the mean over all
+    orders of a passage's cells. Where any order is as likely, p is how often a random one gives as much."""
+    drops_S_P: list[list[list[float]]] = []  # of each passage: were this cell the last one
+    for matrix in matrices:
+        drops_S_P.append([])
+        for at in range(len(matrix) - 2):
+            cells = [row[at] for row in matrix[at + 1 :]]
+            known = [] if cells[-1] is None else [cell for cell in cells if cell is not None]
+            drops = [max(known[:last] + known[last + 1 :]) - cell for last, cell in enumerate(known) if len(known) > 1]
+            drops_S_P[-1].append(drops)
+    every = [drops for of_sequence in drops_S_P for drops in of_sequence if drops]
+    observed, chance = (
+        [[of(drops) if drops else None for drops in of_sequence] for of_sequence in drops_S_P]
+        for of in (lambda drops: drops[-1], metrics.mean)
+    )
+    if not every:
+        return dict.fromkeys(("forgetting", "forgetting_by_chance"))
+    generator, total = np.random.default_rng(0), sum(drops[-1] for drops in every)
+    shuffled = sum(generator.choice(drops, size=N_SHUFFLES) for drops in every)
+    p = (1 + int(np.sum(shuffled >= total - 1e-9))) / (1 + N_SHUFFLES)
+    measured = metrics.if_graded(metrics.paired_difference, observed, [[0.0] * len(row) for row in observed], **how)
+    return {
+        "forgetting": measured and replace(measured, p_value=p),
+        "forgetting_by_chance": metrics.if_graded(metrics.mean_interval, chance, **how),
     }
-    if len(places) > 1:
-        earlier, own_earlier = ([row[:-1] for row in rows] for rows in (final, own))
-        since = [[[row[at] for row in matrix[at + 1 : -1]] for at in places[:-1]] for matrix in matrices]
-        best = [[max((one for one in cells if one is not None), default=None) for cells in rows] for rows in since]
-        estimates |= {"backward_transfer": _difference(earlier, own_earlier), "forgetting": _difference(best, earlier)}
-    return estimates

@@ -50,8 +50,7 @@ class Agreement(NamedTuple):
 def agreement_of(verdicts: Verdicts, reference: Verdicts) -> Agreement | None:
     """Agreement of a grader's verdicts with a reference's; None where no answer was judged by both."""
     pairs = [(v, r) for v, r in zip(verdicts, reference, strict=True) if v is not None and r is not None]
-    n = len(pairs)
-    if not n:
+    if not (n := len(pairs)):
         return None
     says, truly = sum(v for v, _ in pairs), sum(r for _, r in pairs)
     agree = sum(v == r for v, r in pairs) / n
@@ -188,8 +187,7 @@ def regrade(run: Run, grader: Grader, *, only_ungraded: bool = False) -> Graded:
 
 
 def _answers_of(run: Run) -> list[StoredVerdict]:
-    found = run.stored_verdicts()
-    if not found:
+    if not (found := run.stored_verdicts()):
         raise DataError("holds no answers", path=run.path, remedy="give a run file that has its answers")
     return found
 

@@ -1,37 +1,40 @@
-"""Single-passage run files, published and ours: read, written, recomputed.
+"""Run files over passages, published and ours: single passages (an adapter each) and CPT (one adapter for many).
 
-The published form: ``{overall, …, articles: [{stats, title, context, prompt, completions: [{text, stats, questions:
-[{rep, …, baseline_correct, adapter_correct}]}]}]}``. Released files may lack per-question records or hold nulls."""
+The published forms: ``{overall, …, articles: [{stats, title, context, prompt, completions: [{text, stats, questions:
+[{rep, …, baseline_correct, adapter_correct}]}]}]}``, in which records of questions may be missing or null; and
+``{overall, …, per_article, server_reply: {baseline_texts, …, adapter_correct, …}}``, which does not say which question
+belongs to which passage, so that intervals and regrading need the passages; ours add ``per_passage``."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from itertools import accumulate, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from seal_nb.errors import checked
-from seal_nb.grading.base import Answered, Verdict, answered_with
-from seal_nb.grading.choose import make_grader
-from seal_nb.metrics import STATS, Scores, Verdicts, mean, published_statistics, repeat_stats
+from seal_nb import metrics
+from seal_nb.errors import DataError, checked
+from seal_nb.grading.base import Answered, answered_with
+from seal_nb.passages import Passage, Question
 from seal_nb.prompts import DEFAULT_PROMPT_KEY, recorded_key
+from seal_nb.protocol import rounded
 from seal_nb.results import run as runs
 from seal_nb.storage import file_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
+T = TypeVar("T")
 ROUND = re.compile(r"(?<![a-z])(?:iter|round)[_-]?(\d{1,3})(?!\d)")
-MOST_ASKED = 50  # questions of a passage whose gold answers ``recited`` looks for
-MOST_CHARACTERS = 4_000_000  # of texts that it grades: some 10 s
-LONGEST = 2_000  # characters of a text that it reads
 RANKING = re.compile(r"(^|_)rank(_|$|\.)")
 PROMPT = re.compile(r"prompt-([a-z-]+)")
 PROMPT_NAMES = {"long": "implications-long", "very-long": "implications-very-long"}  # in published file names
 _CHANGES = {"wrong → right": 0, "right → wrong": 1}  # order of ``answers(changed_first=True)``
 ANSWERS = ("passage", "self_edit", "repeat", "question", "gold", "baseline_answer", "adapter_answer", "verdicts",
            "baseline_correct", "adapter_correct")  # fmt: skip
+OTHER_PASSAGES = "give the item file that this run was asked about (--dataset)"
 
 
 def run_file_name(exp_name: str, arm: str) -> str:
@@ -99,16 +102,16 @@ class EvaluatedSelfEdit(_Entry):
     text: str | None = None
     prompt: str | None = None  # set if the self-edits of one passage complete different prompts
     questions: runs.Many[AnsweredQuestion] = []
-    stored_stats: Annotated[dict[str, runs.Number], AfterValidator(lambda stats: dict.fromkeys(STATS) | stats)] = Field(
-        dict.fromkeys(STATS), alias="stats"
-    )
+    stored_stats: Annotated[
+        dict[str, runs.Number], AfterValidator(lambda stats: dict.fromkeys(metrics.STATS) | stats)
+    ] = Field(dict.fromkeys(metrics.STATS), alias="stats")
 
     @property
     def made(self) -> Mapping[str, Any]:
         """Everything else that the file says about the self-edit: seeds, settings, scores of tokens."""
         return self.model_extra or {}
 
-    def repeats(self) -> Sequence[tuple[Verdicts, Verdicts]]:
+    def repeats(self) -> Sequence[tuple[metrics.Verdicts, metrics.Verdicts]]:
         """(baseline, adapter) verdicts of each repeat, in file order."""
         by_repeat: dict[int, tuple[list[bool | None], list[bool | None]]] = {}
         for one in self.questions:
@@ -123,11 +126,11 @@ class EvaluatedSelfEdit(_Entry):
 
     def stats(self) -> Mapping[str, float | None]:
         """Computed from the verdicts if there are any, else as stored."""
-        return repeat_stats(self.repeats()) if self.is_graded else self.stored_stats
+        return metrics.repeat_stats(self.repeats()) if self.is_graded else self.stored_stats
 
     def soft_gain(self) -> float | None:
         """Mean over questions and repeats, in nats; None without soft scores."""
-        return mean([answered.soft_gain for answered in self.questions])
+        return metrics.mean([answered.soft_gain for answered in self.questions])
 
 
 class EvaluatedPassage(_Entry):
@@ -153,6 +156,8 @@ class _Articles(runs.RunFields):
 class SinglePassageRun(runs.Run):
     """A ``run_*.json``: each passage has its own adapter per self-edit.
     Raises: DataError with path, item and field for a value of another kind."""
+
+    passages: Sequence[EvaluatedPassage] = ()
 
     form: ClassVar[str] = "single_passage"
 
@@ -199,7 +204,7 @@ class SinglePassageRun(runs.Run):
         n_edits, n_repeats = (self.settings.get(key) or 1 for key in ("k_completions", "eval_times"))
         return bool(RANKING.search(self.name)) or (n_edits > 1 and n_repeats > 1)
 
-    def scores(self, kind: runs.Kind) -> list[Scores]:
+    def own_scores(self, kind: runs.Kind) -> list[metrics.Scores]:
         return [[getattr(one, f"{kind}_correct") for one in passage.questions()] for passage in self.passages]
 
     def stored_mean(self, kind: runs.Kind) -> float | None:
@@ -210,7 +215,12 @@ class SinglePassageRun(runs.Run):
         return keys if any(title or context for title, context in keys) else []
 
     def extra(self) -> dict[str, Any]:
-        return {"prompt": self.prompt_key, "recited": self.recited()}
+        return {"prompt": self.prompt_key}
+
+    def cost(self) -> tuple[float | None, float | None]:
+        made = [one for _, edit in self._self_edits() for one in edit.made.get("repeats") or []]
+        steps, tokens = (metrics.mean([one.get(name) for one in made]) for name in ("train_steps", "train_tokens"))
+        return steps, tokens
 
     def answers(self, *, changed_first: bool = False) -> "pd.DataFrame":
         """All answers of the run.
@@ -244,39 +254,18 @@ class SinglePassageRun(runs.Run):
     def _self_edits(self) -> list[tuple[EvaluatedPassage, EvaluatedSelfEdit]]:
         return [(passage, edit) for passage in self.passages for edit in passage.self_edits]
 
-    def recited(self) -> float | None:
-        """Share of adapter answers that contain the gold answer of another question of the same passage. A model that
-        recites its passage profits from every grader that looks for the gold answer in the text. The local grader
-        decides what an answer contains. Of a large run, an even share of the answers is read. None without answers."""
-        grade, answers = make_grader("local").grade, []
-        for passage in self.passages:
-            found = passage.questions()
-            asked = list(dict.fromkeys((one.question[:LONGEST], one.gold[:LONGEST]) for one in found))[:MOST_ASKED]
-            answers += [({*map(str.casefold, one.golds)}, one.adapter_answer[:LONGEST], asked) for one in found]
-
-        @cache
-        def is_in(question: str, gold: str, answer: str) -> bool:
-            return grade([Answered(question=question, gold=gold, answer=answer)]) == [Verdict.CORRECT]
-
-        n_characters = sum((len(answer) + LONGEST // 20) * len(asked) for _, answer, asked in answers)
-        recited = [
-            any(gold.casefold() not in own and is_in(question, gold, answer) for question, gold in asked)
-            for own, answer, asked in answers[:: 1 + n_characters // MOST_CHARACTERS]
-        ]
-        return sum(recited) / len(recited) if any(answer for _, answer, _ in answers) else None
-
     def overall(self) -> dict[str, float | None]:
         return self._statistics()[1]
 
     def _statistics(self) -> tuple[list[dict[str, float | None]], dict[str, float | None]]:
         """Published ``stats`` of each passage and ``overall``, from self-edits that have verdicts."""
         graded = [[edit.stats() for edit in one.self_edits if edit.is_graded] for one in self.passages]
-        return published_statistics(graded)
+        return metrics.published_statistics(graded)
 
     def counts(self) -> dict[str, Any]:
         return {**super().counts(), "n_self_edits": len(self._self_edits())}
 
-    def notes(self) -> list[str]:
+    def gaps(self) -> list[str]:
         edits = self._self_edits()
         graded = [one.is_graded for _, one in edits if one.questions or {*one.stored_stats.values()} - {None}]
         if all(graded):
@@ -286,7 +275,7 @@ class SinglePassageRun(runs.Run):
         return [f"{graded.count(False)} of {len(graded)} self-edits have no graded answer and are left out; {said}"]
 
     def disagreements(self) -> list[str]:
-        if self.notes():
+        if self.gaps():
             return []
         articles, overall = self._statistics()
         found = runs.unequal("overall", self.value.get("overall") or {}, overall)
@@ -298,22 +287,188 @@ class SinglePassageRun(runs.Run):
         return found
 
     def stored_verdicts(self) -> list[runs.StoredVerdict]:
-        return [
-            runs.StoredVerdict(
-                kind, one.answered(getattr(one, f"{kind}_answer"), passage.title), one.stored, f"{kind}_correct"
-            )
-            for passage in self.passages
-            for one in passage.questions()
-            for kind in runs.KINDS
-        ]
+        found = []
+        for passage in self.passages:
+            for one, kind in product(passage.questions(), runs.KINDS):
+                answered = one.answered(getattr(one, f"{kind}_answer"), passage.title)
+                found.append(runs.StoredVerdict(kind, answered, one.stored, f"{kind}_correct"))
+        return found
 
     def fill_statistics(self) -> None:
         passages = replace(self).passages  # read again, because verdicts were replaced
-        stats_P_E = [[repeat_stats(edit.repeats()) for edit in passage.self_edits] for passage in passages]
-        stats_P, self.value["overall"] = published_statistics(stats_P_E)
+        stats_P_E = [[metrics.repeat_stats(edit.repeats()) for edit in passage.self_edits] for passage in passages]
+        stats_P, self.value["overall"] = metrics.published_statistics(stats_P_E)
         for passage, stats, stats_E in zip(passages, stats_P, stats_P_E, strict=True):
             passage.stored["stats"] = stats
             for edit, own in zip(passage.self_edits, stats_E, strict=True):
                 edit.stored["stats"] = own
         answered = [one for passage in passages for one in passage.questions()]
         self.value["n_ungraded"] = sum(None in (one.baseline_correct, one.adapter_correct) for one in answered)
+
+
+class _CptReply(runs.GradedPart):
+    baseline_correct: runs.Many[bool | None]
+    adapter_correct: runs.Many[bool | None]
+    baseline_texts: runs.Many[str] | None = None
+    adapter_texts: runs.Many[str] | None = None
+
+
+class _CptCount(runs.Part):
+    title: str | None = None
+    n_questions: runs.Count
+
+
+class _CptPassage(runs.Part):
+    title: str
+    context: str = ""
+    questions: runs.Many[runs.AskedQuestion]
+
+
+class _CptFile(runs.RunFields):
+    server_reply: _CptReply
+    passages: runs.Many[_CptPassage] | None = None
+    per_passage: runs.Many[_CptCount] | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class CptRun(runs.Run):
+    """A ``cpt_run_*.json``. ``passages`` are what it was asked about, in order; empty: those of the file (ours).
+    Raises: DataError with path and field for broken verdicts."""
+
+    passages: Sequence[Passage] = ()
+
+    form: ClassVar[str] = "cpt"
+    key_fields: ClassVar[str] = "title and number of questions"
+    weighting: ClassVar[metrics.Weighting] = "question"
+
+    def __post_init__(self) -> None:
+        read = checked(_CptFile.model_validate, self.value, path=self.path)
+        n = len(read.server_reply.baseline_correct)
+        for name, values in read.server_reply.lists().items():
+            if values or not name.endswith("_texts"):  # texts may be absent or empty
+                check_length(values, n, path=self.path, field=f"server_reply.{name}", of="verdicts")
+        if read.per_passage and (n_asked := sum(one.n_questions for one in read.per_passage)) != n:
+            problem = f"has {n_asked} questions for {n} verdicts"
+            raise DataError(problem, path=self.path, field="per_passage", remedy="write the file again")
+        stored = [
+            Passage(title=one.title, context=one.context, questions=tuple(Question(**vars(q)) for q in one.questions))
+            for one in read.passages or []
+        ]
+        self.passages = tuple(self.passages or stored)[: self.value.get("n_articles") or None]
+
+    @property
+    def arm(self) -> str:
+        return super().arm + (", all weights" if self.value.get("method") == "full" else "")
+
+    def flat_verdicts(self, kind: runs.Kind) -> list[bool | None]:
+        return list(self.value["server_reply"][f"{kind}_correct"])
+
+    def own_scores(self, kind: runs.Kind) -> list[metrics.Scores]:
+        counts = [n for _, n in self.unit_keys()]
+        return list(split_by_passage(self.flat_verdicts(kind), counts)) if counts else []
+
+    def stored_mean(self, kind: runs.Kind) -> float | None:
+        verdicts = self.flat_verdicts(kind)
+        return metrics.accuracy(verdicts) if verdicts else (self.value.get("overall") or {}).get(f"{kind}_accuracy")
+
+    def unit_keys(self) -> list[Any]:
+        """(title, number of questions) of each passage."""
+        if self.passages:
+            return [(passage.title, len(passage.questions)) for passage in self.passages]
+        return [(entry.get("title"), entry["n_questions"]) for entry in self.value.get("per_passage") or []]
+
+    def extra(self) -> dict[str, Any]:
+        n_questions = len(self.flat_verdicts("adapter")) or self.value.get("eval_questions")
+        return {"questions": n_questions, "lr": (self.value.get("lora_params") or {}).get("lr")}
+
+    def cost(self) -> tuple[float | None, float | None]:
+        reply = self.value["server_reply"]
+        return reply.get("train_steps"), reply.get("train_tokens")
+
+    def answers(self) -> "pd.DataFrame":
+        """All answers of the run.
+        Returns: one row per question: ``passage``, ``question``, ``gold`` (both missing unless the run was read with
+        its passages), ``baseline_answer``, ``adapter_answer``, ``verdicts``, ``baseline_correct``, ``adapter_correct``.
+        """
+        before, after = (self.flat_verdicts(kind) for kind in runs.KINDS)
+        columns = {
+            "passage": [title for title, n in self.unit_keys() for _ in range(n)],
+            "question": [one.question for _, one in self._asked()],
+            "gold": [one.answer for _, one in self._asked()],
+            **{f"{kind}_answer": self.value["server_reply"].get(f"{kind}_texts") for kind in runs.KINDS},
+            "verdicts": list(map(runs.verdict_change, before, after)),
+            "baseline_correct": before,
+            "adapter_correct": after,
+        }
+        for name, values in columns.items():
+            if values:
+                check_length(values, len(after), path=self.path, field=name, remedy=OTHER_PASSAGES)
+        rows = zip(*(values or [None] * len(after) for values in columns.values()), strict=True)
+        return runs.frame(rows, list(columns))
+
+    def overall(self) -> dict[str, float | None]:
+        """Published ``overall``: 4 decimals, the gain from unrounded accuracies."""
+        before, after = (self.flat_verdicts(kind) for kind in runs.KINDS)
+        shares = {"baseline_accuracy": metrics.accuracy(before), "adapter_accuracy": metrics.accuracy(after)}
+        return {name: rounded(share) for name, share in (shares | {"gain": metrics.gain(before, after)}).items()}
+
+    def _asked(self) -> list[tuple[str, Question]]:
+        """Title and question of each answer; empty if the run was read without its passages."""
+        return [(passage.title, question) for passage in self.passages for question in passage.questions]
+
+    def counts(self) -> dict[str, Any]:
+        n_passages = self.value.get("n_articles") or len(self.unit_keys()) or None
+        return super().counts() | {"n_passages": n_passages, "n_train_sequences": self.value.get("train_sequences")}
+
+    def gaps(self) -> list[str]:
+        if self.unit_keys():
+            return super().gaps()
+        return ["the file does not say which question belongs to which passage: no intervals without its item file"]
+
+    def stored_verdicts(self) -> list[runs.StoredVerdict]:
+        reply, asked, found = self.value["server_reply"], self._asked(), []
+        for name in ("baseline_texts", "baseline_correct", "adapter_texts", "adapter_correct"):
+            where = f"server_reply.{name}"
+            check_length(reply.get(name), len(asked), path=self.path, field=where, remedy=OTHER_PASSAGES)
+        for at, (title, one) in enumerate(asked):
+            for kind in runs.KINDS:
+                golds, answer = (one.answer, *one.other_answers), reply[f"{kind}_texts"][at]
+                answered = answered_with(golds, title=title, question=one.question, answer=answer)
+                found.append(runs.StoredVerdict(kind, answered, reply, f"{kind}_correct", at))
+        return found
+
+    def fill_statistics(self) -> None:
+        overall, pairs = self.overall(), list(zip(*map(self.flat_verdicts, runs.KINDS), strict=True))
+        gains = [None if before is None or after is None else after - before for before, after in pairs]
+        for name, value in overall.items():
+            self.value["server_reply"]["adapter_gain" if name == "gain" else name] = value
+        self.value["server_reply"]["gains"] = gains
+        per_passage: list[dict[str, Any]] = []  # by index, because titles repeat
+        per_article: dict[str, dict[str, list[Any]]] = {}  # of all passages of one title
+        by_passage = zip(self.unit_keys(), *map(self.scores, runs.KINDS), strict=True)
+        for at, ((title, n_questions), before, after) in enumerate(by_passage):
+            verdicts = {"baseline_correct": before, "adapter_correct": after}
+            sides = verdicts.items()
+            shares = {name.replace("correct", "accuracy"): rounded(metrics.accuracy(own)) for name, own in sides}
+            per_passage.append({"index": at, "title": title, "n_questions": n_questions, **verdicts, **shares})
+            for name, values in sides:
+                per_article.setdefault(title, {}).setdefault(name, []).extend(values)
+        n_ungraded = sum(None in pair for pair in pairs)
+        self.value.update(overall=overall, n_ungraded=n_ungraded, per_article=per_article, per_passage=per_passage)
+
+
+def check_length(
+    values: Sequence[Any] | None, n: int, *, path: str | Path, field: str, of: str = "questions", remedy: str = ""
+) -> None:
+    """Refuse a list that has not one entry per question. Raises: DataError."""
+    if (n_there := len(values or ())) != n:
+        remedy = remedy or "write the file again"
+        raise DataError(f"has {n_there} entries for {n} {of}", path=path, field=field, remedy=remedy)
+
+
+def split_by_passage(verdicts: Sequence[T], counts: Sequence[int]) -> list[Sequence[T]]:
+    """A flat list of verdicts cut into passages of ``counts`` questions each. Raises: DataError."""
+    if len(verdicts) != sum(counts):
+        remedy = "give the passages of this run, in its order"
+        raise DataError(f"{len(verdicts)} verdicts for {sum(counts)} questions", remedy=remedy)
+    return [verdicts[end - n : end] for end, n in zip(accumulate(counts), counts, strict=True)]
