@@ -13,8 +13,11 @@ from .experiments.single_passage import reply_frame as reply_frame
 from .experiments.single_passage import train_and_ask as train_and_ask
 from .experiments.single_passage import train_sequences as train_sequences
 from .experiments.sweep import sweep as sweep
+from .experiments.sweep import tune as tune
 from .metrics import accuracy as accuracy
+from .metrics import passages_needed as passages_needed
 from .passages import Passage as Passage
+from .passages import check_disjoint as check_disjoint
 from .passages import load_passages as load_passages
 from .prompts import self_edit_prompt as self_edit_prompt
 from .protocol import EvalQuestion as EvalQuestion

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from seal_nb import storage
-from seal_nb.errors import DataError, SettingsError, brief, checked, redacted, visible
+from seal_nb.errors import DataError, SettingsError, brief, checked, pattern, redacted, visible
 from seal_nb.metrics import counted
 from seal_nb.storage import MOST_BYTES, parse_json
 
@@ -32,22 +32,14 @@ COLUMNS = ("title", "context", "question", "answer")
 SHIPPED_SPLITS = ("train", "val")
 _LAYOUT = "give items of title, context and questions, or rows of title, context, question and answer"
 _FORMS = "see the forms in docs/own_passages.md"
-_OTHER_FILES = {  # by how they start
-    b"PK": "a zip archive or an Excel workbook", b"ARROW1": "an Arrow file", b"%PDF": "a PDF file",
-    b"\xd0\xcf\x11\xe0": "an old Excel or Word file", b"SQLite": "an SQLite database", b"\x89PNG": "a picture",
-    b"\x28\xb5\x2f\xfd": "compressed (zstd)", b"BZh": "compressed (bzip2)", b"\xfd7zXZ": "compressed (xz)",
-}  # fmt: skip
-# By a field that only they have: what an item is made of.
-_OTHER_LAYOUTS: dict[str, str] = storage.read_json(storage.data_file("layouts.json"))
+# Of files that are none of ours: what they are by how they start, and what an item is made of by a field that only
+# they have.
+_OTHER: dict[str, dict[str, str]] = storage.read_json(storage.data_file("others.json"))
 _SEPARATOR = re.compile(r'"?sep=(?P<sign>.)"?\r?\n', re.IGNORECASE)  # a first line as Excel writes it
 _RULE = re.compile(r"\s*:?-+:?\s*")  # a cell below the header of a Markdown table
 _FRONT_MATTER = re.compile(r"\A(?P<mark>---|\+\+\+)[ \t]*\n.*?\n(?P=mark)[ \t]*(?=\n)", re.DOTALL)
 _COMMENT = re.compile(r"(?P<code>`{3,}.*?`{3,}|~{3,}.*?~{3,})|<!--.*?-->", re.DOTALL)  # not in code
-_ENTRY = re.compile(  # "Q: …", "- **A:** …", "2. **Q1**: …", "### Question: …", "- [ ] Q: …", "A1. …"
-    r"(?:#{2,6}\s+|[-*+]\s+(?:\[[ xX]\]\s+)?|\d{1,9}[.)]\s+|>\s*){0,3}(?P<mark>\*\*|__|\*|_)?"
-    r"(?P<kind>(?i:q(?:uestion)?|a(?:nswer)?)|I)(?:\s?\d{1,9})?"
-    r"(?(mark)(?P<before>(?P=mark))?)(?:[:：]|(?<=\d)[.)])(?(mark)(?(before)|(?P<after>(?P=mark))?))\s*(?P<text>.*)"
-)
+_ENTRY = pattern("question_line")
 _WHY = {  # something is left out
     "questions": "without an answer",
     "sections": "of Markdown with questions in it (write the text above them, and the questions under ## Questions)",
@@ -302,7 +294,7 @@ def _file_records(path: Path, left_out: Counter[str]) -> Iterable[Placed]:
         start = file.peek(8)
     if start.startswith(b"PAR1"):
         return enumerate(parquet_rows(path))
-    if kinds := [kind for mark, kind in _OTHER_FILES.items() if start.startswith(mark)]:
+    if kinds := [kind for mark, kind in _OTHER["files"].items() if start.startswith(mark.encode("latin-1"))]:
         raise DataError(f"is {kinds[0]}", path=path, remedy="unpack it, or save it as CSV UTF-8, Parquet or JSON Lines")
     text = storage.read_text(path)
     begin = text[:100_000].lstrip()
@@ -362,7 +354,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException, parquet
 
     wanted = {*Passage.__annotations__, *Question.__annotations__, "answers", "is_impossible", "paragraphs"}
-    wanted |= _OTHER_LAYOUTS.keys()
+    wanted |= _OTHER["layouts"].keys()
     size = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -381,6 +373,32 @@ def text_key(*texts: str) -> tuple[str, ...]:
     """Texts, such as title and context, as they are compared with those of another file: macOS may write an é as two
     characters (NFD)."""
     return tuple(unicodedata.normalize("NFC", one) for one in texts)
+
+
+def check_disjoint(training: Sequence[Passage], held_out: Sequence[Passage]) -> None:
+    """Refuse passages that are trained or tuned on and also measure the result.
+
+    Args:
+        training: passages of rounds, or of tuning.
+        held_out: passages of the evaluation.
+
+    Raises:
+        DataError: a title is in both, or half of the runs of eight words of a text are in the other one."""
+    titles = {text_key(one.title)[0].casefold() for one in training} - {""}
+    in_training = {words: one.title for one in training for words in _word_runs(one.context)}
+    for at, one in enumerate(held_out):
+        runs = _word_runs(one.context)
+        shared = [in_training[words] for words in runs if words in in_training]
+        is_known = text_key(one.title)[0].casefold() in titles
+        if is_known or 2 * len(shared) > len(runs):
+            problem = "is a title of the training passages" if is_known else f"shares its text with {shared[0]!r}"
+            remedy = "evaluate on other titles and texts"
+            raise DataError(f"passage {one.title!r} {problem}", item=at, remedy=remedy)
+
+
+def _word_runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text_key(text)[0].casefold())
+    return {tuple(words[at : at + 8]) for at in range(max(1, len(words) - 7))} if words else set()
 
 
 def passage_at(passages: Sequence[Passage], index: int) -> Passage:
@@ -426,8 +444,7 @@ _SQUAD_ARTICLE = TypeAdapter(_SquadArticle)
 
 def _passages(records: Iterable[Placed], path: Path, left_out: Counter[str]) -> Passages:
     """One passage for each item and paragraph, and one for the rows of one title and context."""
-    found: list[Placed] = []
-    by_text: dict[tuple[str, ...], dict[str, Any]] = {}  # of rows
+    found: dict[object, tuple[int | str, dict[str, Any]]] = {}  # by title and context, if rows may share them
     for place, record in records:
         check = partial(checked, path=path, item=place)
         for item, asked, field in _items_of(place, record, path):
@@ -435,18 +452,14 @@ def _passages(records: Iterable[Placed], path: Path, left_out: Counter[str]) -> 
                 read = [_question(one, field.format(at=at), check) for at, one in enumerate(asked)]
                 item["questions"] = [one for one in read if one is not None]
                 left_out["questions"] += read.count(None)
-            if field:
-                found.append((place, item))
-                continue
-            key = text_key(item["title"], item["context"])
-            if key in by_text:
-                by_text[key]["questions"] += item["questions"]
+            key = object() if field else text_key(item["title"], item["context"])
+            if key in found:
+                found[key][1]["questions"] += item["questions"]
             else:
-                by_text[key] = item
-                found.append((place, item))
+                found[key] = place, item
     if not found:
         raise DataError("holds no passage", path=path, remedy=_FORMS)
-    return Passages(_passage(item, path, place) for place, item in found)
+    return Passages(_passage(item, path, place) for place, item in found.values())
 
 
 def _passage(item: Any, path: Path, place: int | str) -> Passage:
@@ -480,7 +493,7 @@ def _items_of(place: int | str, record: Any, path: Path) -> Iterator[tuple[dict[
         problem = "has parts, such as the titles with sentences of HotpotQA, and is no text"
         raise refused(problem, field="context", remedy=remedy)
     if missing := [name for name in ("title", "context", "questions")[: 2 if is_row else 3] if name not in record]:
-        layouts = [f"this looks like {what}; " for name, what in _OTHER_LAYOUTS.items() if name in record]
+        layouts = [f"this looks like {what}; " for name, what in _OTHER["layouts"].items() if name in record]
         problem = f"is missing; the item has {redacted(', '.join(map(str, record))[:4000])[:120] or 'no field'}"
         raise refused(problem, field=missing[0], remedy="".join(layouts[:1]) + _LAYOUT)
     if not is_row:
@@ -507,9 +520,9 @@ def _plain(value: Any) -> Any:
 
 def _question(value: Any, field: str, check: Callable[..., Any]) -> Question | None:
     """None if it has no answer, as some of SQuAD v2 and QuAC."""
-    if isinstance(value, dict) and str(value.get("is_impossible")).lower() in ("true", "1"):
-        return None
     if isinstance(value, dict):
+        if str(value.get("is_impossible")).lower() in ("true", "1"):
+            return None
         golds: list[str] = []
         of = f"{field}." if field else ""
         given = {"answer": value.get("answer")}

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from seal_nb.errors import SettingsError
 from seal_nb.storage import data_file, read_json
 
 DEFAULT_PROMPT_KEY = "implications"
+_GRADING_PROMPT = data_file("grading_prompt.txt").read_text()
 OTHER_PROMPT = "other"  # the recorded key of an unknown prompt
 
 ChatMessage = Mapping[str, str]  # {"role": "user", "content": "…"}
@@ -107,6 +109,10 @@ def result_key(prompt_key: str) -> str:
     return Path(prompt_key).stem if Path(prompt_key).is_file() else prompt_key.split("/")[0]
 
 
+AnswerStyle = Literal["published", "short"]
+ANSWER_STYLES = {"published": "", "short": " Answer in a few words."}  # what follows the question
+
+
 def topic_question(title: str, question: str) -> str:
     """The question after its topic line, as published clients send it; an existing line is kept."""
     topic = f"Topic: {title}\n"
@@ -120,12 +126,5 @@ def answer_prompt(title: str, question: str) -> str:
 
 def grading_prompt(title: str, question: str, gold: str, answer: str) -> str:
     """The yes/no question for a judge model. An empty answer is never sent, because it is wrong by definition."""
-    return (
-        "You are a grading assistant. Your job is to determine whether a student's answer correctly answers the "
-        "question based solely on the provided gold answer. Do not use any outside knowledge. The student answer "
-        "can include additional information, but it must at least fully convey the gold answer and must not "
-        "contradict it. Ignore style, phrasing, or extra details that do not affect correctness. Respond ONLY "
-        "with 'yes' or 'no'.\n\n"
-        f"Question: {topic_question(title, question)}\nGold answer: {gold}\nStudent answer: {answer}\n"
-        "Is the student answer correct based solely on the gold answer? Respond 'yes' or 'no'."
-    )
+    asked = topic_question(title, question)
+    return _GRADING_PROMPT.format(question=asked, gold=gold, answer=answer)

@@ -33,12 +33,12 @@ def test_more_passages_than_there_are_is_refused() -> None:
         draw_sequences(PASSAGES, ContinualSettings())
 
 
-def test_an_edit_asks_all_passages_so_far_on_top_of_the_edits_before() -> None:
+def test_an_edit_asks_all_passages_so_far_and_the_next_on_top_of_the_edits_before() -> None:
     edits = Edits(passages=PASSAGES, texts=["first"], stack=["edit-1"])
     request = edit_request(edits, "line 1\nline 2", SETTINGS, model_id="m")
     assert request.adapter_stack == ["edit-1"]
     assert request.train_sequences == ["t1\nline 1", "t1\nline 2", "t1\ncontext 1"]
-    assert [q.title for q in request.eval_questions] == ["t0", "t1", "t1"]
+    assert [q.title for q in request.eval_questions] == ["t0", "t1", "t1", "t2", "t2", "t2"], "and the next one"
     assert request.skip_baseline and request.adapter_name
 
 
@@ -63,5 +63,7 @@ def test_the_model_with_all_edits_so_far_writes_the_next_self_edit() -> None:
 def test_a_row_of_the_matrix_has_the_verdicts_of_the_passages_asked_and_none_for_the_others() -> None:
     reply = build_reply(adapter=Answers(texts=["a"] * 3, verdicts=["CORRECT", "UNGRADED", "INCORRECT"]), baseline=None)
     assert verdict_row(reply.adapter_correct, [1, 2, 3], 2) == [[True], [None, False], None]
+    with_next = build_reply(adapter=Answers(texts=["a"] * 6, verdicts=["CORRECT"] * 6), baseline=None)
+    assert verdict_row(with_next.adapter_correct, [1, 2, 3], 2) == [[True], [True] * 2, [True] * 3]
     everything = build_reply(baseline=Answers(texts=["a"] * 6, verdicts=["CORRECT"] * 6))
     assert verdict_row(everything.adapter_correct, [1, 2, 3], 0) == [[True], [True] * 2, [True] * 3]

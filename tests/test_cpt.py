@@ -12,7 +12,7 @@ from seal_nb.experiments.cpt import CPTSettings, build_cpt_run, cpt_request, cpt
 from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, build_reply
 from seal_nb.results.collect import read_run
-from seal_nb.results.cpt import CptRun
+from seal_nb.results.single_passage import CptRun
 from seal_nb.storage import read_json, write_json
 
 PASSAGES = [

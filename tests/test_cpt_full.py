@@ -18,8 +18,7 @@ from seal_nb.passages import load_passages
 from seal_nb.prompts import answer_prompt
 from seal_nb.protocol import EvalQuestion
 from seal_nb.results.collect import read_run
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTClient, TTTServer
 from seal_nb.sft.settings import SftJob, SftSettings
 from seal_nb.sft.train import train_sft
 from tests.test_notebooks import run, shown
@@ -61,7 +60,7 @@ def text_rows(folder: Path, texts: list[str]) -> Path:
 
 def test_all_weights_are_trained_as_plain_transformers_would_train_them(tmp_path: Path) -> None:
     base = save_tiny_model(tmp_path / "base")
-    sft = sft_settings(CPTSettings(method="full", training=TRAINING), seed=5)
+    sft = sft_settings(CPTSettings(method="full", training=TRAINING))
     file = text_rows(tmp_path, TEXTS)
     done = train_sft(SftJob(sft_file=file, model=str(base), model_dir=tmp_path / "new", settings=sft))
     assert (done.n_steps, done.n_examples, done.n_tokens) == (4, 5, 2 * sum(map(len, TEXTS)))
@@ -182,4 +181,4 @@ def test_an_unknown_method_a_far_server_and_a_step_that_cannot_be_shared_are_ref
     ):
         cpt(far, load_passages("shipped:val")[:1], arms="hand_written", method="full", folder=tmp_path)
     with pytest.raises(SettingsError, match="gradient_accumulation_steps is 2, which 3 processes cannot"):
-        sft_settings(CPTSettings(method="full", training=TRAINING), seed=1, n_processes=3)
+        sft_settings(CPTSettings(method="full", training=TRAINING), n_processes=3)

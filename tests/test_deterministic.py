@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from seal_nb.inner_loop.loop import InnerLoop, load_inner_loop
-from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.protocol import GenerateRequest, TTTReply, TTTRequest
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import InnerLoop, load_inner_loop
 from tests.ttt.tiny import save_tiny_model
 
 MEASURED = {"timings", "server_id"}

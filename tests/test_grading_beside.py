@@ -11,10 +11,10 @@ from benchmarks.stand_in import stand_in
 from seal_nb.errors import GradingError
 from seal_nb.grading.base import Answered, Verdict
 from seal_nb.grading.choose import grader_of
-from seal_nb.inner_loop.loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
-from seal_nb.inner_loop.settings import InnerLoopSettings
 from seal_nb.processes import DaemonThreads
 from seal_nb.protocol import ErrorReply, TTTReply, TTTRequest
+from seal_nb.server.client import InnerLoopSettings
+from seal_nb.server.loop import MOST_GRADED_AT_ONCE, InnerLoop, load_inner_loop
 from tests.ttt.tiny import save_tiny_model
 
 QUESTIONS = [{"title": "T", "context": "c", "question": "what is it", "answer": "a lamp"}]

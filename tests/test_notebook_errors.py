@@ -17,8 +17,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from seal_nb.notebook_runner import default_notebooks_dir
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTClient, TTTServer
 from tests.server.conftest import HASTE, STUB
 
 LONGEST = 20  # lines of an error

@@ -16,7 +16,7 @@ import pytest
 from seal_nb.notebook_runner import declared_parameters, default_notebooks_dir, run_notebook
 from seal_nb.passages import load_passages, to_item
 from seal_nb.results.collect import read_run
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTServer
 from tests.server.conftest import HASTE, STUB
 
 NOTEBOOKS = sorted(default_notebooks_dir().glob("*.ipynb"))

@@ -24,9 +24,8 @@ from seal_nb.passages import Passage, Question, load_passages
 from seal_nb.protocol import Answers, TTTRequest, build_reply
 from seal_nb.results.collect import read_run, run_of
 from seal_nb.results.continual import continual_matrix, summarize_sequences, verdict_row
-from seal_nb.results.cpt import CptRun
 from seal_nb.results.regrade import agreement_of, grade_file, regrade
-from seal_nb.results.single_passage import SinglePassageRun
+from seal_nb.results.single_passage import CptRun, SinglePassageRun
 
 PASSAGES = [
     Passage(title=title, context="c", questions=tuple(Question(question=f"{title}{n}?", answer="x") for n in range(k)))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seal_nb import storage
-from seal_nb.chain.record import in_use_since, sole_use
+from seal_nb.chain.local import in_use_since, sole_use
 from seal_nb.errors import DataError, GradingError, RunMismatch, SettingsError
 from seal_nb.grading.base import Answered
 from seal_nb.grading.choose import make_grader
@@ -24,8 +24,8 @@ from seal_nb.inspector.inspection import open_run
 from seal_nb.models import resolve_model
 from seal_nb.processes import LoggedProcess
 from seal_nb.results.collect import read_run
+from seal_nb.server.client import ServeSettings
 from seal_nb.server.endpoint import find_endpoint, make_keys
-from seal_nb.server.settings import ServeSettings
 from seal_nb.storage import (
     MARK,
     Journal,

@@ -33,7 +33,7 @@ from seal_nb.grading.base import Answered
 from seal_nb.grading.choose import check_grader, grader_of, make_grader
 from seal_nb.notebook_runner import Parameter, parse_value
 from seal_nb.results.collect import run_of
-from seal_nb.server.settings import ServeSettings
+from seal_nb.server.client import ServeSettings
 from seal_nb.storage import write_record
 
 ALNUM, HEX = string.ascii_letters + string.digits, string.digits + "abcdef"

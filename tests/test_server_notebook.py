@@ -11,8 +11,7 @@ from papermill.parameterize import parameterize_notebook
 
 from seal_nb.notebook_runner import default_notebooks_dir
 from seal_nb.protocol import TTTRequest
-from seal_nb.server.client import TTTClient
-from seal_nb.server.launch import TTTServer
+from seal_nb.server.client import TTTClient, TTTServer
 from tests.server.conftest import eventually
 from tests.test_notebooks import run, shown
 from tests.ttt.tiny import save_tiny_model

@@ -14,7 +14,7 @@ from seal_nb.errors import SettingsError
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import SinglePassageSettings
 from seal_nb.grading.judge import judge_settings
-from seal_nb.server.settings import ServeSettings
+from seal_nb.server.client import ServeSettings
 from seal_nb.settings import Settings
 from seal_nb.sft.settings import SftSettings
 

@@ -175,6 +175,7 @@ def test_every_repeat_says_what_made_it() -> None:
     assert first == {
         "rep": 0,
         "seed": loops[0].request.seed,
+        "finetune_epochs": 10,
         "request_id": loops[0].request_id,
         "train_steps": 7,
         "train_tokens": 0,

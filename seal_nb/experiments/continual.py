@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 from bm25s import BM25
@@ -23,8 +23,10 @@ from seal_nb.experiments.settings import Arm, Training, arm_passages, arm_texts,
 from seal_nb.experiments.single_passage import eval_questions
 from seal_nb.passages import Passage, asked
 from seal_nb.prompts import self_edit_prompt
-from seal_nb.protocol import Answers, GenerateRequest, TTTReply, TTTRequest, build_reply
-from seal_nb.results.continual import ContinualRun, continual_estimates
+from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
+from seal_nb.results.collect import stacked
+from seal_nb.results.continual import ContinualRun
+from seal_nb.results.run import against_first
 from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, content_id, derived_seed, is_own, runs_folder, write_record
@@ -32,8 +34,8 @@ from seal_nb.views import plots
 from seal_nb.views.live import say
 
 Strategy = Literal["stacked", "merged", "replay", "retrieval"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 STACKED = ("stacked", "replay")  # earlier edits lie below the next one, and also write its self-edit
+ESTIMATED = ("mean", "low", "high", "p_value", "units")
 K1, B = 1.5, 0.75  # the customary values of BM25
 
 
@@ -93,19 +95,15 @@ class Continual(dict[str, ContinualRun]):
 
     def estimates(self) -> pd.DataFrame:
         """Strategy, quantity, mean and 95 % interval; differences are paired over sequences."""
-        frame = pd.DataFrame(
-            {"strategy": name, "quantity": quantity, **(asdict(estimate) if estimate else {})}
-            for name, run in self.items()
-            for quantity, estimate in continual_estimates(run.matrices).items()
-        )
-        return frame.drop(columns="means", errors="ignore")  # a pair of numbers, which fits no column
+        found = [(name, *quantity) for name, run in self.items() for quantity in run.estimates().items()]
+        rows = [(*names, *(getattr(one, column, None) for column in ESTIMATED)) for *names, one in found]
+        return pd.DataFrame(rows, columns=["strategy", "quantity", "mean", "low", "high", "p", "over"])
 
     def strategies(self) -> pd.DataFrame:
         """Accuracy on all passages after the last edit, each strategy against the first."""
-        first = next(iter(self.values()))
-        ends = [(name, run.estimate(), run.sentence_against(first)) for name, run in self.items()]
-        rows = [(name, end and end.mean, sentence) for name, end, sentence in ends]
-        return pd.DataFrame(rows, columns=["strategy", "final", "against the first"])
+        frame = stacked(self.items()).drop(columns=["prompt", "file"], errors="ignore")
+        against = {"against the first": against_first(list(self.values()))}
+        return frame.rename(columns={"arm": "strategy"}).assign(**against)
 
     def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions before and after all edits; empty unless they were asked."""
@@ -191,7 +189,7 @@ def continual(
     edits_of: dict[str, list[Edits]] = {}
     with Journal(folder / "journal.jsonl") as journal:
         how: dict[str, Any] = {"skip_training": True, "seed": seed}
-        row_zero = [loop_request(ttt.model_id, first.training, questions=eval_questions(*s), **how) for s in sequences]
+        row_zero = [loop_request(ttt.model_id, first.training, questions=asked_in(s, first), **how) for s in sequences]
         unedited = ask(ttt, row_zero, journal, what="never edited")
         for name, one in settings.items():
             edits_S = edits_of[name] = [
@@ -241,6 +239,8 @@ def sequence_record(edits: Edits) -> dict[str, Any]:
                 "texts": reply.adapter_texts,
                 "correct": reply.adapter_correct,
                 "n_ungraded": reply.n_ungraded,
+                "train_steps": reply.train_steps or None,
+                "train_tokens": reply.train_tokens or None,
             }
             for request, reply in zip(edits.requests, edits.replies, strict=True)
         ],
@@ -258,7 +258,8 @@ def draw_sequences(passages: Sequence[Passage], settings: ContinualSettings) -> 
 
 def edit_request(edits: Edits, text: str, settings: ContinualSettings, *, model_id: str) -> TTTRequest:
     """Train on the self-edit `text` of the next passage and on those that are replayed, keep the adapter, ask all
-    passages so far. With retrieval nothing is asked here: the adapter is chosen question by question."""
+    passages so far and the one that is edited after them. With retrieval nothing is asked here: the adapter is chosen
+    question by question."""
     last, texts = len(edits.texts), [*edits.texts, text]
     replayed: list[int] = []
     if settings.strategy == "replay":
@@ -269,17 +270,21 @@ def edit_request(edits: Edits, text: str, settings: ContinualSettings, *, model_
         one = edits.passages[at]
         how: dict[str, Any] = {"title": one.title, "context": one.context, "split_newlines": settings.split_newlines}
         lines += sequences_of_text(texts[at], **how)
-    seen = [] if settings.strategy == "retrieval" else edits.passages[: last + 1]
+    seen = [] if settings.strategy == "retrieval" else edits.passages[: last + 2]
     return loop_request(
         model_id,
         settings.training,
         texts=lines,
-        questions=eval_questions(*seen),
+        questions=asked_in(seen, settings),
         keep="edit",
         adapter_stack=edits.stack if settings.strategy in STACKED else [],
         skip_baseline=True,  # the row before has already asked the model without this edit
         seed=derived_seed(settings.seed, "edit", edits.number, edits.passages[last].title, last + 1),
     )
+
+
+def asked_in(passages: Sequence[Passage], settings: ContinualSettings) -> list[EvalQuestion]:
+    return eval_questions(*passages, answer_style=settings.training.answer_style)
 
 
 def self_edit_request(edits: Edits, settings: ContinualSettings, *, model_id: str) -> GenerateRequest:
@@ -383,27 +388,26 @@ def answers_by_retrieval(ttt: TTT, edits_S: Sequence[Edits], settings: Continual
             answered += zip(places, reply.adapter_texts, reply.adapter_verdicts, strict=True)
         answered.sort()
         answers = Answers(texts=[text for _, text, _ in answered], verdicts=[verdict for *_, verdict in answered])
-        edits.replies[-1] = build_reply(baseline=None, adapter=answers, model_id=ttt.model_id)
+        trained = edits.replies[-1].model_dump(include={"train_steps", "train_tokens"})
+        edits.replies[-1] = build_reply(baseline=None, adapter=answers, model_id=ttt.model_id, **trained)
 
 
 def route(
     sequence: Sequence[Passage], adapters: Sequence[str], settings: ContinualSettings, *, model_id: str
 ) -> list[tuple[list[int], TTTRequest]]:
-    """All questions so far, one request for each adapter that BM25 chooses, with the questions' places."""
-    seen = sequence[: len(adapters)]
-    questions, places_of = eval_questions(*seen), dict[int | None, list[int]]()
+    """All questions so far, and those of the next passage, one request for each adapter that BM25 chooses, with the
+    questions' places."""
+    edited, asked_now = sequence[: len(adapters)], sequence[: len(adapters) + 1]
+    questions, places_of = asked_in(asked_now, settings), dict[int | None, list[int]]()
     # Without the topic line: with the title in the question, choosing would be no task.
-    bare = [question.question for passage in seen for question in passage.questions]
-    for place, which in enumerate(found_by_bm25(seen, bare)):
+    bare = [question.question for passage in asked_now for question in passage.questions]
+    for place, which in enumerate(found_by_bm25(edited, bare)):
         places_of.setdefault(which, []).append(place)
     how: dict[str, Any] = {"skip_training": True, "seed": settings.seed}
     routed = []
     for which, places in places_of.items():
-        how |= {
-            "questions": [questions[at] for at in places],
-            "adapter_stack": [] if which is None else [adapters[which]],
-        }
-        routed.append((places, loop_request(model_id, settings.training, **how)))
+        own, stack = [questions[at] for at in places], [] if which is None else [adapters[which]]
+        routed.append((places, loop_request(model_id, settings.training, questions=own, adapter_stack=stack, **how)))
     return routed
 
 

@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 
 from seal_nb.errors import SettingsError
-from seal_nb.experiments.session import TTT, ask_control, ask_named, control_frame, general_questions, loop_request
-from seal_nb.experiments.settings import Arm, Training, arm_texts, check_asked, names_in
+from seal_nb.experiments import session
+from seal_nb.experiments.session import TTT, ask_named, loop_request
+from seal_nb.experiments.settings import CptArm, Match, Training, arm_texts, check_asked, names_in
 from seal_nb.experiments.single_passage import Arms, arm_sequences, check_answers, eval_questions
-from seal_nb.passages import Passage
+from seal_nb.passages import Passage, asked
 from seal_nb.protocol import Answers, TTTReply, TTTRequest, build_reply
-from seal_nb.results.cpt import CptRun
 from seal_nb.results.run import CPT
+from seal_nb.results.single_passage import CptRun
 from seal_nb.settings import Settings, setting
 from seal_nb.sft.settings import SftJob, SftSettings
 from seal_nb.storage import Journal, derived_seed, runs_folder, write_json, write_record, write_text
@@ -43,7 +44,8 @@ class CPTSettings(Settings):
     k_completions: int = setting(5, least=0)
     split_newlines: bool = False
     seed: int = 42
-    arm: Arm = "self_edits"
+    arm: CptArm = "self_edits"
+    match: Match = "none"
     method: Literal["lora", "full"] = "lora"  # published; "full": all weights, with the schedule of `training` alone
     training: Training = PUBLISHED_TRAINING
 
@@ -65,7 +67,7 @@ class Cpt(Arms[CptRun]):
 
     def unrelated(self) -> pd.DataFrame:
         """Accuracy on general questions of the base and of each arm; empty unless they were asked."""
-        return control_frame(self.control)
+        return session.control_frame(self.control)
 
 
 def cpt(
@@ -75,6 +77,7 @@ def cpt(
     arms: str | Sequence[str] = ("passage_only", "self_edits"),
     method: str = "lora",
     training: Training | None = None,
+    match: Match = "none",
     k_completions: int = 5,
     split_newlines: bool = False,
     check_unrelated: bool = False,
@@ -91,9 +94,12 @@ def cpt(
         ttt: the server (`ttt_server` or `connect`). With method "full" it must have been started here; it answers for
             the untouched model and is then closed, so that the training has the memory.
         passages: with questions; the arm `self_edits` needs their completions.
-        arms: of passage_only, self_edits, hand_written.
+        arms: of passage_only, self_edits, hand_written, and the control passage_matched (the passages alone, for as
+            many steps as the longest arm).
         method: "lora" (published), or "full": all weights, on this machine.
         training: settings; published CPT (3 epochs, batch 4, accumulation 2) unless given.
+        match: "steps" or "tokens" repeats the epochs of shorter arms until they cost as much as the longest; "none"
+            (published): each arm has the same epochs.
         k_completions: self-edits used of each passage; 0 is the published passage-only baseline.
         split_newlines: each line of a self-edit is a train sequence (published: no).
         check_unrelated: ask twenty general questions of the base and of each arm.
@@ -124,27 +130,20 @@ def cpt(
     for one in settings.values():  # refuses what does not fit, before a server starts
         cpt_train_sequences(passages, one)
         if method == "full":
-            sft_settings(one, seed=seed, n_processes=n_processes)
+            sft_settings(one, n_processes=n_processes)
     with Journal(folder / "journal.jsonl") as journal:
         how: dict[str, Any] = {"model_id": ttt.model_id, "keep": check_unrelated}
         requests = {arm: cpt_request(passages, one, **how) for arm, one in settings.items()}
-        if ttt.server is not None and method == "full":
-            jobs = {}
-            for arm, request in requests.items():
-                rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
-                jobs[arm] = SftJob(
-                    sft_file=write_text(folder / f"cpt_train_{arm}_full.jsonl", rows),
-                    model=ttt.server.settings.model,
-                    model_dir=folder / f"model_{arm}_full",
-                    settings=sft_settings(settings[arm], seed=int(request.seed or 0), n_processes=n_processes),
-                    n_threads=n_threads,
-                )
-            replies, control = full_replies(ttt, requests, jobs, training, journal, check_unrelated, n_processes)
+        planned = [(arm, 0, request) for arm, request in requests.items()]  # all arms have the same passages
+        requests = dict(zip(requests, session.matched(planned, match, model_id=ttt.model_id), strict=True))
+        if method == "full":
+            own: dict[str, Any] = {"check_unrelated": check_unrelated, "n_processes": n_processes}
+            replies, control = full_replies(ttt, requests, settings, journal, folder, n_threads=n_threads, **own)
         else:
             replies, control = ask_named(ttt, requests, journal, work="to do", price_per_hour=price_per_hour), {}
             if check_unrelated:
                 stacks = {arm: [str(request.adapter_name)] for arm, request in requests.items()}
-                control = ask_control(ttt, journal, stacks, training, seed=seed)
+                control = session.ask_control(ttt, journal, stacks, training, seed=seed)
     about = {"model": ttt.model_id, "dataset": Path(dataset).name, "timestamp": f"{datetime.now(UTC):%m%d_%H%M%S}"}
     runs = {}
     for arm, one in settings.items():
@@ -174,7 +173,7 @@ def cpt_request(passages: Sequence[Passage], settings: CPTSettings, *, model_id:
         f"{model_id}-full" if is_full else model_id,
         settings.training,
         texts=cpt_train_sequences(passages, settings),
-        questions=eval_questions(*passages),
+        questions=eval_questions(*passages, answer_style=settings.training.answer_style),
         keep="cpt" if keep and not is_full else "",
         seed=derived_seed(settings.seed, "cpt", [passage.title for passage in passages]),
     )
@@ -198,12 +197,18 @@ def build_cpt_run(
         "lora_params": lora_params,
         "method": settings.method,
         "arm": settings.arm,
+        "match": settings.match,
         "seed": settings.seed,
+        "finetune_epochs": request.finetune_epochs,
         "request_seed": request.seed,
         "request_id": request.request_id,
         "n_ungraded": 0,
         "per_article": {},
         "per_passage": [],
+        "passages": [
+            {"title": one.title, "context": one.context, "questions": [asked(question) for question in one.questions]}
+            for one in passages
+        ],
         "train_sequences": len(request.train_sequences),
         "eval_questions": len(request.eval_questions),
         "server_reply": reply.model_dump(mode="json", include=_KEPT_OF_REPLY),
@@ -212,10 +217,12 @@ def build_cpt_run(
     return value
 
 
-def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> SftSettings:
-    """The schedule of a CPT run as one of all weights. Raises: SettingsError, before anything is trained."""
+def sft_settings(settings: CPTSettings, request: TTTRequest | None = None, *, n_processes: int = 1) -> SftSettings:
+    """The schedule of a CPT run as one of all weights; `request` has its seed and epochs. Raises: SettingsError, before
+    anything is trained."""
     names = ("finetune_epochs", "finetune_lr", "batch_size", "gradient_accumulation_steps", "max_seq_length")
-    sft = SftSettings(method="full", seed=seed, **{name: getattr(settings.training, name) for name in names})
+    schedule = {name: getattr(request or settings.training, name) for name in names}
+    sft = SftSettings(method="full", seed=int((request and request.seed) or 0), **schedule)
     sft.accumulation_of(n_processes)
     return sft
 
@@ -223,33 +230,45 @@ def sft_settings(settings: CPTSettings, *, seed: int, n_processes: int = 1) -> S
 def full_replies(
     ttt: TTT,
     requests: Mapping[str, TTTRequest],
-    jobs: Mapping[str, SftJob],
-    training: Training,
+    settings: Mapping[str, CPTSettings],
     journal: Journal,
+    folder: Path,
+    *,
     check_unrelated: bool,
     n_processes: int,
+    n_threads: int,
 ) -> tuple[dict[str, TTTReply], dict[str, TTTReply]]:
     """Train the model of each arm, and ask the base and each of them. Returns: the reply of each arm, in the form
     of an adapter's reply, and those to the general questions."""
     from seal_nb.sft.train import run_job
 
     def asked_of(model_id: str, request: TTTRequest) -> dict[str, TTTRequest]:
-        questions = {"answers": request.eval_questions} | ({"control": general_questions()} if check_unrelated else {})
+        questions = {"answers": request.eval_questions} | (
+            {"control": session.general_questions()} if check_unrelated else {}
+        )
         how: dict[str, Any] = {"skip_training": True, "seed": request.seed}
         return {name: loop_request(model_id, training, questions=asked, **how) for name, asked in questions.items()}
 
-    assert ttt.settings is not None
+    training, served = next(iter(settings.values())).training, ttt.known_settings()
     before = ask_named(ttt, asked_of(ttt.model_id, next(iter(requests.values()))), journal, what="questions")
     ttt.close()  # the training needs the memory
     replies, control = {}, {"never edited": before["control"]} if check_unrelated else {}
     for arm, request in requests.items():
-        trained = run_job(jobs[arm], n_processes=n_processes)
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in request.train_sequences)
+        job = SftJob(
+            sft_file=write_text(folder / f"cpt_train_{arm}_full.jsonl", rows),
+            model=served.model,
+            model_dir=folder / f"model_{arm}_full",
+            settings=sft_settings(settings[arm], request, n_processes=n_processes),
+            n_threads=n_threads,
+        )
+        trained = run_job(job, n_processes=n_processes)
         say(f"{arm}: {trained.n_steps} steps of all weights")
         asked, place = asked_of(str(request.request_id), request), trained.model_dir.with_name(f"server_{arm}_full")
         if all(str(one.request_id) in journal for one in asked.values()):
             after = ask_named(ttt, asked, journal)  # sends nothing
         else:
-            with ttt.another(str(trained.model_dir), folder=place, n_workers=ttt.settings.n_workers) as server:
+            with ttt.another(str(trained.model_dir), folder=place, n_workers=served.n_workers) as server:
                 after = ask_named(server, asked, journal, what="questions")
         base, new = (  # a model as it is has its answers on the baseline's side of its reply
             Answers(texts=one.baseline_texts, verdicts=one.baseline_verdicts, gold_logprobs=one.baseline_gold_logprobs)

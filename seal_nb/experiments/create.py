@@ -15,6 +15,7 @@ from seal_nb.engines.base import Engine, Prompt, Sampling, contents
 from seal_nb.engines.vllm import VllmEngine, VllmServer
 from seal_nb.errors import SettingsError
 from seal_nb.experiments.session import work_of_texts
+from seal_nb.metrics import accuracy
 from seal_nb.passages import Passage, to_item
 from seal_nb.prompts import SelfEditPrompt, find_prompts
 from seal_nb.self_edits import sequences_of_text, write_self_edits
@@ -41,12 +42,9 @@ class SelfEdits:
             for number, text in enumerate(passage.completions):
                 words = re.findall(r"\w+", text.casefold())
                 sequences = sequences_of_text(text, title=passage.title, context="", split_newlines=True)
-                row: dict[str, Any] = {"passage": passage.title, "self_edit": number, "words": len(text.split())}
-                row |= {"train_sequences": len(sequences), "new_words": None}
-                if words:
-                    row["new_words"] = sum(word not in known for word in words) / len(words)
-                rows.append(row)
-        return pd.DataFrame(rows)
+                new = accuracy([word not in known for word in words])
+                rows.append((passage.title, number, len(text.split()), len(sequences), new))
+        return pd.DataFrame(rows, columns=["passage", "self_edit", "words", "train_sequences", "new_words"])
 
     def plot_lengths(self) -> Figure:
         """Words of each self-edit, and of its passage."""
@@ -150,18 +148,12 @@ def create_self_edits(
 
 @contextmanager
 def chosen_engine(
-    name: str,
-    *,
-    model: str,
-    run_dir: Path,
-    url: str = "",
-    api_key_env: str = "",
-    max_parallel: int = 32,
-    n_threads: int = 1,
+    name: str, *, model: str, run_dir: Path, url: str = "", api_key_env: str = "", n_threads: int = 1, **api: Any
 ) -> Iterator[Engine]:
     """The engine that the parameters of `01_create_self_edits` name; ``run_dir`` is for ``vllm.log``. Without ``url``
     "vllm" starts a server of its own, which stops at the end of the block, and "openai" asks OpenAI, whose key is in
     OPENAI_API_KEY unless ``api_key_env`` names another variable. A service at ``url`` gets only a key that is named.
+    ``api``: other fields of ``ApiSettings``.
     Raises: SettingsError for settings that do not fit the engine; EngineError where the server does not answer."""
     if name == "local":
         if url:
@@ -171,10 +163,10 @@ def chosen_engine(
         yield load_local_engine(model, n_threads=n_threads)
     elif name == "vllm" and not url:
         with VllmServer(model, run_dir=run_dir) as server:
-            yield VllmEngine.of(server, max_parallel=max_parallel)
+            yield VllmEngine.of(server, **api)
     elif name in ("vllm", "openai"):
         api_key_env = api_key_env or ("" if url else ApiSettings.api_key_env)
-        settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, max_parallel=max_parallel)
+        settings = ApiSettings(base_url=url or ApiSettings.base_url, api_key_env=api_key_env, **api)
         yield VllmEngine.at(settings, model=model) if name == "vllm" else OpenAIEngine(settings, model=model)
     else:
         raise SettingsError(f"engine={name!r}: known are local, vllm, openai")

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seal_nb.errors import DataError, SettingsError
-from seal_nb.metrics import MIN_PASSAGES, accuracy, counted, if_graded, mean_interval
+from seal_nb.metrics import MIN_PASSAGES, Estimate, counted, if_graded, paired_difference, ratio_interval
 from seal_nb.prompts import self_edit_prompt
 from seal_nb.results.single_passage import EvaluatedPassage, EvaluatedSelfEdit, SinglePassageRun
 from seal_nb.sft.settings import SftJob, SftResult, SftSettings
@@ -33,11 +32,13 @@ QUANTITIES = {  # of `RankingSummary`, in words
     "n_best_without_gain": "passages whose best self-edit gains nothing",
     "n_unrankable_self_edits": "self-edits that cannot be ranked",
     "n_repeats": "repeats of a self-edit, on average",
-    "variance_between_self_edits": "variance between self-edits",
-    "variance_between_repeats": "variance between repeats",
-    "share_between": "share of the variance between self-edits",
-    "reliability": "reliability of the mean over the repeats",
+    "reliability": "reliability for the same questions",
+    "reliability_elsewhere": "reliability for other questions of the passage",
+    "most_elsewhere": "… with any number of repeats",
+    "own_advantage": "advantage of the winner on the questions that chose it",
+    "audit_advantage": "advantage of the winner on the other half of the questions",
 }
+N_HALVES = 100  # random halves of the questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,17 @@ class RestEmRound:
         return frame.astype({"self_edit": "Int64"})
 
     def ranking(self) -> pd.DataFrame:
-        """How much the ranking knows: ties, variances, reliability (see `RankingSummary`)."""
-        values = vars(RankingSummary(self.run))
-        rows = {"quantity": list(QUANTITIES.values()), "value": [values[name] for name in QUANTITIES]}
-        return pd.DataFrame(rows, dtype=object)  # counts stay whole numbers beside the fractions
+        """How much the ranking knows: ties, reliabilities, audit (see `RankingSummary`), with 95 % intervals."""
+        summary = RankingSummary(self.run)
+        values = [getattr(summary, name) for name in QUANTITIES]
+        columns = {"quantity": QUANTITIES.values(), "value": [getattr(one, "mean", one) for one in values]}
+        columns |= {name: [getattr(one, name, None) for one in values] for name in ("low", "high")}
+        return pd.DataFrame(columns, dtype=object)  # counts stay whole beside the fractions
 
     def sentences(self) -> list[str]:
-        """Whether two repeats pick the same winner, and how reliable the ranking is."""
+        """How reliable the rewards are, and whether questions that did not choose the winner agree."""
         summary = RankingSummary(self.run)
-        return [summary.agreement_sentence(), summary.sentence()]
+        return [summary.sentence(), summary.audit_sentence()]
 
     def plot_rewards(self) -> Figure:
         """The rewards of each passage's self-edits, the kept ones marked, with the baseline."""
@@ -248,67 +251,99 @@ def sft_rows(
 
 
 class RankingSummary:
-    """Ties, empty gains, and variances of adapter accuracy within a passage: between self-edits (the repeats' share
-    taken out) and between repeats of one self-edit. ``share_between`` is the first over both, the share of one
-    measurement that belongs to the self-edit; ``reliability`` is that of the mean over the repeats. ``agreement``: how
-    often two single repeats pick the same winner, ties at random, with an interval over passages; ``chance``: the same
-    for random choices, 1/k. None where a run has a single repeat, a single self-edit, or no verdicts."""
+    """How much a ranking knows: ties, empty gains, and what its rewards say about other repeats and other questions.
+
+    ``reliability``: share of the variance of the rewards within a passage that stays for the same questions with other
+    adapters. ``reliability_elsewhere``: the share that stays for other questions of the passage; ``most_elsewhere`` is
+    what any number of repeats can bring it to. ``own_advantage``: reward of the winner minus the mean of its passage.
+    ``audit_advantage``: the same where one half of the questions chooses the winner and the other half measures it,
+    the mean over both ways and many halves. None where a run has a single repeat, self-edit or question."""
 
     def __init__(self, run: SinglePassageRun) -> None:
         ranked_P = [ranked(passage) for passage in run.passages]
-        graded_P = [[one for one in p.self_edits if one.is_graded and not is_partly_graded(one)] for p in run.passages]
-        rewards_P = [  # of each self-edit whose answers are all graded its accuracy in each repeat
-            [[reward for _, verdicts in edit.repeats() if (reward := accuracy(verdicts)) is not None] for edit in edits]
-            for edits in graded_P
-        ]
         bests = [best_first for best_first in ranked_P if best_first]
         gains = [best_first[0].stats()["gain_mean"] for best_first in bests]
-        repeats_E = [repeats for of_passage in rewards_P for repeats in of_passage]
-        of_repeats = [statistics.variance(repeats) for repeats in repeats_E if len(repeats) > 1]
-        of_means = [statistics.variance(map(statistics.mean, one)) for one in rewards_P if len(one) > 1]
         self.n_passages, self.n_ranked = len(run.passages), len(bests)
         self.n_tied_best = sum(len(r) > 1 and mean_reward(r[0]) == mean_reward(r[1]) for r in bests)
         self.n_best_without_gain = sum(gain is not None and gain <= 0 for gain in gains)
         self.n_unrankable_self_edits = sum(len(p.self_edits) for p in run.passages) - sum(map(len, ranked_P))
-        self.n_repeats: float = statistics.mean(map(len, repeats_E)) if repeats_E else 1.0
-        self.variance_between_self_edits: float | None = None
-        self.variance_between_repeats: float | None = None
-        self.share_between: float | None = None
-        self.reliability: float | None = None
-        if of_means and of_repeats:
-            self.variance_between_repeats = within = statistics.mean(of_repeats)
-            self.variance_between_self_edits = between = max(0.0, statistics.mean(of_means) - within / self.n_repeats)
-            if between + within:
-                self.share_between = between / (between + within)
-                self.reliability = between / (between + within / self.n_repeats)
-        agreements_P, chances = [], []
-        for rewards_E in rewards_P:
-            n_repeats = min(map(len, rewards_E), default=0)
-            if len(rewards_E) > 1 and n_repeats > 1:
-                rewards = np.array([repeats[:n_repeats] for repeats in rewards_E])
-                best = rewards == rewards.max(axis=0)  # of each repeat
-                shares_R = (best / best.sum(axis=0)).T  # how likely each self-edit is drawn among the best
-                agreements_P.append([float(one @ other) for one, other in combinations(shares_R, 2)])
-                chances.append(1 / len(rewards_E))
-        self.agreement = if_graded(mean_interval, agreements_P)
-        self.chance = statistics.mean(chances) if chances else 0.0
+        correct_P = [one for passage in run.passages if len(one := _correct(passage)) > 1 and one.size]  # (E, R, Q)
+        self.n_repeats: float = statistics.mean(one.shape[1] for one in correct_P) if correct_P else 1.0
+        repeated = [one for one in correct_P if one.shape[1] > 1]
+        total_P = [float(one.mean(axis=(1, 2)).var(ddof=1)) for one in repeated]
+        noise_P = [float((one.mean(axis=2).var(axis=1, ddof=1) / one.shape[1]).mean()) for one in repeated]
+        same_P = [total - noise for total, noise in zip(total_P, noise_P, strict=True)]
+        self.reliability = ratio_interval(same_P, total_P)
+        several = [at for at, one in enumerate(repeated) if one.shape[2] > 1]  # questions
+        elsewhere_P = [_shared_by_questions(repeated[at]) for at in several]
+        self.reliability_elsewhere = ratio_interval(elsewhere_P, [total_P[at] for at in several])
+        same_P = [same_P[at] for at in several]
+        share = ratio_interval(elsewhere_P, same_P) if sum(same_P) > 0 else None
+        self.most_elsewhere = share and min(1.0, max(0.0, share.mean))
+        own_P = [[float(one.mean(axis=(1, 2)).max())] * one.shape[2] for one in correct_P]
+        mean_P = [[float(one.mean())] * one.shape[2] for one in correct_P]
+        self.own_advantage = if_graded(paired_difference, own_P, mean_P)
+        audited = [one for one in correct_P if one.shape[2] > 1]
+        audit_P = [[_audit_advantage(one)] * one.shape[2] for one in audited]
+        self.audit_advantage = if_graded(paired_difference, audit_P, [[0.0] * len(row) for row in audit_P])
 
     def sentence(self) -> str:
-        """How reliable the ranking is, in words."""
-        if self.reliability is None:
+        """How reliable the rewards are, in words."""
+        if self.n_repeats <= 1:
             return "it is not known how much the ranking knows: that takes two self-edits and two repeats (eval_times)"
         n = counted(self.n_ranked, "passages")
-        has = f"{self.n_repeats:g} repeats on {n} give a reliability of {self.reliability:.2f}"
-        if not self.reliability:
-            return f"{has}: self-edits do not differ beyond the noise between repeats, so the choice is random"
-        return f"{has}, but {n} are too few to tell" if self.n_ranked < MIN_PASSAGES else has
+        if self.n_ranked < 2:
+            return f"{n}: too few to tell how much the ranking knows (at least {MIN_PASSAGES})"
+        if self.reliability is None or self.reliability.mean <= 0:
+            return f"self-edits of {n} do not differ beyond the noise between repeats, so the choice is random"
+        has = f"{self.n_repeats:g} repeats on {n}: reliability {_ratio(self.reliability)} for the same questions"
+        if self.reliability_elsewhere is None:
+            return f"{has}; with one question a passage nothing is known about other questions"
+        has += f" and {_ratio(self.reliability_elsewhere)} for other questions of the passage"
+        if self.n_ranked < MIN_PASSAGES:
+            return f"{has}, but {n} are too few to tell"
+        return f"{has} ({self.most_elsewhere:.2f} with any number of repeats, more with more questions)"
 
-    def agreement_sentence(self) -> str:
-        """Such as "two repeats pick the same winner in 34.2 % [26, 43] of 50 passages; chance 20.0 %: …"."""
-        if (seen := self.agreement) is None:
-            return "no passage has two self-edits with two repeats each"
-        verdict = "more than chance" if seen.low > self.chance else "not distinguishable from chance"
-        if seen.n < MIN_PASSAGES:
-            verdict = f"too few to tell (at least {MIN_PASSAGES})"
-        share = f"{100 * seen.mean:.1f} % [{100 * seen.low:.1f}, {100 * seen.high:.1f}] of {seen.n} passages"
-        return f"two repeats pick the same winner in {share}; chance {100 * self.chance:.1f} %: {verdict}"
+    def audit_sentence(self) -> str:
+        """Whether the chosen self-edits are better on questions that did not choose them."""
+        if self.audit_advantage is None or self.own_advantage is None:
+            return "no passage has two self-edits and two questions, so no half of them can audit the choice"
+        return (
+            "winner by half of the questions minus its passage's mean, on the other half: "
+            f"{self.audit_advantage.sentence()}; on the questions that chose it: {100 * self.own_advantage.mean:+.1f}"
+        )
+
+
+def _ratio(one: Estimate) -> str:
+    return f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]"
+
+
+def _correct(passage: EvaluatedPassage) -> np.ndarray:
+    """(E, R, Q) verdicts of the self-edits whose answers are all graded, over the repeats that all have."""
+    edits = [one for one in passage.self_edits if one.is_graded and not is_partly_graded(one)]
+    repeats_E = [[list(map(bool, adapter)) for _, adapter in edit.repeats()] for edit in edits]
+    n_repeats = min(map(len, repeats_E), default=0)
+    n_questions = min((len(answers) for repeats in repeats_E for answers in repeats), default=0)
+    return np.array([[answers[:n_questions] for answers in repeats[:n_repeats]] for repeats in repeats_E], dtype=float)
+
+
+def _shared_by_questions(correct_E_R_Q: np.ndarray) -> float:
+    """The variance between self-edits that two questions of two repeats share: the mean covariance over such pairs."""
+    n_edits, n_repeats, n_questions = correct_E_R_Q.shape
+    own = correct_E_R_Q - correct_E_R_Q.mean(axis=0)
+    sums = own.sum(axis=(1, 2)) ** 2 - (own.sum(axis=1) ** 2).sum(axis=1) - (own.sum(axis=2) ** 2).sum(axis=1)
+    pairs = n_repeats * (n_repeats - 1) * n_questions * (n_questions - 1)
+    return float((sums + (own**2).sum(axis=(1, 2))).sum() / (n_edits - 1) / pairs)
+
+
+def _audit_advantage(correct_E_R_Q: np.ndarray) -> float:
+    """How much better the winner on half of the questions (the first of equals) is on the other half."""
+    generator, found = np.random.default_rng(0), []
+    by_question = correct_E_R_Q.mean(axis=1)  # (E, Q)
+    for _ in range(N_HALVES):
+        order = generator.permutation(by_question.shape[1])
+        halves = order[: len(order) // 2], order[len(order) // 2 :]
+        for reward, audit in (halves, halves[::-1]):
+            winner = by_question[:, reward].mean(axis=1).argmax()
+            found.append(by_question[winner, audit].mean() - by_question[:, audit].mean())
+    return float(np.mean(found))

@@ -5,7 +5,7 @@ reply, so a notebook that was stopped sends only what is missing, and what faile
 twenty general questions that no passage is about; they show a collapse, not a change of a few points."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
@@ -15,17 +15,16 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from seal_nb.errors import RemoteError, RoundTimeout, SettingsError
-from seal_nb.experiments.settings import Training
+from seal_nb.experiments.settings import Match, Training
 from seal_nb.grading.choose import check_grader, make_grader
 from seal_nb.metrics import accuracy, if_graded, paired_difference
 from seal_nb.protocol import EvalQuestion, GenerateReply, GenerateRequest, TTTReply, TTTRequest, validated
-from seal_nb.server.client import DEFAULT_WAIT_S, TTTClient
-from seal_nb.server.launch import TTTServer
-from seal_nb.server.settings import ServeSettings, SharedSettings
+from seal_nb.server.client import DEFAULT_WAIT_S, ServeSettings, SharedSettings, TTTClient, TTTServer
 from seal_nb.storage import Journal, content_id, data_file, read_json, runs_folder
 from seal_nb.views.live import Progress, say
 
 CHARACTERS_A_TOKEN = 4.2  # of English passages and self-edits under the tokenizers in use
+MOST_EPOCHS = 1000  # as the protocol allows
 SHORT_HOURS = 5 / 60  # a shorter run needs no estimate of its time
 READY_TIMEOUT_S = 900.0  # a 7B model from a slow disk takes minutes to load
 _NOT_CONTENT = {"request_id", "priority", "traceback"}  # fields that change nothing in the result
@@ -132,7 +131,7 @@ def ttt_server(
         folder: run folder of a server started here (log, kept adapters, results).
         grader: "local", "exact", "f1", "recall" or a judge (docs/graders.md); empty: the server's.
         wait_s: seconds that requests wait for the server at `endpoint` before they raise RoundTimeout.
-        **settings: other fields of `server.settings.ServeSettings`, such as n_workers, n_threads, n_slots, dtype,
+        **settings: other fields of `server.client.ServeSettings`, such as n_workers, n_threads, n_slots, dtype,
             deterministic. With an endpoint they say how that server was started (see `TTT.another`).
 
     Returns:
@@ -279,24 +278,47 @@ def n_tokens(text: str) -> int:
     return max(1, round(len(text) / CHARACTERS_A_TOKEN))
 
 
-def work_of(requests: Iterable[TTTRequest], *, tokens_per_s: float = 0.0, price_per_hour: float = 0.0) -> str:
+def cost_of(request: TTTRequest) -> dict[str, int]:
+    """The optimiser ``steps`` of a training, and about how many ``tokens`` it trains on."""
+    if not request.training_wanted:
+        return {"steps": 0, "tokens": 0}
+    lengths = [min(n_tokens(text), request.max_seq_length) for text in request.train_sequences]
+    padded = request.pad_to * len(lengths) if request.padding_in_loss else sum(lengths)
+    n_batches = -(-len(lengths) // request.batch_size)
+    steps = request.finetune_epochs * -(-n_batches // request.gradient_accumulation_steps)
+    return {"steps": steps, "tokens": request.finetune_epochs * padded}
+
+
+def matched(planned: Sequence[tuple[str, int, TTTRequest]], match: Match, *, model_id: str) -> list[TTTRequest]:
+    """The requests, given with their arm and passage, with the epochs of shorter arms repeated: as many as bring the
+    steps or tokens (`match`) closest to those of the longest arm on the passage, never fewer. passage_matched always
+    has the steps of that arm. The control `shuffled` is not the longest: its text is of another passage."""
+    longest, found = dict[tuple[str, int], int](), list[TTTRequest]()
+    for arm, passage, request in planned:
+        for measure, cost in cost_of(request).items() if arm != "shuffled" else ():
+            longest[measure, passage] = max(longest.get((measure, passage), 0), cost)
+    for arm, passage, request in planned:
+        measure = "steps" if match == "none" or arm == "passage_matched" else match
+        if request.training_wanted and (arm == "passage_matched" or match != "none"):
+            share = longest.get((measure, passage), 0) / cost_of(request)[measure]
+            epochs = min(MOST_EPOCHS, round(request.finetune_epochs * share))
+            if epochs > request.finetune_epochs:
+                more = request.model_dump() | {"finetune_epochs": epochs}
+                request = identified(validated(TTTRequest, more), model_id)
+        found.append(request)
+    return found
+
+
+def work_of(requests: Sequence[TTTRequest], *, tokens_per_s: float = 0.0, price_per_hour: float = 0.0) -> str:
     """What the requests add up to, such as "8 adapters, 320 optimiser steps, about 15,000 tokens, at most 80 answers".
     `tokens_per_s`, the measured speed of the server, adds the time of a long training, and with a price its cost."""
-    n_adapters = n_steps = n_train = n_answers = 0
-    of_base: set[tuple[str, ...]] = set()
-    for request in requests:
-        if not request.skip_baseline:
-            of_base |= {(*request.adapter_stack, question.question) for question in request.eval_questions}
-        if request.training_wanted:
-            lengths = [min(n_tokens(text), request.max_seq_length) for text in request.train_sequences]
-            padded = request.pad_to * len(lengths) if request.padding_in_loss else sum(lengths)
-            n_batches = -(-len(lengths) // request.batch_size)
-            n_adapters += 1
-            n_steps += request.finetune_epochs * -(-n_batches // request.gradient_accumulation_steps)
-            n_train += request.finetune_epochs * padded
-            n_answers += len(request.eval_questions)
-    text = f"{n_adapters:,} adapters, {n_steps:,} optimiser steps, about {n_train:,} tokens, "
-    text += f"at most {n_answers + len(of_base):,} answers"
+    trained = [one for one in requests if one.training_wanted]
+    n_steps, n_train = (sum(cost_of(one)[measure] for one in trained) for measure in ("steps", "tokens"))
+    asked_base = [one for one in requests if not one.skip_baseline]
+    of_base = {(*one.adapter_stack, asked.question) for one in asked_base for asked in one.eval_questions}
+    n_answers = sum(len(one.eval_questions) for one in trained) + len(of_base)
+    text = f"{len(trained):,} adapters, {n_steps:,} optimiser steps, about {n_train:,} tokens, "
+    text += f"at most {n_answers:,} answers"
     hours = n_train / tokens_per_s / 3600 if tokens_per_s else 0.0
     if hours < SHORT_HOURS:
         return text

@@ -12,21 +12,22 @@ from typing import Any, Literal
 from seal_nb.errors import DataError, ProtocolError, SettingsError
 from seal_nb.metrics import counted
 from seal_nb.passages import Passage, load_passages, text_key
+from seal_nb.prompts import AnswerStyle
 from seal_nb.protocol import GenerateRequest, TTTRequest, validated
+from seal_nb.results.run import LORA_PARAMS
 from seal_nb.settings import Settings, setting
 from seal_nb.views.live import say
 
 Arm = Literal["self_edits", "passage_only", "hand_written"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
-SingleArm = Literal[Arm, "in_context"]  # in_context trains nothing: the passage is in the prompt
+# Controls: passage_matched trains on the passage alone for as many steps as the longest arm, shuffled on the self-edit
+# (and the passage) of another passage. in_context trains nothing: the passage is in the prompt.
+CptArm = Literal[Arm, "passage_matched"]
+CPT_ARMS: tuple[CptArm, ...] = typing.get_args(CptArm)
+SingleArm = Literal[CptArm, "shuffled", "in_context"]
 SINGLE_ARMS: tuple[SingleArm, ...] = typing.get_args(SingleArm)
-# As run files name them under `lora_params`: the published names first, then ours.
-LORA_PARAMS = {
-    "rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "epochs": "finetune_epochs",
-    "lr": "finetune_lr", "batch_size": "batch_size", "grad_accum_steps": "gradient_accumulation_steps",
-    "target_modules": "target_modules", "end_mask_substring": "end_mask_substring",
-    "padding_in_loss": "padding_in_loss",
-}  # fmt: skip
+CONTROLS = ("passage_matched", "shuffled")  # `tune` has settings for them, too
+Match = Literal["none", "steps", "tokens"]
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes part of a file name
 
 
@@ -49,6 +50,7 @@ class Training(Settings):
         max_new_tokens: tokens of an answer.
         soft_scores: also compute log-probabilities of the gold answers, in nats.
         chat: ask questions through the model's chat template.
+        answer_style: "published", or "short": a sentence after each question asks for a few words.
 
     Raises:
         SettingsError: for a value that cannot be trained with.
@@ -70,6 +72,7 @@ class Training(Settings):
     max_new_tokens: int = setting(64, least=1)
     soft_scores: bool = False
     chat: bool = False
+    answer_style: AnswerStyle = "published"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +81,8 @@ class Training(Settings):
 
     def request_fields(self) -> dict[str, Any]:
         """As fields of a `protocol.TTTRequest`."""
-        return asdict(self) | {"target_modules": list(self.target_modules)}
+        fields = asdict(self) | {"target_modules": list(self.target_modules)}
+        return {name: value for name, value in fields.items() if name != "answer_style"}  # part of the question
 
     def lora_params(self) -> dict[str, Any]:
         """As run files state them: the published keys first, then ours."""
@@ -147,13 +151,14 @@ def arm_passages(arm: str, passages: Sequence[Passage], file: str = "") -> list[
 
 
 def arm_texts(arm: str, passage: Passage, index: int, *, k_completions: int) -> tuple[str, ...]:
-    """The texts an arm trains on besides the passage, one adapter each; `passage_only` has one empty text.
+    """The texts an arm trains on besides the passage, one adapter each; `passage_only` has one empty text. Those of
+    `shuffled` are self-edits if the passage has some, else what was written by hand.
     Raises: DataError for a passage without such a text."""
-    if arm in ("passage_only", "in_context"):
+    if arm in ("passage_only", "passage_matched", "in_context"):
         return ("",)
-    field = "completions" if arm == "self_edits" else "hand_written"
-    texts = passage.completions if arm == "self_edits" else (passage.hand_written,)
-    if not texts or (arm == "hand_written" and not texts[0]):
+    field = "completions" if arm == "self_edits" or (arm == "shuffled" and passage.completions) else "hand_written"
+    texts = passage.completions if field == "completions" else (passage.hand_written,)
+    if not texts or (field == "hand_written" and not texts[0]):
         problem = f"passage {passage.title!r} has nothing for the arm {arm!r}"
         remedy = "run 01_create_self_edits on the items first, or choose another arm"
         raise DataError(problem, item=index, field=field, remedy=remedy)

@@ -7,7 +7,7 @@ seeds and request ids added. Seeds and ids follow from content, so any single nu
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -17,18 +17,26 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from seal_nb.errors import DataError, RunMismatch, SettingsError
-from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request, ttt_server
-from seal_nb.experiments.settings import SingleArm, Training, arm_passages, arm_texts, check_asked, parse_arms
+from seal_nb.experiments.session import TTT, ask, ask_named, identified, loop_request, matched, ttt_server
+from seal_nb.experiments.settings import (
+    CONTROLS,
+    Match,
+    SingleArm,
+    Training,
+    arm_passages,
+    arm_texts,
+    check_asked,
+    parse_arms,
+)
 from seal_nb.grading.base import Grader, answered_with
 from seal_nb.grading.choose import check_grader, grader_of, make_grader
 from seal_nb.metrics import mean
 from seal_nb.passages import Passage, Question, asked
-from seal_nb.prompts import OTHER_PROMPT, answer_prompt, recorded_key, topic_question
+from seal_nb.prompts import ANSWER_STYLES, OTHER_PROMPT, AnswerStyle, answer_prompt, recorded_key, topic_question
 from seal_nb.protocol import Answers, EvalQuestion, GenerateRequest, TTTReply, TTTRequest, build_reply
 from seal_nb.results.collect import stacked
-from seal_nb.results.cpt import CptRun, check_length
 from seal_nb.results.run import KINDS, SINGLE_PASSAGE, are_published_passages, verdict_change
-from seal_nb.results.single_passage import SinglePassageRun, run_file_name
+from seal_nb.results.single_passage import CptRun, SinglePassageRun, check_length, run_file_name
 from seal_nb.self_edits import sequences_of_text
 from seal_nb.settings import Settings, setting
 from seal_nb.storage import Journal, derived_seed, read_json, runs_folder, write_json, write_record
@@ -50,6 +58,7 @@ class SinglePassageSettings(Settings):
     arm: SingleArm = "self_edits"
     label: str = ""
     texts_from: str = ""
+    match: Match = "none"
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -67,6 +76,7 @@ class PlannedLoop:
     repeat: int
     text: str
     request: TTTRequest
+    text_of: int | None = None  # the passage that the text is of, if it is another one
 
     @property
     def request_id(self) -> str:
@@ -84,9 +94,10 @@ class Arms(dict[str, SomeRun]):
         self.losses = losses
 
     def accuracy(self) -> pd.DataFrame:
-        """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with its p, and
-        `recited` (single passages): share of adapter answers that contain the gold answer of another question."""
-        return stacked(self.values()).drop(columns=["prompt", "file"], errors="ignore")
+        """One row for each arm: accuracy with its 95 % interval over passages, gain over the baseline with p (and
+        Holm's p for all arms together), steps and tokens of one adapter, and controls of recitation
+        (`results.run.recitation`)."""
+        return stacked((run.arm, run) for run in self.values()).drop(columns=["prompt", "file"], errors="ignore")
 
     def best(self) -> "pd.Series[Any]":
         """The row of `accuracy` with the highest accuracy, the first of equals."""
@@ -126,8 +137,9 @@ def evaluate(
     ttt: TTT,
     passages: Sequence[Passage],
     *,
-    arms: str | Sequence[str] = ("passage_only", "self_edits"),
-    training: Training | None = None,
+    arms: str | Sequence[str] = ("passage_only", "passage_matched", "self_edits", "shuffled"),
+    training: Training | Mapping[str, Training] | None = None,
+    match: Match = "none",
     k_completions: int = 1,
     eval_times: int = 1,
     split_newlines: bool = True,
@@ -142,9 +154,13 @@ def evaluate(
     Args:
         ttt: the server (`ttt_server` or `connect`).
         passages: with questions; the arm `self_edits` needs their completions.
-        arms: of passage_only, self_edits, hand_written, in_context (the passage in the prompt, no training), and
-            NAME:FILE for the self-edits of an item file.
-        training: settings of the adapters; the published ones unless given.
+        arms: of passage_only, self_edits, hand_written, the controls passage_matched (the passage alone, for as many
+            steps as the longest arm) and shuffled (text and passage of another passage with another title), the
+            reference in_context (the passage in the prompt, no training), and NAME:FILE for the self-edits of an item
+            file.
+        training: settings of the adapters, or of each arm by its name (`tune`); the published ones unless given.
+        match: "steps" or "tokens" repeats the epochs of shorter arms until they cost as much as the longest arm on the
+            same passage; "none" (published): each arm has the same epochs.
         k_completions: self-edits used of each passage.
         eval_times: adapters trained for each self-edit.
         split_newlines: each line of a self-edit is a train sequence (published: yes).
@@ -163,12 +179,15 @@ def evaluate(
         RoundTimeout: when the server went away and did not come back.
 
     Source: SEAL, arXiv 2506.10943, section 3.1, single passage."""
-    training = training or Training()
     given, folder = locals(), runs_folder(folder)
     check_asked(passages)
-    settings, texts = {}, {}
-    for arm, file in parse_arms(arms).items():
-        own = {"arm": "self_edits", "label": arm, "texts_from": Path(file).name} if file else {"arm": arm}
+    settings, texts, parsed = {}, {}, parse_arms(arms)
+    if isinstance(training, Mapping) and (unknown := {*training} - {*parsed} - {*CONTROLS}):
+        raise SettingsError(f"training names {', '.join(sorted(unknown))}; the arms are {', '.join(parsed)}")
+    for arm, file in parsed.items():
+        of_arm = training.get(arm) if isinstance(training, Mapping) else training
+        own: dict[str, Any] = {"arm": arm, "training": of_arm or Training()}
+        own |= {"arm": "self_edits", "label": arm, "texts_from": Path(file).name} if file else {}
         settings[arm] = SinglePassageSettings.from_parameters(given, **own)
         texts[arm] = arm_passages(arm, passages, file)
         most = max((len(one.completions) for one in texts[arm]), default=0)
@@ -179,7 +198,10 @@ def evaluate(
         if grader is not None:  # verdicts of two graders cannot be compared
             check_grader(grader.name, ttt.model_id, where=ttt.where)
         loops = {arm: requests_for_run(texts[arm], one, model_id=ttt.model_id) for arm, one in settings.items()}
-        requests = [loop.request for arm_loops in loops.values() for loop in arm_loops]
+        planned = [(arm, loop.passage, loop.request) for arm, of_arm in loops.items() for loop in of_arm]
+        requests = matched(planned, match, model_id=ttt.model_id)
+        new = iter(requests)
+        loops = {arm: [replace(loop, request=next(new)) for loop in of_arm] for arm, of_arm in loops.items()}
         collected = ask(ttt, requests, journal, work="to do", price_per_hour=price_per_hour)
         replies = collected.replies
         if grader is not None:
@@ -270,26 +292,39 @@ def reply_frame(questions: Sequence[Any], reply: TTTReply, *, start: int = 0) ->
 def requests_for_run(
     passages: Sequence[Passage], settings: SinglePassageSettings, *, model_id: str
 ) -> list[PlannedLoop]:
-    """Every inner loop of one arm, passages outermost, repeats innermost. Raises: DataError."""
+    """Every inner loop of one arm, passages outermost, repeats innermost. Raises: DataError; SettingsError where
+    `shuffled` has no other passage."""
     loops, n_repeats = [], 1 if settings.arm == "in_context" else settings.eval_times
     for at, passage in enumerate(passages):
-        questions = eval_questions(passage)
+        questions = eval_questions(passage, answer_style=settings.training.answer_style)
         if settings.arm == "in_context" and not questions:
             continue  # nothing to train, and nothing to ask
-        for number, text in enumerate(arm_texts(settings.arm, passage, at, k_completions=settings.k_completions)):
-            texts = arm_sequences(settings.arm, text, passage, split_newlines=settings.split_newlines)
+        text_of = another_passage(passages, at) if settings.arm == "shuffled" else None
+        source = passage if text_of is None else passages[text_of]
+        for number, text in enumerate(arm_texts(settings.arm, source, at, k_completions=settings.k_completions)):
+            texts = arm_sequences(settings.arm, text, source, split_newlines=settings.split_newlines)
             for repeat in range(n_repeats):
                 seed = derived_seed(settings.seed, at, passage.title, number, repeat)
                 request = loop_request(model_id, settings.training, texts=texts, questions=questions, seed=seed)
-                loops.append(PlannedLoop(passage=at, self_edit=number, repeat=repeat, text=text, request=request))
+                about: dict[str, Any] = {"text": text, "request": request, "text_of": text_of}
+                loops.append(PlannedLoop(passage=at, self_edit=number, repeat=repeat, **about))
     return loops
+
+
+def another_passage(passages: Sequence[Passage], at: int) -> int:
+    """The next passage with another title, since passages of one title share facts. Raises: SettingsError."""
+    others = [place % len(passages) for place in range(at + 1, at + len(passages))]
+    found = next((one for one in others if passages[one].title != passages[at].title), None)
+    if found is None:
+        raise SettingsError("arms has 'shuffled', and all passages have one title; give more passages, or leave it out")
+    return found
 
 
 def arm_sequences(arm: str, text: str, passage: Passage, *, split_newlines: bool) -> list[str]:
     """What one adapter of an arm is trained on; nothing for in_context."""
     if arm == "in_context":
         return []
-    is_split = split_newlines or arm == "passage_only"  # a passage alone has no self-edit to split
+    is_split = split_newlines or arm in ("passage_only", "passage_matched")  # a passage alone has no self-edit to split
     return sequences_of_text(text, title=passage.title, context=passage.context, split_newlines=is_split)
 
 
@@ -318,19 +353,24 @@ def train_sequences(
     return arm_sequences(trained_on, text, passage, split_newlines=split_newlines)
 
 
-def eval_questions(*passages: Passage) -> list[EvalQuestion]:
+def eval_questions(*passages: Passage, answer_style: AnswerStyle = "published") -> list[EvalQuestion]:
     """The questions of one or more passages as published clients send them, with their topic line.
 
     Args:
-        *passages: in order.
+        passages: one or more, in order.
+        answer_style: "short" adds a sentence that asks for a few words.
 
     Returns:
         All questions in one list."""
-    all_asked = [(one.title, one.context, question) for one in passages for question in one.questions]
-    return [
-        EvalQuestion(title=title, context=context, **asked(one) | {"question": topic_question(title, one.question)})
-        for title, context, one in all_asked
-    ]
+    if answer_style not in ANSWER_STYLES:
+        raise SettingsError(f"answer_style={answer_style!r}: known are {', '.join(ANSWER_STYLES)}")
+    found = []
+    for passage in passages:
+        for one in passage.questions:
+            question = topic_question(passage.title, one.question) + ANSWER_STYLES[answer_style]
+            fields = asked(one) | {"title": passage.title, "context": passage.context, "question": question}
+            found.append(EvalQuestion(**fields))
+    return found
 
 
 def build_run(
@@ -339,7 +379,7 @@ def build_run(
     replies: Mapping[str, TTTReply],
     settings: SinglePassageSettings,
     *,
-    failures: Mapping[str, str] | None = None,
+    failures: Mapping[str, str] = {},
     **about: str,
 ) -> dict[str, Any]:
     """The run file: published keys first; `about`: timestamp, model, dataset. `replies` and `failures` (error texts)
@@ -351,13 +391,8 @@ def build_run(
     for (at, _), mine in groupby(loops, key=lambda loop: (loop.passage, loop.self_edit)):
         articles[at]["completions"].append(_completion(passages[at], list(mine), replies))
     missing = [
-        {
-            "article": loop.passage,
-            "completion": loop.self_edit,
-            "rep": loop.repeat,
-            "request_id": loop.request_id,
-            "error": (failures or {}).get(loop.request_id, "no reply"),
-        }
+        {"article": loop.passage, "completion": loop.self_edit, "rep": loop.repeat, "request_id": loop.request_id}
+        | {"error": failures.get(loop.request_id, "no reply")}
         for loop in loops
         if loop.request_id not in replies
     ]
@@ -379,6 +414,8 @@ def build_run(
         **({"prompt_key": key} if is_known else {}),
         "seed": settings.seed,
         "training": settings.training.request_fields(),
+        "answer_style": settings.training.answer_style,
+        "match": settings.match,
         "n_ungraded": 0,
         "missing": missing,
         "articles": articles,
@@ -392,7 +429,9 @@ def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping
     questions: list[dict[str, Any]] = []
     repeats: list[dict[str, Any]] = []
     for loop in loops:
-        repeats.append({"rep": loop.repeat, "seed": loop.request.seed, "request_id": loop.request_id})
+        epochs = loop.request.finetune_epochs
+        made_by = {"seed": loop.request.seed, "finetune_epochs": epochs, "request_id": loop.request_id}
+        repeats.append({"rep": loop.repeat, **made_by})
         if (reply := replies.get(loop.request_id)) is None:
             continue
         repeats[-1] |= {
@@ -408,7 +447,9 @@ def _completion(passage: Passage, loops: Sequence[PlannedLoop], replies: Mapping
         for at, question in enumerate(passage.questions):
             row = {"rep": loop.repeat, **asked(question)}
             questions.append(row | {name: values[at] for name, values in columns.items()})
-    at, made = loops[0].self_edit, {"text": loops[0].text}
+    at, made = loops[0].self_edit, dict[str, Any]({"text": loops[0].text})
+    if loops[0].text_of is not None:
+        made["text_of"] = loops[0].text_of
     # Self-edits of a family complete different prompts; a ReST-EM round trains each on its own.
     if at < len(passage.prompts) and passage.completions[at] == made["text"]:
         made |= {"prompt": passage.prompts[at], "prompt_key": passage.prompt_keys[at]}
@@ -427,8 +468,8 @@ def in_context_request(passage: Passage, loop: PlannedLoop, *, model_id: str) ->
     """All questions of one passage, each with title and passage before it."""
     request = GenerateRequest(
         prompts=[
-            f"{passage.title}\n{passage.context.strip()}\n\n{answer_prompt(passage.title, question.question)}"
-            for question in passage.questions
+            f"{passage.title}\n{passage.context.strip()}\n\n{answer_prompt(passage.title, one.question)}"
+            for one in loop.request.eval_questions
         ],
         max_tokens=loop.request.max_new_tokens,
         temperature=0.0,
@@ -495,10 +536,13 @@ def stored_loop(path: str | Path, item: str) -> StoredLoop:
         fields = [(row["question"], row["answer"], tuple(row.get("other_answers") or ())) for row in rows]
         own = tuple(Question(question=one, answer=gold, other_answers=others) for one, gold, others in fields)
         passage = Passage(title=article["title"], context=article["context"], questions=own)
-        texts = arm_sequences(run["trained_on"], completion["text"], passage, split_newlines=run["split_newlines"])
+        other = run["articles"][completion.get("text_of", at)]
+        source = Passage(title=other["title"], context=other["context"], questions=())
+        texts = arm_sequences(run["trained_on"], completion["text"], source, split_newlines=run["split_newlines"])
         stated = {name: value for name, value in run["training"].items() if name != "pad_samples"}  # of earlier files
-        questions, seed = eval_questions(passage), made["seed"]
-        request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=seed)
+        stated |= {name: made[name] for name in ("finetune_epochs",) if name in made}
+        questions = eval_questions(passage, answer_style=run.get("answer_style", "published"))
+        request = loop_request(run["model"], Training(**stated), texts=texts, questions=questions, seed=made["seed"])
     except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
         remedy = "give a run_*.json that 03_query_server wrote (published files hold no seeds)"
         raise DataError("has no such item, or not what made it", **about, remedy=remedy) from error

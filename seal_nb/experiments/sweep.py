@@ -12,15 +12,17 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from seal_nb.errors import SettingsError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.settings import Training, arm_passages, check_asked
+from seal_nb.experiments.settings import Training, arm_passages, check_asked, names_in
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.metrics import mean, written_value
-from seal_nb.passages import Passage
+from seal_nb.passages import Passage, check_disjoint
+from seal_nb.results.run import against_first
 from seal_nb.results.single_passage import SinglePassageRun
 from seal_nb.storage import Journal, parse_json, runs_folder, write_record
 from seal_nb.views import plots
+from seal_nb.views.live import say
 from seal_nb.views.tables import write_csv
 
 MOST_POINTS = 200
@@ -34,20 +36,21 @@ class Sweep:
     def __init__(self, points: Sequence[Mapping[str, Any]], runs: Sequence[SinglePassageRun]) -> None:
         self.points = points
         self.rows: list[dict[str, Any]] = []
-        for values, run in zip(points, runs, strict=True):
-            errors, estimate = [one["error"] for one in run.value["missing"]], run.estimate()
+        for values, run, sentence in zip(points, runs, against_first(runs), strict=True):
+            errors = [one["error"] for one in run.value["missing"]]
             row = {
                 **values,
                 "label": ", ".join(f"{name} {written_value(value)}" for name, value in values.items()),
-                "estimate": estimate,
-                "accuracy": estimate and estimate.mean,
-                **{name: estimate and getattr(estimate, name) for name in ("low", "high")},
+                "estimate": run.estimate(),
+                **{name: run.row[name] for name in ("accuracy", "low", "high")},
                 "soft gain": mean([edit.soft_gain() for passage in run.passages for edit in passage.self_edits]),
-                "passages": estimate.n if estimate else 0,
-                "ungraded": run.counts()["n_ungraded_adapter"],
+                "passages": run.row["n"],
+                "ungraded": run.row["ungraded"],
                 "missing": len(errors),
                 "first error": errors[0] if errors else None,
-                "against the first": run.sentence_against(runs[0]),
+                **{name: run.row[name] for name in ("steps", "tokens")},
+                "not_recited": run.recitation["not_recited"],
+                "against the first": sentence,
             }
             self.rows.append(row)
 
@@ -118,6 +121,49 @@ def sweep(
     made = {"dataset": Path(dataset).name, "n_articles": len(passages), "model": ttt.model_id, **asdict(fixed)}
     write_record(folder / "sweep.csv", stage="09_sweep", settings={"grid": values, **made}, seeds={"seed": seed})
     return result
+
+
+def tune(
+    ttt: TTT,
+    passages: Sequence[Passage],
+    *,
+    arms: str | Sequence[str] = ("passage_only", "self_edits"),
+    learning_rates: Sequence[float] = (3e-4, 1e-3, 3e-3),
+    held_out: Sequence[Passage] = (),
+    training: Training | None = None,
+    eval_times: int = 1,
+    seed: int = 42,
+    folder: str | Path = "runs/tune",
+) -> dict[str, Training]:
+    """The learning rate that gives each arm its highest accuracy on training passages, for ``evaluate(training=…)``.
+
+    Args:
+        ttt: the server (`ttt_server` or `connect`).
+        passages: training passages with questions.
+        arms: of passage_only, self_edits (the first of each passage), hand_written.
+        learning_rates: of AdamW, to choose from.
+        held_out: the passages of the evaluation; those that overlap with `passages` are refused.
+        training: the settings that stay; the published ones unless given.
+        eval_times: adapters trained for each learning rate and passage.
+        seed: as in `sweep`.
+        folder: for a sweep of each arm, in a folder of its own.
+
+    Returns:
+        Settings by arm. passage_matched has those of passage_only, shuffled those of the last other arm.
+
+    Raises:
+        DataError: for passages that overlap with `held_out`; and as `sweep`."""
+    check_disjoint(passages, held_out)
+    training, found = training or Training(), dict[str, Training]()
+    for arm in names_in("arms", arms):
+        how: dict[str, Any] = {"arm": arm, "training": training, "eval_times": eval_times, "seed": seed}
+        run = sweep(ttt, passages, {"finetune_lr": list(learning_rates)}, folder=Path(folder) / arm, **how)
+        if run.best()["accuracy"] is None:
+            raise DataError(f"no learning rate of arm {arm!r} has a graded answer", remedy="see its sweep.csv")
+        found[arm] = replace(training, finetune_lr=run.best()["finetune_lr"])
+        say(f"{arm}: learning rate {found[arm].finetune_lr:g} of {', '.join(f'{one:g}' for one in learning_rates)}")
+    last_other = next((one for arm, one in reversed(found.items()) if arm != "passage_only"), training)
+    return found | {"passage_matched": found.get("passage_only", training), "shuffled": last_other}
 
 
 def grid_of(text: str) -> dict[str, list[Any]]:

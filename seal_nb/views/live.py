@@ -3,23 +3,22 @@
 JupyterLab gets bars and updated displays. Under papermill, nbval or nbconvert the same content is plain lines, so that
 what is committed is small and the same every time. A server may run for days: its lines come less and less often."""
 
+import json
 import sys
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from seal_nb.errors import visible
 from seal_nb.metrics import counted
+from seal_nb.server.client import Sample
+from seal_nb.storage import data_file
 from seal_nb.views.plots import plot_server_activity
 from seal_nb.views.tables import as_html, has_live_frontend, mime_bundle
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from seal_nb.server.launch import Sample
 
 PROGRESS_LINES = 10  # at most, to keep an executed notebook short
 NOT_YET = "not run yet"
@@ -27,22 +26,22 @@ LONGEST_SENTENCE = 200  # characters of a summary's line
 REDRAW_S = 10.0  # the live figure; drawing it costs a fifth of a second that a worker may want
 FIRST_LINE_S, LONGEST_LINE_S = 15.0, 600.0
 MIB = 2**20
-LABELS = {
-    "queued": "requests waiting",
-    "slots_in_use": "slots in use",
-    "slots": "slots",
-    "jobs_per_min": "jobs per minute",
-    "tokens_per_s": "trained tokens per second",
-    "memory_bytes": "memory, front end and workers (MiB)",
-    "gpu_bytes": "GPU memory of the workers (MiB)",
-    **{name: name for name in ("answered", "failed", "requeued", "workers")},
-}
 
 
 def say(text: str) -> None:
     """A line of a notebook's output, at once; hidden characters of foreign text are visible."""
     sys.stdout.write(f"{visible(text)}\n")
     sys.stdout.flush()
+
+
+def _shown(bundle: dict[str, str], handle: Any = None) -> Any:
+    """Show a new display, or what `handle` shows from now on. Returns: the handle."""
+    from IPython.display import display
+
+    if handle is None:
+        return display(bundle, raw=True, display_id=True)
+    handle.update(bundle, raw=True)
+    return handle
 
 
 class Progress:
@@ -81,33 +80,28 @@ class Summary:
         """Set lines of the table; new names are added at the end."""
         self.values |= values
         if self._handle is not None:
-            self._handle.update(self._bundle(), raw=True)
+            _shown(self._bundle(), self._handle)
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        self._handle = display(self._bundle(), raw=True, display_id=True)
+        self._handle = _shown(self._bundle())
 
     def _bundle(self) -> dict[str, str]:
-        import pandas as pd
-
         rows = pd.DataFrame(self.values.items(), columns=["at a glance", ""])
         return mime_bundle(rows, longest_cell=LONGEST_SENTENCE)
 
 
-def server_frame(samples: Sequence["Sample"]) -> "pd.DataFrame":
+def server_frame(samples: Sequence[Sample]) -> pd.DataFrame:
     """The last state and the maximum of each number: columns ``""`` (what), ``now``, ``most``."""
-    import pandas as pd
-
-    over = pd.DataFrame(samples, columns=list(LABELS), dtype=float)
+    labels = pd.Series(json.loads(data_file("server_labels.json").read_text()))  # by the name in a sample
+    over = pd.DataFrame(samples, columns=labels.index, dtype=float)
     over[["memory_bytes", "gpu_bytes"]] /= MIB
-    table = pd.DataFrame({"": LABELS, "now": over.iloc[-1], "most": over.max()})
+    table = pd.DataFrame({"": labels, "now": over.iloc[-1], "most": over.max()}, index=labels.index)
     if not over["gpu_bytes"].any():
         table = table.drop("gpu_bytes")
     return table.reset_index(drop=True).map(lambda value: value if isinstance(value, str) else f"{value:,.0f}")
 
 
-def status_line(sample: "Sample") -> str:
+def status_line(sample: Sample) -> str:
     """One sample for a log."""
     on_gpu = f" (GPU {sample['gpu_bytes'] / MIB:.0f} MiB)" if sample["gpu_bytes"] else ""
     return (
@@ -127,7 +121,7 @@ class ServerView:
         self._image = ""
         self._due_at, self._pause_s = 0.0, REDRAW_S if self.live else FIRST_LINE_S
 
-    def show(self, samples: Sequence["Sample"]) -> None:
+    def show(self, samples: Sequence[Sample]) -> None:
         """Update the display, or print a line if it is time for one."""
         if not samples:
             return
@@ -137,23 +131,16 @@ class ServerView:
             if is_due:
                 image = b64encode(plot_server_activity(samples).drawn()).decode()
                 self._image = f'<img alt="the server over time" src="data:image/png;base64,{image}">'
-            self._display({"text/html": as_html(server_frame(samples)) + self._image})
+            bundle = {"text/html": as_html(server_frame(samples)) + self._image}
+            self._handle = _shown(bundle, self._handle)
         elif is_due:
             say(status_line(samples[-1]))
             self._pause_s = min(2 * self._pause_s, LONGEST_LINE_S)
 
-    def close(self, samples: Sequence["Sample"]) -> None:
+    def close(self, samples: Sequence[Sample]) -> None:
         """Show the final table and figure."""
         from IPython.display import display
 
         if samples:
-            self._display(mime_bundle(server_frame(samples)))
+            self._handle = _shown(mime_bundle(server_frame(samples)), self._handle)
             display(plot_server_activity(samples))
-
-    def _display(self, bundle: dict[str, str]) -> None:
-        from IPython.display import display
-
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)

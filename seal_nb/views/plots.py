@@ -8,10 +8,11 @@ import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -20,12 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from seal_nb.errors import SettingsError, visible
 from seal_nb.metrics import Estimate, Scores, counted, written_value
+from seal_nb.server.client import Sample
 from seal_nb.storage import data_file, open_own
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from seal_nb.server.launch import Sample
 
 # Okabe and Ito (jfly.uni-koeln.de/color): told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -98,7 +95,7 @@ def plot_accuracy(
     accuracies by arm are dashed marks; only for the published passages."""
     chart, axes = _row_chart(arms, 1.2, 0.46, _accuracy_label(arms.values(), between=" "), percent=True)
     means, intervals = [one.mean for one in arms.values()], _reach(arms.values())
-    axes.barh(range(len(arms)), means, xerr=intervals, color=BLUE, height=0.62, ecolor=INK, capsize=3)
+    axes.barh(range(len(arms)), means, xerr=intervals, color=BLUE, height=0.62, ecolor=INK)
     for row, one in enumerate(arms.values()):
         _number(axes, f"{one.mean:.1%}", one.high, row)
     known = [(row, published[name]) for row, name in enumerate(arms) if published and name in published]
@@ -113,6 +110,28 @@ def plot_accuracy(
     bars = [f"{name} {one.mean:.1%} ({one.low:.1%} to {one.high:.1%})" for name, one in arms.items()]
     against = f" Baseline: {baseline.mean:.1%}." if baseline else ""
     return chart.finished(f"QA accuracy with 95 % interval: {'; '.join(bars)}.{against}")
+
+
+@styled
+def plot_differences(differences: pd.DataFrame) -> Chart:
+    """A forest plot: one row for each comparison with its interval; filled if it is real. Rows of ``compare`` or
+    ``Collection.differences`` without numbers are left out."""
+    shown = differences.dropna(subset="difference")
+    over = _range(shown["n"].astype(int))
+    of_many = f"; intervals and p for all {len(shown)} together" if len(shown) > 1 else ""
+    names = [f"{arm} − {against}" for arm, against in zip(shown["arm"], shown["against"], strict=True)]
+    chart, axes = _row_chart(names, 1.0, 0.34, f"difference in accuracy\n(points, n = {over} passages{of_many})")
+    axes.axvline(0, color=INK, linewidth=1, linestyle=":")
+    for row, one in enumerate(shown.to_dict("records")):
+        colour, ends = BLUE if one["is_real"] else GREY, [100 * one["low"], 100 * one["high"]]
+        axes.plot(ends, [row, row], color=colour, linewidth=2)
+        axes.plot(100 * one["difference"], row, "o", color=colour, mfc=colour if one["is_real"] else "white")
+        _number(axes, f"{100 * one['difference']:+.1f}", ends[1], row)
+    axes.plot([], [], "o", color=BLUE, label="real")
+    axes.plot([], [], "o", color=GREY, mfc="white", label="not distinguishable from noise")
+    axes.margins(x=0.12)
+    words = [f"{name}: {sentence}" for name, sentence in zip(names, shown["sentence"], strict=True)]
+    return chart.finished(f"Differences between arms. {'; '.join(words)}.")
 
 
 @styled
@@ -184,13 +203,12 @@ def plot_gain_histogram(gains: Sequence[float]) -> Chart:
     axes.set_xlim(-widest, widest)
     label = f"gain = adapter − baseline accuracy of a passage (n = {len(gains)} passages)"
     _scale(axes.xaxis, label, percent=True, grid=False)
-    axes.set_ylabel("passages")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _scale(axes.yaxis, "passages", whole=True, grid=False)
     return chart.finished(f"Histogram of the gains of {len(gains)} passages, mean {mean:+.1%}.")
 
 
 @styled
-def plot_graders(graders: "pd.DataFrame") -> Chart:
+def plot_graders(graders: pd.DataFrame) -> Chart:
     """One line per grader from the accuracy without adapter to the accuracy with it; its length is the gain. Rows of
     ``compare_graders`` without both accuracies are left out."""
     shown = graders.reindex(columns=["grader", "n", "baseline", "adapter"]).dropna()
@@ -273,8 +291,7 @@ def plot_losses(curves: Mapping[str, Scores], *, step: str = "epoch") -> Chart:
     for name, losses in lines:
         axes.plot(range(1, len(losses) + 1), losses, "-o", markersize=4, label=short(name, LONGEST_NAME))
     n_adapters = counted(len(curves), "adapters")
-    axes.set_xlabel(f"{step} (n = {n_adapters})")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _scale(axes.xaxis, f"{step} (n = {n_adapters})", whole=True, grid=False)
     _scale(axes.yaxis, "training loss (nats per token)")
     axes.set_ylim(bottom=0)
     words = [f"{name}: {losses[0]:.2f} to {losses[-1]:.2f}." for name, losses in known.items() if len(losses)]
@@ -311,17 +328,16 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Chart
 
 @styled
 def plot_continual_matrix(matrix: Sequence[Scores], *, n_sequences: int) -> Chart:
-    """The (K+1)×K accuracies, the mean of ``n_sequences`` sequences, as a heat map. The passage of each edit is
-    outlined; cells that were not asked are blank."""
+    """The (K+1)×K accuracies, the mean of ``n_sequences`` sequences, as a heat map from 0 to 100 %. The passage of each
+    edit is outlined; cells that were not asked are blank."""
     k = len(matrix) - 1
     shown = min(k, MOST_EDITS)
     chart, axes = new_chart(1.6 + 0.36 * (shown + 1), 3.4 + 0.5 * shown)
     asked = asked_cells(matrix)
-    highest = max(float(asked.max() or 0.0), 0.1)
-    image = axes.imshow(asked, vmin=0, vmax=highest, aspect="auto")
+    image = axes.imshow(asked, vmin=0, vmax=1, aspect="auto")  # all matrices of a page have one scale
     axes.set_facecolor("#F2F2F2")
     for (row, column), value in np.ma.ndenumerate(asked) if k <= MOST_EDITS else ():
-        colour = "white" if value < highest / 2 else INK  # light on dark and dark on light
+        colour = "white" if value < 0.5 else INK  # light on dark and dark on light
         axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=9)
     for step in range(k):
         axes.add_patch(Rectangle((step - 0.5, step + 0.5), 1, 1, fill=False, edgecolor=RED, linewidth=2))
@@ -349,8 +365,7 @@ def plot_continual_curve(seen: Sequence[Estimate], never_edited: Scores, *, just
     if len(just_edited):
         axes.plot(edits, np.array(just_edited, dtype=float), "s", color=ORANGE, label="passage just edited")
     _estimates(axes, dict(enumerate(seen, start=1)), "all passages so far")
-    axes.set_xlabel("number of edits")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _scale(axes.xaxis, "number of edits", whole=True, grid=False)
     _scale(axes.yaxis, _accuracy_label(seen), percent=True)
     axes.set_ylim(bottom=0)
     rows = enumerate(zip(seen, before, strict=True), 1)
@@ -359,7 +374,7 @@ def plot_continual_curve(seen: Sequence[Estimate], never_edited: Scores, *, just
 
 
 @styled
-def plot_server_activity(samples: Sequence["Sample"]) -> Chart:
+def plot_server_activity(samples: Sequence[Sample]) -> Chart:
     """Requests that wait, slots in use (and slots), and jobs per minute, over the time of watching."""
     chart = Chart(figsize=(WIDTH_IN, 3.8))
     above, below = chart.subplots(2, 1, sharex=True)
@@ -369,13 +384,11 @@ def plot_server_activity(samples: Sequence["Sample"]) -> Chart:
         # A count holds until the next sample: steps, not slopes.
         above.step(over["at_s"], over[name], style, where="post", color=colour, label=names[name])
     below.plot(over["at_s"], over["jobs_per_min"], color=GREEN, label="jobs per minute")
-    above.set_ylabel("number")
-    above.yaxis.set_major_locator(MaxNLocator(integer=True))
-    below.set_ylabel("jobs per minute\n(of the last minute)")
+    _scale(above.yaxis, "number", whole=True)
+    _scale(below.yaxis, "jobs per minute\n(of the last minute)")
     below.set_xlabel(f"seconds since watching began (n = {len(samples)} samples)")
     for axes in (above, below):
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y")
     return chart.finished(
         f"A server over {over['at_s'][-1] - over['at_s'][0]:.0f} s: at most {max(over['queued'])} requests "
         f"waiting, {max(over['slots_in_use'])} of {over['slots'][-1]} slots in use, "
@@ -447,9 +460,7 @@ def _dots(
 def _estimates(axes: Axes, by_x: Mapping[float, Estimate], label: str) -> Any:
     """A line through the means with the 95 % intervals. Returns: its colour."""
     means = [one.mean for one in by_x.values()]
-    drawn = axes.errorbar(
-        list(by_x), means, yerr=_reach(by_x.values()), fmt="-o", capsize=3, label=short(label, LONGEST_NAME)
-    )
+    drawn = axes.errorbar(list(by_x), means, yerr=_reach(by_x.values()), fmt="-o", label=short(label, LONGEST_NAME))
     return drawn.lines[0].get_color()
 
 
@@ -464,11 +475,12 @@ def _number(axes: Axes, text: str, x: float, row: float) -> None:
     axes.annotate(text, (x, row), (6, 0), textcoords="offset points", va="center", fontsize=9)
 
 
-def _scale(axis: Axis, label: str, *, percent: bool = False, grid: bool = True) -> None:
+def _scale(axis: Axis, label: str, *, percent: bool = False, whole: bool = False, grid: bool = True) -> None:
     axis.set_label_text(label)
     if percent:
         axis.set_major_formatter(_percent)
-        axis.set_major_locator(MaxNLocator(6))
+    if percent or whole:
+        axis.set_major_locator(MaxNLocator(integer=True) if whole else MaxNLocator(6))
     axis.grid(visible=grid)
 
 
@@ -477,8 +489,14 @@ def _percent(share: float, _: object = None) -> str:
     return f"{100 * share:.4g}%"
 
 
+def _range(counts: Iterable[int]) -> str:
+    known = sorted(counts) or [0]
+    return " to ".join(map(str, dict.fromkeys([known[0], known[-1]])))
+
+
 def _accuracy_label(estimates: Iterable[Estimate], *, between: str = "\n") -> str:
     known = list(estimates)
-    counts = sorted({one.n for one in known}) or [0]
-    n = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-    return f"QA accuracy{between}(n = {n} {known[0].unit if known else 'passages'}, 95 % interval)"
+    n = _range(one.n for one in known)
+    unit, crossed = (known[0].unit, known[0].crossed) if known else ("passages", None)
+    over = f" × {counted(*crossed)}" if crossed else ""
+    return f"QA accuracy{between}(n = {n} {unit}{over}, 95 % interval)"

@@ -9,26 +9,31 @@ from collections.abc import Mapping
 from hashlib import sha256
 from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from seal_nb.errors import visible
 from seal_nb.storage import data_file, write_text
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Formats = Mapping[str, str] | None
 NOT_KNOWN = "–"
 LONGEST_CELL = 80
 FORMULAS = tuple("=+-@\t\r\n＝＋－＠")  # how they begin; spreadsheets read the wide forms as well
-_SHARES = "accuracy low high baseline adapter best never_edited just_edited final agreement recited reward mean"
-_CHANGES = "gain gain_low gain_high difference baseline_bias adapter_bias gain_bias"
-FORMATS = {
-    **dict.fromkeys(_SHARES.split(), ".1%"),
-    **dict.fromkeys(_CHANGES.split(), "+.1%"),
-    **{"p": ".2g", "p_value": ".2g", "kappa": ".2f", "lr": "g", "loss": ".3f", "soft_gain": "+.2f"},
-    "right answers, second − first": "+.0f",
-}  # by column name; other fractions are shown with four digits
+_COLUMNS = {  # by format; other fractions are shown with four digits
+    ".1%": "accuracy, low, high, baseline, adapter, best, never_edited, just_edited, final, agreement, reward, mean, "
+    "recited, not_recited, not_recited_low, not_recited_high, baseline_recited, parrot",
+    "+.1%": "gain, gain_low, gain_high, difference, baseline_bias, adapter_bias, gain_bias",
+    "+.2f": "soft_gain",
+    ".2g": "p, p_holm",
+    ".0f": "steps",
+    ",.0f": "tokens, needed",
+    ".2f": "kappa",
+    ".3f": "loss",
+    "g": "lr",
+}
+FORMATS = {name: form for form, names in _COLUMNS.items() for name in names.split(", ")}
+FORMATS["right answers, second − first"] = "+.0f"
 _STYLES = [
     {"selector": "th, td", "props": "text-align: left; vertical-align: top; white-space: pre-wrap"},
     {"selector": "caption", "props": "text-align: left; caption-side: top"},
@@ -38,7 +43,7 @@ _STYLES = [
 SCRIPT = f"<script>{data_file('tables.js').read_text()}</script>"
 
 
-def show(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None) -> None:
+def show(frame: pd.DataFrame, caption: str = "", *, formats: Formats = None) -> None:
     """Display a DataFrame in a notebook.
 
     Args:
@@ -52,7 +57,7 @@ def show(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None) -
 
 
 def mime_bundle(
-    frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None, longest_cell: int = LONGEST_CELL
+    frame: pd.DataFrame, caption: str = "", *, formats: Formats = None, longest_cell: int = LONGEST_CELL
 ) -> dict[str, str]:
     """What ``show`` displays: ``text/html`` and ``text/plain``."""
     if frame.empty:
@@ -63,7 +68,7 @@ def mime_bundle(
     return {"text/html": as_html(frame, caption, formats=formats) + script, "text/plain": text}
 
 
-def write_csv(frame: "pd.DataFrame", path: str | Path) -> Path:
+def write_csv(frame: pd.DataFrame, path: str | Path) -> Path:
     """Write a table as CSV, whole or not at all, without its index.
 
     Args:
@@ -86,7 +91,7 @@ def write_csv(frame: "pd.DataFrame", path: str | Path) -> Path:
     return write_text(path, frame.astype(object).map(text).rename(columns=text).to_csv(index=False))
 
 
-def as_html(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None) -> str:
+def as_html(frame: pd.DataFrame, caption: str = "", *, formats: Formats = None) -> str:
     """The table as HTML, the same for the same data."""
     cells, is_number, caption = _cells(frame, formats), _number_columns(frame), visible(caption)
     right = [f"td.col{at}, th.col{at}" for at, one in enumerate(is_number) if one]
@@ -101,7 +106,7 @@ def as_html(frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None
 
 
 def as_text(
-    frame: "pd.DataFrame", caption: str = "", *, formats: Formats = None, longest_cell: int = LONGEST_CELL
+    frame: pd.DataFrame, caption: str = "", *, formats: Formats = None, longest_cell: int = LONGEST_CELL
 ) -> str:
     """The table as aligned text; longer cells are cut, so that a row is one line."""
 
@@ -126,7 +131,7 @@ def has_live_frontend() -> bool:
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
 
 
-def _cells(frame: "pd.DataFrame", formats: Formats) -> "pd.DataFrame":
+def _cells(frame: pd.DataFrame, formats: Formats) -> pd.DataFrame:
     """Every value as text, with hidden characters visible: they could command a terminal or reorder a row."""
     known = {**FORMATS, **(formats or {})}
     cells = frame.astype(object)
@@ -136,8 +141,6 @@ def _cells(frame: "pd.DataFrame", formats: Formats) -> "pd.DataFrame":
 
 
 def _cell_text(value: Any, form: str) -> str:
-    import pandas as pd
-
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return NOT_KNOWN
     if isinstance(value, float) and not form:
@@ -146,9 +149,7 @@ def _cell_text(value: Any, form: str) -> str:
     return format(value, form) if form and is_number else str(value)
 
 
-def _number_columns(frame: "pd.DataFrame") -> list[bool]:
+def _number_columns(frame: pd.DataFrame) -> list[bool]:
     """Columns of numbers are aligned to the right."""
-    from pandas.api.types import is_bool_dtype, is_numeric_dtype
-
-    kinds = frame.convert_dtypes().dtypes.items()
-    return [str(name) in FORMATS or (is_numeric_dtype(kind) and not is_bool_dtype(kind)) for name, kind in kinds]
+    numbers = {*frame.convert_dtypes().select_dtypes("number")}
+    return [name in numbers or str(name) in FORMATS for name in frame.columns]
