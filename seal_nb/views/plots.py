@@ -118,9 +118,9 @@ def plot_differences(differences: pd.DataFrame) -> Chart:
     ``Collection.differences`` without numbers are left out."""
     shown = differences.dropna(subset="difference")
     over = _range(shown["n"].astype(int))
-    of_many = f"; intervals and p for all {len(shown)} together" if len(shown) > 1 else ""
+    of_many = f"\nintervals and p for all {len(shown)} together" if len(shown) > 1 else ""
     names = [f"{arm} − {against}" for arm, against in zip(shown["arm"], shown["against"], strict=True)]
-    chart, axes = _row_chart(names, 1.0, 0.34, f"difference in accuracy\n(points, n = {over} passages{of_many})")
+    chart, axes = _row_chart(names, 1.0, 0.34, f"difference in points\n(n = {over} passages){of_many}")
     axes.axvline(0, color=INK, linewidth=1, linestyle=":")
     for row, one in enumerate(shown.to_dict("records")):
         colour, ends = BLUE if one["is_real"] else GREY, [100 * one["low"], 100 * one["high"]]
