@@ -55,8 +55,7 @@ def sample_std(values: Scores) -> float | None:
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A mean with its 95 % interval over ``n`` units; ``n_left_out`` of them had no graded answer. ``crossed``: what
-    the units share, such as ``(12, "passages")`` of sequences or ``(3, "seeds")`` of passages: the interval is over
-    both."""
+    the units share, as ``(12, "passages")`` of sequences or ``(3, "runs")`` of passages. The interval is over both."""
 
     mean: float
     low: float

@@ -392,8 +392,7 @@ def check_disjoint(training: Sequence[Passage], held_out: Sequence[Passage]) -> 
         is_known = text_key(one.title)[0].casefold() in titles
         if is_known or 2 * len(shared) > len(runs):
             problem = "is a title of the training passages" if is_known else f"shares its text with {shared[0]!r}"
-            remedy = "evaluate on other titles and texts"
-            raise DataError(f"passage {one.title!r} {problem}", item=at, remedy=remedy)
+            raise DataError(f"passage {one.title!r} {problem}", item=at, remedy="evaluate on other titles and texts")
 
 
 def _word_runs(text: str) -> set[tuple[str, ...]]:

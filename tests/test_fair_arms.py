@@ -8,7 +8,7 @@ import pytest
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.cpt import cpt
-from seal_nb.experiments.session import TTT, cost_of, matched
+from seal_nb.experiments.session import TTT, cost_of, loop_request, matched
 from seal_nb.experiments.settings import Training
 from seal_nb.experiments.single_passage import (
     PlannedLoop,
@@ -127,6 +127,15 @@ def test_cpt_arms_are_matched_too_and_the_file_has_the_questions(ttt: TTT, tmp_p
     assert read.accuracy()["recited"].notna().all() and read.stored_verdicts()
 
 
+def test_kept_adapters_of_matched_arms_have_names_of_their_own() -> None:
+    """Before matching, both arms train on the same texts for the same epochs."""
+    texts = [("passage_only", ["a"]), ("passage_matched", ["a"]), ("self_edits", ["a", "b", "c"])]
+    requests = [(arm, 0, loop_request("m", Training(), texts=own, keep="cpt")) for arm, own in texts]
+    names = [str(one.adapter_name) for one in matched(requests, "none", model_id="m")]
+    assert len({*names}) == 3 and all(name.startswith("cpt-") for name in names)
+    assert names[1] == loop_request("m", Training(finetune_epochs=30), texts=["a"], keep="cpt").adapter_name
+
+
 def test_short_answers_are_asked_for_in_the_question_alone(ttt: TTT, tmp_path: Path) -> None:
     short = Training(answer_style="short")
     assert "answer_style" not in short.request_fields()
@@ -192,6 +201,8 @@ def test_one_call_tunes_the_learning_rate_of_each_arm_on_other_passages(ttt: TTT
     assert (tmp_path / "hand_written" / "sweep.csv").is_file()
     with pytest.raises(DataError, match="is a title of the training passages"):
         tune(ttt, PASSAGES, held_out=PASSAGES[1:], **how)
+    with pytest.raises(SettingsError, match="arms has in_context; those that can be tuned are self_edits, "):
+        tune(ttt, PASSAGES, arms="passage_only,in_context", **how)
 
 
 def test_settings_of_no_arm_and_styles_that_are_not_known_are_refused(ttt: TTT, tmp_path: Path) -> None:

@@ -598,3 +598,11 @@ def test_a_margin_that_is_no_fraction_is_refused(margin: Any) -> None:
     run = SinglePassageRun(value=run_file(*[("0", "1")] * 8))
     with pytest.raises(SettingsError, match="margin is .*give a fraction"):
         compare(run, run, margin=margin)
+
+
+def test_the_best_of_cpt_is_an_arm_and_not_its_luckiest_seed(tmp_path: Path) -> None:
+    for seed, right in enumerate((True, False)):
+        reply = {"baseline_correct": [False] * 8, "adapter_correct": [right] * 8}
+        about = {"arm": "hand_written", "seed": seed, "model": "m-local-1", "server_reply": reply}
+        write(tmp_path, f"cpt_run_{seed}.json", about | {"per_passage": [{"title": "T", "n_questions": 1}] * 8})
+    assert collect(tmp_path).summary()["best of many passages in one adapter"] == "hand-written 50.0%, 8 passages"

@@ -135,7 +135,8 @@ def cpt(
         how: dict[str, Any] = {"model_id": ttt.model_id, "keep": check_unrelated}
         requests = {arm: cpt_request(passages, one, **how) for arm, one in settings.items()}
         planned = [(arm, 0, request) for arm, request in requests.items()]  # all arms have the same passages
-        requests = dict(zip(requests, session.matched(planned, match, model_id=ttt.model_id), strict=True))
+        model_id = f"{ttt.model_id}-full" if method == "full" else ttt.model_id  # as in `cpt_request`
+        requests = dict(zip(requests, session.matched(planned, match, model_id=model_id), strict=True))
         if method == "full":
             own: dict[str, Any] = {"check_unrelated": check_unrelated, "n_processes": n_processes}
             replies, control = full_replies(ttt, requests, settings, journal, folder, n_threads=n_threads, **own)

@@ -181,10 +181,12 @@ def loop_request(
     the server keeps the adapter. Its name begins so and ends with the id of its content: no two adapters share a name,
     and a resumed run finds its own. Raises: ProtocolError for a value that the protocol does not allow."""
     values = {"train_sequences": list(texts), "eval_questions": list(questions), **training.request_fields(), **others}
-    request = identified(validated(TTTRequest, values), model_id)
-    if not keep:
-        return request
-    return identified(request.model_copy(update={"adapter_name": f"{keep}-{request.request_id}"}), model_id)
+    return _kept(identified(validated(TTTRequest, values), model_id), model_id, keep)
+
+
+def _kept(request: TTTRequest, model_id: str, keep: str) -> TTTRequest:
+    name = {"adapter_name": f"{keep}-{request.request_id}"}
+    return identified(request.model_copy(update=name), model_id) if keep else request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +305,9 @@ def matched(planned: Sequence[tuple[str, int, TTTRequest]], match: Match, *, mod
             share = longest.get((measure, passage), 0) / cost_of(request)[measure]
             epochs = min(MOST_EPOCHS, round(request.finetune_epochs * share))
             if epochs > request.finetune_epochs:
-                more = request.model_dump() | {"finetune_epochs": epochs}
-                request = identified(validated(TTTRequest, more), model_id)
+                keep = str(request.adapter_name or "").rpartition("-")[0]  # another adapter has another name
+                update = {"finetune_epochs": epochs, "adapter_name": None}
+                request = _kept(identified(request.model_copy(update=update), model_id), model_id, keep)
         found.append(request)
     return found
 

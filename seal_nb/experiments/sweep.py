@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.session import TTT, ask
-from seal_nb.experiments.settings import Training, arm_passages, check_asked, names_in
+from seal_nb.experiments.settings import ARMS, Training, arm_passages, check_asked, names_in
 from seal_nb.experiments.single_passage import SinglePassageSettings, build_run, requests_for_run
 from seal_nb.metrics import mean, written_value
 from seal_nb.passages import Passage, check_disjoint
@@ -154,6 +154,8 @@ def tune(
     Raises:
         DataError: for passages that overlap with `held_out`; and as `sweep`."""
     check_disjoint(passages, held_out)
+    if unknown := {*names_in("arms", arms)} - {*ARMS}:
+        raise SettingsError(f"arms has {', '.join(sorted(unknown))}; those that can be tuned are {', '.join(ARMS)}")
     training, found = training or Training(), dict[str, Training]()
     for arm in names_in("arms", arms):
         how: dict[str, Any] = {"arm": arm, "training": training, "eval_times": eval_times, "seed": seed}

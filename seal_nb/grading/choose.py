@@ -58,8 +58,8 @@ def make_grader(name: str) -> Grader:
 def stated_grader(name: str) -> str:
     """The name without options, under which verdicts are kept. Raises: SettingsError for an unknown name, and for one
     that holds a key."""
-    if name.startswith(FIRST):
-        return FIRST + stated_grader(name.removeprefix(FIRST).replace(FIRST, f"{FIRST} "))  # not twice
+    if name.startswith(FIRST) and not name.startswith(2 * FIRST):
+        return FIRST + stated_grader(name.removeprefix(FIRST))
     if name == "judge" or name.startswith(("judge:", "judge?")):
         from seal_nb.grading.judge import judge_settings
 

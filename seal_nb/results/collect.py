@@ -294,8 +294,7 @@ class Collection:
         for pair in pairs or [(one, other) for other, one in combinations(list(arms)[:MOST_ARMS], 2)]:
             if len(pair) != 2 or len({*pair} & arms.keys()) < 2:
                 problem = f"{' > '.join(pair)!r} are not two arms of: {'; '.join(arms) or 'no arm was found'}"
-                remedy = 'write "arm > against" with names of the table of arms'
-                raise DataError(problem, field="compare", remedy=remedy)
+                raise DataError(problem, field="compare", remedy='write "arm > against" as in the table of arms')
             try:
                 found.append((pair[0], pair[1], shared.difference_of(arms[pair[0]], arms[pair[1]])))
             except DataError as error:
@@ -315,20 +314,19 @@ class Collection:
     def summary(self, prompt_key: str = "") -> dict[str, str | None]:
         """The few numbers to look at first; None where there are no runs for one."""
         said: dict[str, str | None] = dict.fromkeys(SUMMARY_LINES)
-        arms = [(estimate, run) for run in self.arms(prompt_key).values() if (estimate := run.estimate())]
-        most = max((estimate.n_asked for estimate, _ in arms), default=0)  # one passage by hand is no evaluation
-        if whole := [(estimate, run) for estimate, run in arms if estimate.n_asked == most]:
-            best, of_best = max(whole, key=lambda pair: pair[0].mean)
-            baseline = next((one for _, run in whole if (one := run.estimate("baseline"))), None)
-            said["best arm"] = f"{of_best.arm} {_percent(best)}, baseline {_percent(baseline)}"
-        if len(differences := self.differences(prompt_key).dropna(subset="n")):
-            n_real = sum(differences["is_real"])
-            said["differences between arms"] = f"{n_real} of {len(differences)} are real (Holm's p)"
+        arms = [(one, name, run) for name, run in self.arms(prompt_key).items() if (one := run.estimate())]
+        most = max((estimate.n_asked for estimate, *_ in arms), default=0)  # one passage by hand is no evaluation
+        if whole := [arm for arm in arms if arm[0].n_asked == most]:
+            best, name, _ = max(whole, key=lambda arm: arm[0].mean)
+            baseline = next((one for *_, run in whole if (one := run.estimate("baseline"))), None)
+            said["best arm"] = f"{name} {_percent(best)}, baseline {_percent(baseline)}"
+        if len(pairs := self.differences(prompt_key).dropna(subset="n")):
+            said["differences between arms"] = f"{sum(pairs['is_real'])} of {len(pairs)} are real (Holm's p)"
         if known := [run for run in self.rounds(prompt_key) if run]:
             said["ReST-EM rounds"] = " → ".join(_percent(run.estimate()) for run in (known[0], known[-1]))
-        if cpt := [(estimate, run) for run in self.cpt if (estimate := run.estimate())]:
-            best, of_cpt = max(cpt, key=lambda pair: pair[0].mean)
-            said["best of many passages in one adapter"] = f"{of_cpt.arm} {best.mean:.1%}, {best.n} passages"
+        if cpt := [(estimate, arm) for arm, run in pooled(self.cpt).items() if (estimate := run.estimate())]:
+            best, name = max(cpt, key=lambda pair: pair[0].mean)
+            said["best of many passages in one adapter"] = f"{name} {best.mean:.1%}, {best.n} passages"
         ends = [(run.stored_mean("adapter"), run.stored_mean("baseline")) for run in self.continual]
         if ends := [(after, before) for after, before in ends if after is not None and before is not None]:
             said["after the last continual edit"] = "{:.1%}, never edited {:.1%}".format(*max(ends))
@@ -361,10 +359,8 @@ def pooled(runs: Sequence[SomeRun]) -> dict[str, SomeRun]:
 
 def _are_alike(one: shared.Run, other: shared.Run) -> bool:
     """Whether two runs of an arm differ by nothing but their seeds. Each run of a ReST-EM round has its own model."""
-    units = [
-        (run.unit_keys(), len(run.own_scores("adapter")), run.conditions().get("grader"), run.value.get("seed") is None)
-        for run in (one, other)
-    ]
+    runs = (one, other)
+    units = [(run.unit_keys(), len(run.own_scores("adapter")), run.value.get("seed") is None) for run in runs]
     is_round = isinstance(one, SinglePassageRun) and one.rest_em_round
     return units[0] == units[1] and shared.differing(one, other) in ("", "model" if is_round else "")
 

@@ -284,7 +284,8 @@ class Run(ABC):
 
     def conditions(self) -> dict[str, Any]:
         """What a comparison should hold fixed: the grader, the model, and the settings of the training."""
-        stated = {"grader": grader_of(self.value), "model": self.value.get("model") or self.value.get("base_model")}
+        model = self.value.get("model") or self.value.get("base_model")
+        stated: dict[str, Any] = {"grader": grader_of(self.value) or "not stated", "model": model}
         training = self.value.get("training") or self.value.get("lora_params") or {}
         stated |= {LORA_PARAMS.get(name, name): value for name, value in training.items()}
         stated |= {one: self.value.get(one) for one in ("split_newlines", "k_completions", "eval_times", "prompt_key")}
@@ -381,8 +382,7 @@ class Run(ABC):
         """Number of answers (question × repeat × self-edit), and of those without a verdict."""
         verdicts = {kind: [v for run in (self, *self.others) for v in run.flat_verdicts(kind)] for kind in KINDS}
         n_ungraded = {f"n_ungraded_{kind}": verdicts[kind].count(None) for kind in KINDS}
-        n_answers = len(verdicts["adapter"])
-        return {"n_passages": len(self.scores("adapter")), "n_answers": n_answers, **n_ungraded}
+        return {"n_passages": len(self.scores("adapter")), "n_answers": len(verdicts["adapter"]), **n_ungraded}
 
     def graded(self, verdicts: Sequence[bool | None], *, grader: str, keep_as: str = "") -> Self:
         """A copy with the verdicts of ``grader``, one per entry of ``stored_verdicts()``, and the statistics that
@@ -449,7 +449,7 @@ def difference_of(
     a: Run, b: Run, *, shared_only: bool = False, scores: Callable[[Run], list[metrics.Scores]] | None = None
 ) -> metrics.Difference:
     """Accuracy (or other ``scores``) of ``a`` minus that of ``b``. Raises: DataError (see ``compare``)."""
-    graders = [run.conditions().get("grader", "not stated") for run in (a, b)]
+    graders = [run.conditions()["grader"] for run in (a, b)]
     if graders[0] != graders[1]:
         problem = f"was graded by {graders[1]}, the other run by {graders[0]}"
         raise DataError(problem, path=b.path, remedy="grade both with one grader (seal-nb grade)")
@@ -550,8 +550,8 @@ def recitation(
     An answer is recited if it contains the gold answer of another question of the passage: a grader that looks for the
     gold answer in a text overrates it. That is an upper bound: a good sentence may name two things that were asked
     about. The parrot is a control: the first words of the passage as the answer to each of its questions. The local
-    grader decides what a text contains. Of a large run, an even share of the answers is read. `is_by_passage`: a unit's
-    scores are the means of its passages (sequences), else all its answers. `how`: keywords of ``mean_interval``."""
+    grader decides what a text contains. Of a large run, an even share of the answers is read. `how`: keywords of
+    ``mean_interval``; the scores of a sequence are the means of its passages, those of a passage all its answers."""
     judge = make_grader("local").grade
 
     @cache

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from seal_nb.chain.stages import DEMO, RUN, ExperimentSettings, Stage, make_chain
-from seal_nb.errors import SettingsError
+from seal_nb.errors import DataError, SettingsError
 from seal_nb.experiments.settings import arm_texts
 from seal_nb.notebook_runner import (
     declared_parameters,
@@ -216,3 +216,10 @@ def test_setting_that_no_stage_takes_is_refused() -> None:
         replace(DEMO, engine="openai")
     with pytest.raises(SettingsError, match="dtype is 'fp16'; it must be one of auto, float32"):
         replace(DEMO, dtype="fp16")
+
+
+def test_an_experiment_that_measures_the_passages_it_trains_on_is_refused() -> None:
+    same = replace(DEMO, val_dataset="shipped:train")
+    with pytest.raises(DataError, match="is a title of the training passages"):
+        make_chain("rest_em", same)
+    assert make_chain("evaluation", same).stages, "which trains no model on them"
